@@ -1,0 +1,219 @@
+"""Builds the embedded data set, the shipped anchors and the pre-training corpus.
+
+Everything comes from three freely licensed Debian sources, so the embedded default can be
+rebuilt on any Debian machine (``apt-get update`` with ``Acquire::Languages "en"`` first):
+
+* the package index (``apt-cache dumpavail``) and its English long descriptions,
+* WordNet 3.0 glosses (package ``dict-wn``, WordNet licence),
+* the Free On-line Dictionary of Computing (package ``dict-foldoc``, GFDL).
+
+The three outputs never overlap: the *source packages* drawn for the task (16 sections) appear
+neither among the anchors nor in the pre-training corpus, whatever binary packages they build.
+
+Run: ``python -m heterotune_flwr.backbones.embedded.corpus --work DIR --assets DIR``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The label set of the embedded task: sections whose packages are told apart by their topic.
+TASK_SECTIONS = (
+    "admin", "database", "editors", "fonts", "games", "graphics", "mail", "math",
+    "net", "perl", "python", "science", "sound", "text", "video", "web",
+)  # fmt: skip
+PROMPT = "Package: {text}\nSection:"
+PER_CLASS, TEST_PER_CLASS, ANCHORS = 450, 40, 6000
+
+
+@dataclass(frozen=True)
+class Package:
+    """One source package, represented by its main binary package."""
+
+    source: str
+    section: str
+    maintainer: str
+    short: str
+    long: str
+    tags: str
+
+
+def _stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Deb822 stanzas; continuation lines are joined with newlines."""
+    current: dict[str, str] = {}
+    key = ""
+    for raw in lines:
+        line = raw.rstrip("\n")
+        if not line:
+            if current:
+                yield current
+            current, key = {}, ""
+        elif line[0] == " ":
+            current[key] += "\n" + line.strip()
+        else:
+            key, _, value = line.partition(": ")
+            current[key] = value
+    if current:
+        yield current
+
+
+def _apt(*command: str) -> list[str]:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+    return done.stdout.splitlines()
+
+
+def _long_descriptions() -> dict[str, str]:
+    """Description-md5 -> long description (without the short first line)."""
+    texts: dict[str, str] = {}
+    for path in sorted(Path("/var/lib/apt/lists").glob("*Translation-en*")):
+        for stanza in _stanzas(_apt("/usr/lib/apt/apt-helper", "cat-file", str(path))):
+            body = stanza.get("Description-en", "").split("\n", 1)
+            paragraphs = "\n".join(body[1:]).split("\n.\n")
+            texts[stanza.get("Description-md5", "")] = "\n".join(
+                " ".join(paragraph.split()) for paragraph in paragraphs
+            )
+    return texts
+
+
+def read_packages() -> list[Package]:
+    """One :class:`Package` per source package of the local apt index, in a stable order."""
+    longs = _long_descriptions()
+    chosen: dict[str, Package] = {}
+    for stanza in _stanzas(_apt("apt-cache", "dumpavail")):
+        source = stanza.get("Source", stanza["Package"]).split()[0]
+        if source in chosen and stanza["Package"] != source:
+            continue
+        chosen[source] = Package(
+            source=source,
+            section=stanza.get("Section", "").split("/")[-1],
+            maintainer=stanza.get("Maintainer", ""),
+            short=stanza.get("Description", "").split("\n")[0].strip(),
+            long=longs.get(stanza.get("Description-md5", ""), ""),
+            tags=" ".join(stanza.get("Tag", "").split()),
+        )
+    return [chosen[name] for name in sorted(chosen)]
+
+
+def _dict_entries(path: Path) -> Iterator[str]:
+    """Dictd entries: a head word at column 0, its indented body below it."""
+    head, body = "", []
+    for line in gzip.open(path, "rt", errors="replace"):
+        if line.strip() and not line[0].isspace():
+            if body:
+                yield f"{head}: {' '.join(' '.join(body).split())}"
+            head, body = line.strip(), []
+        else:
+            body.append(line)
+    if body:
+        yield f"{head}: {' '.join(' '.join(body).split())}"
+
+
+def dictionary_texts(folder: Path, package: str) -> list[str]:
+    """Entries of a ``dict-*`` package, with cross-reference markup removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["apt-get", "download", package], check=True, cwd=folder, capture_output=True)
+    archive = next(iter(sorted(folder.glob(f"{package}_*.deb"))))
+    subprocess.run(["dpkg", "-x", archive.name, "unpacked"], check=True, cwd=folder)
+    path = next(iter((folder / "unpacked").rglob(f"{package.removeprefix('dict-')}.dict.dz")))
+    texts = (re.sub(r"\[syn:.*?\]|[{}]", "", entry) for entry in _dict_entries(path))
+    return [text for text in texts if len(text) > 20]
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(payload, 9, mtime=0))
+
+
+def split_task(
+    packages: list[Package], rng: random.Random
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(train, test) rows ``{text, label, client}``; the test set is balanced over the labels.
+
+    Maintainers become opaque natural clients (``maintainer-0001`` is the largest), since only
+    the grouping matters, not who they are.
+    """
+    by_section: dict[str, list[Package]] = defaultdict(list)
+    seen: set[str] = set()
+    for package in packages:
+        text = package.short.lower()
+        if package.section in TASK_SECTIONS and len(text) > 12 and text not in seen:
+            seen.add(text)
+            by_section[package.section].append(package)
+    train: list[Package] = []
+    test: list[Package] = []
+    for section in TASK_SECTIONS:
+        drawn = rng.sample(by_section[section], min(PER_CLASS, len(by_section[section])))
+        test += drawn[:TEST_PER_CLASS]
+        train += drawn[TEST_PER_CLASS:]
+    sizes: dict[str, int] = defaultdict(int)
+    for package in train:
+        sizes[package.maintainer] += 1
+    ranked = sorted(sizes, key=lambda name: (-sizes[name], name))
+    names = {maintainer: f"maintainer-{rank + 1:04d}" for rank, maintainer in enumerate(ranked)}
+
+    def rows(part: list[Package]) -> list[dict[str, str]]:
+        rng.shuffle(part)
+        return [
+            {"text": p.short, "label": p.section, "client": names.get(p.maintainer, "other"),
+             "id": p.source}
+            for p in part
+        ]  # fmt: skip
+
+    return rows(train), rows(test)
+
+
+def pretraining_documents(packages: list[Package], taken: set[str]) -> Iterator[str]:
+    """Documents of the corpus; no section is named for packages of a task section."""
+    for package in packages:
+        if package.source in taken or not package.short:
+            continue
+        tags = f"\nTags: {package.tags}" if package.tags else ""
+        yield f"{package.short}\n{package.long}{tags}"
+        if package.section not in TASK_SECTIONS:
+            yield f"{PROMPT.format(text=package.short)} {package.section}"
+
+
+def main() -> None:
+    """Writes the task, the anchors and ``corpus.jsonl.gz``; prints what it wrote."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--work", type=Path, required=True, help="where the corpus goes")
+    parser.add_argument("--assets", type=Path, required=True, help="where shipped files go")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    packages = read_packages()
+    train, test = split_task(packages, rng)
+    taken = {row["id"] for row in train + test}
+    others = [
+        p for p in packages
+        if p.section not in TASK_SECTIONS and len(p.short) > 12 and p.source not in taken
+    ]  # fmt: skip
+    shorts = sorted({p.short for p in others})
+    wordnet = dictionary_texts(args.work, "dict-wn")
+    glosses = sorted({re.sub(r"\b(adj|adv|n|v) 1: ", "", t)[:160] for t in wordnet if " 2: " not in t})
+    _write_jsonl(args.assets / "debian_sections/train.jsonl.gz", train)
+    _write_jsonl(args.assets / "debian_sections/test.jsonl.gz", test)
+    for name, pool in (("debian-other", shorts), ("wordnet", glosses)):
+        rows = [{"text": text} for text in rng.sample(pool, ANCHORS)]
+        _write_jsonl(args.assets / f"anchors/{name}.jsonl.gz", rows)
+    documents = list(pretraining_documents(packages, taken))
+    documents += wordnet + dictionary_texts(args.work, "dict-foldoc")
+    rng.shuffle(documents)
+    _write_jsonl(args.work / "corpus.jsonl.gz", ({"text": text} for text in documents))
+    characters = sum(map(len, documents))
+    print(f"{len(train)} train, {len(test)} test, {len(shorts)} anchor texts, "
+          f"{len(documents)} documents of {characters / 1e6:.1f} M characters")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

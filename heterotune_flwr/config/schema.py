@@ -1,0 +1,151 @@
+"""The structured configuration: one dataclass per room, every field documented where it is read.
+
+OmegaConf checks types and key names against these classes; :mod:`.validate` checks what types
+cannot express. ``Config`` is the whole resolved configuration of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TypeConfig:
+    """One model type of a simulated federation: backbone + bits, and how many clients own it."""
+
+    backbone: str = _help("embedded name (tiny-a/b/c), fetched name, local directory or hub id", "???")
+    bits: str = _help("nf4 | int8 | bf16 | fp32", "bf16")
+    clients: int = _help("number of clients of this type (simulation only)", 1)
+    revision: str | None = _help("hub revision, for hub ids", None)
+
+
+@dataclass
+class DataConfig:
+    """Which examples, in which prompt form, split how."""
+
+    name: str = _help("embedded data set, or a free name when `train` is given", "debian_sections")
+    train: str | None = _help("path of a .jsonl/.jsonl.gz/.csv file with the clients' pool", None)
+    test: str | None = _help("path of the global test file", None)
+    text_field: str = _help("column that fills {text} of the prompt", "text")
+    label_field: str = _help("column with the answer", "label")
+    client_field: str = _help("column that names the natural client", "client")
+    prompt: str = _help("prompt form; the answer follows after one space", "Package: {text}\nSection:")
+    labels: list[str] | None = _help(
+        "closed label set; null takes the sorted answers of the training file when there are at "
+        "most `max_labels`, otherwise the task is open text", None
+    )  # fmt: skip
+    max_labels: int = _help("more distinct answers than this is an open-text task", 64)
+    partition: str = _help("dirichlet | iid | natural", "dirichlet")
+    alpha: float = _help("Dirichlet concentration over labels", 0.3)
+    examples_per_client: int = _help("training examples per client", 96)
+    personal_test_examples: int = _help("held-out examples per client, from its own mixture", 32)
+    global_test_examples: int = _help("size limit of the global test set", 640)
+    max_length: int = _help("tokens per example; longer prompts keep their end", 128)
+
+
+@dataclass
+class MethodConfig:
+    """The adapter on the clients: DeMA (or LoRA, for rivals that need it)."""
+
+    kind: str = _help("dema | lora", "dema")
+    slots: int = _help("K depth slots; the last acts on the final normalised state", 1)
+    latent: int = _help("r, width of the shared latent space", 128)
+    output: int | None = _help("width of the output latent; null: number of labels or r", None)
+    inner: int = _help("q, inner width of an expert", 32)
+    experts_global: int = _help("experts shared by all clients", 3)
+    experts_type: int = _help("experts shared inside a model type", 0)
+    experts_private: int = _help("experts that never leave the client", 0)
+    private_dropout: float = _help("probability that a batch drops the private experts", 0.3)
+    activation: str = _help("silu | linear (the r x r core of Co-LoRA)", "silu")
+    gate: str = _help("dense | top1 | uniform", "dense")
+    gate_scope: str = _help("client | type | global: where the gate is averaged", "type")
+    lora_rank: int = _help("LoRA rank, for kind=lora", 16)
+    lora_alpha: float = _help("LoRA alpha, for kind=lora", 32.0)
+
+
+@dataclass
+class AlignmentConfig:
+    """How the frozen maps D, U of every type are computed (METHOD section 3)."""
+
+    anchors: str = _help("shipped set (debian-other | wordnet) or path of a .jsonl(.gz)/.txt", "debian-other")
+    count: int = _help("number of anchors used", 4000)
+    components: int = _help("p, principal components a type sends per slot", 256)
+    shrinkage: list[float] = field(
+        default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+        metadata={"help": "candidates; the best on held-out anchors is taken"},
+    )
+    output: str = _help("labels | vocabulary: functionals that align the output maps", "labels")
+    words: int = _help("size of the public word list shared by all vocabularies", 4096)
+    output_components: int = _help("components of the unembedding a type sends", 64)
+    pullback_anchors: int = _help("anchors for the gradient pull-back of deeper slots", 64)
+    quality_threshold: float = _help("held-out canonical correlation below which a type's slot does not share", 0.1)
+    control: str = _help("none | random_down | random_up | random_maps | rotated_basis", "none")
+    cache: bool = _help("reuse the maps of equal (backbones, bits, anchors, settings)", True)
+
+
+@dataclass
+class TrainConfig:
+    """Local training on a client."""
+
+    local_steps: int = _help("optimizer steps per round", 12)
+    batch_size: int = _help("examples per step", 16)
+    learning_rate: float = _help("AdamW learning rate", 3e-3)
+    weight_decay: float = _help("AdamW weight decay", 0.0)
+    clip_norm: float = _help("gradient norm limit", 1.0)
+    loss: str = _help("auto | labels (softmax over the label words) | tokens (all answer tokens)", "auto")
+    cache_states: bool = _help("keep frozen states below the lowest slot (exact, much faster)", True)
+
+
+@dataclass
+class ExchangeConfig:
+    """How tensors travel."""
+
+    codec: str = _help("bf16 | fp16 | fp32", "bf16")
+
+
+@dataclass
+class ServerConfig:
+    """Rounds, participation and patience of the server."""
+
+    rounds: int = _help("rounds per strategy", 30)
+    participation: float = _help("share of clients trained per round", 1.0)
+    min_clients: int | None = _help("wait for this many clients; null: all simulated ones, else 2", None)
+    wait_seconds: float = _help("patience for the clients to appear", 300.0)
+    timeout_seconds: float = _help("patience for one round's replies", 3600.0)
+    evaluate_every: int = _help("evaluate every so many rounds (the last always); 0: last only", 10)
+
+
+@dataclass
+class RunConfig:
+    """What is run and where its results go."""
+
+    name: str = _help("name of the run directory", "run")
+    dir: str | None = _help("absolute run directory; null: ~/heterotune-runs/<name>-<time>", None)
+    compare: list[str] = field(
+        default_factory=lambda: ["heterotune"],
+        metadata={"help": "strategies (files of conf/strategy) run one after the other"},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "one full run per seed"})
+    state_dir: str | None = _help("clients' state; null: <run dir>/state (simulation)", None)
+    worker_threads: int = _help("torch threads per worker process", 1)
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    types: list[TypeConfig] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    #: name -> {"_component_": dotted path, options...}; free-form, the strategy checks its options
+    strategies: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,27 @@
+"""The one exception family whose message is meant for a user: what, where, how to mend."""
+
+from __future__ import annotations
+
+
+class HeteroTuneError(Exception):
+    """A problem the user can mend; the message is one clear line and needs no traceback."""
+
+
+class ConfigError(HeteroTuneError):
+    """A wrong key, value or combination in the configuration."""
+
+
+class BackboneError(HeteroTuneError):
+    """A backbone cannot be found, loaded or quantized as asked."""
+
+
+class DataError(HeteroTuneError):
+    """A data set is missing, malformed or too small for the requested split."""
+
+
+class ExchangeError(HeteroTuneError):
+    """A message or stored tensor tree is malformed."""
+
+
+class FederationError(HeteroTuneError):
+    """A round, a client or the federation as a whole failed."""
