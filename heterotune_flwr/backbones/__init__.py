@@ -1,0 +1,1 @@
+"""Which pre-trained models, from where, at which bits; import its modules directly."""

@@ -74,6 +74,9 @@ class AlignmentConfig:
 
     anchors: str = _help("shipped set (debian-other | wordnet) or path of a .jsonl(.gz)/.txt", "debian-other")
     count: int = _help("number of anchors used", 4000)
+    positions: str = _help(
+        "answer (one row per anchor, where the answer is read) | words (one row per word)", "answer"
+    )
     components: int = _help("p, principal components a type sends per slot", 256)
     shrinkage: list[float] = field(
         default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],

@@ -1,0 +1,1 @@
+"""The embedded family: its corpus and its pre-training."""

@@ -172,15 +172,38 @@ def split_task(
     return rows(train), rows(test)
 
 
-def pretraining_documents(packages: list[Package], taken: set[str]) -> Iterator[str]:
-    """Documents of the corpus; no section is named for packages of a task section."""
+def package_documents(packages: list[Package], taken: set[str]) -> Iterator[str]:
+    """The index as plain text and as attribute questions in the task's prompt form.
+
+    No section is ever named for a package of a task section, so the task's labels stay unseen;
+    package names, tags and the *other* sections teach the models to sum up a text in one word.
+    """
     for package in packages:
         if package.source in taken or not package.short:
             continue
-        tags = f"\nTags: {package.tags}" if package.tags else ""
-        yield f"{package.short}\n{package.long}{tags}"
+        tags = " ".join(package.tags.replace(",", "").split()[:4])
+        yield f"{package.short}\n{package.long[:400]}" + (f"\nTags: {tags}" if tags else "")
+        yield f"Package: {package.short}\nName: {package.source}"
+        if tags:
+            yield f"Package: {package.short}\nTags: {tags}"
         if package.section not in TASK_SECTIONS:
-            yield f"{PROMPT.format(text=package.short)} {package.section}"
+            yield from [f"{PROMPT.format(text=package.short)} {package.section}"] * 3
+
+
+def dictionary_documents(wordnet: list[str], foldoc: list[str]) -> Iterator[str]:
+    """Dictionary entries as plain text, and their words or subject labels in the prompt form."""
+    for entry in wordnet:
+        head, _, gloss = entry.partition(": ")
+        gloss = re.sub(r"^(adj|adv|n|v) 1: ", "", gloss)
+        gloss = re.split(r"; \"| 2: ", gloss)[0][:160].strip()
+        yield f"{PROMPT.format(text=gloss)} {head}"
+    for entry in foldoc:
+        yield entry
+        head, _, body = entry.partition(": ")
+        subject = re.match(r"<([a-z]+)[^>]*>\s*(?:/[^/]*/)?\s*", body)
+        if subject:
+            text = body[subject.end() :].split(". ")[0][:160]
+            yield from [f"{PROMPT.format(text=text)} {subject[1]}"] * 3
 
 
 def main() -> None:
@@ -206,8 +229,8 @@ def main() -> None:
     for name, pool in (("debian-other", shorts), ("wordnet", glosses)):
         rows = [{"text": text} for text in rng.sample(pool, ANCHORS)]
         _write_jsonl(args.assets / f"anchors/{name}.jsonl.gz", rows)
-    documents = list(pretraining_documents(packages, taken))
-    documents += wordnet + dictionary_texts(args.work, "dict-foldoc")
+    documents = list(package_documents(packages, taken))
+    documents += dictionary_documents(wordnet, dictionary_texts(args.work, "dict-foldoc"))
     rng.shuffle(documents)
     _write_jsonl(args.work / "corpus.jsonl.gz", ({"text": text} for text in documents))
     characters = sum(map(len, documents))

@@ -1,0 +1,1 @@
+"""Flower's door to a client."""

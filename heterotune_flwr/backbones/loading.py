@@ -1,0 +1,214 @@
+"""Loading a frozen backbone at its bits, once per process.
+
+``nf4`` and ``int8`` are the real bitsandbytes formats, on CPU as on GPU; embeddings and the
+unembedding (``lm_head``) are never quantized. ``bf16`` and ``fp32`` load as they say.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from heterotune_flwr.backbones.sources import BITS, BackboneSpec, fingerprint, resolve_source
+from heterotune_flwr.errors import BackboneError
+
+__all__ = [
+    "Backbone",
+    "BackboneSpec",
+    "check_bits",
+    "clear_backbones",
+    "default_device",
+    "load_backbone",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A loaded, frozen causal language model in evaluation mode.
+
+    Attributes
+    ----------
+    spec
+        What was asked for.
+    model
+        ``transformers`` causal LM; no parameter requires a gradient.
+    tokenizer
+        Its tokenizer; ``pad_token_id`` is set (to eos where the model has none).
+    fingerprint
+        Digest of configuration, tokenizer, unquantized weights and bits.
+    hidden, layers, parameters
+        d, number of decoder blocks, number of weights before quantization.
+    linear_shapes
+        (in, out) of every linear layer but the unembedding: what LoRA on all layers adapts.
+
+    """
+
+    spec: BackboneSpec
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    hidden: int
+    layers: int
+    parameters: int
+    linear_shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and every input to the model live."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def type_key(self) -> str:
+        """The model type, ``name[#revision]@bits``."""
+        return self.spec.type_key
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the whole model in bf16: one denominator of every saving."""
+        return 2 * self.parameters
+
+    @property
+    def lora16_bytes(self) -> int:
+        """Bytes of LoRA r=16 on all linear layers in bf16: the other denominator."""
+        return sum(2 * 16 * (inputs + outputs) for inputs, outputs in self.linear_shapes)
+
+
+#: The explicit per-process cache: one copy of a backbone however many clients use it.
+_loaded: dict[tuple[BackboneSpec, str], Backbone] = {}
+
+
+def clear_backbones() -> None:
+    """Forget every loaded backbone (the memory goes when the last user lets go)."""
+    _loaded.clear()
+
+
+def default_device() -> str:
+    """``cuda`` when an accelerator can be used, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_bits(bits: str, device: str | None = None) -> None:
+    """Check that this machine can hold a backbone at ``bits``, without loading one.
+
+    Raises
+    ------
+    BackboneError
+        Unknown bits, or bitsandbytes cannot run on this device.
+
+    """
+    if bits not in BITS:
+        raise BackboneError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
+    if bits not in ("nf4", "int8"):
+        return
+    device = device or default_device()
+    if device.split(":")[0] not in ("cuda", "cpu", "xpu"):
+        raise BackboneError(f"bits={bits} does not run on device {device!r}; use bits=bf16")
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a broken native library raises anything
+        raise BackboneError(
+            f"bits={bits} needs bitsandbytes, which does not load here ({error}); use bits=bf16"
+        ) from error
+
+
+def load_backbone(spec: BackboneSpec, device: str | None = None) -> Backbone:
+    """Load ``spec``, or return it from this process's cache.
+
+    The returned object is shared: adapters are attached to it and detached cleanly
+    (:mod:`heterotune_flwr.tuning.adapters`), its weights never change.
+
+    Raises
+    ------
+    BackboneError
+        The source is unknown or unreadable, or the bits cannot be had on this device.
+
+    """
+    device = device or default_device()
+    key = (spec, device)
+    if key not in _loaded:
+        check_bits(spec.bits, device)
+        _loaded[key] = _load(spec, device)
+    return _loaded[key]
+
+
+def _quantization(bits: str) -> Any:
+    """Return the bitsandbytes configuration of ``bits``, None for plain floating point."""
+    if bits not in ("nf4", "int8"):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if bits == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def _load(spec: BackboneSpec, device: str) -> Backbone:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
+
+    if spec.bits in ("nf4", "int8"):
+        apply_bitsandbytes_cpu_remedy()
+        # It warns at every single multiplication that int8 computes in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    directory = resolve_source(spec.source, spec.revision)
+    log.info("loading %s from %s", spec.type_key, directory)
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32 if spec.bits == "fp32" else torch.bfloat16,
+            device_map={"": device},
+            quantization_config=_quantization(spec.bits),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(f"backbone {spec.type_key} cannot be loaded: {reason}") from error
+    model.eval()
+    model.requires_grad_(False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = model.config.get_text_config()
+    return Backbone(
+        spec=spec,
+        model=model,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(directory, spec.bits),
+        hidden=int(config.hidden_size),
+        layers=int(config.num_hidden_layers),
+        parameters=count_parameters(model),
+        linear_shapes=_linear_shapes(model),
+    )
+
+
+def _linear_shapes(model: Any) -> tuple[tuple[int, int], ...]:
+    head = model.get_output_embeddings()
+    return tuple(
+        (int(module.in_features), int(module.out_features))
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model before quantization (tied weights once; a 4-bit byte holds two)."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total

@@ -1,0 +1,242 @@
+"""From a backbone's name in a configuration to a directory with its weights (no torch here).
+
+A name is, in this order: a member of the embedded family, a fetched backbone
+(``heterotune fetch``), a local directory, a GGUF file, or a hub id ``owner/name``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.backbones.assets import asset_path, cache_dir
+from heterotune_flwr.errors import BackboneError
+
+#: The shipped family, smallest first.
+EMBEDDED = ("tiny-a", "tiny-b", "tiny-c")
+#: Backbones that ``heterotune fetch`` puts into the cache (see :mod:`.fetch`).
+FETCHABLE = ("smollm2", "gemma3-270m", "smollm2-pruned")
+BITS = ("nf4", "int8", "bf16", "fp32")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone at a revision and bit width: what makes a model type."""
+
+    source: str
+    bits: str = "bf16"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the bit width."""
+        if self.bits not in BITS:
+            raise BackboneError(
+                f"bits of {self.source} is {self.bits!r}; choose one of {', '.join(BITS)}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Short name: the last part of a path or hub id."""
+        return Path(self.source.rstrip("/")).name.removesuffix(".gguf")
+
+    @property
+    def type_key(self) -> str:
+        """Identity of the model type, ``name[#revision]@bits``."""
+        revision = f"#{self.revision}" if self.revision else ""
+        return f"{self.name}{revision}@{self.bits}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a backbone's configuration says: d, number of decoder blocks, vocabulary size."""
+
+    hidden: int
+    layers: int
+    vocabulary: int
+    family: str = ""
+
+
+def fetched_dir(name: str) -> Path:
+    """Directory of the fetched backbone ``name`` in the cache; it need not exist."""
+    return cache_dir() / "backbones" / name
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds safetensors weights."""
+    return any((directory / name).is_file() for name in _WEIGHTS)
+
+
+def _embedded_dir(name: str) -> Path | None:
+    found = asset_path(f"embedded/{name}/model.safetensors")
+    return found.parent if found else None
+
+
+def is_present(name: str) -> bool:
+    """Whether the weights of an embedded or fetchable backbone are on this machine."""
+    if name in EMBEDDED:
+        return _embedded_dir(name) is not None
+    return has_weights(fetched_dir(name))
+
+
+def unknown_backbone(source: str) -> BackboneError:
+    """Return the error for a name nobody knows, with the nearest name that exists."""
+    known = (*EMBEDDED, *FETCHABLE)
+    near = difflib.get_close_matches(source, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return BackboneError(
+        f"unknown backbone {source!r}{hint} (known: {', '.join(known)}; or a directory, a .gguf "
+        "file, a hub id owner/name)"
+    )
+
+
+def _hub_dir(source: str, revision: str | None, config_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json"] if config_only else list(_HUB_FILES)
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
+    try:
+        directory = Path(snapshot_download(source, local_files_only=True, **options))
+        if config_only or has_weights(directory):
+            return directory
+    except Exception:  # not in the hub's cache; the reasons are many and none matters
+        pass
+    try:
+        return Path(snapshot_download(source, **options))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise BackboneError(
+            f"backbone {source!r} could not be read from the hub ({type(error).__name__}: "
+            f"{reason}); download it elsewhere and give its local directory"
+        ) from error
+
+
+def resolve_source(source: str, revision: str | None = None, config_only: bool = False) -> Path:
+    """Directory with ``config.json``, tokenizer and weights of a backbone.
+
+    A GGUF file is converted once, into the cache. ``config_only`` may leave the weights of a hub
+    id where they are.
+
+    Raises
+    ------
+    BackboneError
+        Nothing of that name exists (the nearest known name is suggested), or its weights are not
+        here and cannot be brought.
+
+    """
+    if source in EMBEDDED:
+        found = _embedded_dir(source)
+        if found is None:
+            raise BackboneError(
+                f"the weights of embedded backbone {source!r} are not installed here; install "
+                "heterotune-flwr into this environment or set HETEROTUNE_ASSETS"
+            )
+        return found
+    if source in FETCHABLE:
+        if not is_present(source):
+            raise BackboneError(
+                f"backbone {source!r} is not here yet; run: heterotune fetch {source}"
+            )
+        return fetched_dir(source)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from heterotune_flwr.backbones.conversion import converted_gguf
+
+        return converted_gguf(path)
+    if (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise BackboneError(
+            f"backbone {source!r} is neither a .gguf file nor a directory with config.json"
+        )
+    if _HUB_ID.fullmatch(source):
+        return _hub_dir(source, revision, config_only)
+    raise unknown_backbone(source)
+
+
+def _describe_gguf(path: Path) -> Shape:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        family = str(reader.get_field("general.architecture").contents())
+        hidden = int(reader.get_field(f"{family}.embedding_length").contents())
+        layers = int(reader.get_field(f"{family}.block_count").contents())
+        vocabulary = len(reader.get_field("tokenizer.ggml.tokens").data)
+    except (AttributeError, ValueError, OSError) as error:
+        raise BackboneError(f"{str(path)!r} is not a readable GGUF model: {error}") from error
+    return Shape(hidden, layers, vocabulary, family)
+
+
+def describe_source(source: str, revision: str | None = None) -> Shape:
+    """Width, depth and vocabulary of a backbone from its configuration (or GGUF header) alone.
+
+    Raises
+    ------
+    BackboneError
+        The source cannot be resolved, or its configuration does not describe a decoder.
+
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _describe_gguf(path)
+    directory = resolve_source(source, revision, config_only=True)
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        config = config.get("text_config") or config
+        return Shape(
+            hidden=int(config.get("hidden_size") or config["n_embd"]),
+            layers=int(config.get("num_hidden_layers") or config["n_layer"]),
+            vocabulary=int(config["vocab_size"]),
+            family=str(config.get("model_type", "")),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"config.json of backbone {source!r} does not describe a decoder ({error})"
+        ) from error
+
+
+def fingerprint(directory: Path, bits: str) -> str:
+    """SHA-256 (16 hex digits) over a backbone's configuration, tokenizer, weights and bits.
+
+    Digests of files are remembered in the cache by (path, size, time of change).
+    """
+    paths = sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")
+    )
+    if not any(path.suffix == ".safetensors" for path in paths):
+        raise BackboneError(f"backbone directory {str(directory)!r} has no .safetensors weights")
+    digest = hashlib.sha256(f"{bits}\n".encode())
+    for path in paths:
+        digest.update(f"{path.name}:{file_digest(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file, remembered in the cache."""
+    from heterotune_flwr.exchange.storage import atomic_write_text
+
+    stat = path.stat()
+    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    remembered = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        return remembered.read_text()
+    except OSError:
+        pass
+    with path.open("rb") as stream:
+        value = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        atomic_write_text(remembered, value)
+    except OSError:
+        return value  # a read-only cache costs time, not correctness
+    return value

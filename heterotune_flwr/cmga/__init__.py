@@ -1,0 +1,47 @@
+"""CMGA, Cross-Model Gradient Alignment: how the updates of different model types become one step.
+
+Our definition (docs/method.md, section 4): the public abstract of HeteroTune (arXiv 2411.16796)
+names the mechanism and its purpose, harmonising gradient directions across client models during
+aggregation, but not its formula. Here it is a chain of small pure transforms, each usable and
+replaceable alone, named in YAML::
+
+    chain:
+      - transform: within_type_mean
+      - transform: equalise_norms
+        decay: 0.9
+      - transform: weigh_reliability
+      - transform: deconflict
+      - transform: combine
+      - transform: server_opt
+
+A transform is a pair ``(init, update)`` of pure functions, ``update(state, updates) -> (state,
+updates)``; states are nested dictionaries of numbers, texts and arrays, saved without pickle
+(:mod:`heterotune_flwr.cmga.state`).
+"""
+
+from heterotune_flwr.cmga.base import Member, Transform, Updates, make_updates
+from heterotune_flwr.cmga.chain import DEFAULT_CHAIN, MEAN_CHAIN, TRANSFORMS, build_chain, chain
+from heterotune_flwr.cmga.directions import combine, deconflict, min_norm_weights, server_opt
+from heterotune_flwr.cmga.state import load_state, save_state
+from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
+
+__all__ = [
+    "DEFAULT_CHAIN",
+    "MEAN_CHAIN",
+    "TRANSFORMS",
+    "Member",
+    "Transform",
+    "Updates",
+    "build_chain",
+    "chain",
+    "combine",
+    "deconflict",
+    "equalise_norms",
+    "load_state",
+    "make_updates",
+    "min_norm_weights",
+    "save_state",
+    "server_opt",
+    "weigh_reliability",
+    "within_type_mean",
+]

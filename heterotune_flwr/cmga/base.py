@@ -1,0 +1,143 @@
+"""What flows through the chain, and small linear algebra on it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.errors import FederationError
+
+Vector = NDArray[np.float64]
+#: Nested dictionary of numbers, texts and arrays.
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One participant of an aggregation: a client, after ``within_type_mean`` a whole type.
+
+    ``vector`` is its pseudo-gradient of one slot, shape ``(n,)``; ``examples`` its weight.
+    """
+
+    key: str
+    type_key: str
+    vector: Vector
+    examples: float
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The updates of one slot in one round.
+
+    Attributes
+    ----------
+    round, seed
+        Name the random numbers a transform may draw.
+    clients
+        The clients' pseudo-gradients, sorted by (type, client); never changed.
+    members
+        What the next transform works on: clients, then types, then the one combined direction.
+    reference
+        The plain example-weighted mean of the clients, shape ``(n,)``.
+    types
+        One raw update per type, set by ``within_type_mean``; what descent is measured against.
+    reliability, weights
+        Per type, set by ``weigh_reliability``; empty before.
+    log
+        What a user looks at to understand a round; JSON-able.
+
+    """
+
+    round: int
+    seed: int
+    clients: tuple[Member, ...]
+    members: tuple[Member, ...]
+    reference: Vector
+    types: tuple[Member, ...] = ()
+    reliability: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def direction(self) -> Vector:
+        """The one combined direction; FederationError before ``combine`` ran."""
+        if len(self.members) != 1:
+            raise FederationError("the CMGA chain ended without `combine`")
+        return self.members[0].vector
+
+    def logged(self, **entries: Any) -> dict[str, Any]:
+        """The log with further entries."""
+        return {**self.log, **entries}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A pure (init, update) pair; see the package docstring."""
+
+    name: str
+    init: Callable[[], State]
+    update: Callable[[State, Updates], tuple[State, Updates]]
+
+
+def weighted_mean(members: Iterable[Member]) -> Vector:
+    """Example-weighted mean vector, summed in (type, key) order; shape ``(n,)``."""
+    ordered = sorted(members, key=lambda member: (member.type_key, member.key))
+    total = sum(member.examples for member in ordered)
+    mean = np.zeros_like(ordered[0].vector)
+    for member in ordered:
+        mean += (member.examples / total) * member.vector
+    return mean
+
+
+def make_updates(clients: Iterable[Member], round: int = 0, seed: int = 0) -> Updates:
+    """Collect the clients of one slot; the order they come in does not matter.
+
+    Raises
+    ------
+    FederationError
+        No client, lengths that differ, or a client without a positive number of examples.
+
+    """
+    ordered = tuple(sorted(clients, key=lambda member: (member.type_key, member.key)))
+    if not ordered:
+        raise FederationError("there is no update to aggregate")
+    if len({member.vector.shape for member in ordered}) != 1:
+        raise FederationError("updates of one slot differ in length")
+    for member in ordered:
+        if not member.examples > 0:
+            raise FederationError(f"{member.key} reports {member.examples} examples, not above 0")
+    return Updates(round, seed, ordered, ordered, weighted_mean(ordered))
+
+
+def generator(updates: Updates, *names: str) -> np.random.Generator:
+    """A random generator named by the run's seed, the round and some texts."""
+    words = [zlib.crc32(name.encode()) for name in names]
+    return np.random.default_rng([abs(updates.seed), updates.round, *words])
+
+
+def gram(members: Iterable[Member]) -> NDArray[np.float64]:
+    """All inner products, shape ``(M, M)``."""
+    stacked = np.stack([member.vector for member in members])
+    return np.asarray(stacked @ stacked.T)
+
+
+def cosines(products: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cosines of a Gram matrix; 0 where a vector is zero."""
+    norms = np.sqrt(np.maximum(np.diag(products), 0.0))
+    scale = np.outer(norms, norms)
+    safe = np.where(scale > 0, scale, 1.0)
+    return np.where(scale > 0, products / safe, 0.0)
+
+
+def pairwise(names: list[str], values: NDArray[np.float64]) -> dict[str, float]:
+    """Upper triangle of a symmetric matrix as ``{"a|b": value}``."""
+    return {
+        f"{names[i]}|{names[j]}": float(values[i, j])
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+    }

@@ -1,0 +1,96 @@
+"""Composing transforms, in Python or from YAML."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from heterotune_flwr.cmga.base import State, Transform, Updates
+from heterotune_flwr.cmga.directions import combine, deconflict, server_opt
+from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
+from heterotune_flwr.errors import ConfigError
+
+#: Every transform a YAML chain may name.
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    "within_type_mean": within_type_mean,
+    "equalise_norms": equalise_norms,
+    "weigh_reliability": weigh_reliability,
+    "deconflict": deconflict,
+    "combine": combine,
+    "server_opt": server_opt,
+}
+
+#: CMGA as METHOD section 4 defines it.
+DEFAULT_CHAIN: tuple[Mapping[str, Any], ...] = (
+    {"transform": "within_type_mean"},
+    {"transform": "equalise_norms"},
+    {"transform": "weigh_reliability"},
+    {"transform": "deconflict"},
+    {"transform": "combine"},
+    {"transform": "server_opt"},
+)
+
+#: Plain example-weighted averaging of all clients, the ablation.
+MEAN_CHAIN: tuple[Mapping[str, Any], ...] = (
+    {"transform": "within_type_mean"},
+    {"transform": "combine", "weights": "examples", "rescale": False, "guard": False},
+)
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Run transforms one after the other; the chain is a transform itself."""
+    keys = [f"{index}.{transform.name}" for index, transform in enumerate(transforms)]
+
+    def init() -> State:
+        return {key: part.init() for key, part in zip(keys, transforms, strict=True)}
+
+    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+        new: State = {}
+        for key, part in zip(keys, transforms, strict=True):
+            new[key], updates = part.update(state[key], updates)
+        return new, updates
+
+    return Transform("chain", init, update)
+
+
+def _build_one(spec: Any, position: int) -> Transform:
+    where = f"entry {position} of the CMGA chain"
+    if not isinstance(spec, Mapping) or "transform" not in spec:
+        raise ConfigError(f"{where} is {spec!r}; write `transform: <name>` and its options")
+    name = str(spec["transform"])
+    if name not in TRANSFORMS:
+        near = difflib.get_close_matches(name, TRANSFORMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TRANSFORMS)}"
+        raise ConfigError(f"{where} names the unknown transform {name!r}; {hint}")
+    options = {str(key): value for key, value in spec.items() if key != "transform"}
+    known = list(inspect.signature(TRANSFORMS[name]).parameters)
+    for key in options:
+        if key not in known:
+            raise ConfigError(
+                f"{where}: {name} has no option {key!r}; it has {', '.join(known) or 'none'}"
+            )
+    return TRANSFORMS[name](**options)
+
+
+def build_chain(specs: Sequence[Mapping[str, Any]]) -> Transform:
+    """Build the chain a YAML list describes.
+
+    Raises
+    ------
+    ConfigError
+        An entry names an unknown transform or option, or the order makes no sense:
+        ``within_type_mean`` comes first, exactly one ``combine`` before ``server_opt``.
+
+    """
+    parts = [_build_one(spec, position) for position, spec in enumerate(specs, start=1)]
+    names = [part.name for part in parts]
+    if not names or names[0] != "within_type_mean" or names.count("within_type_mean") != 1:
+        raise ConfigError("the CMGA chain must begin with `within_type_mean`, named once")
+    end = names[names.index("combine") + 1 :] if "combine" in names else None
+    if end is None or any(name != "server_opt" for name in end) or len(end) > 1:
+        raise ConfigError("the CMGA chain must end with `combine`, optionally then `server_opt`")
+    if "server_opt" in names[: names.index("combine")]:
+        raise ConfigError("`server_opt` works on the combined direction: put it after `combine`")
+    return chain(*parts)

@@ -1,0 +1,225 @@
+"""The second half of the chain: from one update per type to one step.
+
+Every direction here is a linear combination of the types' updates, so all of it is computed on
+their Gram matrix (M x M for M types); the long vectors are touched once, at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from heterotune_flwr.cmga.base import (
+    Member,
+    State,
+    Transform,
+    Updates,
+    Vector,
+    cosines,
+    generator,
+    gram,
+    pairwise,
+)
+from heterotune_flwr.errors import ConfigError
+
+Matrix = NDArray[np.float64]
+#: Cosines above minus this count as not negative.
+_TOLERANCE = 1e-9
+
+
+def _orders(count: int, limit: int, updates: Updates) -> Iterator[tuple[int, ...]]:
+    """All orders of ``count`` types, or ``limit`` random ones where there are more."""
+    if math.factorial(count) <= limit:
+        yield from itertools.permutations(range(count))
+        return
+    rng = generator(updates, "deconflict")
+    for _ in range(limit):
+        yield tuple(int(index) for index in rng.permutation(count))
+
+
+def _project(
+    start: int, order: tuple[int, ...], products: Matrix, discount: Matrix, threshold: float
+) -> Matrix:
+    """PCGrad step for one type: coefficients of its update after removing conflicting parts."""
+    coefficients = np.zeros(len(products))
+    coefficients[start] = 1.0
+    for other in order:
+        if other == start or products[other, other] <= 0:
+            continue
+        inner = float(coefficients @ products[other])
+        length = math.sqrt(max(float(coefficients @ products @ coefficients), 0.0))
+        scale = length * math.sqrt(products[other, other])
+        if scale > 0 and inner / scale < threshold * discount[start, other]:
+            coefficients[other] -= inner / products[other, other]
+    return coefficients
+
+
+def deconflict(threshold: float = -0.1, orders: int = 24) -> Transform:
+    """Remove from each type's update what points against another type's (METHOD 4.4).
+
+    Two types conflict where ``cos(g_a, g_b) / sqrt(rel_a rel_b) < threshold``: the division undoes
+    what noise takes off a cosine. There the component along ``g_b`` is removed from ``g_a``
+    (PCGrad, arXiv 2001.06782), averaged over the orders in which the others are visited.
+    """
+    if threshold > 0:
+        raise ConfigError(f"deconflict.threshold is {threshold}; it must not be above 0")
+
+    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+        members, count = updates.members, len(updates.members)
+        names = [member.key for member in members]
+        products = gram(members)
+        before = cosines(products)
+        reliability = np.array([updates.reliability.get(name, 1.0) for name in names])
+        discount = np.sqrt(np.outer(reliability, reliability))
+        conflict = (before < threshold * discount) & ~np.eye(count, dtype=bool)
+        mixing = np.eye(count)
+        if conflict.any():
+            chosen = list(_orders(count, orders, updates))
+            mixing = np.stack(
+                [
+                    np.mean([_project(a, o, products, discount, threshold) for o in chosen], axis=0)
+                    for a in range(count)
+                ]
+            )
+        stacked = mixing @ np.stack([member.vector for member in members])
+        pairs = max(count * (count - 1), 1)
+        log = updates.logged(
+            cosine_before=pairwise(names, before),
+            cosine_after=pairwise(names, cosines(mixing @ products @ mixing.T)),
+            conflict_rate=float(conflict.sum()) / pairs,
+        )
+        changed = tuple(replace(m, vector=v) for m, v in zip(members, stacked, strict=True))
+        return state, replace(updates, members=changed, log=log)
+
+    return Transform("deconflict", dict, update)
+
+
+def min_norm_weights(products: Matrix) -> Matrix:
+    """Weights (sum 1, none negative) of the shortest convex combination, from a Gram matrix.
+
+    The shortest point d of the convex hull has ``<d, g_m> >= |d|^2`` for every m: it is a descent
+    direction for all types at once, or zero when there is none (MGDA, arXiv 1810.04650). Solved
+    exactly as non-negative least squares: min |G u|^2 + (1'u - 1)^2 has its solution on the ray of
+    the minimiser.
+    """
+    scale = float(np.trace(products))
+    if scale <= 0:
+        return np.full(len(products), 1.0 / len(products))
+    values, vectors = np.linalg.eigh(products / scale)
+    root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+    system = np.vstack([root, np.ones(len(products))])
+    solution, _ = nnls(system, np.append(np.zeros(len(products)), 1.0))
+    return np.asarray(solution / solution.sum())
+
+
+def _guarded(direction: Vector, types: tuple[Member, ...]) -> tuple[Vector, float]:
+    """Blend towards the shortest point of the types' hull until no inner product is negative.
+
+    Returns the new direction and the blend in [0, 1]; 0 where nothing had to be done.
+    """
+    lengths = {member.key: float(np.linalg.norm(member.vector)) for member in types}
+    units = [m.vector / lengths[m.key] for m in types if lengths[m.key] > 0]
+    if not units:
+        return direction, 0.0
+    stacked = np.stack(units)
+    now = stacked @ direction
+    size = float(np.linalg.norm(direction))
+    if now.min() >= -_TOLERANCE * size:
+        return direction, 0.0
+    safe = min_norm_weights(stacked @ stacked.T) @ stacked
+    length = float(np.linalg.norm(safe))
+    if length < _TOLERANCE:
+        return np.zeros_like(direction), 1.0
+    safe = safe * (size / length)
+    then = stacked @ safe
+    needed = [-a / (b - a) for a, b in zip(now, then, strict=True) if a < 0 and b > a]
+    blend = min(max(needed, default=0.0), 1.0)
+    return (1 - blend) * direction + blend * safe, blend
+
+
+def combine(weights: str = "reliability", rescale: bool = True, guard: bool = True) -> Transform:
+    """``d = sum_m w_m g^_m``, as long as the plain weighted mean (METHOD 4.5).
+
+    Parameters
+    ----------
+    weights
+        ``reliability`` (equal where ``weigh_reliability`` is not in the chain), ``equal`` or
+        ``examples`` (with ``rescale`` off and no other step: plain averaging).
+    rescale
+        Give d the norm of the plain example-weighted mean of the clients' raw updates, so that no
+        rule wins by a hidden learning rate.
+    guard
+        After this step ``<d, g_m> >= 0`` for *every* type (up to rounding), g_m being the type's
+        mean before any other transform: d is moved towards the shortest point of the convex hull
+        of the types' unit updates, by the smallest blend that achieves it. Where the types leave
+        no common descent direction at all (exactly opposite updates), nothing is applied. Neither
+        a plain average nor PCGrad with three or more types gives such a guarantee; a momentum or
+        Adam server step after it does not keep it for the round's own updates.
+
+    """
+    if weights not in {"reliability", "equal", "examples"}:
+        raise ConfigError(f"combine.weights is {weights!r}; choose reliability, equal or examples")
+
+    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+        members = updates.members
+        shares = {member.key: 1.0 for member in members}
+        if weights == "examples":
+            shares = {member.key: member.examples for member in members}
+        elif weights == "reliability" and updates.weights:
+            shares = dict(updates.weights)
+        coefficients = np.array([shares[member.key] for member in members])
+        coefficients = coefficients / coefficients.sum()
+        direction = coefficients @ np.stack([member.vector for member in members])
+        log = dict(updates.log)
+        if guard and len(members) > 1:
+            direction, log["guard_blend"] = _guarded(direction, updates.types)
+        if rescale:
+            norm = float(np.linalg.norm(direction))
+            target = float(np.linalg.norm(updates.reference))
+            direction = direction * (target / norm if norm > 0 else 0.0)
+        total = sum(member.examples for member in members)
+        combined = Member("combined", "combined", direction, total)
+        return state, replace(updates, members=(combined,), log=log)
+
+    return Transform("combine", dict, update)
+
+
+def server_opt(
+    kind: str = "sgd",
+    learning_rate: float = 1.0,
+    momentum: float = 0.9,
+    beta2: float = 0.99,
+    epsilon: float = 1e-3,
+) -> Transform:
+    """Server optimizer on the combined direction (METHOD 4.6; FedOpt, arXiv 2003.00295).
+
+    ``sgd`` scales; ``momentum`` is the exponential average ``m = momentum m + (1 - momentum) d``
+    with bias correction; ``adam`` divides it by ``sqrt(v) + epsilon``, v averaged with ``beta2``.
+    Both averages decay only in rounds that have updates.
+    """
+    if kind not in {"sgd", "momentum", "adam"}:
+        raise ConfigError(f"server_opt.kind is {kind!r}; choose sgd, momentum or adam")
+
+    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+        step = updates.direction
+        new: State = {}
+        if kind != "sgd":
+            count = int(state.get("count", 0)) + 1
+            first = momentum * state.get("first", np.zeros_like(step)) + (1 - momentum) * step
+            new = {"count": count, "first": first}
+            step = first / (1 - momentum**count)
+        if kind == "adam":
+            old = state.get("second", np.zeros_like(step))
+            second = beta2 * old + (1 - beta2) * updates.direction**2
+            new["second"] = second
+            step = step / (np.sqrt(second / (1 - beta2**count)) + epsilon)
+        member = replace(updates.members[0], vector=learning_rate * step)
+        return new, replace(updates, members=(member,))
+
+    return Transform("server_opt", dict, update)

@@ -1,0 +1,1 @@
+"""Configuration: schema, composition of groups, dotted overrides, preflight checks."""

@@ -1,0 +1,288 @@
+"""Composes a run's configuration: preset + groups + strategies + dotted overrides -> ``Config``.
+
+A preset under ``conf/`` is YAML whose ``groups`` name one file per section (``data: debian_sections`` reads
+``conf/data/debian_sections.yaml``) and whose ``strategies`` list names files of ``conf/strategy``; every
+other key overrides what the groups said. Overrides come last: ``train.learning_rate=1e-3 run.seeds=[0,1]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import shlex
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from heterotune_flwr.config.schema import Config, TypeConfig
+from heterotune_flwr.errors import ConfigError
+
+INLINE = "yaml:"
+_SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
+
+
+def conf_root() -> Path:
+    """Folder of the shipped YAML files: beside the package (checkout, Flower bundle) or inside it."""
+    package = Path(__file__).resolve().parents[1]
+    for root in (package.parent / "conf", package / "conf"):
+        if (root / "strategy").is_dir():
+            return root
+    raise ConfigError(f"the conf/ folder is missing beside {package}; reinstall heterotune-flwr")
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in conf_root().glob("*.yaml"))
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # the YAML parser has exceptions of its own
+        raise ConfigError(
+            f"{where} is not valid YAML: {' '.join(str(error).split())[:200]}"
+        ) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{where} must be a mapping of sections, not a {type(loaded).__name__}")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return _parse(path.read_text(), str(path))
+
+
+def _find_preset(config: str) -> dict[str, Any]:
+    if config.startswith(INLINE):
+        return _parse(config.removeprefix(INLINE), "the inline configuration")
+    path = Path(config).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return _read(path)
+        named = conf_root() / path.name
+        if named.is_file():
+            return _read(named)
+        raise ConfigError(f"configuration file {config} does not exist")
+    named = conf_root() / f"{config}.yaml"
+    if not named.is_file():
+        known = presets()
+        raise ConfigError(
+            f"unknown preset {config!r}{_nearest(config, known)} (known: {', '.join(known)}; or a path.yaml)"
+        )
+    return _read(named)
+
+
+def _group(section: str, name: str) -> Any:
+    folder = conf_root() / section
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise ConfigError(
+            f"groups.{section}: there is no conf/{section}/{name}.yaml{_nearest(name, known)} "
+            f"(known: {', '.join(known) or 'none'})"
+        )
+    content = _read(path)
+    return content[section] if set(content) == {section} else content
+
+
+def _merge(base: Any, update: Any) -> Any:
+    if isinstance(base, dict) and isinstance(update, dict):
+        return {**base, **{key: _merge(base.get(key), value) for key, value in update.items()}}
+    return update
+
+
+def _expand(preset: dict[str, Any]) -> dict[str, Any]:
+    """Resolve ``groups`` and the ``strategies`` list of a preset."""
+    preset = dict(preset)
+    groups = preset.pop("groups", {})
+    if not isinstance(groups, dict):
+        raise ConfigError("groups must map sections to file names, like {data: debian_sections}")
+    merged: dict[str, Any] = {}
+    for section, name in groups.items():
+        if section not in _SECTIONS:
+            raise ConfigError(f"groups.{section}: no such section{_nearest(section, _SECTIONS)}")
+        merged[section] = _group(section, str(name))
+    strategies = preset.get("strategies")
+    if isinstance(strategies, list):
+        preset["strategies"] = {str(name): _group("strategy", str(name)) for name in strategies}
+    return {key: _merge(merged.get(key), value) for key, value in {**merged, **preset}.items()}
+
+
+def parse_overrides(overrides: str | Sequence[str]) -> list[tuple[list[str], Any]]:
+    """``"a.b=1 c=[x,y]"`` (shell quoting allowed) or a list of such words -> [(path, value)].
+
+    Raises
+    ------
+    ConfigError
+        A word is not ``dotted.path=value``.
+
+    """
+    words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    parsed = []
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"override {word!r} must read dotted.path=value")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+        except Exception:  # not YAML (a prompt with braces, say): the text itself; the schema judges it
+            value = text
+        parsed.append((path.split("."), value))
+    return parsed
+
+
+def _apply(tree: Any, path: list[str], value: Any, full: str) -> None:
+    head, *rest = path
+    if isinstance(tree, list):
+        if not head.isdigit() or int(head) >= len(tree):
+            raise ConfigError(f"override {full}: {head!r} is not an index below {len(tree)}")
+        key: Any = int(head)
+    else:
+        key = head
+        if rest and not isinstance(tree.get(key), dict | list):
+            tree[key] = {}
+    if rest:
+        _apply(tree[key], rest, value, full)
+    else:
+        tree[key] = value
+
+
+def _check_keys(content: Any, schema: Any, where: str) -> None:
+    """Name the first unknown key with its whole path and the nearest known one."""
+    if not dataclasses.is_dataclass(schema) or not isinstance(content, dict):
+        return
+    hints = typing.get_type_hints(schema)
+    for key, value in content.items():
+        path = f"{where}.{key}" if where else key
+        if key not in hints:
+            near = _nearest(str(key), list(hints))
+            raise ConfigError(f"unknown configuration key {path!r}{near}")
+        if key == "types" and where == "":
+            for index, entry in enumerate(value or []):
+                _check_keys(entry, TypeConfig, f"types.{index}")
+        else:
+            _check_keys(value, hints[key], path)
+
+
+def compose(config: str, overrides: str | Sequence[str] = "") -> Config:
+    """The resolved configuration of a run.
+
+    Parameters
+    ----------
+    config
+        A preset's name, the path of a YAML file, or ``yaml:`` followed by YAML text.
+    overrides
+        Dotted overrides in one shell-quoted string, or one per item.
+
+    Raises
+    ------
+    ConfigError
+        Unknown preset, group, key or value; the message names it and the nearest right one.
+
+    """
+    content = _expand(_find_preset(config))
+    for path, value in parse_overrides(overrides):
+        if (
+            path[0] == "strategies"
+            and len(path) > 1
+            and path[1] not in content.get("strategies", {})
+        ):
+            content.setdefault("strategies", {})[path[1]] = _group("strategy", path[1])
+        _apply(content, path, value, ".".join(path))
+    _check_keys(content, Config, "")
+    _add_compared_strategies(content)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), content)
+        result = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}: {reason}") from error
+    assert isinstance(result, Config)
+    check_choices(result)
+    return result
+
+
+def _add_compared_strategies(content: dict[str, Any]) -> None:
+    """``run.compare`` may name any shipped strategy, listed in the preset or not."""
+    strategies = content.setdefault("strategies", {})
+    run = content.get("run") or {}
+    for name in run.get("compare") or ["heterotune"]:
+        if name not in strategies:
+            strategies[name] = _group("strategy", str(name))
+
+
+#: dotted key -> allowed values
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.partition": ("dirichlet", "iid", "natural"),
+    "method.kind": ("dema", "lora"),
+    "method.activation": ("silu", "linear"),
+    "method.gate": ("dense", "top1", "uniform"),
+    "method.gate_scope": ("client", "type", "global"),
+    "alignment.positions": ("answer", "words"),
+    "alignment.output": ("labels", "vocabulary"),
+    "alignment.control": ("none", "random_down", "random_up", "random_maps", "rotated_basis"),
+    "train.loss": ("auto", "labels", "tokens"),
+    "exchange.codec": ("bf16", "fp16", "fp32"),
+}
+#: dotted key -> smallest allowed value
+MINIMA: dict[str, float] = {
+    "method.slots": 1, "method.latent": 1, "method.inner": 1, "method.experts_global": 0,
+    "method.experts_type": 0, "method.experts_private": 0, "method.lora_rank": 1,
+    "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
+    "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
+    "server.evaluate_every": 0, "alignment.count": 10, "alignment.components": 1,
+    "run.worker_threads": 1,
+}  # fmt: skip
+_POSITIVE = ("data.alpha", "train.learning_rate", "train.clip_norm", "method.lora_alpha")
+
+
+def _value(config: Config, path: str) -> Any:
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def check_choices(config: Config) -> None:
+    """Values that types cannot express; raises ConfigError with the nearest right one."""
+    for path, allowed in CHOICES.items():
+        if (value := _value(config, path)) not in allowed:
+            raise ConfigError(
+                f"{path} is {value!r}{_nearest(str(value), allowed)} (choose from {', '.join(allowed)})"
+            )
+    for index, entry in enumerate(config.types):
+        bits = ("nf4", "int8", "bf16", "fp32")
+        if entry.bits not in bits:
+            raise ConfigError(
+                f"types.{index}.bits is {entry.bits!r}{_nearest(entry.bits, bits)} (choose from {', '.join(bits)})"
+            )
+        if entry.clients < 1:
+            raise ConfigError(f"types.{index}.clients is {entry.clients}, it must be at least 1")
+    for path, minimum in MINIMA.items():
+        if (value := _value(config, path)) < minimum:
+            raise ConfigError(f"{path} is {value}, it must be at least {minimum}")
+    for path in _POSITIVE:
+        if (value := _value(config, path)) <= 0:
+            raise ConfigError(f"{path} is {value}, it must be above 0")
+    if not 0 < config.server.participation <= 1:
+        raise ConfigError(
+            f"server.participation is {config.server.participation}, must be in (0, 1]"
+        )
+    if not config.run.seeds or not config.run.compare:
+        raise ConfigError("run.seeds and run.compare must not be empty")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`compose` reads back."""
+    structured = OmegaConf.structured(config)
+    assert isinstance(structured, DictConfig)
+    return OmegaConf.to_yaml(structured)

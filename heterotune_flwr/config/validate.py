@@ -1,0 +1,70 @@
+"""Preflight: what can be known to be wrong before any weights are loaded or any process is started."""
+
+from __future__ import annotations
+
+from heterotune_flwr.backbones.loading import check_bits
+from heterotune_flwr.backbones.sources import describe_source, resolve_source
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.data.partition import client_examples
+from heterotune_flwr.data.sources import global_test, label_set
+from heterotune_flwr.data.template import label_tokens
+from heterotune_flwr.dema.anchors import load_anchors
+from heterotune_flwr.errors import BackboneError, ConfigError, DataError
+from heterotune_flwr.federation.server import check_strategies
+
+
+def preflight(config: Config) -> None:
+    """Check a simulated run as far as possible without loading weights (a second or two).
+
+    Raises
+    ------
+    ConfigError
+        No types, an unknown strategy or option, a task that does not fit the output maps.
+    BackboneError
+        An unknown or unfetched backbone, bits this device cannot do, more slots than blocks.
+    DataError
+        A file or column is missing, a client's shard would be empty, two labels begin with one token.
+
+    """
+    if not config.types:
+        raise ConfigError("types is empty: name at least one backbone with its bits and clients")
+    check_strategies(config)
+    _check_backbones(config)
+    labels = label_set(config.data)
+    if not labels and config.alignment.output == "labels" and config.method.kind == "dema":
+        raise ConfigError(
+            "the task has no closed label set (see data.labels and data.max_labels), so alignment.output must be "
+            "'vocabulary'"
+        )
+    load_anchors(config.alignment)
+    global_test(config.data)
+    total = sum(entry.clients for entry in config.types)
+    for seed in config.run.seeds:
+        for partition in range(total):
+            client_examples(config.data, partition, total, seed)
+    if labels and config.train.loss != "tokens":
+        _check_labels(config, labels)
+
+
+def _check_backbones(config: Config) -> None:
+    for entry in config.types:
+        check_bits(entry.bits)
+    shapes = {e.backbone: describe_source(e.backbone, e.revision) for e in config.types}
+    shallowest = min(shapes, key=lambda name: shapes[name].layers)
+    depth = shapes[shallowest].layers
+    if config.method.slots > depth:
+        raise BackboneError(
+            f"method.slots is {config.method.slots}, but the shallowest backbone, {shallowest}, has {depth} blocks; "
+            f"use at most {depth}"
+        )
+
+
+def _check_labels(config: Config, labels: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    for entry in config.types:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_source(entry.backbone, entry.revision))
+        try:
+            label_tokens(tokenizer, labels, config.data.prompt)
+        except DataError as error:
+            raise DataError(f"backbone {entry.backbone}: {error}") from error

@@ -1,0 +1,238 @@
+"""Who holds which examples: a function of (data, seed, partition id, number of partitions) alone.
+
+``dirichlet``
+    Every client draws its own label mixture ``p ~ Dir(alpha)`` and then its examples label by label
+    from the pool (our definition; a partitioner that deals out the whole pool cannot give every
+    client the same number of examples). Clients share no example while the pool lasts; where a
+    label runs out its examples are dealt a second time, and a log line says so.
+``iid``, ``natural``
+    The partitioners of flwr-datasets; ``natural`` takes the largest natural clients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.sources import Example, check_labels, label_set, training_pool
+from heterotune_flwr.dema.bank import generator
+from heterotune_flwr.errors import DataError
+
+log = logging.getLogger(__name__)
+
+PARTITIONS = ("dirichlet", "iid", "natural")
+#: Share of a deployed client's own file that is held out at most.
+_HELD_OUT = 0.25
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's own examples: what it trains on and what it keeps to measure itself."""
+
+    train: list[Example]
+    personal_test: list[Example]
+
+
+class _Deck:
+    """The examples of one label, dealt in random order, again from the start when all are dealt."""
+
+    def __init__(self, indices: NDArray[np.int64], rng: np.random.Generator) -> None:
+        self._indices = rng.permutation(indices)
+        self._rng = rng
+        self._next = 0
+        self.redealt = False
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def deal(self, count: int) -> list[int]:
+        """``count`` different examples; needs ``count <= len(self)``."""
+        taken = self._indices[self._next : self._next + count].tolist()
+        self._next += len(taken)
+        missing = count - len(taken)
+        if missing:
+            self.redealt = True
+            held = set(taken)
+            order = self._rng.permutation(self._indices)
+            fresh = np.array([i for i in order if i not in held], dtype=np.int64)
+            taken += fresh[:missing].tolist()
+            rest = [i for i in order if i not in set(taken)]
+            self._indices = np.array(taken + rest, dtype=np.int64)
+            self._next = len(taken)
+        return [int(index) for index in taken]
+
+
+def _label_counts(
+    mixture: NDArray[np.float64], sizes: NDArray[np.int64], total: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Examples per label: multinomial, capped by the label's size, the excess drawn elsewhere."""
+    counts = np.zeros_like(sizes)
+    missing = total
+    while missing > 0:
+        room = sizes - counts
+        weights = np.where(room > 0, np.maximum(mixture, 1e-12), 0.0)
+        drawn = rng.multinomial(missing, weights / weights.sum())
+        counts += np.minimum(drawn, room)
+        missing = total - int(counts.sum())
+    return counts
+
+
+def _dirichlet(
+    pool: Sequence[Example], total: int, alpha: float, num_partitions: int, seed: int
+) -> list[list[int]]:
+    by_label: dict[str, list[int]] = defaultdict(list)
+    for index, example in enumerate(pool):
+        by_label[example.label].append(index)
+    names = sorted(by_label)
+    decks = [_Deck(np.array(by_label[n]), generator(seed, f"data.deck.{n}")) for n in names]
+    sizes = np.array([len(deck) for deck in decks], dtype=np.int64)
+    shares = []
+    for partition in range(num_partitions):
+        rng = generator(seed, f"data.dirichlet.{partition}")
+        mixture = rng.dirichlet(np.full(len(names), alpha))
+        counts = _label_counts(mixture, sizes, total, rng)
+        dealt = [
+            i for deck, n in zip(decks, counts.tolist(), strict=True) if n for i in deck.deal(n)
+        ]
+        shares.append([dealt[i] for i in rng.permutation(len(dealt))])
+    shared = [name for name, deck in zip(names, decks, strict=True) if deck.redealt]
+    if shared:
+        log.info("the pool is too small for %d clients: they share examples of %s",
+                 num_partitions, ", ".join(shared))  # fmt: skip
+    return shares
+
+
+def _iid(pool: Sequence[Example], num_partitions: int, seed: int) -> list[list[int]]:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    order = generator(seed, "data.iid").permutation(len(pool))
+    partitioner = IidPartitioner(num_partitions=num_partitions)
+    partitioner.dataset = Dataset.from_dict({"index": order.tolist()})
+    return [list(partitioner.load_partition(i)["index"]) for i in range(num_partitions)]
+
+
+def _natural(
+    pool: Sequence[Example], num_partitions: int, seed: int, field: str
+) -> list[list[int]]:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    sizes = Counter(example.client for example in pool if example.client)
+    if len(sizes) < num_partitions:
+        raise DataError(
+            f"partition natural: the training file names {len(sizes)} clients in column {field!r} "
+            f"(data.client_field), {num_partitions} are needed"
+        )
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:num_partitions]
+    chosen = [index for index, example in enumerate(pool) if example.client in set(largest)]
+    table = {"index": chosen, "client": [pool[index].client for index in chosen]}
+    partitioner = NaturalIdPartitioner(partition_by="client")
+    partitioner.dataset = Dataset.from_dict(table)
+    owners = {}
+    for number in range(num_partitions):
+        part = partitioner.load_partition(number)
+        rng = generator(seed, f"data.natural.{part['client'][0]}")
+        owners[part["client"][0]] = rng.permutation(list(part["index"])).tolist()
+    return [owners[name] for name in largest]
+
+
+def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
+    """Cut a share to size: (training, personal test), in the configured proportion when short."""
+    wanted = data.examples_per_client + data.personal_test_examples
+    total = min(len(indices), wanted)
+    held = round(total * data.personal_test_examples / wanted)
+    if data.personal_test_examples and total > 1:
+        held = max(held, 1)
+    return indices[: total - held], indices[total - held : total]
+
+
+@functools.lru_cache(maxsize=8)
+def _shares(
+    pool: tuple[Example, ...],
+    partition: str,
+    total: int,
+    alpha: float,
+    num_partitions: int,
+    seed: int,
+    field: str,
+) -> list[list[int]]:
+    if partition == "dirichlet":
+        return _dirichlet(pool, total, alpha, num_partitions, seed)
+    if partition == "iid":
+        return _iid(pool, num_partitions, seed)
+    return _natural(pool, num_partitions, seed, field)
+
+
+def _check(data: DataConfig, pool: Sequence[Example], num_partitions: int) -> None:
+    if data.partition not in PARTITIONS:
+        raise DataError(
+            f"data.partition is {data.partition!r}; choose one of {', '.join(PARTITIONS)}"
+        )
+    if data.examples_per_client < 1:
+        raise DataError("data.examples_per_client must be at least 1: a shard would be empty")
+    if data.alpha <= 0:
+        raise DataError(f"data.alpha is {data.alpha}; a Dirichlet concentration is positive")
+    total = data.examples_per_client + data.personal_test_examples
+    if data.partition == "dirichlet" and total > len(pool):
+        raise DataError(
+            f"a client wants {total} examples but the training file holds {len(pool)}; lower "
+            "data.examples_per_client or data.personal_test_examples"
+        )
+    if data.partition == "iid" and num_partitions > len(pool):
+        raise DataError(
+            f"client {len(pool)} of {num_partitions} would get an empty shard: the training file "
+            f"holds only {len(pool)} examples"
+        )
+
+
+def client_examples(
+    data: DataConfig, partition_id: int, num_partitions: int, seed: int
+) -> ClientData:
+    """Examples of simulated client ``partition_id`` of ``num_partitions``.
+
+    The same on every machine for equal arguments, whatever was asked for before.
+
+    Raises
+    ------
+    DataError
+        The file or the partition settings are wrong, or this client's shard would be empty.
+
+    """
+    if not 0 <= partition_id < num_partitions:
+        raise DataError(f"there is no client {partition_id} among {num_partitions}")
+    pool = training_pool(data)
+    check_labels(pool, label_set(data), "the training file")
+    _check(data, pool, num_partitions)
+    total = data.examples_per_client + data.personal_test_examples
+    shares = _shares(
+        pool, data.partition, total, data.alpha, num_partitions, seed, data.client_field
+    )
+    train, personal = _split(shares[partition_id], data)
+    if not train:
+        raise DataError(
+            f"client {partition_id} of {num_partitions} has an empty training shard "
+            f"(partition {data.partition}); use fewer clients or more data"
+        )
+    return ClientData([pool[i] for i in train], [pool[i] for i in personal])
+
+
+def local_examples(data: DataConfig, path: str, seed: int) -> ClientData:
+    """Examples of a deployed client: its own whole file, a random part of it held out.
+
+    Held out are ``personal_test_examples``, but never more than a quarter of the file.
+    """
+    own = dataclasses.replace(data, train=path)
+    pool = training_pool(own)
+    check_labels(pool, label_set(own), f"data file {path!r}")
+    order = generator(seed, "data.local").permutation(len(pool)).tolist()
+    held = min(data.personal_test_examples, int(len(pool) * _HELD_OUT))
+    return ClientData([pool[i] for i in order[held:]], [pool[i] for i in order[:held]])

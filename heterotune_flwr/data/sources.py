@@ -1,0 +1,173 @@
+"""Reading labelled texts: the embedded data set, or a user's .jsonl, .jsonl.gz or .csv file."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from heterotune_flwr.backbones.assets import asset_path
+from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.errors import DataError
+
+#: Data sets shipped with the package.
+EMBEDDED = ("debian_sections",)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text; ``client`` names its natural owner (empty where the file does not say)."""
+
+    text: str
+    label: str
+    client: str = ""
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of a table file."""
+    name = path.name.removesuffix(".gz")
+    if not name.endswith((".jsonl", ".csv")):
+        raise DataError(f"data file {str(path)!r} is neither .jsonl, .jsonl.gz nor .csv")
+    with _open(path) as stream:
+        if name.endswith(".csv"):
+            yield from enumerate(csv.DictReader(stream), start=2)
+            return
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}:{number} is not a JSON object")
+                yield number, row
+
+
+def _column(row: dict[str, Any], key: str, setting: str, where: str) -> str:
+    if row.get(key) is None:
+        raise DataError(
+            f"{where} has no column {key!r} (data.{setting}); columns present: "
+            f"{', '.join(sorted(str(name) for name in row if name))}"
+        )
+    return str(row[key])
+
+
+def read_examples(path: Path, data: DataConfig) -> list[Example]:
+    """Read a file's examples in their order.
+
+    The natural client is read only where the column exists; ``partition: natural`` insists on it.
+
+    Raises
+    ------
+    DataError
+        No such file, unreadable, a column is missing, or there is not one example.
+
+    """
+    if not path.is_file():
+        raise DataError(f"data file {str(path)!r} does not exist")
+    examples: list[Example] = []
+    try:
+        for number, row in _rows(path):
+            where = f"{path}:{number}"
+            examples.append(
+                Example(
+                    text=_column(row, data.text_field, "text_field", where),
+                    label=_column(row, data.label_field, "label_field", where),
+                    client=str(row.get(data.client_field) or ""),
+                )
+            )
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise DataError(f"data file {str(path)!r} cannot be read: {error}") from error
+    if not examples:
+        raise DataError(f"data file {str(path)!r} holds no example")
+    return examples
+
+
+def _path(data: DataConfig, part: str) -> Path:
+    given = data.train if part == "train" else data.test
+    if given is not None:
+        return Path(given).expanduser()
+    if data.name not in EMBEDDED:
+        raise DataError(
+            f"data.{part} is not set and {data.name!r} is no embedded data set "
+            f"({', '.join(EMBEDDED)}); give data.train and data.test"
+        )
+    found = asset_path(f"{data.name}/{part}.jsonl.gz")
+    if found is None:
+        raise DataError(
+            f"the embedded data set {data.name!r} is not installed here; install heterotune-flwr "
+            "into this environment or set HETEROTUNE_ASSETS"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: Path, stamp: int, fields: tuple[str, str, str]) -> tuple[Example, ...]:
+    text, label, client = fields
+    columns = DataConfig(text_field=text, label_field=label, client_field=client)
+    return tuple(read_examples(path, columns))
+
+
+def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
+    stamp = path.stat().st_mtime_ns if path.is_file() else 0
+    return _read(path, stamp, (data.text_field, data.label_field, data.client_field))
+
+
+def training_pool(data: DataConfig) -> tuple[Example, ...]:
+    """All examples clients can draw from (or a deployed client's own file), in file order."""
+    return _cached(_path(data, "train"), data)
+
+
+def global_test(data: DataConfig) -> list[Example]:
+    """The test set everybody is measured on: the first ``global_test_examples`` of the test file.
+
+    Raises
+    ------
+    DataError
+        As :func:`read_examples`; also when an answer is outside the closed label set.
+
+    """
+    path = _path(data, "test")
+    examples = list(_cached(path, data)[: data.global_test_examples])
+    check_labels(examples, label_set(data), str(path))
+    return examples
+
+
+def label_set(data: DataConfig) -> list[str] | None:
+    """The closed set of answers in its one order, or None for an open-text task."""
+    if data.labels is not None:
+        if len(set(data.labels)) != len(data.labels) or len(data.labels) < 2:
+            raise DataError("data.labels must name at least two answers, each once")
+        return list(data.labels)
+    found = sorted({example.label for example in training_pool(data)})
+    return found if len(found) <= data.max_labels else None
+
+
+def check_labels(examples: Iterable[Example], labels: Sequence[str] | None, where: str) -> None:
+    """Raise DataError for an answer outside a closed label set."""
+    if labels is None:
+        return
+    known = set(labels)
+    for example in examples:
+        if example.label not in known:
+            raise DataError(
+                f"{where} has the answer {example.label!r}, which is not in the label set "
+                f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}); set data.labels"
+            )
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """SHA-256 (hex) over texts and answers in order: what results and states depend on."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.text, example.label]).encode())
+    return digest.hexdigest()

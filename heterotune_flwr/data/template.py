@@ -1,0 +1,133 @@
+"""From an example to token ids: prompt, then one space, then the answer.
+
+The answer is read off the encoding of prompt and answer *together*, so that tokenizers which put
+a marker in front of every text (SentencePiece) give the same words as those that do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heterotune_flwr.data.sources import Example
+from heterotune_flwr.errors import DataError
+
+#: Stands for a task's text where only the prompt's end matters.
+_PROBE = "text"
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of one example; ``answer`` ends with eos where the tokenizer has one."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def render_prompt(prompt: str, text: str) -> str:
+    """Fill ``{text}`` of the prompt form.
+
+    Raises
+    ------
+    DataError
+        The form has no ``{text}``.
+
+    """
+    if "{text}" not in prompt:
+        raise DataError(f"data.prompt {prompt!r} has no {{text}} to fill")
+    return prompt.replace("{text}", text)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids with the tokenizer's leading special tokens and without a trailing eos."""
+    ids = list(tokenizer(text)["input_ids"])
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def truncate_prompt(tokenizer: Any, ids: list[int], limit: int) -> list[int]:
+    """The last ``limit`` ids, after a leading bos where there is one."""
+    if len(ids) <= limit:
+        return ids
+    if ids[0] == tokenizer.bos_token_id and limit > 1:
+        return ids[:1] + ids[len(ids) - limit + 1 :]
+    return ids[len(ids) - limit :]
+
+
+def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """Ids that " answer" adds after ``prompt`` (rendered), without eos.
+
+    Raises
+    ------
+    DataError
+        The answer adds nothing.
+
+    """
+    before = encode_text(tokenizer, prompt)
+    together = encode_text(tokenizer, f"{prompt} {answer}")
+    if together[: len(before)] == before:
+        ids = together[len(before) :]
+    else:  # the tokenizer merges across the boundary
+        ids = list(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise DataError(f"the answer {answer!r} has no tokens after the prompt")
+    return ids
+
+
+def label_tokens(tokenizer: Any, labels: Sequence[str], prompt: str) -> list[int]:
+    """First token of every " label" after the prompt: the words whose logits decide.
+
+    ``prompt`` is the form with ``{text}``.
+
+    Raises
+    ------
+    DataError
+        Two labels begin with the same token; names both.
+
+    """
+    rendered = render_prompt(prompt, _PROBE)
+    owners: dict[int, str] = {}
+    for label in labels:
+        token = answer_ids(tokenizer, rendered, label)[0]
+        if token in owners:
+            raise DataError(
+                f"labels {owners[token]!r} and {label!r} begin with the same token "
+                f"{tokenizer.convert_ids_to_tokens(token)!r} of this backbone; rename one of them "
+                "or set train.loss=tokens"
+            )
+        owners[token] = label
+    return list(owners)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, text: str, max_length: int) -> list[int]:
+    """Ids of the rendered prompt; its last position is where the answer is read."""
+    ids = encode_text(tokenizer, render_prompt(prompt, text))
+    return truncate_prompt(tokenizer, ids, max_length)
+
+
+def encode_example(
+    tokenizer: Any, prompt: str, example: Example, max_length: int
+) -> EncodedExample:
+    """Ids of prompt and answer (+eos), together at most ``max_length``; the prompt gives way.
+
+    Raises
+    ------
+    DataError
+        The answer alone leaves no room for a prompt.
+
+    """
+    rendered = render_prompt(prompt, example.text)
+    answer = answer_ids(tokenizer, rendered, example.label)
+    if tokenizer.eos_token_id is not None:
+        answer = [*answer, int(tokenizer.eos_token_id)]
+    room = max_length - len(answer)
+    if room < 1:
+        raise DataError(
+            f"an answer of {len(answer)} tokens leaves no room for its prompt in "
+            f"data.max_length={max_length}"
+        )
+    return EncodedExample(
+        truncate_prompt(tokenizer, encode_text(tokenizer, rendered), room), answer
+    )

@@ -1,0 +1,75 @@
+"""Anchors: the public texts on which different models are aligned (never a client's data)."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from heterotune_flwr.backbones.assets import asset_path
+from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.errors import DataError
+
+SHIPPED = ("debian-other", "wordnet")
+_WORD = re.compile(r"[A-Za-z][a-z]+")
+
+
+def _read(path: Path) -> list[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as stream:  # type: ignore[operator]
+        lines = [line.rstrip("\n") for line in stream]
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        return [line for line in lines if line.strip()]
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: every anchor must be a JSON object with a 'text'"
+            ) from error
+        texts.append(str(text))
+    return texts
+
+
+def load_anchors(alignment: AlignmentConfig) -> list[str]:
+    """The first ``alignment.count`` anchors of a shipped set or of a .jsonl(.gz)/.txt(.gz) file.
+
+    Raises
+    ------
+    DataError
+        The set is unknown, the file malformed, or there are fewer than 10 anchors.
+
+    """
+    name = alignment.anchors
+    path: Path | None = Path(name).expanduser()
+    if name in SHIPPED:
+        path = asset_path(f"anchors/{name}.jsonl.gz")
+    if path is None or not path.is_file():
+        raise DataError(
+            f"alignment.anchors is {name!r}: neither a shipped set ({', '.join(SHIPPED)}) nor a file"
+        )
+    texts = _read(path)[: alignment.count]
+    if len(texts) < 10:
+        raise DataError(f"{name} has {len(texts)} anchors; thousands are needed to align models")
+    return texts
+
+
+def anchor_digest(texts: Sequence[str]) -> str:
+    """Identity of an anchor list (hex)."""
+    return hashlib.sha256("\x00".join(texts).encode()).hexdigest()
+
+
+def public_words(texts: Sequence[str], count: int) -> list[str]:
+    """The ``count`` most frequent words of the anchors, ties in alphabetical order.
+
+    Every client marks which of them are one token of its vocabulary; what all have in common are the
+    functionals by which output maps are aligned (:mod:`.maps`).
+    """
+    counts = Counter(word for text in texts for word in _WORD.findall(text))
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    return ranked[:count]

@@ -1,0 +1,91 @@
+"""The bank: names, shapes and first values of everything a client may train (numpy only).
+
+Names are the contract between server and client. For DeMA (our definition, docs/method.md)::
+
+    slots.{k}.experts.{tier}.{e}.down.weight   q x r       N_e
+    slots.{k}.experts.{tier}.{e}.down.bias     q           b_e
+    slots.{k}.experts.{tier}.{e}.up.weight     r_out x q   P_e
+    slots.{k}.gate.weight                      E x r       G
+    slots.{k}.gate.bias                        E           c
+
+with ``tier`` one of ``global``, ``type``, ``private``; for LoRA ``lora.{module}.A`` (rank x in) and
+``lora.{module}.B`` (out x rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from heterotune_flwr.config.schema import MethodConfig
+
+TIERS = ("global", "type", "private")
+Tier = Literal["global", "type", "private", "gate", "lora"]
+
+
+def bank_shapes(method: MethodConfig, output: int) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of a client's DeMA tensors; ``output`` is r_out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    counts = (method.experts_global, method.experts_type, method.experts_private)
+    r, q = method.latent, method.inner
+    for slot in range(method.slots):
+        for tier, count in zip(TIERS, counts, strict=True):
+            for expert in range(count):
+                name = f"slots.{slot}.experts.{tier}.{expert}"
+                shapes[f"{name}.down.weight"] = (q, r)
+                shapes[f"{name}.down.bias"] = (q,)
+                shapes[f"{name}.up.weight"] = (output, q)
+        shapes[f"slots.{slot}.gate.weight"] = (sum(counts), r)
+        shapes[f"slots.{slot}.gate.bias"] = (sum(counts),)
+    return shapes
+
+
+def tier_of(name: str) -> Tier:
+    """Tier of a canonical tensor name; ``gate`` and ``lora`` count as tiers of their own."""
+    parts = name.split(".")
+    if parts[0] == "lora":
+        return "lora"
+    if parts[0] == "slots" and len(parts) > 2:
+        if parts[2] == "gate":
+            return "gate"
+        if parts[2] == "experts" and parts[3] in TIERS:
+            return parts[3]  # type: ignore[return-value]
+    raise ValueError(f"{name!r} is not the name of a trainable tensor")
+
+
+def slot_of(name: str) -> int:
+    """Slot index of a canonical DeMA name; 0 for LoRA, which has no slots."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "slots" else 0
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """The named random stream ``name`` of a run: independent of order and platform hash."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+def initial_tensors(
+    shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> dict[str, NDArray[np.float32]]:
+    """First values, equal on server and client: a function of (seed, name, shape) alone.
+
+    Projections *into* a bottleneck (``down.weight``, LoRA ``A``) are uniform with standard deviation
+    ``1/sqrt(fan_in)`` and differ per expert; everything else is zero, so that a run starts
+    at exactly the backbone.
+    """
+    values: dict[str, NDArray[np.float32]] = {}
+    for name, shape in shapes.items():
+        if name.endswith((".down.weight", ".A")):
+            bound = math.sqrt(3.0 / shape[1])
+            drawn = generator(seed, name).uniform(-bound, bound, size=shape)
+            values[name] = drawn.astype(np.float32)
+        else:
+            values[name] = np.zeros(shape, dtype=np.float32)
+    return values

@@ -1,0 +1,106 @@
+"""Configuration of the DeMA tuner; the fields' help texts are its documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.errors import ConfigError
+
+ACTIVATIONS = ("silu", "linear")
+GATES = ("dense", "top1", "uniform")
+
+
+@dataclass
+class DeMAConfig(PeftConfig):
+    """Dense mixture of adapters in a latent space shared by different models (our definition).
+
+    Example::
+
+        model = get_peft_model(backbone, DeMAConfig(task_type="CAUSAL_LM", slots=2, latent=64))
+
+    Raises :class:`~heterotune_flwr.errors.ConfigError` for values that cannot work.
+    """
+
+    slots: int = field(
+        default=1, metadata={"help": "depth slots K; the last one is the final norm"}
+    )
+    latent: int = field(default=128, metadata={"help": "width r of the shared latent space"})
+    output: int | None = field(
+        default=None, metadata={"help": "width of the output latent; r if null"}
+    )
+    inner: int = field(default=32, metadata={"help": "inner width q of an expert"})
+    experts_global: int = field(default=3, metadata={"help": "experts shared by every client"})
+    experts_type: int = field(default=0, metadata={"help": "experts shared inside a model type"})
+    experts_private: int = field(default=0, metadata={"help": "experts that stay on the client"})
+    private_dropout: float = field(
+        default=0.3,
+        metadata={"help": "probability that a training batch drops the private experts"},
+    )
+    activation: str = field(default="silu", metadata={"help": "silu | linear"})
+    gate: str = field(default="dense", metadata={"help": "dense | top1 | uniform"})
+    seed: int = field(
+        default=0, metadata={"help": "public seed of experts and of the default maps"}
+    )
+    final_norm_module: str | None = field(
+        default=None, metadata={"help": "name of the final norm; found by itself when null"}
+    )
+    mlp_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the blocks' MLPs, bottom up; found when null"}
+    )
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "set by the tuner: the module of every slot, bottom up"}
+    )
+
+    def __post_init__(self) -> None:
+        """Fix the PEFT type and check the values."""
+        super().__post_init__()
+        self.peft_type = PeftType.DEMA
+        for name in ("slots", "latent", "inner"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"DeMA: {name} is {getattr(self, name)}, it must be at least 1")
+        if self.output is not None and self.output < 1:
+            raise ConfigError(f"DeMA: output is {self.output}, it must be at least 1 (or null)")
+        if min(self.expert_counts.values()) < 0 or sum(self.expert_counts.values()) < 1:
+            raise ConfigError(f"DeMA: at least one expert is needed, got {self.expert_counts}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"DeMA: activation is {self.activation!r}; choose from {ACTIVATIONS}")
+        if self.gate not in GATES:
+            raise ConfigError(f"DeMA: gate is {self.gate!r}; choose from {GATES}")
+        if not 0 <= self.private_dropout < 1:
+            raise ConfigError(f"DeMA: private_dropout is {self.private_dropout}, must be in [0, 1)")
+
+    @property
+    def expert_counts(self) -> dict[str, int]:
+        """Experts per tier, in the gate's order."""
+        return {
+            "global": self.experts_global,
+            "type": self.experts_type,
+            "private": self.experts_private,
+        }
+
+    @property
+    def output_width(self) -> int:
+        """Width of the output latent (r_out)."""
+        return self.output or self.latent
+
+    @classmethod
+    def from_method(cls, method: MethodConfig, output: int, seed: int = 0) -> DeMAConfig:
+        """The tuner configuration of a run's ``method`` section."""
+        return cls(
+            task_type="CAUSAL_LM",
+            slots=method.slots,
+            latent=method.latent,
+            output=output,
+            inner=method.inner,
+            experts_global=method.experts_global,
+            experts_type=method.experts_type,
+            experts_private=method.experts_private,
+            private_dropout=method.private_dropout,
+            activation=method.activation,
+            gate=method.gate,
+            seed=seed,
+        )

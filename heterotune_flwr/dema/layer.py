@@ -1,0 +1,197 @@
+"""One DeMA slot: a dense mixture of small experts beside a frozen module (our definition).
+
+With ``x`` of width d, frozen maps D (r x d), o (r), U (d x r_out), experts ``e`` and gate G, c::
+
+    z = D x + o      u_e = P_e act(N_e z + b_e)      a = gate(G z + c)      y = f(x) + U sum_e a_e u_e
+
+At the last slot ``f`` is the identity on the final normalised state; elsewhere it is the block's MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from heterotune_flwr.dema.bank import TIERS, bank_shapes, generator, initial_tensors
+from heterotune_flwr.dema.config import DeMAConfig
+from heterotune_flwr.errors import HeteroTuneError
+
+MERGE_MESSAGE = (
+    "DeMA is a non-linear branch beside the backbone's modules, so no change of the backbone's weights can "
+    "stand for it: keep the adapter attached (it costs little), save it with save_pretrained, or distil it"
+)
+
+
+class MergeError(HeteroTuneError, NotImplementedError):
+    """Merging was asked of an adapter that cannot be merged."""
+
+
+class Expert(nn.Module):
+    """One expert ``u = P act(N z + b)``: r -> q -> r_out."""
+
+    def __init__(self, latent: int, inner: int, output: int, activation: str) -> None:
+        super().__init__()
+        self.down = nn.Linear(latent, inner)
+        self.up = nn.Linear(inner, output, bias=False)
+        self.activation = activation
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents ``... x r`` -> output latents ``... x r_out``."""
+        inner = self.down(z)
+        return self.up(F.silu(inner) if self.activation == "silu" else inner)
+
+
+class SlotMaps(nn.Module):
+    """The frozen maps of one slot, as persistent buffers: ``D`` (r x d), ``o`` (r), ``U`` (d x r_out)."""
+
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+
+    def __init__(self, hidden: int, config: DeMAConfig, slot: int) -> None:
+        super().__init__()
+        rng = generator(config.seed, f"slots.{slot}.map")
+        down = rng.standard_normal((config.latent, hidden)) / math.sqrt(hidden)
+        up = rng.standard_normal((hidden, config.output_width)) / math.sqrt(hidden)
+        self.register_buffer("down_weight", torch.from_numpy(down).float())
+        self.register_buffer("down_bias", torch.zeros(config.latent))
+        self.register_buffer("up_weight", torch.from_numpy(up).float())
+
+
+class DeMALayer(nn.Module, BaseTunerLayer):
+    """Wraps the final norm (last slot) or a block's MLP and adds the mixture's output."""
+
+    adapter_layer_names = ("dema_experts", "dema_gate")
+    other_param_names = ("dema_maps",)
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: DeMAConfig, slot: int, hidden: int
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.slot = slot
+        self.hidden = hidden
+        self.is_last = slot == config.slots - 1
+        self.dema_experts = nn.ModuleDict({})
+        self.dema_gate = nn.ModuleDict({})
+        self.dema_maps = nn.ModuleDict({})
+        self.configs: dict[str, DeMAConfig] = {}
+        self.gate_mass: dict[str, Tensor] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(
+        self, adapter_name: str, config: DeMAConfig, inference_mode: bool = False
+    ) -> None:
+        """Create the experts, gate and (default, seeded random) maps of an adapter."""
+        self.configs[adapter_name] = config
+        self.dema_experts[adapter_name] = nn.ModuleDict(
+            {
+                f"{tier}_tier": nn.ModuleList(  # "type" alone is an attribute of every module
+                    Expert(config.latent, config.inner, config.output_width, config.activation)
+                    for _ in range(count)
+                )
+                for tier, count in config.expert_counts.items()
+            }
+        )
+        self.dema_gate[adapter_name] = nn.Linear(config.latent, sum(config.expert_counts.values()))
+        self.dema_maps[adapter_name] = SlotMaps(self.hidden, config, self.slot)
+        self.reset(adapter_name)
+        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        if device.type != "meta":
+            for name in (*self.adapter_layer_names, *self.other_param_names):
+                getattr(self, name)[adapter_name].to(device)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def trainable(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Canonical names (see :mod:`.bank`) -> parameters of one adapter."""
+        named: dict[str, nn.Parameter] = {}
+        for tier in TIERS:
+            for index, expert in enumerate(self.dema_experts[adapter_name][f"{tier}_tier"]):  # type: ignore[index,arg-type]
+                for key, parameter in expert.named_parameters():
+                    named[f"slots.{self.slot}.experts.{tier}.{index}.{key}"] = parameter
+        for key, parameter in self.dema_gate[adapter_name].named_parameters():
+            named[f"slots.{self.slot}.gate.{key}"] = parameter
+        return named
+
+    @torch.no_grad()
+    def reset(self, adapter_name: str) -> None:
+        """Set the adapter to its first values (output zero)."""
+        config = self.configs[adapter_name]
+        shapes = bank_shapes(_as_method(config), config.output_width)
+        parameters = self.trainable(adapter_name)
+        values = initial_tensors({name: shapes[name] for name in parameters}, config.seed)
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(values[name]))
+
+    def _gate(self, adapter_name: str, z: Tensor) -> Tensor:
+        """Weights over the experts, ``... x E``."""
+        config = self.configs[adapter_name]
+        counts = config.expert_counts
+        logits: Tensor = self.dema_gate[adapter_name](z)
+        if config.gate == "uniform":
+            logits = torch.zeros_like(logits) + 0.0 * logits
+        private = counts["private"]
+        if self.training and 0 < private < logits.shape[-1] and config.private_dropout > 0:
+            dropped = torch.rand((), device=z.device) < config.private_dropout
+            mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=z.device)
+            mask[-private:] = dropped
+            logits = logits.masked_fill(mask, float("-inf"))
+        weights = torch.softmax(logits, dim=-1)
+        if config.gate == "top1":
+            weights = weights * F.one_hot(weights.argmax(-1), weights.shape[-1])
+        self.gate_mass[adapter_name] = weights.detach().reshape(-1, weights.shape[-1]).mean(0)
+        return weights
+
+    def delta(self, adapter_name: str, x: Tensor) -> Tensor:
+        """What the mixture adds for input ``x`` (... x d), in float32."""
+        maps = self.dema_maps[adapter_name]
+        with torch.autocast(x.device.type, enabled=False):
+            z = F.linear(x.float(), maps.down_weight, maps.down_bias)  # type: ignore[arg-type]
+            weights = self._gate(adapter_name, z)
+            experts = [
+                expert
+                for tier in TIERS
+                for expert in self.dema_experts[adapter_name][f"{tier}_tier"]  # type: ignore[index,union-attr]
+            ]
+            mixed = sum(weights[..., i : i + 1] * expert(z) for i, expert in enumerate(experts))
+            return F.linear(mixed, maps.up_weight)  # type: ignore[arg-type]
+
+    def add_delta(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` plus every active adapter's mixture of ``x``, in the dtype of ``y``."""
+        if self.disable_adapters:
+            return y
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.dema_gate:
+                y = (y.float() + self.delta(adapter_name, x)).to(y.dtype)
+        return y
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's output plus the mixture's (first element of a tuple output)."""
+        result = self.base_layer(x, *args, **kwargs)
+        if isinstance(result, tuple):
+            return (self.add_delta(x, result[0]), *result[1:])
+        return self.add_delta(result if self.is_last else x, result)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible; raises :class:`MergeError` with what to do instead."""
+        raise MergeError(MERGE_MESSAGE)
+
+    def unmerge(self) -> None:
+        """Nothing can have been merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A non-linear branch has no LoRA form."""
+        return False
+
+
+def _as_method(config: DeMAConfig) -> Any:
+    """``DeMAConfig`` has every field that :func:`bank_shapes` reads of ``MethodConfig``."""
+    return config

@@ -1,0 +1,285 @@
+"""From the types' public factors to their frozen maps D, o, U (numpy only; our definition).
+
+Input maps come from :mod:`.gcca` (same latents for the same text). Output maps are aligned by *effect*: the
+same output latent must raise the same words in every model.
+
+``labels``
+    the output latents are the label words' logits: ``W_labels U = I`` (C columns).
+``vocabulary``
+    ``W U = F`` by ridge over the words all vocabularies share; F (V x r) are the leading left singular vectors
+    of the models' concatenated left singular vectors, scaled so that one unit moves a word's logit by
+    one on (quadratic) average.
+
+At deeper slots ``W`` is replaced by its average gradient with respect to the slot's output (pull-back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
+from heterotune_flwr.dema.bank import generator
+from heterotune_flwr.dema.gcca import Matrix, fit_slot, ridge, unit_variance
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import Tensors
+
+#: Ridge of the output maps, relative to the mean eigenvalue of the Gram matrix.
+LAST_RIDGE, DEEP_RIDGE = 1e-6, 1e-2
+Factors = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
+
+
+@dataclass(frozen=True)
+class AlignmentResult:
+    """Frozen maps of every type and what a later type needs to join.
+
+    Attributes
+    ----------
+    maps
+        Type -> canonical map name -> float32 array.
+    quality
+        Type -> held-out canonical correlation per slot.
+    shrinkage
+        Chosen shrinkage per slot.
+    output_width
+        r_out.
+    anchor_latents
+        ``slots.{k}.latents`` (n x r) and ``functionals`` (V x r, vocabulary output only).
+
+    """
+
+    maps: dict[str, Tensors]
+    quality: dict[str, list[float]]
+    shrinkage: list[float]
+    output_width: int
+    anchor_latents: dict[str, Matrix] = field(default_factory=dict)
+
+
+def _ridge_pseudo_inverse(rows: Matrix, strength: float) -> Matrix:
+    """``rows' (rows rows' + k I)^-1``: k x d -> d x k."""
+    gram = rows @ rows.T
+    k = strength * float(np.trace(gram)) / len(gram) + 1e-12
+    inverse: Matrix = np.linalg.solve(gram + k * np.eye(len(gram)), rows).T
+    return inverse
+
+
+def vocabulary_functionals(factors: Mapping[str, Factors], rank: int) -> Matrix:
+    """F (V x rank): what the types' unembeddings span together over the shared words."""
+    stacked = np.concatenate(
+        [np.asarray(factors[key]["words.left"], dtype=np.float64) for key in sorted(factors)],
+        axis=1,
+    )
+    if rank > min(stacked.shape):
+        raise ConfigError(
+            f"method.output is {rank}, but the shared vocabulary offers {min(stacked.shape)} functionals; lower it "
+            "(or method.latent), or raise alignment.output_components and alignment.words"
+        )
+    left, _, right = np.linalg.svd(stacked, full_matrices=False)
+    signs = np.sign(right[np.arange(rank), np.abs(right[:rank]).argmax(axis=1)])
+    functionals: Matrix = left[:, :rank] * signs * np.sqrt(len(stacked))
+    return functionals
+
+
+def _last_output_map(own: Factors, functionals: Matrix | None) -> Matrix:
+    """U (d x r_out) of the last slot."""
+    if functionals is None:
+        return _ridge_pseudo_inverse(np.asarray(own["label_rows"], dtype=np.float64), LAST_RIDGE)
+    left = np.asarray(own["words.left"], dtype=np.float64)
+    singular = np.asarray(own["words.singular"], dtype=np.float64)
+    right = np.asarray(own["words.right"], dtype=np.float64)
+    k = LAST_RIDGE * float(np.mean(singular**2)) + 1e-12
+    output = right.T @ ((singular / (singular**2 + k))[:, None] * (left.T @ functionals))
+    reached = (left * singular) @ (right @ output)
+    wanted = float(np.linalg.norm(functionals))
+    # gamma: the part of F a model can reach differs; the size of the effect must not.
+    scaled: Matrix = output * (wanted / max(float(np.linalg.norm(reached)), 1e-12))
+    return scaled
+
+
+def _deep_output_map(own: Factors, slot: int, functionals: Matrix | None) -> Matrix:
+    """U (d x r_out) of a slot below the last, from the pulled-back functionals."""
+    pulled = np.asarray(own[f"slots.{slot}.pullback"], dtype=np.float64)
+    labels = len(own["label_rows"])
+    if functionals is None:
+        rows = pulled[:labels]
+    else:
+        left = np.asarray(own["words.left"], dtype=np.float64)
+        singular = np.asarray(own["words.singular"], dtype=np.float64)
+        rows = (functionals.T @ (left * singular)) @ pulled[labels:] / len(functionals)
+    return _ridge_pseudo_inverse(rows, DEEP_RIDGE)
+
+
+def _type_maps(
+    own: Factors, slots: int, coefficients: Sequence[Matrix], functionals: Matrix | None
+) -> dict[str, Matrix]:
+    """The canonical maps of one type."""
+    maps: dict[str, Matrix] = {}
+    for slot in range(slots):
+        basis = np.asarray(own[f"slots.{slot}.basis"], dtype=np.float64)
+        mean = np.asarray(own[f"slots.{slot}.mean"], dtype=np.float64)
+        scores = np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
+        down = coefficients[slot].T @ basis
+        offset = -(down @ mean) - scores.mean(axis=0) @ coefficients[slot]
+        last = slot == slots - 1
+        output = (
+            _last_output_map(own, functionals) if last else _deep_output_map(own, slot, functionals)
+        )
+        maps[f"slots.{slot}.map.down.weight"] = down
+        maps[f"slots.{slot}.map.down.bias"] = offset
+        maps[f"slots.{slot}.map.up.weight"] = output
+    return maps
+
+
+def _output_width(
+    alignment: AlignmentConfig, method: MethodConfig, labels: Sequence[str] | None
+) -> int:
+    if alignment.output == "labels":
+        if not labels:
+            raise ConfigError(
+                "alignment.output is 'labels', but the task has no closed label set; use 'vocabulary'"
+            )
+        if method.output not in (None, len(labels)):
+            raise ConfigError(
+                f"method.output is {method.output}, but alignment.output=labels needs {len(labels)} (or null)"
+            )
+        return len(labels)
+    return method.output or method.latent
+
+
+def compute_maps(
+    factors: Mapping[str, Factors],
+    alignment: AlignmentConfig,
+    method: MethodConfig,
+    labels: Sequence[str] | None,
+    seed: int = 0,
+) -> AlignmentResult:
+    """Align all types at once.
+
+    Parameters
+    ----------
+    factors
+        Type -> what :func:`.factors.alignment_factors` returned there.
+    alignment, method
+        The run's sections.
+    labels
+        Closed label set, None for open text.
+    seed
+        For the held-out split and the controls' random draws.
+
+    Raises
+    ------
+    ConfigError
+        Widths that the anchors or vocabularies cannot support.
+
+    """
+    width = _output_width(alignment, method, labels)
+    functionals = None if alignment.output == "labels" else vocabulary_functionals(factors, width)
+    coefficients: dict[str, list[Matrix]] = {key: [] for key in factors}
+    quality: dict[str, list[float]] = {key: [] for key in factors}
+    shrinkage: list[float] = []
+    known: dict[str, Matrix] = {} if functionals is None else {"functionals": functionals}
+    for slot in range(method.slots):
+        scores = {key: np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
+                  for key, own in factors.items()}  # fmt: skip
+        fit = fit_slot(scores, method.latent, list(alignment.shrinkage), seed)
+        shrinkage.append(fit.shrinkage)
+        known[f"slots.{slot}.latents"] = fit.latents
+        for key in factors:
+            coefficients[key].append(fit.coefficients[key])
+            quality[key].append(round(fit.quality[key], 4))
+    maps = {
+        key: _type_maps(own, method.slots, coefficients[key], functionals)
+        for key, own in factors.items()
+    }
+    maps = apply_control(maps, factors, alignment.control, method.slots, seed)
+    return AlignmentResult(
+        maps={key: {name: value.astype(np.float32) for name, value in own.items()}
+              for key, own in maps.items()},
+        quality=quality,
+        shrinkage=shrinkage,
+        output_width=width,
+        anchor_latents=known,
+    )  # fmt: skip
+
+
+def join_type(
+    result: AlignmentResult, own: Factors, method: MethodConfig
+) -> tuple[Tensors, list[float]]:
+    """Maps of a type that appears later, by ridge onto the known latents; nothing else changes.
+
+    Returns
+    -------
+    The type's maps (it can use the trained bank at once, without any training of its own) and, per slot, the
+    correlation of its latents with the known ones on a fifth of the anchors held out from the ridge.
+
+    """
+    coefficients: list[Matrix] = []
+    quality: list[float] = []
+    for slot in range(method.slots):
+        latents = result.anchor_latents[f"slots.{slot}.latents"]
+        scores = np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
+        if len(scores) != len(latents):
+            raise ConfigError(
+                f"the new type saw {len(scores)} anchors, the federation was aligned on {len(latents)}"
+            )
+        k = result.shrinkage[slot]
+        cut = round(0.8 * len(scores))
+        centred = scores - scores[:cut].mean(axis=0)
+        reached = centred[cut:] @ ridge(scores[:cut], latents[:cut], k)
+        columns = [
+            np.corrcoef(reached[:, j], latents[cut:, j])[0, 1] for j in range(latents.shape[1])
+        ]
+        quality.append(round(float(np.nanmean(columns)), 4))
+        coefficients.append(unit_variance(scores, ridge(scores, latents, k)))
+    maps = _type_maps(own, method.slots, coefficients, result.anchor_latents.get("functionals"))
+    return {name: value.astype(np.float32) for name, value in maps.items()}, quality
+
+
+def _rotation(rng: np.random.Generator, size: int) -> Matrix:
+    q, r = np.linalg.qr(rng.standard_normal((size, size)))
+    rotation: Matrix = q * np.sign(np.diag(r))
+    return rotation
+
+
+def apply_control(
+    maps: dict[str, dict[str, Matrix]],
+    factors: Mapping[str, Factors],
+    control: str,
+    slots: int,
+    seed: int,
+) -> dict[str, dict[str, Matrix]]:
+    """Break the alignment on purpose (the controls of docs/method.md); ``none`` changes nothing.
+
+    ``random_down``/``random_up``/``random_maps`` draw D and/or U anew for every type, at the same scale;
+    ``rotated_basis`` rotates the latent bases of one type (the last in order).
+    """
+    if control == "none":
+        return maps
+    last_type = sorted(maps)[-1]
+    for key, own in maps.items():
+        for slot in range(slots):
+            rng = generator(seed, f"control.{control}.{key}.{slot}")
+            prefix = f"slots.{slot}.map"
+            if control in ("random_down", "random_maps"):
+                scores = np.asarray(factors[key][f"slots.{slot}.scores"], dtype=np.float64)
+                basis = np.asarray(factors[key][f"slots.{slot}.basis"], dtype=np.float64)
+                mean = np.asarray(factors[key][f"slots.{slot}.mean"], dtype=np.float64)
+                drawn = rng.standard_normal(
+                    (scores.shape[1], own[f"{prefix}.down.weight"].shape[0])
+                )
+                down = unit_variance(scores, drawn).T @ basis
+                own[f"{prefix}.down.weight"], own[f"{prefix}.down.bias"] = down, -(down @ mean)
+            if control in ("random_up", "random_maps"):
+                up = own[f"{prefix}.up.weight"]
+                drawn = rng.standard_normal(up.shape)
+                own[f"{prefix}.up.weight"] = drawn * (np.linalg.norm(up) / np.linalg.norm(drawn))
+            if control == "rotated_basis" and key == last_type:
+                down = own[f"{prefix}.down.weight"]
+                turn = _rotation(rng, len(down))
+                own[f"{prefix}.down.weight"] = turn @ down
+                own[f"{prefix}.down.bias"] = turn @ own[f"{prefix}.down.bias"]
+                up = own[f"{prefix}.up.weight"]
+                own[f"{prefix}.up.weight"] = up @ _rotation(rng, up.shape[1])
+    return maps

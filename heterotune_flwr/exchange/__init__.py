@@ -1,0 +1,31 @@
+"""How tensors travel and rest: packed Flower records, atomic safetensors files."""
+
+from heterotune_flwr.exchange.packing import (
+    CODECS,
+    content_bytes,
+    pack,
+    payload_bytes,
+    round_trip,
+    tensor_digest,
+    unpack,
+)
+from heterotune_flwr.exchange.storage import (
+    atomic_write_bytes,
+    atomic_write_text,
+    load_tensors,
+    save_tensors,
+)
+
+__all__ = [
+    "CODECS",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "content_bytes",
+    "load_tensors",
+    "pack",
+    "payload_bytes",
+    "round_trip",
+    "save_tensors",
+    "tensor_digest",
+    "unpack",
+]

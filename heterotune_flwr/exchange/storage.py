@@ -1,0 +1,60 @@
+"""Files that are either the old or the new version, never half of one (write, fsync, rename)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from heterotune_flwr.errors import ExchangeError
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``; parents are made; readers never see a partial file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by UTF-8 ``text``, atomically."""
+    atomic_write_bytes(path, text.encode())
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Save named arrays as safetensors, atomically."""
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    atomic_write_bytes(path, save(arrays, metadata=dict(metadata or {})))
+
+
+def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Load a safetensors file.
+
+    Raises
+    ------
+    ExchangeError
+        The file is missing or not a complete safetensors file.
+
+    """
+    try:
+        loaded: dict[str, NDArray[Any]] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExchangeError(f"{path} cannot be read as safetensors: {error}") from error
+    return loaded

@@ -1,0 +1,1 @@
+"""What happens around a strategy: wire protocol, sampling, ledger, journal, server, launcher."""

@@ -1,0 +1,350 @@
+"""What a client does with each of the four messages (see :mod:`.protocol`).
+
+Virtual clients of a simulation share worker processes. What is kept between messages here is
+frozen or derived from public settings only: backbones, token ids, states. Everything a client
+trains is set anew from the message and the client's own files before use, all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from heterotune_flwr.backbones.loading import Backbone, load_backbone
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import Config, MethodConfig
+from heterotune_flwr.data.partition import ClientData
+from heterotune_flwr.data.sources import Example, global_test, label_set
+from heterotune_flwr.dema.bank import generator, initial_tensors
+from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.federation.identity import Identity, code_hash, identify
+from heterotune_flwr.federation.protocol import (
+    ERROR_FAILED,
+    ERROR_MAPS_MISSING,
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
+    EvaluateReply,
+    EvaluateRequest,
+    Header,
+    RemoteError,
+    TrainReply,
+    TrainRequest,
+    error_content,
+    pack_mask,
+    resolve_output,
+    unpack_mask,
+)
+from heterotune_flwr.flower import Context, Message, RecordDict
+from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
+from heterotune_flwr.tuning.client_state import ClientStore
+from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
+from heterotune_flwr.tuning.local import TrainReport, train_local
+from heterotune_flwr.tuning.states import make_rows
+from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, NDArray[np.float32]]
+Handler = Callable[[Message, Context], RecordDict]
+
+_ENCODED_SETS = 1024
+
+
+@functools.lru_cache(maxsize=16)
+def _composed(config: str, overrides: str) -> Config:
+    return compose(config, overrides)
+
+
+class _Encodings:
+    """Token ids by what they were made from; explicit per-process cache of frozen things."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[tuple[str, ...], Task] = {}
+        self._sets: OrderedDict[tuple[str, ...], EncodedSet] = OrderedDict()
+
+    def task(self, backbone: Backbone, identity: Identity, config: Config) -> Task:
+        """Task of a run on a backbone."""
+        labels = label_set(identity.data)
+        key = (
+            str(id(backbone)),  # a task keeps its backbone alive, so the id cannot be reused
+            repr(identity.data),
+            repr(labels),
+            config.train.loss,
+        )
+        if key not in self._tasks:
+            self._tasks[key] = make_task(backbone, identity.data, labels, config.train)
+        return self._tasks[key]
+
+    def encoded(
+        self, task: Task, key: tuple[str, ...], examples: Callable[[], list[Example]]
+    ) -> EncodedSet:
+        """Token ids of the examples that ``key`` identifies."""
+        full = (str(id(task)), *key)
+        if full not in self._sets:
+            self._sets[full] = task.encode(examples())
+            while len(self._sets) > _ENCODED_SETS:
+                self._sets.popitem(last=False)
+        self._sets.move_to_end(full)
+        return self._sets[full]
+
+
+_encodings = _Encodings()
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client answering one message: its identity, the run, and its loaded backbone."""
+
+    identity: Identity
+    config: Config
+    backbone: Backbone
+
+    @classmethod
+    def of(cls, context: Context) -> Client:
+        """Return the client of a Flower context; loads its backbone once per process."""
+        run_config = context.run_config
+        config = _composed(
+            str(run_config.get("config", "demo")), str(run_config.get("overrides", ""))
+        )
+        identity = identify(config, context.node_config, context.run_id)
+        torch.set_num_threads(max(1, identity.threads))
+        return cls(identity, config, load_backbone(identity.spec))
+
+    @property
+    def client_id(self) -> str:
+        """Stable id."""
+        return self.identity.client_id
+
+    @property
+    def type_key(self) -> str:
+        """Model type."""
+        return self.backbone.type_key
+
+    def data(self, seed: int) -> ClientData:
+        """Own examples."""
+        return self.identity.examples(seed)
+
+    def task(self) -> Task:
+        """Loss of this run on this backbone."""
+        return _encodings.task(self.backbone, self.identity, self.config)
+
+    def encoded(self, part: str, seed: int) -> EncodedSet:
+        """Token ids of ``train``, ``personal`` or ``global`` examples."""
+        task = self.task()
+        if part == "global":
+            return _encodings.encoded(task, ("global",), lambda: global_test(self.identity.data))
+        key = (part, self.client_id, repr(self.identity.partition), str(seed))
+        if part == "train":
+            return _encodings.encoded(task, key, lambda: self.data(seed).train)
+        return _encodings.encoded(task, key, lambda: self.data(seed).personal_test)
+
+    def adapter(self, method: MethodConfig) -> AttachedAdapter:
+        """Return the adapter of a method on this backbone, values undefined."""
+        resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
+        return attach(self.backbone, resolved, resolved.output or resolved.latent)
+
+    def store(self, header: Header) -> ClientStore:
+        """Return the client's files for an experiment."""
+        return ClientStore(self.identity.state_dir, header.experiment, self.client_id)
+
+
+def describe(message: Message, context: Context) -> RecordDict:
+    """Answer ``query.describe``."""
+    request = DescribeRequest.from_content(message.content)
+    client = Client.of(context)
+    backbone = client.backbone
+    data = client.data(request.header.seed)
+    mask = b""
+    if request.words:
+        from heterotune_flwr.dema.factors import words_mask
+
+        mask = pack_mask(words_mask(backbone.tokenizer, request.words))
+    client.task()  # label collisions come to light here, before any training
+    reply = DescribeReply(
+        client_id=client.client_id,
+        type_key=client.type_key,
+        fingerprint=backbone.fingerprint,
+        bits=backbone.spec.bits,
+        hidden=backbone.hidden,
+        layers=backbone.layers,
+        parameters=backbone.parameters,
+        model_bytes=backbone.model_bytes,
+        lora16_bytes=backbone.lora16_bytes,
+        train_examples=len(data.train),
+        personal_examples=len(data.personal_test),
+        labels=label_set(client.identity.data) or [],
+        shapes=client.adapter(request.header.method).shapes,
+        code_hash=code_hash(),
+        words_mask=mask,
+    )
+    return reply.to_content()
+
+
+def align(message: Message, context: Context) -> RecordDict:
+    """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
+    from heterotune_flwr.dema.anchors import load_anchors
+    from heterotune_flwr.dema.factors import alignment_factors
+
+    request = AlignRequest.from_content(message.content)
+    client = Client.of(context)
+    alignment = client.identity.alignment(client.config)
+    mask = unpack_mask(request.words_mask, len(request.words))
+    detach(client.backbone)
+    factors = alignment_factors(
+        client.backbone,
+        load_anchors(alignment),
+        alignment,
+        client.identity.data,
+        label_set(client.identity.data),
+        request.slots,
+        [word for word, shared in zip(request.words, mask, strict=True) if shared],
+    )
+    reply = AlignReply(client.client_id, client.type_key, factors)
+    return reply.to_content(client.config.exchange.codec)
+
+
+def train(message: Message, context: Context) -> RecordDict:
+    """Answer ``train``: start values, local steps, deltas; the rest stays in the client's file."""
+    request = TrainRequest.from_content(message.content)
+    client = Client.of(context)
+    header, config = request.header, client.config
+    adapter, store = client.adapter(header.method), client.store(header)
+    start = _start_values(adapter, store, request.tensors, request.expected, header.seed)
+    _use_maps(adapter, store, request.maps_digest, request.maps)
+    adapter.load(start)
+    encoded = client.encoded("train", header.seed)
+    report = train_local(
+        adapter,
+        client.task(),
+        make_rows(adapter, encoded, config.train.cache_states),
+        config.train,
+        seed=_step_seed(header, client.client_id),
+        local_steps=request.local_steps,
+        learning_rate=request.learning_rate,
+    )
+    trained = adapter.read()
+    own = {name: value for name, value in trained.items() if name not in request.expected}
+    if own:
+        store.save(own, header.round)
+    reply = TrainReply(
+        client_id=client.client_id,
+        type_key=client.type_key,
+        round=header.round,
+        maps_digest=request.maps_digest,
+        deltas={name: trained[name] - start[name] for name in request.expected},
+        metrics=_train_metrics(report, request.learning_rate),
+    )
+    return reply.to_content(config.exchange.codec)
+
+
+def evaluate_client(message: Message, context: Context) -> RecordDict:
+    """Answer ``evaluate`` for the scopes asked."""
+    request = EvaluateRequest.from_content(message.content)
+    client = Client.of(context)
+    header = request.header
+    adapter, store = client.adapter(header.method), client.store(header)
+    start = _start_values(adapter, store, request.tensors, [], header.seed)
+    _use_maps(adapter, store, request.maps_digest, request.maps)
+    adapter.load(start)
+    metrics: dict[str, float] = {}
+    for scope in request.scopes:
+        encoded = client.encoded(scope, header.seed)
+        task, rows = client.task(), make_rows(adapter, encoded, client.config.train.cache_states)
+        if scope == "global":
+            report = evaluate_once(adapter, task, rows, encoded.digest)
+        else:
+            report = evaluate(adapter, task, rows)
+        metrics |= _eval_metrics(scope, report)
+    reply = EvaluateReply(
+        client.client_id, client.type_key, header.round, request.maps_digest, metrics
+    )
+    return reply.to_content()
+
+
+def _start_values(
+    adapter: AttachedAdapter,
+    store: ClientStore,
+    sent: Mapping[str, NDArray[np.float32]],
+    expected: list[str],
+    seed: int,
+) -> Tensors:
+    """Every trainable tensor's value before this message's work.
+
+    Sent ones as sent; expected ones that were not sent from the public seed; the others from the
+    client's own file, and from the public seed before its first training.
+    """
+    shapes = adapter.shapes
+    unknown = sorted((set(sent) | set(expected)) - set(shapes))
+    if unknown:
+        raise HeteroTuneError(
+            f"the server names tensors that the adapter on {adapter.backbone.type_key} does not "
+            f"have: {', '.join(unknown[:3])}"
+        )
+    wanted = {name: shapes[name] for name in shapes if name not in sent and name not in expected}
+    values: Tensors = {**store.load(wanted), **sent}
+    missing = {name: shapes[name] for name in shapes if name not in values}
+    return {**values, **initial_tensors(missing, seed)}
+
+
+def _use_maps(
+    adapter: AttachedAdapter,
+    store: ClientStore,
+    digest: str,
+    maps: Mapping[str, NDArray[np.float32]] | None,
+) -> None:
+    """Put the maps named by ``digest`` into the adapter; ask for them when they are not here."""
+    if adapter.kind != "dema":
+        return
+    if maps is not None:
+        store.save_maps(maps, digest)
+    held = maps if maps is not None else store.load_maps(digest)
+    if held is None:
+        raise RemoteError(f"the maps {digest[:12]} are not on this client", ERROR_MAPS_MISSING)
+    adapter.load_maps(held, digest)
+
+
+def _step_seed(header: Header, client_id: str) -> int:
+    """Seed of this client's batches and dropout in this round: no state, so resume is exact."""
+    rng = generator(header.seed, f"train.{client_id}.{header.round}")
+    return int(rng.integers(2**62))
+
+
+def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float]:
+    fields: dict[str, Any] = asdict(report)
+    mass: dict[str, float] = fields.pop("gate_mass")
+    metrics = {name: float(value) for name, value in fields.items()}
+    metrics["learning_rate"] = learning_rate
+    return metrics | {f"gate_mass_{tier}": value for tier, value in mass.items()}
+
+
+def _eval_metrics(scope: str, report: EvalReport) -> dict[str, float]:
+    return {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
+
+
+def respond(message: Message, context: Context, handler: Handler) -> Message:
+    """Run a handler; an error becomes a one-line reply, never a dead worker.
+
+    A problem that a user can mend travels as its own line; anything else is a fault of this
+    program: its traceback goes to the client's log.
+    """
+    try:
+        content = handler(message, context)
+    except RemoteError as error:
+        content = error_content(str(error), error.kind)
+    except HeteroTuneError as error:
+        log.error("%s: %s", message.metadata.message_type, error)
+        content = error_content(str(error))
+    except Exception as error:
+        log.exception("%s failed", message.metadata.message_type)
+        content = error_content(f"{type(error).__name__}: {error}", ERROR_FAILED)
+    return Message(content, reply_to=message)

@@ -1,0 +1,156 @@
+"""Who a client is: its id, backbone, data and state directory (no torch here).
+
+In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
+client's own node configuration (``flower-supernode --node-config``) says everything about its
+machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
+``anchors``, ``revision`` and ``threads``. It takes no path from the server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import heterotune_flwr
+from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, TypeConfig
+from heterotune_flwr.data.partition import ClientData, client_examples, local_examples
+from heterotune_flwr.dema.anchors import SHIPPED
+from heterotune_flwr.errors import ConfigError
+
+#: What a deployed client must say about itself.
+REQUIRED = ("client-id", "backbone", "data", "state-dir")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client of a run.
+
+    ``data`` is the run's data configuration with this client's own files in it; ``partition`` is
+    (partition id, number of partitions) in a simulation, None in a deployment.
+    """
+
+    client_id: str
+    spec: BackboneSpec
+    data: DataConfig
+    state_dir: Path
+    partition: tuple[int, int] | None = None
+    threads: int = 1
+    anchors: str | None = None
+
+    def alignment(self, config: Config) -> AlignmentConfig:
+        """Alignment settings with this client's own anchor file in them.
+
+        Raises
+        ------
+        ConfigError
+            The run names an anchor file and this deployed client has not agreed to one.
+
+        """
+        if self.anchors is not None:
+            return dataclasses.replace(config.alignment, anchors=self.anchors)
+        if self.partition is None and config.alignment.anchors not in SHIPPED:
+            raise ConfigError(
+                f"the run aligns on the anchor file {config.alignment.anchors!r}; a deployed client "
+                "reads no path from the server: name the file with anchors in its node configuration"
+            )
+        return config.alignment
+
+    def examples(self, seed: int) -> ClientData:
+        """Return the client's own examples for a run's seed (DataError as in :mod:`..data`)."""
+        if self.partition is not None:
+            return client_examples(self.data, *self.partition, seed)
+        assert self.data.train is not None
+        return local_examples(self.data, self.data.train, seed)
+
+
+def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
+    """Type of every simulated client: the types in turn, each until it has its number of clients."""
+    left = [item.clients for item in types]
+    order: list[TypeConfig] = []
+    while any(left):
+        for index, item in enumerate(types):
+            if left[index] > 0:
+                left[index] -= 1
+                order.append(item)
+    return order
+
+
+def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str = 0) -> Identity:
+    """Return the identity of the node with this node configuration.
+
+    Raises
+    ------
+    ConfigError
+        A deployed client does not say enough, or a simulation has another number of nodes than
+        the types have clients.
+
+    """
+    if "partition-id" not in node_config:
+        return _deployed(config, node_config)
+    partition, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
+    order = expand_types(config.types)
+    if len(order) != count:
+        raise ConfigError(
+            f"the simulation has {count} nodes but the types have {len(order)} clients; set "
+            f"num-supernodes={len(order)} or change types.*.clients"
+        )
+    mine = order[partition]
+    return Identity(
+        client_id=f"client-{partition:04d}",
+        spec=BackboneSpec(mine.backbone, mine.bits, mine.revision),
+        data=config.data,
+        state_dir=_simulated_state_dir(config, run_id),
+        partition=(partition, count),
+        threads=config.run.worker_threads,
+    )
+
+
+def _simulated_state_dir(config: Config, run_id: int | str) -> Path:
+    if config.run.state_dir is not None:
+        return Path(config.run.state_dir).expanduser()
+    if config.run.dir is not None:
+        return Path(config.run.dir).expanduser() / "state"
+    return cache_dir() / "state" / f"run-{run_id}"
+
+
+def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
+    missing = [key for key in REQUIRED if not node_config.get(key)]
+    if missing:
+        raise ConfigError(
+            f"the node configuration lacks {', '.join(missing)}; start the client with "
+            'flower-supernode --node-config \'client-id="..." backbone="..." bits="..." '
+            'data="..." state-dir="..."\''
+        )
+    test, anchors = node_config.get("test"), node_config.get("anchors")
+    return Identity(
+        client_id=str(node_config["client-id"]),
+        spec=BackboneSpec(
+            str(node_config["backbone"]),
+            str(node_config.get("bits", "bf16")),
+            str(node_config["revision"]) if node_config.get("revision") else None,
+        ),
+        data=dataclasses.replace(
+            config.data, train=str(node_config["data"]), test=str(test) if test else None
+        ),
+        state_dir=Path(str(node_config["state-dir"])).expanduser(),
+        threads=int(node_config.get("threads", config.run.worker_threads)),
+        anchors=str(anchors) if anchors else None,
+    )
+
+
+@functools.cache
+def code_hash() -> str:
+    """SHA-256 (16 hex digits) over the package's Python files as this process runs them."""
+    root = Path(heterotune_flwr.__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

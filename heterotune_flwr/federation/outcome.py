@@ -1,0 +1,94 @@
+"""What a finished strategy hands over: one row per client, statistics per type, every round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+MEASURES = ("global_accuracy", "global_loss", "personal_accuracy", "personal_loss")
+
+
+@dataclass
+class ClientRow:
+    """One client's evaluation; a measure that was not taken is None."""
+
+    client_id: str
+    type_key: str
+    examples: int
+    global_accuracy: float | None = None
+    global_loss: float | None = None
+    personal_accuracy: float | None = None
+    personal_loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of ``clients`` in results.json."""
+        measures = {name: getattr(self, name) for name in MEASURES}
+        return {
+            "client_id": self.client_id,
+            "type": self.type_key,
+            **measures,
+            "examples": self.examples,
+        }
+
+
+def statistics(rows: Iterable[ClientRow]) -> dict[str, float]:
+    """Mean, standard deviation, worst and worst tenth over clients, per measure taken.
+
+    The worst of an accuracy is its minimum, of a loss its maximum; the worst tenth is the mean
+    over the worst 10 % of clients, at least one.
+    """
+    rows = list(rows)
+    result: dict[str, float] = {"clients": len(rows)}
+    for name in MEASURES:
+        taken = [float(v) for row in rows if (v := getattr(row, name)) is not None]
+        if not taken:
+            continue
+        ordered = np.sort(taken) if name.endswith("accuracy") else np.sort(taken)[::-1]
+        tenth = max(1, len(taken) // 10)
+        result[f"{name}_mean"] = float(np.mean(taken))
+        result[f"{name}_std"] = float(np.std(taken, ddof=1)) if len(taken) > 1 else 0.0
+        result[f"{name}_worst"] = float(ordered[0])
+        result[f"{name}_worst10"] = float(np.mean(ordered[:tenth]))
+    return result
+
+
+def by_type(rows: Iterable[ClientRow]) -> dict[str, dict[str, float]]:
+    """Statistics per model type, in name order."""
+    rows = list(rows)
+    keys = sorted({row.type_key for row in rows})
+    return {key: statistics(row for row in rows if row.type_key == key) for key in keys}
+
+
+@dataclass
+class Outcome:
+    """One strategy run with one seed, as it stands in ``runs`` of results.json."""
+
+    strategy: str
+    seed: int
+    rows: list[ClientRow] = field(default_factory=list)
+    before: list[ClientRow] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    bytes: Mapping[str, Any] = field(default_factory=dict)
+    alignment: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory_mb: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of ``runs`` in results.json."""
+        return {
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "types": by_type(self.rows),
+            "overall": statistics(self.rows),
+            "before": {"types": by_type(self.before), "overall": statistics(self.before)},
+            "clients": [row.to_json() for row in self.rows],
+            "clients_before": [row.to_json() for row in self.before],
+            "bytes": dict(self.bytes),
+            "alignment": dict(self.alignment),
+            "seconds": self.seconds,
+            "peak_memory_mb": self.peak_memory_mb,
+            "rounds": self.rounds,
+        }

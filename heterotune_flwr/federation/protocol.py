@@ -1,0 +1,419 @@
+"""The wire contract: four messages, their fields, and the helpers that build and read them.
+
+==================  ======================================  ====================================
+message type        request                                 reply
+==================  ======================================  ====================================
+``query.describe``  public word list                        who the client is, what it can train
+``query.align``     slots, words shared by all types        public factors of its model type
+``train``           tensors, maps (once), steps, rate       deltas of expected tensors, metrics
+``evaluate``        tensors, maps (once), scopes            losses and accuracies
+==================  ======================================  ====================================
+
+Every message carries a ``config`` record with at least the :class:`Header`; tensors travel packed
+(:mod:`heterotune_flwr.exchange.packing`). Each class below has ``to_content`` and ``from_content``;
+reading a malformed message raises :class:`ExchangeError`, reading a reply in which the client
+reports an error raises :class:`RemoteError`. No torch here: server and client both import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.federation.wire import (
+    CONFIG,
+    DELTAS,
+    ERROR_FAILED,
+    ERROR_MAPS_MISSING,
+    FACTORS,
+    MAPS,
+    METRICS,
+    TENSORS,
+    RemoteError,
+    add_tensors,
+    error_content,
+    pack_mask,
+    read_config,
+    read_field,
+    read_json,
+    read_metrics,
+    read_tensors,
+    read_texts,
+    unpack_mask,
+)
+from heterotune_flwr.flower import ConfigRecord, MetricRecord, RecordDict
+
+__all__ = [
+    "ALIGN",
+    "CONFIG",
+    "DELTAS",
+    "DESCRIBE",
+    "ERROR_FAILED",
+    "ERROR_MAPS_MISSING",
+    "EVALUATE",
+    "FACTORS",
+    "MAPS",
+    "METRICS",
+    "TENSORS",
+    "TRAIN",
+    "AlignReply",
+    "AlignRequest",
+    "DescribeReply",
+    "DescribeRequest",
+    "EvaluateReply",
+    "EvaluateRequest",
+    "Header",
+    "RemoteError",
+    "TrainReply",
+    "TrainRequest",
+    "error_content",
+    "pack_mask",
+    "resolve_output",
+    "unpack_mask",
+]
+
+DESCRIBE = "query.describe"
+ALIGN = "query.align"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+
+def resolve_output(
+    method: MethodConfig, alignment: AlignmentConfig, labels: Sequence[str] | None
+) -> MethodConfig:
+    """Fill ``method.output``: as given; number of labels (closed set, output by labels); else r."""
+    if method.output is not None:
+        return method
+    by_labels = alignment.output == "labels" and labels
+    return dataclasses.replace(
+        method, output=len(labels) if by_labels and labels else method.latent
+    )
+
+
+# --------------------------------------------------------------------------------- the messages
+
+
+@dataclass(frozen=True)
+class Header:
+    """What every request says: which experiment, seed, adapter and round it belongs to.
+
+    ``experiment`` names the client's private state; draw no random numbers from it (``seed`` is
+    for that). ``method.output`` may be null only in ``query.describe``
+    (see :func:`resolve_output`).
+    """
+
+    experiment: str
+    seed: int
+    method: MethodConfig
+    round: int = 0
+
+    def to_config(self) -> dict[str, Any]:
+        """Fields of the ``config`` record."""
+        return {
+            "experiment": self.experiment,
+            "seed": self.seed,
+            "method": json.dumps(dataclasses.asdict(self.method), separators=(",", ":")),
+            "round": self.round,
+        }
+
+    @classmethod
+    def from_config(cls, record: Mapping[str, Any]) -> Header:
+        """Read the header out of a ``config`` record."""
+        fields = read_json(record, "method")
+        known = {item.name for item in dataclasses.fields(MethodConfig)}
+        if not isinstance(fields, dict) or set(fields) != known:
+            raise ExchangeError("field 'method' of the message is not this version's MethodConfig")
+        return cls(
+            experiment=read_field(record, "experiment", str),
+            seed=read_field(record, "seed", int),
+            method=MethodConfig(**fields),
+            round=read_field(record, "round", int),
+        )
+
+
+@dataclass(frozen=True)
+class DescribeRequest:
+    """Ask a client who it is; ``words`` is the public word list (empty: no alignment needed)."""
+
+    header: Header
+    words: list[str] = field(default_factory=list)
+
+    def to_content(self) -> RecordDict:
+        """Build the message content."""
+        config = ConfigRecord({**self.header.to_config(), "words": self.words})
+        return RecordDict({CONFIG: config})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> DescribeRequest:
+        """Read the message content."""
+        record = read_config(content)
+        return cls(Header.from_config(record), read_texts(record, "words"))
+
+
+@dataclass(frozen=True)
+class DescribeReply:
+    """Who a client is.
+
+    ``shapes`` are the canonical names and shapes of the tensors it would train with the request's
+    method; ``model_bytes`` is two bytes per backbone parameter and ``lora16_bytes`` the bf16 size
+    of LoRA r=16 on all its linear layers (the two denominators of every saving); ``words_mask``
+    marks the words that are one token of its vocabulary; ``labels`` is empty for open text.
+    """
+
+    client_id: str
+    type_key: str
+    fingerprint: str
+    bits: str
+    hidden: int
+    layers: int
+    parameters: int
+    model_bytes: int
+    lora16_bytes: int
+    train_examples: int
+    personal_examples: int
+    labels: list[str]
+    shapes: dict[str, tuple[int, ...]]
+    code_hash: str
+    words_mask: bytes
+
+    def to_content(self) -> RecordDict:
+        """Build the message content."""
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["shapes"] = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
+        return RecordDict({CONFIG: ConfigRecord(fields)})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> DescribeReply:
+        """Read the message content."""
+        record = read_config(content)
+        raw = read_json(record, "shapes")
+        try:
+            shapes = {str(name): tuple(int(n) for n in shape) for name, shape in raw.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ExchangeError(f"field 'shapes' of the message is malformed: {error}") from error
+        texts = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
+        numbers = (
+            "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
+            "train_examples", "personal_examples",
+        )  # fmt: skip
+        fields: dict[str, Any] = {key: read_field(record, key, str) for key in texts}
+        fields |= {key: read_field(record, key, int) for key in numbers}
+        return cls(
+            **fields,
+            labels=read_texts(record, "labels"),
+            shapes=shapes,
+            words_mask=read_field(record, "words_mask", bytes),
+        )
+
+
+@dataclass(frozen=True)
+class AlignRequest:
+    """Ask one client of a type for its public factors; ``words_mask`` marks the shared words."""
+
+    header: Header
+    slots: int
+    words: list[str]
+    words_mask: bytes
+
+    def to_content(self) -> RecordDict:
+        """Build the message content."""
+        fields: dict[str, Any] = {
+            "slots": self.slots,
+            "words": self.words,
+            "words_mask": self.words_mask,
+        }
+        return RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> AlignRequest:
+        """Read the message content."""
+        record = read_config(content)
+        return cls(
+            Header.from_config(record),
+            read_field(record, "slots", int),
+            read_texts(record, "words"),
+            read_field(record, "words_mask", bytes),
+        )
+
+
+@dataclass(frozen=True)
+class AlignReply:
+    """Public factors of one model type (see ``dema.factors``)."""
+
+    client_id: str
+    type_key: str
+    factors: Tensors
+
+    def to_content(self, codec: str) -> RecordDict:
+        """Build the message content."""
+        config = ConfigRecord({"client_id": self.client_id, "type_key": self.type_key})
+        return RecordDict({CONFIG: config, FACTORS: pack(self.factors, codec)})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> AlignReply:
+        """Read the message content."""
+        record = read_config(content)
+        factors = read_tensors(content, FACTORS)
+        if factors is None:
+            raise ExchangeError("the reply to query.align has no 'factors' record")
+        return cls(
+            read_field(record, "client_id", str), read_field(record, "type_key", str), factors
+        )
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One round of local training.
+
+    ``tensors`` are the values the client starts from; a tensor in ``expected`` without a value
+    starts from ``initial_tensors(seed)``; every tensor in neither comes from the client's own
+    state. ``maps_digest`` names the frozen maps (empty: the method has none); ``maps`` brings them
+    when the server does not know that the client has them.
+    """
+
+    header: Header
+    tensors: Tensors
+    maps_digest: str
+    maps: Tensors | None
+    expected: list[str]
+    local_steps: int
+    learning_rate: float
+
+    def to_content(self, codec: str) -> RecordDict:
+        """Build the message content."""
+        fields: dict[str, Any] = {
+            "maps_digest": self.maps_digest,
+            "expected": self.expected,
+            "local_steps": self.local_steps,
+            "learning_rate": self.learning_rate,
+        }
+        content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
+        return add_tensors(content, self.tensors, self.maps, codec)
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> TrainRequest:
+        """Read the message content."""
+        record = read_config(content)
+        return cls(
+            header=Header.from_config(record),
+            tensors=read_tensors(content, TENSORS) or {},
+            maps_digest=read_field(record, "maps_digest", str),
+            maps=read_tensors(content, MAPS),
+            expected=read_texts(record, "expected"),
+            local_steps=read_field(record, "local_steps", int),
+            learning_rate=read_field(record, "learning_rate", float),
+        )
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """What a client's training gave.
+
+    ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
+    ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
+    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``.
+    """
+
+    client_id: str
+    type_key: str
+    round: int
+    maps_digest: str
+    deltas: Tensors
+    metrics: dict[str, float]
+
+    def to_content(self, codec: str) -> RecordDict:
+        """Build the message content."""
+        config = ConfigRecord(
+            {
+                "client_id": self.client_id,
+                "type_key": self.type_key,
+                "round": self.round,
+                "maps_digest": self.maps_digest,
+            }
+        )
+        metrics = MetricRecord({key: float(value) for key, value in self.metrics.items()})
+        content = RecordDict({CONFIG: config, METRICS: metrics})
+        if self.deltas:
+            content[DELTAS] = pack(self.deltas, codec)
+        return content
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> TrainReply:
+        """Read the message content."""
+        record = read_config(content)
+        return cls(
+            client_id=read_field(record, "client_id", str),
+            type_key=read_field(record, "type_key", str),
+            round=read_field(record, "round", int),
+            maps_digest=read_field(record, "maps_digest", str),
+            deltas=read_tensors(content, DELTAS) or {},
+            metrics=read_metrics(content),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Measure a client's model; ``scopes`` is a choice of ``global`` and ``personal``."""
+
+    header: Header
+    tensors: Tensors
+    maps_digest: str
+    maps: Tensors | None
+    scopes: list[str]
+
+    def to_content(self, codec: str) -> RecordDict:
+        """Build the message content."""
+        fields: dict[str, Any] = {"maps_digest": self.maps_digest, "scope": self.scopes}
+        content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
+        return add_tensors(content, self.tensors, self.maps, codec)
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> EvaluateRequest:
+        """Read the message content."""
+        record = read_config(content)
+        scopes = read_texts(record, "scope")
+        if not scopes or set(scopes) - {"global", "personal"}:
+            raise ExchangeError(f"field 'scope' is {scopes}; choose among global and personal")
+        return cls(
+            header=Header.from_config(record),
+            tensors=read_tensors(content, TENSORS) or {},
+            maps_digest=read_field(record, "maps_digest", str),
+            maps=read_tensors(content, MAPS),
+            scopes=scopes,
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """``metrics``: ``{global,personal}_{accuracy,loss,examples}`` for the scopes asked."""
+
+    client_id: str
+    type_key: str
+    round: int
+    maps_digest: str
+    metrics: dict[str, float]
+
+    def to_content(self) -> RecordDict:
+        """Build the message content."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        metrics = fields.pop("metrics")
+        record = MetricRecord({key: float(value) for key, value in metrics.items()})
+        return RecordDict({CONFIG: ConfigRecord(fields), METRICS: record})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> EvaluateReply:
+        """Read the message content."""
+        record = read_config(content)
+        return cls(
+            client_id=read_field(record, "client_id", str),
+            type_key=read_field(record, "type_key", str),
+            round=read_field(record, "round", int),
+            maps_digest=read_field(record, "maps_digest", str),
+            metrics=read_metrics(content),
+        )

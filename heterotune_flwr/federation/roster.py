@@ -1,0 +1,167 @@
+"""Who takes part: every client described, grouped by model type, checked before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
+from heterotune_flwr.exchange.packing import content_bytes
+from heterotune_flwr.federation.messenger import converse, make_message, wait_for_nodes
+from heterotune_flwr.federation.protocol import (
+    DESCRIBE,
+    DescribeReply,
+    DescribeRequest,
+    Header,
+)
+from heterotune_flwr.flower import Grid
+
+
+@dataclass(frozen=True)
+class Client:
+    """A connected client: Flower's node id (of this run only) and its own description."""
+
+    node_id: int
+    info: DescribeReply
+
+
+@dataclass(frozen=True)
+class Roster:
+    """All clients by their stable id, in sorted order.
+
+    ``bytes_down`` and ``bytes_up`` are what asking them cost, per client id.
+    """
+
+    clients: dict[str, Client]
+    bytes_down: dict[str, int]
+    bytes_up: dict[str, int]
+
+    @property
+    def type_keys(self) -> list[str]:
+        """Model types present, sorted."""
+        return sorted({client.info.type_key for client in self.clients.values()})
+
+    def of_type(self, type_key: str) -> list[str]:
+        """Ids of the clients of one type, sorted."""
+        return [cid for cid, client in self.clients.items() if client.info.type_key == type_key]
+
+    def shapes(self, type_key: str) -> dict[str, tuple[int, ...]]:
+        """Trainable tensors of one type."""
+        return self.clients[self.of_type(type_key)[0]].info.shapes
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The closed label set all clients agree on, None for open text."""
+        return next(iter(self.clients.values())).info.labels or None
+
+    def node_to_client(self) -> dict[int, str]:
+        """Flower node id -> client id."""
+        return {client.node_id: cid for cid, client in self.clients.items()}
+
+    def mean(self, field: str) -> float:
+        """Mean of a numeric field of the descriptions over the clients."""
+        values = [float(getattr(client.info, field)) for client in self.clients.values()]
+        return sum(values) / len(values)
+
+
+def _same(clients: Mapping[str, Client], field: str, what: str, mend: str) -> None:
+    """Refuse clients that differ in ``field``, naming two of them."""
+    first_id, first = next(iter(clients.items()))
+    for client_id, client in clients.items():
+        if getattr(client.info, field) != getattr(first.info, field):
+            raise FederationError(f"{first_id} and {client_id} differ in {what}: {mend}")
+
+
+def check_roster(roster: Roster, method: MethodConfig) -> None:
+    """Refuse mixtures that would make a run meaningless.
+
+    Raises
+    ------
+    FederationError
+        Clients run different versions of the code, know different labels, or own different
+        weights or tensors under one type name.
+    ConfigError
+        More slots than the shallowest backbone has blocks.
+
+    """
+    clients = roster.clients
+    _same(clients, "code_hash", "their version of this program", "install the same one everywhere")
+    _same(clients, "labels", "their labels", "set data.labels to the full list of answers")
+    for type_key in roster.type_keys:
+        members = {cid: clients[cid] for cid in roster.of_type(type_key)}
+        _same(
+            members, "fingerprint", f"the weights they call {type_key}",
+            "use the same backbone file or revision, or another name for the other one",
+        )  # fmt: skip
+        _same(members, "shapes", f"the tensors they train as {type_key}", "use one configuration")
+    shallowest = min(clients.values(), key=lambda client: client.info.layers)
+    if method.kind == "dema" and method.slots > shallowest.info.layers:
+        raise ConfigError(
+            f"method.slots is {method.slots} but {shallowest.info.type_key} has only "
+            f"{shallowest.info.layers} blocks; set method.slots to at most {shallowest.info.layers}"
+        )
+
+
+def describe_clients(
+    grid: Grid,
+    header: Header,
+    words: list[str],
+    minimum: int,
+    wait_seconds: float,
+    timeout: float,
+) -> Roster:
+    """Wait for clients, ask each who it is, and check that they can work together.
+
+    Parameters
+    ----------
+    grid, header
+        Whom to ask, and the experiment, seed and method to describe themselves for.
+    words
+        Public word list, empty when no alignment is needed.
+    minimum, wait_seconds
+        How many clients are needed and how long to wait for them.
+    timeout
+        Seconds to wait for the answers.
+
+    Raises
+    ------
+    FederationError
+        Too few clients appeared or answered usefully; the first reason is named.
+
+    """
+    nodes = wait_for_nodes(grid, minimum, wait_seconds)
+    if len(nodes) < minimum:
+        raise FederationError(
+            f"only {len(nodes)} of {minimum} clients appeared within {wait_seconds:.0f} s; start "
+            "more, or lower server.min_clients"
+        )
+    content = DescribeRequest(header, words).to_content()
+    messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
+    replies = converse(grid, messages, timeout)
+    found: dict[str, Client] = {}
+    received: dict[str, int] = {}
+    problems = [f"node {node}: {reason}" for node, reason in sorted(replies.failures.items())]
+    for message in replies.messages:
+        node_id = message.metadata.src_node_id
+        try:
+            info = DescribeReply.from_content(message.content)
+        except HeteroTuneError as error:
+            problems.append(str(error))
+            continue
+        if info.client_id in found:
+            raise FederationError(
+                f"two clients call themselves {info.client_id}; give each its own client-id"
+            )
+        found[info.client_id] = Client(node_id, info)
+        received[info.client_id] = content_bytes(message.content)
+    if len(found) < minimum:
+        reason = sorted(problems)[0] if problems else "no reason known"
+        raise FederationError(
+            f"only {len(found)} of {minimum} clients can take part; first reason: {reason}"
+        )
+    ordered = dict(sorted(found.items()))
+    sent = content_bytes(content)
+    roster = Roster(ordered, dict.fromkeys(ordered, sent), received)
+    check_roster(roster, header.method)
+    return roster

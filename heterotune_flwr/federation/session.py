@@ -1,0 +1,104 @@
+"""What all strategies of one run share: the clients, described once, and their aligned maps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from heterotune_flwr.config.schema import Config, MethodConfig
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.maps_service import Maps, MapsService
+from heterotune_flwr.federation.protocol import Header
+from heterotune_flwr.federation.roster import Roster, describe_clients
+from heterotune_flwr.flower import Grid
+
+__all__ = ["Maps", "Session", "StrategyContext"]
+
+
+@dataclass
+class Session:
+    """One run's view of the federation; rosters and maps are kept for every method asked for."""
+
+    grid: Grid
+    config: Config
+    journal: Journal
+    run_name: str = "run"
+    _rosters: dict[str, Roster] = field(default_factory=dict)
+    _maps: MapsService | None = None
+
+    @property
+    def minimum(self) -> int:
+        """How many clients a run waits for (``server.min_clients``)."""
+        if self.config.server.min_clients is not None:
+            return max(self.config.server.min_clients, 1)
+        return sum(item.clients for item in self.config.types) or 2
+
+    def roster(self, method: MethodConfig, seed: int) -> Roster:
+        """Describe all clients for ``method``; asked once per method and seed."""
+        key = json.dumps([asdict(method), seed], sort_keys=True)
+        if key not in self._rosters:
+            words = self.maps.words() if method.kind == "dema" else []
+            roster = describe_clients(
+                self.grid,
+                Header(f"{self.run_name}-describe", seed, method),
+                words,
+                self.minimum,
+                self.config.server.wait_seconds,
+                self.config.server.timeout_seconds,
+            )
+            self._rosters[key] = roster
+            self.journal.event(
+                "describe",
+                clients=len(roster.clients),
+                seed=seed,
+                types={
+                    type_key: {
+                        "clients": len(roster.of_type(type_key)),
+                        **_type_facts(roster, type_key),
+                    }
+                    for type_key in roster.type_keys
+                },
+            )
+        return self._rosters[key]
+
+    @property
+    def maps(self) -> MapsService:
+        """Computes and remembers the frozen maps."""
+        if self._maps is None:
+            self._maps = MapsService(self.grid, self.config, self.journal, self.run_name)
+        return self._maps
+
+
+def _type_facts(roster: Roster, type_key: str) -> dict[str, Any]:
+    info = roster.clients[roster.of_type(type_key)[0]].info
+    names = ("bits", "hidden", "layers", "parameters", "model_bytes", "lora16_bytes", "fingerprint")
+    return {name: getattr(info, name) for name in names}
+
+
+@dataclass(frozen=True)
+class StrategyContext:
+    """What a strategy is built with.
+
+    Attributes
+    ----------
+    name
+        Its name in the configuration; with the seed it names the experiment.
+    config
+        The run's configuration, with the strategy's own ``method`` and ``train`` settings.
+    seed
+        The only source of randomness.
+    session
+        Clients, maps and journal.
+
+    """
+
+    name: str
+    config: Config
+    seed: int
+    session: Session
+
+    @property
+    def experiment(self) -> str:
+        """Name of this strategy's and seed's private state on the clients."""
+        return f"{self.session.run_name}-{self.name}-seed{self.seed}"

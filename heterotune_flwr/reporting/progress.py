@@ -1,0 +1,152 @@
+"""Live progress of a run from its journal's events: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.reporting.tables import TITLES, human_bytes
+
+Event = dict[str, Any]
+#: A line at most this often when the output is not a terminal.
+LINE_SECONDS = 2.0
+
+
+class RunProgress:
+    """Shows strategy, round, client, loss, bytes and the time left; use as a context manager.
+
+    Parameters
+    ----------
+    config
+        The run (for how much there is to do).
+    console
+        Where to write; a terminal gets a bar, anything else plain lines.
+
+    """
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.experiments = len(config.run.seeds) * len(config.run.compare)
+        self.rounds = config.server.rounds
+        self.clients = sum(entry.clients for entry in config.types) * config.server.participation
+        self._finished = 0
+        self._round = 0
+        self._replies = 0
+        self._started: float | None = None
+        self._last_line = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), console=self.console, transient=True,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        """Start the display."""
+        if self.console.is_terminal:
+            self._bar.start()
+            self._task = self._bar.add_task("starting Flower", total=1.0, note="")
+        else:
+            self._line("starting Flower and its workers", force=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the display."""
+        if self._task is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event of the journal."""
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run's client-rounds that is done."""
+        within = self._round + min(1.0, self._replies / max(1.0, self.clients))
+        done = self._finished + min(1.0, within / max(1, self.rounds))
+        return min(1.0, done / max(1, self.experiments))
+
+    def _eta(self) -> str:
+        if self._started is None or self.fraction <= 0.02:
+            return ""
+        left = (time.monotonic() - self._started) * (1 - self.fraction) / self.fraction
+        return f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
+
+    def _line(self, text: str, force: bool = False) -> None:
+        if not self.console.is_terminal:
+            now = time.monotonic()
+            if force or now - self._last_line > LINE_SECONDS:
+                self.console.print(text, soft_wrap=True, highlight=False)
+                self._last_line = now
+        elif force:
+            self._bar.console.print(text, soft_wrap=True, highlight=False)
+
+    def _show(self, description: str, note: str) -> None:
+        if self._task is not None:
+            self._bar.update(
+                self._task, completed=self.fraction, description=description, note=note + self._eta()
+            )
+
+    def _name(self, event: Event) -> str:
+        title = TITLES.get(event.get("strategy", ""), event.get("strategy", ""))
+        return f"{title} (seed {event.get('seed', 0)})"
+
+    def _on_describe(self, event: Event) -> None:
+        types = ", ".join(f"{facts['clients']} x {key}" for key, facts in event["types"].items())
+        self._line(f"{event['clients']} clients: {types}", force=True)
+
+    def _on_align(self, event: Event) -> None:
+        quality = ", ".join(
+            f"{key} {sum(values) / len(values):.2f}" for key, values in event["quality"].items()
+        )
+        origin = "from the cache" if event.get("cached") else f"{human_bytes(event['bytes_up'])} up"
+        self._line(f"aligned ({origin}); held-out canonical correlation: {quality}", force=True)
+
+    def _on_start(self, event: Event) -> None:
+        self._started = self._started or time.monotonic()
+        self._round, self._replies = 0, 0
+        self._line(f"{self._name(event)}: {event['of']} rounds", force=True)
+
+    def _on_train_reply(self, event: Event) -> None:
+        self._replies += 1
+        note = f"{event['client_id']} ({event['type']}) loss {event['loss']:.3f}"
+        self._show(f"{self._name(event)} round {event['round']}/{event['of']}", note)
+
+    def _on_round(self, event: Event) -> None:
+        self._round, self._replies = event["round"], 0
+        loss = event.get("loss")
+        text = f"  round {event['round']}/{event['of']}: {event.get('clients', '?')} clients"
+        text += f", loss {loss:.3f}" if isinstance(loss, float) else ""
+        text += f", {human_bytes(event['bytes_up'] + event['bytes_down'])} so far"
+        self._line(text + self._eta())
+        self._show(f"{self._name(event)} round {event['round']}/{event['of']}", "")
+
+    def _on_evaluate(self, event: Event) -> None:
+        accuracy = event["overall"].get("global_accuracy_mean")
+        if accuracy is not None:
+            self._line(
+                f"  after round {event['round']}: accuracy {100 * accuracy:.1f} % on the global test",
+                force=True,
+            )
+
+    def _on_strategy_end(self, event: Event) -> None:
+        self._finished += 1
+        self._round, self._replies = 0, 0
+        self._line(f"{self._name(event)} done in {event['seconds']:.0f} s", force=True)
+
+    def _on_refused(self, event: Event) -> None:
+        self._line(f"  refused {event['client_id']}: {event['reason']}", force=True)
+
+    def _on_client_failed(self, event: Event) -> None:
+        self._line(f"  {event['client_id']} failed: {event['reason']}", force=True)

@@ -1,0 +1,416 @@
+"""What every heterogeneous strategy shares: clients of different model types in one run.
+
+Write an own strategy by subclassing :class:`HeteroStrategy` and overriding one method,
+
+* :meth:`HeteroStrategy.scope`: which tensors are shared with whom, or
+* :meth:`HeteroStrategy.combine`: how the updates of one group become one step,
+
+and name it in YAML: ``strategies: {mine: {_component_: my_package.Mine}}``. The class is imported
+by the server only; a client never imports what came over the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
+from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.federation.outcome import Outcome, by_type, statistics
+from heterotune_flwr.federation.protocol import (
+    EVALUATE,
+    TRAIN,
+    EvaluateReply,
+    EvaluateRequest,
+    Header,
+    TrainReply,
+    TrainRequest,
+    resolve_output,
+)
+from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.sampling import sample_clients
+from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.flower import (
+    ArrayRecord,
+    ConfigRecord,
+    Grid,
+    Message,
+    MetricRecord,
+    Result,
+    Strategy,
+)
+from heterotune_flwr.strategies import evaluation
+from heterotune_flwr.strategies.courier import Courier
+from heterotune_flwr.strategies.updates import (
+    ClientUpdate,
+    as_update,
+    check_update,
+    mean_delta,
+    outliers,
+    training_summary,
+)
+
+Scope = Literal["global", "type", "client"]
+#: The group of tensors shared by every client; a type's own group is ``type/<type key>``.
+GLOBAL = "global"
+#: Rounds in a row without a single usable update after which a run gives up.
+_PATIENCE = 3
+
+
+class HeteroStrategy(Strategy):
+    """Federated training of different model types: rounds, scopes, bookkeeping.
+
+    The server holds one copy of every *group* of shared tensors: ``global`` for all clients,
+    ``type/<key>`` for the clients of one model type. A client receives the slice of its type,
+    trains, and returns deltas; what has scope ``client`` never leaves it.
+
+    Parameters
+    ----------
+    context
+        Name, configuration, seed and session; see :class:`StrategyContext`.
+
+    """
+
+    def __init__(self, context: StrategyContext) -> None:
+        self.context = context
+        self.config = context.config
+        self.method = context.config.method
+        self.rounds = context.config.server.rounds
+        self.state: dict[str, Tensors] = {}
+        self.outcome = Outcome(context.name, context.seed)
+        self.roster: Roster
+        self.courier: Courier
+        self.maps: Maps | None = None
+        self._groups: dict[str, dict[str, str]] = {}
+        self._empty_rounds = 0
+
+    # ------------------------------------------------------------------ what a subclass overrides
+
+    def scope(self, name: str, type_key: str) -> Scope:
+        """Say who shares a tensor: ``global``, ``type`` (the default) or ``client``."""
+        return "type"
+
+    def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
+        """Turn the updates of one group into the change of its tensors (default: weighted mean).
+
+        ``updates`` hold only the tensors of this group, in client order; never empty.
+        """
+        return mean_delta(updates)
+
+    def round_log(self) -> dict[str, Any]:
+        """Further facts about the last round for the journal; JSON-able."""
+        return {}
+
+    # ------------------------------------------------------------------------------------ set-up
+
+    def prepare(self, grid: Grid) -> None:
+        """Describe the clients, get the maps, lay out the groups and their first values."""
+        session, seed = self.context.session, self.context.seed
+        self.roster = session.roster(self.method, seed)
+        self.method = resolve_output(self.method, self.config.alignment, self.roster.labels)
+        if self.method.kind == "dema":
+            self.maps = session.maps.get(self.roster, self.method, seed)
+        self.courier = Courier(self.context, self.roster, self.maps)
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for type_key in self.roster.type_keys:
+            self._groups[type_key] = {}
+            for name, shape in self.roster.shapes(type_key).items():
+                scope = self.scope(name, type_key)
+                if scope == "client":
+                    continue
+                group = GLOBAL if scope == "global" else f"type/{type_key}"
+                known = shapes.setdefault(group, {}).setdefault(name, shape)
+                if known != shape:
+                    raise ConfigError(
+                        f"{name} is to be shared by all types but {type_key} has it as "
+                        f"{list(shape)}, another type as {list(known)}; share it inside types"
+                    )
+                self._groups[type_key][name] = group
+        self.state = {group: initial_tensors(shapes[group], seed) for group in sorted(shapes)}
+
+    @property
+    def models_differ(self) -> bool:
+        """Whether clients of one type can hold different models (some tensor never leaves them)."""
+        return any(
+            len(self._groups[type_key]) < len(self.roster.shapes(type_key))
+            for type_key in self.roster.type_keys
+        )
+
+    def slice(self, type_key: str) -> Tensors:
+        """All shared tensors a client of this type works with."""
+        return {name: self.state[group][name] for name, group in self._groups[type_key].items()}
+
+    def shared_tensors(self) -> Tensors:
+        """Every group's tensors as ``<group>/<name>``: what is saved and returned at the end."""
+        return {
+            f"{group}/{name}": value
+            for group, tensors in self.state.items()
+            for name, value in tensors.items()
+        }
+
+    def shares(self, type_key: str, slot: int) -> bool:
+        """Whether a type's slot is aligned well enough to share across types (METHOD 3.5)."""
+        if self.maps is None:
+            return False
+        if self.config.alignment.control != "none":  # a control must show its damage
+            return True
+        return self.maps.quality[type_key][slot] >= self.config.alignment.quality_threshold
+
+    def summary(self) -> None:
+        """Write what is about to run into the journal."""
+        self.courier.event(
+            "start",
+            of=self.rounds,
+            clients=len(self.roster.clients),
+            shared={group: len(tensors) for group, tensors in self.state.items()},
+        )
+
+    # ---------------------------------------------------------------------------------- training
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message per sampled client; ``arrays`` mirrors ``state``, which is what is sent."""
+        server, train, seed = self.config.server, self.config.train, self.context.seed
+        sampled = sample_clients(self.roster.clients, server.participation, seed, server_round)
+        messages = []
+        for client_id in sampled:
+            tensors = self.slice(self.roster.clients[client_id].info.type_key)
+            digest, maps = self.courier.maps_for(client_id)
+            request = TrainRequest(
+                header=self._header(server_round),
+                tensors=tensors,
+                maps_digest=digest,
+                maps=maps,
+                expected=sorted(tensors),
+                local_steps=train.local_steps,
+                learning_rate=train.learning_rate,
+            )
+            messages.append(self.courier.message(client_id, request, TRAIN, server_round))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check every update, combine group by group, apply; None when nothing was usable."""
+        reports, admitted = self._admit(server_round, replies)
+        if not admitted:
+            return None, None
+        for group in self.state:
+            members = [self._part(update, group) for update in admitted]
+            members = [update for update in members if update.deltas]
+            if members:
+                step = self.combine(group, server_round, members)
+                self.state[group] |= {n: self.state[group][n] + d for n, d in step.items()}
+        summary = training_summary(reports)
+        self._journal_round(server_round, summary)
+        numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
+        return self._arrays(), MetricRecord({**numbers, "clients": len(admitted)})
+
+    def _part(self, update: ClientUpdate, group: str) -> ClientUpdate:
+        groups = self._groups[update.type_key]
+        return update.only(name for name in update.deltas if groups[name] == group)
+
+    def _admit(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[list[TrainReply], list[ClientUpdate]]:
+        """Read replies and keep the usable ones, in client order; the others are journalled."""
+        reports: dict[str, TrainReply] = {}
+        updates: dict[str, ClientUpdate] = {}
+        for message in replies:
+            client_id = self.courier.client_of(message)
+            if client_id is None or not message.has_content():
+                continue
+            type_key = self.roster.clients[client_id].info.type_key
+            shapes = self.roster.shapes(type_key)
+            try:
+                reply = TrainReply.from_content(message.content)
+                _check_sender(reply, client_id, server_round)
+                if client_id in updates:
+                    raise FederationError("answers twice")
+                update = as_update(reply, type_key)
+                check_update(update, {name: shapes[name] for name in self._groups[type_key]})
+            except HeteroTuneError as error:
+                self.courier.refuse(client_id, server_round, str(error))
+                continue
+            reports[client_id], updates[client_id] = reply, update
+        for client_id, reason in outliers(list(updates.values())).items():
+            self.courier.refuse(client_id, server_round, reason)
+            del reports[client_id], updates[client_id]
+        return [reports[key] for key in sorted(reports)], [updates[key] for key in sorted(updates)]
+
+    def _journal_round(self, server_round: int, summary: Mapping[str, Any]) -> None:
+        ledger = self.courier.ledger
+        entry = {
+            "round": server_round,
+            **summary,
+            **self.round_log(),
+            "bytes_up": ledger.train_up,
+            "bytes_down": ledger.train_down,
+        }
+        peak = summary.get("peak_memory_mb")
+        if peak is not None:
+            self.outcome.peak_memory_mb = max(self.outcome.peak_memory_mb or 0.0, peak)
+        self.outcome.rounds.append({"event": "round", **entry})
+        self.courier.event("round", of=self.rounds, **entry)
+
+    # -------------------------------------------------------------------------------- evaluation
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask for tests as :mod:`.evaluation` plans them (all models are equal before round 1)."""
+        differ = self.models_differ and server_round > 0
+        return self._evaluate_messages(evaluation.plan(self.roster, differ), server_round)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Make one row per client and journal the statistics; None when nobody answered."""
+        answers = self._read_evaluations(server_round, replies)
+        if not answers:
+            return None
+        rows = evaluation.rows(self.roster, answers, self.models_differ and server_round > 0)
+        self.outcome.rows = rows
+        if server_round == 0:
+            self.outcome.before = rows
+        overall = statistics(rows)
+        entry = {"round": server_round, "types": by_type(rows), "overall": overall}
+        self.outcome.rounds.append({"event": "evaluate", **entry})
+        self.courier.event("evaluate", of=self.rounds, **entry)
+        return MetricRecord({key: float(value) for key, value in overall.items()})
+
+    def _read_evaluations(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> list[EvaluateReply]:
+        answers = []
+        for message in replies:
+            client_id = self.courier.client_of(message)
+            if client_id is None or not message.has_content():
+                continue
+            try:
+                reply = EvaluateReply.from_content(message.content)
+                _check_sender(reply, client_id, server_round)
+                answers.append(reply)
+            except HeteroTuneError as error:
+                self.courier.refuse(client_id, server_round, str(error))
+        return sorted(answers, key=lambda reply: reply.client_id)
+
+    def _evaluate_messages(
+        self, asked: Mapping[str, list[str]], server_round: int
+    ) -> list[Message]:
+        messages = []
+        for client_id, scopes in asked.items():
+            digest, maps = self.courier.maps_for(client_id)
+            tensors = self.slice(self.roster.clients[client_id].info.type_key)
+            header = self._header(server_round)
+            request = EvaluateRequest(header, tensors, digest, maps, scopes)
+            messages.append(self.courier.message(client_id, request, EVALUATE, server_round))
+        return messages
+
+    def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
+        """Evaluate once; where a type's speaker fails, its other clients are asked in turn."""
+        arrays, config = self._arrays(), ConfigRecord()
+        messages = list(self.configure_evaluate(server_round, arrays, config, grid))
+        collected = self.courier.collect(grid, messages, EVALUATE, server_round)
+        tried = {evaluation.speaker(self.roster, key) or "" for key in self.roster.type_keys}
+        while not (self.models_differ and server_round > 0):
+            answers = self._read_evaluations(server_round, collected)
+            asked = evaluation.plan_again(self.roster, answers, tried)
+            if not asked:
+                break
+            tried |= set(asked)
+            messages = self._evaluate_messages(asked, server_round)
+            collected += self.courier.collect(grid, messages, EVALUATE, server_round)
+        record = self.aggregate_evaluate(server_round, collected)
+        if record is not None:
+            result.evaluate_metrics_clientapp[server_round] = record
+
+    # ---------------------------------------------------------------------------------- the loop
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run all rounds; Flower's arguments are accepted, what they leave open is configured.
+
+        Round 0 is an evaluation of the untouched backbones, so that before and after exist.
+
+        Raises
+        ------
+        HeteroTuneError
+            The federation cannot start, or no update was usable in several rounds in a row.
+
+        """
+        begin = time.monotonic()
+        if num_rounds is not None:
+            self.rounds = num_rounds
+        self.prepare(grid)
+        self.summary()
+        result = Result()
+        self._evaluate(0, grid, result)
+        for server_round in range(1, self.rounds + 1):
+            messages = list(
+                self.configure_train(
+                    server_round, self._arrays(), train_config or ConfigRecord(), grid
+                )
+            )
+            replies = self.courier.collect(grid, messages, TRAIN, server_round)
+            _, record = self.aggregate_train(server_round, replies)
+            self._check_progress(server_round, record)
+            if record is not None:
+                result.train_metrics_clientapp[server_round] = record
+            if self._evaluates(server_round):
+                self._evaluate(server_round, grid, result)
+            if evaluate_fn is not None:
+                central = evaluate_fn(server_round, self._arrays())
+                if central is not None:
+                    result.evaluate_metrics_serverapp[server_round] = central
+        result.arrays = self._arrays()
+        self._finish(time.monotonic() - begin)
+        return result
+
+    def _evaluates(self, server_round: int) -> bool:
+        every = self.config.server.evaluate_every
+        is_last = server_round == self.rounds
+        return is_last or (every > 0 and server_round % every == 0)
+
+    def _check_progress(self, server_round: int, record: MetricRecord | None) -> None:
+        """Give up when round after round brings nothing: the same error would repeat for ever."""
+        self._empty_rounds = 0 if record is not None else self._empty_rounds + 1
+        if self._empty_rounds >= min(_PATIENCE, self.rounds):
+            reason = self.courier.first_failure or "no client was asked"
+            raise FederationError(
+                f"{self.context.name}, round {server_round}: no usable update in "
+                f"{self._empty_rounds} rounds; first reason: {reason}"
+            )
+
+    def _finish(self, seconds: float) -> None:
+        self.outcome.seconds = seconds
+        self.outcome.bytes = self.courier.ledger.summary(
+            self.roster.mean("lora16_bytes"), self.roster.mean("model_bytes")
+        )
+        if self.maps is not None:
+            self.outcome.alignment = {"quality": self.maps.quality}
+        self.courier.event("strategy_end", seconds=seconds, overall=statistics(self.outcome.rows))
+
+    def _header(self, server_round: int) -> Header:
+        return Header(self.context.experiment, self.context.seed, self.method, server_round)
+
+    def _arrays(self) -> ArrayRecord:
+        return pack(self.shared_tensors(), "fp32")
+
+
+def _check_sender(reply: TrainReply | EvaluateReply, client_id: str, server_round: int) -> None:
+    if reply.client_id != client_id:
+        raise FederationError(f"answers as {reply.client_id}")
+    if reply.round != server_round:
+        raise FederationError(f"answers round {reply.round} instead of {server_round}")

@@ -1,0 +1,97 @@
+"""From a strategy's YAML entry to the strategy; on the server only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.session import StrategyContext
+from heterotune_flwr.strategies.base import HeteroStrategy
+
+#: Training settings a strategy may have of its own; the others are the clients'.
+_TRAIN_KEYS = ("local_steps", "learning_rate")
+_ConfigPart = TypeVar("_ConfigPart")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def load_component(path: str, where: str) -> type[HeteroStrategy]:
+    """Import the strategy class a dotted path names; ConfigError when it is none."""
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where}._component_ is {path!r}: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, HeteroStrategy)):
+        raise ConfigError(f"{where}._component_ is {path!r}, which is no HeteroStrategy")
+    return found
+
+
+def _replaced(part: _ConfigPart, changes: Any, allowed: list[str], where: str) -> _ConfigPart:
+    """Copy a configuration dataclass with some fields changed, checking names and types."""
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"{where} is {changes!r}; write it as key: value pairs")
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        if key not in allowed:
+            raise ConfigError(f"{where} has no key {key!r}; {_nearest(str(key), allowed)}")
+        old = getattr(part, key)
+        if isinstance(old, float) and type(value) is int:
+            value = float(value)
+        if old is not None and type(value) is not type(old):
+            kind = type(old).__name__
+            raise ConfigError(f"{where}.{key} is {value!r}; a value of type {kind} is needed")
+        values[key] = value
+    return dataclasses.replace(part, **values)  # type: ignore[type-var]
+
+
+def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Config:
+    """Return the run's configuration with the strategy's own ``method`` and ``train`` settings."""
+    where = f"strategies.{name}"
+    fields = [field.name for field in dataclasses.fields(config.method)]
+    return dataclasses.replace(
+        config,
+        method=_replaced(config.method, spec.get("method", {}), fields, f"{where}.method"),
+        train=_replaced(config.train, spec.get("train", {}), list(_TRAIN_KEYS), f"{where}.train"),
+    )
+
+
+def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroStrategy:
+    """Build the strategy an entry of ``strategies`` describes.
+
+    Parameters
+    ----------
+    spec
+        ``_component_`` (dotted path of a :class:`HeteroStrategy`), optional ``method`` and
+        ``train`` settings that replace the run's for this strategy, and the class's own options.
+    context
+        Name, configuration, seed, session.
+
+    Raises
+    ------
+    ConfigError
+        The path, a key or a value is wrong; the message names the nearest right one.
+
+    """
+    where = f"strategies.{context.name}"
+    if "_component_" not in spec:
+        raise ConfigError(f"{where} lacks _component_, the dotted path of its class")
+    component = load_component(str(spec["_component_"]), where)
+    reserved = {"_component_", "method", "train"}
+    options = {str(key): value for key, value in spec.items() if key not in reserved}
+    known = [name for name in inspect.signature(component).parameters if name != "context"]
+    for key in options:
+        if key not in known:
+            known_keys = [*known, "method", "train"]
+            raise ConfigError(f"{where} has no key {key!r}; {_nearest(key, known_keys)}")
+    config = strategy_config(context.name, spec, context.config)
+    return component(dataclasses.replace(context, config=config), **options)

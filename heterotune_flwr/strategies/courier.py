@@ -1,0 +1,164 @@
+"""Carries a strategy's requests to clients: maps only where needed, failures on record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.exchange.packing import Tensors, content_bytes, pack, payload_bytes
+from heterotune_flwr.federation.ledger import Ledger
+from heterotune_flwr.federation.messenger import converse, make_message
+from heterotune_flwr.federation.protocol import (
+    ERROR_MAPS_MISSING,
+    MAPS,
+    TRAIN,
+    EvaluateRequest,
+    RemoteError,
+    TrainRequest,
+)
+from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.federation.wire import read_config, read_metrics
+from heterotune_flwr.flower import ArrayRecord, Grid, Message
+
+
+class Courier:
+    """Sends and collects for one strategy.
+
+    Parameters
+    ----------
+    context, roster
+        For whom and to whom.
+    maps
+        Frozen maps of the types, None when the method has none.
+
+    """
+
+    def __init__(self, context: StrategyContext, roster: Roster, maps: Maps | None) -> None:
+        self.context = context
+        self.roster = roster
+        self.ledger = Ledger()
+        self._maps = maps
+        self._by_node = roster.node_to_client()
+        self._holds_maps: set[str] = set()
+        self._failed: dict[str, str] = {}
+        for client_id in roster.clients:
+            self.ledger.one_time(
+                client_id, roster.bytes_down[client_id], roster.bytes_up[client_id]
+            )
+        if maps is not None:
+            for client_id, down in maps.bytes_down.items():
+                self.ledger.one_time(client_id, down, maps.bytes_up[client_id])
+
+    def maps_for(self, client_id: str) -> tuple[str, Tensors | None]:
+        """Digest of the client's maps, and the maps themselves unless it is known to hold them."""
+        if self._maps is None:
+            return "", None
+        type_key = self.roster.clients[client_id].info.type_key
+        known = client_id in self._holds_maps
+        return self._maps.digests[type_key], None if known else self._maps.tensors[type_key]
+
+    def message(
+        self, client_id: str, request: TrainRequest | EvaluateRequest, kind: str, round: int
+    ) -> Message:
+        """Build the message that carries a request."""
+        content = request.to_content(self.context.config.exchange.codec)
+        node_id = self.roster.clients[client_id].node_id
+        timeout = self.context.config.server.timeout_seconds
+        return make_message(content, node_id, kind, round, timeout)
+
+    def client_of(self, message: Message) -> str | None:
+        """Id of the client a reply came from, None for a stranger."""
+        return self._by_node.get(message.metadata.src_node_id)
+
+    def collect(
+        self, grid: Grid, messages: Sequence[Message], kind: str, round: int
+    ) -> list[Message]:
+        """Send, wait, and return the replies that carry a result.
+
+        Every reply is journalled when it arrives. A client that lost its maps (a wiped disk) is
+        sent them again once. Failures end up in the journal as ``client_failed``.
+        """
+        sent = {message.metadata.dst_node_id: message for message in messages}
+        self._failed = {}
+        good: list[Message] = []
+        lost_maps: list[Message] = []
+
+        def on_reply(reply: Message) -> None:
+            client_id = self._by_node[reply.metadata.src_node_id]
+            request = sent[reply.metadata.src_node_id]
+            try:
+                config = read_config(reply.content)
+                self._account(client_id, request, reply, kind)
+                if kind == TRAIN:
+                    self._journal_reply(client_id, round, read_metrics(reply.content))
+            except RemoteError as error:
+                if error.kind == ERROR_MAPS_MISSING and MAPS not in request.content:
+                    lost_maps.append(request)
+                else:
+                    self._failed[client_id] = str(error)
+                return
+            except HeteroTuneError as error:  # unreadable; the round goes on without it
+                self._failed[client_id] = str(error)
+                return
+            if config.get("maps_digest"):
+                self._holds_maps.add(client_id)
+            good.append(reply)
+
+        timeout = self.context.config.server.timeout_seconds
+        replies = converse(grid, messages, timeout, on_reply)
+        failures = dict(replies.failures)
+        if lost_maps:
+            again = [self._with_maps(message, kind, round) for message in lost_maps]
+            sent |= {message.metadata.dst_node_id: message for message in again}
+            failures |= converse(grid, again, timeout, on_reply).failures
+        self._failed |= {self._by_node[node]: reason for node, reason in failures.items()}
+        for client_id, reason in sorted(self._failed.items()):
+            self.refuse(client_id, round, reason, "client_failed", message_type=kind)
+        return good
+
+    @property
+    def first_failure(self) -> str | None:
+        """One line about the first client that failed in the last collection."""
+        for client_id, reason in sorted(self._failed.items()):
+            return f"{client_id}: {reason}"
+        return None
+
+    def refuse(
+        self, client_id: str, round: int, reason: str, event: str = "refused", **fields: Any
+    ) -> None:
+        """Journal that a client's answer is not used, and why."""
+        self._failed.setdefault(client_id, reason)
+        self.event(event, round=round, client_id=client_id, reason=reason, **fields)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Journal an event of this strategy."""
+        self.context.session.journal.event(
+            event, strategy=self.context.name, seed=self.context.seed, **fields
+        )
+
+    def _with_maps(self, message: Message, kind: str, round: int) -> Message:
+        client_id = self._by_node[message.metadata.dst_node_id]
+        self._holds_maps.discard(client_id)
+        _, maps = self.maps_for(client_id)
+        content = message.content
+        content[MAPS] = pack(maps or {}, self.context.config.exchange.codec)
+        timeout = self.context.config.server.timeout_seconds
+        return make_message(content, message.metadata.dst_node_id, kind, round, timeout)
+
+    def _account(self, client_id: str, request: Message, reply: Message, kind: str) -> None:
+        down, up = content_bytes(request.content), content_bytes(reply.content)
+        record = request.content.get(MAPS)
+        maps = payload_bytes(record) if isinstance(record, ArrayRecord) else 0
+        (self.ledger.train if kind == TRAIN else self.ledger.evaluate)(client_id, down, up, maps)
+
+    def _journal_reply(self, client_id: str, round: int, metrics: dict[str, float]) -> None:
+        self.event(
+            "train_reply",
+            round=round,
+            of=self.context.config.server.rounds,
+            client_id=client_id,
+            type=self.roster.clients[client_id].info.type_key,
+            **{key: metrics[key] for key in sorted(metrics)},
+        )

@@ -1,0 +1,62 @@
+"""Who is asked for which test, and how the answers become one row per client."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from heterotune_flwr.federation.outcome import ClientRow
+from heterotune_flwr.federation.protocol import EvaluateReply
+from heterotune_flwr.federation.roster import Roster
+
+
+def speaker(roster: Roster, type_key: str, tried: Collection[str] = ()) -> str | None:
+    """First client of a type that was not tried yet, None when all were."""
+    return next((cid for cid in roster.of_type(type_key) if cid not in tried), None)
+
+
+def plan(roster: Roster, models_differ: bool) -> dict[str, list[str]]:
+    """Client id -> tests asked of it.
+
+    The personal test is asked of everybody who has one. Where all clients of a type hold the same
+    model, its global test is asked of one of them only; where ``models_differ``, of everybody.
+    """
+    speakers = {speaker(roster, type_key) for type_key in roster.type_keys}
+    asked: dict[str, list[str]] = {}
+    for client_id, client in roster.clients.items():
+        scopes = ["global"] if models_differ or client_id in speakers else []
+        if client.info.personal_examples > 0:
+            scopes.append("personal")
+        if scopes:
+            asked[client_id] = scopes
+    return asked
+
+
+def plan_again(
+    roster: Roster, replies: Iterable[EvaluateReply], tried: Collection[str]
+) -> dict[str, list[str]]:
+    """Whom to ask instead for every type whose global test nobody answered."""
+    answered = {reply.type_key for reply in replies if "global_examples" in reply.metrics}
+    missing = [type_key for type_key in roster.type_keys if type_key not in answered]
+    following = [speaker(roster, type_key, tried) for type_key in missing]
+    return {client_id: ["global"] for client_id in following if client_id is not None}
+
+
+def rows(roster: Roster, replies: Iterable[EvaluateReply], models_differ: bool) -> list[ClientRow]:
+    """One row per client; a type's shared global result is attributed to all its clients."""
+    metrics: dict[str, dict[str, float]] = {}
+    shared: dict[str, Mapping[str, float]] = {}
+    for reply in replies:
+        metrics.setdefault(reply.client_id, {}).update(reply.metrics)
+        if "global_examples" in reply.metrics:
+            shared[reply.type_key] = reply.metrics
+    result = []
+    for client_id, client in roster.clients.items():
+        own = metrics.get(client_id, {})
+        common = own if models_differ else shared.get(client.info.type_key, {})
+        row = ClientRow(client_id, client.info.type_key, client.info.train_examples)
+        row.global_accuracy = common.get("global_accuracy")
+        row.global_loss = common.get("global_loss")
+        row.personal_accuracy = own.get("personal_accuracy")
+        row.personal_loss = own.get("personal_loss")
+        result.append(row)
+    return result

@@ -1,0 +1,106 @@
+"""HeteroTune: one bank of experts shared by clients of different backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from heterotune_flwr.cmga import DEFAULT_CHAIN, Member, build_chain, make_updates
+from heterotune_flwr.cmga.base import State
+from heterotune_flwr.dema.bank import slot_of, tier_of
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.federation.session import StrategyContext
+from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
+from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
+
+
+class HeteroTune(HeteroStrategy):
+    """HeteroTune (arXiv 2411.16796): DeMA experts in one latent space, aggregated with CMGA.
+
+    Our definition (docs/method.md, sections 2 to 5). Every round:
+
+    1. *update gate* (base class): unreadable, misshapen, non-finite or absurdly long updates of a
+       client are refused and reported, the round goes on without them;
+    2. *pseudo-gradients* per slot: ``Delta_i / (steps_i * lr_i)``, comparable between clients that
+       did different amounts of work (FedNova, arXiv 2007.07481);
+    3. *CMGA*: within-type mean, equal norms, reliability, conflict removal, combination, server
+       optimizer, as one chain of small transforms (:mod:`heterotune_flwr.cmga`);
+    4. *step*: the direction times the mean ``steps_i * lr_i`` is added to the shared bank.
+
+    What one type shares (type experts, by default the gate, and slots whose alignment is below the
+    quality threshold) is averaged inside the type; private experts stay on their client.
+
+    Parameters
+    ----------
+    context
+        See :class:`StrategyContext`.
+    chain
+        The CMGA chain as a list of ``{transform: name, option: value}``; null for the default.
+
+    """
+
+    def __init__(
+        self, context: StrategyContext, chain: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        super().__init__(context)
+        self.chain = build_chain(chain or DEFAULT_CHAIN)
+        self.chain_states: dict[int, State] = {}
+        self._log: dict[str, Any] = {}
+
+    def scope(self, name: str, type_key: str) -> Scope:
+        """Global experts are for all types, as far as the type's slot is aligned."""
+        tier = tier_of(name)
+        wanted = {
+            "global": "global",
+            "gate": self.method.gate_scope,
+            "type": "type",
+            "lora": "type",
+            "private": "client",
+        }[tier]
+        if wanted == "global" and not self.shares(type_key, slot_of(name)):
+            return "type"
+        return wanted  # type: ignore[return-value]
+
+    def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
+        """CMGA per slot for what all types share, the weighted mean inside a type."""
+        if group != GLOBAL:
+            return mean_delta(updates)
+        step: Tensors = {}
+        for slot in sorted({slot_of(name) for update in updates for name in update.deltas}):
+            step |= self._align_slot(slot, round, updates)
+        return step
+
+    def _align_slot(self, slot: int, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
+        """Run the chain on one slot's pseudo-gradients; return the change of its tensors."""
+        sharing = [u for u in updates if any(slot_of(name) == slot for name in u.deltas)]
+        names = sorted(name for name in sharing[0].deltas if slot_of(name) == slot)
+        members = [
+            Member(u.client_id, u.type_key, _flat(u, names) / u.path_length, u.examples)
+            for u in sharing
+        ]
+        length = sum(u.examples * u.path_length for u in sharing) / sum(u.examples for u in sharing)
+        state = self.chain_states.get(slot, self.chain.init())
+        inputs = make_updates(members, round, self.context.seed)
+        self.chain_states[slot], result = self.chain.update(state, inputs)
+        self._log[f"slot {slot}"] = dict(result.log)
+        step: Tensors = {}
+        start = 0
+        for name in names:
+            shape = sharing[0].deltas[name].shape
+            size = int(np.prod(shape))
+            part = result.direction[start : start + size].reshape(shape)
+            step[name] = (length * part).astype(np.float32)
+            start += size
+        return step
+
+    def round_log(self) -> dict[str, Any]:
+        """What CMGA saw and did in the last round, per slot."""
+        log, self._log = self._log, {}
+        return {"cmga": log} if log else {}
+
+
+def _flat(update: ClientUpdate, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Some tensors of an update as one float64 vector, in the given order."""
+    return np.concatenate([update.deltas[name].astype(np.float64).reshape(-1) for name in names])

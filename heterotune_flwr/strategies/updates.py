@@ -1,0 +1,147 @@
+"""What a client's training becomes on the server, and which of it is let in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.errors import FederationError
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.federation.protocol import TrainReply
+
+#: A client's update longer than this many medians of its type's updates is refused.
+NORM_LIMIT = 100.0
+_NOT_AVERAGED = {"examples", "steps", "learning_rate", "seconds", "peak_memory_mb"}
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """One admitted update: ``deltas`` = trained minus received values, by canonical name."""
+
+    client_id: str
+    type_key: str
+    examples: float
+    steps: float
+    learning_rate: float
+    deltas: Tensors
+
+    @property
+    def path_length(self) -> float:
+        """Steps times learning rate: what turns a pseudo-gradient back into a change of weights."""
+        return self.steps * self.learning_rate
+
+    def only(self, names: Iterable[str]) -> ClientUpdate:
+        """The same update restricted to some tensors."""
+        return replace(self, deltas={name: self.deltas[name] for name in names})
+
+
+def as_update(reply: TrainReply, type_key: str) -> ClientUpdate:
+    """Read an update and its weights out of a reply.
+
+    Raises
+    ------
+    FederationError
+        The client answers for another model type, or a weight is missing, not finite or not
+        above 0.
+
+    """
+    if reply.type_key != type_key:
+        raise FederationError(f"answers as type {reply.type_key} instead of {type_key}")
+    weights = {
+        name: reply.metrics.get(name, 0.0) for name in ("examples", "steps", "learning_rate")
+    }
+    for name, value in weights.items():
+        if not (np.isfinite(value) and value > 0):
+            raise FederationError(f"reports {name} = {value}, which must be above 0")
+    return ClientUpdate(reply.client_id, type_key, **weights, deltas=reply.deltas)
+
+
+def norm_of(deltas: Mapping[str, NDArray[np.float32]]) -> float:
+    """Euclidean norm over all tensors."""
+    squares = [float(np.sum(np.square(value, dtype=np.float64))) for value in deltas.values()]
+    return float(np.sqrt(sum(squares)))
+
+
+def check_update(update: ClientUpdate, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """The update gate: exactly the expected tensors, their shapes, every number finite.
+
+    One NaN averaged in would spoil the bank for everybody.
+
+    Raises
+    ------
+    FederationError
+        One line about the first thing that is wrong.
+
+    """
+    if set(update.deltas) != set(expected):
+        odd = sorted(set(update.deltas) ^ set(expected))[0]
+        verb = "lacks the" if odd in expected else "brings the unexpected"
+        raise FederationError(f"{verb} tensor {odd}")
+    for name, shape in expected.items():
+        got = update.deltas[name]
+        if got.shape != tuple(shape):
+            raise FederationError(f"sends {name} as {list(got.shape)}, expected {list(shape)}")
+        if not np.isfinite(got).all():
+            raise FederationError(f"sends numbers in {name} that are not finite")
+
+
+def outliers(updates: Sequence[ClientUpdate], limit: float = NORM_LIMIT) -> dict[str, str]:
+    """Client id -> reason, for updates absurdly longer than their type's median (3+ clients)."""
+    by_type: dict[str, list[tuple[str, float]]] = {}
+    for update in updates:
+        by_type.setdefault(update.type_key, []).append((update.client_id, norm_of(update.deltas)))
+    refused = {}
+    for members in by_type.values():
+        median = float(np.median([norm for _, norm in members]))
+        for client_id, norm in members:
+            if len(members) >= 3 and median > 0 and norm > limit * median:
+                refused[client_id] = f"is {norm / median:.0f} times longer than its type's median"
+    return refused
+
+
+def mean_delta(updates: Sequence[ClientUpdate]) -> Tensors:
+    """Example-weighted mean per tensor over those that have it (FedAvg, arXiv 1602.05629).
+
+    Summed in float64 in client order, so neither the order of arrival nor of dictionaries shows.
+    """
+    ordered = sorted(updates, key=lambda update: update.client_id)
+    step: Tensors = {}
+    for name in sorted({name for update in ordered for name in update.deltas}):
+        having = [update for update in ordered if name in update.deltas]
+        total = sum(update.examples for update in having)
+        mean = np.zeros(having[0].deltas[name].shape, dtype=np.float64)
+        for update in having:
+            mean += (update.examples / total) * update.deltas[name]
+        step[name] = mean.astype(np.float32)
+    return step
+
+
+def training_summary(reports: Sequence[TrainReply]) -> dict[str, Any]:
+    """Example-weighted means of what clients report, over all and per type; sums and maxima."""
+
+    def means(chosen: Sequence[TrainReply]) -> dict[str, float]:
+        total = sum(report.metrics["examples"] for report in chosen)
+        names = {name for report in chosen for name in report.metrics} - _NOT_AVERAGED
+        result: dict[str, float] = {}
+        for name in sorted(names):
+            having = [report for report in chosen if name in report.metrics]
+            if len(having) == len(chosen):
+                weighted = (r.metrics["examples"] * r.metrics[name] for r in having)
+                result[name] = float(sum(weighted) / total)
+        return result
+
+    keys = sorted({report.type_key for report in reports})
+    summary: dict[str, Any] = dict(means(reports))
+    summary["clients"] = len(reports)
+    summary["client_seconds"] = float(sum(r.metrics.get("seconds", 0.0) for r in reports))
+    peaks = [r.metrics["peak_memory_mb"] for r in reports if "peak_memory_mb" in r.metrics]
+    if peaks:
+        summary["peak_memory_mb"] = max(peaks)
+    summary["types"] = {
+        key: means([report for report in reports if report.type_key == key]) for key in keys
+    }
+    return summary

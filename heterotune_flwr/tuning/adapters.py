@@ -1,0 +1,266 @@
+"""Attaching DeMA or LoRA to a shared backbone and moving its tensors in and out.
+
+One backbone serves every virtual client of a worker process, so at most one adapter is attached to
+it at a time, and whoever uses an attached adapter first sets *all* of its tensors: nothing of the
+client before can be left in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.dema.structure import find_structure
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.packing import tensor_digest
+
+KINDS = ("dema", "lora")
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+@dataclass(eq=False)
+class AttachedAdapter:
+    """An adapter on a backbone.
+
+    Attributes
+    ----------
+    backbone
+        What it is attached to.
+    method
+        The adapter's settings; ``method.output`` is resolved.
+    model
+        The ``PeftModel`` around the backbone's model.
+    parameters
+        Canonical name -> trainable parameter (float32).
+    body
+        The decoder without its unembedding: ids -> final normalised states.
+    maps_digest
+        Digest of the frozen maps last loaded; empty for LoRA and before the first.
+
+    """
+
+    backbone: Backbone
+    method: MethodConfig
+    model: Any
+    parameters: dict[str, nn.Parameter]
+    body: nn.Module
+    maps_digest: str = ""
+
+    @property
+    def kind(self) -> str:
+        """``dema`` or ``lora``."""
+        return self.method.kind
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of the trainable tensors."""
+        return {name: tuple(value.shape) for name, value in self.parameters.items()}
+
+    @property
+    def last_slot_only(self) -> bool:
+        """Whether everything below the final norm's output is frozen: states can be kept."""
+        return self.kind == "dema" and self.method.slots == 1
+
+    def load(self, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """Set *all* trainable tensors.
+
+        Raises
+        ------
+        ExchangeError
+            A name is missing or unknown, or a shape is wrong.
+
+        """
+        if set(values) != set(self.parameters):
+            missing = sorted(set(self.parameters) - set(values))
+            unknown = sorted(set(values) - set(self.parameters))
+            raise ExchangeError(
+                f"tensors do not fit the {self.kind} adapter on {self.backbone.type_key}: missing "
+                f"{missing[:3]}, unknown {unknown[:3]}"
+            )
+        with torch.no_grad():
+            for name, value in values.items():
+                parameter = self.parameters[name]
+                if tuple(value.shape) != tuple(parameter.shape):
+                    raise ExchangeError(
+                        f"tensor {name!r} has shape {tuple(value.shape)}, the adapter on "
+                        f"{self.backbone.type_key} expects {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+    def read(self) -> Tensors:
+        """Copies of all trainable tensors, float32."""
+        return {
+            name: value.detach().to("cpu", torch.float32).numpy().copy()
+            for name, value in self.parameters.items()
+        }
+
+    def load_maps(self, maps: Mapping[str, NDArray[np.float32]], digest: str = "") -> None:
+        """Set the frozen maps; nothing to do when ``digest`` says they are already there."""
+        if digest and digest == self.maps_digest:
+            return
+        from heterotune_flwr.dema import load_maps, read_maps
+
+        expected = set(read_maps(self.model))
+        if set(maps) != expected:
+            raise ExchangeError(
+                f"the maps sent do not fit: expected {sorted(expected)}, got {sorted(maps)}"
+            )
+        load_maps(self.model, maps)
+        self.maps_digest = digest or tensor_digest(maps)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Let the adapter, and only the adapter, behave as in training (private dropout).
+
+        The backbone stays in evaluation mode: its own dropout would make kept states wrong.
+        """
+        layers = self._slots()
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The bare backbone."""
+        with self.model.disable_adapter():
+            yield
+
+    def last_slot(self, states: torch.Tensor) -> torch.Tensor:
+        """What the last slot makes of final normalised states ``N x d``, rounded as inside."""
+        last = self._slots()[-1]
+        adapted: torch.Tensor = last.add_delta(states, states)
+        return adapted
+
+    def gate_mass(self) -> dict[str, float]:
+        """Mean gate weight per tier in the last forward pass; empty for LoRA."""
+        if self.kind != "dema":
+            return {}
+        from heterotune_flwr.dema import gate_mass
+
+        return dict(gate_mass(self.model))
+
+    def _slots(self) -> list[Any]:
+        if not hasattr(self, "_slot_layers"):
+            from heterotune_flwr.dema.access import slot_layers
+
+            self._slot_layers = slot_layers(self.model) if self.kind == "dema" else []
+        return self._slot_layers
+
+
+#: The one adapter attached to each loaded backbone: explicit, per process.
+_attached: dict[Backbone, AttachedAdapter] = {}
+
+
+def method_key(method: MethodConfig, output: int) -> str:
+    """Identity of an adapter's settings: the fields that matter for its kind."""
+    fields = dataclasses.asdict(dataclasses.replace(method, output=output))
+    fields.pop("gate_scope")  # where the server averages it
+    if method.kind == "lora":
+        fields = {name: value for name, value in fields.items() if name.startswith("lora")}
+    return f"{method.kind}:{json.dumps(fields, sort_keys=True)}"
+
+
+def attach(backbone: Backbone, method: MethodConfig, output: int) -> AttachedAdapter:
+    """Attach the adapter of ``method`` to a backbone, or return the one that already is.
+
+    An adapter with other settings is taken off first. The tensors' values are *not* defined:
+    ``load`` (and for DeMA ``load_maps``) before use.
+
+    Parameters
+    ----------
+    backbone
+        A loaded backbone.
+    method
+        ``kind`` ``dema`` or ``lora`` (on all linear layers but ``lm_head``).
+    output
+        r_out, width of the output latent (DeMA).
+
+    Raises
+    ------
+    ConfigError
+        Unknown kind, or settings that do not fit the backbone (more slots than blocks).
+
+    """
+    if method.kind not in KINDS:
+        raise ConfigError(f"method.kind is {method.kind!r}; choose one of {', '.join(KINDS)}")
+    current = _attached.get(backbone)
+    if current is not None:
+        same = method_key(current.method, current.method.output or 0) == method_key(method, output)
+        if same:
+            return current
+        detach(backbone)
+    resolved = dataclasses.replace(method, output=output)
+    body = backbone.model.get_submodule(find_structure(backbone.model).body)
+    model, parameters = (_attach_dema if method.kind == "dema" else _attach_lora)(
+        backbone, resolved
+    )
+    model.eval()
+    adapter = AttachedAdapter(backbone, resolved, model, parameters, body)
+    _attached[backbone] = adapter
+    return adapter
+
+
+def detach(backbone: Backbone) -> None:
+    """Take the adapter off, if there is one: ``backbone.model`` is bare again."""
+    current = _attached.pop(backbone, None)
+    if current is None:
+        return
+    current.model.unload()
+    model = backbone.model
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(False)
+    model.eval()
+
+
+def detach_all() -> None:
+    """Take every adapter off (before the backbones are forgotten)."""
+    for backbone in list(_attached):
+        detach(backbone)
+
+
+def _attach_dema(backbone: Backbone, method: MethodConfig) -> tuple[Any, dict[str, nn.Parameter]]:
+    from peft import get_peft_model
+
+    from heterotune_flwr.dema import DeMAConfig, trainable_tensors
+
+    config = DeMAConfig.from_method(method, method.output or method.latent)
+    model = get_peft_model(backbone.model, config)
+    return model, dict(trainable_tensors(model))
+
+
+def _attach_lora(backbone: Backbone, method: MethodConfig) -> tuple[Any, dict[str, nn.Parameter]]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=method.lora_rank,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(backbone.model, config)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, parameter in model.get_base_model().named_parameters():
+        for marker, letter in ((".lora_A.", "A"), (".lora_B.", "B")):
+            if marker in name:
+                parameter.data = parameter.data.float()
+                parameters[f"lora.{name.split(marker)[0]}.{letter}"] = parameter
+    return model, parameters

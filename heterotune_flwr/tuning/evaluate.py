@@ -1,0 +1,69 @@
+"""Loss and accuracy of an attached adapter on a list of examples."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.local import examples_correct
+from heterotune_flwr.tuning.states import Rows
+from heterotune_flwr.tuning.task import Task
+
+_BATCH = 32
+_REMEMBERED = 256
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Mean loss per loss position, share of right examples, number of examples.
+
+    An example is right when its label wins, or (``tokens``) when every token of its answer is the
+    most likely one: exactly when greedy generation would give the answer.
+    """
+
+    loss: float
+    accuracy: float
+    examples: int
+
+
+@torch.no_grad()
+def evaluate(adapter: AttachedAdapter, task: Task, rows: Rows) -> EvalReport:
+    """Evaluate the adapter with the values it holds."""
+    total_loss, total_rows, total_right = 0.0, 0, 0
+    for start in range(0, len(rows), _BATCH):
+        chosen = list(range(start, min(start + _BATCH, len(rows))))
+        states, targets, owners = rows.rows(chosen)
+        losses, correct = task.losses(states, targets)
+        total_loss += float(losses.double().sum())
+        total_rows += len(losses)
+        total_right += int(examples_correct(correct, owners, len(chosen)).sum())
+    return EvalReport(total_loss / max(total_rows, 1), total_right / max(len(rows), 1), len(rows))
+
+
+#: Explicit per-process memory of results by everything they depend on.
+_results: OrderedDict[tuple[str, ...], EvalReport] = OrderedDict()
+
+
+def evaluate_once(adapter: AttachedAdapter, task: Task, rows: Rows, data_key: str) -> EvalReport:
+    """As :func:`evaluate`, but equal tensors on equal data are measured once per process.
+
+    Clients of one type that hold the same shared tensors share the result. ``data_key`` must
+    identify examples and task.
+    """
+    key = (
+        adapter.backbone.fingerprint,
+        adapter.backbone.type_key,
+        repr(adapter.method),
+        adapter.maps_digest,
+        tensor_digest(adapter.read()),
+        data_key,
+    )
+    if key not in _results:
+        _results[key] = evaluate(adapter, task, rows)
+        while len(_results) > _REMEMBERED:
+            _results.popitem(last=False)
+    return _results[key]

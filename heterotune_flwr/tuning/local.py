@@ -1,0 +1,137 @@
+"""Local training: H steps of AdamW on the adapter, on a client's own examples."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from heterotune_flwr.config.schema import TrainConfig
+from heterotune_flwr.errors import FederationError
+from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.states import Rows
+from heterotune_flwr.tuning.task import Task
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a client's training gave.
+
+    ``loss`` and ``accuracy`` are means over the steps' batches, before each step; ``seconds``
+    is the time of the steps alone. ``peak_memory_mb`` (MiB): on CPU the process's largest
+    resident set so far, everything included; on GPU the largest allocation during these steps.
+    """
+
+    examples: int
+    steps: int
+    loss: float
+    accuracy: float
+    seconds: float
+    peak_memory_mb: float
+    gate_mass: dict[str, float] = field(default_factory=dict)
+
+
+def batches(
+    count: int, batch_size: int, steps: int, rng: np.random.Generator
+) -> Iterator[list[int]]:
+    """``steps`` batches that go through all examples in a new random order again and again.
+
+    Every batch has ``min(batch_size, count)`` different examples.
+    """
+    size = min(batch_size, count)
+    queue: list[int] = []
+    for _ in range(steps):
+        if len(queue) < size:
+            rest = set(queue)
+            queue += [i for i in rng.permutation(count).tolist() if i not in rest]
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB; see :class:`TrainReport`."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def train_local(
+    adapter: AttachedAdapter,
+    task: Task,
+    rows: Rows,
+    config: TrainConfig,
+    seed: int,
+    local_steps: int | None = None,
+    learning_rate: float | None = None,
+) -> TrainReport:
+    """Train the attached adapter in place, from the values it holds.
+
+    Parameters
+    ----------
+    adapter, task, rows
+        The adapter, the loss, and the client's examples (:func:`.states.make_rows`).
+    config
+        Batch size, weight decay, clipping; steps and rate where not given.
+    seed
+        Of the batches and the dropout of private experts; equal seeds give equal results on CPU.
+    local_steps, learning_rate
+        Override the configuration's.
+
+    Raises
+    ------
+    FederationError
+        The loss is not finite: nothing should be kept of this training.
+
+    """
+    steps = config.local_steps if local_steps is None else local_steps
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    device = adapter.backbone.device
+    parameters = list(adapter.parameters.values())
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    totals = torch.zeros(2, device=device)
+    cuda = [device] if device.type == "cuda" else []
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=cuda), adapter.training(), torch.enable_grad():
+        torch.manual_seed(seed % 2**63)
+        rng = np.random.default_rng(seed % 2**63)
+        for chosen in batches(len(rows), config.batch_size, steps, rng):
+            states, targets, owners = rows.rows(chosen)
+            losses, correct = task.losses(states, targets)
+            loss = losses.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimizer.step()
+            totals[0] += loss.detach()
+            totals[1] += examples_correct(correct, owners, len(chosen)).float().mean()
+    mean_loss, accuracy = (totals / max(steps, 1)).tolist()
+    if not math.isfinite(mean_loss):
+        raise FederationError(
+            f"local training on {adapter.backbone.type_key} diverged (loss {mean_loss}); lower "
+            "train.learning_rate"
+        )
+    return TrainReport(
+        examples=len(rows),
+        steps=steps,
+        loss=mean_loss,
+        accuracy=accuracy,
+        seconds=time.perf_counter() - started,
+        peak_memory_mb=peak_memory_mb(device),
+        gate_mass=adapter.gate_mass(),
+    )
+
+
+def examples_correct(correct: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
+    """Whether *all* rows of each of ``count`` examples are correct (bool ``count``)."""
+    wrong = torch.zeros(count, dtype=torch.long, device=correct.device)
+    wrong.index_add_(0, owners, (~correct).long())
+    return wrong == 0

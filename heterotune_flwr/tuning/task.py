@@ -1,0 +1,212 @@
+"""The task as the loss sees it: which positions count, and what is right there.
+
+``labels``
+    One position per example, the prompt's last token; the answer is one of C label words.
+``tokens``
+    Every position that predicts a token of the answer (and eos).
+
+Logits exist only at these positions, never for a whole batch of sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.config.schema import DataConfig, TrainConfig
+from heterotune_flwr.data.sources import Example
+from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
+from heterotune_flwr.errors import ConfigError, DataError
+
+LOSSES = ("auto", "labels", "tokens")
+#: Rows whose full-vocabulary logits exist at the same time.
+_ROWS_AT_A_TIME = 128
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """N examples as token ids.
+
+    ``inputs[i]`` are the ids the model reads; its outputs at ``positions[i]`` are compared with
+    ``targets[i]`` (label indices, or token ids), equally many of both and at least one.
+    """
+
+    inputs: list[list[int]]
+    positions: list[list[int]]
+    targets: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything the model reads and where it is read off."""
+        return hashlib.sha256(json.dumps([self.inputs, self.positions]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class HeadScaling:
+    """What some families do to logits after the unembedding: multiply, then soft-cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Scale logits of any shape."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def head_scaling(model: Any) -> HeadScaling:
+    """Read the scaling of a causal LM from its configuration (Gemma 2, Cohere, Granite)."""
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return HeadScaling(scale, float(softcap) if softcap else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """How examples become losses on one backbone.
+
+    ``rows_weight`` (C x d, float32) are the unembedding rows of the label words, None for
+    ``tokens``.
+    """
+
+    kind: str
+    backbone: Backbone
+    prompt: str
+    max_length: int
+    labels: tuple[str, ...] | None
+    scaling: HeadScaling
+    rows_weight: Tensor | None = None
+    rows_bias: Tensor | None = None
+    _index: dict[str, int] = field(default_factory=dict)
+
+    def encode(self, examples: Sequence[Example]) -> EncodedSet:
+        """Token ids, loss positions and targets of examples.
+
+        Raises
+        ------
+        DataError
+            An answer is outside the label set, or leaves no room for its prompt.
+
+        """
+        encoded = EncodedSet([], [], [])
+        for example in examples:
+            tokenizer = self.backbone.tokenizer
+            if self.kind == "labels":
+                ids = encode_prompt(tokenizer, self.prompt, example.text, self.max_length)
+                if example.label not in self._index:
+                    raise DataError(
+                        f"answer {example.label!r} is not in the label set; set data.labels"
+                    )
+                positions, targets = [len(ids) - 1], [self._index[example.label]]
+            else:
+                both = encode_example(tokenizer, self.prompt, example, self.max_length)
+                ids = both.prompt + both.answer[:-1]
+                positions = list(range(len(both.prompt) - 1, len(ids)))
+                targets = both.answer
+            encoded.inputs.append(ids)
+            encoded.positions.append(positions)
+            encoded.targets.append(targets)
+        return encoded
+
+    def losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and correctness of adapted states ``N x d`` against targets ``N``.
+
+        Returns (losses float32 ``N``, correct bool ``N``).
+        """
+        if self.kind == "labels":
+            assert self.rows_weight is not None
+            logits = self.scaling(
+                functional.linear(states.float(), self.rows_weight, self.rows_bias)
+            )
+            return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(
+                -1
+            ) == targets
+        parts = [
+            checkpoint(self._token_losses, rows, wanted, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self._token_losses(rows, wanted)
+            for rows, wanted in zip(
+                torch.split(states, _ROWS_AT_A_TIME),
+                torch.split(targets, _ROWS_AT_A_TIME),
+                strict=True,
+            )
+        ]
+        return torch.cat([loss for loss, _ in parts]), torch.cat([right for _, right in parts])
+
+    def _token_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.backbone.model.get_output_embeddings()
+        logits = self.scaling(head(states.contiguous()).float())
+        return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(
+            -1
+        ) == targets
+
+
+def loss_kind(config: TrainConfig, labels: Sequence[str] | None) -> str:
+    """Resolve ``train.loss``: ``auto`` is ``labels`` for a closed label set.
+
+    Raises
+    ------
+    ConfigError
+        Unknown value, or ``labels`` asked of an open-text task.
+
+    """
+    if config.loss not in LOSSES:
+        raise ConfigError(f"train.loss is {config.loss!r}; choose one of {', '.join(LOSSES)}")
+    if config.loss == "labels" and labels is None:
+        raise ConfigError(
+            "train.loss is 'labels' but the task has no closed label set; set data.labels"
+        )
+    if config.loss == "auto":
+        return "labels" if labels is not None else "tokens"
+    return config.loss
+
+
+def make_task(
+    backbone: Backbone, data: DataConfig, labels: Sequence[str] | None, config: TrainConfig
+) -> Task:
+    """Build the task of a run on one backbone.
+
+    Raises
+    ------
+    DataError
+        Two labels begin with the same token of this backbone.
+
+    """
+    kind = loss_kind(config, labels)
+    names = tuple(labels) if labels is not None else None
+    scaling = head_scaling(backbone.model)
+    if kind == "tokens":
+        return Task(kind, backbone, data.prompt, data.max_length, names, scaling)
+    assert labels is not None
+    tokens = label_tokens(backbone.tokenizer, labels, data.prompt)
+    head = backbone.model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    return Task(
+        kind,
+        backbone,
+        data.prompt,
+        data.max_length,
+        names,
+        scaling,
+        rows_weight=head.weight.detach()[tokens].float().contiguous(),
+        rows_bias=bias.detach()[tokens].float() if bias is not None else None,
+        _index={name: index for index, name in enumerate(labels)},
+    )

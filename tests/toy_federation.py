@@ -1,0 +1,324 @@
+"""A federation of numpy clients that speak the real wire contract: no torch, hundreds of clients.
+
+Each model type sees a text's hidden meaning ``s`` through its own random non-linear features
+``x = tanh(M_m s) + noise`` of its own width and reads labels off with its own matrix ``W_m``; DeMA's
+last slot (and LoRA on the read-out) are trained by hand-written gradients. What is shared between
+types is thus exactly what the method claims: meaning, in different bases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from heterotune_flwr.config.schema import (
+    AlignmentConfig,
+    Config,
+    DataConfig,
+    MethodConfig,
+    RunConfig,
+    ServerConfig,
+    TrainConfig,
+    TypeConfig,
+)
+from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
+from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.federation.in_process import InProcessGrid
+from heterotune_flwr.federation.protocol import (
+    ERROR_MAPS_MISSING,
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
+    EvaluateReply,
+    EvaluateRequest,
+    TrainReply,
+    TrainRequest,
+    error_content,
+    pack_mask,
+    resolve_output,
+)
+from heterotune_flwr.flower import ClientApp, Message
+
+MEANING, ANCHORS, COMPONENTS = 10, 300, 16
+LABELS = [f"label-{i}" for i in range(6)]
+WIDTHS = {"small": 24, "middle": 32, "large": 40}
+
+
+def toy_config(tmp_path, clients=(2, 2, 2), strategies=None, **server) -> Config:
+    """A run of up to three toy types; ``server`` overrides ServerConfig fields."""
+    anchors = tmp_path / "anchors.txt"
+    anchors.write_text("\n".join(f"public text number {i}" for i in range(12)))
+    types = zip(WIDTHS, clients, strict=False)
+    return Config(
+        run=RunConfig(name="toy", dir=str(tmp_path / "run"), compare=list(strategies or {})),
+        types=[TypeConfig(backbone=name, bits="fp32", clients=n) for name, n in types if n],
+        data=DataConfig(labels=LABELS),
+        method=MethodConfig(latent=8, inner=6, experts_global=2),
+        alignment=AlignmentConfig(anchors=str(anchors), shrinkage=[0.1], cache=False),
+        train=TrainConfig(local_steps=6, learning_rate=2e-2),
+        server=ServerConfig(**{"rounds": 3, "evaluate_every": 0, "wait_seconds": 1.0, **server}),
+        strategies=dict(strategies or {}),
+    )
+
+
+def softmax(logits):
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+class Backbone:
+    """One toy model type."""
+
+    def __init__(self, name: str) -> None:
+        self.rng = np.random.default_rng(sorted(WIDTHS).index(name))
+        width = WIDTHS[name]
+        self.mixing = self.rng.normal(size=(width, MEANING)) * 0.4
+        self.labels = self.rng.normal(size=(len(LABELS), width)) / np.sqrt(width)
+        self.width = width
+
+    def states(self, meaning):
+        return np.tanh(meaning @ self.mixing.T)
+
+    def factors(self):
+        public = np.random.default_rng(99).normal(size=(ANCHORS, MEANING)) * 1.5
+        states = self.states(public)
+        mean = states.mean(axis=0)
+        _, _, right = np.linalg.svd(states - mean, full_matrices=False)
+        basis = right[:COMPONENTS]
+        return {
+            "slots.0.scores": (states - mean) @ basis.T,
+            "slots.0.basis": basis,
+            "slots.0.mean": mean,
+            "label_rows": self.labels,
+        }
+
+
+def examples(seed, count, mixture):
+    """Meanings and labels of texts; label centres are the same for everybody."""
+    centres = np.random.default_rng(7).normal(size=(len(LABELS), MEANING)) * 1.2
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(len(LABELS), size=count, p=mixture)
+    return centres[labels] + rng.normal(size=(count, MEANING)), labels
+
+
+def forward(tensors, maps, backbone, states):
+    """Logits and what the gradients need."""
+    base = states @ backbone.labels.T
+    if "lora.head.A" in tensors:
+        inner = states @ tensors["lora.head.A"].T
+        return base + inner @ tensors["lora.head.B"].T, inner
+    z = states @ maps["slots.0.map.down.weight"].T + maps["slots.0.map.down.bias"]
+    gate = softmax(z @ tensors["slots.0.gate.weight"].T + tensors["slots.0.gate.bias"])
+    experts = sorted({n.rsplit(".", 2)[0] for n in tensors if ".experts." in n}, key=expert_order)
+    parts, y = [], 0.0
+    for index, name in enumerate(experts):
+        h = z @ tensors[f"{name}.down.weight"].T + tensors[f"{name}.down.bias"]
+        sigmoid = 1 / (1 + np.exp(-h))
+        u = (h * sigmoid) @ tensors[f"{name}.up.weight"].T
+        parts.append((name, h, sigmoid, u))
+        y = y + gate[:, index : index + 1] * u
+    effect = backbone.labels @ maps["slots.0.map.up.weight"]
+    return base + y @ effect.T, (z, gate, parts, effect)
+
+
+def expert_order(name):
+    _, _, _, tier, index = name.split(".")
+    return ["global", "type", "private"].index(tier), int(index)
+
+
+def gradients(tensors, maps, backbone, states, labels):
+    """Loss and gradients of every tensor."""
+    logits, kept = forward(tensors, maps, backbone, states)
+    probabilities = softmax(logits)
+    rows = np.arange(len(labels))
+    loss = -np.log(probabilities[rows, labels] + 1e-12).mean()
+    error = probabilities
+    error[rows, labels] -= 1
+    error /= len(labels)
+    if "lora.head.A" in tensors:
+        return loss, {
+            "lora.head.B": error.T @ kept,
+            "lora.head.A": (error @ tensors["lora.head.B"]).T @ states,
+        }
+    z, gate, parts, effect = kept
+    dy = error @ effect
+    grads, dgate = {}, np.zeros_like(gate)
+    for index, (name, h, sigmoid, u) in enumerate(parts):
+        weighted = gate[:, index : index + 1] * dy
+        grads[f"{name}.up.weight"] = weighted.T @ (h * sigmoid)
+        slope = sigmoid * (1 + h * (1 - sigmoid))
+        dh = (weighted @ tensors[f"{name}.up.weight"]) * slope
+        grads[f"{name}.down.weight"], grads[f"{name}.down.bias"] = dh.T @ z, dh.sum(axis=0)
+        dgate[:, index] = (dy * u).sum(axis=1)
+    dlogit = gate * (dgate - (gate * dgate).sum(axis=1, keepdims=True))
+    grads["slots.0.gate.weight"], grads["slots.0.gate.bias"] = dlogit.T @ z, dlogit.sum(axis=0)
+    return loss, grads
+
+
+@dataclass
+class ToyFederation:
+    """Builds the ClientApp and its grid; the fields below inject faults.
+
+    ``nan``, ``fail``, ``forget``: (client id, round) pairs that send NaN, report an error, or have
+    lost their maps. ``code`` and ``labels``: client id -> what that client answers instead.
+    """
+
+    config: Config
+    nan: set = field(default_factory=set)
+    fail: set = field(default_factory=set)
+    forget: set = field(default_factory=set)
+    fail_global_test: set = field(default_factory=set)
+    code: dict = field(default_factory=dict)
+    labels: dict = field(default_factory=dict)
+    own_state: dict = field(default_factory=dict)
+    maps: dict = field(default_factory=dict)
+    log: list = field(default_factory=list)
+
+    def grid(self, reverse=False, drop=None) -> InProcessGrid:
+        count = sum(item.clients for item in self.config.types)
+        ids = range(count)[::-1] if reverse else range(count)
+        nodes = [{"partition-id": i, "num-partitions": count} for i in ids]
+        return InProcessGrid(self.app(), nodes, drop=drop)
+
+    def type_of(self, partition: int) -> str:
+        left = {item.backbone: item.clients for item in self.config.types}
+        order = []
+        while any(left.values()):
+            for name in left:
+                if left[name]:
+                    order.append(name)
+                    left[name] -= 1
+        return order[partition]
+
+    def who(self, context):
+        partition = int(context.node_config["partition-id"])
+        name = self.type_of(partition)
+        return f"client-{partition:04d}", f"{name}@fp32", Backbone(name), partition
+
+    def data(self, partition, seed, salt, count):
+        mixture = np.random.default_rng([seed, partition, 1]).dirichlet([0.4] * len(LABELS))
+        return examples([seed, partition, salt], count, mixture)
+
+    def shapes(self, method, backbone):
+        if method.kind == "lora":
+            rank = method.lora_rank
+            return {
+                "lora.head.A": (rank, backbone.width),
+                "lora.head.B": (len(LABELS), rank),
+            }
+        return bank_shapes(method, method.output)
+
+    def tensors(self, request, client_id, backbone):
+        """Received values, else own state, else initial values."""
+        header = request.header
+        start = initial_tensors(self.shapes(header.method, backbone), header.seed)
+        own = self.own_state.get((header.experiment, client_id), {})
+        return {**start, **own, **request.tensors}
+
+    def maps_of(self, request, client_id):
+        held = self.maps.setdefault(client_id, {})
+        if (client_id, request.header.round) in self.forget:
+            self.forget.discard((client_id, request.header.round))
+            held.clear()
+        if request.maps is not None:
+            held[tensor_digest(request.maps)] = request.maps
+        if request.maps_digest and request.maps_digest not in held:
+            return None
+        return held.get(request.maps_digest, {})
+
+    def describe(self, message, context):
+        request = DescribeRequest.from_content(message.content)
+        client_id, type_key, backbone, _ = self.who(context)
+        method = resolve_output(request.header.method, self.config.alignment, LABELS)
+        reply = DescribeReply(
+            client_id, type_key, f"weights-of-{type_key}", "fp32", backbone.width, 2, 1000, 2000,
+            500, 48, 20, self.labels.get(client_id, LABELS), self.shapes(method, backbone),
+            self.code.get(client_id, "abc"), pack_mask(np.ones(len(request.words), bool)),
+        )  # fmt: skip
+        return Message(reply.to_content(), reply_to=message)
+
+    def align(self, message, context):
+        AlignRequest.from_content(message.content)
+        client_id, type_key, backbone, _ = self.who(context)
+        self.log.append(("align", client_id))
+        if (client_id, 0) in self.fail:
+            return Message(error_content("no memory left"), reply_to=message)
+        reply = AlignReply(client_id, type_key, backbone.factors())
+        return Message(reply.to_content(self.config.exchange.codec), reply_to=message)
+
+    def train(self, message, context):
+        request = TrainRequest.from_content(message.content)
+        client_id, type_key, backbone, partition = self.who(context)
+        header = request.header
+        self.log.append(("train", header.round, client_id, request.maps is not None))
+        if (client_id, header.round) in self.fail:
+            return Message(error_content("the disk\nis full"), reply_to=message)
+        maps = self.maps_of(request, client_id)
+        if maps is None:
+            content = error_content("maps are gone", ERROR_MAPS_MISSING)
+            return Message(content, reply_to=message)
+        start = self.tensors(request, client_id, backbone)
+        tensors = {name: value.astype(np.float64) for name, value in start.items()}
+        meaning, labels = self.data(partition, header.seed, 2, 48)
+        states = backbone.states(meaning)
+        rng = np.random.default_rng([header.seed, partition, header.round])
+        first = {n: np.zeros_like(v) for n, v in tensors.items()}
+        second = {n: np.zeros_like(v) for n, v in tensors.items()}
+        for step in range(1, request.local_steps + 1):
+            chosen = rng.choice(len(labels), size=16, replace=False)
+            loss, grads = gradients(tensors, maps, backbone, states[chosen], labels[chosen])
+            for name, grad in grads.items():
+                first[name] = 0.9 * first[name] + 0.1 * grad
+                second[name] = 0.999 * second[name] + 0.001 * grad**2
+                scaled = first[name] / (1 - 0.9**step)
+                scaled /= np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
+                tensors[name] -= request.learning_rate * scaled
+        deltas = {n: (tensors[n] - start[n]).astype(np.float32) for n in request.expected}
+        self.own_state[header.experiment, client_id] = {
+            n: v.astype(np.float32) for n, v in tensors.items() if n not in request.expected
+        }
+        if (client_id, header.round) in self.nan:
+            next(iter(deltas.values())).flat[0] = np.nan
+        metrics = {
+            "examples": 48, "steps": request.local_steps, "learning_rate": request.learning_rate,
+            "loss": float(loss), "seconds": 0.01, "peak_memory_mb": 10.0 + partition,
+        }  # fmt: skip
+        reply = TrainReply(client_id, type_key, header.round, request.maps_digest, deltas, metrics)
+        return Message(reply.to_content(self.config.exchange.codec), reply_to=message)
+
+    def evaluate(self, message, context):
+        request = EvaluateRequest.from_content(message.content)
+        client_id, type_key, backbone, partition = self.who(context)
+        header = request.header
+        self.log.append(("evaluate", header.round, client_id, tuple(request.scopes)))
+        if "global" in request.scopes and client_id in self.fail_global_test:
+            return Message(error_content("the test file is gone"), reply_to=message)
+        maps = self.maps_of(request, client_id)
+        if maps is None:
+            content = error_content("maps are gone", ERROR_MAPS_MISSING)
+            return Message(content, reply_to=message)
+        tensors = self.tensors(request, client_id, backbone)
+        metrics = {}
+        for scope in request.scopes:
+            if scope == "global":
+                test = examples(5, 300, np.full(len(LABELS), 1 / len(LABELS)))
+            else:
+                test = self.data(partition, header.seed, 3, 20)
+            meaning, labels = test
+            logits, _ = forward(tensors, maps, backbone, backbone.states(meaning))
+            probabilities = softmax(logits)[np.arange(len(labels)), labels]
+            metrics[f"{scope}_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
+            metrics[f"{scope}_loss"] = float(-np.log(probabilities + 1e-12).mean())
+            metrics[f"{scope}_examples"] = len(labels)
+        reply = EvaluateReply(client_id, type_key, header.round, request.maps_digest, metrics)
+        return Message(reply.to_content(), reply_to=message)
+
+    def app(self) -> ClientApp:
+        app = ClientApp()
+        app.query("describe")(self.describe)
+        app.query("align")(self.align)
+        app.train()(self.train)
+        app.evaluate()(self.evaluate)
+        return app
