@@ -159,10 +159,12 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    from heterotune_flwr.backbones.bnb_blocks import apply_dequantize_remedy
     from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
 
     if spec.bits in ("nf4", "int8"):
         apply_bitsandbytes_cpu_remedy()
+        apply_dequantize_remedy()
         # It warns at every single multiplication that int8 computes in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     directory = resolve_source(spec.source, spec.revision)

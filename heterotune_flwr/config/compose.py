@@ -39,6 +39,16 @@ def presets() -> list[str]:
     return sorted(path.stem for path in conf_root().glob("*.yaml"))
 
 
+def describe_presets() -> dict[str, str]:
+    """Preset -> what it is for (the first lines of its header comment)."""
+    purposes = {}
+    for name in presets():
+        lines = (conf_root() / f"{name}.yaml").read_text().splitlines()
+        header = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+        purposes[name] = header.partition("What for:")[2].partition("Run:")[0].strip()
+    return purposes
+
+
 def _nearest(word: str, choices: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
 
 from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.dema.registration import register
 from heterotune_flwr.errors import ConfigError
 
 ACTIVATIONS = ("silu", "linear")
@@ -38,10 +38,19 @@ class DeMAConfig(PeftConfig):
     experts_private: int = field(default=0, metadata={"help": "experts that stay on the client"})
     private_dropout: float = field(
         default=0.3,
-        metadata={"help": "probability that a training batch drops the private experts"},
+        metadata={
+            "help": "probability that a training batch drops a slot's private experts; has no "
+            "effect where there are only private ones"
+        },
     )
     activation: str = field(default="silu", metadata={"help": "silu | linear"})
-    gate: str = field(default="dense", metadata={"help": "dense | top1 | uniform"})
+    gate: str = field(
+        default="dense",
+        metadata={
+            "help": "dense (softmax over all experts) | top1 (the largest weight alone, not "
+            "renormalised, so that the gate still learns) | uniform (no gate)"
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "public seed of experts and of the default maps"}
     )
@@ -51,14 +60,22 @@ class DeMAConfig(PeftConfig):
     mlp_modules: list[str] | None = field(
         default=None, metadata={"help": "names of the blocks' MLPs, bottom up; found when null"}
     )
-    target_modules: list[str] | None = field(
+    slot_modules: list[str] | None = field(
         default=None, metadata={"help": "set by the tuner: the module of every slot, bottom up"}
+    )
+    # PEFT reads (and for mixture-of-experts backbones writes) the next two on every configuration. They
+    # are sets to PEFT, which shortens and reorders them; slots have an order, hence slot_modules.
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "not used: the slots decide"}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "not used: the slots decide"}
     )
 
     def __post_init__(self) -> None:
         """Fix the PEFT type and check the values."""
         super().__post_init__()
-        self.peft_type = PeftType.DEMA
+        self.peft_type = register()
         for name in ("slots", "latent", "inner"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"DeMA: {name} is {getattr(self, name)}, it must be at least 1")
@@ -72,6 +89,11 @@ class DeMAConfig(PeftConfig):
             raise ConfigError(f"DeMA: gate is {self.gate!r}; choose from {GATES}")
         if not 0 <= self.private_dropout < 1:
             raise ConfigError(f"DeMA: private_dropout is {self.private_dropout}, must be in [0, 1)")
+        if self.target_modules or self.target_parameters:
+            raise ConfigError(
+                "DeMA: target_modules and target_parameters are not used; name the final norm with "
+                "final_norm_module and the blocks' MLPs with mlp_modules, or leave them to be found"
+            )
 
     @property
     def expert_counts(self) -> dict[str, int]:

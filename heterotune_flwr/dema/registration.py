@@ -19,22 +19,23 @@ NAME = "dema"
 TESTED = (Version("0.21"), Version("0.22"))
 
 
-def _add_member() -> None:
-    """Add ``PeftType.DEMA`` (a str enum: value equals name)."""
-    if "DEMA" in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, "DEMA")
-    member._name_ = "DEMA"
-    member._value_ = "DEMA"
-    PeftType._member_map_["DEMA"] = member
-    PeftType._value2member_map_["DEMA"] = member
-    PeftType._member_names_.append("DEMA")
-    type.__setattr__(PeftType, "DEMA", member)
+def _add_member() -> PeftType:
+    """Add ``PeftType.DEMA`` (a str enum: value equals name), or return the one that is there."""
+    name = NAME.upper()
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        PeftType._member_names_.append(name)
+        type.__setattr__(PeftType, name, member)
+    return PeftType(name)
 
 
 @functools.cache
-def register() -> None:
-    """Register the tuner with PEFT (idempotent).
+def register() -> PeftType:
+    """Register the tuner with PEFT (idempotent) and return its PEFT type.
 
     Raises
     ------
@@ -48,8 +49,9 @@ def register() -> None:
             f"peft {version} is installed; DeMA registers itself with peft >={TESTED[0]},<{TESTED[1]} "
             "only: install such a version"
         )
-    _add_member()
+    member = _add_member()
     from heterotune_flwr.dema.config import DeMAConfig
     from heterotune_flwr.dema.model import DeMAModel
 
     register_peft_method(name=NAME, config_cls=DeMAConfig, model_cls=DeMAModel)
+    return member

@@ -67,10 +67,11 @@ class MapsService:
         self._words: list[str] | None = None
 
     def words(self) -> list[str]:
-        """Public word list every client marks its single-token words in."""
+        """Public word list every client marks its single-token words in; empty when not needed."""
+        alignment = self._config.alignment
         if self._words is None:
-            alignment = self._config.alignment
-            self._words = public_words(load_anchors(alignment), alignment.words)
+            by_words = alignment.output == "vocabulary"
+            self._words = public_words(load_anchors(alignment), alignment.words) if by_words else []
         return self._words
 
     def get(self, roster: Roster, method: MethodConfig, seed: int) -> Maps:

@@ -1,0 +1,56 @@
+"""Computes a run's latent maps on one machine beforehand, so that no client has to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from heterotune_flwr.backbones.loading import Backbone, load_backbone
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.data.sources import label_set
+from heterotune_flwr.dema.alignment import align_types, load_anchors, public_words
+from heterotune_flwr.dema.factors import alignment_factors, words_mask
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.federation.protocol import resolve_output
+
+
+def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[float]]:
+    """Align all types of ``config`` here and keep the factors in the cache.
+
+    Parameters
+    ----------
+    config
+        The run to prepare; its types name the backbones.
+    report
+        Called with progress lines.
+
+    Returns
+    -------
+    Type -> held-out canonical correlation per slot.
+
+    """
+    if not config.types:
+        raise ConfigError("types is empty: name the backbones to align")
+    loaded: dict[str, Backbone] = {}
+    for entry in config.types:
+        spec = BackboneSpec(entry.backbone, entry.bits, entry.revision)
+        loaded[spec.type_key] = load_backbone(spec)
+    texts = load_anchors(config.alignment)
+    words = public_words(texts, config.alignment.words)
+    labels = label_set(config.data)
+    masks = [words_mask(backbone.tokenizer, words) for backbone in loaded.values()]
+    shared = [word for word, known in zip(words, zip(*masks, strict=True), strict=True) if all(known)]
+
+    def ask(type_keys: list[str]) -> dict[str, Tensors]:
+        answers: dict[str, Tensors] = {}
+        for key in type_keys:
+            report(f"reading {len(texts)} anchors with {key}")
+            answers[key] = alignment_factors(
+                loaded[key], texts, config.alignment, config.data, labels, config.method.slots, shared
+            )
+        return answers
+
+    method = resolve_output(config.method, config.alignment, labels)
+    fingerprints = {key: backbone.fingerprint for key, backbone in loaded.items()}
+    return align_types(fingerprints, config, method, labels, ask).quality

@@ -1,0 +1,169 @@
+"""Sources, prompts and partitions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from tiny_backbones import LABELS, save_tokenizer, write_rows
+
+from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data import client_examples, global_test, label_set, local_examples
+from heterotune_flwr.data.sources import Example, training_pool
+from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
+from heterotune_flwr.errors import DataError
+
+
+@pytest.fixture
+def data(tmp_path):
+    return DataConfig(
+        name="own",
+        train=str(write_rows(tmp_path / "train.jsonl", 300)),
+        test=str(write_rows(tmp_path / "test.jsonl", 30, offset=1000)),
+        examples_per_client=20,
+        personal_test_examples=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_embedded_data_set():
+    data = DataConfig()
+    assert len(training_pool(data)) > 3000
+    labels = label_set(data)
+    assert labels is not None and len(labels) == 16
+    assert len(global_test(replace(data, global_test_examples=100))) == 100
+    assert not {e.text for e in global_test(data)} & {e.text for e in training_pool(data)}
+
+
+def test_the_three_formats_agree(tmp_path, data):
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    lines = ["text,label,client"] + [f'"{r["text"]}",{r["label"]},{r["client"]}' for r in rows]
+    (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
+    pools = [
+        training_pool(replace(data, train=str(tmp_path / name)))
+        for name in ("train.jsonl", "train.jsonl.gz", "train.csv")
+    ]
+    assert pools[0] == pools[1] == pools[2]
+    assert pools[0][0] == Example(rows[0]["text"], rows[0]["label"], rows[0]["client"])
+
+
+def test_errors_name_file_column_and_setting(tmp_path, data):
+    with pytest.raises(DataError, match=r"no column 'answer' \(data.label_field\).*client, label"):
+        training_pool(replace(data, label_field="answer"))
+    with pytest.raises(DataError, match="does not exist"):
+        training_pool(replace(data, train=str(tmp_path / "none.jsonl")))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": \n')
+    with pytest.raises(DataError, match="cannot be read"):
+        training_pool(replace(data, train=str(tmp_path / "bad.jsonl")))
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="no example"):
+        training_pool(replace(data, train=str(tmp_path / "empty.csv")))
+    with pytest.raises(DataError, match="neither"):
+        training_pool(replace(data, train=str(write_rows(tmp_path / "x.txt", 3))))
+    with pytest.raises(DataError, match="'motor', which is not in the label set"):
+        global_test(replace(data, labels=["fruit", "music"]))
+
+
+def test_open_text_when_there_are_many_answers(data):
+    assert label_set(data) == LABELS
+    assert label_set(replace(data, max_labels=2)) is None
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "iid", "natural"])
+def test_partitions_are_a_function_of_their_arguments(data, partition):
+    data = replace(data, partition=partition)
+    parts = [client_examples(data, i, 4, seed=3) for i in range(4)]
+    for i in (2, 0):
+        assert client_examples(data, i, 4, seed=3) == parts[i]
+    assert client_examples(data, 1, 4, seed=4) != parts[1]
+    held = [e for part in parts for e in part.train + part.personal_test]
+    assert max(Counter(held).values()) == 1
+    for part in parts:
+        assert part.train
+        assert part.personal_test
+
+
+def test_dirichlet_is_skewed_and_every_client_gets_its_number(data):
+    flat, skewed = (replace(data, alpha=alpha) for alpha in (1000.0, 0.05))
+
+    def largest_share(config):
+        shares = []
+        for i in range(4):
+            part = client_examples(config, i, 4, seed=0)
+            assert (len(part.train), len(part.personal_test)) == (20, 5)
+            shares.append(max(Counter(e.label for e in part.train).values()) / 20)
+        return sum(shares) / 4
+
+    assert largest_share(flat) < 0.6 < 0.8 < largest_share(skewed)
+
+
+def test_a_pool_that_runs_out_is_shared_between_clients_but_not_within_one(data, caplog):
+    data = replace(data, alpha=0.1, examples_per_client=90, personal_test_examples=10)
+    with caplog.at_level("INFO"):
+        parts = [client_examples(data, i, 12, seed=0) for i in range(12)]
+    assert "share examples" in caplog.text
+    for part in parts:
+        held = part.train + part.personal_test
+        assert len(set(held)) == len(held) == 100
+
+
+def test_natural_clients_keep_to_themselves(data):
+    data = replace(data, partition="natural", examples_per_client=400)
+    owners = [{e.client for e in client_examples(data, i, 7, seed=0).train} for i in range(7)]
+    assert sorted(len(names) for names in owners) == [1] * 7
+    assert len(set.union(*owners)) == 7
+    with pytest.raises(DataError, match="names 7 clients in column 'client'"):
+        client_examples(data, 0, 8, seed=0)
+
+
+def test_shards_that_would_be_empty_are_refused(data):
+    with pytest.raises(DataError, match="empty shard"):
+        client_examples(replace(data, partition="iid"), 0, 301, seed=0)
+    with pytest.raises(DataError, match="wants 401 examples"):
+        client_examples(replace(data, examples_per_client=396), 0, 2, seed=0)
+    with pytest.raises(DataError, match="choose one of dirichlet"):
+        client_examples(replace(data, partition="dirichlett"), 0, 2, seed=0)
+
+
+def test_a_deployed_client_uses_its_own_whole_file(tmp_path, data):
+    own = str(write_rows(tmp_path / "own.jsonl", 12, offset=500))
+    part = local_examples(data, own, seed=0)
+    assert (len(part.train), len(part.personal_test)) == (9, 3)
+    assert {e.text for e in part.train} <= {e.text for e in training_pool(replace(data, train=own))}
+
+
+def test_prompt_ends_where_the_answer_begins(tokenizer):
+    form = "Package: {text}\nSection:"
+    example = Example("a text editor", "fruit")
+    encoded = encode_example(tokenizer, form, example, 64)
+    text = tokenizer.decode(encoded.prompt + encoded.answer[:-1])
+    assert text == "Package: a text editor\nSection: fruit"
+    assert encoded.answer[-1] == tokenizer.eos_token_id
+    assert encoded.answer[:-1] == [label_tokens(tokenizer, LABELS, form)[0]]
+    assert encode_prompt(tokenizer, form, example.text, 64) == encoded.prompt
+
+
+def test_long_prompts_keep_their_end(tokenizer):
+    form = "Package: {text}\nSection:"
+    whole = encode_prompt(tokenizer, form, "garden " * 50, 500)
+    assert encode_prompt(tokenizer, form, "garden " * 50, 16) == whole[-16:]
+    encoded = encode_example(tokenizer, form, Example("garden " * 50, "music"), 16)
+    assert len(encoded.prompt) + len(encoded.answer) == 16
+    with pytest.raises(DataError, match="leaves no room"):
+        encode_example(tokenizer, form, Example("a", "music"), 2)
+
+
+def test_labels_must_differ_in_their_first_token(tokenizer):
+    with pytest.raises(DataError, match=r"'music' and 'music box' begin with the same token"):
+        label_tokens(tokenizer, ["fruit", "music", "music box"], "{text}:")
+    with pytest.raises(DataError, match="no {text}"):
+        label_tokens(tokenizer, LABELS, "Section:")
