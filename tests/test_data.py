@@ -37,7 +37,8 @@ def test_embedded_data_set():
     data = DataConfig()
     assert len(training_pool(data)) > 3000
     labels = label_set(data)
-    assert labels is not None and len(labels) == 16
+    assert labels is not None
+    assert len(labels) == 16
     assert len(global_test(replace(data, global_test_examples=100))) == 100
     assert not {e.text for e in global_test(data)} & {e.text for e in training_pool(data)}
 
@@ -165,5 +166,5 @@ def test_long_prompts_keep_their_end(tokenizer):
 def test_labels_must_differ_in_their_first_token(tokenizer):
     with pytest.raises(DataError, match=r"'music' and 'music box' begin with the same token"):
         label_tokens(tokenizer, ["fruit", "music", "music box"], "{text}:")
-    with pytest.raises(DataError, match="no {text}"):
+    with pytest.raises(DataError, match=r"no \{text\}"):
         label_tokens(tokenizer, LABELS, "Section:")

@@ -63,7 +63,7 @@ class MethodConfig:
     private_dropout: float = _help("probability that a batch drops the private experts", 0.3)
     activation: str = _help("silu | linear (the r x r core of Co-LoRA)", "silu")
     gate: str = _help("dense | top1 | uniform", "dense")
-    gate_scope: str = _help("client | type | global: where the gate is averaged", "type")
+    gate_scope: str = _help("client | type | global: where the gate is averaged", "global")
     lora_rank: int = _help("LoRA rank, for kind=lora", 16)
     lora_alpha: float = _help("LoRA alpha, for kind=lora", 32.0)
 
@@ -73,14 +73,17 @@ class AlignmentConfig:
     """How the frozen maps D, U of every type are computed (METHOD section 3)."""
 
     anchors: str = _help("shipped set (debian-other | wordnet) or path of a .jsonl(.gz)/.txt", "debian-other")
-    count: int = _help("number of anchors used", 4000)
+    count: int = _help("number of anchors used", 6000)
     positions: str = _help(
         "answer (one row per anchor, where the answer is read) | words (one row per word)", "answer"
     )
     components: int = _help("p, principal components a type sends per slot", 256)
     shrinkage: list[float] = field(
-        default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+        default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
         metadata={"help": "candidates; the best on held-out anchors is taken"},
+    )
+    weighting: float = _help(
+        "latents are weighed by their held-out canonical correlation to this power; 0: equally", 1.0
     )
     output: str = _help("labels | vocabulary: functionals that align the output maps", "labels")
     words: int = _help("size of the public word list shared by all vocabularies", 4096)

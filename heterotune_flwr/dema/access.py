@@ -12,83 +12,129 @@ from torch import Tensor, nn
 
 from heterotune_flwr.dema.bank import TIERS
 from heterotune_flwr.dema.layer import DeMALayer
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ConfigError, ExchangeError
 
 #: canonical map name -> buffer of :class:`~.layer.SlotMaps`
 _MAPS = {"down.weight": "down_weight", "down.bias": "down_bias", "up.weight": "up_weight"}
 
 
+def active_adapter(model: nn.Module) -> str:
+    """Name of the (first) active DeMA adapter of a model.
+
+    Raises
+    ------
+    ConfigError
+        The model carries no DeMA adapter, or none is active.
+
+    """
+    for module in model.modules():
+        if isinstance(module, DeMALayer) and (active := module.active_names()):
+            return active[0]
+    raise ConfigError(
+        f"{type(model).__name__} has no active DeMA adapter: attach one with get_peft_model or choose one "
+        "with set_adapter"
+    )
+
+
 def slot_layers(model: nn.Module) -> list[DeMALayer]:
-    """The slots of a model with DeMA attached, bottom up."""
-    layers = [module for module in model.modules() if isinstance(module, DeMALayer)]
-    return sorted(layers, key=lambda layer: layer.slot)
-
-
-def _active(layer: DeMALayer) -> str:
-    return str(layer.active_adapters[0])
+    """The slots of the active adapter, bottom up; the last one wraps the final norm."""
+    name = active_adapter(model)
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, DeMALayer) and name in module.slots
+    ]
+    return sorted(layers, key=lambda layer: layer.slots[name])
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Canonical name -> parameter, of the active adapter."""
+    name = active_adapter(model)
     return {
-        name: parameter
+        key: parameter
         for layer in slot_layers(model)
-        for name, parameter in layer.trainable(_active(layer)).items()
+        for key, parameter in layer.trainable(name).items()
     }
 
 
 @torch.no_grad()
 def _copy(targets: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Check every value, then copy all: nothing is changed when one does not fit."""
+    tensors: dict[str, Tensor] = {}
     for name, value in values.items():
         if name not in targets:
             raise ExchangeError(f"the model has no tensor {name!r} (it has {len(targets)} others)")
-        tensor = torch.as_tensor(value)
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         if tensor.shape != targets[name].shape:
             raise ExchangeError(
                 f"{name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(targets[name].shape)}"
             )
+        tensors[name] = tensor
+    for name, tensor in tensors.items():
         targets[name].copy_(tensor)
 
 
 def load_tensors(model: nn.Module, values: Mapping[str, NDArray[np.float32] | Tensor]) -> None:
-    """Copy values into the active adapter; unknown names or shapes raise ExchangeError."""
+    """Copy values into the active adapter; names that are not given keep their values.
+
+    Raises
+    ------
+    ExchangeError
+        A name is unknown or a shape is wrong; nothing has been changed then.
+
+    """
     _copy(trainable_tensors(model), values)
 
 
 def _map_buffers(model: nn.Module) -> dict[str, Tensor]:
+    name = active_adapter(model)
     return {
-        f"slots.{layer.slot}.map.{key}": getattr(layer.dema_maps[_active(layer)], buffer)
+        f"slots.{layer.slots[name]}.map.{key}": getattr(layer.dema_maps[name], buffer)
         for layer in slot_layers(model)
         for key, buffer in _MAPS.items()
     }
 
 
 def load_maps(model: nn.Module, maps: Mapping[str, NDArray[np.float32] | Tensor]) -> None:
-    """Copy the frozen maps D, o, U of the slots into the active adapter."""
+    """Copy the frozen maps D, o, U of the slots into the active adapter.
+
+    Raises
+    ------
+    ExchangeError
+        A name is unknown or a shape is wrong; nothing has been changed then.
+
+    """
     _copy(_map_buffers(model), maps)
 
 
 def read_maps(model: nn.Module) -> dict[str, NDArray[np.float32]]:
     """The frozen maps of the active adapter (copies)."""
-    return {name: buffer.cpu().numpy().copy() for name, buffer in _map_buffers(model).items()}
+    return {
+        name: buffer.detach().to("cpu", torch.float32).numpy().copy()
+        for name, buffer in _map_buffers(model).items()
+    }
 
 
 def apply_last_slot(model: nn.Module, states: Tensor) -> Tensor:
     """What the wrapped final norm returns for already normalised states ``T x d``.
 
-    The same rounding as in a full forward pass, so that frozen states can be computed once and kept.
+    Computed and rounded as in a full forward pass, so that frozen states can be computed once and kept: bit
+    for bit on the same rows; on a part of the rows the matrix products may differ in float32's last bits.
     """
     return slot_layers(model)[-1].add_delta(states, states)
 
 
 def gate_mass(model: nn.Module) -> dict[str, float]:
-    """Mean gate weight per tier in the last forward pass, averaged over slots; empty before one."""
+    """Mean gate weight per tier in the last forward pass, averaged over slots; empty before one.
+
+    The tiers sum to 1, except with the top-1 gate, which keeps the largest weight alone.
+    """
+    name = active_adapter(model)
+    layers = [layer for layer in slot_layers(model) if name in layer.gate_mass]
     sums = dict.fromkeys(TIERS, 0.0)
-    layers = [layer for layer in slot_layers(model) if _active(layer) in layer.gate_mass]
     for layer in layers:
-        mass = layer.gate_mass[_active(layer)].cpu()
-        start = 0
-        for tier, count in layer.configs[_active(layer)].expert_counts.items():
-            sums[tier] += float(mass[start : start + count].sum()) / len(layers)
-            start += count
+        for where, mass in zip(
+            layer.experts(name), layer.gate_mass[name].float().tolist(), strict=True
+        ):
+            sums[where.partition(".")[0]] += mass / len(layers)
     return sums if layers else {}

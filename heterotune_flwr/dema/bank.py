@@ -17,19 +17,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from heterotune_flwr.config.schema import MethodConfig
 
 TIERS = ("global", "type", "private")
 Tier = Literal["global", "type", "private", "gate", "lora"]
 
 
-def bank_shapes(method: MethodConfig, output: int) -> dict[str, tuple[int, ...]]:
+class BankSizes(Protocol):
+    """What fixes a bank's shapes: a run's ``method`` section or a ``DeMAConfig``."""
+
+    slots: int
+    latent: int
+    inner: int
+    experts_global: int
+    experts_type: int
+    experts_private: int
+
+
+def bank_shapes(method: BankSizes, output: int) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of a client's DeMA tensors; ``output`` is r_out."""
     shapes: dict[str, tuple[int, ...]] = {}
     counts = (method.experts_global, method.experts_type, method.experts_private)

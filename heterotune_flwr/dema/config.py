@@ -15,7 +15,7 @@ GATES = ("dense", "top1", "uniform")
 
 
 @dataclass
-class DeMAConfig(PeftConfig):
+class DeMAConfig(PeftConfig):  # type: ignore[misc]
     """Dense mixture of adapters in a latent space shared by different models (our definition).
 
     Example::

@@ -34,10 +34,10 @@ Progress = Callable[[int, int], None]
 
 def words_mask(tokenizer: Any, words: Sequence[str]) -> NDArray[np.bool_]:
     """Which words are a single token (with a space before) of this vocabulary."""
-    return np.array([_word_token(tokenizer, word) is not None for word in words], dtype=bool)
+    return np.array([word_token(tokenizer, word) is not None for word in words], dtype=bool)
 
 
-def _word_token(tokenizer: Any, word: str) -> int | None:
+def word_token(tokenizer: Any, word: str) -> int | None:
     """Token id of " word", None when it takes several."""
     ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
     return int(ids[0]) if len(ids) == 1 else None
@@ -180,7 +180,7 @@ def principal_components(
     return left[:, :keep] * singular[:keep] * signs.T, basis * signs, mean
 
 
-def _unembedding(backbone: Backbone, tokens: Sequence[int]) -> NDArray[np.float64]:
+def unembedding_rows(backbone: Backbone, tokens: Sequence[int]) -> NDArray[np.float64]:
     weight = backbone.model.get_output_embeddings().weight
     rows: Tensor = weight[torch.tensor(list(tokens), device=weight.device)].detach().float().cpu()
     return rows.numpy().astype(np.float64)
@@ -190,13 +190,13 @@ def _word_factors(
     backbone: Backbone, words: Sequence[str], count: int
 ) -> dict[str, NDArray[np.float64]]:
     """Truncated singular value decomposition of the centred unembedding rows of the shared words."""
-    tokens = [_word_token(backbone.tokenizer, word) for word in words]
+    tokens = [word_token(backbone.tokenizer, word) for word in words]
     if len(tokens) < 2 or any(token is None for token in tokens):
         raise BackboneError(
             f"{backbone.spec.type_key}: {len(tokens)} shared words, not all of them single tokens; the vocabularies "
             "have too little in common for alignment.output=vocabulary"
         )
-    rows = _unembedding(backbone, [token for token in tokens if token is not None])
+    rows = unembedding_rows(backbone, [token for token in tokens if token is not None])
     left, singular, right = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     keep = min(count, len(singular))
     return {
@@ -307,7 +307,7 @@ def alignment_factors(
     values["label_rows"] = np.zeros((0, backbone.hidden))
     if labels:
         tokens = label_tokens(backbone.tokenizer, labels, data.prompt)
-        values["label_rows"] = _unembedding(backbone, tokens)
+        values["label_rows"] = unembedding_rows(backbone, tokens)
     directions = [values["label_rows"]]
     if alignment.output == "vocabulary":
         values.update(_word_factors(backbone, words, alignment.output_components))

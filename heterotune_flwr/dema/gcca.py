@@ -35,9 +35,11 @@ class SlotFit:
     latents
         Z, n x r, columns of variance one.
     coefficients
-        Type -> p_m x r: latents from principal-component scores, scaled to variance one.
+        Type -> p_m x r: latents from principal-component scores, scaled to variance one times the weights.
     quality
         Type -> mean held-out correlation of its latents with the other types' (1 for a single type).
+    weights
+        r numbers of mean square one, the same for every type: how much each latent counts.
     shrinkage
         The chosen k.
 
@@ -46,6 +48,7 @@ class SlotFit:
     latents: Matrix
     coefficients: dict[str, Matrix]
     quality: dict[str, float]
+    weights: Matrix
     shrinkage: float
 
 
@@ -102,40 +105,60 @@ def unit_variance(scores: Matrix, coefficients: Matrix) -> Matrix:
     return scaled
 
 
-def _correlation(a: Matrix, b: Matrix) -> float:
-    """Mean over columns of the Pearson correlation."""
+def _correlation(a: Matrix, b: Matrix) -> Matrix:
+    """Pearson correlation per column."""
     a, b = _centre(a), _centre(b)
     norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
-    return float(np.mean(np.sum(a * b, axis=0) / np.maximum(norms, 1e-12)))
+    result: Matrix = np.sum(a * b, axis=0) / np.maximum(norms, 1e-12)
+    return result
 
 
 def held_out_quality(
     scores: Mapping[str, Matrix], rank: int, shrinkage: float, seed: int = 0
-) -> dict[str, float]:
-    """Per type: correlation of its latents with the other types', on anchors not used for the fit."""
+) -> dict[str, Matrix]:
+    """Per type and latent: correlation with the other types' latents on anchors not used for the fit."""
     keys = sorted(scores)
-    if len(keys) == 1:
-        return {keys[0]: 1.0}
     count = len(scores[keys[0]])
+    if len(keys) == 1:
+        return {keys[0]: np.ones(rank)}
     order = np.random.default_rng(seed).permutation(count)
     cut = max(1, round(count * (1 - HELD_OUT)))
     fit, test = order[:cut], order[cut:]
     train = {key: np.asarray(scores[key], dtype=np.float64)[fit] for key in keys}
-    latents = shared_latents(train, min(rank, cut - 1), shrinkage)
+    latents = shared_latents(train, rank, shrinkage)
     reached = {
         key: (np.asarray(scores[key], dtype=np.float64)[test] - train[key].mean(axis=0))
         @ ridge(train[key], latents, shrinkage)
         for key in keys
     }
-    pairs = {pair: _correlation(reached[pair[0]], reached[pair[1]])
-             for pair in itertools.combinations(keys, 2)}  # fmt: skip
+    pairs = {
+        pair: _correlation(reached[pair[0]], reached[pair[1]])
+        for pair in itertools.combinations(keys, 2)
+    }
     return {
-        key: float(np.mean([value for pair, value in pairs.items() if key in pair])) for key in keys
+        key: np.mean([value for pair, value in pairs.items() if key in pair], axis=0)
+        for key in keys
     }
 
 
+def latent_weights(quality: Mapping[str, Matrix], exponent: float) -> Matrix:
+    """Weights ``rho ** exponent`` with mean square one, from the held-out correlations rho per latent.
+
+    A latent that another model reads differently carries noise across types: it counts less. Exponent 0 weighs
+    all latents equally.
+    """
+    rho = np.clip(np.mean(list(quality.values()), axis=0), 0.02, 1.0)
+    weights = rho**exponent
+    scaled: Matrix = weights / np.sqrt(np.mean(weights**2))
+    return scaled
+
+
 def fit_slot(
-    scores: Mapping[str, Matrix], rank: int, candidates: Sequence[float], seed: int = 0
+    scores: Mapping[str, Matrix],
+    rank: int,
+    candidates: Sequence[float],
+    weighting: float = 0.0,
+    seed: int = 0,
 ) -> SlotFit:
     """Align one slot: choose the shrinkage on held-out anchors, then fit on all.
 
@@ -147,6 +170,8 @@ def fit_slot(
         r, width of the shared latent space.
     candidates
         Shrinkage constants to choose from.
+    weighting
+        Exponent of :func:`latent_weights`.
     seed
         Which anchors are held out.
 
@@ -161,8 +186,11 @@ def fit_slot(
         raise ConfigError(f"the types were aligned on different numbers of anchors: {counts}")
     qualities = {k: held_out_quality(scores, rank, k, seed) for k in candidates}
     best = max(candidates, key=lambda k: float(np.mean(list(qualities[k].values()))))
+    weights = latent_weights(qualities[best], weighting)
     latents = shared_latents(scores, rank, best)
     coefficients = {
-        key: unit_variance(value, ridge(value, latents, best)) for key, value in scores.items()
+        key: unit_variance(value, ridge(value, latents, best)) * weights
+        for key, value in scores.items()
     }
-    return SlotFit(latents, coefficients, qualities[best], float(best))
+    quality = {key: float(np.mean(value)) for key, value in qualities[best].items()}
+    return SlotFit(latents, coefficients, quality, weights, float(best))

@@ -10,12 +10,12 @@ At the last slot ``f`` is the identity on the final normalised state; elsewhere 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from heterotune_flwr.dema.bank import TIERS, bank_shapes, generator, initial_tensors
 from heterotune_flwr.dema.config import DeMAConfig
@@ -43,11 +43,15 @@ class Expert(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Latents ``... x r`` -> output latents ``... x r_out``."""
         inner = self.down(z)
-        return self.up(F.silu(inner) if self.activation == "silu" else inner)
+        return cast(Tensor, self.up(functional.silu(inner) if self.activation == "silu" else inner))
 
 
 class SlotMaps(nn.Module):
-    """The frozen maps of one slot, as persistent buffers: ``D`` (r x d), ``o`` (r), ``U`` (d x r_out)."""
+    """The frozen maps of one slot, as persistent buffers: ``D`` (r x d), ``o`` (r), ``U`` (d x r_out).
+
+    Until aligned ones are loaded they are random, equal for equal (seed, slot): the control in which nothing is
+    aligned.
+    """
 
     down_weight: Tensor
     down_bias: Tensor
@@ -63,8 +67,22 @@ class SlotMaps(nn.Module):
         self.register_buffer("up_weight", torch.from_numpy(up).float())
 
 
-class DeMALayer(nn.Module, BaseTunerLayer):
-    """Wraps the final norm (last slot) or a block's MLP and adds the mixture's output."""
+class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """Wraps the final norm (last slot) or a block's MLP and adds the mixture's output.
+
+    Holds one mixture per adapter. Adapters of one model may have different numbers of slots, so a module's
+    slot index belongs to the adapter; whether it is the final norm belongs to the module.
+
+    Parameters
+    ----------
+    base_layer
+        The module wrapped; called with the states ``... x d`` first, returns states or a tuple that begins with them.
+    adapter_name, config, slot
+        The first adapter, its configuration and which of its slots this is.
+    hidden
+        d, width of the states.
+
+    """
 
     adapter_layer_names = ("dema_experts", "dema_gate")
     other_param_names = ("dema_maps",)
@@ -74,24 +92,26 @@ class DeMALayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.slot = slot
         self.hidden = hidden
         self.is_last = slot == config.slots - 1
         self.dema_experts = nn.ModuleDict({})
         self.dema_gate = nn.ModuleDict({})
         self.dema_maps = nn.ModuleDict({})
         self.configs: dict[str, DeMAConfig] = {}
+        self.slots: dict[str, int] = {}
         self.gate_mass: dict[str, Tensor] = {}
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, slot)
+        self.train(base_layer.training)  # new modules are in training mode, loaded backbones are not
 
     def update_layer(
-        self, adapter_name: str, config: DeMAConfig, inference_mode: bool = False
+        self, adapter_name: str, config: DeMAConfig, slot: int, inference_mode: bool = False
     ) -> None:
         """Create the experts, gate and (default, seeded random) maps of an adapter."""
         self.configs[adapter_name] = config
+        self.slots[adapter_name] = slot
         self.dema_experts[adapter_name] = nn.ModuleDict(
             {
                 f"{tier}_tier": nn.ModuleList(  # "type" alone is an attribute of every module
@@ -102,30 +122,66 @@ class DeMALayer(nn.Module, BaseTunerLayer):
             }
         )
         self.dema_gate[adapter_name] = nn.Linear(config.latent, sum(config.expert_counts.values()))
-        self.dema_maps[adapter_name] = SlotMaps(self.hidden, config, self.slot)
+        self.dema_maps[adapter_name] = SlotMaps(self.hidden, config, slot)
+        for module in (self.dema_experts, self.dema_gate, self.dema_maps):
+            module[adapter_name].to(torch.float32)  # whatever the default dtype is
         self.reset(adapter_name)
-        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
-        if device.type != "meta":
-            for name in (*self.adapter_layer_names, *self.other_param_names):
-                getattr(self, name)[adapter_name].to(device)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Follow the wrapped module's device, but never its dtype: the adapter stays in float32.
+
+        (PEFT calls this after loading with ``low_cpu_mem_usage``.)
+        """
+        if device is None:
+            device = next((p.device for p in self.base_layer.parameters()), None)
+        if device is None or device.type == "meta" or adapter_name not in self.dema_gate:
+            return
+        for modules in (self.dema_experts, self.dema_gate, self.dema_maps):
+            module = modules[adapter_name]
+            if not any(p.device.type == "meta" for p in module.parameters()):
+                module.to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget one adapter; PEFT chooses another active one where needed."""
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+        self.slots.pop(adapter_name, None)
+        self.gate_mass.pop(adapter_name, None)
+
+    def active_names(self) -> list[str]:
+        """The active adapters that have a slot here."""
+        active: Any = self.active_adapters
+        return [str(name) for name in active if name in self.slots]
+
+    def experts(self, adapter_name: str) -> dict[str, Expert]:
+        """``{tier}.{index}`` -> expert of one adapter, in the order of the gate's rows."""
+        tiers = cast(nn.ModuleDict, self.dema_experts[adapter_name])
+        return {
+            f"{tier}.{index}": cast(Expert, expert)
+            for tier in TIERS
+            for index, expert in enumerate(cast(nn.ModuleList, tiers[f"{tier}_tier"]))
+        }
 
     def trainable(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Canonical names (see :mod:`.bank`) -> parameters of one adapter."""
+        prefix = f"slots.{self.slots[adapter_name]}"
         named: dict[str, nn.Parameter] = {}
-        for tier in TIERS:
-            for index, expert in enumerate(self.dema_experts[adapter_name][f"{tier}_tier"]):  # type: ignore[index,arg-type]
-                for key, parameter in expert.named_parameters():
-                    named[f"slots.{self.slot}.experts.{tier}.{index}.{key}"] = parameter
+        for where, expert in self.experts(adapter_name).items():
+            for key, parameter in expert.named_parameters():
+                named[f"{prefix}.experts.{where}.{key}"] = parameter
         for key, parameter in self.dema_gate[adapter_name].named_parameters():
-            named[f"slots.{self.slot}.gate.{key}"] = parameter
+            named[f"{prefix}.gate.{key}"] = parameter
         return named
 
     @torch.no_grad()
     def reset(self, adapter_name: str) -> None:
         """Set the adapter to its first values (output zero)."""
         config = self.configs[adapter_name]
-        shapes = bank_shapes(_as_method(config), config.output_width)
+        shapes = bank_shapes(config, config.output_width)
         parameters = self.trainable(adapter_name)
         values = initial_tensors({name: shapes[name] for name in parameters}, config.seed)
         for name, parameter in parameters.items():
@@ -134,11 +190,10 @@ class DeMALayer(nn.Module, BaseTunerLayer):
     def _gate(self, adapter_name: str, z: Tensor) -> Tensor:
         """Weights over the experts, ``... x E``."""
         config = self.configs[adapter_name]
-        counts = config.expert_counts
-        logits: Tensor = self.dema_gate[adapter_name](z)
+        logits = cast(Tensor, self.dema_gate[adapter_name](z))
         if config.gate == "uniform":
-            logits = torch.zeros_like(logits) + 0.0 * logits
-        private = counts["private"]
+            logits = 0.0 * logits  # stays in the graph: the gate's gradients exist, and are zero
+        private = config.experts_private
         if self.training and 0 < private < logits.shape[-1] and config.private_dropout > 0:
             dropped = torch.rand((), device=z.device) < config.private_dropout
             mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=z.device)
@@ -146,36 +201,40 @@ class DeMALayer(nn.Module, BaseTunerLayer):
             logits = logits.masked_fill(mask, float("-inf"))
         weights = torch.softmax(logits, dim=-1)
         if config.gate == "top1":
-            weights = weights * F.one_hot(weights.argmax(-1), weights.shape[-1])
+            weights = weights * functional.one_hot(weights.argmax(-1), weights.shape[-1])
         self.gate_mass[adapter_name] = weights.detach().reshape(-1, weights.shape[-1]).mean(0)
         return weights
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        """What the mixture adds for input ``x`` (... x d), in float32."""
-        maps = self.dema_maps[adapter_name]
+        """What the mixture adds for input ``x`` (... x d), computed and returned in float32.
+
+        Follows a cast of the whole model (``model.to(torch.bfloat16)``) by computing in the cast dtype.
+        """
+        maps = cast(SlotMaps, self.dema_maps[adapter_name])
         with torch.autocast(x.device.type, enabled=False):
-            z = F.linear(x.float(), maps.down_weight, maps.down_bias)  # type: ignore[arg-type]
+            z = functional.linear(x.to(maps.down_weight.dtype), maps.down_weight, maps.down_bias)
             weights = self._gate(adapter_name, z)
-            experts = [
-                expert
-                for tier in TIERS
-                for expert in self.dema_experts[adapter_name][f"{tier}_tier"]  # type: ignore[index,union-attr]
-            ]
-            mixed = sum(weights[..., i : i + 1] * expert(z) for i, expert in enumerate(experts))
-            return F.linear(mixed, maps.up_weight)  # type: ignore[arg-type]
+            mixed = torch.zeros((), dtype=z.dtype, device=z.device)
+            for index, expert in enumerate(self.experts(adapter_name).values()):
+                mixed = mixed + weights[..., index : index + 1] * expert(z)
+            return functional.linear(mixed, maps.up_weight).float()
 
     def add_delta(self, x: Tensor, y: Tensor) -> Tensor:
         """``y`` plus every active adapter's mixture of ``x``, in the dtype of ``y``."""
         if self.disable_adapters:
             return y
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.dema_gate:
-                y = (y.float() + self.delta(adapter_name, x)).to(y.dtype)
-        return y
+        active = self.active_names()
+        if not active:
+            return y
+        total = y.float()
+        for adapter_name in active:
+            total = total + self.delta(adapter_name, x)
+        return total.to(y.dtype)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's output plus the mixture's (first element of a tuple output)."""
-        result = self.base_layer(x, *args, **kwargs)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        result = self.base_layer(*args, **kwargs)
         if isinstance(result, tuple):
             return (self.add_delta(x, result[0]), *result[1:])
         return self.add_delta(result if self.is_last else x, result)
@@ -190,8 +249,3 @@ class DeMALayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A non-linear branch has no LoRA form."""
         return False
-
-
-def _as_method(config: DeMAConfig) -> Any:
-    """``DeMAConfig`` has every field that :func:`bank_shapes` reads of ``MethodConfig``."""
-    return config

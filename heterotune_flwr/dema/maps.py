@@ -46,7 +46,7 @@ class AlignmentResult:
     output_width
         r_out.
     anchor_latents
-        ``slots.{k}.latents`` (n x r) and ``functionals`` (V x r, vocabulary output only).
+        ``slots.{k}.latents`` (n x r), ``slots.{k}.weights`` (r) and ``functionals`` (V x r, vocabulary output only).
 
     """
 
@@ -183,9 +183,12 @@ def compute_maps(
     for slot in range(method.slots):
         scores = {key: np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
                   for key, own in factors.items()}  # fmt: skip
-        fit = fit_slot(scores, method.latent, list(alignment.shrinkage), seed)
+        fit = fit_slot(
+            scores, method.latent, list(alignment.shrinkage), alignment.weighting, seed
+        )
         shrinkage.append(fit.shrinkage)
         known[f"slots.{slot}.latents"] = fit.latents
+        known[f"slots.{slot}.weights"] = fit.weights
         for key in factors:
             coefficients[key].append(fit.coefficients[key])
             quality[key].append(round(fit.quality[key], 4))
@@ -232,7 +235,8 @@ def join_type(
             np.corrcoef(reached[:, j], latents[cut:, j])[0, 1] for j in range(latents.shape[1])
         ]
         quality.append(round(float(np.nanmean(columns)), 4))
-        coefficients.append(unit_variance(scores, ridge(scores, latents, k)))
+        weights = result.anchor_latents[f"slots.{slot}.weights"]
+        coefficients.append(unit_variance(scores, ridge(scores, latents, k)) * weights)
     maps = _type_maps(own, method.slots, coefficients, result.anchor_latents.get("functionals"))
     return {name: value.astype(np.float32) for name, value in maps.items()}, quality
 

@@ -10,38 +10,56 @@ from torch import nn
 
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import MERGE_MESSAGE, DeMALayer, MergeError
-from heterotune_flwr.dema.structure import find_structure, slot_blocks
+from heterotune_flwr.dema.structure import find_structure, slot_blocks, text_config
+from heterotune_flwr.errors import BackboneError
 
 
-class DeMAModel(BaseTuner):
+def resolve_slots(model: nn.Module, config: DeMAConfig) -> list[str]:
+    """Module name of every slot, bottom up.
+
+    Raises
+    ------
+    BackboneError
+        More slots than blocks, a named module that is not there, or no decoder structure.
+
+    """
+    if config.slot_modules:
+        names = list(config.slot_modules)
+    else:
+        final_norm, mlps = config.final_norm_module, config.mlp_modules
+        if final_norm is None or mlps is None:
+            found = find_structure(model)
+            final_norm = final_norm or found.final_norm
+            mlps = mlps or list(found.mlps)
+        names = [mlps[block] for block in slot_blocks(config.slots, len(mlps))] + [final_norm]
+    there = {name for name, _ in model.named_modules()}
+    missing = [name for name in names if name not in there]
+    if missing or len(names) != config.slots:
+        raise BackboneError(
+            f"DeMA with {config.slots} slots was given the modules {names}; {type(model).__name__} has no "
+            f"{', '.join(missing) or 'such number of them'}: is this adapter made for another backbone?"
+        )
+    return names
+
+
+class DeMAModel(BaseTuner):  # type: ignore[misc]
     """Dense mixture of adapters on a frozen decoder-only model; see :class:`DeMAConfig`."""
 
     prefix = "dema_"
     tuner_layer_cls = DeMALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's class attribute)
 
-    def _prepare_model(self, peft_config: DeMAConfig, model: nn.Module) -> None:
-        """Nothing to prepare: the targets are found from the structure."""
-
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Resolve the slots' modules, then inject as PEFT does."""
         config: DeMAConfig = self.peft_config[adapter_name]
-        if config.target_modules is None:
-            config.target_modules = self._slot_modules(model, config)
+        config.slot_modules = resolve_slots(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    @staticmethod
-    def _slot_modules(model: nn.Module, config: DeMAConfig) -> list[str]:
-        """Module name of every slot, bottom up."""
-        if config.final_norm_module and config.mlp_modules:
-            final_norm, mlps = config.final_norm_module, list(config.mlp_modules)
-        else:
-            found = find_structure(model)
-            final_norm = config.final_norm_module or found.final_norm
-            mlps = list(config.mlp_modules or found.mlps)
-        return [mlps[block] for block in slot_blocks(config.slots, len(mlps))] + [final_norm]
+    def _prepare_adapter_config(self, peft_config: DeMAConfig, model_config: Any) -> DeMAConfig:
+        """No ``target_modules`` to complete: the slots name their modules."""
+        return peft_config
 
     def _create_and_replace(
         self,
@@ -53,26 +71,17 @@ class DeMAModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        slot = list(peft_config.target_modules or []).index(current_key)
+        slot = (peft_config.slot_modules or []).index(current_key)
         if isinstance(target, DeMALayer):
-            target.update_layer(adapter_name, peft_config)
-            if adapter_name not in self.active_adapters:
-                target.set_requires_grad(adapter_name, requires_grad=False)
+            target.update_layer(adapter_name, peft_config, slot)
             return
-        hidden = int(self._hidden_size())
+        hidden = int(text_config(self.model).hidden_size)
         layer = DeMALayer(target, adapter_name, peft_config, slot, hidden)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-
-    def _hidden_size(self) -> int:
-        config = self.model.config
-        getter = getattr(config, "get_text_config", None)
-        return int((getter() if getter is not None else config).hidden_size)
 
     @staticmethod
     def _check_target_module_exists(peft_config: DeMAConfig, key: str) -> bool:
-        return key in (peft_config.target_modules or [])
+        return key in (peft_config.slot_modules or [])
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -87,10 +96,4 @@ class DeMAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
-        raise MergeError(MERGE_MESSAGE)
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """Not possible; raises :class:`MergeError`."""
         raise MergeError(MERGE_MESSAGE)

@@ -59,7 +59,7 @@ def _blocks(model: nn.Module, layers: int) -> str:
     getter = getattr(model, "get_decoder", None)
     decoder = getter() if getter is not None else None
     inside = {id(module) for module in decoder.modules()} if decoder is not None else None
-    lists = [
+    lists: list[tuple[str, nn.ModuleList]] = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)

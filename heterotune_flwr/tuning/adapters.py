@@ -117,6 +117,7 @@ class AttachedAdapter:
             raise ExchangeError(
                 f"the maps sent do not fit: expected {sorted(expected)}, got {sorted(maps)}"
             )
+        self.maps_digest = ""  # until all of them are in place
         load_maps(self.model, maps)
         self.maps_digest = digest or tensor_digest(maps)
 

@@ -94,7 +94,7 @@ def train_local(
     rate = config.learning_rate if learning_rate is None else learning_rate
     device = adapter.backbone.device
     parameters = list(adapter.parameters.values())
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     totals = torch.zeros(2, device=device)

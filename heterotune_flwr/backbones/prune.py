@@ -1,0 +1,310 @@
+"""A smaller real backbone out of a larger one: structured pruning by activations, then brief healing.
+
+What is cut away is chosen on public calibration texts: whole blocks that change the residual stream least
+(1 - cosine of input and output), key-value groups and MLP units by the size of what they write, and the
+residual stream itself by rotating it to its principal axes and keeping the leading ones (the rotation of
+SliceGPT, https://arxiv.org/abs/2401.15024, here one for all blocks, so that nothing is added to the
+architecture). Healing is the plain language-model loss. The result is an ordinary Llama directory; call it
+"pruned and healed", never by its parent's name alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from heterotune_flwr.errors import BackboneError
+
+log = logging.getLogger(__name__)
+Report = Callable[[str], None]
+
+CALIBRATION_TEXTS = 512
+BLOCK = 96
+BATCH = 8
+
+
+@dataclass
+class Activations:
+    """Sums over calibration tokens.
+
+    ``change`` (L): 1 - cosine over a block; ``covariance`` (d x d, float64) of RMS-normalised residual
+    states; ``groups`` (L x kv) and ``units`` (L x m): mean square of what a key-value group or MLP unit
+    writes into the residual stream.
+    """
+
+    change: Tensor
+    covariance: Tensor
+    groups: Tensor
+    units: Tensor
+    tokens: int = 0
+
+
+def _packed(tokenizer: Any, texts: Sequence[str], size: int) -> Tensor:
+    """All texts, separated by eos, cut into rows of ``size`` tokens."""
+    ids: list[int] = []
+    for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        ids += [*row, tokenizer.eos_token_id]
+    count = len(ids) // size
+    if count < 1:
+        raise BackboneError(f"the healing texts have only {len(ids)} tokens; {size} are needed")
+    return torch.tensor(ids[: count * size]).reshape(count, size)
+
+
+def _check_family(model: Any, source: Path) -> None:
+    layer = getattr(getattr(model, "model", None), "layers", [None])[0]
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    modules = dict(layer.named_modules()) if layer is not None else {}
+    if model.config.model_type != "llama" or any(name not in modules for name in names):
+        raise BackboneError(
+            f"{source} is a {model.config.model_type!r} model; only the Llama architecture can be pruned"
+        )
+
+
+@torch.no_grad()
+def measure_activations(model: Any, rows: Tensor) -> Activations:
+    """Run calibration rows (N x T token ids) through a Llama and sum what decides the cuts."""
+    config, layers = model.config, model.model.layers
+    kv, hidden = config.num_key_value_heads, config.hidden_size
+    found = Activations(
+        torch.zeros(len(layers)),
+        torch.zeros(hidden, hidden, dtype=torch.float64),
+        torch.zeros(len(layers), kv),
+        torch.zeros(len(layers), config.intermediate_size),
+    )
+
+    def residual(x: Tensor) -> None:
+        flat = x.reshape(-1, hidden).float()
+        flat = flat / flat.pow(2).mean(-1, keepdim=True).sqrt()
+        found.covariance += (flat.T @ flat).double()
+
+    def block_hook(index: int) -> Any:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            before, after = args[0].float(), (output[0] if isinstance(output, tuple) else output)
+            residual(before)
+            cosine = functional.cosine_similarity(before, after.float(), dim=-1)
+            found.change[index] += (1 - cosine).sum()
+
+        return hook
+
+    def write_hook(target: Tensor, grouped: int | None) -> Any:
+        def hook(module: nn.Linear, args: Any) -> None:
+            x = args[0].reshape(-1, module.in_features).float()
+            if grouped is None:
+                target.add_(x.pow(2).sum(0) * module.weight.float().pow(2).sum(0))
+                return
+            parts = module.weight.float().reshape(module.out_features, grouped, -1)
+            written = torch.einsum("tgi,ogi->tgo", x.reshape(len(x), grouped, -1), parts)
+            target.add_(written.pow(2).sum((0, 2)))
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_hook(block_hook(index)))
+        o_proj, down = layer.self_attn.o_proj, layer.mlp.down_proj
+        handles.append(o_proj.register_forward_pre_hook(write_hook(found.groups[index], kv)))
+        handles.append(down.register_forward_pre_hook(write_hook(found.units[index], None)))
+    try:
+        for batch in rows.split(BATCH):
+            model.model(input_ids=batch, use_cache=False)
+            found.tokens += batch.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _principal_axes(covariance: Tensor, keep: int) -> tuple[Tensor, float]:
+    """(d x keep orthonormal axes, share of the energy they hold)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    axes = vectors[:, -keep:].flip(1).float()
+    return axes, float(values[-keep:].sum() / values.sum())
+
+
+def _small_config(config: Any, hidden: int, layers: int) -> Any:
+    """The parent's configuration at the new width and depth, in the parent's proportions."""
+    group = config.num_attention_heads // config.num_key_value_heads
+    kv = max(1, round(config.num_key_value_heads * hidden / config.hidden_size))
+    small = type(config).from_dict(config.to_dict())
+    small.hidden_size, small.num_hidden_layers = hidden, layers
+    small.num_key_value_heads, small.num_attention_heads = kv, kv * group
+    small.intermediate_size = round(config.intermediate_size * hidden / config.hidden_size)
+    small.tie_word_embeddings = False  # the final norm is folded into the unembedding only
+    return small
+
+
+@torch.no_grad()
+def prune(model: Any, found: Activations, hidden: int, layers: int) -> Any:
+    """A new float32 Llama with the most important parts of ``model``."""
+    config = model.config
+    small = _small_config(config, hidden, layers)
+    axes, share = _principal_axes(found.covariance, hidden)
+    # RMSNorm now averages over fewer channels: its scale makes up for the energy that was cut off.
+    scale = math.sqrt(share * config.hidden_size / hidden)
+    pruned = type(model)(small).float()
+    kept = sorted(found.change.argsort(descending=True)[:layers].tolist())
+    size = config.head_dim
+    width = size * (config.num_attention_heads // config.num_key_value_heads)
+    for new, index in zip(pruned.model.layers, kept, strict=True):
+        old = model.model.layers[index]
+        groups = found.groups[index].argsort(descending=True)[: small.num_key_value_heads].sort()[0]
+        units = found.units[index].argsort(descending=True)[: small.intermediate_size].sort()[0]
+        queries = (groups[:, None] * width + torch.arange(width)).flatten()
+        keys = (groups[:, None] * size + torch.arange(size)).flatten()
+        first, second = old.input_layernorm.weight.float(), old.post_attention_layernorm.weight.float()
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            weight = getattr(old.self_attn, name).weight.float()
+            getattr(new.self_attn, name).weight.copy_((weight[rows] * first) @ axes)
+        new.self_attn.o_proj.weight.copy_(axes.T @ old.self_attn.o_proj.weight.float()[:, queries])
+        for name in ("gate_proj", "up_proj"):
+            weight = getattr(old.mlp, name).weight.float()
+            getattr(new.mlp, name).weight.copy_((weight[units] * second) @ axes)
+        new.mlp.down_proj.weight.copy_(axes.T @ old.mlp.down_proj.weight.float()[:, units])
+        new.input_layernorm.weight.fill_(scale)
+        new.post_attention_layernorm.weight.fill_(scale)
+    embedding = model.get_input_embeddings().weight.float()
+    final = model.model.norm.weight.float()
+    pruned.get_input_embeddings().weight.copy_(embedding @ axes)
+    pruned.get_output_embeddings().weight.copy_(
+        (model.get_output_embeddings().weight.float() * final) @ axes
+    )
+    pruned.model.norm.weight.fill_(scale)
+    return pruned
+
+
+def _loss(model: Any, batch: Tensor) -> Tensor:
+    with torch.autocast("cpu" if batch.device.type == "cpu" else "cuda", dtype=torch.bfloat16):
+        logits = model(input_ids=batch, use_cache=False).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def _epochs(count: int, generator: torch.Generator) -> Iterator[int]:
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: Tensor) -> float:
+    """Mean next-token loss (nats) on rows of token ids."""
+    return float(torch.stack([_loss(model, batch) for batch in rows.split(BATCH)]).mean())
+
+
+def heal(
+    model: Any, rows: Tensor, steps: int, seed: int, report: Report, learning_rate: float = 6e-4
+) -> None:
+    """Language-model training in place; embeddings stay fixed (they are the parent's, rotated)."""
+    model.train()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    order = _epochs(len(rows), torch.Generator().manual_seed(seed))
+    started, running = time.perf_counter(), 0.0
+    for step in range(steps):
+        warm = min(1.0, (step + 1) / max(1, steps // 20))
+        rate = learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = _loss(model, rows[[next(order) for _ in range(BATCH)]])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
+        if (step + 1) % 50 == 0:
+            report(f"healing: step {step + 1}/{steps}, loss {running:.3f}, "
+                   f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    model.requires_grad_(True)
+    model.eval()
+
+
+def prune_and_heal(
+    source_dir: Path,
+    out_dir: Path,
+    texts: Sequence[str],
+    hidden: int = 384,
+    layers: int = 20,
+    tokens: int = 200_000,
+    seed: int = 0,
+    report: Report = log.info,
+) -> dict[str, float]:
+    """Write a pruned and healed copy of a Llama directory, in bfloat16 with the parent's tokenizer.
+
+    Parameters
+    ----------
+    source_dir, out_dir
+        Hugging Face directories; ``out_dir`` is created.
+    texts
+        Public texts for calibration and healing; a 32nd is held out to report the loss.
+    hidden, layers
+        The new width and depth; heads and MLP shrink in proportion.
+    tokens
+        Healing budget. 200,000 take about 10 minutes on one CPU core.
+    seed
+        Order of the healing rows.
+    report
+        Receives progress lines.
+
+    Returns
+    -------
+    Held-out loss (nats per token) of the ``parent``, ``pruned`` and ``healed`` model.
+
+    Raises
+    ------
+    BackboneError
+        Not a Llama, not smaller than the parent, or too little text.
+
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(source_dir)
+    model = AutoModelForCausalLM.from_pretrained(source_dir, dtype=torch.bfloat16).eval()
+    _check_family(model, source_dir)
+    config = model.config
+    if hidden > config.hidden_size or layers > config.num_hidden_layers:
+        raise BackboneError(
+            f"cannot prune {config.hidden_size} x {config.num_hidden_layers} to {hidden} x {layers}"
+        )
+    rows = _packed(tokenizer, texts, BLOCK)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    cut = max(1, len(rows) // 32)
+    held, rows = rows[:cut], rows[cut:]
+    if not len(rows):
+        raise BackboneError("too few healing texts: everything was held out")
+    found = measure_activations(model, rows[: max(1, CALIBRATION_TEXTS * 24 // BLOCK)])
+    losses = {"parent": held_out_loss(model, held)}
+    pruned = prune(model, found, hidden, layers)
+    del model
+    losses["pruned"] = held_out_loss(pruned, held)
+    report(f"held-out loss: parent {losses['parent']:.3f}, pruned {losses['pruned']:.3f}")
+    heal(pruned, rows, max(1, tokens // (BATCH * BLOCK)), seed, report)
+    losses["healed"] = held_out_loss(pruned, held)
+    report(f"held-out loss: healed {losses['healed']:.3f}")
+    pruned.to(torch.bfloat16).save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    return losses
+
+
+def build_pruned(directory: Path, report: Report) -> None:
+    """``smollm2-pruned``: the fetched SmolLM2 at 384 x 20, healed on the shipped anchors."""
+    from heterotune_flwr.backbones.sources import resolve_source
+    from heterotune_flwr.config.schema import AlignmentConfig
+    from heterotune_flwr.dema.anchors import SHIPPED, load_anchors
+
+    texts = [
+        text
+        for name in SHIPPED
+        for text in load_anchors(AlignmentConfig(anchors=name, count=10**9))
+    ]
+    prune_and_heal(resolve_source("smollm2"), directory, texts, report=report)

@@ -1,0 +1,302 @@
+"""The client's four handlers, through Flower's ClientApp and the real wire contract."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_backbones import LABELS, save_backbone, write_rows
+
+from client_app.app import app
+from heterotune_flwr.backbones import loading
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import MethodConfig, TypeConfig
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.errors import BackboneError, ConfigError, ExchangeError
+from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.federation.identity import code_hash, expand_types, identify
+from heterotune_flwr.federation.in_process import InProcessGrid
+from heterotune_flwr.federation.protocol import (
+    ALIGN,
+    DESCRIBE,
+    ERROR_MAPS_MISSING,
+    EVALUATE,
+    TRAIN,
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
+    EvaluateReply,
+    EvaluateRequest,
+    Header,
+    RemoteError,
+    TrainReply,
+    TrainRequest,
+    pack_mask,
+    unpack_mask,
+)
+from heterotune_flwr.flower import Message
+from heterotune_flwr.tuning.adapters import detach_all
+from heterotune_flwr.tuning.states import forget_states
+
+METHOD = MethodConfig(latent=8, inner=4, output=3, experts_global=2, experts_private=1)
+LORA = MethodConfig(kind="lora", lora_rank=2, output=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("federation")
+    save_backbone(folder / "one", hidden=32)
+    save_backbone(folder / "two", hidden=48, seed=1)
+    write_rows(folder / "train.jsonl", 240)
+    write_rows(folder / "test.jsonl", 30, offset=1000)
+    (folder / "anchors.txt").write_text("".join(f"public text number {n}\n" for n in range(40)))
+    yield folder
+    detach_all()
+    loading.clear_backbones()
+
+
+@pytest.fixture
+def world(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
+    forget_states()
+    (tmp_path / "run.yaml").write_text(
+        f"""
+types:
+  - {{backbone: {folder / "one"}, bits: nf4, clients: 2}}
+  - {{backbone: {folder / "two"}, bits: bf16, clients: 2}}
+data:
+  name: own
+  train: {folder / "train.jsonl"}
+  test: {folder / "test.jsonl"}
+  examples_per_client: 16
+  personal_test_examples: 4
+alignment:
+  anchors: {folder / "anchors.txt"}
+  count: 40
+  components: 8
+train: {{batch_size: 4}}
+run: {{dir: {tmp_path / "run"}}}
+strategies: {{}}
+"""
+    )
+    return World(tmp_path)
+
+
+class World:
+    """Four simulated clients of two types, answering in this process."""
+
+    def __init__(self, path: Path, **node_config: object) -> None:
+        self.path = path
+        self.run_config = {"config": str(path / "run.yaml"), "overrides": ""}
+        nodes = [node_config] if node_config else [
+            {"partition-id": i, "num-partitions": 4} for i in range(4)
+        ]  # fmt: skip
+        self.grid = InProcessGrid(app, nodes, self.run_config)
+        self.nodes = list(self.grid.get_node_ids())
+
+    def ask(self, client: int, kind: str, content):
+        message = Message(content, self.nodes[client], kind, group_id="0")
+        (reply,) = self.grid.send_and_receive([message])
+        return reply.content
+
+    def describe(self, client: int, method: MethodConfig = METHOD) -> DescribeReply:
+        request = DescribeRequest(Header("run", 0, method), ["fruit", "engines", "xylophone"])
+        return DescribeReply.from_content(self.ask(client, DESCRIBE, request.to_content()))
+
+    def train(
+        self, client: int, round: int, values=None, expected=(), experiment="run", method=METHOD,
+        maps=None, digest="", steps=3,
+    ) -> TrainReply:  # fmt: skip
+        header = Header(experiment, 0, method, round)
+        request = TrainRequest(header, values or {}, digest, maps, list(expected), steps, 0.01)
+        return TrainReply.from_content(self.ask(client, TRAIN, request.to_content("fp32")))
+
+    def evaluate(self, client: int, values=None, digest="", experiment="run", method=METHOD):
+        header = Header(experiment, 0, method, 1)
+        request = EvaluateRequest(header, values or {}, digest, None, ["global", "personal"])
+        content = self.ask(client, EVALUATE, request.to_content("fp32"))
+        return EvaluateReply.from_content(content).metrics
+
+    def state(self, client: int, experiment: str = "run") -> dict[str, np.ndarray]:
+        path = self.path / "run" / "state" / "clients" / experiment
+        return load_tensors(path / f"client-{client:04d}.safetensors")
+
+
+def make_maps(hidden: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    shapes = {"down.weight": (8, hidden), "down.bias": (8,), "up.weight": (hidden, 3)}
+    maps = {
+        f"slots.0.map.{name}": (rng.standard_normal(shape) / 4).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    return maps, tensor_digest(maps)
+
+
+def shared_names(reply: DescribeReply) -> list[str]:
+    return sorted(name for name in reply.shapes if ".global." in name)
+
+
+def test_describe(world):
+    replies = [world.describe(client) for client in range(4)]
+    assert [reply.type_key for reply in replies] == ["one@nf4", "two@bf16"] * 2
+    assert [reply.client_id for reply in replies] == [f"client-{i:04d}" for i in range(4)]
+    first = replies[0]
+    assert first.labels == LABELS
+    assert (first.hidden, first.layers, first.bits) == (32, 3, "nf4")
+    assert (first.train_examples, first.personal_examples) == (16, 4)
+    assert first.model_bytes == 2 * first.parameters
+    assert first.code_hash == code_hash()
+    assert first.shapes == {**replies[1].shapes}
+    assert unpack_mask(first.words_mask, 3).tolist() == [True, True, False]
+    open_output = world.describe(0, replace(METHOD, output=None))
+    assert open_output.shapes == first.shapes  # three labels: r_out = 3
+    assert all(name.startswith("lora.") for name in world.describe(0, LORA).shapes)
+
+
+def test_align_gives_the_same_factors_whatever_is_attached(world):
+    words = ["fruit", "engines", "xylophone"]
+    mask = pack_mask(np.array([True, True, False]))
+    request = AlignRequest(Header("run", 0, METHOD), 1, words, mask)
+
+    def factors():
+        return AlignReply.from_content(world.ask(1, ALIGN, request.to_content())).factors
+
+    bare = factors()
+    maps, digest = make_maps(48)
+    world.train(1, 1, maps=maps, digest=digest, steps=8)
+    after = factors()
+    assert bare.keys() == after.keys()
+    assert all(np.array_equal(bare[name], after[name]) for name in bare)
+    assert bare["label_rows"].shape == (3, 48)
+
+
+def test_train_keeps_what_is_not_expected_and_sends_what_is(world):
+    shapes = world.describe(0).shapes
+    names = shared_names(world.describe(0))
+    maps, digest = make_maps(32)
+    start = {n: v + 0.25 for n, v in initial_tensors({n: shapes[n] for n in names}, 0).items()}
+    reply = world.train(0, 1, start, names, maps=maps, digest=digest)
+    assert sorted(reply.deltas) == names
+    assert all(float(np.abs(delta).max()) > 0 for delta in reply.deltas.values())
+    assert (reply.client_id, reply.type_key, reply.round) == ("client-0000", "one@nf4", 1)
+    assert reply.maps_digest == digest
+    wanted = {"examples", "steps", "learning_rate", "loss", "accuracy", "seconds"}
+    assert wanted | {"peak_memory_mb", "gate_mass_private"} <= set(reply.metrics)
+    assert (reply.metrics["examples"], reply.metrics["steps"]) == (16, 3)
+    own = world.state(0)
+    assert sorted(own) == sorted(set(shapes) - set(names))
+    # A name that is expected but not sent starts from the public seed, as the server knows it.
+    silent = world.train(0, 1, None, names, experiment="silent", digest=digest)
+    explicit = world.train(
+        0, 1, initial_tensors({n: shapes[n] for n in names}, 0), names,
+        experiment="explicit", digest=digest,
+    )  # fmt: skip
+    assert all(np.array_equal(silent.deltas[n], explicit.deltas[n]) for n in names)
+
+
+@pytest.mark.parametrize("method", [METHOD, LORA])
+def test_interleaved_clients_of_one_type_do_not_touch_each_other(world, method):
+    """Rounds of two clients taken in turn give what each gives alone, and mixed settings too."""
+    maps, digest = make_maps(32) if method.kind == "dema" else (None, "")
+
+    def rounds(clients, experiment):
+        replies = {client: [] for client in clients}
+        for number in (1, 2, 3):
+            for client in clients:
+                names = shared_names(world.describe(client, method))
+                reply = world.train(
+                    client, number, None, names, experiment, method, maps=maps, digest=digest
+                )
+                replies[client].append(reply.deltas)
+                if len(clients) > 1:  # other work of the same process in between
+                    other = LORA if method.kind == "dema" else METHOD
+                    world.describe(client, other)
+                    world.describe(1, method)
+        return replies
+
+    alone_0, alone_2 = rounds([0], "alone"), rounds([2], "alone")
+    together = rounds([0, 2], "together")
+    for client, alone in ((0, alone_0[0]), (2, alone_2[2])):
+        for a, b in zip(alone, together[client], strict=True):
+            assert a.keys() == b.keys()
+            assert all(np.array_equal(a[name], b[name]) for name in a)
+        own, mixed = world.state(client, "alone"), world.state(client, "together")
+        assert own.keys() == mixed.keys()
+        assert all(np.array_equal(own[name], mixed[name]) for name in own)
+    different = world.state(0, "alone"), world.state(2, "alone")
+    assert any(not np.array_equal(different[0][n], different[1][n]) for n in different[0])
+
+
+def test_evaluate_measures_what_training_left(world):
+    maps, digest = make_maps(32)
+    with pytest.raises(RemoteError) as caught:
+        world.evaluate(0, digest=digest)
+    assert caught.value.kind == ERROR_MAPS_MISSING
+    world.train(0, 1, maps=maps, digest=digest, steps=0)
+    before = world.evaluate(0, digest=digest)
+    world.train(0, 2, digest=digest, steps=60)
+    after = world.evaluate(0, digest=digest)
+    assert (before["global_examples"], before["personal_examples"]) == (30, 4)
+    assert after["global_loss"] != before["global_loss"]
+    assert after["personal_loss"] < before["personal_loss"]
+    # The other client of the type has trained nothing: it still is where the first one began.
+    world.train(2, 1, digest=digest, steps=0)
+    assert world.evaluate(2, digest=digest)["global_loss"] == before["global_loss"]
+
+
+def test_errors_become_one_line(world):
+    maps, digest = make_maps(48)
+    with pytest.raises(RemoteError, match=r"the model expects \(8, 32\)") as caught:
+        world.train(0, 1, maps=maps, digest=digest)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RemoteError, match="not those their digest names"):
+        world.train(0, 1, maps=maps, digest="0" * 64)
+    with pytest.raises(RemoteError, match=r"does not have: slots\.9"):
+        world.train(0, 1, {"slots.9.gate.bias": np.zeros(3, np.float32)}, digest="0" * 64)
+    with pytest.raises(RemoteError, match="cannot name a file"):
+        world.train(0, 1, experiment="../../outside")
+    with pytest.raises(RemoteError, match="at most 3 slots"):
+        world.describe(0, replace(METHOD, slots=4))
+    bad = World(world.path)
+    bad.grid.contexts[bad.nodes[0]].run_config["overrides"] = "data.label_field=answer"
+    with pytest.raises(RemoteError, match="no column 'answer'"):
+        bad.describe(0)
+
+
+def test_types_are_dealt_in_turn():
+    types = [TypeConfig("a", clients=3), TypeConfig("b", clients=1), TypeConfig("c", clients=2)]
+    assert "".join(item.backbone for item in expand_types(types)) == "abcaca"
+
+
+def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):
+    config = compose(str(tmp_path / "run.yaml"))
+    node = {
+        "client-id": "hospital-7", "backbone": str(folder / "two"), "bits": "int8",
+        "data": str(folder / "test.jsonl"), "state-dir": str(tmp_path / "mine"),
+    }  # fmt: skip
+    identity = identify(config, node)
+    assert (identity.client_id, identity.spec.type_key) == ("hospital-7", "two@int8")
+    assert identity.state_dir == tmp_path / "mine"
+    assert identity.data.train == node["data"]
+    assert identity.data.test is None  # not the path that came over the network
+    assert len(identity.examples(0).train) == 26
+    with pytest.raises(ConfigError, match="reads no path from the server"):
+        identity.alignment(config)
+    assert identify(config, {**node, "anchors": "/x.txt"}).alignment(config).anchors == "/x.txt"
+    with pytest.raises(ConfigError, match="lacks data, state-dir"):
+        identify(config, {"client-id": "x", "backbone": "tiny-a"})
+    with pytest.raises(ConfigError, match="5 nodes but the types have 4 clients"):
+        identify(config, {"partition-id": 0, "num-partitions": 5})
+    with pytest.raises(BackboneError):
+        identify(config, {**node, "bits": "int3"})
+    deployed = World(world.path, **node)
+    assert deployed.describe(0).client_id == "hospital-7"
+    maps, digest = make_maps(48)
+    deployed.train(0, 1, maps=maps, digest=digest)
+    assert (tmp_path / "mine" / "clients" / "run" / "hospital-7.safetensors").exists()
+    with pytest.raises(ExchangeError):
+        load_tensors(tmp_path / "run" / "state" / "clients" / "run" / "hospital-7.safetensors")

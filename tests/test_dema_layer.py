@@ -1,0 +1,303 @@
+"""One slot against the naive formula: gates, tiers, activation, private dropout, dtypes, maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dema_models import (
+    HIDDEN,
+    dema_config,
+    logits,
+    naive_delta,
+    randomize,
+    snapshot,
+    tiny_model,
+    tokens,
+)
+from peft import get_peft_model
+
+from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.dema import (
+    DeMAConfig,
+    DeMALayer,
+    apply_last_slot,
+    gate_mass,
+    load_maps,
+    load_tensors,
+    read_maps,
+    trainable_tensors,
+)
+from heterotune_flwr.dema.access import slot_layers
+from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
+from heterotune_flwr.errors import ConfigError, ExchangeError
+
+MAPS = ("down.weight", "down.bias", "up.weight")
+
+
+def one_slot(config: DeMAConfig) -> DeMALayer:
+    layer = DeMALayer(torch.nn.LayerNorm(HIDDEN), "default", config, config.slots - 1, HIDDEN)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.trainable("default").values():
+            parameter.normal_()
+    return layer.eval()
+
+
+def values_of(layer: DeMALayer) -> tuple[dict[str, Any], dict[str, Any]]:
+    values = {name: p.detach().numpy() for name, p in layer.trainable("default").items()}
+    maps = layer.dema_maps["default"]
+    slot = f"slots.{layer.slots['default']}.map"
+    return values, {
+        f"{slot}.down.weight": maps.down_weight.numpy(),
+        f"{slot}.down.bias": maps.down_bias.numpy(),
+        f"{slot}.up.weight": maps.up_weight.numpy(),
+    }
+
+
+@pytest.mark.parametrize("gate", ["dense", "top1", "uniform"])
+@pytest.mark.parametrize("activation", ["silu", "linear"])
+@pytest.mark.parametrize("tiers", [(3, 0, 0), (1, 2, 1), (0, 0, 2), (0, 1, 0)])
+def test_formula(gate: str, activation: str, tiers: tuple[int, int, int]) -> None:
+    counts = dict(
+        zip(("experts_global", "experts_type", "experts_private"), tiers, strict=True)
+    )
+    config = dema_config(gate=gate, activation=activation, slots=1, **counts)
+    layer = one_slot(config)
+    layer.dema_maps["default"].down_bias.normal_()
+    x = torch.randn(2, 5, HIDDEN)
+    values, maps = values_of(layer)
+    expected = naive_delta(x.numpy(), 0, config, values, maps)
+    np.testing.assert_allclose(layer.delta("default", x).detach(), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected).max() > 0.1
+
+
+def test_one_linear_expert_is_a_plain_core() -> None:
+    """E=1, linear, no private: y = f(x) + U C (D x + o), the r x r core of Fed-SB / Co-LoRA."""
+    config = dema_config(
+        slots=1, experts_global=1, experts_type=0, experts_private=0, activation="linear", inner=8
+    )
+    layer = one_slot(config)
+    expert = layer.experts("default")["global.0"]
+    with torch.no_grad():
+        expert.down.bias.zero_()
+    core = expert.up.weight @ expert.down.weight
+    maps = layer.dema_maps["default"]
+    x = torch.randn(4, HIDDEN)
+    expected = x @ maps.down_weight.T @ core.T @ maps.up_weight.T
+    torch.testing.assert_close(layer.delta("default", x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gate_rows_are_global_type_private() -> None:
+    config = dema_config(slots=1)
+    layer = one_slot(config)
+    gate = layer.dema_gate["default"]
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.bias.copy_(torch.tensor([0.0, 0.0, 20.0, 0.0]))  # global, global, type, private
+    model = torch.nn.Sequential(layer)
+    model(torch.randn(3, HIDDEN))
+    mass = gate_mass(model)
+    assert list(mass) == ["global", "type", "private"]
+    assert mass["type"] == pytest.approx(1, abs=1e-6)
+
+
+def test_gate_mass_of_a_fresh_adapter_is_uniform_and_empty_before_a_forward() -> None:
+    model = get_peft_model(tiny_model(), dema_config())
+    assert gate_mass(model) == {}
+    logits(model, tokens())
+    assert gate_mass(model) == pytest.approx({"global": 0.5, "type": 0.25, "private": 0.25})
+
+
+def test_private_dropout() -> None:
+    """Dropped in about p of the training batches, whole, with the rest of the gate renormalised."""
+    layer = one_slot(dema_config(slots=1, private_dropout=0.4))
+    x = torch.randn(3, HIDDEN)
+    torch.manual_seed(0)
+    layer.train()
+    private, totals = [], []
+    for _ in range(300):
+        layer.delta("default", x)
+        mass = layer.gate_mass["default"]
+        private.append(float(mass[3]))
+        totals.append(float(mass.sum()))
+    assert 0.3 < np.mean([m == 0 for m in private]) < 0.5
+    assert len({round(m, 5) for m in private}) == 2
+    np.testing.assert_allclose(totals, 1, atol=1e-5)
+    layer.eval()
+    for _ in range(20):
+        layer.delta("default", x)
+        assert layer.gate_mass["default"][3] > 0
+
+
+def test_private_dropout_never_drops_everything() -> None:
+    layer = one_slot(
+        dema_config(slots=1, experts_global=0, experts_type=0, experts_private=2, private_dropout=0.9)
+    )
+    layer.train()
+    for _ in range(20):
+        assert torch.isfinite(layer.delta("default", torch.randn(2, HIDDEN))).all()
+
+
+def test_uniform_gate_is_not_trained_but_has_gradients() -> None:
+    layer = one_slot(dema_config(slots=1, gate="uniform"))
+    layer.delta("default", torch.randn(2, HIDDEN)).sum().backward()
+    gate = layer.dema_gate["default"]
+    assert gate.weight.grad is not None
+    assert not gate.weight.grad.any()
+
+
+def test_top1_gate_still_learns() -> None:
+    layer = one_slot(dema_config(slots=1, gate="top1"))
+    layer.delta("default", torch.randn(4, HIDDEN)).square().sum().backward()
+    assert layer.dema_gate["default"].weight.grad.any()
+
+
+def test_bf16_states_keep_their_dtype_and_float32_math() -> None:
+    layer = one_slot(dema_config(slots=1))
+    x = torch.randn(4, HIDDEN).bfloat16()
+    result = layer.add_delta(x, x)
+    assert result.dtype == torch.bfloat16
+    expected = (x.float() + layer.delta("default", x.float())).bfloat16()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_autocast_does_not_lower_the_adapter() -> None:
+    layer = one_slot(dema_config(slots=1))
+    x = torch.randn(4, HIDDEN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = layer.delta("default", x)
+    torch.testing.assert_close(inside, layer.delta("default", x), rtol=0, atol=0)
+
+
+def test_keyword_states_and_tuple_outputs() -> None:
+    """Blocks may call their MLP with keywords; mixture-of-experts blocks return tuples."""
+
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> Any:
+            return scale * hidden_states, "router"
+
+    config = dema_config(slots=2)
+    layer = DeMALayer(Block(), "default", config, 0, HIDDEN)
+    with torch.no_grad():
+        for parameter in layer.trainable("default").values():
+            parameter.normal_()
+    x = torch.randn(3, HIDDEN)
+    result, router = layer(hidden_states=x, scale=2.0)
+    assert router == "router"
+    torch.testing.assert_close(result, 2 * x + layer.delta("default", x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apply_last_slot_equals_the_full_forward(dtype: torch.dtype) -> None:
+    """Bit for bit on the same rows; on a part of them, but for the matrix product's own rounding."""
+    bare = tiny_model().to(dtype)
+    ids = tokens()
+    with torch.no_grad():
+        frozen = bare.model(ids).last_hidden_state
+    model = get_peft_model(bare, dema_config(slots=1)).eval()
+    randomize(model)
+    with torch.no_grad():
+        full = model.get_base_model().model(ids).last_hidden_state
+        kept = apply_last_slot(model, frozen)
+        last = apply_last_slot(model, frozen[:, -1])
+    assert not torch.equal(frozen, full)
+    assert torch.equal(full, kept)
+    one_unit = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(last, full[:, -1], rtol=one_unit, atol=1e-5)
+
+
+def test_canonical_tensors_are_the_bank() -> None:
+    config = dema_config()
+    model = get_peft_model(tiny_model(), config)
+    shapes = bank_shapes(config, output=6)
+    found = trainable_tensors(model)
+    assert {name: tuple(p.shape) for name, p in found.items()} == shapes
+    for name, value in initial_tensors(shapes, config.seed).items():
+        np.testing.assert_array_equal(found[name].detach().numpy(), value)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in found.values()}
+    assert all(p.dtype == torch.float32 for p in trainable)
+
+
+def test_load_and_read_back() -> None:
+    model = get_peft_model(tiny_model(), dema_config())
+    values = randomize(model)
+    rng = np.random.default_rng(5)
+    maps = {n: rng.standard_normal(m.shape).astype(np.float32) for n, m in read_maps(model).items()}
+    load_maps(model, maps)
+    load_tensors(model, {"slots.1.gate.bias": torch.ones(4)})
+    values["slots.1.gate.bias"] = np.ones(4, dtype=np.float32)
+    now, maps_now = snapshot(model)
+    for name, value in values.items():
+        np.testing.assert_array_equal(now[name], value)
+    assert set(maps_now) == {f"slots.{k}.map.{m}" for k in (0, 1) for m in MAPS}
+    for name, value in maps.items():
+        np.testing.assert_array_equal(maps_now[name], value)
+
+
+def test_wrong_tensors_change_nothing() -> None:
+    model = get_peft_model(tiny_model(), dema_config())
+    before, maps_before = snapshot(model)
+    good = np.ones(4, dtype=np.float32)
+    with pytest.raises(ExchangeError, match=r"no tensor 'slots.7.gate.bias'"):
+        load_tensors(model, {"slots.0.gate.bias": good, "slots.7.gate.bias": good})
+    with pytest.raises(ExchangeError, match=r"has shape \(3,\), the model expects \(4,\)"):
+        load_tensors(model, {"slots.0.gate.bias": good, "slots.1.gate.bias": good[:3]})
+    with pytest.raises(ExchangeError, match="no tensor"):
+        load_maps(model, {"slots.0.gate.bias": good})
+    after, maps_after = snapshot(model)
+    assert all(np.array_equal(before[n], after[n]) for n in before)
+    assert all(np.array_equal(maps_before[n], maps_after[n]) for n in maps_before)
+
+
+def test_maps_are_frozen_seeded_and_differ_per_slot() -> None:
+    first = read_maps(get_peft_model(tiny_model(), dema_config()))
+    same = read_maps(get_peft_model(tiny_model(seed=1), dema_config()))
+    other = read_maps(get_peft_model(tiny_model(), dema_config(seed=9)))
+    name = "slots.0.map.down.weight"
+    np.testing.assert_array_equal(first[name], same[name])
+    assert not np.array_equal(first[name], other[name])
+    assert not np.array_equal(first[name], first["slots.1.map.down.weight"])
+
+
+def test_a_bare_model_has_no_adapter() -> None:
+    with pytest.raises(ConfigError, match="no active DeMA adapter"):
+        trainable_tensors(tiny_model())
+
+
+def test_slots_come_bottom_up() -> None:
+    model = get_peft_model(tiny_model(), dema_config(slots=3))
+    layers = slot_layers(model)
+    assert [layer.is_last for layer in layers] == [False, False, True]
+    assert [layer.slots["default"] for layer in layers] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"slots": 0}, "slots is 0"),
+        ({"latent": 0}, "latent is 0"),
+        ({"inner": -1}, "inner is -1"),
+        ({"output": 0}, "output is 0"),
+        ({"experts_global": 0, "experts_type": 0, "experts_private": 0}, "at least one expert"),
+        ({"experts_type": -1}, "at least one expert"),
+        ({"gate": "sparse"}, "gate is 'sparse'"),
+        ({"activation": "gelu"}, "activation is 'gelu'"),
+        ({"private_dropout": 1.0}, "private_dropout is 1.0"),
+        ({"target_modules": ["q_proj"]}, "target_modules and target_parameters are not used"),
+    ],
+)
+def test_bad_configuration(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dema_config(**fields)
+
+
+def test_configuration_of_a_run() -> None:
+    method = MethodConfig(slots=2, latent=7, experts_private=1, gate="top1", activation="linear")
+    config = DeMAConfig.from_method(method, output=5, seed=11)
+    assert bank_shapes(config, config.output_width) == bank_shapes(method, 5)
+    assert (config.gate, config.activation, config.seed) == ("top1", "linear", 11)
+    assert config.task_type == "CAUSAL_LM"

@@ -1,0 +1,446 @@
+"""Adapters, states, losses, training and evaluation on tiny random backbones."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_backbones import LABELS, save_backbone, write_rows
+from torch.nn import functional
+
+from heterotune_flwr.backbones import loading
+from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
+from heterotune_flwr.data import training_pool
+from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
+from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
+from heterotune_flwr.tuning import states as states_module
+from heterotune_flwr.tuning import task as task_module
+from heterotune_flwr.tuning.adapters import attach, detach, detach_all
+from heterotune_flwr.tuning.client_state import ClientStore
+from heterotune_flwr.tuning.evaluate import evaluate, evaluate_once
+from heterotune_flwr.tuning.local import batches, examples_correct, train_local
+from heterotune_flwr.tuning.states import forget_states, frozen_states, make_rows
+from heterotune_flwr.tuning.task import HeadScaling, head_scaling, make_task
+
+METHOD = MethodConfig(latent=8, inner=4, experts_global=2)
+LORA = MethodConfig(kind="lora", lora_rank=2)
+TRAIN = TrainConfig(batch_size=4, learning_rate=0.01)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp("backbones") / "little")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
+    forget_states()
+    yield
+    detach_all()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release():
+    yield
+    loading.clear_backbones()
+
+
+@pytest.fixture
+def data(tmp_path):
+    return DataConfig(name="own", train=str(write_rows(tmp_path / "train.jsonl", 24)))
+
+
+def random_values(shapes, seed=0, scale=0.3):
+    rng = np.random.default_rng(seed)
+    return {n: (scale * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+
+
+def prepared(backbone, method=METHOD, output=3, seed=0):
+    """An attached adapter with random values in all its tensors, so that it changes every logit."""
+    adapter = attach(backbone, method, output)
+    adapter.load(random_values(adapter.shapes, seed))
+    return adapter
+
+
+def naive_states(adapter, encoded):
+    """One example at a time through the whole causal LM: (states, logits) at the loss positions."""
+    states, logits = [], []
+    model = adapter.model
+    for ids, positions in zip(encoded.inputs, encoded.positions, strict=True):
+        output = model(torch.tensor([ids]), output_hidden_states=True)
+        states.append(output.hidden_states[-1][0, positions])
+        logits.append(output.logits[0, positions])
+    return torch.cat(states), torch.cat(logits)
+
+
+def gradients(adapter, task, rows, indices):
+    states, targets, _ = rows.rows(indices)
+    losses, _ = task.losses(states, targets)
+    loss = losses.mean()
+    return loss.detach(), torch.autograd.grad(loss, list(adapter.parameters.values()))
+
+
+# ------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize("method", [METHOD, replace(METHOD, slots=2, experts_private=1), LORA])
+@pytest.mark.parametrize("bits", ["nf4", "int8", "bf16"])
+def test_a_new_adapter_leaves_the_backbone_as_it_is(directory, bits, method):
+    backbone = load_backbone(BackboneSpec(str(directory), bits))
+    ids = torch.tensor([[4, 9, 30, 7]])
+    with torch.no_grad():
+        bare = backbone.model(ids).logits
+    adapter = attach(backbone, method, 3)
+    assert attach(backbone, method, 3) is adapter
+    assert all(value.dtype == torch.float32 for value in adapter.parameters.values())
+    if method.kind == "dema":
+        assert adapter.shapes == bank_shapes(method, 3)
+    else:
+        assert len(adapter.shapes) == 2 * 7 * 3
+        assert adapter.shapes["lora.model.layers.2.mlp.down_proj.A"] == (2, 64)
+        assert adapter.shapes["lora.model.layers.2.mlp.down_proj.B"] == (32, 2)
+    adapter.load(initial_tensors(adapter.shapes, seed=5))
+    with torch.no_grad():
+        assert torch.equal(adapter.model(ids).logits, bare)
+    adapter.load(random_values(adapter.shapes))
+    with torch.no_grad():
+        assert not torch.equal(adapter.model(ids).logits, bare)
+    detach(backbone)
+    with torch.no_grad():
+        assert torch.equal(backbone.model(ids).logits, bare)
+
+
+def test_adapters_replace_each_other_on_one_backbone(directory):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    ids = torch.tensor([[4, 9, 30, 7]])
+    first = prepared(backbone)
+    with torch.no_grad():
+        before = first.model(ids).logits
+    values, maps = first.read(), dict(_maps(first))
+    assert set(prepared(backbone, LORA).parameters).isdisjoint(first.parameters)
+    again = attach(backbone, METHOD, 3)
+    assert again is not first
+    again.load(values)
+    again.load_maps(maps)
+    with torch.no_grad():
+        assert torch.equal(again.model(ids).logits, before)
+
+
+def _maps(adapter):
+    from heterotune_flwr.dema import read_maps
+
+    return read_maps(adapter.model)
+
+
+def test_loading_must_be_complete_and_fit(directory):
+    adapter = attach(load_backbone(BackboneSpec(str(directory), "fp32")), METHOD, 3)
+    values = random_values(adapter.shapes)
+    adapter.load(values)
+    assert all(np.array_equal(adapter.read()[name], values[name]) for name in values)
+    gate = values.pop("slots.0.gate.bias")
+    with pytest.raises(ExchangeError, match=r"missing \['slots\.0\.gate\.bias'\]"):
+        adapter.load(values)
+    with pytest.raises(ExchangeError, match="expects"):
+        adapter.load({**values, "slots.0.gate.bias": gate[:1]})
+    with pytest.raises(ExchangeError, match="the maps sent do not fit"):
+        adapter.load_maps({"slots.0.map.down.weight": np.zeros((8, 32), np.float32)})
+    with pytest.raises(ConfigError, match=r"method\.kind"):
+        attach(adapter.backbone, replace(METHOD, kind="adapter"), 3)
+
+
+# ---------------------------------------------------------------------------- states and losses
+
+
+@pytest.mark.parametrize("loss", ["labels", "tokens"])
+@pytest.mark.parametrize("bits", ["nf4", "int8", "bf16", "fp32"])
+def test_kept_states_are_exact(directory, data, bits, loss):
+    """Same loss, bit for bit, and gradients by the kept states as by the full route.
+
+    Gradients agree up to the order of summation: the full route sums over all positions of a
+    sequence, where those without a loss contribute zeros.
+    """
+    backbone = load_backbone(BackboneSpec(str(directory), bits))
+    adapter = prepared(backbone)
+    task = make_task(backbone, data, LABELS, replace(TRAIN, loss=loss))
+    encoded = task.encode(training_pool(data))
+    order = [index for batch in states_module._batches(encoded) for index in batch]
+    kept = gradients(adapter, task, make_rows(adapter, encoded), order)
+    full = gradients(adapter, task, make_rows(adapter, encoded, cache=False), order)
+    assert kept[0].item() == full[0].item()
+    for a, b in zip(kept[1], full[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert any(float(a.abs().max()) > 0 for a in kept[1])
+
+
+@pytest.mark.parametrize("method", [METHOD, replace(METHOD, slots=3), LORA])
+@pytest.mark.parametrize("loss", ["labels", "tokens"])
+def test_batched_states_and_losses_equal_the_naive_ones(directory, data, method, loss):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = prepared(backbone, method)
+    task = make_task(backbone, data, LABELS, replace(TRAIN, loss=loss))
+    encoded = task.encode(training_pool(data))
+    states, targets, owners = make_rows(adapter, encoded).rows(list(range(len(encoded))))
+    wanted_states, logits = naive_states(adapter, encoded)
+    torch.testing.assert_close(states, wanted_states, rtol=1e-4, atol=1e-4)
+    if loss == "labels":
+        words = [encoded_label[0] for encoded_label in _label_words(task)]
+        logits = logits[:, words]
+    wanted = functional.cross_entropy(logits, targets, reduction="none")
+    losses, correct = task.losses(states, targets)
+    torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(correct, logits.argmax(-1) == targets)
+    assert owners.tolist() == [i for i, p in enumerate(encoded.positions) for _ in p]
+
+
+def _label_words(task):
+    tokenizer = task.backbone.tokenizer
+    return [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in LABELS]
+
+
+def test_token_loss_never_holds_logits_of_the_whole_batch(directory, data, monkeypatch):
+    monkeypatch.setattr(task_module, "_ROWS_AT_A_TIME", 4)
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = prepared(backbone)
+    task = make_task(backbone, data, LABELS, replace(TRAIN, loss="tokens"))
+    rows = make_rows(adapter, task.encode(training_pool(data)))
+    seen = []
+    head = backbone.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _m, _i, output: seen.append(output.shape[0]))
+    try:
+        gradients(adapter, task, rows, list(range(20)))
+    finally:
+        hook.remove()
+    assert max(seen) <= 4
+    # Twice: the logits of a chunk are computed again for its gradient instead of being kept.
+    assert sum(seen) == 2 * 20 * 2
+
+
+def test_head_scaling_follows_the_family():
+    class Model:
+        class Config:
+            final_logit_softcapping, logit_scale, logits_scaling = 5.0, None, 2.0
+
+            def get_text_config(self):
+                return self
+
+        config = Config()
+
+    logits = torch.tensor([1.0, -30.0])
+    wanted = torch.tanh(logits / 2 / 5) * 5
+    torch.testing.assert_close(head_scaling(Model())(logits), wanted)
+    assert torch.equal(HeadScaling()(logits), logits)
+
+
+def test_states_survive_on_disk_and_damage_is_repaired(directory, data, monkeypatch):
+    backbone = load_backbone(BackboneSpec(str(directory), "bf16"))
+    adapter = prepared(backbone)
+    encoded = make_task(backbone, data, LABELS, TRAIN).encode(training_pool(data))
+    calls = []
+    original = states_module.compute_states
+    monkeypatch.setattr(
+        states_module, "compute_states", lambda *args: calls.append(1) or original(*args)
+    )
+    first = frozen_states(adapter, encoded)
+    assert frozen_states(adapter, encoded) is first
+    forget_states()
+    assert torch.equal(frozen_states(adapter, encoded), first)
+    assert len(calls) == 1
+    path = states_module.states_path(states_module.states_key(adapter, encoded))
+    path.write_bytes(path.read_bytes()[:-7])
+    forget_states()
+    assert torch.equal(frozen_states(adapter, encoded), first)
+    assert len(calls) == 2
+    # The adapter's values are no part of the states: another bank finds the same ones.
+    adapter.load(random_values(adapter.shapes, seed=9))
+    forget_states()
+    assert torch.equal(frozen_states(adapter, encoded), first)
+    other = load_backbone(BackboneSpec(str(directory), "nf4"))
+    assert states_module.states_key(prepared(other), encoded) != path.stem
+
+
+def test_concurrent_workers_compute_states_once(directory, data, monkeypatch):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = prepared(backbone)
+    encoded = make_task(backbone, data, LABELS, TRAIN).encode(training_pool(data))
+    calls, results = [], []
+    original = states_module.compute_states
+    monkeypatch.setattr(
+        states_module, "compute_states", lambda *args: calls.append(1) or original(*args)
+    )
+    monkeypatch.setattr(states_module._memory, "get", lambda key: None)  # as separate processes
+    barrier = threading.Barrier(4)
+
+    def work():
+        barrier.wait()
+        results.append(frozen_states(adapter, encoded))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+# ---------------------------------------------------------------------- training and evaluation
+
+
+def test_batches_go_through_everything():
+    rng = np.random.default_rng(0)
+    drawn = list(batches(10, 4, 10, rng))
+    assert all(len(set(batch)) == 4 for batch in drawn)
+    counts = np.bincount([i for batch in drawn for i in batch], minlength=10)
+    assert counts.min() >= 3
+    assert [len(batch) for batch in batches(3, 16, 2, rng)] == [3, 3]
+
+
+@pytest.mark.parametrize("method", [METHOD, replace(METHOD, experts_private=1), LORA])
+def test_training_lowers_the_loss_and_is_reproducible(directory, data, method):
+    backbone = load_backbone(BackboneSpec(str(directory), "bf16"))
+    task = make_task(backbone, data, LABELS, TRAIN)
+    encoded = task.encode(training_pool(data))
+
+    def run(seed):
+        adapter = attach(backbone, method, 3)
+        adapter.load(initial_tensors(adapter.shapes, seed=1))
+        rows = make_rows(adapter, encoded)
+        before = evaluate(adapter, task, rows)
+        report = train_local(adapter, task, rows, TRAIN, seed=seed, local_steps=40)
+        return before, report, evaluate(adapter, task, rows), adapter.read()
+
+    before, report, after, values = run(0)
+    assert after.loss < before.loss
+    assert after.accuracy >= before.accuracy
+    assert (report.examples, report.steps) == (24, 40)
+    assert 0 <= report.accuracy <= 1
+    assert report.peak_memory_mb > 10
+    assert report.seconds > 0
+    if method.kind == "dema":
+        assert math.isclose(sum(report.gate_mass.values()), 1.0, rel_tol=1e-5)
+    torch.manual_seed(123)  # the surrounding random state has no influence
+    again = run(0)[3]
+    assert all(np.array_equal(again[name], values[name]) for name in values)
+    other = run(1)[3]
+    assert any(not np.array_equal(other[name], values[name]) for name in values)
+
+
+@pytest.mark.parametrize("method", [LORA, replace(METHOD, slots=2)])
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_quantized_backbones_still_train_after_an_evaluation(directory, data, bits, method):
+    backbone = load_backbone(BackboneSpec(str(directory), bits))
+    adapter = prepared(backbone, method)
+    task = make_task(backbone, data, LABELS, TRAIN)
+    rows = make_rows(adapter, task.encode(training_pool(data)))
+    evaluate(adapter, task, rows)
+    _, grads = gradients(adapter, task, rows, [0, 1, 2, 3])
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    names = list(adapter.parameters)
+    lowest = [g for n, g in zip(names, grads, strict=True) if "layers.0" in n or "slots.0" in n]
+    assert any(float(grad.abs().max()) > 0 for grad in lowest)
+
+
+def test_nothing_of_a_diverged_training_is_reported(directory, data):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = prepared(backbone)
+    task = make_task(backbone, data, LABELS, TRAIN)
+    rows = make_rows(adapter, task.encode(training_pool(data)))
+    values = adapter.read()
+    values["slots.0.gate.bias"][:] = np.nan
+    adapter.load(values)
+    with pytest.raises(FederationError, match=r"diverged .*train.learning_rate"):
+        train_local(adapter, task, rows, TRAIN, seed=0)
+
+
+def test_an_example_is_right_when_all_its_rows_are():
+    correct = torch.tensor([True, True, False, True, True])
+    owners = torch.tensor([0, 0, 1, 1, 2])
+    assert examples_correct(correct, owners, 3).tolist() == [True, False, True]
+
+
+def test_exact_match_is_what_greedy_generation_gives(directory, data):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = attach(backbone, replace(LORA, lora_rank=8), 3)
+    adapter.load(initial_tensors(adapter.shapes, seed=1))
+    config = replace(TRAIN, loss="tokens", learning_rate=0.01)
+    task = make_task(backbone, data, None, config)
+    examples = list(training_pool(data))[:8]
+    encoded = task.encode(examples)
+    rows = make_rows(adapter, encoded)
+    train_local(adapter, task, rows, config, seed=0, local_steps=60)
+    report = evaluate(adapter, task, rows)
+    right = 0
+    for ids, positions, targets in zip(
+        encoded.inputs, encoded.positions, encoded.targets, strict=True
+    ):
+        prompt = torch.tensor([ids[: positions[0] + 1]])
+        made = adapter.model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+            max_new_tokens=len(targets),
+        )  # fmt: skip
+        right += made[0, prompt.shape[1] :].tolist() == targets
+    assert report.accuracy == right / 8
+    assert right > 0
+
+
+def test_equal_tensors_are_evaluated_once(directory, data, monkeypatch):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = prepared(backbone)
+    task = make_task(backbone, data, LABELS, TRAIN)
+    encoded = task.encode(training_pool(data))
+    rows = make_rows(adapter, encoded)
+    first = evaluate_once(adapter, task, rows, encoded.digest)
+    assert first == evaluate(adapter, task, rows)
+    assert evaluate_once(adapter, task, rows, encoded.digest) is first
+    adapter.load(random_values(adapter.shapes, seed=4))
+    assert evaluate_once(adapter, task, rows, encoded.digest) != first
+    adapter.load(random_values(adapter.shapes, seed=0))
+    adapter.load_maps({n: -v for n, v in _maps(adapter).items()})
+    assert evaluate_once(adapter, task, rows, encoded.digest) != first
+
+
+def test_loss_settings_are_checked(directory, data):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    assert make_task(backbone, data, LABELS, TRAIN).kind == "labels"
+    assert make_task(backbone, data, None, TRAIN).kind == "tokens"
+    with pytest.raises(ConfigError, match="no closed label set"):
+        make_task(backbone, data, None, replace(TRAIN, loss="labels"))
+    with pytest.raises(ConfigError, match="choose one of auto"):
+        make_task(backbone, data, LABELS, replace(TRAIN, loss="label"))
+
+
+# --------------------------------------------------------------------------------- client state
+
+
+def test_client_files(tmp_path):
+    from heterotune_flwr.exchange.packing import tensor_digest
+
+    store = ClientStore(tmp_path, "run-1-heterotune-seed0", "client-0001")
+    shapes = {"a": (2,), "b": (3,)}
+    assert store.load(shapes) == {}
+    store.save({"a": np.ones(2, np.float32), "c": np.ones(1, np.float32)}, round=3)
+    assert list(store.load(shapes)) == ["a"]
+    with pytest.raises(ExchangeError, match="another configuration"):
+        store.load({"a": (4,)})
+    maps = {"m": np.arange(4, dtype=np.float32)}
+    digest = tensor_digest(maps)
+    assert store.load_maps(digest) is None
+    with pytest.raises(ExchangeError, match="not those"):
+        store.save_maps({"m": maps["m"] + 1}, digest)
+    store.save_maps(maps, digest)
+    held = ClientStore(tmp_path, "other", "client-0002").load_maps(digest)
+    assert held is not None
+    assert np.array_equal(held["m"], maps["m"])
+    for bad in ("../up", "a/b", "", ".hidden"):
+        with pytest.raises(ExchangeError, match="cannot name a file"):
+            ClientStore(tmp_path, bad, "client-0001")
+        with pytest.raises(ExchangeError, match="cannot name a file"):
+            ClientStore(tmp_path, "run", bad)
+    with pytest.raises(ExchangeError, match="not a SHA-256"):
+        store.load_maps("../../etc/passwd")
