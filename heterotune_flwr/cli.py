@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from heterotune_flwr import __version__
@@ -165,13 +166,17 @@ def align(config: Preset = "demo", overrides: Overrides = None) -> None:
 def main() -> None:
     """Entry point: user errors become one line, Ctrl-C a quiet end."""
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
     except HeteroTuneError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         typer.echo("interrupted; everything that was started has been stopped", err=True)
         sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,11 @@ def snapshot(model: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def naive_delta(
-    x: np.ndarray, slot: int, config: DeMAConfig, values: dict[str, np.ndarray], maps: dict[str, Any]
+    x: np.ndarray,
+    slot: int,
+    config: DeMAConfig,
+    values: dict[str, np.ndarray],
+    maps: dict[str, Any],
 ) -> np.ndarray:
     """METHOD section 2 word by word, one row at a time, in float64."""
     here = f"slots.{slot}"

@@ -44,7 +44,8 @@ def test_tier_and_slot_of_every_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "slots.0", "slots.0.map.down.weight", "slots.0.experts.public.0.up.weight", "x.y.z"]
+    "name",
+    ["", "slots.0", "slots.0.map.down.weight", "slots.0.experts.public.0.up.weight", "x.y.z"],
 )
 def test_other_names_have_no_tier(name: str) -> None:
     with pytest.raises(ValueError, match="not the name of a trainable tensor"):

@@ -61,9 +61,7 @@ def values_of(layer: DeMALayer) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("activation", ["silu", "linear"])
 @pytest.mark.parametrize("tiers", [(3, 0, 0), (1, 2, 1), (0, 0, 2), (0, 1, 0)])
 def test_formula(gate: str, activation: str, tiers: tuple[int, int, int]) -> None:
-    counts = dict(
-        zip(("experts_global", "experts_type", "experts_private"), tiers, strict=True)
-    )
+    counts = dict(zip(("experts_global", "experts_type", "experts_private"), tiers, strict=True))
     config = dema_config(gate=gate, activation=activation, slots=1, **counts)
     layer = one_slot(config)
     layer.dema_maps["default"].down_bias.normal_()
@@ -134,7 +132,9 @@ def test_private_dropout() -> None:
 
 def test_private_dropout_never_drops_everything() -> None:
     layer = one_slot(
-        dema_config(slots=1, experts_global=0, experts_type=0, experts_private=2, private_dropout=0.9)
+        dema_config(
+            slots=1, experts_global=0, experts_type=0, experts_private=2, private_dropout=0.9
+        )
     )
     layer.train()
     for _ in range(20):

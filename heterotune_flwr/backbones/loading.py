@@ -110,6 +110,8 @@ def check_bits(bits: str, device: str | None = None) -> None:
     device = device or default_device()
     if device.split(":")[0] not in ("cuda", "cpu", "xpu"):
         raise BackboneError(f"bits={bits} does not run on device {device!r}; use bits=bf16")
+    # Its import warns that an optional faster kernel package is missing; nothing is wrong without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a broken native library raises anything

@@ -316,6 +316,6 @@ def alignment_factors(
         pulled = _pullbacks(
             backbone, texts[: alignment.pullback_anchors], data, slots, np.concatenate(directions)
         )
-        for slot, rows in enumerate(pulled):
-            values[f"slots.{slot}.pullback"] = rows
+        for slot, gradients in enumerate(pulled):
+            values[f"slots.{slot}.pullback"] = gradients
     return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in values.items()}

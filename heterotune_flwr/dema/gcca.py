@@ -16,13 +16,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ConfigError
 
-Matrix = NDArray[np.float64]
+Matrix = NDArray[Any]
 HELD_OUT = 0.2
 
 

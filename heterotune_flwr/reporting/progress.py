@@ -38,7 +38,7 @@ class RunProgress:
         self._round = 0
         self._replies = 0
         self._started: float | None = None
-        self._last_line = 0.0
+        self._last_line = -LINE_SECONDS
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(), console=self.console, transient=True,
@@ -88,7 +88,7 @@ class RunProgress:
             now = time.monotonic()
             if force or now - self._last_line > LINE_SECONDS:
                 self.console.print(text, soft_wrap=True, highlight=False)
-                self._last_line = now
+                self._last_line = self._last_line if force else now
         elif force:
             self._bar.console.print(text, soft_wrap=True, highlight=False)
 

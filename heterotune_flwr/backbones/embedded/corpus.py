@@ -105,8 +105,9 @@ def read_packages() -> list[Package]:
 
 def _dict_entries(path: Path) -> Iterator[str]:
     """Dictd entries: a head word at column 0, its indented body below it."""
-    head, body = "", []
-    for line in gzip.open(path, "rt", errors="replace"):
+    head = ""
+    body: list[str] = []
+    for line in gzip.decompress(path.read_bytes()).decode(errors="replace").split("\n"):
         if line.strip() and not line[0].isspace():
             if body:
                 yield f"{head}: {' '.join(' '.join(body).split())}"

@@ -123,9 +123,10 @@ def build(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def bits_per_byte(model: LlamaForCausalLM, held_out: torch.Tensor, bytes_per_token: float) -> float:
     """Held-out loss in bits per byte of text."""
     model.eval()
-    total = sum(float(model(input_ids=rows, labels=rows).loss) for rows in held_out.split(32))
+    parts = torch.split(held_out, 32)
+    losses = [float(model(input_ids=rows, labels=rows).loss) for rows in parts]
     model.train()
-    return total / len(held_out.split(32)) / math.log(2) / bytes_per_token
+    return sum(losses) / len(losses) / math.log(2) / bytes_per_token
 
 
 def train(name: str, tokens: torch.Tensor, tokenizer: PreTrainedTokenizerFast, *,
@@ -150,7 +151,7 @@ def train(name: str, tokens: torch.Tensor, tokenizer: PreTrainedTokenizerFast, *
         rows = next(stream)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = compiled(input_ids=rows, labels=rows).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,22 @@
+"""A cache of its own for the test session: nothing comes from, or goes into, the user's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache() -> Iterator[None]:
+    """Point ``HETEROTUNE_CACHE`` (inherited by every child process) at a temporary directory."""
+    before = os.environ.get("HETEROTUNE_CACHE")
+    with tempfile.TemporaryDirectory(prefix="heterotune-cache-") as folder:
+        os.environ["HETEROTUNE_CACHE"] = folder
+        yield
+    if before is None:
+        del os.environ["HETEROTUNE_CACHE"]
+    else:
+        os.environ["HETEROTUNE_CACHE"] = before

@@ -1,0 +1,55 @@
+"""The command line: help that teaches, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HETEROTUNE = str(Path(sys.executable).parent / "heterotune")
+
+
+def _heterotune(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([HETEROTUNE, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_every_command() -> None:
+    done = _heterotune("--help")
+    assert done.returncode == 0
+    for command in ("run", "report", "config", "fetch", "backbones", "align"):
+        assert command in done.stdout
+
+
+def test_config_lists_presets_and_shows_a_resolved_one() -> None:
+    assert "demo" in _heterotune("config").stdout
+    shown = _heterotune("config", "demo", "server.rounds=3").stdout
+    assert "rounds: 3" in shown
+    assert "_component_: heterotune_flwr.strategies.heterotune.HeteroTune" in shown
+
+
+def test_a_dry_run_checks_and_shows_the_configuration(tmp_path: Path) -> None:
+    done = _heterotune("run", "quick", "--dry-run", "--dir", str(tmp_path / "x"))
+    assert done.returncode == 0, done.stderr
+    assert f"dir: {tmp_path / 'x'}" in done.stdout
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "demoo"], "did you mean 'demo'"),
+        (["run", "demo", "train.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["run", "demo", "types.0.backbone=smollm3"], "did you mean 'smollm2'"),
+        (["report", "/nowhere"], "results.json"),
+        (["fetch", "gemma3-270m"], "--accept-gemma-terms"),
+        (["fetch", "lama"], "unknown backbone"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_one(arguments: list[str], words: str) -> None:
+    done = _heterotune(*arguments)
+    assert done.returncode == 1
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert words in line
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,147 @@
+"""Configuration: every shipped YAML loads, overrides apply, wrong keys are named with the right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from heterotune_flwr.config.compose import (
+    compose,
+    conf_root,
+    describe_presets,
+    parse_overrides,
+    presets,
+    to_yaml,
+)
+from heterotune_flwr.config.validate import preflight
+from heterotune_flwr.errors import BackboneError, ConfigError, DataError
+
+GROUPS = sorted(path for path in conf_root().glob("*/*.yaml") if path.parent.name != "strategy")
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_composes_and_reads_back_its_own_yaml(name: str) -> None:
+    config = compose(name)
+    assert config.types
+    assert set(config.run.compare) <= set(config.strategies)
+    assert compose("yaml:" + to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_group_file_fits_the_schema_and_says_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# ")
+    content = yaml.safe_load(text)
+    assert list(content) == [path.parent.name]
+    config = compose("yaml:" + text)
+    section = getattr(config, path.parent.name)
+    if isinstance(content[path.parent.name], dict):
+        for key, value in content[path.parent.name].items():
+            assert getattr(section, key) == value
+
+
+def test_every_preset_says_what_it_is_for_how_to_run_it_and_what_it_costs() -> None:
+    for name, purpose in describe_presets().items():
+        text = (conf_root() / f"{name}.yaml").read_text()
+        assert purpose
+        assert f"heterotune run {name}" in text
+        assert "# Costs:" in text
+
+
+def test_overrides_reach_lists_strings_and_numbers() -> None:
+    config = compose("demo", 'types.1.clients=7 run.seeds=[3,4] data.prompt="Q: {text} A:" server.rounds=5')
+    assert config.types[1].clients == 7
+    assert config.run.seeds == [3, 4]
+    assert config.data.prompt == "Q: {text} A:"
+    assert config.server.rounds == 5
+
+
+def test_a_strategy_may_be_compared_without_being_listed_in_the_preset() -> None:
+    config = compose("demo", "run.compare=[fedit]")
+    assert config.strategies["fedit"]["_component_"].endswith("FedIT")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong", "right"),
+    [
+        ("train.lerning_rate=1", "train.lerning_rate", "learning_rate"),
+        ("trian.local_steps=1", "trian", "train"),
+        ("types.0.bitz=nf4", "types.0.bitz", "bits"),
+        ("types.0.bits=nf5", "nf5", "nf4"),
+        ("exchange.codec=bf17", "bf17", "bf16"),
+        ("data.partition=dirchlet", "dirchlet", "dirichlet"),
+        ("run.compare=[heterotun]", "heterotun", "heterotune"),
+        ("server.rounds=0", "server.rounds", "at least 1"),
+        ("train.local_steps=many", "train.local_steps", "Integer"),
+        ("server.participation=0", "server.participation", "(0, 1]"),
+        ("types.9.bits=nf4", "types.9.bits", "below 3"),
+        ("train.learning_rate", "train.learning_rate", "dotted.path=value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_nearest_right_one(
+    overrides: str, wrong: str, right: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("demo", overrides)
+    assert wrong in str(caught.value)
+    assert right in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [("demoo", "'demo'"), ("missing.yaml", "does not exist"), ("yaml:{a: [", "not valid YAML"),
+     ("yaml:[1, 2]", "mapping"), ("yaml:{groups: {data: debian_section}}", "debian_sections")],
+)  # fmt: skip
+def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        compose(config)
+
+
+def test_a_file_of_the_user_composes_with_shipped_groups(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("groups: {types: tiny, data: debian_sections}\nserver: {rounds: 2}\n")
+    config = compose(str(path))
+    assert (config.server.rounds, len(config.types)) == (2, 3)
+
+
+def test_overrides_parse_shell_quoting() -> None:
+    assert parse_overrides("a.b=1 c='x y' d=[1,2]") == [(["a", "b"], 1), (["c"], "x y"), (["d"], [1, 2])]
+
+
+def test_preflight_accepts_the_demo() -> None:
+    preflight(compose("demo"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        ("method.slots=5", BackboneError, ["method.slots is 5", "tiny-a", "4"]),
+        ("types.0.backbone=tiny-d", BackboneError, ["unknown backbone 'tiny-d'", "tiny-"]),
+        ("data.train=/nowhere.jsonl", DataError, ["/nowhere.jsonl"]),
+        ("data.text_field=txt", DataError, ["txt", "text"]),
+        ("types.0.clients=9999 data.partition=iid", DataError, ["empty shard"]),
+        ("data.prompt=nothing", DataError, ["{text}"]),
+        ("alignment.anchors=nosuch", DataError, ["nosuch", "debian-other"]),
+        ("types=[]", ConfigError, ["types is empty"]),
+    ],
+)
+def test_preflight_stops_bad_input_with_one_line(
+    overrides: str, error: type[Exception], words: list[str]
+) -> None:
+    config = compose("demo", overrides)
+    with pytest.raises(error) as caught:
+        preflight(config)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_preflight_names_two_labels_that_begin_alike(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = ["games", "zzyzx one", "zzyzx two"] * 20
+    path.write_text("".join(f'{{"text": "t{i}", "label": "{label}"}}\n' for i, label in enumerate(rows)))
+    config = compose("demo", f"data.train={path} data.test={path} data.examples_per_client=2 "
+                     "data.personal_test_examples=0 types.0.clients=1 types.1.clients=1 types.2.clients=1")  # fmt: skip
+    with pytest.raises(DataError, match=r"zzyzx one.*zzyzx two"):
+        preflight(config)

@@ -1,0 +1,97 @@
+"""Tables and progress say what the results and events hold, no more and no less."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.errors import FederationError
+from heterotune_flwr.reporting.progress import RunProgress
+from heterotune_flwr.reporting.tables import (
+    final_table,
+    human_bytes,
+    load_results,
+    mean_accuracy,
+)
+from rich.console import Console
+
+
+def _run(strategy: str, seed: int, accuracies: dict[str, list[float]]) -> dict[str, Any]:
+    clients = [
+        {"client_id": f"client-{n:04d}", "type": key, "global_accuracy": value, "personal_accuracy": 0.5}
+        for key, values in accuracies.items()
+        for n, value in enumerate(values)
+    ]
+    counts = {"up_per_client_round": 28_000.0, "down_per_client_round": 29_000.0, "one_time_up": 1_000_000,
+              "one_time_down": 500_000, "lora16_bytes": 10_000_000.0, "model_bytes": 270_000_000.0}  # fmt: skip
+    return {"strategy": strategy, "seed": seed, "clients": clients, "bytes": counts}
+
+
+RESULTS = {
+    "runs": [
+        _run("within_type", 0, {"a@nf4": [0.2, 0.4], "b@bf16": [0.5]}),
+        _run("within_type", 1, {"a@nf4": [0.4, 0.4], "b@bf16": [0.5]}),
+        _run("heterotune", 0, {"a@nf4": [0.4, 0.5], "b@bf16": [0.6]}),
+        _run("heterotune", 1, {"a@nf4": [0.5, 0.5], "b@bf16": [0.6]}),
+    ]
+}
+
+
+def test_means_are_over_clients_then_seeds() -> None:
+    value = mean_accuracy(RESULTS, "within_type", "a@nf4")
+    assert value is not None
+    assert value[0] == pytest.approx(35.0)
+    assert value[1] == pytest.approx(7.0711, abs=1e-3)
+    assert mean_accuracy(RESULTS, "fedit") is None
+
+
+def test_the_final_table_holds_accuracies_gains_bytes_and_the_directory(tmp_path: Path) -> None:
+    text = final_table(RESULTS, tmp_path)
+    assert "35.0 ± 7.1" in text
+    assert "47.5 ± 3.5" in text
+    assert "+12.5" in text
+    assert "28.0 kB" in text
+    assert "99.72 %" in text
+    assert "99.99 %" in text
+    assert str(tmp_path) in text
+
+
+def test_human_bytes_uses_decimal_units() -> None:
+    assert [human_bytes(n) for n in (7, 28416, 7_400_000, 2.5e9)] == ["7 B", "28.4 kB", "7.4 MB", "2.5 GB"]
+
+
+def test_missing_results_are_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=r"no readable results\.json"):
+        load_results(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(FederationError, match=r"results\.json"):
+        load_results(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    assert load_results(tmp_path) == RESULTS
+
+
+def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    config = compose("quick")
+    with RunProgress(config, Console(file=out, width=100)) as progress:
+        progress({"event": "describe", "clients": 6, "types": {"a@nf4": {"clients": 6}}})
+        progress({"event": "start", "strategy": "heterotune", "seed": 0, "of": 2})
+        for number in (1, 2):
+            for client in range(6):
+                progress({"event": "train_reply", "strategy": "heterotune", "seed": 0, "round": number, "of": 2,
+                          "client_id": f"client-{client:04d}", "type": "a@nf4", "loss": 1.5})  # fmt: skip
+            before = progress.fraction
+            progress({"event": "round", "strategy": "heterotune", "seed": 0, "round": number, "of": 2,
+                      "clients": 6, "loss": 1.25, "bytes_up": 1000, "bytes_down": 2000})  # fmt: skip
+            assert progress.fraction == before == number / 2
+        progress({"event": "evaluate", "round": 2, "overall": {"global_accuracy_mean": 0.25}})
+        progress({"event": "client_failed", "client_id": "client-0003", "reason": "out of memory"})
+        progress({"event": "strategy_end", "strategy": "heterotune", "seed": 0, "seconds": 12.0})
+        assert progress.fraction == 1.0
+    text = out.getvalue()
+    for expected in ("6 x a@nf4", "loss 1.250", "3.0 kB", "25.0 %", "client-0003 failed: out of memory"):
+        assert expected in text
