@@ -11,7 +11,10 @@ Writes ``benchmarks/results/embedded.json``.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks.bare_loop import bare_seconds_per_client_round
@@ -24,7 +27,8 @@ from benchmarks.common import (
     write_results,
 )
 
-STRATEGIES = ("local_only", "within_type", "fedit", "heterotune")
+SHARED = ("local_only", "within_type", "heterotune")
+WORKERS = 2
 
 
 def overrides(clients: int, seeds: list[int], strategies: tuple[str, ...]) -> list[str]:
@@ -37,64 +41,91 @@ def overrides(clients: int, seeds: list[int], strategies: tuple[str, ...]) -> li
     ]
 
 
-def accuracy_table(results: dict[str, Any], strategies: tuple[str, ...]) -> dict[str, Any]:
-    """Mean and spread over seeds per strategy, and HeteroTune's paired gains."""
-    table: dict[str, Any] = {}
-    for strategy in strategies:
-        values = client_accuracies(results, strategy)
-        table[strategy], table[f"{strategy}.std"] = mean_and_std(seed_means(values))
-    ours = client_accuracies(results, "heterotune")
-    for rival in strategies[:-1]:
-        table[f"gain_over_{rival}"] = paired_gain(ours, client_accuracies(results, rival))
-    return table
+def add_accuracy(table: dict[str, Any], results: dict[str, Any]) -> None:
+    """Add mean and spread over seeds of every strategy of a run to a table."""
+    for strategy in dict.fromkeys(run["strategy"] for run in results["runs"]):
+        means = seed_means(client_accuracies(results, strategy))
+        table[strategy], table[f"{strategy}.std"] = mean_and_std(means)
+        personal = seed_means(client_accuracies(results, strategy, "personal_accuracy"))
+        table[f"{strategy}.personal"] = mean_and_std(personal)[0]
 
 
-def seconds_per_client_round(results: dict[str, Any], strategy: str, workers: int) -> float:
-    """Median over rounds and seeds of wall seconds x workers / clients (train phase only)."""
-    values = [
-        entry["train_seconds"] * min(workers, entry["clients"]) / entry["clients"]
-        for run in results["runs"]
-        if run["strategy"] == strategy
-        for entry in run["rounds"][2:]
-        if entry.get("train_seconds")
-    ]
-    return statistics.median(values)
+def add_gains(table: dict[str, Any], ours: dict[str, Any], rivals: dict[str, Any]) -> None:
+    """HeteroTune's gain over every other strategy, paired over clients and seeds."""
+    mine = client_accuracies(ours, "heterotune")
+    for rival in dict.fromkeys(run["strategy"] for run in rivals["runs"]):
+        if rival != "heterotune":
+            table[f"gain_over_{rival}"] = paired_gain(mine, client_accuracies(rivals, rival))
+
+
+def round_seconds(results: dict[str, Any], strategy: str) -> float:
+    """Median seconds of a training round in steady state (from the third on), no evaluation inside."""
+    times: dict[int, list[float]] = {}
+    for line in (Path(results["run_dir"]) / "rounds.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "round" and event["strategy"] == strategy:
+            times.setdefault(event["seed"], []).append(event["time"])
+    gaps = [b - a for stamps in times.values() for a, b in itertools.pairwise(stamps[2:])]
+    return statistics.median(gaps)
+
+
+def add_bytes(values: dict[str, Any], results: dict[str, Any]) -> None:
+    """The byte ledger of HeteroTune's first run."""
+    counts = next(run["bytes"] for run in results["runs"] if run["strategy"] == "heterotune")
+    values["wire_bytes_up"] = round(counts["up_per_client_round"])
+    values["wire_bytes_down"] = round(counts["down_per_client_round"])
+    values["one_time_bytes_up"] = counts["one_time_up"]
+    values["one_time_bytes_down"] = counts["one_time_down"]
+    values["lora16_bytes"] = round(counts["lora16_bytes"])
+    values["model_bytes"] = round(counts["model_bytes"])
+
+
+def add_overhead(values: dict[str, Any], results: dict[str, Any], clients: int) -> None:
+    """Seconds per client-round through Flower over those of the bare loop."""
+    flower = round_seconds(results, "heterotune") * WORKERS / clients
+    kept = bare_seconds_per_client_round("demo", cached=True)
+    full = bare_seconds_per_client_round("demo", cached=False)
+    values["client_round_seconds"] = {
+        "flower": round(flower, 4), "bare_loop_kept_states": round(kept, 4),
+        "bare_loop_full_forward": round(full, 4),
+    }  # fmt: skip
+    values["sim_overhead_ratio"] = round(flower / kept, 2)
+    values["sim_overhead_ratio_full_forward"] = round(flower / full, 2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4], help="per type")
+    parser.add_argument("--no-fedit", action="store_true", help="leave out the slowest rival")
     args = parser.parse_args()
     values: dict[str, Any] = {"seeds": args.seeds, "accuracy": {}}
-    for clients in (1, 2, 4):
-        results = flower_run(args.preset, overrides(clients, args.seeds, STRATEGIES))
-        values["accuracy"][str(clients)] = accuracy_table(results, STRATEGIES)
-        print(clients, "clients per type:", values["accuracy"][str(clients)], flush=True)
-    run = next(run for run in results["runs"] if run["strategy"] == "heterotune")
-    values["wire_bytes_up"] = run["bytes"]["up_per_client_round"]
-    values["wire_bytes_down"] = run["bytes"]["down_per_client_round"]
-    values["one_time_bytes_up"] = run["bytes"]["one_time_up"]
-    values["one_time_bytes_down"] = run["bytes"]["one_time_down"]
-    values["lora16_bytes"] = run["bytes"]["lora16_bytes"]
-    values["model_bytes"] = run["bytes"]["model_bytes"]
-    flower = seconds_per_client_round(results, "heterotune", workers=2)
-    bare = bare_seconds_per_client_round(args.preset)
-    values["client_round_seconds"] = {"flower": flower, "bare_loop": bare}
-    values["sim_overhead_ratio"] = round(flower / bare, 3)
-    for control, key in (("random_maps", "control_random_maps"),
-                         ("rotated_basis", "control_rotated_basis")):  # fmt: skip
-        table = {}
+    shared: dict[int, dict[str, Any]] = {}
+    for clients in args.clients:
+        table = values["accuracy"].setdefault(str(clients), {})
+        cold = ["alignment.cache=false"] if clients == args.clients[-1] else []
+        results = flower_run("demo", [*overrides(clients, args.seeds, SHARED), *cold])
+        shared[clients] = results
+        add_accuracy(table, results)
+        add_gains(table, results, results)
+        add_bytes(values, results)
+        write_results("embedded", values)
+    add_overhead(values, results, 3 * clients)
+    for control in ("random_maps", "rotated_basis"):
+        tables: dict[str, Any] = {}
         for clients in (1, 2):
-            broken = flower_run(
-                args.preset,
-                [*overrides(clients, args.seeds, ("within_type", "heterotune")),
-                 f"alignment.control={control}"],
-            )  # fmt: skip
-            table[str(clients)] = accuracy_table(broken, ("within_type", "heterotune"))
-        values[key] = table
-        print(control, table, flush=True)
-    write_results("embedded", values)
+            broken = flower_run("demo", [*overrides(clients, args.seeds, ("within_type", "heterotune")),
+                                         f"alignment.control={control}"])  # fmt: skip
+            add_accuracy(tables.setdefault(str(clients), {}), broken)
+            add_gains(tables[str(clients)], broken, broken)
+        values[f"control_{control}"] = tables
+        write_results("embedded", values)
+    for clients in [] if args.no_fedit else args.clients:
+        results = flower_run("demo", overrides(clients, args.seeds, ("fedit",)))
+        table = values["accuracy"][str(clients)]
+        add_accuracy(table, results)
+        add_gains(table, shared[clients], results)
+        write_results("embedded", values)
 
 
 if __name__ == "__main__":

@@ -171,11 +171,12 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
-        typer.echo("interrupted; everything that was started has been stopped", err=True)
-        sys.exit(130)
+        code = 130
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    if code == 130:
+        typer.echo("interrupted; everything that was started has been stopped", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -301,6 +301,7 @@ def test_cmga_is_journalled_every_round(tmp_path):
 
 def test_own_strategy_overrides_one_method(tmp_path):
     config = toy_config(tmp_path)
+    config.method.gate_scope = "type"
     strategy, log = start(config, name="mine", spec={"_component_": "test_strategies.Median"})
     assert isinstance(strategy, Median)
     assert strategy.groups_seen == {"global", *(f"type/{k}" for k in strategy.roster.type_keys)}

@@ -21,7 +21,10 @@ def _no_avx512bf16() -> bool:
 
 @functools.cache
 def apply_bitsandbytes_cpu_remedy() -> bool:
-    """Switch the repacking off, once per process; True if this bitsandbytes needed it."""
+    """Switch the repacking off, once per process; False if this bitsandbytes has none.
+
+    Call it before a 4-bit model is built: layers ask once, when they are made.
+    """
     import bitsandbytes
     from bitsandbytes.nn import modules
 

@@ -287,6 +287,8 @@ def check_choices(config: Config) -> None:
         raise ConfigError(
             f"server.participation is {config.server.participation}, must be in (0, 1]"
         )
+    if config.run.workers is not None and config.run.workers < 1:
+        raise ConfigError(f"run.workers is {config.run.workers}, it must be at least 1 (or null)")
     if not config.run.seeds or not config.run.compare:
         raise ConfigError("run.seeds and run.compare must not be empty")
 

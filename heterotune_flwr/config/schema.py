@@ -139,6 +139,9 @@ class RunConfig:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "one full run per seed"})
     state_dir: str | None = _help("clients' state; null: <run dir>/state (simulation)", None)
     worker_threads: int = _help("torch threads per worker process", 1)
+    workers: int | None = _help(
+        "worker processes of a simulation; null: one per worker_threads cores, at most one per client", None
+    )  # fmt: skip
 
 
 @dataclass

@@ -8,27 +8,52 @@ The names below are imported on first use, so that the server's numpy-only modul
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_LAZY = {
+if TYPE_CHECKING:
+    from heterotune_flwr.dema.access import (
+        active_adapter,
+        apply_last_slot,
+        gate_mass,
+        load_maps,
+        load_tensors,
+        read_maps,
+        slot_layers,
+        trainable_tensors,
+    )
+    from heterotune_flwr.dema.config import DeMAConfig
+    from heterotune_flwr.dema.layer import DeMALayer, MergeError
+    from heterotune_flwr.dema.model import DeMAModel
+    from heterotune_flwr.dema.registration import register
+
+__all__ = [
+    "DeMAConfig",
+    "DeMALayer",
+    "DeMAModel",
+    "MergeError",
+    "active_adapter",
+    "apply_last_slot",
+    "gate_mass",
+    "load_maps",
+    "load_tensors",
+    "read_maps",
+    "register",
+    "slot_layers",
+    "trainable_tensors",
+]
+
+_MODULES = {
     "DeMAConfig": "config",
-    "DeMAModel": "model",
     "DeMALayer": "layer",
+    "DeMAModel": "model",
+    "MergeError": "layer",
     "register": "registration",
-    "trainable_tensors": "access",
-    "load_tensors": "access",
-    "load_maps": "access",
-    "read_maps": "access",
-    "apply_last_slot": "access",
-    "gate_mass": "access",
 }
-
-__all__ = sorted(_LAZY)
 
 
 def __getattr__(name: str) -> Any:
     """Import ``name`` from its module, registering the tuner first."""
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(f"{__name__}.registration").register()
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'access')}"), name)

@@ -6,8 +6,9 @@ columns) that every type's states explain best::
     max_Z  sum_m tr(Z' P_m Z),     P_m = X_m (X_m' X_m + n k_m I)^-1 X_m'
 
 With the singular value decomposition of the centred states, ``X_m V_m = T_m`` (scores, n x p) and
-``P_m = B_m B_m'`` for ``B_m = T_m / sqrt(s^2 + k)``; Z is then given by the leading left singular vectors of
-``[B_1 ... B_M]``. The shrinkage ``k`` (relative to the mean squared singular value) is the one with the highest
+``P_m = B_m B_m'`` for ``B_m = T_m (T_m' T_m + k)^-1/2``; Z is then given by the leading left singular vectors of
+``[B_1 ... B_M]``, found in the small space of components (second moments only, an eigenvalue problem of size
+``sum p_m``). The shrinkage ``k`` (relative to the mean squared singular value) is the one with the highest
 correlation of the types' latents on held-out anchors. No type is the pivot.
 """
 
@@ -54,12 +55,66 @@ class SlotFit:
 
 
 def _centre(scores: Matrix) -> Matrix:
-    scores = np.asarray(scores, dtype=np.float64)
-    return scores - scores.mean(axis=0)
+    centred: Matrix = np.asarray(scores, dtype=np.float64)
+    centred = centred - centred.mean(axis=0)
+    return centred
 
 
-def _ridge_constant(scores: Matrix, shrinkage: float) -> float:
-    return float(shrinkage * np.mean(np.sum(scores**2, axis=0)) + 1e-12)
+def _ridge_constant(gram: Matrix, shrinkage: float) -> float:
+    """``shrinkage`` in units of the mean squared singular value."""
+    return float(shrinkage * np.trace(gram) / len(gram) + 1e-12)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """All second moments of the types' scores: everything below needs no more than these.
+
+    ``gram`` is P x P for the P = sum of p_m columns of all types side by side; ``parts`` says which are whose.
+    The anchors are gone through once, however many shrinkages are tried.
+    """
+
+    gram: Matrix
+    parts: dict[str, slice]
+    count: int
+
+    @classmethod
+    def of(cls, centred: Mapping[str, Matrix]) -> _Moments:
+        joined = np.concatenate([centred[key] for key in sorted(centred)], axis=1)
+        parts, start = {}, 0
+        for key in sorted(centred):
+            parts[key] = slice(start, start + centred[key].shape[1])
+            start = parts[key].stop
+        return cls(joined.T @ joined, parts, len(joined))
+
+    def leading(self, rank: int, shrinkage: float) -> Matrix:
+        """Coefficients (P x rank) that give Z from the types' centred scores side by side."""
+        if rank > min(self.count - 1, len(self.gram)):
+            raise ConfigError(
+                f"method.latent is {rank}, but the types' states have only "
+                f"{min(self.count - 1, len(self.gram))} components on the anchors together; lower method.latent or "
+                "raise alignment.components and alignment.count"
+            )
+        whiten = np.zeros_like(self.gram)
+        for part in self.parts.values():
+            own = self.gram[part, part]
+            values, vectors = np.linalg.eigh(own)
+            roots = np.sqrt(np.maximum(values, 0) + _ridge_constant(own, shrinkage))
+            whiten[part, part] = (vectors / roots) @ vectors.T
+        values, vectors = np.linalg.eigh(whiten @ self.gram @ whiten)
+        values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+        # The sign of an eigenvector is arbitrary: fix it, so that equal input gives equal maps.
+        signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(rank)])
+        scale = signs * np.sqrt(self.count / np.maximum(values, 1e-12))
+        coefficients: Matrix = whiten @ vectors * scale
+        return coefficients
+
+    def ridge(self, key: str, leading: Matrix, shrinkage: float) -> Matrix:
+        """Coefficients (p x rank) of one type's ridge regression onto Z."""
+        part = self.parts[key]
+        own = self.gram[part, part]
+        k = _ridge_constant(own, shrinkage)
+        solution: Matrix = np.linalg.solve(own + k * np.eye(len(own)), self.gram[part] @ leading)
+        return solution
 
 
 def shared_latents(scores: Mapping[str, Matrix], rank: int, shrinkage: float) -> Matrix:
@@ -71,31 +126,19 @@ def shared_latents(scores: Mapping[str, Matrix], rank: int, shrinkage: float) ->
         The types have fewer components together, or fewer anchors, than ``rank``.
 
     """
-    blocks = []
-    for key in sorted(scores):
-        centred = _centre(scores[key])
-        left, singular, _ = np.linalg.svd(centred, full_matrices=False)
-        k = _ridge_constant(centred, shrinkage)
-        blocks.append(left * (singular / np.sqrt(singular**2 + k)))
-    stacked = np.concatenate(blocks, axis=1)
-    if rank > min(stacked.shape):
-        raise ConfigError(
-            f"method.latent is {rank}, but the types' states have only {min(stacked.shape)} components on the "
-            "anchors together; lower method.latent or raise alignment.components and alignment.count"
-        )
-    left, _, right = np.linalg.svd(stacked, full_matrices=False)
-    # The sign of a singular vector is arbitrary: fix it, so that equal input gives equal maps.
-    signs = np.sign(right[np.arange(rank), np.abs(right[:rank]).argmax(axis=1)])
-    latents: Matrix = left[:, :rank] * signs * np.sqrt(len(stacked))
+    centred = {key: _centre(value) for key, value in scores.items()}
+    leading = _Moments.of(centred).leading(rank, shrinkage)
+    joined = np.concatenate([centred[key] for key in sorted(centred)], axis=1)
+    latents: Matrix = joined @ leading
     return latents
 
 
 def ridge(scores: Matrix, latents: Matrix, shrinkage: float) -> Matrix:
     """Coefficients (p x r) of the ridge regression scores -> latents."""
     centred = _centre(scores)
-    k = _ridge_constant(centred, shrinkage)
-    gram = centred.T @ centred + k * np.eye(centred.shape[1])
-    solution: Matrix = np.linalg.solve(gram, centred.T @ latents)
+    gram = centred.T @ centred
+    k = _ridge_constant(gram, shrinkage)
+    solution: Matrix = np.linalg.solve(gram + k * np.eye(len(gram)), centred.T @ latents)
     return solution
 
 
@@ -115,31 +158,32 @@ def _correlation(a: Matrix, b: Matrix) -> Matrix:
 
 
 def held_out_quality(
-    scores: Mapping[str, Matrix], rank: int, shrinkage: float, seed: int = 0
-) -> dict[str, Matrix]:
-    """Per type and latent: correlation with the other types' latents on anchors not used for the fit."""
+    scores: Mapping[str, Matrix], rank: int, candidates: Sequence[float], seed: int = 0
+) -> dict[float, dict[str, Matrix]]:
+    """Per shrinkage, type and latent: correlation with the other types' latents on unseen anchors."""
     keys = sorted(scores)
-    count = len(scores[keys[0]])
     if len(keys) == 1:
-        return {keys[0]: np.ones(rank)}
+        return {k: {keys[0]: np.ones(rank)} for k in candidates}
+    count = len(scores[keys[0]])
     order = np.random.default_rng(seed).permutation(count)
     cut = max(1, round(count * (1 - HELD_OUT)))
     fit, test = order[:cut], order[cut:]
-    train = {key: np.asarray(scores[key], dtype=np.float64)[fit] for key in keys}
-    latents = shared_latents(train, rank, shrinkage)
-    reached = {
-        key: (np.asarray(scores[key], dtype=np.float64)[test] - train[key].mean(axis=0))
-        @ ridge(train[key], latents, shrinkage)
-        for key in keys
-    }
-    pairs = {
-        pair: _correlation(reached[pair[0]], reached[pair[1]])
-        for pair in itertools.combinations(keys, 2)
-    }
-    return {
-        key: np.mean([value for pair, value in pairs.items() if key in pair], axis=0)
-        for key in keys
-    }
+    centred = {key: _centre(np.asarray(scores[key])[fit]) for key in keys}
+    unseen = {key: np.asarray(scores[key], dtype=np.float64)[test] for key in keys}
+    moments = _Moments.of(centred)
+    found: dict[float, dict[str, Matrix]] = {}
+    for k in candidates:
+        leading = moments.leading(rank, k)
+        reached = {key: unseen[key] @ moments.ridge(key, leading, k) for key in keys}
+        pairs = {
+            pair: _correlation(reached[pair[0]], reached[pair[1]])
+            for pair in itertools.combinations(keys, 2)
+        }
+        found[k] = {
+            key: np.mean([value for pair, value in pairs.items() if key in pair], axis=0)
+            for key in keys
+        }
+    return found
 
 
 def latent_weights(quality: Mapping[str, Matrix], exponent: float) -> Matrix:
@@ -185,12 +229,15 @@ def fit_slot(
     counts = {key: len(value) for key, value in scores.items()}
     if len(set(counts.values())) != 1:
         raise ConfigError(f"the types were aligned on different numbers of anchors: {counts}")
-    qualities = {k: held_out_quality(scores, rank, k, seed) for k in candidates}
+    qualities = held_out_quality(scores, rank, candidates, seed)
     best = max(candidates, key=lambda k: float(np.mean(list(qualities[k].values()))))
     weights = latent_weights(qualities[best], weighting)
-    latents = shared_latents(scores, rank, best)
+    centred = {key: _centre(value) for key, value in scores.items()}
+    moments = _Moments.of(centred)
+    leading = moments.leading(rank, best)
+    latents = np.concatenate([centred[key] for key in sorted(centred)], axis=1) @ leading
     coefficients = {
-        key: unit_variance(value, ridge(value, latents, best)) * weights
+        key: unit_variance(value, moments.ridge(key, leading, best)) * weights
         for key, value in scores.items()
     }
     quality = {key: float(np.mean(value)) for key, value in qualities[best].items()}

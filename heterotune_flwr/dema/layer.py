@@ -104,7 +104,8 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, slot)
-        self.train(base_layer.training)  # new modules are in training mode, loaded backbones are not
+        # New modules are in training mode; loaded backbones are not.
+        self.train(base_layer.training)
 
     def update_layer(
         self, adapter_name: str, config: DeMAConfig, slot: int, inference_mode: bool = False
