@@ -127,7 +127,9 @@ class Adam:
             self.first[key].lerp_(grad, 0.1)
             self.second[key].lerp_(grad.square(), 0.001)
             value.mul_(1 - self.schedule.learning_rate * self.schedule.weight_decay)
-            value.addcdiv_(self.first[key], self.second[key].sqrt() / correction + 1e-8, value=-rate)
+            value.addcdiv_(
+                self.first[key], self.second[key].sqrt() / correction + 1e-8, value=-rate
+            )
 
 
 def _averaged(values: Tensor, groups: Tensor) -> Tensor:
@@ -178,7 +180,9 @@ def aggregate(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The server's step; ``scale`` carries the running norms of the ``equalised`` rule."""
     deltas = {key: end[key] - start[key] for key in end}
-    experts = {k: _averaged(v, groups.within) for k, v in deltas.items() if not k.startswith("gate")}
+    experts = {
+        k: _averaged(v, groups.within) for k, v in deltas.items() if not k.startswith("gate")
+    }
     mean = {k: _averaged(v, groups.bank) for k, v in experts.items()}
     if schedule.rule == "equalised":
         norm = _norms(experts)
@@ -205,7 +209,9 @@ def federate(
     total = each * len(kinds)
     types = (torch.arange(each) % clients % len(tasks)).repeat(len(kinds))
     runs = (torch.arange(each) // clients).repeat(len(kinds))
-    groups = Groups.of(torch.tensor(kinds).repeat_interleave(each), runs, types, schedule.gate_scope)
+    groups = Groups.of(
+        torch.tensor(kinds).repeat_interleave(each), runs, types, schedule.gate_scope
+    )
     chosen = torch.tensor(shares).repeat(len(kinds), 1)
     z = torch.stack([tasks[types[i]].pool_z[chosen[i]] for i in range(total)])
     logits = torch.stack([tasks[types[i]].pool_logits[chosen[i]] for i in range(total)])
@@ -240,7 +246,11 @@ def federate(
 
 @torch.no_grad()
 def _accuracies(
-    bank: Mapping[str, Tensor], tasks: list[LatentTask], types: Tensor, effect: Tensor, wanted: Tensor
+    bank: Mapping[str, Tensor],
+    tasks: list[LatentTask],
+    types: Tensor,
+    effect: Tensor,
+    wanted: Tensor,
 ) -> NDArray[np.float64]:
     found = []
     for i, kind in enumerate(types.tolist()):

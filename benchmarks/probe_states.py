@@ -75,7 +75,9 @@ def load_task(data: DataConfig | None = None) -> Task:
     def targets(examples: Sequence[Any]) -> NDArray[np.int64]:
         return np.array([index[e.label] for e in examples])
 
-    return Task(data, labels, [e.text for e in pool], targets(pool), [e.text for e in test], targets(test))
+    return Task(
+        data, labels, [e.text for e in pool], targets(pool), [e.text for e in test], targets(test)
+    )
 
 
 def _parse(spec: str) -> tuple[str, str]:
@@ -105,7 +107,9 @@ def load_type(spec: str, task: Task) -> TypeStates:
         if not path.exists():
             _compute_states(backbone_spec, rows, task.data, path, name)
         kept[name] = load_tensors(path)["states"]
-    path = _cache_file("head", [VERSION, identity, anchor_digest(words), task.labels, task.data.prompt])
+    path = _cache_file(
+        "head", [VERSION, identity, anchor_digest(words), task.labels, task.data.prompt]
+    )
     if not path.exists():
         _compute_head(backbone_spec, words, task, path)
     head = load_tensors(path)
@@ -141,7 +145,9 @@ def _compute_head(spec: Any, words: list[str], task: Task, path: Path) -> None:
     mask = words_mask(backbone.tokenizer, words)
     single = [w for w, known in zip(words, mask, strict=True) if known]
     tokens = [word_token(backbone.tokenizer, word) for word in single]
-    labels = unembedding_rows(backbone, label_tokens(backbone.tokenizer, task.labels, task.data.prompt))
+    labels = unembedding_rows(
+        backbone, label_tokens(backbone.tokenizer, task.labels, task.data.prompt)
+    )
     rows = unembedding_rows(backbone, [t for t in tokens if t is not None])
     save_tensors(path, {"labels": labels.astype(np.float32), "words": rows.astype(np.float32),
                         "mask": mask.astype(np.float32)})  # fmt: skip

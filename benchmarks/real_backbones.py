@@ -36,7 +36,10 @@ def per_client(results: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "client": row["client_id"],
             "type": row["type"],
-            **{f"{key}_before": before[row["client_id"]][key] for key in ("global_loss", "global_accuracy")},
+            **{
+                f"{key}_before": before[row["client_id"]][key]
+                for key in ("global_loss", "global_accuracy")
+            },
             **{f"{key}_after": row[key] for key in ("global_loss", "global_accuracy")},
         }
         for row in run["clients"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,7 @@ def run(
     Checks the configuration first, starts a Flower simulation of its own, shows progress, ends with a table, and
     leaves nothing running. Exit code 1: wrong input; 2: the run failed; 130: interrupted.
     """
-    from heterotune_flwr.config.compose import compose, to_yaml
+    from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
     from heterotune_flwr.config.validate import preflight
     from heterotune_flwr.federation.launcher import launch
     from heterotune_flwr.federation.server import run_directory
@@ -71,6 +72,7 @@ def run(
     if directory is not None:
         resolved.run.dir = str(directory)
     resolved.run.dir = str(run_directory(resolved))
+    resolved = with_absolute_paths(resolved)
     preflight(resolved)
     if dry_run:
         typer.echo(to_yaml(resolved))
@@ -81,8 +83,9 @@ def run(
     if (outcome.directory / "results.json").exists():
         show(load_results(outcome.directory), outcome.directory)
     if outcome.failed:
+        typer.echo(f"the end of {outcome.directory / 'flower.log'}:", err=True)
+        typer.echo(textwrap.indent(outcome.log_tail, "  | "), err=True)
         typer.echo(f"the run failed: {outcome.reason}", err=True)
-        typer.echo(f"log: {outcome.directory / 'flower.log'}", err=True)
         raise typer.Exit(2)
     typer.echo(f"done in {time.monotonic() - started:.0f} s")
 
@@ -147,7 +150,9 @@ def backbones() -> None:
     for name in (*EMBEDDED, *FETCHABLE):
         if is_present(name):
             shape = describe_source(name)
-            typer.echo(f"{name:16} {shape.hidden} wide, {shape.layers} blocks, {shape.vocabulary} tokens")
+            typer.echo(
+                f"{name:16} {shape.hidden} wide, {shape.layers} blocks, {shape.vocabulary} tokens"
+            )
         else:
             typer.echo(f"{name:16} not here: heterotune fetch {name}")
 

@@ -91,7 +91,9 @@ def test_latents_are_the_leading_eigenvectors_of_the_summed_ridge_projections(se
     for value in scores.values():
         centred = value - value.mean(0)
         k = shrinkage * np.mean(np.sum(centred**2, axis=0))
-        total += centred @ np.linalg.inv(centred.T @ centred + k * np.eye(value.shape[1])) @ centred.T
+        total += (
+            centred @ np.linalg.inv(centred.T @ centred + k * np.eye(value.shape[1])) @ centred.T
+        )
     latents = shared_latents(scores, 4, shrinkage)
     np.testing.assert_allclose(latents.T @ latents / 40, np.eye(4), atol=1e-8)
     captured = np.trace(latents.T @ total @ latents) / 40
@@ -289,7 +291,9 @@ def test_controls_are_reproducible_and_differ_between_seeds():
 
     def draw(seed: int) -> np.ndarray:
         config = AlignmentConfig(control="random_maps")
-        return compute_maps(factors, config, method, LABELS, seed).maps["one"]["slots.0.map.down.weight"]
+        return compute_maps(factors, config, method, LABELS, seed).maps["one"][
+            "slots.0.map.down.weight"
+        ]
 
     np.testing.assert_array_equal(draw(1), draw(1))
     assert not np.allclose(draw(1), draw(2))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from heterotune_flwr.config.compose import (
     compose,
     conf_root,
@@ -50,7 +51,9 @@ def test_every_preset_says_what_it_is_for_how_to_run_it_and_what_it_costs() -> N
 
 
 def test_overrides_reach_lists_strings_and_numbers() -> None:
-    config = compose("demo", 'types.1.clients=7 run.seeds=[3,4] data.prompt="Q: {text} A:" server.rounds=5')
+    config = compose(
+        "demo", 'types.1.clients=7 run.seeds=[3,4] data.prompt="Q: {text} A:" server.rounds=5'
+    )
     assert config.types[1].clients == 7
     assert config.run.seeds == [3, 4]
     assert config.data.prompt == "Q: {text} A:"
@@ -107,7 +110,11 @@ def test_a_file_of_the_user_composes_with_shipped_groups(tmp_path: Path) -> None
 
 
 def test_overrides_parse_shell_quoting() -> None:
-    assert parse_overrides("a.b=1 c='x y' d=[1,2]") == [(["a", "b"], 1), (["c"], "x y"), (["d"], [1, 2])]
+    assert parse_overrides("a.b=1 c='x y' d=[1,2]") == [
+        (["a", "b"], 1),
+        (["c"], "x y"),
+        (["d"], [1, 2]),
+    ]
 
 
 def test_preflight_accepts_the_demo() -> None:
@@ -140,7 +147,9 @@ def test_preflight_stops_bad_input_with_one_line(
 def test_preflight_names_two_labels_that_begin_alike(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     rows = ["games", "zzyzx one", "zzyzx two"] * 20
-    path.write_text("".join(f'{{"text": "t{i}", "label": "{label}"}}\n' for i, label in enumerate(rows)))
+    path.write_text(
+        "".join(f'{{"text": "t{i}", "label": "{label}"}}\n' for i, label in enumerate(rows))
+    )
     config = compose("demo", f"data.train={path} data.test={path} data.examples_per_client=2 "
                      "data.personal_test_examples=0 types.0.clients=1 types.1.clients=1 types.2.clients=1")  # fmt: skip
     with pytest.raises(DataError, match=r"zzyzx one.*zzyzx two"):

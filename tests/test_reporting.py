@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.reporting.progress import RunProgress
@@ -17,12 +19,16 @@ from heterotune_flwr.reporting.tables import (
     load_results,
     mean_accuracy,
 )
-from rich.console import Console
 
 
 def _run(strategy: str, seed: int, accuracies: dict[str, list[float]]) -> dict[str, Any]:
     clients = [
-        {"client_id": f"client-{n:04d}", "type": key, "global_accuracy": value, "personal_accuracy": 0.5}
+        {
+            "client_id": f"client-{n:04d}",
+            "type": key,
+            "global_accuracy": value,
+            "personal_accuracy": 0.5,
+        }
         for key, values in accuracies.items()
         for n, value in enumerate(values)
     ]
@@ -61,7 +67,12 @@ def test_the_final_table_holds_accuracies_gains_bytes_and_the_directory(tmp_path
 
 
 def test_human_bytes_uses_decimal_units() -> None:
-    assert [human_bytes(n) for n in (7, 28416, 7_400_000, 2.5e9)] == ["7 B", "28.4 kB", "7.4 MB", "2.5 GB"]
+    assert [human_bytes(n) for n in (7, 28416, 7_400_000, 2.5e9)] == [
+        "7 B",
+        "28.4 kB",
+        "7.4 MB",
+        "2.5 GB",
+    ]
 
 
 def test_missing_results_are_one_clear_line(tmp_path: Path) -> None:
@@ -93,5 +104,11 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         progress({"event": "strategy_end", "strategy": "heterotune", "seed": 0, "seconds": 12.0})
         assert progress.fraction == 1.0
     text = out.getvalue()
-    for expected in ("6 x a@nf4", "loss 1.250", "3.0 kB", "25.0 %", "client-0003 failed: out of memory"):
+    for expected in (
+        "6 x a@nf4",
+        "loss 1.250",
+        "3.0 kB",
+        "25.0 %",
+        "client-0003 failed: out of memory",
+    ):
         assert expected in text

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.launcher import free_port, launch, stage_app
@@ -83,7 +84,9 @@ def test_the_same_seed_gives_the_same_bank_bit_for_bit_without_flower(
     config = compose("quick", ["alignment.cache=false", f"run.dir={tmp_path}"])
     run_config = {"config": "yaml:" + to_yaml(config), "overrides": ""}
     nodes = [{"partition-id": i, "num-partitions": 6} for i in range(6)]
-    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
+    context = Context(
+        run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config
+    )
     run(InProcessGrid(app, nodes, run_config), context)
     name = "banks/heterotune-seed0.safetensors"
     ours, flowers = load_tensors(tmp_path / name), load_tensors(directory / name)

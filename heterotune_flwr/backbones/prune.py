@@ -114,7 +114,7 @@ def measure_activations(model: Any, rows: Tensor) -> Activations:
         handles.append(o_proj.register_forward_pre_hook(write_hook(found.groups[index], kv)))
         handles.append(down.register_forward_pre_hook(write_hook(found.units[index], None)))
     try:
-        for batch in rows.split(BATCH):
+        for batch in torch.split(rows, BATCH):
             model.model(input_ids=batch, use_cache=False)
             found.tokens += batch.numel()
     finally:
@@ -160,7 +160,10 @@ def prune(model: Any, found: Activations, hidden: int, layers: int) -> Any:
         units = found.units[index].argsort(descending=True)[: small.intermediate_size].sort()[0]
         queries = (groups[:, None] * width + torch.arange(width)).flatten()
         keys = (groups[:, None] * size + torch.arange(size)).flatten()
-        first, second = old.input_layernorm.weight.float(), old.post_attention_layernorm.weight.float()
+        first, second = (
+            old.input_layernorm.weight.float(),
+            old.post_attention_layernorm.weight.float(),
+        )
         for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             weight = getattr(old.self_attn, name).weight.float()
             getattr(new.self_attn, name).weight.copy_((weight[rows] * first) @ axes)
@@ -195,7 +198,7 @@ def _epochs(count: int, generator: torch.Generator) -> Iterator[int]:
 @torch.no_grad()
 def held_out_loss(model: Any, rows: Tensor) -> float:
     """Mean next-token loss (nats) on rows of token ids."""
-    return float(torch.stack([_loss(model, batch) for batch in rows.split(BATCH)]).mean())
+    return float(torch.stack([_loss(model, batch) for batch in torch.split(rows, BATCH)]).mean())
 
 
 def heal(

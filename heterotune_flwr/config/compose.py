@@ -7,6 +7,7 @@ other key overrides what the groups said. Overrides come last: ``train.learning_
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import shlex
@@ -18,7 +19,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.schema import Config, TypeConfig
+from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
 
 INLINE = "yaml:"
@@ -145,7 +148,9 @@ def parse_overrides(overrides: str | Sequence[str]) -> list[tuple[list[str], Any
             raise ConfigError(f"override {word!r} must read dotted.path=value")
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
-        except Exception:  # not YAML (a prompt with braces, say): the text itself; the schema judges it
+        except (
+            Exception
+        ):  # not YAML (a prompt with braces, say): the text itself; the schema judges it
             value = text
         parsed.append((path.split("."), value))
     return parsed
@@ -291,6 +296,32 @@ def check_choices(config: Config) -> None:
         raise ConfigError(f"run.workers is {config.run.workers}, it must be at least 1 (or null)")
     if not config.run.seeds or not config.run.compare:
         raise ConfigError("run.seeds and run.compare must not be empty")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """``config`` with every path it names made absolute, as seen from the current directory.
+
+    The processes of a run start in a neutral directory; a name that is not an existing file or folder here (a
+    shipped set, a fetched backbone, a hub id) stays as it is.
+    """
+
+    def absolute(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.exists() else name
+
+    resolved = copy.deepcopy(config)
+    for entry in resolved.types:
+        if entry.backbone not in (*EMBEDDED, *FETCHABLE):
+            entry.backbone = absolute(entry.backbone)
+    if resolved.alignment.anchors not in SHIPPED:
+        resolved.alignment.anchors = absolute(resolved.alignment.anchors)
+    for name in ("train", "test"):
+        if (value := getattr(resolved.data, name)) is not None:
+            setattr(resolved.data, name, str(Path(value).expanduser().absolute()))
+    for name in ("dir", "state_dir"):
+        if (value := getattr(resolved.run, name)) is not None:
+            setattr(resolved.run, name, str(Path(value).expanduser().absolute()))
+    return resolved
 
 
 def to_yaml(config: Config) -> str:

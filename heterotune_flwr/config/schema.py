@@ -18,7 +18,9 @@ def _help(text: str, default: Any) -> Any:
 class TypeConfig:
     """One model type of a simulated federation: backbone + bits, and how many clients own it."""
 
-    backbone: str = _help("embedded name (tiny-a/b/c), fetched name, local directory or hub id", "???")
+    backbone: str = _help(
+        "embedded name (tiny-a/b/c), fetched name, local directory or hub id", "???"
+    )
     bits: str = _help("nf4 | int8 | bf16 | fp32", "bf16")
     clients: int = _help("number of clients of this type (simulation only)", 1)
     revision: str | None = _help("hub revision, for hub ids", None)
@@ -34,7 +36,9 @@ class DataConfig:
     text_field: str = _help("column that fills {text} of the prompt", "text")
     label_field: str = _help("column with the answer", "label")
     client_field: str = _help("column that names the natural client", "client")
-    prompt: str = _help("prompt form; the answer follows after one space", "Package: {text}\nSection:")
+    prompt: str = _help(
+        "prompt form; the answer follows after one space", "Package: {text}\nSection:"
+    )
     labels: list[str] | None = _help(
         "closed label set; null takes the sorted answers of the training file when there are at "
         "most `max_labels`, otherwise the task is open text", None
@@ -72,7 +76,9 @@ class MethodConfig:
 class AlignmentConfig:
     """How the frozen maps D, U of every type are computed (METHOD section 3)."""
 
-    anchors: str = _help("shipped set (debian-other | wordnet) or path of a .jsonl(.gz)/.txt", "debian-other")
+    anchors: str = _help(
+        "shipped set (debian-other | wordnet) or path of a .jsonl(.gz)/.txt", "debian-other"
+    )
     count: int = _help("number of anchors used", 6000)
     positions: str = _help(
         "answer (one row per anchor, where the answer is read) | words (one row per word)", "answer"
@@ -89,7 +95,9 @@ class AlignmentConfig:
     words: int = _help("size of the public word list shared by all vocabularies", 4096)
     output_components: int = _help("components of the unembedding a type sends", 64)
     pullback_anchors: int = _help("anchors for the gradient pull-back of deeper slots", 64)
-    quality_threshold: float = _help("held-out canonical correlation below which a type's slot does not share", 0.1)
+    quality_threshold: float = _help(
+        "held-out canonical correlation below which a type's slot does not share", 0.1
+    )
     control: str = _help("none | random_down | random_up | random_maps | rotated_basis", "none")
     cache: bool = _help("reuse the maps of equal (backbones, bits, anchors, settings)", True)
 
@@ -103,8 +111,12 @@ class TrainConfig:
     learning_rate: float = _help("AdamW learning rate", 3e-3)
     weight_decay: float = _help("AdamW weight decay", 0.0)
     clip_norm: float = _help("gradient norm limit", 1.0)
-    loss: str = _help("auto | labels (softmax over the label words) | tokens (all answer tokens)", "auto")
-    cache_states: bool = _help("keep frozen states below the lowest slot (exact, much faster)", True)
+    loss: str = _help(
+        "auto | labels (softmax over the label words) | tokens (all answer tokens)", "auto"
+    )
+    cache_states: bool = _help(
+        "keep frozen states below the lowest slot (exact, much faster)", True
+    )
 
 
 @dataclass
@@ -120,7 +132,9 @@ class ServerConfig:
 
     rounds: int = _help("rounds per strategy", 30)
     participation: float = _help("share of clients trained per round", 1.0)
-    min_clients: int | None = _help("wait for this many clients; null: all simulated ones, else 2", None)
+    min_clients: int | None = _help(
+        "wait for this many clients; null: all simulated ones, else 2", None
+    )
     wait_seconds: float = _help("patience for the clients to appear", 300.0)
     timeout_seconds: float = _help("patience for one round's replies", 3600.0)
     evaluate_every: int = _help("evaluate every so many rounds (the last always); 0: last only", 10)
@@ -136,7 +150,9 @@ class RunConfig:
         default_factory=lambda: ["heterotune"],
         metadata={"help": "strategies (files of conf/strategy) run one after the other"},
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "one full run per seed"})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "one full run per seed"}
+    )
     state_dir: str | None = _help("clients' state; null: <run dir>/state (simulation)", None)
     worker_threads: int = _help("torch threads per worker process", 1)
     workers: int | None = _help(

@@ -183,9 +183,7 @@ def compute_maps(
     for slot in range(method.slots):
         scores = {key: np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
                   for key, own in factors.items()}  # fmt: skip
-        fit = fit_slot(
-            scores, method.latent, list(alignment.shrinkage), alignment.weighting, seed
-        )
+        fit = fit_slot(scores, method.latent, list(alignment.shrinkage), alignment.weighting, seed)
         shrinkage.append(fit.shrinkage)
         known[f"slots.{slot}.latents"] = fit.latents
         known[f"slots.{slot}.weights"] = fit.weights

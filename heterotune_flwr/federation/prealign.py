@@ -40,14 +40,22 @@ def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[fl
     words = public_words(texts, config.alignment.words)
     labels = label_set(config.data)
     masks = [words_mask(backbone.tokenizer, words) for backbone in loaded.values()]
-    shared = [word for word, known in zip(words, zip(*masks, strict=True), strict=True) if all(known)]
+    shared = [
+        word for word, known in zip(words, zip(*masks, strict=True), strict=True) if all(known)
+    ]
 
     def ask(type_keys: list[str]) -> dict[str, Tensors]:
         answers: dict[str, Tensors] = {}
         for key in type_keys:
             report(f"reading {len(texts)} anchors with {key}")
             answers[key] = alignment_factors(
-                loaded[key], texts, config.alignment, config.data, labels, config.method.slots, shared
+                loaded[key],
+                texts,
+                config.alignment,
+                config.data,
+                labels,
+                config.method.slots,
+                shared,
             )
         return answers
 

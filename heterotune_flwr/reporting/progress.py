@@ -95,7 +95,10 @@ class RunProgress:
     def _show(self, description: str, note: str) -> None:
         if self._task is not None:
             self._bar.update(
-                self._task, completed=self.fraction, description=description, note=note + self._eta()
+                self._task,
+                completed=self.fraction,
+                description=description,
+                note=note + self._eta(),
             )
 
     def _name(self, event: Event) -> str:

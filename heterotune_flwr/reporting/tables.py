@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,8 @@ TITLES = {
     "mean": "plain mean",
 }
 OVERALL = "all clients"
+#: Columns where the output is no terminal and nobody says how wide it is.
+PLAIN_WIDTH = 110
 
 
 def load_results(directory: Path) -> dict[str, Any]:
@@ -61,10 +64,15 @@ def _accuracies(
 
 
 def mean_accuracy(
-    results: Mapping[str, Any], strategy: str, type_key: str = OVERALL, metric: str = "global_accuracy"
+    results: Mapping[str, Any],
+    strategy: str,
+    type_key: str = OVERALL,
+    metric: str = "global_accuracy",
 ) -> tuple[float, float] | None:
     """(mean over clients and seeds, standard deviation over seeds) in percent; None without data."""
-    means = [statistics.fmean(row) for row in _accuracies(results, strategy, type_key, metric) if row]
+    means = [
+        statistics.fmean(row) for row in _accuracies(results, strategy, type_key, metric) if row
+    ]
     if not means:
         return None
     return statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0
@@ -84,30 +92,106 @@ def _cell(value: tuple[float, float] | None, seeds: int) -> str:
     return f"{value[0]:.1f} ± {value[1]:.1f}" if seeds > 1 else f"{value[0]:.1f}"
 
 
-def _gain(value: tuple[float, float] | None, base: tuple[float, float] | None) -> str:
-    return "-" if value is None or base is None else f"{value[0] - base[0]:+.1f}"
+def subject_of(strategies: Sequence[str]) -> str:
+    """Return the strategy whose gains over the others are shown: HeteroTune, else the last."""
+    return "heterotune" if "heterotune" in strategies else strategies[-1]
+
+
+def paired_gain(
+    results: Mapping[str, Any],
+    strategy: str,
+    rival: str,
+    type_key: str = OVERALL,
+    metric: str = "global_accuracy",
+) -> tuple[float, float] | None:
+    """(mean gain in points, its standard deviation over seeds), paired by seed and client.
+
+    Only clients that both strategies measured in a seed count; None without any.
+    """
+
+    def by_client(name: str) -> dict[int, dict[str, float]]:
+        return {
+            run["seed"]: {
+                client["client_id"]: 100 * client[metric]
+                for client in run["clients"]
+                if client[metric] is not None and type_key in (OVERALL, client["type"])
+            }
+            for run in results["runs"]
+            if run["strategy"] == name
+        }
+
+    ours, theirs = by_client(strategy), by_client(rival)
+    gains = []
+    for seed in ours.keys() & theirs.keys():
+        common = ours[seed].keys() & theirs[seed].keys()
+        if common:
+            gains.append(statistics.fmean(ours[seed][c] - theirs[seed][c] for c in sorted(common)))
+    if not gains:
+        return None
+    return statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else 0.0
+
+
+def _gain(value: tuple[float, float] | None, seeds: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value[0]:+.1f} ± {value[1]:.1f}" if seeds > 1 else f"{value[0]:+.1f}"
 
 
 def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") -> Table:
-    """Accuracy in percent, one row per type, one column per strategy; gains of the last strategy."""
+    """Accuracy in percent, one row per type, one column per strategy; HeteroTune's gains in points."""
     strategies = _strategies(results)
     seeds = len({run["seed"] for run in results["runs"]})
     which = "the global test" if metric == "global_accuracy" else "the clients' own tests"
-    spread = f", ± over {seeds} seeds" if seeds > 1 else ", 1 seed"
-    table = Table(title=f"Accuracy (%) on {which}: mean over clients{spread}")
-    table.add_column("model type")
+    subject = subject_of(strategies)
+    rivals = [name for name in strategies if name != subject]
+    table = Table(title=f"Accuracy (%) on {which}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("model type", no_wrap=True)
     for strategy in strategies:
-        table.add_column(_title(strategy), justify="right")
-    rivals = strategies[:-1]
+        table.add_column(_title(strategy), justify="right", no_wrap=seeds > 1)
     for rival in rivals:
-        table.add_column(f"gain over {_title(rival)}", justify="right")
-    for type_key in [*_types(results), OVERALL]:
-        values = {s: mean_accuracy(results, s, type_key, metric) for s in strategies}
-        gains = [_gain(values[strategies[-1]], values[rival]) for rival in rivals]
+        table.add_column(
+            f"gain over {_title(rival)}", justify="right", min_width=12 if seeds > 1 else None
+        )
+    types = _types(results)
+    for type_key in [*types, OVERALL]:
         style = "bold" if type_key == OVERALL else None
-        cells = [_cell(values[s], seeds) for s in strategies]
-        table.add_row(type_key, *cells, *gains, style=style, end_section=False)
+        cells = _row(results, strategies, rivals, type_key, metric, seeds)
+        table.add_row(type_key, *cells, style=style, end_section=type_key in (types[-1], OVERALL))
+    if metric == "global_accuracy" and has_measure(results, "personal_accuracy"):
+        # What a shared bank gains on the global test it may lose on a skewed client's own data: say so.
+        cells = _row(results, strategies, rivals, OVERALL, "personal_accuracy", seeds)
+        table.add_row("on own tests", *cells)
+    table.caption = _accuracy_note(results, seeds, bool(rivals))
+    table.caption_justify = "left"
     return table
+
+
+def _row(
+    results: Mapping[str, Any],
+    strategies: Sequence[str],
+    rivals: Sequence[str],
+    type_key: str,
+    metric: str,
+    seeds: int,
+) -> list[str]:
+    subject = subject_of(strategies)
+    values = [mean_accuracy(results, name, type_key, metric) for name in strategies]
+    gains = [paired_gain(results, subject, rival, type_key, metric) for rival in rivals]
+    return [_cell(value, seeds) for value in values] + [_gain(gain, seeds) for gain in gains]
+
+
+def has_measure(results: Mapping[str, Any], metric: str) -> bool:
+    """Whether any client was measured that way."""
+    return any(c.get(metric) is not None for run in results["runs"] for c in run["clients"])
+
+
+def _accuracy_note(results: Mapping[str, Any], seeds: int, gains: bool) -> str:
+    clients = max(len(run["clients"]) for run in results["runs"])
+    note = f"mean over {clients} clients"
+    if seeds == 1:
+        return f"{note}, 1 seed: small differences are noise (more seeds: run.seeds=[0,1,2])"
+    paired = "; gains in points, paired by client" if gains else ""
+    return f"{note} and {seeds} seeds, ± standard deviation over the seeds{paired}"
 
 
 def human_bytes(count: float) -> str:
@@ -125,9 +209,12 @@ def _saved(part: float, whole: float) -> str:
 
 def bytes_table(results: Mapping[str, Any]) -> Table:
     """Bytes per client-round, each way, against LoRA r=16 and the whole model; one-time bytes apart."""
-    table = Table(title="Bytes on the wire per client and round")
-    for name in ("strategy", "up", "down", "fewer than LoRA r=16", "fewer than the model", "once per run"):
-        table.add_column(name, justify="left" if name == "strategy" else "right")
+    table = Table(
+        title="Bytes on the wire per client and round", box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    table.add_column("strategy", no_wrap=True)
+    for name in ("up", "down", "saved vs LoRA r=16", "saved vs the model", "once per run"):
+        table.add_column(name, justify="right")
     for strategy in _strategies(results):
         counts = next(run["bytes"] for run in results["runs"] if run["strategy"] == strategy)
         up = counts["up_per_client_round"]
@@ -142,30 +229,39 @@ def bytes_table(results: Mapping[str, Any]) -> Table:
         )
     counts = results["runs"][0]["bytes"]
     table.caption = (
-        f"mean over the clients: LoRA r=16 on all linear layers {human_bytes(counts['lora16_bytes'])}, "
-        f"the model in bf16 {human_bytes(counts['model_bytes'])}; up counts against one way of each"
+        f"one way of LoRA r=16 on all linear layers {human_bytes(counts['lora16_bytes'])}, of the model in bf16 "
+        f"{human_bytes(counts['model_bytes'])} (means over the clients); saved: up against one way of each; "
+        "once per run: all clients together"
     )
+    table.caption_justify = "left"
     return table
 
 
-def final_table(results: Mapping[str, Any], directory: Path, width: int = 110) -> str:
-    """The end of a run as text: accuracies, bytes, where everything is."""
-    console = Console(file=io.StringIO(), width=width, no_color=True)
+def _print(
+    console: Console, results: Mapping[str, Any], directory: Path, metrics: Sequence[str]
+) -> None:
     if results["runs"]:
-        console.print(accuracy_table(results))
-        if _accuracies(results, _strategies(results)[-1], OVERALL, "personal_accuracy")[-1]:
-            console.print(accuracy_table(results, "personal_accuracy"))
+        for metric in metrics:
+            console.print(accuracy_table(results, metric))
         console.print(bytes_table(results))
-    console.print(f"run directory: {directory}", soft_wrap=True)
-    text = console.file
-    assert isinstance(text, io.StringIO)
+    console.print(f"run directory: {directory}", soft_wrap=True, highlight=False)
+
+
+def final_table(results: Mapping[str, Any], directory: Path, width: int = PLAIN_WIDTH) -> str:
+    """The end of a run as text: accuracies, bytes, where everything is."""
+    text = io.StringIO()
+    metrics = ["global_accuracy"]
+    if has_measure(results, "personal_accuracy"):
+        metrics.append("personal_accuracy")
+    _print(Console(file=text, width=width, no_color=True), results, directory, metrics)
     return text.getvalue()
 
 
-def show(results: Mapping[str, Any], directory: Path, metrics: Sequence[str] = ()) -> None:
+def show(
+    results: Mapping[str, Any], directory: Path, metrics: Sequence[str] = ("global_accuracy",)
+) -> None:
     """Print the tables to the terminal, in colour where it has any."""
     console = Console()
-    for metric in metrics or ("global_accuracy",):
-        console.print(accuracy_table(results, metric))
-    console.print(bytes_table(results))
-    console.print(f"run directory: {directory}", soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
+    _print(console, results, directory, metrics)

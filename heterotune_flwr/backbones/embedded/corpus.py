@@ -224,7 +224,9 @@ def main() -> None:
     ]  # fmt: skip
     shorts = sorted({p.short for p in others})
     wordnet = dictionary_texts(args.work, "dict-wn")
-    glosses = sorted({re.sub(r"\b(adj|adv|n|v) 1: ", "", t)[:160] for t in wordnet if " 2: " not in t})
+    glosses = sorted(
+        {re.sub(r"\b(adj|adv|n|v) 1: ", "", t)[:160] for t in wordnet if " 2: " not in t}
+    )
     _write_jsonl(args.assets / "debian_sections/train.jsonl.gz", train)
     _write_jsonl(args.assets / "debian_sections/test.jsonl.gz", test)
     for name, pool in (("debian-other", shorts), ("wordnet", glosses)):

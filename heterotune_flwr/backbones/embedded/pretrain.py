@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -135,7 +136,7 @@ def train(name: str, tokens: torch.Tensor, tokenizer: PreTrainedTokenizerFast, *
     shape = FAMILY[name]
     model = build(shape, tokenizer)
     model.set_attn_implementation("eager")  # the fused CPU backward is several times slower
-    compiled = torch.compile(model)
+    compiled: Any = torch.compile(model)
     held_out = tokens[: 128 * SEQUENCE].view(128, SEQUENCE).long()
     stream = batches(tokens[128 * SEQUENCE :], batch, shape.seed)
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -162,7 +163,9 @@ def train(name: str, tokens: torch.Tensor, tokenizer: PreTrainedTokenizerFast, *
                      "minutes": round((time.process_time() - start) / 60, 2)}  # fmt: skip
             running = 0.0
             if step % 500 == 0:
-                entry["held_out_bits_per_byte"] = round(bits_per_byte(model, held_out, bytes_per_token), 4)
+                entry["held_out_bits_per_byte"] = round(
+                    bits_per_byte(model, held_out, bytes_per_token), 4
+                )
                 save(model, tokenizer, out / name)
             print(name, entry, flush=True)
             log.write(json.dumps(entry) + "\n")

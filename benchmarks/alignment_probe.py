@@ -1,0 +1,290 @@
+"""The fast laboratory: is the alignment right, before Flower is involved?
+
+Two tables on frozen last-slot states (computed once per backbone, then kept in the cache):
+
+* *read-out*: a linear classifier is trained on the latents of one model and tested on another's, against the
+  number and kind of anchors; chance is 6 %.
+* *federated*: clients with skewed data train the shared experts (Dirichlet 0.3, 96 examples each, 30 rounds of 12
+  steps): alone, averaged inside each type, averaged across types; label-word and vocabulary outputs, and the
+  controls in which the alignment is broken on purpose (their gain must vanish).
+
+Run:  python -m benchmarks.alignment_probe --families real tiny --seeds 10
+      (``heterotune fetch`` the real backbones first; a member that is not here is left out and named)
+Cost: minutes per backbone once, for the states; then about 10 minutes per family on one CPU core.
+Writes ``benchmarks/results/alignment_probe.json``. Settings come from the product's own configuration classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.common import RESULTS, write_results
+from benchmarks.probe_federation import LatentTask, Schedule, draw_clients, federate, latent_task
+from benchmarks.probe_states import Task, TypeStates, load_task, load_type
+from heterotune_flwr.backbones.sources import EMBEDDED, is_present
+from heterotune_flwr.config.schema import AlignmentConfig, DataConfig, MethodConfig, TrainConfig
+from heterotune_flwr.dema.factors import principal_components
+from heterotune_flwr.dema.maps import AlignmentResult, compute_maps
+
+FAMILIES = {"real": ("smollm2", "gemma3-270m", "smollm2-pruned"), "tiny": EMBEDDED}
+CONTROLS = ("random_down", "random_up", "random_maps", "rotated_basis")
+LABELLED = 600
+
+
+class Laboratory:
+    """States of a family's types and the maps computed from them."""
+
+    def __init__(self, task: Task, types: list[TypeStates]) -> None:
+        self.task = task
+        self.types = types
+        self.targets = (torch.from_numpy(task.pool_y), torch.from_numpy(task.test_y))
+        self.index = {text: i for i, text in enumerate(task.pool)}
+        self._components: dict[Any, Any] = {}
+
+    def _word_factors(self, own: TypeStates, types: list[TypeStates], count: int) -> dict[str, Any]:
+        shared = np.logical_and.reduce([t.words_mask for t in types])
+        rows = own.word_rows[shared[own.words_mask]].astype(np.float64)
+        left, singular, right = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        return {
+            "words.left": left[:, :count],
+            "words.singular": singular[:count],
+            "words.right": right[:count],
+        }
+
+    def align(
+        self,
+        types: list[TypeStates],
+        alignment: AlignmentConfig,
+        method: MethodConfig,
+        seed: int = 0,
+    ) -> AlignmentResult:
+        """The product's maps for some types."""
+        factors: dict[str, dict[str, Any]] = {}
+        for own in types:
+            key = (own.name, alignment.anchors, alignment.count, alignment.components)
+            if key not in self._components:
+                anchors = own.anchors[alignment.anchors][: alignment.count]
+                self._components[key] = principal_components(anchors, alignment.components)
+            parts = zip(("scores", "basis", "mean"), self._components[key], strict=True)
+            factors[own.name] = {f"slots.0.{name}": value for name, value in parts}
+            factors[own.name]["label_rows"] = own.label_rows
+            if alignment.output == "vocabulary":
+                factors[own.name] |= self._word_factors(own, types, alignment.output_components)
+        return compute_maps(factors, alignment, method, self.task.labels, seed)
+
+    def latent_tasks(self, types: list[TypeStates], result: AlignmentResult) -> list[LatentTask]:
+        """The task as seen through the maps."""
+        return [latent_task(result.maps[t.name], t.label_rows, t.pool, t.test) for t in types]
+
+    def federated(
+        self, types: list[TypeStates], clients: int, seeds: list[int], alignment: AlignmentConfig,
+        method: MethodConfig, schedule: Schedule, data: DataConfig | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """One row of the federated table: ``clients`` of each type, all sharings, paired over seeds."""
+        data = data or self.task.data
+        total = clients * len(types)
+        shares = draw_clients(data, total, seeds, self.index)
+        if alignment.control == "none":
+            tasks = self.latent_tasks(types, self.align(types, alignment, method))
+            found = federate(tasks, self.targets, shares, total, seeds, method, schedule)
+        else:  # a broken alignment is drawn anew for every seed
+            parts = []
+            for i, seed in enumerate(seeds):
+                tasks = self.latent_tasks(types, self.align(types, alignment, method, seed))
+                own = shares[i * total : (i + 1) * total]
+                parts.append(federate(tasks, self.targets, own, total, [seed], method, schedule))
+            found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        return table_row(found, [t.name for t in types])
+
+
+def table_row(found: dict[str, NDArray[np.float64]], names: list[str]) -> dict[str, Any]:
+    """Means over seeds and clients, the paired gain with its standard error over seeds, and per type."""
+    row: dict[str, Any] = {key: round(float(value.mean()), 2) for key, value in found.items()}
+    for rival in ("within", "alone"):
+        gains = (found["across"] - found[rival]).mean(1)
+        row[f"gain_over_{rival}"] = round(float(gains.mean()), 2)
+        row[f"gain_over_{rival}_se"] = round(float(gains.std(ddof=1) / len(gains) ** 0.5), 2)
+    row["clients_helped"] = round(float((found["across"] > found["within"]).mean()), 3)
+    row["types"] = {
+        name: {
+            key: round(float(value[:, i :: len(names)].mean()), 2) for key, value in found.items()
+        }
+        for i, name in enumerate(names)
+    }
+    return row
+
+
+def read_out(train_z: Tensor, train_y: Tensor, penalty: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression (r x C weights, C biases)."""
+    classes = int(train_y.max()) + 1
+    weights = torch.zeros(train_z.shape[1], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=60)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(train_z @ weights + bias, train_y)
+        loss = loss + penalty * weights.pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weights.detach(), bias.detach()
+
+
+def read_out_row(
+    lab: Laboratory,
+    types: list[TypeStates],
+    alignment: AlignmentConfig,
+    method: MethodConfig,
+    seeds: list[int],
+) -> dict[str, Any]:
+    """Within and across accuracy of a read-out, and what another model's labelled examples are worth."""
+    result = lab.align(types, alignment, method)
+    tasks = lab.latent_tasks(types, result)
+    pool_y, test_y = lab.targets
+    sums: dict[str, list[float]] = {
+        k: [] for k in ("within", "across", "own_300", "own_600", "own_300_other_300")
+    }
+
+    def score(fitted: tuple[Tensor, Tensor], task: LatentTask) -> float:
+        right = (task.test_z @ fitted[0] + fitted[1]).argmax(1) == test_y
+        return 100 * float(right.double().mean())
+
+    for seed, (a, b) in itertools.product(seeds, itertools.permutations(range(len(types)), 2)):
+        order = torch.randperm(len(pool_y), generator=torch.Generator().manual_seed(seed))
+        first, half, other = (
+            order[:LABELLED],
+            order[: LABELLED // 2],
+            order[LABELLED // 2 : LABELLED],
+        )
+        fitted = read_out(tasks[a].pool_z[first], pool_y[first])
+        sums["within"].append(score(fitted, tasks[a]))
+        sums["across"].append(score(fitted, tasks[b]))
+        sums["own_600"].append(sums["within"][-1])
+        sums["own_300"].append(score(read_out(tasks[a].pool_z[half], pool_y[half]), tasks[a]))
+        mixed = torch.cat([tasks[a].pool_z[half], tasks[b].pool_z[other]])
+        both = read_out(mixed, torch.cat([pool_y[half], pool_y[other]]))
+        sums["own_300_other_300"].append(score(both, tasks[a]))
+    row: dict[str, Any] = {key: round(float(np.mean(value)), 1) for key, value in sums.items()}
+    row["held_out_correlation"] = round(
+        float(np.mean([quality[0] for quality in result.quality.values()])), 3
+    )
+    return row | {"shrinkage": result.shrinkage[0]}
+
+
+def read_out_table(
+    lab: Laboratory, pairs: list[list[TypeStates]], seeds: list[int]
+) -> dict[str, Any]:
+    """Read-out against the anchors' number and kind, for the first pair; every pair at the largest number."""
+    table: dict[str, Any] = {}
+    method = MethodConfig()
+    for anchors, count in itertools.product(("debian-other", "wordnet"), (300, 1200, 4000, 6000)):
+        alignment = AlignmentConfig(anchors=anchors, count=count)
+        name = f"{anchors}.{count}"
+        table[name] = read_out_row(lab, pairs[0], alignment, method, seeds)
+        print("read-out", name, table[name], flush=True)
+    for pair in pairs[1:]:
+        name = "+".join(t.name for t in pair)
+        table[name] = read_out_row(lab, pair, AlignmentConfig(), method, seeds)
+        print("read-out", name, table[name], flush=True)
+    return table
+
+
+def federated_table(lab: Laboratory, seeds: list[int], schedule: Schedule) -> dict[str, Any]:
+    """Types x clients x outputs, then the controls at one and two clients per type."""
+    table: dict[str, Any] = {}
+    method, every = MethodConfig(), lab.types
+    sets = [every[:2]] if len(every) == 2 else [every[:2], every]
+
+    def add(name: str, types: list[TypeStates], clients: int, **options: Any) -> None:
+        alignment = replace(AlignmentConfig(), **options.pop("alignment", {}))
+        row = lab.federated(types, clients, seeds, alignment, replace(method, **options.pop("method", {})),
+                            replace(schedule, **options))  # fmt: skip
+        table[name] = row
+        print(name, {k: v for k, v in row.items() if k != "types"}, flush=True)
+
+    for types, clients in itertools.product(sets, (1, 2, 4)):
+        where = f"{len(types)} types, {clients} per type"
+        add(f"{where}, labels", types, clients)
+        if clients < 4:
+            vocabulary = {"alignment": {"output": "vocabulary", "output_components": 128}}
+            add(f"{where}, vocabulary", types, clients, **vocabulary)
+    for control, clients in itertools.product(CONTROLS, (1, 2)):
+        where = f"2 types, {clients} per type"
+        add(f"{where}, control {control}", sets[0], clients, alignment={"control": control})
+    for name, options in ABLATIONS.items():
+        for clients in (1, 2):
+            add(f"2 types, {clients} per type, {name}", sets[0], clients, **options)
+    return table
+
+
+#: What each choice is worth: one at a time, against the defaults.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "gate averaged inside a type": {"gate_scope": "type"},
+    "norm-equalised mean": {"rule": "equalised"},
+    "latents weighed equally": {"alignment": {"weighting": 0.0}},
+    "latents weighed by correlation": {"alignment": {"weighting": 1.0}},
+    "r=64": {"method": {"latent": 64}},
+    "r=128": {"method": {"latent": 128}},
+    "one wide expert": {"method": {"experts_global": 1, "inner": 96}},
+    "learning rate 0.001": {"learning_rate": 1e-3},
+    "learning rate 0.003": {"learning_rate": 3e-3},
+    "1200 anchors": {"alignment": {"count": 1200}},
+    "wordnet anchors": {"alignment": {"anchors": "wordnet"}},
+}
+
+
+def run_family(task: Task, names: list[str], seeds: list[int], tables: list[str]) -> dict[str, Any]:
+    """All tables of one family."""
+    lab = Laboratory(task, [load_type(name, task) for name in names])
+    schedule = Schedule(learning_rate=TrainConfig().learning_rate)
+    pairs = [list(pair) for pair in itertools.combinations(lab.types, 2)]
+    found: dict[str, Any] = {"types": [t.name for t in lab.types]}
+    if "readout" in tables:
+        found["readout"] = read_out_table(lab, pairs, seeds[:3])
+    if "federated" in tables:
+        found["federated"] = federated_table(lab, seeds, schedule)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
+    parser.add_argument("--tables", nargs="+", choices=["readout", "federated"],
+                        default=["readout", "federated"])  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    task = load_task()
+    path = RESULTS / "alignment_probe.json"
+    values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    values |= {
+        "seeds": args.seeds,
+        "settings": {"alignment": asdict(AlignmentConfig()), "method": asdict(MethodConfig()),
+                     "train": asdict(TrainConfig())},
+    }  # fmt: skip
+    for family in args.families:
+        here = [name for name in FAMILIES[family] if is_present(name)]
+        left_out = sorted(set(FAMILIES[family]) - set(here))
+        if left_out:
+            print(f"{family}: not on this machine, left out: {', '.join(left_out)}", flush=True)
+        if len(here) < 2:
+            continue
+        found = run_family(task, here, list(range(args.seeds)), args.tables)
+        values[family] = {**values.get(family, {}), **found, "left_out": left_out}
+    write_results("alignment_probe", values)
+
+
+if __name__ == "__main__":
+    main()

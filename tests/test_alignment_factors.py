@@ -1,0 +1,253 @@
+"""What a client reads off its backbone for the alignment, against naive forward passes; anchors; the cache."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
+from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, MethodConfig
+from heterotune_flwr.dema.alignment import align_types, factors_path
+from heterotune_flwr.dema.anchors import SHIPPED, anchor_digest, load_anchors, public_words
+from heterotune_flwr.dema.factors import (
+    alignment_factors,
+    collect_states,
+    principal_components,
+    words_mask,
+)
+from heterotune_flwr.dema.structure import find_structure, slot_blocks
+from heterotune_flwr.errors import BackboneError, DataError
+from heterotune_flwr.exchange.packing import Tensors
+from tests.tiny_backbones import LABELS, save_backbone
+
+DATA = DataConfig(prompt="Package: {text}\nSection:", max_length=64)
+TEXTS = [
+    f"{first} {second} {number}"
+    for number in range(4)
+    for first in ("red apples", "fast engines", "the violin")
+    for second in ("grow on trees", "need oil and careful drivers", "plays a slow song")
+]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    directory = save_backbone(tmp_path_factory.mktemp("backbone") / "small")
+    clear_backbones()
+    return load_backbone(BackboneSpec(str(directory), "fp32"))
+
+
+@torch.no_grad()
+def naive_states(backbone: Backbone, text: str, slots: int) -> list[np.ndarray]:
+    """All positions of every slot's input, one unpadded text at a time."""
+    ids = torch.tensor([backbone.tokenizer(DATA.prompt.replace("{text}", text))["input_ids"]])
+    structure, kept = find_structure(backbone.model), {}
+    blocks = slot_blocks(slots, backbone.layers)
+    handles = [
+        backbone.model.get_submodule(structure.mlps[block]).register_forward_pre_hook(
+            lambda _m, args, slot=slot: kept.__setitem__(slot, args[0][0])
+        )
+        for slot, block in enumerate(blocks)
+    ]
+    output = backbone.model(input_ids=ids, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    kept[slots - 1] = output.hidden_states[-1][0]
+    return [kept[slot].numpy() for slot in range(slots)]
+
+
+def test_states_are_those_of_a_naive_pass_at_the_answer_position(backbone):
+    found = collect_states(backbone, TEXTS, DATA, slots=3)
+    assert [rows.shape for rows in found] == [(len(TEXTS), 32)] * 3
+    for index in (0, 5, len(TEXTS) - 1):
+        for slot, states in enumerate(naive_states(backbone, TEXTS[index], 3)):
+            np.testing.assert_allclose(found[slot][index], states[-1], atol=2e-4)
+
+
+def test_word_rows_average_the_tokens_that_overlap_a_word(backbone):
+    rows = collect_states(backbone, TEXTS[:2], DATA, slots=1, positions="words")[0]
+    rendered = [DATA.prompt.replace("{text}", text) for text in TEXTS[:2]]
+    assert len(rows) == sum(len(text.split()) for text in rendered)
+    states = naive_states(backbone, TEXTS[0], 1)[0]
+    encoded = backbone.tokenizer(rendered[0], return_offsets_mapping=True)
+    start = 0
+    for number, word in enumerate(rendered[0].split()):
+        start = rendered[0].index(word, start)
+        end = start + len(word)
+        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start]
+        assert inside
+        np.testing.assert_allclose(rows[number], states[inside].mean(0), atol=2e-4)
+        start = end
+
+
+def test_principal_components_rebuild_the_states_and_are_uncorrelated():
+    rng = np.random.default_rng(0)
+    states = (rng.standard_normal((90, 5)) @ rng.standard_normal((5, 12)) + 3).astype(np.float32)
+    scores, basis, mean = principal_components(states, 8)
+    assert scores.shape == (90, 5)  # no more than the rank
+    np.testing.assert_allclose(scores @ basis + mean, states, atol=1e-4)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(5), atol=1e-8)
+    gram = scores.T @ scores
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-6 * gram.max())
+    assert np.all(np.diff(np.diag(gram)) < 0)
+
+
+def test_factors_hold_the_label_words_rows_and_the_shared_words(backbone):
+    words = [w for w, known in zip(public_words(TEXTS, 20), words_mask(backbone.tokenizer, public_words(TEXTS, 20)),
+                                   strict=True) if known]  # fmt: skip
+    alignment = AlignmentConfig(components=9, output="vocabulary", output_components=4)
+    factors = alignment_factors(backbone, TEXTS, alignment, DATA, LABELS, 1, words)
+    assert factors["slots.0.scores"].shape == (len(TEXTS), 9)
+    head = backbone.model.get_output_embeddings().weight
+    for row, label in zip(factors["label_rows"], LABELS, strict=True):
+        token = backbone.tokenizer(f" {label}", add_special_tokens=False)["input_ids"][0]
+        np.testing.assert_array_equal(row, head[token].numpy())
+    assert factors["words.left"].shape == (len(words), 4)
+    assert all(value.dtype == np.float32 for value in factors.values())
+
+
+def test_too_few_shared_words_is_a_clear_error(backbone):
+    with pytest.raises(BackboneError, match="vocabularies have too little in common"):
+        alignment_factors(
+            backbone,
+            TEXTS,
+            AlignmentConfig(output="vocabulary"),
+            DATA,
+            LABELS,
+            1,
+            ["unheardofword"],
+        )
+
+
+def test_pullback_predicts_the_effect_of_a_push_at_a_deeper_slot(backbone):
+    """The average gradient against a finite difference: push the slot's output, watch the label logits."""
+    alignment = AlignmentConfig(components=8, pullback_anchors=6)
+    factors = alignment_factors(backbone, TEXTS, alignment, DATA, LABELS, 2)
+    pulled, rows = factors["slots.0.pullback"], factors["label_rows"]
+    assert pulled.shape == (len(LABELS), 32)
+    push = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 1e-3
+    structure = find_structure(backbone.model)
+    mlp = backbone.model.get_submodule(structure.mlps[slot_blocks(2, backbone.layers)[0]])
+
+    def logits(sign: float) -> np.ndarray:
+        def hook(_module, _args, output):
+            pushed = output.clone()
+            pushed[:, -1] += sign * push
+            return pushed
+
+        handle = mlp.register_forward_hook(hook)
+        states = [naive_states(backbone, text, 1)[0][-1] for text in TEXTS[:6]]
+        handle.remove()
+        return np.mean([state @ rows.T for state in states], axis=0)
+
+    difference = (logits(1.0) - logits(-1.0)) / 2
+    np.testing.assert_allclose(pulled @ push.numpy(), difference, rtol=0.02, atol=1e-5)
+
+
+# --- Anchors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_anchors_are_many_short_and_not_the_tasks_texts(name):
+    texts = load_anchors(AlignmentConfig(anchors=name, count=10_000))
+    assert len(texts) >= 4000
+    assert np.median([len(text) for text in texts]) < 200
+    from heterotune_flwr.data.sources import global_test, training_pool
+
+    task = {e.text for e in training_pool(DataConfig())} | {
+        e.text for e in global_test(DataConfig())
+    }
+    assert not task & set(texts)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz"])
+def test_own_anchor_files(tmp_path: Path, suffix: str):
+    path = tmp_path / f"own{suffix}"
+    lines = TEXTS if suffix == ".txt" else [json.dumps({"text": text}) for text in TEXTS]
+    content = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert load_anchors(AlignmentConfig(anchors=str(path), count=12)) == TEXTS[:12]
+
+
+def test_anchor_mistakes_are_named(tmp_path: Path):
+    with pytest.raises(
+        DataError, match=r"'wordnett': neither a shipped set \(debian-other, wordnet\)"
+    ):
+        load_anchors(AlignmentConfig(anchors="wordnett"))
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n{"words": 3}\n')
+    with pytest.raises(DataError, match="line 2"):
+        load_anchors(AlignmentConfig(anchors=str(path)))
+    path.write_text('{"text": "fine"}\n')
+    with pytest.raises(DataError, match="has 1 anchors"):
+        load_anchors(AlignmentConfig(anchors=str(path)))
+
+
+def test_public_words_are_the_most_frequent_in_a_fixed_order():
+    assert public_words(["beta alpha", "alpha gamma", "gamma beta alpha"], 2) == ["alpha", "beta"]
+    assert anchor_digest(["ab", "c"]) != anchor_digest(["a", "bc"])
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Answers with one backbone's factors and counts how often it was asked."""
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        self.backbone, self.config, self.asked = backbone, config, []
+
+    def __call__(self, type_keys: list[str]) -> dict[str, Tensors]:
+        self.asked.append(list(type_keys))
+        texts = load_anchors(self.config.alignment)
+        return {
+            key: alignment_factors(
+                self.backbone, texts, self.config.alignment, self.config.data, LABELS, 1
+            )
+            for key in type_keys
+        }
+
+
+@pytest.fixture
+def run_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
+    anchors = tmp_path / "anchors.txt"
+    anchors.write_text("\n".join(TEXTS))
+    config = Config()
+    config.alignment = AlignmentConfig(anchors=str(anchors), components=12)
+    config.data = DATA
+    config.method = MethodConfig(latent=6)
+    return config
+
+
+def test_factors_are_asked_for_once(backbone, run_config):
+    ask = Counter(backbone, run_config)
+    prints = {"x@fp32": "f1", "y@fp32": "f2"}
+    first = align_types(prints, run_config, run_config.method, LABELS, ask)
+    again = align_types(prints, run_config, run_config.method, LABELS, ask)
+    assert ask.asked == [["x@fp32", "y@fp32"]]
+    for key, maps in first.maps.items():
+        for name, value in maps.items():
+            np.testing.assert_array_equal(value, again.maps[key][name])
+    align_types(prints | {"z@fp32": "f3"}, run_config, run_config.method, LABELS, ask)
+    assert ask.asked[-1] == ["z@fp32"]  # only the new type
+
+
+def test_other_weights_prompts_and_damaged_files_are_not_served_from_the_cache(
+    backbone, run_config
+):
+    ask = Counter(backbone, run_config)
+    align_types({"x@fp32": "f1"}, run_config, run_config.method, LABELS, ask)
+    align_types({"x@fp32": "other weights"}, run_config, run_config.method, LABELS, ask)
+    assert len(ask.asked) == 2
+    path = factors_path({"x@fp32": "f1"}, "x@fp32", run_config, run_config.method, LABELS)
+    path.write_bytes(b"half a file")
+    align_types({"x@fp32": "f1"}, run_config, run_config.method, LABELS, ask)
+    assert len(ask.asked) == 3
+    run_config.data = DataConfig(prompt="Say: {text}\nTopic:", max_length=64)
+    align_types({"x@fp32": "f1"}, run_config, run_config.method, LABELS, ask)
+    assert len(ask.asked) == 4

@@ -1,0 +1,50 @@
+"""Paths of a configuration are taken from where the user stands: workers stand elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heterotune_flwr.config.compose import compose, with_absolute_paths
+from heterotune_flwr.errors import ConfigError
+
+
+def test_paths_become_absolute_and_names_stay_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "tiny-a").mkdir()  # a folder does not hide the embedded backbone of that name
+    (tmp_path / "anchors.txt").write_text("x\n")
+    given = compose(
+        "demo",
+        "types.1.backbone=model types.2.backbone=owner/name alignment.anchors=anchors.txt "
+        "data.train=train.csv data.test=~/test.csv run.dir=out run.state_dir=state",
+    )
+    config = with_absolute_paths(given)
+    assert [t.backbone for t in config.types] == ["tiny-a", str(tmp_path / "model"), "owner/name"]
+    assert config.alignment.anchors == str(tmp_path / "anchors.txt")
+    assert config.data.train == str(tmp_path / "train.csv")
+    assert config.data.test == str(Path.home() / "test.csv")
+    assert (config.run.dir, config.run.state_dir) == (
+        str(tmp_path / "out"),
+        str(tmp_path / "state"),
+    )
+    assert given.run.dir == "out"
+
+
+def test_shipped_anchors_and_missing_settings_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "debian-other").mkdir()
+    config = compose("demo")
+    assert with_absolute_paths(config) == config
+
+
+def test_worker_count_is_checked() -> None:
+    assert compose("demo", "run.workers=2").run.workers == 2
+    assert compose("demo").run.workers is None
+    with pytest.raises(ConfigError, match=r"run\.workers is 0"):
+        compose("demo", "run.workers=0")
