@@ -1,4 +1,4 @@
-"""The alignment's mathematics: GCCA against an oracle, planted latents, output maps by effect, controls, late joiners."""
+"""The alignment: GCCA against an oracle, planted latents, output maps by effect, controls, late joiners."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.launcher import free_port, launch, stage_app
 
 BIN = Path(sys.executable).parent
-BITS = {"tiny-a@nf4", "tiny-b@int8", "tiny-c@bf16"}
+BITS = {"tiny-a@bf16", "tiny-b@int8", "tiny-c@nf4"}
 
 
 def _ours(marker: str) -> list[psutil.Process]:
