@@ -140,7 +140,7 @@ def test_sharing_averages_exactly_the_right_clients():
     assert new["gate"].flatten().tolist() == pytest.approx(expected)
     new = aggregate(start, end, grouped("type"), Schedule(), {})
     assert new["up"].flatten().tolist() == pytest.approx(expected)
-    assert new["gate"].flatten().tolist() == pytest.approx(expected[:8] + [2, 20, 2, 20])
+    assert new["gate"].flatten().tolist() == pytest.approx([*expected[:8], 2, 20, 2, 20])
     new = aggregate(start, end, grouped("client"), Schedule(), {})
     assert new["gate"].flatten().tolist() == pytest.approx([1, 10, 3, 30] * 3)
 

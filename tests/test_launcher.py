@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import textwrap
 import time
 import tomllib
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +357,22 @@ def test_the_tail_leaves_empty_lines_out(tmp_path: Path) -> None:
     assert tail(path) == ""
     path.write_text("a\n\n" + "".join(f"{n}\n\n" for n in range(40)))
     assert tail(path, 3) == "37\n38\n39"
+
+
+def test_the_checkout_itself_is_an_app_flower_accepts(tmp_path: Path) -> None:
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.cli.config_utils import load_and_validate
+
+    root = Path(__file__).resolve().parents[1]
+    config, warnings = load_and_validate(root / "pyproject.toml")
+    assert warnings == []
+    assert set(config["tool"]["flwr"]["app"]["config"]) == {"config", "overrides"}
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    for name in ("heterotune_flwr", "server_app", "client_app", "conf"):
+        shutil.copytree(root / name, tmp_path / name)
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path))) as bundle:
+        names = set(bundle.namelist())
+    staged = stage_app(tmp_path / "staged")
+    same = {p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()}
+    assert same - names == set()  # a checkout and an installed wheel ship the same app
+    assert not [name for name in names if name.endswith(("tokenizer.json", ".safetensors"))]

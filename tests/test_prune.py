@@ -86,14 +86,17 @@ def test_healing_lowers_the_held_out_loss_and_is_reproducible(parent):
 
 def test_the_result_is_an_ordinary_backbone_directory(parent, tmp_path):
     lines: list[str] = []
-    losses = prune_and_heal(parent, tmp_path / "small", TEXTS * 60, hidden=16, layers=2, tokens=2000, report=lines.append)
+    target = tmp_path / "small"
+    losses = prune_and_heal(
+        parent, target, TEXTS * 60, hidden=16, layers=2, tokens=2000, report=lines.append
+    )
     assert set(losses) == {"parent", "pruned", "healed"}
     assert losses["healed"] < losses["pruned"]
     assert any("healed" in line for line in lines)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    model = AutoModelForCausalLM.from_pretrained(target)
     assert model.config.hidden_size == 16
     assert model.dtype == torch.bfloat16
-    assert AutoTokenizer.from_pretrained(tmp_path / "small")("red apples")["input_ids"]
+    assert AutoTokenizer.from_pretrained(target)("red apples")["input_ids"]
 
 
 def test_mistakes_are_named(parent, tmp_path):

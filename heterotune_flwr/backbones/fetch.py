@@ -79,7 +79,7 @@ PACKAGED: dict[str, PackagedBackbone] = {
 
 #: name -> "module:function" of backbones that are computed from another one;
 #: called as ``function(target_directory, report)``.
-DERIVED: dict[str, str] = {"smollm2-pruned": "heterotune_flwr.backbones.pruning:build_pruned"}
+DERIVED: dict[str, str] = {"smollm2-pruned": "heterotune_flwr.backbones.prune:build_pruned"}
 
 
 def fetch(

@@ -89,7 +89,7 @@ class AlignmentConfig:
         metadata={"help": "candidates; the best on held-out anchors is taken"},
     )
     weighting: float = _help(
-        "latents are weighed by their held-out canonical correlation to this power; 0: equally", 1.0
+        "latents are weighed by their held-out canonical correlation to this power; 0: equally", 2.0
     )
     output: str = _help("labels | vocabulary: functionals that align the output maps", "labels")
     words: int = _help("size of the public word list shared by all vocabularies", 4096)
