@@ -45,7 +45,7 @@ class Schedule:
     rounds: int = 30
     steps: int = 12
     batch: int = 16
-    learning_rate: float = 3e-3
+    rates: tuple[float, ...] = (1e-3,)  # learning rates, all tried at once
     weight_decay: float = 0.0
     clip: float = 1.0
     rule: str = "mean"  # mean | equalised
@@ -108,8 +108,9 @@ def mixture(bank: Mapping[str, Tensor], z: Tensor) -> Tensor:
 class Adam:
     """AdamW and clipping per client, on tensors whose first axis is the client."""
 
-    def __init__(self, bank: Mapping[str, Tensor], schedule: Schedule) -> None:
+    def __init__(self, bank: Mapping[str, Tensor], schedule: Schedule, rates: Tensor) -> None:
         self.schedule = schedule
+        self.rates = rates  # one per client
         self.first = {k: torch.zeros_like(v) for k, v in bank.items()}
         self.second = {k: torch.zeros_like(v) for k, v in bank.items()}
         self.count = 0
@@ -121,15 +122,15 @@ class Adam:
         norm = torch.stack([g.flatten(1).pow(2).sum(1) for g in grads.values()]).sum(0).sqrt()
         factor = (self.schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         correction = (1 - 0.999**self.count) ** 0.5
-        rate = self.schedule.learning_rate / (1 - 0.9**self.count)
         for key, value in bank.items():
-            grad = grads[key] * factor.reshape(-1, *[1] * (value.dim() - 1))
+            shape = (-1, *[1] * (value.dim() - 1))
+            rates = self.rates.reshape(shape)
+            grad = grads[key] * factor.reshape(shape)
             self.first[key].lerp_(grad, 0.1)
             self.second[key].lerp_(grad.square(), 0.001)
-            value.mul_(1 - self.schedule.learning_rate * self.schedule.weight_decay)
-            value.addcdiv_(
-                self.first[key], self.second[key].sqrt() / correction + 1e-8, value=-rate
-            )
+            value.mul_(1 - rates * self.schedule.weight_decay)
+            size = self.second[key].sqrt() / correction + 1e-8
+            value.sub_(rates / (1 - 0.9**self.count) * self.first[key] / size)
 
 
 def _averaged(values: Tensor, groups: Tensor) -> Tensor:
@@ -199,12 +200,14 @@ def federate(
     clients: int, seeds: list[int], method: MethodConfig, schedule: Schedule,
     sharings: tuple[str, ...] = SHARINGS,
 ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-    """Accuracy (sharing -> seeds x clients, percent) on the global test after the last round.
+    """Accuracy (sharing -> rates x seeds x clients, percent) on the global test after the last round.
 
     Client ``i`` of a run is of type ``i mod len(tasks)``, as in the product's simulation. Clients see the
-    same batches whatever is shared: differences between sharings are paired.
+    same batches whatever is shared and however fast they learn: differences are paired.
     """
-    each = len(shares)
+    rates = torch.tensor(schedule.rates)
+    clones = len(rates)
+    each = len(shares) * clones
     kinds = [SHARINGS.index(name) for name in sharings]
     total = each * len(kinds)
     types = (torch.arange(each) % clients % len(tasks)).repeat(len(kinds))
@@ -212,22 +215,23 @@ def federate(
     groups = Groups.of(
         torch.tensor(kinds).repeat_interleave(each), runs, types, schedule.gate_scope
     )
-    chosen = torch.tensor(shares).repeat(len(kinds), 1)
+    rate = rates.repeat_interleave(len(shares)).repeat(len(kinds))
+    chosen = torch.tensor(shares).repeat(len(kinds) * clones, 1)
     z = torch.stack([tasks[types[i]].pool_z[chosen[i]] for i in range(total)])
     logits = torch.stack([tasks[types[i]].pool_logits[chosen[i]] for i in range(total)])
     wanted = targets[0][chosen]
     effect = torch.stack([tasks[t].effect for t in types.tolist()]).transpose(1, 2)
     firsts = [initial_bank(method, tasks[0].effect.shape[1], seed) for seed in seeds]
-    bank = {k: torch.stack([firsts[int(r)][k] for r in runs]) for k in firsts[0]}
+    bank = {k: torch.stack([firsts[int(r) % len(seeds)][k] for r in runs]) for k in firsts[0]}
     rng = torch.Generator().manual_seed(0)
     rows = torch.arange(total)[:, None]
     size, scale = min(schedule.batch, chosen.shape[1]), {}
     for _ in range(schedule.rounds):
         start = {key: value.clone() for key, value in bank.items()}
-        adam = Adam(bank, schedule)
+        adam = Adam(bank, schedule, rate)
         epochs = -(-schedule.steps * size // chosen.shape[1])
-        order = torch.rand(each, epochs, chosen.shape[1], generator=rng).argsort(-1).flatten(1)
-        order = order.repeat(len(kinds), 1)
+        drawn = torch.rand(len(shares), epochs, chosen.shape[1], generator=rng)
+        order = drawn.argsort(-1).flatten(1).repeat(len(kinds) * clones, 1)
         for step in range(schedule.steps):
             batch = order[:, step * size : (step + 1) * size]
             leaves = {key: value.requires_grad_(True) for key, value in bank.items()}
@@ -240,7 +244,7 @@ def federate(
             adam.step(bank, dict(zip(bank, grads, strict=True)))
         bank = aggregate(start, bank, groups, schedule, scale)
     found = _accuracies(bank, tasks, types, effect, targets[1])
-    parts = found.reshape(len(kinds), len(seeds), clients)
+    parts = found.reshape(len(kinds), clones, len(seeds), clients)
     return dict(zip(sharings, parts, strict=True))
 
 

@@ -90,7 +90,7 @@ def train_naively(layer: DeMALayer, x: torch.Tensor, head: torch.Tensor, y: torc
     layer.reset("default")
     parameters = list(layer.trainable("default").values())
     for order in orders:
-        optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=schedule.rates[0], weight_decay=0.0)
         for step in range(schedule.steps):
             picked = torch.tensor(share)[order[step * schedule.batch : (step + 1) * schedule.batch]]
             loss = functional.cross_entropy(layer(x[picked]) @ head.T, y[picked])
@@ -103,7 +103,7 @@ def train_naively(layer: DeMALayer, x: torch.Tensor, head: torch.Tensor, y: torc
 
 def test_training_alone_equals_the_products_loop(monkeypatch: pytest.MonkeyPatch):
     tasks, layers, states, rows, targets = world()
-    schedule = Schedule(rounds=3, steps=4, batch=4, learning_rate=0.03, clip=0.5)
+    schedule = Schedule(rounds=3, steps=4, batch=4, rates=(0.03,), clip=0.5)
     shares = [list(range(0, 16)), list(range(20, 36))]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.rand(2, 1, 16, generator=generator).argsort(-1).flatten(1) for _ in range(3)]
@@ -167,7 +167,7 @@ def test_sharing_helps_when_types_see_the_same_and_not_when_they_do_not():
     same = LatentTask(z, blank, z, blank, effect)
     turned = LatentTask(z @ turn, blank, z @ turn, blank, effect)
     shares = [list(range(20)), list(range(20, 40))] * 3
-    schedule = Schedule(rounds=8, steps=5, batch=8, learning_rate=0.02)
+    schedule = Schedule(rounds=8, steps=5, batch=8, rates=(0.02,))
     gains = {}
     for name, other in (("same", same), ("turned", turned)):
         found = federate([same, other], (labels, labels), shares, 2, [1, 2, 3], METHOD, schedule)

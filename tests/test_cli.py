@@ -12,7 +12,7 @@ HETEROTUNE = str(Path(sys.executable).parent / "heterotune")
 
 
 def _heterotune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([HETEROTUNE, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([HETEROTUNE, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def test_help_lists_every_command() -> None:
@@ -53,3 +53,12 @@ def test_wrong_input_is_one_line_and_exit_code_one(arguments: list[str], words: 
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert words in line
     assert "Traceback" not in done.stderr
+
+
+def test_align_computes_maps_that_a_run_finds_in_the_cache() -> None:
+    first = _heterotune("align", "quick")
+    assert first.returncode == 0, first.stderr
+    assert "reading 400 anchors with tiny-a@bf16" in first.stdout
+    second = _heterotune("align", "quick")
+    assert "reading" not in second.stdout
+    assert second.stdout.count("canonical correlation") == 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import Config
@@ -32,6 +34,7 @@ def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[fl
     """
     if not config.types:
         raise ConfigError("types is empty: name the backbones to align")
+    torch.set_num_threads(config.run.worker_threads)
     loaded: dict[str, Backbone] = {}
     for entry in config.types:
         spec = BackboneSpec(entry.backbone, entry.bits, entry.revision)
