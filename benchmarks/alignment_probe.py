@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,7 +30,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.common import RESULTS, write_results
-from benchmarks.probe_federation import LatentTask, Schedule, draw_clients, federate, latent_task
+from benchmarks.probe_federation import (
+    SHARINGS,
+    LatentTask,
+    Schedule,
+    draw_clients,
+    federate,
+    latent_task,
+)
 from benchmarks.probe_states import Task, TypeStates, load_task, load_type
 from heterotune_flwr.backbones.sources import EMBEDDED, is_present
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig, MethodConfig
@@ -44,7 +52,7 @@ FIRST_SEED = 100
 #: The recommended choices, found with this laboratory; everything else is the product's default.
 ALIGNMENT = AlignmentConfig(count=6000, weighting=2.0)
 METHOD = MethodConfig(slots=1, latent=128, inner=32, experts_global=3, gate_scope="global")
-SCHEDULE = Schedule(rounds=30, steps=12, rates=(1e-4, 2e-4, 4e-4, 1e-3, 3e-3))
+SCHEDULE = Schedule(rounds=30, steps=12, rates=(2e-4, 4e-4, 1e-3, 3e-3))
 
 
 class Laboratory:
@@ -99,30 +107,63 @@ class Laboratory:
         """One row of the federated table: ``clients`` of each type, all sharings, paired over seeds."""
         total = clients * len(types)
         shares = draw_clients(data, total, seeds, self.index)
+        # A single client of its type has nobody to average with: alone and within are the same.
+        sharings = SHARINGS if clients > 1 else SHARINGS[1:]
         if alignment.control == "none":
             tasks = self.latent_tasks(types, self.align(types, alignment, method))
-            found = federate(tasks, self.targets, shares, total, seeds, method, schedule)
+            found = federate(tasks, self.targets, shares, total, seeds, method, schedule, sharings)
         else:  # a broken alignment is drawn anew for every seed
             parts = []
             for i, seed in enumerate(seeds):
                 tasks = self.latent_tasks(types, self.align(types, alignment, method, seed))
                 own = shares[i * total : (i + 1) * total]
-                parts.append(federate(tasks, self.targets, own, total, [seed], method, schedule))
-            found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        return table_row(found, [t.name for t in types])
+                parts.append(
+                    federate(tasks, self.targets, own, total, [seed], method, schedule, sharings)
+                )
+            found = {key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]}
+        found.setdefault("alone", found["within"])
+        return table_row(found, [t.name for t in types], schedule.rates)
 
 
-def table_row(found: dict[str, NDArray[np.float64]], names: list[str]) -> dict[str, Any]:
-    """Means over seeds and clients, the paired gain with its standard error over seeds, and per type."""
-    row: dict[str, Any] = {key: round(float(value.mean()), 2) for key, value in found.items()}
+def tuned(accuracies: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From rates x seeds x clients to seeds x clients: each seed at the rate that is best on the others.
+
+    A learning rate that suits shared training overfits a client alone, and the other way round; so every
+    sharing gets its own, and never one chosen on the seed it is measured on.
+    """
+    if accuracies.shape[1] == 1:
+        raise ValueError("choosing the learning rate on other seeds needs at least two seeds")
+    means = accuracies.mean(axis=2)
+    best = [
+        int(np.delete(means, seed, axis=1).mean(axis=1).argmax()) for seed in range(means.shape[1])
+    ]
+    return np.stack([accuracies[rate, seed] for seed, rate in enumerate(best)])
+
+
+def table_row(
+    found: dict[str, NDArray[np.float64]], names: list[str], rates: tuple[float, ...]
+) -> dict[str, Any]:
+    """Means over seeds and clients with every sharing at its own best learning rate, and by rate.
+
+    Gains are paired, with their standard error over seeds. ``gain_at_one_rate`` compares sharings at the
+    rate that is best for sharing across types: it flatters sharing, and is here to show by how much.
+    """
+    best = {key: tuned(value) for key, value in found.items()}
+    row: dict[str, Any] = {key: round(float(value.mean()), 2) for key, value in best.items()}
     for rival in ("within", "alone"):
-        gains = (found["across"] - found[rival]).mean(1)
+        gains = (best["across"] - best[rival]).mean(axis=1)
         row[f"gain_over_{rival}"] = round(float(gains.mean()), 2)
         row[f"gain_over_{rival}_se"] = round(float(gains.std(ddof=1) / len(gains) ** 0.5), 2)
-    row["clients_helped"] = round(float((found["across"] > found["within"]).mean()), 3)
+    same = int(found["across"].mean(axis=(1, 2)).argmax())
+    row["gain_at_one_rate"] = round(float((found["across"] - found["within"])[same].mean()), 2)
+    row["clients_helped"] = round(float((best["across"] > best["within"]).mean()), 3)
+    row["by_rate"] = {
+        key: {str(rate): round(float(v.mean()), 2) for rate, v in zip(rates, value, strict=True)}
+        for key, value in found.items()
+    }
     row["types"] = {
         name: {
-            key: round(float(value[:, i :: len(names)].mean()), 2) for key, value in found.items()
+            key: round(float(value[:, i :: len(names)].mean()), 2) for key, value in best.items()
         }
         for i, name in enumerate(names)
     }
@@ -189,26 +230,25 @@ def read_out_row(
 
 
 def read_out_table(
-    lab: Laboratory, pairs: list[list[TypeStates]], seeds: list[int]
-) -> dict[str, Any]:
+    lab: Laboratory,
+    pairs: list[list[TypeStates]],
+    seeds: list[int],
+    keep: Callable[[str, str, Any], None],
+) -> None:
     """Read-out against the anchors' number and kind, for the first pair; every pair at the largest number."""
-    table: dict[str, Any] = {}
     for anchors, count in itertools.product(("debian-other", "wordnet"), (300, 1200, 4000, 6000)):
         alignment = replace(ALIGNMENT, anchors=anchors, count=count)
-        name = f"{anchors}.{count}"
-        table[name] = read_out_row(lab, pairs[0], alignment, METHOD, seeds)
-        print("read-out", name, table[name], flush=True)
+        row = read_out_row(lab, pairs[0], alignment, METHOD, seeds)
+        keep("readout", f"{anchors}.{count}", row | {"seeds": seeds})
     for pair in pairs[1:]:
         name = "+".join(t.name for t in pair)
-        table[name] = read_out_row(lab, pair, ALIGNMENT, METHOD, seeds)
-        print("read-out", name, table[name], flush=True)
-    return table
+        keep("readout", name, read_out_row(lab, pair, ALIGNMENT, METHOD, seeds) | {"seeds": seeds})
 
 
 def planned_rows(types: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
     """Name -> (types, clients per type, what differs from the recommended settings)."""
     rows: dict[str, tuple[int, int, dict[str, Any]]] = {}
-    vocabulary = {"alignment": {"output": "vocabulary", "output_components": 128}}
+    vocabulary = {"alignment": {"output": "vocabulary", "output_components": 256}}
     for kinds, clients in itertools.product(sorted({2, types}), (1, 2, 4)):
         where = f"{kinds} types, {clients} per type"
         rows[f"{where}, labels"] = (kinds, clients, {})
@@ -224,11 +264,12 @@ def planned_rows(types: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
     return rows
 
 
-def federated_table(lab: Laboratory, seeds: list[int], only: str) -> dict[str, Any]:
-    """Types x clients x outputs, the controls and what each choice is worth."""
-    table: dict[str, Any] = {}
+def federated_table(
+    lab: Laboratory, seeds: list[int], only: list[str], keep: Callable[[str, str, Any], None]
+) -> None:
+    """The planned rows whose name contains one of ``only``."""
     for name, (kinds, clients, options) in planned_rows(len(lab.types)).items():
-        if only not in name:
+        if not any(part in name for part in only):
             continue
         row = lab.federated(
             lab.types[:kinds], clients, seeds,
@@ -237,9 +278,7 @@ def federated_table(lab: Laboratory, seeds: list[int], only: str) -> dict[str, A
             replace(SCHEDULE, **options.get("schedule", {})),
             replace(lab.task.data, **options.get("data", {})),
         )  # fmt: skip
-        table[name] = row
-        print(name, {key: value for key, value in row.items() if key != "types"}, flush=True)
-    return table
+        keep("federated", name, row | {"seeds": seeds})
 
 
 #: What each choice is worth: one at a time, against the defaults.
@@ -258,17 +297,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def run_family(
-    task: Task, names: list[str], seeds: list[int], tables: list[str], only: str
-) -> dict[str, Any]:
-    """All tables of one family."""
+    task: Task, names: list[str], seeds: list[int], tables: list[str], only: str,
+    keep: Callable[[str, str, Any], None],
+) -> list[str]:  # fmt: skip
+    """All tables of one family; every finished row goes to ``keep(table, name, row)``."""
     lab = Laboratory(task, [load_type(name, task) for name in names])
     pairs = [list(pair) for pair in itertools.combinations(lab.types, 2)]
-    found: dict[str, Any] = {"types": [t.name for t in lab.types]}
     if "readout" in tables:
-        found["readout"] = read_out_table(lab, pairs, seeds[:3])
+        read_out_table(lab, pairs, seeds[:3], keep)
     if "federated" in tables:
-        found["federated"] = federated_table(lab, seeds, only)
-    return found
+        federated_table(lab, seeds, only, keep)
+    return [t.name for t in lab.types]
 
 
 def main() -> None:
@@ -276,18 +315,16 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
     parser.add_argument("--tables", nargs="+", choices=["readout", "federated"],
                         default=["readout", "federated"])  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds")
-    parser.add_argument("--only", default="", help="federated rows whose name contains this")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="federated rows whose name contains one of these"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds = list(range(FIRST_SEED, FIRST_SEED + args.seeds))
     task = load_task()
     path = RESULTS / "alignment_probe.json"
     values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    values |= {
-        "seeds": seeds,
-        "settings": {"alignment": asdict(ALIGNMENT), "method": asdict(METHOD), "train": asdict(SCHEDULE)},
-    }
     for family in args.families:
         here = [name for name in FAMILIES[family] if is_present(name)]
         left_out = sorted(set(FAMILIES[family]) - set(here))
@@ -295,12 +332,26 @@ def main() -> None:
             print(f"{family}: not on this machine, left out: {', '.join(left_out)}", flush=True)
         if len(here) < 2:
             continue
-        found = run_family(task, here, seeds, args.tables, args.only)
-        known = values.get(family, {})
-        for table in args.tables:  # rows that were not asked for stay as they are
-            found[table] = {**known.get(table, {}), **found[table]}
-        values[family] = {**known, **found, "left_out": left_out}
-        write_results("alignment_probe", values)
+        settings = {
+            "alignment": asdict(ALIGNMENT),
+            "method": asdict(METHOD),
+            "train": asdict(SCHEDULE),
+        }
+        values["settings"] = settings
+        entry = values.setdefault(family, {})
+        entry |= {"types": here, "left_out": left_out}
+
+        def keep(table: str, name: str, row: Any, entry: dict[str, Any] = entry) -> None:
+            entry.setdefault(table, {})[name] = row  # rows that were not asked for stay as they are
+            write_results("alignment_probe", values)  # nothing computed is lost
+            print(
+                table,
+                name,
+                {k: v for k, v in row.items() if k not in ("types", "by_rate")},
+                flush=True,
+            )
+
+        run_family(task, here, seeds, args.tables, args.only, keep)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,9 @@ def test_training_alone_equals_the_products_loop(monkeypatch: pytest.MonkeyPatch
     federate(tasks, (targets, targets), shares, 2, [7], METHOD, schedule, ("alone",))
     for client in range(2):
         orders = [order[client] for order in drawn]
-        train_naively(layers[client], states[client], rows[client], targets, shares[client], orders, schedule)
+        train_naively(
+            layers[client], states[client], rows[client], targets, shares[client], orders, schedule
+        )
         experts = list(layers[client].experts("default").values())
         ups = torch.stack([e.up.weight for e in experts]).detach()
         assert ups.abs().max() > 0.01
@@ -186,9 +188,16 @@ def test_read_out_learns_a_separable_task():
 
 def test_table_rows_pair_over_seeds():
     across = np.array([[30.0, 40.0], [50.0, 60.0]])
-    found = {"alone": across - 10, "within": across - np.array([[4.0, 2.0], [6.0, 4.0]]), "across": across}
-    row = table_row(found, ["x", "y"])
+    found = {
+        "alone": across - 10,
+        "within": across - np.array([[4.0, 2.0], [6.0, 4.0]]),
+        "across": across,
+    }
+    slow = {key: value - 20 for key, value in found.items()}  # every sharing prefers the second rate
+    both = {key: np.stack([slow[key], found[key]]) for key in found}
+    row = table_row(both, ["x", "y"], (0.1, 0.2))
     assert row["gain_over_within"] == 4.0
+    assert row["by_rate"]["within"]["0.1"] == row["within"] - 20
     assert row["gain_over_within_se"] == 1.0
     assert row["types"]["y"]["across"] == 50.0
     assert row["clients_helped"] == 1.0

@@ -37,7 +37,9 @@ def test_keeping_everything_keeps_the_function(parent):
     model = loaded(parent)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # weights of one would hide a mistake in folding
-            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) + 0.5)
+            parameter.copy_(
+                torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+            )
     same = prune(model, measure_activations(model, rows()), hidden=32, layers=3).eval()
     ids = rows(4)
     torch.testing.assert_close(same(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
