@@ -48,6 +48,8 @@ class Schedule:
     rates: tuple[float, ...] = (1e-3,)  # learning rates, all tried at once
     weight_decay: float = 0.0
     clip: float = 1.0
+    adjustment: float = 1.0  # share of the client's own log label frequencies the loss discounts
+    smoothing: float = 0.1
     rule: str = "mean"  # mean | equalised
     gate_scope: str = "global"  # global | type | client
 
@@ -220,6 +222,7 @@ def federate(
     z = torch.stack([tasks[types[i]].pool_z[chosen[i]] for i in range(total)])
     logits = torch.stack([tasks[types[i]].pool_logits[chosen[i]] for i in range(total)])
     wanted = targets[0][chosen]
+    logits = logits + _log_priors(wanted, logits.shape[-1], schedule)[:, None]
     effect = torch.stack([tasks[t].effect for t in types.tolist()]).transpose(1, 2)
     firsts = [initial_bank(method, tasks[0].effect.shape[1], seed) for seed in seeds]
     bank = {k: torch.stack([firsts[int(r) % len(seeds)][k] for r in runs]) for k in firsts[0]}
@@ -246,6 +249,12 @@ def federate(
     found = _accuracies(bank, tasks, types, effect, targets[1])
     parts = found.reshape(len(kinds), clones, len(seeds), clients)
     return dict(zip(sharings, parts, strict=True))
+
+
+def _log_priors(wanted: Tensor, labels: int, schedule: Schedule) -> Tensor:
+    """Scaled log label frequencies of every client (N x C)."""
+    counts = functional.one_hot(wanted, labels).sum(1) + schedule.smoothing
+    return schedule.adjustment * torch.log(counts / counts.sum(1, keepdim=True))
 
 
 @torch.no_grad()

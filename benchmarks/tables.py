@@ -27,7 +27,11 @@ def load(name: str) -> dict[str, Any]:
 def accuracy(results: dict[str, Any]) -> str:
     """Rows: clients per type; columns: strategies and HeteroTune's paired gain over within-type."""
     names = [n for n in TITLES if any(n in table for table in results["accuracy"].values())]
-    lines = ["| clients per type | " + " | ".join(TITLES[n] for n in names) + " | gain over within type (95 %) |"]
+    lines = [
+        "| clients per type | "
+        + " | ".join(TITLES[n] for n in names)
+        + " | gain over within type (95 %) |"
+    ]
     lines.append("|---" * (len(names) + 2) + "|")
     for clients, table in results["accuracy"].items():
         cells = [f"{table[n]:.1f} ± {table[f'{n}.std']:.1f}" if n in table else "-" for n in names]
@@ -60,7 +64,10 @@ def bytes_line(results: dict[str, Any]) -> str:
 
 def controls(results: dict[str, Any]) -> str:
     """HeteroTune's gain over within-type with the alignment broken on purpose."""
-    lines = ["| alignment | clients per type | within type | HeteroTune | gain (95 %) |", "|---|---|---|---|---|"]
+    lines = [
+        "| alignment | clients per type | within type | HeteroTune | gain (95 %) |",
+        "|---|---|---|---|---|",
+    ]
     rows: list[tuple[str, str, dict[str, Any]]] = [
         ("as computed", clients, table) for clients, table in results["accuracy"].items()
     ]

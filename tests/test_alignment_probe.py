@@ -88,12 +88,16 @@ def train_naively(layer: DeMALayer, x: torch.Tensor, head: torch.Tensor, y: torc
                   orders: list[torch.Tensor], schedule: Schedule) -> list[torch.Tensor]:  # fmt: skip
     """The product's loop: layer, AdamW, clipping; returns the final parameters."""
     layer.reset("default")
+    counts = torch.bincount(y[share], minlength=LABELS) + schedule.smoothing
+    prior = schedule.adjustment * torch.log(
+        counts / len(share) / (1 + LABELS * schedule.smoothing / len(share))
+    )
     parameters = list(layer.trainable("default").values())
     for order in orders:
         optimizer = torch.optim.AdamW(parameters, lr=schedule.rates[0], weight_decay=0.0)
         for step in range(schedule.steps):
             picked = torch.tensor(share)[order[step * schedule.batch : (step + 1) * schedule.batch]]
-            loss = functional.cross_entropy(layer(x[picked]) @ head.T, y[picked])
+            loss = functional.cross_entropy(layer(x[picked]) @ head.T + prior, y[picked])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, schedule.clip)
@@ -193,7 +197,9 @@ def test_table_rows_pair_over_seeds():
         "within": across - np.array([[4.0, 2.0], [6.0, 4.0]]),
         "across": across,
     }
-    slow = {key: value - 20 for key, value in found.items()}  # every sharing prefers the second rate
+    slow = {
+        key: value - 20 for key, value in found.items()
+    }  # every sharing prefers the second rate
     both = {key: np.stack([slow[key], found[key]]) for key in found}
     row = table_row(both, ["x", "y"], (0.1, 0.2))
     assert row["gain_over_within"] == 4.0

@@ -25,7 +25,7 @@ from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.evaluate import evaluate, evaluate_once
 from heterotune_flwr.tuning.local import batches, examples_correct, train_local
 from heterotune_flwr.tuning.states import forget_states, frozen_states, make_rows
-from heterotune_flwr.tuning.task import HeadScaling, head_scaling, make_task
+from heterotune_flwr.tuning.task import EncodedSet, HeadScaling, head_scaling, make_task
 
 METHOD = MethodConfig(latent=8, inner=4, experts_global=2)
 LORA = MethodConfig(kind="lora", lora_rank=2)
@@ -329,6 +329,42 @@ def test_training_lowers_the_loss_and_is_reproducible(directory, data, method):
     assert all(np.array_equal(again[name], values[name]) for name in values)
     other = run(1)[3]
     assert any(not np.array_equal(other[name], values[name]) for name in values)
+
+
+def test_a_clients_label_frequencies_are_counted_smoothed_and_scaled(directory, data):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, LABELS, TRAIN)
+    encoded = EncodedSet([[1]] * 4, [[0]] * 4, [[0], [0], [2], [0]])
+    prior = task.log_prior(encoded, replace(TRAIN, logit_adjustment=0.5, prior_smoothing=0.5))
+    expected = 0.5 * torch.log(torch.tensor([3.5, 0.5, 1.5]) / 5.5)
+    torch.testing.assert_close(prior, expected)
+    assert task.log_prior(encoded, replace(TRAIN, logit_adjustment=0.0)) is None
+    tokens = make_task(backbone, data, LABELS, replace(TRAIN, loss="tokens"))
+    assert tokens.log_prior(encoded, TRAIN) is None
+
+
+def test_adjusted_training_on_skewed_labels_keeps_the_balance(directory, data):
+    """A client that sees one label nine times of ten: unadjusted training predicts it too often elsewhere."""
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = attach(backbone, METHOD, 3)
+    task = make_task(backbone, data, LABELS, TRAIN)
+    pool = training_pool(data)
+    common = [e for e in pool if e.label == LABELS[0]]
+    skewed = task.encode((common * 9)[: 9 * 3] + [e for e in pool if e.label != LABELS[0]][:3])
+    balanced = task.encode(pool)
+    shares = {}
+    for strength in (0.0, 1.0):
+        config = replace(TRAIN, logit_adjustment=strength)
+        prior = task.log_prior(skewed, config)
+        adapter.load(initial_tensors(adapter.shapes, seed=1))
+        train_local(
+            adapter, task, make_rows(adapter, skewed), config, seed=0, local_steps=60, prior=prior
+        )
+        states, *_ = make_rows(adapter, balanced).rows(list(range(len(balanced))))
+        with torch.no_grad():
+            logits = functional.linear(states.float(), task.rows_weight)
+        shares[strength] = torch.softmax(logits, -1)[:, 0].mean().item()
+    assert shares[1.0] < shares[0.0] - 0.1
 
 
 @pytest.mark.parametrize("method", [LORA, replace(METHOD, slots=2)])

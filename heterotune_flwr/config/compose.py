@@ -127,8 +127,14 @@ def _expand(preset: dict[str, Any]) -> dict[str, Any]:
         merged[section] = _group(section, str(name))
     strategies = preset.get("strategies")
     if isinstance(strategies, list):
-        preset["strategies"] = {str(name): _group("strategy", str(name)) for name in strategies}
+        preset["strategies"] = dict(_listed_strategy(entry) for entry in strategies)
     return {key: _merge(merged.get(key), value) for key, value in {**merged, **preset}.items()}
+
+
+def _listed_strategy(entry: Any) -> tuple[str, Any]:
+    """``name``, or ``name: {what differs from conf/strategy/name.yaml}``."""
+    name, changes = next(iter(entry.items())) if isinstance(entry, dict) and entry else (entry, {})
+    return str(name), _merge(_group("strategy", str(name)), changes)
 
 
 def parse_overrides(overrides: str | Sequence[str]) -> list[tuple[list[str], Any]]:
@@ -257,9 +263,12 @@ MINIMA: dict[str, float] = {
     "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
     "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
     "server.evaluate_every": 0, "alignment.count": 10, "alignment.components": 1,
+    "train.logit_adjustment": 0,
     "run.worker_threads": 1,
 }  # fmt: skip
-_POSITIVE = ("data.alpha", "train.learning_rate", "train.clip_norm", "method.lora_alpha")
+_POSITIVE = (
+    "data.alpha", "train.learning_rate", "train.clip_norm", "train.prior_smoothing", "method.lora_alpha",
+)  # fmt: skip
 
 
 def _value(config: Config, path: str) -> Any:

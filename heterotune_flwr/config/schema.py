@@ -111,6 +111,13 @@ class TrainConfig:
     learning_rate: float = _help("AdamW learning rate", 3e-3)
     weight_decay: float = _help("AdamW weight decay", 0.0)
     clip_norm: float = _help("gradient norm limit", 1.0)
+    logit_adjustment: float = _help(
+        "closed label sets: the loss discounts the client's own label frequencies (arXiv 2007.07314), so that "
+        "a skewed client does not teach its skew; its personal test counts them in again. 0: off, 1: fully", 1.0
+    )  # fmt: skip
+    prior_smoothing: float = _help(
+        "examples added to every label when a client counts its frequencies", 0.1
+    )
     loss: str = _help(
         "auto | labels (softmax over the label words) | tokens (all answer tokens)", "auto"
     )

@@ -4,7 +4,9 @@ Input maps come from :mod:`.gcca` (same latents for the same text). Output maps 
 same output latent must raise the same words in every model.
 
 ``labels``
-    the output latents are the label words' logits: ``W_labels U = I`` (C columns).
+    an output latent moves the label words' logits, of words with similar meaning together: ``W_labels U = F`` with
+    ``F = (mean over types of the label rows' normalised Gram matrices)^(1/2)`` (C columns). Measured against
+    ``F = I``: better for shared and for lonely training alike (benchmarks/README.md).
 ``vocabulary``
     ``W U = F`` by ridge over the words all vocabularies share; F (V x r) are the leading left singular vectors
     of the models' concatenated left singular vectors, scaled so that one unit moves a word's logit by
@@ -46,7 +48,8 @@ class AlignmentResult:
     output_width
         r_out.
     anchor_latents
-        ``slots.{k}.latents`` (n x r), ``slots.{k}.weights`` (r) and ``functionals`` (V x r, vocabulary output only).
+        ``slots.{k}.latents`` (n x r), ``slots.{k}.weights`` (r) and the functionals of the outputs:
+        ``label_functionals`` (C x C) or ``functionals`` (V x r_out).
 
     """
 
@@ -82,10 +85,44 @@ def vocabulary_functionals(factors: Mapping[str, Factors], rank: int) -> Matrix:
     return functionals
 
 
-def _last_output_map(own: Factors, functionals: Matrix | None) -> Matrix:
+def label_functionals(factors: Mapping[str, Factors]) -> Matrix:
+    """F (C x C): the types' common geometry of the label words, of the size of the identity.
+
+    A softmax does not see what all labels have in common, so the mean row is taken out first.
+    """
+    grams = []
+    for key in sorted(factors):
+        rows = np.asarray(factors[key]["label_rows"], dtype=np.float64)
+        centred = rows - rows.mean(axis=0)
+        gram = centred @ centred.T
+        grams.append(gram * (len(gram) / max(float(np.trace(gram)), 1e-12)))
+    values, vectors = np.linalg.eigh(np.mean(grams, axis=0))
+    root: Matrix = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    return root
+
+
+@dataclass(frozen=True)
+class _Functionals:
+    """What one unit of an output latent does to words: to the labels (C x C) or to the vocabulary (V x r_out)."""
+
+    kind: str
+    values: Matrix
+
+    @classmethod
+    def known(cls, latents: Mapping[str, Matrix]) -> _Functionals:
+        """The functionals of an earlier alignment."""
+        if "functionals" in latents:
+            return cls("vocabulary", latents["functionals"])
+        return cls("labels", latents["label_functionals"])
+
+
+def _last_output_map(own: Factors, wanted_effect: _Functionals) -> Matrix:
     """U (d x r_out) of the last slot."""
-    if functionals is None:
-        return _ridge_pseudo_inverse(np.asarray(own["label_rows"], dtype=np.float64), LAST_RIDGE)
+    functionals = wanted_effect.values
+    if wanted_effect.kind == "labels":
+        rows = np.asarray(own["label_rows"], dtype=np.float64)
+        inverse: Matrix = _ridge_pseudo_inverse(rows, LAST_RIDGE) @ functionals
+        return inverse
     left = np.asarray(own["words.left"], dtype=np.float64)
     singular = np.asarray(own["words.singular"], dtype=np.float64)
     right = np.asarray(own["words.right"], dtype=np.float64)
@@ -98,21 +135,21 @@ def _last_output_map(own: Factors, functionals: Matrix | None) -> Matrix:
     return scaled
 
 
-def _deep_output_map(own: Factors, slot: int, functionals: Matrix | None) -> Matrix:
+def _deep_output_map(own: Factors, slot: int, wanted_effect: _Functionals) -> Matrix:
     """U (d x r_out) of a slot below the last, from the pulled-back functionals."""
     pulled = np.asarray(own[f"slots.{slot}.pullback"], dtype=np.float64)
-    labels = len(own["label_rows"])
-    if functionals is None:
-        rows = pulled[:labels]
-    else:
-        left = np.asarray(own["words.left"], dtype=np.float64)
-        singular = np.asarray(own["words.singular"], dtype=np.float64)
-        rows = (functionals.T @ (left * singular)) @ pulled[labels:] / len(functionals)
+    labels, functionals = len(own["label_rows"]), wanted_effect.values
+    if wanted_effect.kind == "labels":
+        output: Matrix = _ridge_pseudo_inverse(pulled[:labels], DEEP_RIDGE) @ functionals
+        return output
+    left = np.asarray(own["words.left"], dtype=np.float64)
+    singular = np.asarray(own["words.singular"], dtype=np.float64)
+    rows = (functionals.T @ (left * singular)) @ pulled[labels:] / len(functionals)
     return _ridge_pseudo_inverse(rows, DEEP_RIDGE)
 
 
 def _type_maps(
-    own: Factors, slots: int, coefficients: Sequence[Matrix], functionals: Matrix | None
+    own: Factors, slots: int, coefficients: Sequence[Matrix], functionals: _Functionals
 ) -> dict[str, Matrix]:
     """The canonical maps of one type."""
     maps: dict[str, Matrix] = {}
@@ -175,11 +212,14 @@ def compute_maps(
 
     """
     width = _output_width(alignment, method, labels)
-    functionals = None if alignment.output == "labels" else vocabulary_functionals(factors, width)
+    known: dict[str, Matrix] = (
+        {"label_functionals": label_functionals(factors)}
+        if alignment.output == "labels"
+        else {"functionals": vocabulary_functionals(factors, width)}
+    )
     coefficients: dict[str, list[Matrix]] = {key: [] for key in factors}
     quality: dict[str, list[float]] = {key: [] for key in factors}
     shrinkage: list[float] = []
-    known: dict[str, Matrix] = {} if functionals is None else {"functionals": functionals}
     for slot in range(method.slots):
         scores = {key: np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
                   for key, own in factors.items()}  # fmt: skip
@@ -191,10 +231,11 @@ def compute_maps(
             coefficients[key].append(fit.coefficients[key])
             quality[key].append(round(fit.quality[key], 4))
     maps = {
-        key: _type_maps(own, method.slots, coefficients[key], functionals)
+        key: _type_maps(own, method.slots, coefficients[key], _Functionals.known(known))
         for key, own in factors.items()
     }
-    maps = apply_control(maps, factors, alignment.control, method.slots, seed)
+    weights = [known[f"slots.{slot}.weights"] for slot in range(method.slots)]
+    maps = apply_control(maps, factors, alignment.control, weights, seed)
     return AlignmentResult(
         maps={key: {name: value.astype(np.float32) for name, value in own.items()}
               for key, own in maps.items()},
@@ -235,7 +276,7 @@ def join_type(
         quality.append(round(float(np.nanmean(columns)), 4))
         weights = result.anchor_latents[f"slots.{slot}.weights"]
         coefficients.append(unit_variance(scores, ridge(scores, latents, k)) * weights)
-    maps = _type_maps(own, method.slots, coefficients, result.anchor_latents.get("functionals"))
+    maps = _type_maps(own, method.slots, coefficients, _Functionals.known(result.anchor_latents))
     return {name: value.astype(np.float32) for name, value in maps.items()}, quality
 
 
@@ -249,29 +290,28 @@ def apply_control(
     maps: dict[str, dict[str, Matrix]],
     factors: Mapping[str, Factors],
     control: str,
-    slots: int,
+    weights: Sequence[Matrix],
     seed: int,
 ) -> dict[str, dict[str, Matrix]]:
     """Break the alignment on purpose (the controls of docs/method.md); ``none`` changes nothing.
 
-    ``random_down``/``random_up``/``random_maps`` draw D and/or U anew for every type, at the same scale;
-    ``rotated_basis`` rotates the latent bases of one type (the last in order).
+    ``random_down``/``random_up``/``random_maps`` draw D and/or U anew for every type, at the same scale (latent
+    by latent: ``weights`` holds the r scales of every slot); ``rotated_basis`` rotates the latent bases
+    of one type (the last in order).
     """
     if control == "none":
         return maps
     last_type = sorted(maps)[-1]
     for key, own in maps.items():
-        for slot in range(slots):
+        for slot, scale in enumerate(weights):
             rng = generator(seed, f"control.{control}.{key}.{slot}")
             prefix = f"slots.{slot}.map"
             if control in ("random_down", "random_maps"):
                 scores = np.asarray(factors[key][f"slots.{slot}.scores"], dtype=np.float64)
                 basis = np.asarray(factors[key][f"slots.{slot}.basis"], dtype=np.float64)
                 mean = np.asarray(factors[key][f"slots.{slot}.mean"], dtype=np.float64)
-                drawn = rng.standard_normal(
-                    (scores.shape[1], own[f"{prefix}.down.weight"].shape[0])
-                )
-                down = unit_variance(scores, drawn).T @ basis
+                drawn = rng.standard_normal((scores.shape[1], len(scale)))
+                down = (unit_variance(scores, drawn) * scale).T @ basis
                 own[f"{prefix}.down.weight"], own[f"{prefix}.down.bias"] = down, -(down @ mean)
             if control in ("random_up", "random_maps"):
                 up = own[f"{prefix}.up.weight"]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.config.compose import compose
@@ -148,6 +149,10 @@ class Client:
             return _encodings.encoded(task, key, lambda: self.data(seed).train)
         return _encodings.encoded(task, key, lambda: self.data(seed).personal_test)
 
+    def prior(self, seed: int) -> Tensor | None:
+        """Log label frequencies of the training examples; they never leave the client."""
+        return self.task().log_prior(self.encoded("train", seed), self.config.train)
+
     def adapter(self, method: MethodConfig) -> AttachedAdapter:
         """Return the adapter of a method on this backbone, values undefined."""
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
@@ -231,6 +236,7 @@ def train(message: Message, context: Context) -> RecordDict:
         seed=_step_seed(header, client.client_id),
         local_steps=request.local_steps,
         learning_rate=request.learning_rate,
+        prior=client.prior(header.seed),
     )
     trained = adapter.read()
     own = {name: value for name, value in trained.items() if name not in request.expected}
@@ -263,7 +269,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         if scope == "global":
             report = evaluate_once(adapter, task, rows, encoded.digest)
         else:
-            report = evaluate(adapter, task, rows)
+            report = evaluate(adapter, task, rows, client.prior(header.seed))
         metrics |= _eval_metrics(scope, report)
     reply = EvaluateReply(
         client.client_id, client.type_key, header.round, request.maps_digest, metrics

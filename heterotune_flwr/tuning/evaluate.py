@@ -31,13 +31,15 @@ class EvalReport:
 
 
 @torch.no_grad()
-def evaluate(adapter: AttachedAdapter, task: Task, rows: Rows) -> EvalReport:
-    """Evaluate the adapter with the values it holds."""
+def evaluate(
+    adapter: AttachedAdapter, task: Task, rows: Rows, prior: torch.Tensor | None = None
+) -> EvalReport:
+    """Evaluate the adapter with the values it holds, for data with these log label frequencies (C)."""
     total_loss, total_rows, total_right = 0.0, 0, 0
     for start in range(0, len(rows), _BATCH):
         chosen = list(range(start, min(start + _BATCH, len(rows))))
         states, targets, owners = rows.rows(chosen)
-        losses, correct = task.losses(states, targets)
+        losses, correct = task.losses(states, targets, prior)
         total_loss += float(losses.double().sum())
         total_rows += len(losses)
         total_right += int(examples_correct(correct, owners, len(chosen)).sum())

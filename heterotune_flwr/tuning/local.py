@@ -70,6 +70,7 @@ def train_local(
     seed: int,
     local_steps: int | None = None,
     learning_rate: float | None = None,
+    prior: torch.Tensor | None = None,
 ) -> TrainReport:
     """Train the attached adapter in place, from the values it holds.
 
@@ -83,6 +84,8 @@ def train_local(
         Of the batches and the dropout of private experts; equal seeds give equal results on CPU.
     local_steps, learning_rate
         Override the configuration's.
+    prior
+        The client's log label frequencies (:meth:`.task.Task.log_prior`), discounted by the loss.
 
     Raises
     ------
@@ -105,7 +108,7 @@ def train_local(
         rng = np.random.default_rng(seed % 2**63)
         for chosen in batches(len(rows), config.batch_size, steps, rng):
             states, targets, owners = rows.rows(chosen)
-            losses, correct = task.losses(states, targets)
+            losses, correct = task.losses(states, targets, prior)
             loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

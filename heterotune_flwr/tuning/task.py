@@ -126,19 +126,35 @@ class Task:
             encoded.targets.append(targets)
         return encoded
 
-    def losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prior(self, encoded: EncodedSet, config: TrainConfig) -> Tensor | None:
+        """``tau log p(label)`` over some examples (C, float32); None where the loss takes none.
+
+        Counts as ``train.prior_smoothing`` says, tau is ``train.logit_adjustment`` (Menon et al. 2021,
+        https://arxiv.org/abs/2007.07314, equation 10).
+        """
+        if self.labels is None or self.kind != "labels" or config.logit_adjustment == 0.0:
+            return None
+        answers = torch.tensor([target for targets in encoded.targets for target in targets])
+        counts = torch.bincount(answers, minlength=len(self.labels)) + config.prior_smoothing
+        prior: Tensor = config.logit_adjustment * torch.log(counts / counts.sum())
+        return prior.float().to(self.backbone.device)
+
+    def losses(
+        self, states: Tensor, targets: Tensor, prior: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and correctness of adapted states ``N x d`` against targets ``N``.
 
-        Returns (losses float32 ``N``, correct bool ``N``).
+        ``prior`` (C) is added to the label words' logits. Returns (losses float32 ``N``, correct bool ``N``).
         """
         if self.kind == "labels":
             assert self.rows_weight is not None
             logits = self.scaling(
                 functional.linear(states.float(), self.rows_weight, self.rows_bias)
             )
-            return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(
-                -1
-            ) == targets
+            if prior is not None:
+                logits = logits + prior
+            losses = functional.cross_entropy(logits, targets, reduction="none")
+            return losses, logits.argmax(-1) == targets
         parts = [
             checkpoint(self._token_losses, rows, wanted, use_reentrant=False)
             if torch.is_grad_enabled()
