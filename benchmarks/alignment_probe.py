@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import RESULTS, write_results
+from benchmarks.common import read_results, write_results
 from benchmarks.probe_federation import (
     SHARINGS,
     LatentTask,
@@ -326,8 +325,7 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = list(range(FIRST_SEED, FIRST_SEED + args.seeds))
     task = load_task()
-    path = RESULTS / "alignment_probe.json"
-    values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    values = read_results("alignment_probe")
     for family in args.families:
         here = [name for name in FAMILIES[family] if is_present(name)]
         left_out = sorted(set(FAMILIES[family]) - set(here))

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_gain(
-    a: dict[tuple[int, str], float], b: dict[tuple[int, str], float], draws: int = 2000
+    a: Mapping[Any, float], b: Mapping[Any, float], draws: int = 2000
 ) -> dict[str, float]:
     """Mean of a - b over the clients both have, with a 95 % bootstrap interval over clients."""
     import random
@@ -69,6 +69,28 @@ def paired_gain(
     }
 
 
+def read_results(name: str) -> dict[str, Any]:
+    """What ``benchmarks/results/<name>.json`` holds so far, without its command and machine."""
+    path = RESULTS / f"{name}.json"
+    values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ("command", "last_part", "machine")
+    }
+
+
+def tuned_rates(family: str, types: int, clients: int) -> dict[str, float]:
+    """Each strategy's best learning rate in the laboratory, whose seeds are not the benchmarks'."""
+    known = read_results("alignment_probe")[family]["federated"]
+    rates = known[f"{types} types, {clients} per type, labels"]["by_rate"]
+    strategies = {"local_only": "alone", "within_type": "within", "heterotune": "across"}
+    return {
+        strategy: float(max(rates[sharing], key=lambda rate: rates[sharing][rate]))
+        for strategy, sharing in strategies.items()
+    }
+
+
 def machine() -> str:
     """One line about where the numbers come from."""
     model = platform.processor() or platform.machine()
@@ -81,10 +103,11 @@ def machine() -> str:
 
 
 def write_results(name: str, values: dict[str, Any]) -> None:
-    """Writes ``benchmarks/results/<name>.json`` with the command and the machine."""
+    """Writes ``benchmarks/results/<name>.json`` with the command, its last part run, and the machine."""
     RESULTS.mkdir(exist_ok=True)
-    values = {"command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
-              "machine": machine(), **values}  # fmt: skip
+    command = f"python -m benchmarks.{name}"
+    last = f"{command} {' '.join(sys.argv[1:])}".strip()
+    values = {"command": command, "last_part": last, "machine": machine(), **values}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(values, indent=2) + "\n")
     print(f"wrote {path}")

@@ -1,11 +1,13 @@
 """The headline on the embedded family, through real Flower simulations.
 
 Accuracy of local-only, within-type averaging, FedIT (LoRA mean inside a type) and HeteroTune with
-1, 2 and 4 clients per type, over several seeds and paired over clients; two controls; bytes on the wire;
-seconds per client-round against the same optimizer steps in a bare PyTorch loop.
+1, 2 and 4 clients per type, over several seeds and paired over clients; controls; bytes on the wire;
+seconds per client-round against the same optimizer steps in a bare PyTorch loop. Every method learns at its own
+best rate: the bank's methods at those the laboratory found on other seeds (``alignment_probe.json``), FedIT at the
+best of a sweep on a seed of its own.
 
-Run: ``python -m benchmarks.embedded [--seeds 0 1 2]`` (about 25 minutes on 2 cores).
-Writes ``benchmarks/results/embedded.json``.
+Run: ``python -m benchmarks.embedded`` (about 80 minutes on 2 cores, half of it FedIT), or a part of it, like
+``--tables accuracy overhead``; other parts stay as they are. Writes ``benchmarks/results/embedded.json``.
 """
 
 from __future__ import annotations
@@ -23,18 +25,25 @@ from benchmarks.common import (
     flower_run,
     mean_and_std,
     paired_gain,
+    read_results,
     seed_means,
+    tuned_rates,
     write_results,
 )
 
-SHARED = ("local_only", "within_type", "heterotune")
+TABLES = ("accuracy", "overhead", "controls", "fedit")
+CONTROLS = ("random_maps", "random_down", "random_up", "rotated_basis")
+FEDIT_RATES = (3e-4, 1e-3, 3e-3)
+FEDIT_SEED = 9
 WORKERS = 2
 
 
-def overrides(clients: int, seeds: list[int], strategies: tuple[str, ...]) -> list[str]:
-    """Overrides of the demo preset for ``clients`` clients of each of its three types."""
+def overrides(clients: int, seeds: list[int], rates: dict[str, float], types: int = 3) -> list[str]:
+    """Overrides of a preset for ``clients`` clients of each of its types; strategies at their ``rates``."""
+    strategies = list(rates)
     return [
-        *(f"types.{index}.clients={clients}" for index in range(3)),
+        *(f"types.{index}.clients={clients}" for index in range(types)),
+        *(f"strategies.{name}.train.learning_rate={rate}" for name, rate in rates.items()),
         f"run.seeds={seeds}".replace(" ", ""),
         f"run.compare=[{','.join(strategies)}]",
         "server.evaluate_every=0",
@@ -50,12 +59,23 @@ def add_accuracy(table: dict[str, Any], results: dict[str, Any]) -> None:
         table[f"{strategy}.personal"] = mean_and_std(personal)[0]
 
 
-def add_gains(table: dict[str, Any], ours: dict[str, Any], rivals: dict[str, Any]) -> None:
-    """HeteroTune's gain over every other strategy, paired over clients and seeds."""
-    mine = client_accuracies(ours, "heterotune")
-    for rival in dict.fromkeys(run["strategy"] for run in rivals["runs"]):
-        if rival != "heterotune":
-            table[f"gain_over_{rival}"] = paired_gain(mine, client_accuracies(rivals, rival))
+def remember(values: dict[str, Any], clients: int, results: dict[str, Any]) -> None:
+    """Keep every client's accuracy, and HeteroTune's gains over all rivals measured so far (paired)."""
+    known = values.setdefault("per_client", {}).setdefault(str(clients), {})
+    for strategy in dict.fromkeys(run["strategy"] for run in results["runs"]):
+        found = client_accuracies(results, strategy)
+        known[strategy] = {f"seed {s}, {c}": round(v, 3) for (s, c), v in found.items()}
+    for rival in known.keys() - {"heterotune"} if "heterotune" in known else ():
+        gain = paired_gain(known["heterotune"], known[rival])
+        values["accuracy"][str(clients)][f"gain_over_{rival}"] = gain
+
+
+def control_row(results: dict[str, Any]) -> dict[str, Any]:
+    """Accuracies with a broken alignment and what is left of HeteroTune's gain."""
+    row: dict[str, Any] = {}
+    add_accuracy(row, results)
+    ours, theirs = (client_accuracies(results, name) for name in ("heterotune", "within_type"))
+    return row | {"gain_over_within_type": paired_gain(ours, theirs)}
 
 
 def round_seconds(results: dict[str, Any], strategy: str) -> float:
@@ -93,39 +113,68 @@ def add_overhead(values: dict[str, Any], results: dict[str, Any], clients: int) 
     values["sim_overhead_ratio_full_forward"] = round(flower / full, 2)
 
 
+def accuracy_tables(values: dict[str, Any], seeds: list[int], counts: list[int]) -> None:
+    """Local-only, within-type and HeteroTune for every number of clients per type."""
+    for clients in counts:
+        rates = tuned_rates("tiny", 3, clients)
+        cold = ["alignment.cache=false"] if clients == counts[-1] else []
+        results = flower_run("demo", [*overrides(clients, seeds, rates), *cold])
+        table = values.setdefault("accuracy", {}).setdefault(str(clients), {})
+        table["learning_rates"] = {**table.get("learning_rates", {}), **rates}
+        add_accuracy(table, results)
+        remember(values, clients, results)
+        add_bytes(values, results)
+        write_results("embedded", values)
+
+
+def control_tables(values: dict[str, Any], seeds: list[int]) -> None:
+    """What is left of the gain when the alignment is broken on purpose."""
+    for control in CONTROLS:
+        tables = values[f"control_{control}"] = {}
+        for clients in (1, 2):
+            rates = tuned_rates("tiny", 3, clients)
+            pair = {name: rates[name] for name in ("within_type", "heterotune")}
+            broken = flower_run(
+                "demo", [*overrides(clients, seeds, pair), f"alignment.control={control}"]
+            )
+            tables[str(clients)] = control_row(broken)
+            write_results("embedded", values)
+
+
+def fedit_tables(values: dict[str, Any], seeds: list[int], counts: list[int]) -> None:
+    """FedIT at the best rate of its own sweep."""
+    sweep: dict[str, float] = {}
+    for rate in FEDIT_RATES:
+        found = flower_run("demo", overrides(2, [FEDIT_SEED], {"fedit": rate}))
+        sweep[str(rate)] = mean_and_std(seed_means(client_accuracies(found, "fedit")))[0]
+    best = float(max(sweep, key=lambda rate: sweep[rate]))
+    values["fedit_sweep"] = {"seed": FEDIT_SEED, "clients_per_type": 2, "accuracy": sweep}
+    for clients in counts:
+        results = flower_run("demo", overrides(clients, seeds, {"fedit": best}))
+        table = values.setdefault("accuracy", {}).setdefault(str(clients), {})
+        table["learning_rates"] = {**table.get("learning_rates", {}), "fedit": best}
+        add_accuracy(table, results)
+        remember(values, clients, results)
+        write_results("embedded", values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4], help="per type")
-    parser.add_argument("--no-fedit", action="store_true", help="leave out the slowest rival")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     args = parser.parse_args()
-    values: dict[str, Any] = {"seeds": args.seeds, "accuracy": {}}
-    shared: dict[int, dict[str, Any]] = {}
-    for clients in args.clients:
-        table = values["accuracy"].setdefault(str(clients), {})
-        cold = ["alignment.cache=false"] if clients == args.clients[-1] else []
-        results = flower_run("demo", [*overrides(clients, args.seeds, SHARED), *cold])
-        shared[clients] = results
-        add_accuracy(table, results)
-        add_gains(table, results, results)
-        add_bytes(values, results)
+    values = read_results("embedded") | {"seeds": args.seeds}
+    if "accuracy" in args.tables:
+        accuracy_tables(values, args.seeds, args.clients)
+    if "overhead" in args.tables:
+        rates = {"heterotune": tuned_rates("tiny", 3, 4)["heterotune"]}
+        add_overhead(values, flower_run("demo", overrides(4, [0], rates)), 12)
         write_results("embedded", values)
-    add_overhead(values, results, 3 * clients)
-    for control in ("random_maps", "rotated_basis"):
-        tables: dict[str, Any] = {}
-        for clients in (1, 2):
-            broken = flower_run("demo", [*overrides(clients, args.seeds, ("within_type", "heterotune")),
-                                         f"alignment.control={control}"])  # fmt: skip
-            add_accuracy(tables.setdefault(str(clients), {}), broken)
-            add_gains(tables[str(clients)], broken, broken)
-        values[f"control_{control}"] = tables
-        write_results("embedded", values)
-    for clients in [] if args.no_fedit else args.clients:
-        results = flower_run("demo", overrides(clients, args.seeds, ("fedit",)))
-        table = values["accuracy"][str(clients)]
-        add_accuracy(table, results)
-        add_gains(table, shared[clients], results)
-        write_results("embedded", values)
+    if "controls" in args.tables:
+        control_tables(values, args.seeds)
+    if "fedit" in args.tables:
+        fedit_tables(values, args.seeds, args.clients)
 
 
 if __name__ == "__main__":
