@@ -258,8 +258,9 @@ def planned_rows(types: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
         for control in CONTROLS:
             options: dict[str, Any] = {"alignment": {"control": control}}
             rows[f"{where}, control {control}"] = (2, clients, options)
-            options = {**options, "schedule": {"adjustment": 0.0}}
-            rows[f"{where}, label prior not discounted, control {control}"] = (2, clients, options)
+            if clients == 1:
+                options = {**options, "schedule": {"adjustment": 0.0}}
+                rows[f"{where}, label prior not discounted, control {control}"] = (2, 1, options)
         for name, options in ABLATIONS.items():
             rows[f"{where}, {name}"] = (2, clients, options)
     return rows

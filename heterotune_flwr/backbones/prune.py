@@ -30,6 +30,7 @@ Report = Callable[[str], None]
 CALIBRATION_TEXTS = 512
 BLOCK = 96
 BATCH = 8
+REPORT_SECONDS = 10.0
 
 
 @dataclass
@@ -212,7 +213,8 @@ def heal(
         parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01
     )
     order = _epochs(len(rows), torch.Generator().manual_seed(seed))
-    started, running = time.perf_counter(), 0.0
+    started = told = time.perf_counter()
+    running = 0.0
     for step in range(steps):
         warm = min(1.0, (step + 1) / max(1, steps // 20))
         rate = learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -224,9 +226,10 @@ def heal(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
-        if (step + 1) % 50 == 0:
-            report(f"healing: step {step + 1}/{steps}, loss {running:.3f}, "
-                   f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+        now = time.perf_counter()
+        if now - told >= REPORT_SECONDS:
+            told, left = now, (now - started) / (step + 1) * (steps - step - 1)
+            report(f"healing: step {step + 1}/{steps}, loss {running:.3f}, about {left / 60:.0f} min left")
     model.requires_grad_(True)
     model.eval()
 
@@ -285,6 +288,7 @@ def prune_and_heal(
     held, rows = rows[:cut], rows[cut:]
     if not len(rows):
         raise BackboneError("too few healing texts: everything was held out")
+    report(f"reading calibration texts with the parent ({config.hidden_size} x {config.num_hidden_layers})")
     found = measure_activations(model, rows[: max(1, CALIBRATION_TEXTS * 24 // BLOCK)])
     losses = {"parent": held_out_loss(model, held)}
     pruned = prune(model, found, hidden, layers)
