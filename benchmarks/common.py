@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -13,7 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from heterotune_flwr.exchange.storage import atomic_write_text
+
 RESULTS = Path(__file__).parent / "results"
+#: Not those of the laboratory (0 to 9 while the settings were sought, from 100 on for its tables).
+SEEDS = [20, 21, 22]
+#: (seed, model type, client id)
+Key = tuple[int, str, str]
 
 
 def flower_run(preset: str, overrides: Sequence[str], keep: Path | None = None) -> dict[str, Any]:
@@ -28,20 +37,22 @@ def flower_run(preset: str, overrides: Sequence[str], keep: Path | None = None) 
 
 def client_accuracies(
     results: dict[str, Any], strategy: str, metric: str = "global_accuracy"
-) -> dict[tuple[int, str], float]:
-    """(seed, client id) -> final accuracy in percent."""
+) -> dict[Key, float]:
+    """(seed, type, client id) -> final accuracy in percent."""
     return {
-        (run["seed"], client["client_id"]): 100 * client[metric]
+        (run["seed"], client["type"], client["client_id"]): 100 * client[metric]
         for run in results["runs"]
         if run["strategy"] == strategy
         for client in run["clients"]
     }
 
 
-def seed_means(accuracies: dict[tuple[int, str], float]) -> list[float]:
+def seed_means(accuracies: Mapping[Key, float]) -> list[float]:
     """Mean over clients, one value per seed."""
-    seeds = sorted({seed for seed, _ in accuracies})
-    return [statistics.fmean(v for (s, _), v in accuracies.items() if s == seed) for seed in seeds]
+    seeds = sorted({key[0] for key in accuracies})
+    return [
+        statistics.fmean(v for key, v in accuracies.items() if key[0] == seed) for seed in seeds
+    ]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
@@ -51,16 +62,20 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_gain(
-    a: Mapping[Any, float], b: Mapping[Any, float], draws: int = 2000
+    a: Mapping[Key, float], b: Mapping[Key, float], draws: int = 2000
 ) -> dict[str, float]:
-    """Mean of a - b over the clients both have, with a 95 % bootstrap interval over clients."""
-    import random
+    """Mean of a - b over the clients both have, with a 95 % bootstrap interval.
 
+    Keys are (seed, type, client). What is drawn anew are the (seed, type) cells, not the clients: those of
+    one cell share a bank, so they are not independent.
+    """
     rng = random.Random(0)
-    differences = [a[key] - b[key] for key in sorted(a) if key in b]
-    means = sorted(
-        statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(draws)
-    )
+    cells: dict[tuple[Any, ...], list[float]] = {}
+    for key in sorted(a.keys() & b.keys()):
+        cells.setdefault(key[:2], []).append(a[key] - b[key])
+    differences = [value for cell in cells.values() for value in cell]
+    drawn = (rng.choices(list(cells.values()), k=len(cells)) for _ in range(draws))
+    means = sorted(statistics.fmean(v for cell in cells for v in cell) for cells in drawn)
     return {
         "gain": round(statistics.fmean(differences), 2),
         "low": round(means[int(0.025 * draws)], 2),
@@ -73,17 +88,13 @@ def read_results(name: str) -> dict[str, Any]:
     """What ``benchmarks/results/<name>.json`` holds so far, without its command and machine."""
     path = RESULTS / f"{name}.json"
     values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in ("command", "last_part", "machine")
-    }
+    return {key: value for key, value in values.items() if key not in ("command", "machine")}
 
 
-def tuned_rates(family: str, types: int, clients: int) -> dict[str, float]:
-    """Each strategy's best learning rate in the laboratory, whose seeds are not the benchmarks'."""
+def tuned_rates(family: str, types: int, clients: int, row: str = "labels") -> dict[str, float]:
+    """Each strategy's best learning rate in a row of the laboratory, whose seeds are not the benchmarks'."""
     known = read_results("alignment_probe")[family]["federated"]
-    rates = known[f"{types} types, {clients} per type, labels"]["by_rate"]
+    rates = known[f"{types} types, {clients} per type, {row}"]["by_rate"]
     strategies = {"local_only": "alone", "within_type": "within", "heterotune": "across"}
     return {
         strategy: float(max(rates[sharing], key=lambda rate: rates[sharing][rate]))
@@ -103,11 +114,19 @@ def machine() -> str:
 
 
 def write_results(name: str, values: dict[str, Any]) -> None:
-    """Writes ``benchmarks/results/<name>.json`` with the command, its last part run, and the machine."""
+    """Merge rows into ``benchmarks/results/<name>.json``, with the command and the machine; others' rows stay."""
     RESULTS.mkdir(exist_ok=True)
     command = f"python -m benchmarks.{name}"
-    last = f"{command} {' '.join(sys.argv[1:])}".strip()
-    values = {"command": command, "last_part": last, "machine": machine(), **values}
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(values, indent=2) + "\n")
-    print(f"wrote {path}")
+    with FileLock(path.with_suffix(".lock")):
+        known = read_results(name)
+        if known.get("seeds", values.get("seeds")) != values.get("seeds"):
+            raise SystemExit(f"{path} holds other seeds ({known['seeds']}); remove it first")
+        merged = {"command": command, "machine": machine(), **_merged(known, values)}
+        atomic_write_text(path, json.dumps(merged, indent=2) + "\n")
+
+
+def _merged(known: Any, new: Any) -> Any:
+    if isinstance(known, dict) and isinstance(new, dict):
+        return {**known, **{key: _merged(known.get(key), value) for key, value in new.items()}}
+    return new

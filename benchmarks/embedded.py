@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.bare_loop import bare_seconds_per_client_round
 from benchmarks.common import (
+    SEEDS,
     client_accuracies,
     flower_run,
     mean_and_std,
@@ -59,14 +60,19 @@ def add_accuracy(table: dict[str, Any], results: dict[str, Any]) -> None:
         table[f"{strategy}.personal"] = mean_and_std(personal)[0]
 
 
-def remember(values: dict[str, Any], clients: int, results: dict[str, Any]) -> None:
+def remember(name: str, values: dict[str, Any], clients: int, results: dict[str, Any]) -> None:
     """Keep every client's accuracy, and HeteroTune's gains over all rivals measured so far (paired)."""
-    known = values.setdefault("per_client", {}).setdefault(str(clients), {})
+    earlier = read_results(name).get("per_client", {}).get(str(clients), {})
+    known = values.setdefault("per_client", {}).setdefault(str(clients), earlier)
     for strategy in dict.fromkeys(run["strategy"] for run in results["runs"]):
         found = client_accuracies(results, strategy)
-        known[strategy] = {f"seed {s}, {c}": round(v, 3) for (s, c), v in found.items()}
-    for rival in known.keys() - {"heterotune"} if "heterotune" in known else ():
-        gain = paired_gain(known["heterotune"], known[rival])
+        known[strategy] = {json.dumps(key): round(value, 3) for key, value in found.items()}
+    measured = {
+        name: {tuple(json.loads(key)): value for key, value in found.items()}
+        for name, found in known.items()
+    }
+    for rival in sorted(measured.keys() - {"heterotune"}) if "heterotune" in measured else ():
+        gain = paired_gain(measured["heterotune"], measured[rival])
         values["accuracy"][str(clients)][f"gain_over_{rival}"] = gain
 
 
@@ -122,7 +128,7 @@ def accuracy_tables(values: dict[str, Any], seeds: list[int], counts: list[int])
         table = values.setdefault("accuracy", {}).setdefault(str(clients), {})
         table["learning_rates"] = {**table.get("learning_rates", {}), **rates}
         add_accuracy(table, results)
-        remember(values, clients, results)
+        remember("embedded", values, clients, results)
         add_bytes(values, results)
         write_results("embedded", values)
 
@@ -132,7 +138,7 @@ def control_tables(values: dict[str, Any], seeds: list[int]) -> None:
     for control in CONTROLS:
         tables = values[f"control_{control}"] = {}
         for clients in (1, 2):
-            rates = tuned_rates("tiny", 3, clients)
+            rates = tuned_rates("tiny", 3, clients, f"control {control}")
             pair = {name: rates[name] for name in ("within_type", "heterotune")}
             broken = flower_run(
                 "demo", [*overrides(clients, seeds, pair), f"alignment.control={control}"]
@@ -145,26 +151,27 @@ def fedit_tables(values: dict[str, Any], seeds: list[int], counts: list[int]) ->
     """FedIT at the best rate of its own sweep."""
     sweep: dict[str, float] = {}
     for rate in FEDIT_RATES:
-        found = flower_run("demo", overrides(2, [FEDIT_SEED], {"fedit": rate}))
+        found = flower_run("demo", overrides(1, [FEDIT_SEED], {"fedit": rate}))
         sweep[str(rate)] = mean_and_std(seed_means(client_accuracies(found, "fedit")))[0]
     best = float(max(sweep, key=lambda rate: sweep[rate]))
-    values["fedit_sweep"] = {"seed": FEDIT_SEED, "clients_per_type": 2, "accuracy": sweep}
+    values["fedit_sweep"] = {"seed": FEDIT_SEED, "clients_per_type": 1, "accuracy": sweep}
+    write_results("embedded", values)
     for clients in counts:
         results = flower_run("demo", overrides(clients, seeds, {"fedit": best}))
         table = values.setdefault("accuracy", {}).setdefault(str(clients), {})
         table["learning_rates"] = {**table.get("learning_rates", {}), "fedit": best}
         add_accuracy(table, results)
-        remember(values, clients, results)
+        remember("embedded", values, clients, results)
         write_results("embedded", values)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4], help="per type")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     args = parser.parse_args()
-    values = read_results("embedded") | {"seeds": args.seeds}
+    values: dict[str, Any] = {"seeds": args.seeds}
     if "accuracy" in args.tables:
         accuracy_tables(values, args.seeds, args.clients)
     if "overhead" in args.tables:

@@ -15,7 +15,7 @@ import argparse
 import time
 from typing import Any
 
-from benchmarks.common import flower_run, read_results, tuned_rates, write_results
+from benchmarks.common import SEEDS, flower_run, tuned_rates, write_results
 from benchmarks.embedded import CONTROLS, add_accuracy, add_bytes, control_row, overrides, remember
 
 TABLES = ("accuracy", "controls", "fedit")
@@ -50,12 +50,12 @@ def add_run(values: dict[str, Any], results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2], help="per type")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES[:2]),
-                        help="fedit takes hours on a CPU")  # fmt: skip
+                        help="fedit takes hours on a CPU, at 1e-3")  # fmt: skip
     args = parser.parse_args()
-    values = read_results("real_backbones") | {"seeds": args.seeds}
+    values: dict[str, Any] = {"seeds": args.seeds}
     for clients in args.clients:
         rates = tuned_rates("real", 2, clients)
         table = values.setdefault("accuracy", {}).setdefault(str(clients), {})
@@ -65,17 +65,18 @@ def main() -> None:
             results = flower_run("real", overrides(clients, args.seeds, rates, types=2))
             values["wall_seconds"] = round(time.monotonic() - started, 1)
             add_accuracy(table, results)
-            remember(values, clients, results)
+            remember("real_backbones", values, clients, results)
             add_bytes(values, results)
             add_run(values, results)
             write_results("real_backbones", values)
         if "fedit" in args.tables:
             fedit = flower_run("real", overrides(clients, args.seeds, {"fedit": 1e-3}, types=2))
             add_accuracy(table, fedit)
-            remember(values, clients, fedit)
+            remember("real_backbones", values, clients, fedit)
             write_results("real_backbones", values)
-        pair = {name: rates[name] for name in ("within_type", "heterotune")}
         for control in CONTROLS if "controls" in args.tables else ():
+            rates = tuned_rates("real", 2, clients, f"control {control}")
+            pair = {name: rates[name] for name in ("within_type", "heterotune")}
             broken = flower_run("real", [*overrides(clients, args.seeds, pair, types=2),
                                          f"alignment.control={control}"])  # fmt: skip
             values.setdefault(f"control_{control}", {})[str(clients)] = control_row(broken)

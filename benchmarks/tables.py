@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from benchmarks.common import RESULTS
+from benchmarks.embedded import CONTROLS
 
 TITLES = {
     "local_only": "alone",
@@ -71,10 +72,9 @@ def controls(results: dict[str, Any]) -> str:
     rows: list[tuple[str, str, dict[str, Any]]] = [
         ("as computed", clients, table) for clients, table in results["accuracy"].items()
     ]
-    for name in ("random_maps", "rotated_basis"):
+    for name in CONTROLS:
         content = results.get(f"control_{name}", {})
-        nested = content if "within_type" not in content else {"2": content}
-        rows += [(name.replace("_", " "), clients, table) for clients, table in nested.items()]
+        rows += [(name.replace("_", " "), clients, table) for clients, table in content.items()]
     for name, clients, table in rows:
         gain = table["gain_over_within_type"]
         lines.append(
@@ -84,11 +84,53 @@ def controls(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def laboratory(family: dict[str, Any]) -> str:
+    """Every row of the laboratory's federated table, each sharing at its own best rate."""
+    lines = [
+        "| setting | alone | within type | across types | gain over within (s.e.) |",
+        "|---" * 5 + "|",
+    ]
+    for name, row in family["federated"].items():
+        gain = f"{row['gain_over_within']:+.1f} ({row['gain_over_within_se']:.1f})"
+        lines.append(
+            f"| {name} | {row['alone']:.1f} | {row['within']:.1f} | {row['across']:.1f} | {gain} |"
+        )
+    return "\n".join(lines)
+
+
+def read_outs(family: dict[str, Any]) -> str:
+    """Read-out accuracy against the anchors."""
+    keys = ("held_out_correlation", "within", "across", "own_300", "own_300_other_300", "own_600")
+    lines = [
+        "| anchors | " + " | ".join(key.replace("_", " ") for key in keys) + " |",
+        "|---" * 7 + "|",
+    ]
+    for name, row in family["readout"].items():
+        lines.append(f"| {name} | " + " | ".join(str(row[key]) for key in keys) + " |")
+    return "\n".join(lines)
+
+
+def losses(results: dict[str, Any]) -> str:
+    """Every client before and after HeteroTune's first seed."""
+    lines = ["| client | loss before | after | accuracy before | after |", "|---" * 5 + "|"]
+    for row in results.get("clients", []):
+        cells = [f"{row['global_loss_before']:.2f}", f"{row['global_loss_after']:.2f}",
+                 f"{100 * row['global_accuracy_before']:.1f}", f"{100 * row['global_accuracy_after']:.1f}"]  # fmt: skip
+        lines.append(f"| {row['client']} ({row['type']}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     for name in ("real_backbones", "embedded"):
         if results := load(name):
             print(f"## {name}\n\n{accuracy(results)}\n\n{bytes_line(results)}\n")
             print(f"own tests:\n\n{personal(results)}\n\n{controls(results)}\n")
+            print(losses(results))
+    for name, family in load("alignment_probe").items():
+        if isinstance(family, dict) and "federated" in family:
+            print(f"## laboratory, {name}\n\n{laboratory(family)}\n")
+            if "readout" in family:
+                print(read_outs(family) + "\n")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,9 @@ def heal(
         now = time.perf_counter()
         if now - told >= REPORT_SECONDS:
             told, left = now, (now - started) / (step + 1) * (steps - step - 1)
-            report(f"healing: step {step + 1}/{steps}, loss {running:.3f}, about {left / 60:.0f} min left")
+            report(
+                f"healing: step {step + 1}/{steps}, loss {running:.3f}, about {left / 60:.0f} min left"
+            )
     model.requires_grad_(True)
     model.eval()
 
@@ -288,7 +290,9 @@ def prune_and_heal(
     held, rows = rows[:cut], rows[cut:]
     if not len(rows):
         raise BackboneError("too few healing texts: everything was held out")
-    report(f"reading calibration texts with the parent ({config.hidden_size} x {config.num_hidden_layers})")
+    report(
+        f"reading calibration texts with the parent ({config.hidden_size} x {config.num_hidden_layers})"
+    )
     found = measure_activations(model, rows[: max(1, CALIBRATION_TEXTS * 24 // BLOCK)])
     losses = {"parent": held_out_loss(model, held)}
     pruned = prune(model, found, hidden, layers)

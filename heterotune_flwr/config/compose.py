@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import re
 import shlex
 import typing
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def _find_preset(config: str) -> dict[str, Any]:
 def _group(section: str, name: str) -> Any:
     folder = conf_root() / section
     path = folder / f"{name}.yaml"
-    if not path.is_file():
+    if not re.fullmatch(r"[\w-]+", name) or not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ConfigError(
             f"groups.{section}: there is no conf/{section}/{name}.yaml{_nearest(name, known)} "
@@ -146,7 +147,10 @@ def parse_overrides(overrides: str | Sequence[str]) -> list[tuple[list[str], Any
         A word is not ``dotted.path=value``.
 
     """
-    words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    try:
+        words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    except ValueError as error:
+        raise ConfigError(f"the overrides {overrides!r} cannot be split: {error}") from error
     parsed = []
     for word in words:
         path, equals, text = word.partition("=")
@@ -195,7 +199,7 @@ def _check_keys(content: Any, schema: Any, where: str) -> None:
             _check_keys(value, hints[key], path)
 
 
-def compose(config: str, overrides: str | Sequence[str] = "") -> Config:
+def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = True) -> Config:
     """The resolved configuration of a run.
 
     Parameters
@@ -204,6 +208,9 @@ def compose(config: str, overrides: str | Sequence[str] = "") -> Config:
         A preset's name, the path of a YAML file, or ``yaml:`` followed by YAML text.
     overrides
         Dotted overrides in one shell-quoted string, or one per item.
+    trusted
+        Whether both come from this machine. What a server sent may name shipped presets but no file, and may
+        not interpolate (``${oc.env:...}`` would read this machine's environment).
 
     Raises
     ------
@@ -211,7 +218,10 @@ def compose(config: str, overrides: str | Sequence[str] = "") -> Config:
         Unknown preset, group, key or value; the message names it and the nearest right one.
 
     """
+    if not trusted:
+        _check_untrusted(config, overrides)
     content = _expand(_find_preset(config))
+    _check_sections(content)
     for path, value in parse_overrides(overrides):
         if (
             path[0] == "strategies"
@@ -234,11 +244,38 @@ def compose(config: str, overrides: str | Sequence[str] = "") -> Config:
     return result
 
 
+def _check_untrusted(config: str, overrides: str | Sequence[str]) -> None:
+    if not config.startswith(INLINE) and config not in presets():
+        raise ConfigError(
+            "a deployed client takes a preset's name or inline YAML from the server, no file"
+        )
+    if "${" in config + "".join(overrides):
+        raise ConfigError("a deployed client takes no ${...} interpolation from the server")
+
+
+def _check_sections(content: dict[str, Any]) -> None:
+    """Sections are mappings, ``types`` a list, ``strategies`` a mapping by now."""
+    for key, value in content.items():
+        wanted = list if key == "types" else dict
+        if key in _SECTIONS and value is not None and not isinstance(value, wanted):
+            kind = "a list of types" if wanted is list else "a mapping"
+            raise ConfigError(f"{key} is {value!r}, but must be {kind}")
+    for entry in content.get("types") or []:
+        if not isinstance(entry, dict):
+            raise ConfigError(
+                f"types has {entry!r}; write {{backbone: ..., bits: ..., clients: ...}}"
+            )
+
+
 def _add_compared_strategies(content: dict[str, Any]) -> None:
     """``run.compare`` may name any shipped strategy, listed in the preset or not."""
     strategies = content.setdefault("strategies", {})
-    run = content.get("run") or {}
-    for name in run.get("compare") or ["heterotune"]:
+    compared = (content.get("run") or {}).get("compare") or ["heterotune"]
+    if not isinstance(compared, list):
+        raise ConfigError(
+            f"run.compare is {compared!r}, but must be a list like [within_type,heterotune]"
+        )
+    for name in compared:
         if name not in strategies:
             strategies[name] = _group("strategy", str(name))
 
@@ -267,7 +304,8 @@ MINIMA: dict[str, float] = {
     "run.worker_threads": 1,
 }  # fmt: skip
 _POSITIVE = (
-    "data.alpha", "train.learning_rate", "train.clip_norm", "train.prior_smoothing", "method.lora_alpha",
+    "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
+    "train.prior_smoothing", "method.lora_alpha",
 )  # fmt: skip
 
 
@@ -295,7 +333,7 @@ def check_choices(config: Config) -> None:
         if (value := _value(config, path)) < minimum:
             raise ConfigError(f"{path} is {value}, it must be at least {minimum}")
     for path in _POSITIVE:
-        if (value := _value(config, path)) <= 0:
+        if not (value := _value(config, path)) > 0:  # NaN neither
             raise ConfigError(f"{path} is {value}, it must be above 0")
     if not 0 < config.server.participation <= 1:
         raise ConfigError(
@@ -303,8 +341,19 @@ def check_choices(config: Config) -> None:
         )
     if config.run.workers is not None and config.run.workers < 1:
         raise ConfigError(f"run.workers is {config.run.workers}, it must be at least 1 (or null)")
+    method = config.method
+    if method.experts_global + method.experts_type + method.experts_private < 1:
+        raise ConfigError("method has no experts: set method.experts_global to at least 1")
     if not config.run.seeds or not config.run.compare:
         raise ConfigError("run.seeds and run.compare must not be empty")
+    for key, entries in (("seeds", config.run.seeds), ("compare", config.run.compare)):
+        if len(set(map(str, entries))) != len(entries):  # they name the clients' files
+            raise ConfigError(f"run.{key} has an entry twice: {entries}")
+    for name in (config.run.name, *config.run.compare):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
+            raise ConfigError(
+                f"the name {name!r} cannot be part of a file name; use letters, digits, - and _"
+            )
 
 
 def with_absolute_paths(config: Config) -> Config:

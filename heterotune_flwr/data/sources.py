@@ -157,10 +157,10 @@ def check_labels(examples: Iterable[Example], labels: Sequence[str] | None, wher
     if labels is None:
         return
     known = set(labels)
-    for example in examples:
-        if example.label not in known:
+    for number, example in enumerate(examples, start=1):
+        if example.label not in known:  # the answer itself may be private
             raise DataError(
-                f"{where} has the answer {example.label!r}, which is not in the label set "
+                f"{where}: the answer of example {number} is not in the label set "
                 f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}); set data.labels"
             )
 

@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, public_words
 from heterotune_flwr.dema.maps import AlignmentResult, compute_maps, join_type
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ExchangeError, FederationError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
 
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 #: Counts up when the factors' meaning changes, so that old cache files are not used.
-VERSION = 1
+VERSION = 2
 Ask = Callable[[list[str]], dict[str, Tensors]]
 
 
@@ -59,6 +61,7 @@ def factors_path(
         "components": alignment.components,
         "pullback": alignment.pullback_anchors if method.slots > 1 else 0,
         "output": alignment.output,
+        "codec": config.exchange.codec,  # factors are kept as they travelled
     }
     if alignment.output == "vocabulary":
         parts["words"] = [
@@ -105,8 +108,19 @@ def align_types(
     if missing:
         fresh = ask(missing)
         for key in missing:
-            factors[key] = fresh[key]
-            if config.alignment.cache:
-                save_tensors(paths[key], fresh[key])
+            _check_finite(fresh[key], key)
+        factors |= {key: fresh[key] for key in missing}
     ordered = {key: factors[key] for key in sorted(factors)}
-    return compute_maps(ordered, config.alignment, method, labels, seed)
+    result = compute_maps(ordered, config.alignment, method, labels, seed)
+    if config.alignment.cache:  # only what has been of use
+        for key in missing:
+            save_tensors(paths[key], factors[key])
+    return result
+
+
+def _check_finite(factors: Tensors, key: str) -> None:
+    for name, value in factors.items():
+        if not np.isfinite(value).all():
+            raise FederationError(
+                f"the alignment factors of {key} hold numbers in {name} that are not finite"
+            )

@@ -26,7 +26,7 @@ from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import Example, global_test, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import HeteroTuneError
-from heterotune_flwr.federation.identity import Identity, code_hash, identify
+from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
     ERROR_FAILED,
     ERROR_MAPS_MISSING,
@@ -62,8 +62,8 @@ _ENCODED_SETS = 1024
 
 
 @functools.lru_cache(maxsize=16)
-def _composed(config: str, overrides: str) -> Config:
-    return compose(config, overrides)
+def _composed(config: str, overrides: str, trusted: bool) -> Config:
+    return compose(config, overrides, trusted)
 
 
 class _Encodings:
@@ -115,7 +115,9 @@ class Client:
         """Return the client of a Flower context; loads its backbone once per process."""
         run_config = context.run_config
         config = _composed(
-            str(run_config.get("config", "demo")), str(run_config.get("overrides", ""))
+            str(run_config.get("config", "demo")),
+            str(run_config.get("overrides", "")),
+            is_simulated(context.node_config),
         )
         identity = identify(config, context.node_config, context.run_id)
         torch.set_num_threads(max(1, identity.threads))
@@ -267,7 +269,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         encoded = client.encoded(scope, header.seed)
         task, rows = client.task(), make_rows(adapter, encoded, client.config.train.cache_states)
         if scope == "global":
-            report = evaluate_once(adapter, task, rows, encoded.digest)
+            report = evaluate_once(adapter, task, rows, task.data_key(encoded))
         else:
             report = evaluate(adapter, task, rows, client.prior(header.seed))
         metrics |= _eval_metrics(scope, report)
@@ -352,5 +354,7 @@ def respond(message: Message, context: Context, handler: Handler) -> Message:
         content = error_content(str(error))
     except Exception as error:
         log.exception("%s failed", message.metadata.message_type)
-        content = error_content(f"{type(error).__name__}: {error}", ERROR_FAILED)
+        # Of a deployed client the text stays at home: it may quote private data.
+        detail = str(error) if is_simulated(context.node_config) else "see this client's log"
+        content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED)
     return Message(content, reply_to=message)

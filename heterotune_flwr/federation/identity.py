@@ -3,7 +3,8 @@
 In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision`` and ``threads``. It takes no path from the server.
+``anchors``, ``revision``, ``threads``, ``text-field`` and ``label-field``. It takes no path from the server, and
+nothing of its data answers the server: its columns are named here, its labels by the run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, TypeConfig
 from heterotune_flwr.data.partition import ClientData, client_examples, local_examples
+from heterotune_flwr.data.sources import EMBEDDED, label_set
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
 
@@ -82,6 +84,11 @@ def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
     return order
 
 
+def is_simulated(node_config: Mapping[str, Any]) -> bool:
+    """Whether a node is a virtual client of this machine's own simulation."""
+    return "partition-id" in node_config
+
+
 def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str = 0) -> Identity:
     """Return the identity of the node with this node configuration.
 
@@ -92,7 +99,7 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
         the types have clients.
 
     """
-    if "partition-id" not in node_config:
+    if not is_simulated(node_config):
         return _deployed(config, node_config)
     partition, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
     order = expand_types(config.types)
@@ -120,6 +127,13 @@ def _simulated_state_dir(config: Config, run_id: int | str) -> Path:
     return cache_dir() / "state" / f"run-{run_id}"
 
 
+def _public_labels(data: DataConfig) -> list[str] | None:
+    """Labels the run names, or those of a shipped data set; never those of the client's own file."""
+    if data.labels is None and data.train is None and data.name in EMBEDDED:
+        return label_set(data)
+    return data.labels
+
+
 def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
     missing = [key for key in REQUIRED if not node_config.get(key)]
     if missing:
@@ -137,7 +151,13 @@ def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
             str(node_config["revision"]) if node_config.get("revision") else None,
         ),
         data=dataclasses.replace(
-            config.data, train=str(node_config["data"]), test=str(test) if test else None
+            config.data,
+            train=str(node_config["data"]),
+            test=str(test) if test else None,
+            text_field=str(node_config.get("text-field", "text")),
+            label_field=str(node_config.get("label-field", "label")),
+            labels=_public_labels(config.data),
+            max_labels=0,
         ),
         state_dir=Path(str(node_config["state-dir"])).expanduser(),
         threads=int(node_config.get("threads", config.run.worker_threads)),

@@ -87,7 +87,7 @@ class MapsService:
         down: dict[str, int] = {}
         up: dict[str, int] = {}
         infos = {key: roster.clients[roster.of_type(key)[0]].info for key in roster.type_keys}
-        fingerprints = {key: f"{info.fingerprint}@{info.bits}" for key, info in infos.items()}
+        fingerprints = {key: info.fingerprint for key, info in infos.items()}
 
         def ask(type_keys: list[str]) -> dict[str, Tensors]:
             missing = [key for key in type_keys if (key, method.slots) not in self._factors]

@@ -39,7 +39,8 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 def end_marked(mark: str, grace: float = GRACE_SECONDS) -> None:
     """End all processes of a run: ask, insist after ``grace`` seconds, look again until none is left."""
     deadline = time.monotonic() + grace
-    while processes := marked_processes(mark):
+    known: set[psutil.Process] = set()  # a worker may lose its mark and its parent, but not its pid
+    while processes := _alive(known := known | set(marked_processes(mark))):
         insist = time.monotonic() >= deadline
         for process in processes:
             with suppress(psutil.Error):
@@ -47,6 +48,15 @@ def end_marked(mark: str, grace: float = GRACE_SECONDS) -> None:
         psutil.wait_procs(processes, timeout=max(0.5, deadline - time.monotonic()))
         if time.monotonic() > deadline + 3 * grace:  # unkillable (uninterruptible I/O)
             return
+
+
+def _alive(processes: set[psutil.Process]) -> list[psutil.Process]:
+    alive = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
 
 
 def start_guard(mark: str, folders: Sequence[Path]) -> subprocess.Popen[bytes]:

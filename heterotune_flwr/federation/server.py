@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import Context, Grid
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.strategies.build import build_strategy, load_component, strategy_config
+from heterotune_flwr.strategies.build import build_strategy, check_strategy
 
 
 def run_directory(config: Config) -> Path:
@@ -32,8 +33,7 @@ def check_strategies(config: Config) -> None:
             known = ", ".join(sorted(config.strategies)) or "none"
             raise ConfigError(f"run.compare names {name!r}; strategies of this run: {known}")
         spec = config.strategies[name]
-        load_component(str(spec.get("_component_", "")), f"strategies.{name}")
-        strategy_config(name, spec, config)
+        check_strategy(name, spec, config)
 
 
 def run_strategies(grid: Grid, config: Config, journal: Journal, run_name: str) -> dict[str, Any]:
@@ -72,7 +72,9 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
     )
     journal = Journal(run_directory(config))
     try:
-        journal.config(to_yaml(config))
+        # Without the directory, so that running the saved file repeats the run in a new one.
+        own_place = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=None))
+        journal.config(to_yaml(own_place))
         results = run_strategies(grid, config, journal, f"{config.run.name}-{context.run_id}")
     except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__

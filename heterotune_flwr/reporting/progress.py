@@ -40,8 +40,8 @@ class RunProgress:
         self._started: float | None = None
         self._last_line = -LINE_SECONDS
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), console=self.console, transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(),
+            TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn(), console=self.console, transient=True,
         )  # fmt: skip
         self._task: TaskID | None = None
 
@@ -87,10 +87,10 @@ class RunProgress:
         if not self.console.is_terminal:
             now = time.monotonic()
             if force or now - self._last_line > LINE_SECONDS:
-                self.console.print(text, soft_wrap=True, highlight=False)
+                self.console.print(text, soft_wrap=True, highlight=False, markup=False)
                 self._last_line = self._last_line if force else now
         elif force:
-            self._bar.console.print(text, soft_wrap=True, highlight=False)
+            self._bar.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _show(self, description: str, note: str) -> None:
         if self._task is not None:
@@ -123,7 +123,9 @@ class RunProgress:
 
     def _on_train_reply(self, event: Event) -> None:
         self._replies += 1
-        note = f"{event['client_id']} ({event['type']}) loss {event['loss']:.3f}"
+        loss = event.get("loss")
+        note = f"{event['client_id']} ({event['type']})"
+        note += f" loss {loss:.3f}" if isinstance(loss, float) else ""
         self._show(f"{self._name(event)} round {event['round']}/{event['of']}", note)
 
     def _on_round(self, event: Event) -> None:

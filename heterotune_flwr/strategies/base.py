@@ -45,7 +45,9 @@ from heterotune_flwr.strategies import evaluation
 from heterotune_flwr.strategies.courier import Courier
 from heterotune_flwr.strategies.updates import (
     ClientUpdate,
+    Work,
     as_update,
+    check_step,
     check_update,
     mean_delta,
     outliers,
@@ -98,6 +100,10 @@ class HeteroStrategy(Strategy):
         ``updates`` hold only the tensors of this group, in client order; never empty.
         """
         return mean_delta(updates)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse wrong values of the class's own options before anything runs (ConfigError)."""
 
     def round_log(self) -> dict[str, Any]:
         """Further facts about the last round for the journal; JSON-able."""
@@ -203,6 +209,7 @@ class HeteroStrategy(Strategy):
             members = [update for update in members if update.deltas]
             if members:
                 step = self.combine(group, server_round, members)
+                check_step(step, f"{self.context.name}, round {server_round}")
                 self.state[group] |= {n: self.state[group][n] + d for n, d in step.items()}
         summary = training_summary(reports)
         self._journal_round(server_round, summary)
@@ -230,7 +237,7 @@ class HeteroStrategy(Strategy):
                 _check_sender(reply, client_id, server_round)
                 if client_id in updates:
                     raise FederationError("answers twice")
-                update = as_update(reply, type_key)
+                update = as_update(reply, type_key, self._work(client_id))
                 check_update(update, {name: shapes[name] for name in self._groups[type_key]})
             except HeteroTuneError as error:
                 self.courier.refuse(client_id, server_round, str(error))
@@ -240,6 +247,11 @@ class HeteroStrategy(Strategy):
             self.courier.refuse(client_id, server_round, reason)
             del reports[client_id], updates[client_id]
         return [reports[key] for key in sorted(reports)], [updates[key] for key in sorted(updates)]
+
+    def _work(self, client_id: str) -> Work:
+        train = self.config.train
+        examples = self.roster.clients[client_id].info.train_examples
+        return Work(examples, train.local_steps, train.learning_rate)
 
     def _journal_round(self, server_round: int, summary: Mapping[str, Any]) -> None:
         ledger = self.courier.ledger
@@ -325,7 +337,9 @@ class HeteroStrategy(Strategy):
             messages = self._evaluate_messages(asked, server_round)
             collected += self.courier.collect(grid, messages, EVALUATE, server_round)
         record = self.aggregate_evaluate(server_round, collected)
-        if record is not None:
+        if record is None:
+            self.outcome.rows = []  # an older evaluation must not pass for this one
+        else:
             result.evaluate_metrics_clientapp[server_round] = record
 
     # ---------------------------------------------------------------------------------- the loop

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from heterotune_flwr.config.compose import check_choices
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
@@ -82,16 +83,32 @@ def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroS
         The path, a key or a value is wrong; the message names the nearest right one.
 
     """
-    where = f"strategies.{context.name}"
-    if "_component_" not in spec:
+    component, options = _read_entry(context.name, spec)
+    config = strategy_config(context.name, spec, context.config)
+    return component(dataclasses.replace(context, config=config), **options)
+
+
+def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
+    """Everything about an entry that can be wrong, before anything runs (ConfigError)."""
+    component, options = _read_entry(name, spec)
+    component.check_options(options)
+    try:
+        check_choices(strategy_config(name, spec, config))
+    except ConfigError as error:
+        raise ConfigError(f"strategies.{name}: {error}") from error
+
+
+def _read_entry(name: str, spec: Mapping[str, Any]) -> tuple[type[HeteroStrategy], dict[str, Any]]:
+    """The class and the options of its own."""
+    where = f"strategies.{name}"
+    if not isinstance(spec, Mapping) or "_component_" not in spec:
         raise ConfigError(f"{where} lacks _component_, the dotted path of its class")
     component = load_component(str(spec["_component_"]), where)
     reserved = {"_component_", "method", "train"}
     options = {str(key): value for key, value in spec.items() if key not in reserved}
-    known = [name for name in inspect.signature(component).parameters if name != "context"]
+    known = [key for key in inspect.signature(component).parameters if key != "context"]
     for key in options:
         if key not in known:
             known_keys = [*known, "method", "train"]
             raise ConfigError(f"{where} has no key {key!r}; {_nearest(key, known_keys)}")
-    config = strategy_config(context.name, spec, context.config)
-    return component(dataclasses.replace(context, config=config), **options)
+    return component, options

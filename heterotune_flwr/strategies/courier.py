@@ -22,6 +22,9 @@ from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.wire import read_config, read_metrics
 from heterotune_flwr.flower import ArrayRecord, Grid, Message
 
+#: Keys of a journalled reply that no metric of a client may take.
+RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
+
 
 class Courier:
     """Sends and collects for one strategy.
@@ -160,5 +163,5 @@ class Courier:
             of=self.context.config.server.rounds,
             client_id=client_id,
             type=self.roster.clients[client_id].info.type_key,
-            **{key: metrics[key] for key in sorted(metrics)},
+            **{key: metrics[key] for key in sorted(metrics) if key not in RESERVED},
         )

@@ -50,6 +50,11 @@ class HeteroTune(HeteroStrategy):
         self.chain_states: dict[int, State] = {}
         self._log: dict[str, Any] = {}
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Build the chain once, for its errors."""
+        build_chain(options.get("chain") or DEFAULT_CHAIN)
+
     def scope(self, name: str, type_key: str) -> Scope:
         """Global experts are for all types, as far as the type's slot is aligned."""
         tier = tier_of(name)

@@ -19,6 +19,15 @@ _NOT_AVERAGED = {"examples", "steps", "learning_rate", "seconds", "peak_memory_m
 
 
 @dataclass(frozen=True)
+class Work:
+    """What was asked of a client: at most these examples and steps, at this learning rate."""
+
+    examples: int
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """One admitted update: ``deltas`` = trained minus received values, by canonical name."""
 
@@ -39,14 +48,13 @@ class ClientUpdate:
         return replace(self, deltas={name: self.deltas[name] for name in names})
 
 
-def as_update(reply: TrainReply, type_key: str) -> ClientUpdate:
+def as_update(reply: TrainReply, type_key: str, asked: Work) -> ClientUpdate:
     """Read an update and its weights out of a reply.
 
     Raises
     ------
     FederationError
-        The client answers for another model type, or a weight is missing, not finite or not
-        above 0.
+        The client answers for another model type, or claims work that was not asked of it.
 
     """
     if reply.type_key != type_key:
@@ -57,6 +65,12 @@ def as_update(reply: TrainReply, type_key: str) -> ClientUpdate:
     for name, value in weights.items():
         if not (np.isfinite(value) and value > 0):
             raise FederationError(f"reports {name} = {value}, which must be above 0")
+    if not np.isclose(weights["learning_rate"], asked.learning_rate, rtol=1e-5):
+        rate = weights["learning_rate"]
+        raise FederationError(f"reports learning_rate = {rate} instead of {asked.learning_rate}")
+    for name, limit in (("examples", asked.examples), ("steps", asked.steps)):
+        if weights[name] > limit:
+            raise FederationError(f"reports {name} = {weights[name]}, more than its {limit}")
     return ClientUpdate(reply.client_id, type_key, **weights, deltas=reply.deltas)
 
 
@@ -87,6 +101,15 @@ def check_update(update: ClientUpdate, expected: Mapping[str, tuple[int, ...]]) 
             raise FederationError(f"sends {name} as {list(got.shape)}, expected {list(shape)}")
         if not np.isfinite(got).all():
             raise FederationError(f"sends numbers in {name} that are not finite")
+
+
+def check_step(step: Mapping[str, NDArray[np.floating[Any]]], where: str) -> None:
+    """Refuse a combined step that is not finite (FederationError): the shared tensors stay as they were."""
+    for name, value in step.items():
+        if not np.isfinite(value).all():
+            raise FederationError(
+                f"{where}: combining the updates gave numbers in {name} that are not finite"
+            )
 
 
 def outliers(updates: Sequence[ClientUpdate], limit: float = NORM_LIMIT) -> dict[str, str]:

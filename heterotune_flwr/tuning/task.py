@@ -107,13 +107,13 @@ class Task:
 
         """
         encoded = EncodedSet([], [], [])
-        for example in examples:
+        for number, example in enumerate(examples, start=1):
             tokenizer = self.backbone.tokenizer
             if self.kind == "labels":
                 ids = encode_prompt(tokenizer, self.prompt, example.text, self.max_length)
                 if example.label not in self._index:
                     raise DataError(
-                        f"answer {example.label!r} is not in the label set; set data.labels"
+                        f"the answer of example {number} is not in the label set; set data.labels"
                     )
                 positions, targets = [len(ids) - 1], [self._index[example.label]]
             else:
@@ -138,6 +138,11 @@ class Task:
         counts = torch.bincount(answers, minlength=len(self.labels)) + config.prior_smoothing
         prior: Tensor = config.logit_adjustment * torch.log(counts / counts.sum())
         return prior.float().to(self.backbone.device)
+
+    def data_key(self, encoded: EncodedSet) -> str:
+        """SHA-256 (hex) of everything an evaluation on these examples depends on, the model apart."""
+        parts = [encoded.digest, encoded.targets, self.kind, self.labels]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def losses(
         self, states: Tensor, targets: Tensor, prior: Tensor | None = None
