@@ -133,18 +133,15 @@ def accuracy_tables(values: dict[str, Any], seeds: list[int], counts: list[int])
         write_results("embedded", values)
 
 
-def control_tables(values: dict[str, Any], seeds: list[int]) -> None:
-    """What is left of the gain when the alignment is broken on purpose."""
+def control_tables(name: str, preset: str, family: str, types: int, values: dict[str, Any]) -> None:
+    """What is left of the gain when the alignment is broken on purpose: one client per type."""
     for control in CONTROLS:
-        tables = values[f"control_{control}"] = {}
-        for clients in (1, 2):
-            rates = tuned_rates("tiny", 3, clients, f"control {control}")
-            pair = {name: rates[name] for name in ("within_type", "heterotune")}
-            broken = flower_run(
-                "demo", [*overrides(clients, seeds, pair), f"alignment.control={control}"]
-            )
-            tables[str(clients)] = control_row(broken)
-            write_results("embedded", values)
+        rates = tuned_rates(family, types, 1, f"control {control}")
+        pair = {key: rates[key] for key in ("within_type", "heterotune")}
+        words = overrides(1, values["seeds"], pair, types)
+        broken = flower_run(preset, [*words, f"alignment.control={control}"])
+        values[f"control_{control}"] = {"1": control_row(broken)}
+        write_results(name, values)
 
 
 def fedit_tables(values: dict[str, Any], seeds: list[int], counts: list[int]) -> None:
@@ -179,7 +176,7 @@ def main() -> None:
         add_overhead(values, flower_run("demo", overrides(4, [0], rates)), 12)
         write_results("embedded", values)
     if "controls" in args.tables:
-        control_tables(values, args.seeds)
+        control_tables("embedded", "demo", "tiny", 3, values)
     if "fedit" in args.tables:
         fedit_tables(values, args.seeds, args.clients)
 

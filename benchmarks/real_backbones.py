@@ -16,9 +16,10 @@ import time
 from typing import Any
 
 from benchmarks.common import SEEDS, flower_run, tuned_rates, write_results
-from benchmarks.embedded import CONTROLS, add_accuracy, add_bytes, control_row, overrides, remember
+from benchmarks.embedded import add_accuracy, add_bytes, control_tables, overrides, remember
 
 TABLES = ("accuracy", "controls", "fedit")
+FEDIT_RATE = 1e-3
 
 
 def per_client(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,39 +49,44 @@ def add_run(values: dict[str, Any], results: dict[str, Any]) -> None:
     values["clients"] = per_client(results)
 
 
+def accuracy_table(values: dict[str, Any], seeds: list[int], clients: int) -> None:
+    """Local-only, within-type and HeteroTune, and what one run of it costs and does."""
+    rates = tuned_rates("real", 2, clients)
+    started = time.monotonic()
+    results = flower_run("real", overrides(clients, seeds, rates, types=2))
+    values["wall_seconds"] = round(time.monotonic() - started, 1)
+    table = values.setdefault("accuracy", {}).setdefault(str(clients), {})
+    table["learning_rates"] = rates
+    add_accuracy(table, results)
+    remember("real_backbones", values, clients, results)
+    add_bytes(values, results)
+    add_run(values, results)
+    write_results("real_backbones", values)
+
+
+def fedit_table(values: dict[str, Any], seeds: list[int], clients: int) -> None:
+    """FedIT, at a rate that was not tuned here."""
+    results = flower_run("real", overrides(clients, seeds, {"fedit": FEDIT_RATE}, types=2))
+    add_accuracy(values.setdefault("accuracy", {}).setdefault(str(clients), {}), results)
+    remember("real_backbones", values, clients, results)
+    write_results("real_backbones", values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2], help="per type")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES[:2]),
-                        help="fedit takes hours on a CPU, at 1e-3")  # fmt: skip
+                        help=f"fedit takes hours on a CPU (learning rate {FEDIT_RATE}, not tuned)")  # fmt: skip
     args = parser.parse_args()
     values: dict[str, Any] = {"seeds": args.seeds}
     for clients in args.clients:
-        rates = tuned_rates("real", 2, clients)
-        table = values.setdefault("accuracy", {}).setdefault(str(clients), {})
         if "accuracy" in args.tables:
-            table["learning_rates"] = {**table.get("learning_rates", {}), **rates}
-            started = time.monotonic()
-            results = flower_run("real", overrides(clients, args.seeds, rates, types=2))
-            values["wall_seconds"] = round(time.monotonic() - started, 1)
-            add_accuracy(table, results)
-            remember("real_backbones", values, clients, results)
-            add_bytes(values, results)
-            add_run(values, results)
-            write_results("real_backbones", values)
-        if "fedit" in args.tables:
-            fedit = flower_run("real", overrides(clients, args.seeds, {"fedit": 1e-3}, types=2))
-            add_accuracy(table, fedit)
-            remember("real_backbones", values, clients, fedit)
-            write_results("real_backbones", values)
-        for control in CONTROLS if "controls" in args.tables else ():
-            rates = tuned_rates("real", 2, clients, f"control {control}")
-            pair = {name: rates[name] for name in ("within_type", "heterotune")}
-            broken = flower_run("real", [*overrides(clients, args.seeds, pair, types=2),
-                                         f"alignment.control={control}"])  # fmt: skip
-            values.setdefault(f"control_{control}", {})[str(clients)] = control_row(broken)
-            write_results("real_backbones", values)
+            accuracy_table(values, args.seeds, clients)
+    if "controls" in args.tables:
+        control_tables("real_backbones", "real", "real", 2, values)
+    for clients in args.clients if "fedit" in args.tables else ():
+        fedit_table(values, args.seeds, clients)
 
 
 if __name__ == "__main__":

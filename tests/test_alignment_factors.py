@@ -102,8 +102,10 @@ def test_factors_hold_the_label_words_rows_and_the_shared_words(backbone):
     alignment = AlignmentConfig(components=9, output="vocabulary", output_components=4)
     factors = alignment_factors(backbone, TEXTS, alignment, DATA, LABELS, 1, words)
     assert factors["slots.0.scores"].shape == (len(TEXTS), 9)
+    assert factors["label_rows"].shape == (0, backbone.hidden)  # labels may begin alike then
     head = backbone.model.get_output_embeddings().weight
-    for row, label in zip(factors["label_rows"], LABELS, strict=True):
+    labelled = alignment_factors(backbone, TEXTS, AlignmentConfig(components=9), DATA, LABELS, 1)
+    for row, label in zip(labelled["label_rows"], LABELS, strict=True):
         token = backbone.tokenizer(f" {label}", add_special_tokens=False)["input_ids"][0]
         np.testing.assert_array_equal(row, head[token].numpy())
     assert factors["words.left"].shape == (len(words), 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -55,10 +56,29 @@ def test_wrong_input_is_one_line_and_exit_code_one(arguments: list[str], words: 
     assert "Traceback" not in done.stderr
 
 
-def test_align_computes_maps_that_a_run_finds_in_the_cache() -> None:
+def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> None:
     first = _heterotune("align", "quick")
     assert first.returncode == 0, first.stderr
     assert "reading 400 anchors with tiny-a@bf16" in first.stdout
     second = _heterotune("align", "quick")
     assert "reading" not in second.stdout
     assert second.stdout.count("canonical correlation") == 3
+    from client_app.app import app
+    from heterotune_flwr.config.compose import compose
+    from heterotune_flwr.federation.in_process import InProcessGrid
+    from heterotune_flwr.federation.server import run
+    from heterotune_flwr.flower import Context, RecordDict
+
+    run_config = {"config": "quick", "overrides": f"run.dir={tmp_path} server.rounds=1"}
+    nodes = [{"partition-id": i, "num-partitions": 6} for i in range(6)]
+    context = Context(
+        run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config
+    )
+    run(InProcessGrid(app, nodes, run_config), context)
+    events = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    (aligned,) = [event for event in events if event["event"] == "align"]
+    assert aligned["cached"]
+    assert aligned["bytes_up"] == 0
+    again = compose(str(tmp_path / "config.yaml"))  # repeats the run, in a directory of its own
+    assert again.run.dir is None
+    assert again.server.rounds == 1

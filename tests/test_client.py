@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,9 +91,11 @@ strategies: {{}}
 class World:
     """Four simulated clients of two types, answering in this process."""
 
-    def __init__(self, path: Path, **node_config: object) -> None:
+    def __init__(
+        self, path: Path, config: str | None = None, overrides: str = "", **node_config: object
+    ) -> None:
         self.path = path
-        self.run_config = {"config": str(path / "run.yaml"), "overrides": ""}
+        self.run_config = {"config": config or str(path / "run.yaml"), "overrides": overrides}
         nodes = [node_config] if node_config else [
             {"partition-id": i, "num-partitions": 4} for i in range(4)
         ]  # fmt: skip
@@ -134,6 +138,45 @@ def make_maps(hidden: int, seed: int = 0):
         for name, shape in shapes.items()
     }
     return maps, tensor_digest(maps)
+
+
+def inline(world: World) -> str:
+    """The world's run as a server sends it to a deployed client."""
+    return "yaml:" + (world.path / "run.yaml").read_text()
+
+
+def deployed_node(folder: Path, path: Path) -> dict[str, str]:
+    return {
+        "client-id": "hospital-7", "backbone": str(folder / "two"), "bits": "int8",
+        "data": str(folder / "private.jsonl"), "state-dir": str(path / "mine"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "'types.0.bits=${oc.env:SECRET}'",
+        "'data.labels=[${oc.env:SECRET},b]'",
+        "data.label_field=text data.max_labels=1000000",
+        "data.text_field=note data.label_field=note",
+        "data.labels=[a,b]",
+    ],
+)
+def test_a_server_cannot_read_a_deployed_clients_data_or_environment(
+    world, folder, tmp_path, monkeypatch, overrides
+):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    rows = [
+        {"text": f"patient {n}", "note": f"patient {n}", "label": f"ill {n % 3}"} for n in range(40)
+    ]
+    (folder / "private.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    deployed = World(world.path, inline(world), overrides, **deployed_node(folder, tmp_path))
+    request = DescribeRequest(Header("run", 0, METHOD), [])
+    content = deployed.ask(0, DESCRIBE, request.to_content())
+    told = "".join(str(dict(record)) for record in content.values())
+    assert not re.search("s3cr3t|patient|ill [0-9]", told)
+    with pytest.raises(RemoteError):  # nor is it told which files there are
+        World(world.path, str(tmp_path / "run.yaml"), **deployed_node(folder, tmp_path)).describe(0)
 
 
 def shared_names(reply: DescribeReply) -> list[str]:
@@ -293,8 +336,9 @@ def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):
         identify(config, {"partition-id": 0, "num-partitions": 5})
     with pytest.raises(BackboneError):
         identify(config, {**node, "bits": "int3"})
-    deployed = World(world.path, **node)
-    assert deployed.describe(0).client_id == "hospital-7"
+    deployed = World(world.path, inline(world), f"data.labels=[{','.join(LABELS)}]", **node)
+    described = deployed.describe(0)
+    assert (described.client_id, described.labels) == ("hospital-7", LABELS)
     maps, digest = make_maps(48)
     deployed.train(0, 1, maps=maps, digest=digest)
     assert (tmp_path / "mine" / "clients" / "run" / "hospital-7.safetensors").exists()

@@ -102,6 +102,32 @@ def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
         compose(config)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("types=5", "types is 5"),
+        ("run=5", "run is 5"),
+        ("run.compare=heterotune", r"list like \[within_type"),
+        ("run.seeds=[0,0]", "entry twice"),
+        ("run.compare=[mean,mean]", "entry twice"),
+        ("'run.name=my run'", "file name"),
+        ("train.learning_rate=nan", "above 0"),
+        ("method.experts_global=0", "no experts"),
+        ("server.timeout_seconds=0", "above 0"),
+        ("data.prompt='x", "cannot be split"),
+    ],
+)
+def test_odd_values_get_one_clear_line(overrides: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        compose("quick", overrides)
+
+
+def test_a_group_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("secret: 1")
+    with pytest.raises(ConfigError, match=r"groups\.data: there is no"):
+        compose(f"yaml:groups: {{data: ../../../../../../..{tmp_path}/x}}")
+
+
 def test_a_preset_may_change_a_listed_strategy() -> None:
     text = "strategies: [within_type, heterotune: {train: {learning_rate: 0.5}}, fedit: {method: {lora_rank: 4}}]"
     config = compose("yaml:" + text, "strategies.within_type.train.local_steps=3")

@@ -15,10 +15,11 @@ from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.sampling import sample_clients
-from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.federation.server import check_strategies, run_strategies
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
 from heterotune_flwr.strategies import HeteroTune, build_strategy
+from heterotune_flwr.strategies.updates import Work, as_update
 
 HERE = "heterotune_flwr.strategies"
 SPECS = {
@@ -186,6 +187,77 @@ def test_nan_update_is_refused_and_reported_by_client(tmp_path):
     assert "not finite" in refused["reason"]
     assert [e["clients"] for e in log if e["event"] == "round"] == [5, 6, 6]
     assert all(np.isfinite(value).all() for value in strategy.shared_tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"learning_rate": 1e-12}, "learning_rate"),
+        ({"examples": 1e308}, "more than its 48"),
+        ({"steps": 1e9}, "more than its"),
+        ({"steps": 0.0}, "above 0"),
+    ],
+)
+def test_work_that_was_not_asked_of_a_client_is_refused(claim, message):
+    metrics = {"examples": 48.0, "steps": 5.0, "learning_rate": 0.01} | claim
+    reply = TrainReply("client-0000", "a", 1, "", {}, metrics)
+    with pytest.raises(FederationError, match=message):
+        as_update(reply, "a", Work(examples=48, steps=5, learning_rate=0.01))
+    honest = replace(
+        reply, metrics={**metrics, "examples": 48.0, "steps": 5.0, "learning_rate": 0.01}
+    )
+    assert as_update(honest, "a", Work(48, 5, 0.01)).examples == 48
+
+
+def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
+    class Careless(HeteroTune):
+        def combine(self, group, round, updates):
+            return {name: value * np.nan for name, value in updates[0].deltas.items()}
+
+    config = toy_config(tmp_path)
+    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
+    strategy = Careless(StrategyContext("x", config, 0, session))
+    with pytest.raises(FederationError, match="not finite"):
+        strategy.start(session.grid)
+    assert all(np.isfinite(value).all() for value in strategy.shared_tensors().values())
+
+
+def test_a_lost_last_evaluation_does_not_show_an_older_one(tmp_path):
+    config = toy_config(tmp_path)
+    everybody = {f"client-{i:04d}" for i in range(6)}
+    federation = ToyFederation(config, lose_evaluation={(c, 3) for c in everybody})
+    strategy, log = start(config, federation)
+    assert strategy.outcome.before
+    assert not strategy.outcome.rows
+    assert [e["round"] for e in log if e["event"] == "evaluate"][-1] < 3
+
+
+def test_a_metric_cannot_take_the_place_of_a_field_of_the_journal(tmp_path):
+    config = toy_config(tmp_path)
+    _, log = start(config, ToyFederation(config, extra_metrics={"round": 99.0, "type": 1.0}))
+    assert {e["round"] for e in log if e["event"] == "train_reply"} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({**SPECS["heterotune"], "chain": [{"transform": "nonsense"}]}, "nonsense"),
+        (
+            {**SPECS["heterotune"], "train": {"local_steps": 0}},
+            "strategies.mine: train.local_steps",
+        ),
+        ({**SPECS["heterotune"], "method": {"gate": "denze"}}, "did you mean 'dense'"),
+        ({**SPECS["heterotune"], "foo": 3}, "no key 'foo'"),
+    ],
+)
+def test_wrong_options_of_any_compared_strategy_are_found_before_the_first_runs(
+    tmp_path, spec, message
+):
+    config = toy_config(tmp_path)
+    config.strategies = {"heterotune": SPECS["heterotune"], "mine": spec}
+    config.run.compare = ["heterotune", "mine"]
+    with pytest.raises(ConfigError, match=message):
+        check_strategies(config)
 
 
 def test_a_run_without_any_usable_update_fails_with_the_first_reason(tmp_path):

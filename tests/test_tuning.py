@@ -13,6 +13,7 @@ from tiny_backbones import LABELS, save_backbone, write_rows
 from torch.nn import functional
 
 from heterotune_flwr.backbones import loading
+from heterotune_flwr.backbones.head import HeadScaling, head_scaling
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.data import training_pool
@@ -25,7 +26,7 @@ from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.evaluate import evaluate, evaluate_once
 from heterotune_flwr.tuning.local import batches, examples_correct, train_local
 from heterotune_flwr.tuning.states import forget_states, frozen_states, make_rows
-from heterotune_flwr.tuning.task import EncodedSet, HeadScaling, head_scaling, make_task
+from heterotune_flwr.tuning.task import EncodedSet, make_task
 
 METHOD = MethodConfig(latent=8, inner=4, experts_global=2)
 LORA = MethodConfig(kind="lora", lora_rank=2)

@@ -161,8 +161,8 @@ def gradients(tensors, maps, backbone, states, labels):
 class ToyFederation:
     """Builds the ClientApp and its grid; the fields below inject faults.
 
-    ``nan``, ``fail``, ``forget``: (client id, round) pairs that send NaN, report an error, or have
-    lost their maps. ``code`` and ``labels``: client id -> what that client answers instead.
+    ``nan``, ``fail``, ``forget``, ``lose_evaluation``: (client id, round) pairs that send NaN, report an error,
+    have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead.
     """
 
     config: Config
@@ -170,6 +170,8 @@ class ToyFederation:
     fail: set = field(default_factory=set)
     forget: set = field(default_factory=set)
     fail_global_test: set = field(default_factory=set)
+    lose_evaluation: set = field(default_factory=set)
+    extra_metrics: dict = field(default_factory=dict)
     code: dict = field(default_factory=dict)
     labels: dict = field(default_factory=dict)
     own_state: dict = field(default_factory=dict)
@@ -282,7 +284,7 @@ class ToyFederation:
         if (client_id, header.round) in self.nan:
             next(iter(deltas.values())).flat[0] = np.nan
         metrics = {
-            "examples": 48, "steps": request.local_steps, "learning_rate": request.learning_rate,
+            **self.extra_metrics, "examples": 48, "steps": request.local_steps, "learning_rate": request.learning_rate,
             "loss": float(loss), "seconds": 0.01, "peak_memory_mb": 10.0 + partition,
         }  # fmt: skip
         reply = TrainReply(client_id, type_key, header.round, request.maps_digest, deltas, metrics)
@@ -293,6 +295,8 @@ class ToyFederation:
         client_id, type_key, backbone, partition = self.who(context)
         header = request.header
         self.log.append(("evaluate", header.round, client_id, tuple(request.scopes)))
+        if (client_id, header.round) in self.lose_evaluation:
+            return Message(error_content("the disk is full"), reply_to=message)
         if "global" in request.scopes and client_id in self.fail_global_test:
             return Message(error_content("the test file is gone"), reply_to=message)
         maps = self.maps_of(request, client_id)

@@ -230,6 +230,7 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
         ):
             content.setdefault("strategies", {})[path[1]] = _group("strategy", path[1])
         _apply(content, path, value, ".".join(path))
+    _check_sections(content)
     _check_keys(content, Config, "")
     _add_compared_strategies(content)
     try:

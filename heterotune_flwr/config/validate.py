@@ -36,13 +36,15 @@ def preflight(config: Config) -> None:
             "the task has no closed label set (see data.labels and data.max_labels), so alignment.output must be "
             "'vocabulary'"
         )
+    if (config.data.train is None) != (config.data.test is None):
+        raise DataError("data.train and data.test belong together: give both files, or none")
     load_anchors(config.alignment)
     global_test(config.data)
     total = sum(entry.clients for entry in config.types)
     for seed in config.run.seeds:
         for partition in range(total):
             client_examples(config.data, partition, total, seed)
-    if labels and config.train.loss != "tokens":
+    if labels and (config.train.loss != "tokens" or config.alignment.output == "labels"):
         _check_labels(config, labels)
 
 

@@ -7,6 +7,7 @@ import functools
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ class Example:
 
 def _open(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -58,7 +59,9 @@ def _column(row: dict[str, Any], key: str, setting: str, where: str) -> str:
             f"{where} has no column {key!r} (data.{setting}); columns present: "
             f"{', '.join(sorted(str(name) for name in row if name))}"
         )
-    return str(row[key])
+    if not (text := str(row[key])).strip():
+        raise DataError(f"{where} has an empty {key!r} (data.{setting})")
+    return text
 
 
 def read_examples(path: Path, data: DataConfig) -> list[Example]:
@@ -82,10 +85,19 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
                 Example(
                     text=_column(row, data.text_field, "text_field", where),
                     label=_column(row, data.label_field, "label_field", where),
-                    client=str(row.get(data.client_field) or ""),
+                    client=""
+                    if row.get(data.client_field) is None
+                    else str(row[data.client_field]),
                 )
             )
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        UnicodeDecodeError,
+        csv.Error,
+        json.JSONDecodeError,
+    ) as error:
         raise DataError(f"data file {str(path)!r} cannot be read: {error}") from error
     if not examples:
         raise DataError(f"data file {str(path)!r} holds no example")
@@ -148,7 +160,11 @@ def label_set(data: DataConfig) -> list[str] | None:
         if len(set(data.labels)) != len(data.labels) or len(data.labels) < 2:
             raise DataError("data.labels must name at least two answers, each once")
         return list(data.labels)
+    if data.max_labels < 1:
+        return None
     found = sorted({example.label for example in training_pool(data)})
+    if len(found) < 2:
+        raise DataError(f"every example has the answer {found[0]!r}: there is nothing to learn")
     return found if len(found) <= data.max_labels else None
 
 

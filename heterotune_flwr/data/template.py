@@ -95,7 +95,7 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], prompt: str) -> list[int
             raise DataError(
                 f"labels {owners[token]!r} and {label!r} begin with the same token "
                 f"{tokenizer.convert_ids_to_tokens(token)!r} of this backbone; rename one of them "
-                "or set train.loss=tokens"
+                "or set train.loss=tokens and alignment.output=vocabulary"
             )
         owners[token] = label
     return list(owners)

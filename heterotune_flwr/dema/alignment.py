@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 #: Counts up when the factors' meaning changes, so that old cache files are not used.
-VERSION = 2
+VERSION = 3
 Ask = Callable[[list[str]], dict[str, Tensors]]
 
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,17 @@ _WORD = re.compile(r"[A-Za-z][a-z]+")
 
 def _read(path: Path) -> list[str]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as stream:  # type: ignore[operator]
-        lines = [line.rstrip("\n") for line in stream]
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:  # type: ignore[operator]
+            lines = [line.rstrip("\n") for line in stream]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"the anchors {path} cannot be read: {error}") from error
     if path.name.removesuffix(".gz").endswith(".txt"):
         return [line for line in lines if line.strip()]
     texts = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:

@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from heterotune_flwr.backbones.head import head_scaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.data.template import (
+    answer_ids,
     encode_prompt,
     label_tokens,
     render_prompt,
@@ -38,8 +40,8 @@ def words_mask(tokenizer: Any, words: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def word_token(tokenizer: Any, word: str) -> int | None:
-    """Token id of " word", None when it takes several."""
-    ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    """Token id of " word" inside a text, None when it takes several."""
+    ids = answer_ids(tokenizer, "the", word)
     return int(ids[0]) if len(ids) == 1 else None
 
 
@@ -106,7 +108,10 @@ def _word_spans(
     if not tokenizer.is_fast:
         raise BackboneError(f"{backbone.spec.type_key}: word spans need a fast tokenizer")
     encoded = tokenizer(rendered, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"])[:limit], encoded["offset_mapping"][:limit]
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    if len(ids) > limit:  # as a prompt is cut: the end stays, and a leading bos
+        head = 1 if ids[0] == tokenizer.bos_token_id and limit > 1 else 0
+        ids, offsets = (row[:head] + row[len(row) - limit + head :] for row in (ids, offsets))
     spans = []
     for match in re.finditer(r"\S+", rendered):
         inside = [i for i, (start, end) in enumerate(offsets)
@@ -183,10 +188,11 @@ def principal_components(
 
 
 def unembedding_rows(backbone: Backbone, tokens: Sequence[int]) -> NDArray[np.float64]:
-    """Rows of the unembedding matrix (len(tokens) x d)."""
+    """Rows of the unembedding matrix (len(tokens) x d), with the family's scaling of logits in them."""
     weight = backbone.model.get_output_embeddings().weight
     rows: Tensor = weight[torch.tensor(list(tokens), device=weight.device)].detach().float().cpu()
-    return rows.numpy().astype(np.float64)
+    scaled: NDArray[np.float64] = rows.numpy().astype(np.float64)
+    return scaled * head_scaling(backbone.model).scale
 
 
 def _word_factors(
@@ -295,20 +301,20 @@ def alignment_factors(
 
     Returns
     -------
-    ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d; ``label_rows`` C x d (0 x d without labels);
+    ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d; ``label_rows`` C x d (0 x d for other outputs);
     ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
 
     """
     values: dict[str, NDArray[Any]] = {}
     states = collect_states(backbone, texts, data, slots, alignment.positions, progress)
     for slot, rows in enumerate(states):
-        rows = np.nan_to_num(rows)
+        rows = np.where(np.isnan(rows), np.nanmean(rows, axis=0), rows)  # words cut off
         scores, basis, mean = principal_components(rows, alignment.components)
         values[f"slots.{slot}.scores"] = scores
         values[f"slots.{slot}.basis"] = basis
         values[f"slots.{slot}.mean"] = mean
     values["label_rows"] = np.zeros((0, backbone.hidden))
-    if labels:
+    if labels and alignment.output == "labels":
         tokens = label_tokens(backbone.tokenizer, labels, data.prompt)
         values["label_rows"] = unembedding_rows(backbone, tokens)
     directions = [values["label_rows"]]

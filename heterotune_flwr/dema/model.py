@@ -73,11 +73,15 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         slot = (peft_config.slot_modules or []).index(current_key)
         if isinstance(target, DeMALayer):
-            target.update_layer(adapter_name, peft_config, slot)
-            return
-        hidden = int(text_config(self.model).hidden_size)
-        layer = DeMALayer(target, adapter_name, peft_config, slot, hidden)
-        self._replace_module(parent, target_name, layer, target)
+            layer = target
+            layer.update_layer(adapter_name, peft_config, slot)
+        else:
+            hidden = int(text_config(self.model).hidden_size)
+            layer = DeMALayer(target, adapter_name, peft_config, slot, hidden)
+            self._replace_module(parent, target_name, layer, target)
+        if next(layer.base_layer.parameters(), None) is None:  # a norm without weights: OLMo
+            device = self.model.get_input_embeddings().weight.device
+            layer._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     @staticmethod
     def _check_target_module_exists(peft_config: DeMAConfig, key: str) -> bool:

@@ -18,6 +18,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -203,14 +204,14 @@ def forget_states() -> None:
 
 
 def states_key(adapter: AttachedAdapter, encoded: EncodedSet) -> str:
-    """Identity of frozen states: backbone, bits, device, library, and every token read."""
+    """Identity of frozen states: backbone, bits, device, libraries, and every token read."""
     backbone = adapter.backbone
     content = [
         _VERSION,
         backbone.fingerprint,
         backbone.spec.bits,
         backbone.device.type,
-        torch.__version__,
+        *(version(name) for name in ("torch", "transformers", "bitsandbytes")),
         encoded.digest,
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

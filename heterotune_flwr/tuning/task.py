@@ -15,13 +15,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from heterotune_flwr.backbones.head import HeadScaling, head_scaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import DataConfig, TrainConfig
 from heterotune_flwr.data.sources import Example
@@ -52,31 +52,6 @@ class EncodedSet:
     def digest(self) -> str:
         """SHA-256 (hex) of everything the model reads and where it is read off."""
         return hashlib.sha256(json.dumps([self.inputs, self.positions]).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class HeadScaling:
-    """What some families do to logits after the unembedding: multiply, then soft-cap."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Scale logits of any shape."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-
-def head_scaling(model: Any) -> HeadScaling:
-    """Read the scaling of a causal LM from its configuration (Gemma 2, Cohere, Granite)."""
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return HeadScaling(scale, float(softcap) if softcap else None)
 
 
 @dataclass(frozen=True, eq=False)
