@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from heterotune_flwr.dema.factors import (
     alignment_factors,
     collect_states,
     principal_components,
+    unembedding_rows,
     words_mask,
 )
 from heterotune_flwr.dema.structure import find_structure, slot_blocks
@@ -110,6 +112,26 @@ def test_factors_hold_the_label_words_rows_and_the_shared_words(backbone):
         np.testing.assert_array_equal(row, head[token].numpy())
     assert factors["words.left"].shape == (len(words), 4)
     assert all(value.dtype == np.float32 for value in factors.values())
+
+
+def test_a_scaled_heads_rows_move_the_logits_as_they_are(backbone, monkeypatch):
+    monkeypatch.setattr(
+        backbone.model.config, "logits_scaling", 8.0, raising=False
+    )  # as in Granite
+    rows = unembedding_rows(backbone, [3, 4])
+    plain = backbone.model.get_output_embeddings().weight[[3, 4]].detach().numpy()
+    np.testing.assert_allclose(rows, plain / 8)
+
+
+def test_words_cut_off_by_the_limit_do_not_show_in_the_alignment(backbone):
+    alignment = AlignmentConfig(components=6, positions="words")
+    short = replace(DATA, max_length=6)
+    whole = collect_states(backbone, TEXTS, short, 1, "words")[0]
+    assert np.isnan(whole).any()
+    assert not np.isnan(whole[-1]).any()  # the end of a text stays, as in prompts
+    factors = alignment_factors(backbone, TEXTS, alignment, short, None, 1)
+    cut = factors["slots.0.scores"][np.isnan(whole).all(axis=1)]
+    np.testing.assert_allclose(cut, 0, atol=1e-3)
 
 
 def test_too_few_shared_words_is_a_clear_error(backbone):

@@ -76,6 +76,25 @@ def test_errors_name_file_column_and_setting(tmp_path, data):
         global_test(replace(data, labels=["fruit", "music"]))
 
 
+def test_odd_files_are_read_or_refused_with_their_line(tmp_path, data):
+    (tmp_path / "bom.csv").write_bytes("\ufefftext,label\na,b\n".encode())
+    assert training_pool(replace(data, train=str(tmp_path / "bom.csv")))[0] == Example("a", "b")
+    (tmp_path / "zero.jsonl").write_text('{"text": "a", "label": "b", "client": 0}\n')
+    assert training_pool(replace(data, train=str(tmp_path / "zero.jsonl")))[0].client == "0"
+    (tmp_path / "blank.jsonl").write_text(
+        '{"text": "a", "label": "b"}\n{"text": " ", "label": "b"}\n'
+    )
+    with pytest.raises(DataError, match=r"blank.jsonl:2 has an empty 'text'"):
+        training_pool(replace(data, train=str(tmp_path / "blank.jsonl")))
+    whole = gzip.compress(b'{"text": "a", "label": "b"}\n' * 500)
+    (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cannot be read"):
+        training_pool(replace(data, train=str(tmp_path / "torn.jsonl.gz")))
+    (tmp_path / "one.jsonl").write_text('{"text": "a", "label": "b"}\n' * 3)
+    with pytest.raises(DataError, match="nothing to learn"):
+        label_set(replace(data, train=str(tmp_path / "one.jsonl")))
+
+
 def test_open_text_when_there_are_many_answers(data):
     assert label_set(data) == LABELS
     assert label_set(replace(data, max_labels=2)) is None
