@@ -122,6 +122,15 @@ def test_odd_values_get_one_clear_line(overrides: str, words: str) -> None:
         compose("quick", overrides)
 
 
+def test_a_rate_given_for_all_holds_for_all_and_one_given_later_for_one() -> None:
+    config = compose(
+        "demo", "train.learning_rate=0.5 strategies.heterotune.train.learning_rate=0.25"
+    )
+    assert config.train.learning_rate == 0.5
+    own = {name: spec.get("train", {}) for name, spec in config.strategies.items()}
+    assert own == {"local_only": {}, "within_type": {}, "heterotune": {"learning_rate": 0.25}}
+
+
 def test_a_group_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("secret: 1")
     with pytest.raises(ConfigError, match=r"groups\.data: there is no"):

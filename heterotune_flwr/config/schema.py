@@ -108,7 +108,7 @@ class TrainConfig:
 
     local_steps: int = _help("optimizer steps per round", 12)
     batch_size: int = _help("examples per step", 16)
-    learning_rate: float = _help("AdamW learning rate", 3e-3)
+    learning_rate: float = _help("AdamW learning rate", 2e-3)
     weight_decay: float = _help("AdamW weight decay", 0.0)
     clip_norm: float = _help("gradient norm limit", 1.0)
     logit_adjustment: float = _help(
