@@ -7,8 +7,13 @@ unembedding (``lm_head``) are never quantized. ``bf16`` and ``fp32`` load as the
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
+
+# On CPUs oneDNN keeps up to 1024 compiled kernels, one per batch shape, with their buffers: with texts of every
+# length that grew to 8 GB beside a 0.5 GB model. It reads this when it computes for the first time.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 import torch
 from torch import nn
