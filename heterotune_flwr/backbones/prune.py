@@ -242,7 +242,7 @@ def prune_and_heal(
     texts: Sequence[str],
     hidden: int = 384,
     layers: int = 20,
-    tokens: int = 200_000,
+    tokens: int = 100_000,
     seed: int = 0,
     report: Report = log.info,
 ) -> dict[str, float]:
@@ -257,7 +257,7 @@ def prune_and_heal(
     hidden, layers
         The new width and depth; heads and MLP shrink in proportion.
     tokens
-        Healing budget. 200,000 take about 10 minutes on one CPU core.
+        Healing budget. 100,000 take 10 to 20 minutes on two CPU cores.
     seed
         Order of the healing rows.
     report
