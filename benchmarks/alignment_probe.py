@@ -295,6 +295,7 @@ def federated_table(
 ABLATIONS: dict[str, dict[str, Any]] = {
     "gate averaged inside a type": {"schedule": {"gate_scope": "type"}},
     "norm-equalised mean": {"schedule": {"rule": "equalised"}},
+    "label words moved each alone": {"alignment": {"label_geometry": False}},
     "latents weighed equally": {"alignment": {"weighting": 0.0}},
     "latents weighed by correlation": {"alignment": {"weighting": 1.0}},
     "r=64": {"method": {"latent": 64}},

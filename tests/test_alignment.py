@@ -220,6 +220,7 @@ def test_label_functionals_are_the_common_geometry_of_the_label_words():
     np.testing.assert_allclose(found @ found, gram * 3 / np.trace(gram), atol=1e-9)
     assert found[0, 1] > 0.2 > 0 > found[0, 2]  # near words move together
     np.testing.assert_allclose(found.sum(0), 0, atol=1e-6)
+    np.testing.assert_array_equal(label_functionals({"a": {"label_rows": rows}}, False), np.eye(3))
 
 
 @settings(max_examples=10, deadline=None)

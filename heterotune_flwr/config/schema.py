@@ -92,6 +92,9 @@ class AlignmentConfig:
         "latents are weighed by their held-out canonical correlation to this power; 0: equally", 2.0
     )
     output: str = _help("labels | vocabulary: functionals that align the output maps", "labels")
+    label_geometry: bool = _help(
+        "output=labels: move label words of similar meaning together (false: each alone)", True
+    )
     words: int = _help("size of the public word list shared by all vocabularies", 4096)
     output_components: int = _help("components of the unembedding a type sends", 64)
     pullback_anchors: int = _help("anchors for the gradient pull-back of deeper slots", 64)

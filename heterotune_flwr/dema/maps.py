@@ -85,11 +85,14 @@ def vocabulary_functionals(factors: Mapping[str, Factors], rank: int) -> Matrix:
     return functionals
 
 
-def label_functionals(factors: Mapping[str, Factors]) -> Matrix:
-    """F (C x C): the types' common geometry of the label words, of the size of the identity.
+def label_functionals(factors: Mapping[str, Factors], geometry: bool = True) -> Matrix:
+    """F (C x C): the types' common geometry of the label words, of the size of the identity (or the identity).
 
     A softmax does not see what all labels have in common, so the mean row is taken out first.
     """
+    if not geometry:
+        identity: Matrix = np.eye(len(next(iter(factors.values()))["label_rows"]))
+        return identity
     grams = []
     for key in sorted(factors):
         rows = np.asarray(factors[key]["label_rows"], dtype=np.float64)
@@ -213,7 +216,7 @@ def compute_maps(
     """
     width = _output_width(alignment, method, labels)
     known: dict[str, Matrix] = (
-        {"label_functionals": label_functionals(factors)}
+        {"label_functionals": label_functionals(factors, alignment.label_geometry)}
         if alignment.output == "labels"
         else {"functionals": vocabulary_functionals(factors, width)}
     )
