@@ -25,6 +25,8 @@ TITLES = {
 OVERALL = "all clients"
 #: Columns where the output is no terminal and nobody says how wide it is.
 PLAIN_WIDTH = 110
+#: A table is as wide as its title at least, which would be broken otherwise.
+MIN_WIDTH = 48
 
 
 def load_results(directory: Path) -> dict[str, Any]:
@@ -144,7 +146,12 @@ def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") 
     which = "the global test" if metric == "global_accuracy" else "the clients' own tests"
     subject = subject_of(strategies)
     rivals = [name for name in strategies if name != subject]
-    table = Table(title=f"Accuracy (%) on {which}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"Accuracy (%) on {which}",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        min_width=MIN_WIDTH,
+    )
     table.add_column("model type", no_wrap=True)
     for strategy in strategies:
         table.add_column(_title(strategy), justify="right", no_wrap=seeds > 1)
