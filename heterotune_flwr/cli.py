@@ -63,7 +63,7 @@ def run(
     """
     from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
     from heterotune_flwr.config.validate import preflight
-    from heterotune_flwr.federation.launcher import launch
+    from heterotune_flwr.federation.launcher import check_directory, launch
     from heterotune_flwr.federation.server import run_directory
     from heterotune_flwr.reporting.progress import RunProgress
     from heterotune_flwr.reporting.tables import load_results, show
@@ -71,8 +71,10 @@ def run(
     resolved = compose(config, overrides or [])
     if directory is not None:
         resolved.run.dir = str(directory)
-    resolved.run.dir = str(run_directory(resolved))
+    place = run_directory(resolved)
+    resolved.run.dir = str(place)
     resolved = with_absolute_paths(resolved)
+    check_directory(place)
     preflight(resolved)
     if dry_run:
         typer.echo(to_yaml(resolved))

@@ -56,6 +56,17 @@ def test_wrong_input_is_one_line_and_exit_code_one(arguments: list[str], words: 
     assert "Traceback" not in done.stderr
 
 
+def test_a_directory_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "results.json").write_text("{}")
+    for directory, words in ((tmp_path / "file", "no directory"), (tmp_path, "holds the results")):
+        for more in ([], ["--dry-run"]):
+            done = _heterotune("run", "quick", "--dir", str(directory), *more)
+            assert done.returncode == 1
+            assert words in done.stderr
+            assert "starting" not in done.stdout
+
+
 def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> None:
     first = _heterotune("align", "quick")
     assert first.returncode == 0, first.stderr

@@ -109,6 +109,8 @@ def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
         ("run=5", "run is 5"),
         ("run.compare=heterotune", r"list like \[within_type"),
         ("run.seeds=[0,0]", "entry twice"),
+        ("run.seeds=[-1]", "0 or more"),
+        ("run.compare=[nosuch]", "run.compare: there is no strategy 'nosuch'"),
         ("run.compare=[mean,mean]", "entry twice"),
         ("'run.name=my run'", "file name"),
         ("train.learning_rate=nan", "above 0"),
@@ -120,6 +122,13 @@ def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
 def test_odd_values_get_one_clear_line(overrides: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         compose("quick", overrides)
+
+
+def test_a_prompt_may_end_in_a_colon_and_a_file_must_be_text(tmp_path: Path) -> None:
+    assert compose("quick", ["data.prompt=Q {text}:"]).data.prompt == "Q {text}:"
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        compose(str(tmp_path / "x.yaml"))
 
 
 def test_a_rate_given_for_all_holds_for_all_and_one_given_later_for_one() -> None:

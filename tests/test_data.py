@@ -63,7 +63,7 @@ def test_errors_name_file_column_and_setting(tmp_path, data):
     with pytest.raises(DataError, match="does not exist"):
         training_pool(replace(data, train=str(tmp_path / "none.jsonl")))
     (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": \n')
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"bad.jsonl:2 is not valid JSON"):
         training_pool(replace(data, train=str(tmp_path / "bad.jsonl")))
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(DataError, match="no example"):
@@ -86,6 +86,14 @@ def test_odd_files_are_read_or_refused_with_their_line(tmp_path, data):
     )
     with pytest.raises(DataError, match=r"blank.jsonl:2 has an empty 'text'"):
         training_pool(replace(data, train=str(tmp_path / "blank.jsonl")))
+    (tmp_path / "null.jsonl").write_text('{"text": null, "label": "b"}\n')
+    with pytest.raises(DataError, match=r"null.jsonl:1 has an empty 'text'"):
+        training_pool(replace(data, train=str(tmp_path / "null.jsonl")))
+    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,b\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        training_pool(replace(data, train=str(tmp_path / "latin.csv")))
+    with pytest.raises(DataError, match="is no file"):
+        training_pool(replace(data, train=str(tmp_path)))
     whole = gzip.compress(b'{"text": "a", "label": "b"}\n' * 500)
     (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot be read"):

@@ -73,7 +73,10 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return _parse(path.read_text(), str(path))
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _find_preset(config: str) -> dict[str, Any]:
@@ -162,6 +165,8 @@ def parse_overrides(overrides: str | Sequence[str]) -> list[tuple[list[str], Any
             Exception
         ):  # not YAML (a prompt with braces, say): the text itself; the schema judges it
             value = text
+        if isinstance(value, dict) and not text.lstrip().startswith("{"):
+            value = text  # a text with a colon at its end, not a mapping
         parsed.append((path.split("."), value))
     return parsed
 
@@ -283,6 +288,13 @@ def _add_compared_strategies(content: dict[str, Any]) -> None:
         )
     for name in compared:
         if name not in strategies:
+            known = sorted(path.stem for path in (conf_root() / "strategy").glob("*.yaml"))
+            if str(name) not in known:
+                known = sorted({*known, *strategies})
+                raise ConfigError(
+                    f"run.compare: there is no strategy {name!r}{_nearest(str(name), known)} "
+                    f"(known: {', '.join(known)})"
+                )
             strategies[name] = _group("strategy", str(name))
 
 
@@ -352,6 +364,8 @@ def check_choices(config: Config) -> None:
         raise ConfigError("method has no experts: set method.experts_global to at least 1")
     if not config.run.seeds or not config.run.compare:
         raise ConfigError("run.seeds and run.compare must not be empty")
+    if min(config.run.seeds) < 0:
+        raise ConfigError(f"run.seeds is {config.run.seeds}: a seed is 0 or more")
     for key, entries in (("seeds", config.run.seeds), ("compare", config.run.compare)):
         if len(set(map(str, entries))) != len(entries):  # they name the clients' files
             raise ConfigError(f"run.{key} has an entry twice: {entries}")

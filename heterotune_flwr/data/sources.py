@@ -47,14 +47,19 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             return
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}:{number} is not valid JSON: {error.msg}") from error
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number} is not a JSON object")
                 yield number, row
 
 
 def _column(row: dict[str, Any], key: str, setting: str, where: str) -> str:
-    if row.get(key) is None:
+    if key in row and row[key] is None:
+        raise DataError(f"{where} has an empty {key!r} (data.{setting})")
+    if key not in row:
         raise DataError(
             f"{where} has no column {key!r} (data.{setting}); columns present: "
             f"{', '.join(sorted(str(name) for name in row if name))}"
@@ -76,7 +81,8 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
 
     """
     if not path.is_file():
-        raise DataError(f"data file {str(path)!r} does not exist")
+        reason = "is no file" if path.exists() else "does not exist"
+        raise DataError(f"data file {str(path)!r} {reason}")
     examples: list[Example] = []
     try:
         for number, row in _rows(path):
@@ -90,14 +96,11 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
                     else str(row[data.client_field]),
                 )
             )
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        UnicodeDecodeError,
-        csv.Error,
-        json.JSONDecodeError,
-    ) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data file {str(path)!r} is not UTF-8 text; save it as UTF-8 ({error})"
+        ) from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(f"data file {str(path)!r} cannot be read: {error}") from error
     if not examples:
         raise DataError(f"data file {str(path)!r} holds no example")

@@ -165,6 +165,21 @@ def _follow(directory: Path, superlink: SuperLink, run_id: str, on_event: OnEven
         time.sleep(POLL_SECONDS)
 
 
+def check_directory(directory: Path) -> None:
+    """Refuse a run directory that cannot be one, before anything starts; changes nothing (ConfigError)."""
+    if not directory.is_absolute():
+        raise ConfigError(f"run.dir is {str(directory)!r}: a run is launched into an absolute path")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory; name another one with --dir")
+    if (directory / "results.json").exists():
+        raise ConfigError(
+            f"{directory} holds the results of a run already; name another directory with --dir"
+        )
+    place = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{place} cannot be written; name a run directory elsewhere with --dir")
+
+
 def prepare_directory(directory: Path) -> None:
     """Make the run directory; traces of a run that failed early are removed, results never.
 
@@ -174,12 +189,7 @@ def prepare_directory(directory: Path) -> None:
         It is relative, cannot be made, or holds the results of another run.
 
     """
-    if not directory.is_absolute():
-        raise ConfigError(f"run.dir is {str(directory)!r}: a run is launched into an absolute path")
-    if (directory / "results.json").exists():
-        raise ConfigError(
-            f"{directory} holds the results of a run already; name another directory with --dir"
-        )
+    check_directory(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in ("status.json", "rounds.jsonl", "flower.log"):
