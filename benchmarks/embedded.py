@@ -68,8 +68,8 @@ def remember(name: str, values: dict[str, Any], clients: int, results: dict[str,
         found = client_accuracies(results, strategy)
         known[strategy] = {json.dumps(key): round(value, 3) for key, value in found.items()}
     measured = {
-        name: {tuple(json.loads(key)): value for key, value in found.items()}
-        for name, found in known.items()
+        strategy: {tuple(json.loads(key)): value for key, value in found.items()}
+        for strategy, found in known.items()
     }
     for rival in sorted(measured.keys() - {"heterotune"}) if "heterotune" in measured else ():
         gain = paired_gain(measured["heterotune"], measured[rival])

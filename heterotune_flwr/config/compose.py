@@ -234,11 +234,11 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
             and path[1] not in content.get("strategies", {})
         ):
             content.setdefault("strategies", {})[path[1]] = _group("strategy", path[1])
-        if (
-            len(path) == 2 and path[0] == "train"
-        ):  # said for all: what single strategies had is void
-            for spec in content.get("strategies", {}).values():
-                spec.get("train", {}).pop(path[1], None)
+        if len(path) == 2 and path[0] == "train":
+            # Said for all: what single strategies had is void.
+            for spec in (content.get("strategies") or {}).values():
+                if isinstance(spec, dict) and isinstance(spec.get("train"), dict):
+                    spec["train"].pop(path[1], None)
         _apply(content, path, value, ".".join(path))
     _check_sections(content)
     _check_keys(content, Config, "")

@@ -12,6 +12,7 @@ change a state's last bits, and LLM.int8 looks for outliers over its whole batch
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -203,6 +204,12 @@ def forget_states() -> None:
     _memory.clear()
 
 
+@functools.cache
+def _library_versions() -> tuple[str, ...]:
+    """Read from disk once per process: every message asks for a key."""
+    return tuple(version(name) for name in ("torch", "transformers", "bitsandbytes"))
+
+
 def states_key(adapter: AttachedAdapter, encoded: EncodedSet) -> str:
     """Identity of frozen states: backbone, bits, device, libraries, and every token read."""
     backbone = adapter.backbone
@@ -211,7 +218,7 @@ def states_key(adapter: AttachedAdapter, encoded: EncodedSet) -> str:
         backbone.fingerprint,
         backbone.spec.bits,
         backbone.device.type,
-        *(version(name) for name in ("torch", "transformers", "bitsandbytes")),
+        *_library_versions(),
         encoded.digest,
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
