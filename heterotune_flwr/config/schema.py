@@ -24,6 +24,9 @@ class TypeConfig:
     bits: str = _help("nf4 | int8 | bf16 | fp32", "bf16")
     clients: int = _help("number of clients of this type (simulation only)", 1)
     revision: str | None = _help("hub revision, for hub ids", None)
+    memory_gb: float | None = _help(
+        "memory a client of this type may use (GB), weights included; null: no limit", None
+    )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision``, ``threads``, ``text-field`` and ``label-field``. It takes no path from the server, and
+``anchors``, ``revision``, ``threads``, ``memory-gb``, ``text-field`` and ``label-field``. It takes no path from the server, and
 nothing of its data answers the server: its columns are named here, its labels by the run.
 """
 
@@ -45,6 +45,7 @@ class Identity:
     partition: tuple[int, int] | None = None
     threads: int = 1
     anchors: str | None = None
+    memory_gb: float | None = None
 
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this client's own anchor file in them.
@@ -116,6 +117,7 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
         state_dir=_simulated_state_dir(config, run_id),
         partition=(partition, count),
         threads=config.run.worker_threads,
+        memory_gb=mine.memory_gb,
     )
 
 
@@ -162,7 +164,24 @@ def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
         state_dir=Path(str(node_config["state-dir"])).expanduser(),
         threads=int(node_config.get("threads", config.run.worker_threads)),
         anchors=str(anchors) if anchors else None,
+        memory_gb=_memory_gb(node_config),
     )
+
+
+def _memory_gb(node_config: Mapping[str, Any]) -> float | None:
+    """Memory budget of a deployed client in GB (10^9 bytes), None without one."""
+    given = node_config.get("memory-gb")
+    if given is None or given == "":
+        return None
+    try:
+        budget = float(given)
+    except (TypeError, ValueError):
+        budget = 0.0
+    if not 0.0 < budget < float("inf"):
+        raise ConfigError(
+            f"memory-gb in the node configuration is {given!r}; give a number of GB, like memory-gb=7.5"
+        )
+    return budget
 
 
 @functools.cache
