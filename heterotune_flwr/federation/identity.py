@@ -3,8 +3,9 @@
 In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision``, ``threads``, ``memory-gb``, ``text-field`` and ``label-field``. It takes no path from the server, and
-nothing of its data answers the server: its columns are named here, its labels by the run.
+``anchors``, ``revision``, ``threads``, ``memory-gb``, ``text-field`` and ``label-field``. It takes no
+path from the server, and nothing of its data answers the server: its columns are named here, its
+labels by the run.
 """
 
 from __future__ import annotations
