@@ -42,7 +42,7 @@ from heterotune_flwr.federation.protocol import (
 )
 from heterotune_flwr.flower import Message
 from heterotune_flwr.tuning.adapters import detach_all
-from heterotune_flwr.tuning.states import forget_states
+from heterotune_flwr.tuning.state_cache import forget_states
 
 METHOD = MethodConfig(latent=8, inner=4, output=3, experts_global=2, experts_private=1)
 LORA = MethodConfig(kind="lora", lora_rank=2, output=3)

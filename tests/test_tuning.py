@@ -19,13 +19,15 @@ from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.data import training_pool
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
+from heterotune_flwr.tuning import state_cache
 from heterotune_flwr.tuning import states as states_module
 from heterotune_flwr.tuning import task as task_module
 from heterotune_flwr.tuning.adapters import attach, detach, detach_all
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.evaluate import evaluate, evaluate_once
 from heterotune_flwr.tuning.local import batches, examples_correct, train_local
-from heterotune_flwr.tuning.states import forget_states, frozen_states, make_rows
+from heterotune_flwr.tuning.state_cache import forget_states
+from heterotune_flwr.tuning.states import frozen_states, make_rows
 from heterotune_flwr.tuning.task import EncodedSet, make_task
 
 METHOD = MethodConfig(latent=8, inner=4, experts_global=2)
@@ -205,8 +207,9 @@ def _label_words(task):
 
 
 def test_token_loss_never_holds_logits_of_the_whole_batch(directory, data, monkeypatch):
-    monkeypatch.setattr(task_module, "_ROWS_AT_A_TIME", 4)
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
+    monkeypatch.setattr(task_module, "_LOGITS_AT_A_TIME", 4 * vocabulary)
     adapter = prepared(backbone)
     task = make_task(backbone, data, LABELS, replace(TRAIN, loss="tokens"))
     rows = make_rows(adapter, task.encode(training_pool(data)))
@@ -218,8 +221,8 @@ def test_token_loss_never_holds_logits_of_the_whole_batch(directory, data, monke
     finally:
         hook.remove()
     assert max(seen) <= 4
-    # Twice: the logits of a chunk are computed again for its gradient instead of being kept.
-    assert sum(seen) == 2 * 20 * 2
+    # Once: a chunk's gradient is computed with its losses.
+    assert sum(seen) == 2 * 20
 
 
 def test_head_scaling_follows_the_family():
@@ -252,8 +255,10 @@ def test_states_survive_on_disk_and_damage_is_repaired(directory, data, monkeypa
     forget_states()
     assert torch.equal(frozen_states(adapter, encoded), first)
     assert len(calls) == 1
-    path = states_module.states_path(states_module.states_key(adapter, encoded))
-    path.write_bytes(path.read_bytes()[:-7])
+    path = state_cache.states_path(states_module.states_key(adapter, encoded))
+    damaged = path.read_bytes()[:-7]
+    path.unlink()  # a new file: the old one is mapped into memory
+    path.write_bytes(damaged)
     forget_states()
     assert torch.equal(frozen_states(adapter, encoded), first)
     assert len(calls) == 2
@@ -274,7 +279,7 @@ def test_concurrent_workers_compute_states_once(directory, data, monkeypatch):
     monkeypatch.setattr(
         states_module, "compute_states", lambda *args: calls.append(1) or original(*args)
     )
-    monkeypatch.setattr(states_module._memory, "get", lambda key: None)  # as separate processes
+    monkeypatch.setattr(state_cache.memory, "get", lambda key: None)  # as separate processes
     barrier = threading.Barrier(4)
 
     def work():

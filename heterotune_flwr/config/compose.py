@@ -347,6 +347,8 @@ def check_choices(config: Config) -> None:
             )
         if entry.clients < 1:
             raise ConfigError(f"types.{index}.clients is {entry.clients}, it must be at least 1")
+        if entry.memory_gb is not None and not 0.0 < entry.memory_gb < float("inf"):
+            raise ConfigError(f"types.{index}.memory_gb is {entry.memory_gb}, it must be above 0")
     for path, minimum in MINIMA.items():
         if (value := _value(config, path)) < minimum:
             raise ConfigError(f"{path} is {value}, it must be at least {minimum}")

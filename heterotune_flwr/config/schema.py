@@ -27,6 +27,7 @@ class TypeConfig:
     memory_gb: float | None = _help(
         "memory a client of this type may use (GB), weights included; null: no limit", None
     )
+    slots: str | None = _help("depth slots its clients train; null: train.slots", None)
 
 
 @dataclass
@@ -127,8 +128,15 @@ class TrainConfig:
     loss: str = _help(
         "auto | labels (softmax over the label words) | tokens (all answer tokens)", "auto"
     )
+    slots: str = _help(
+        "depth slots a client trains: all | upper-half | last-<n>; lower ones act as the server sends them "
+        "(a type, or a deployed node, may say otherwise)", "all"
+    )  # fmt: skip
     cache_states: bool = _help(
-        "keep frozen states below the lowest slot (exact, much faster)", True
+        "keep frozen states below the lowest trained slot (exact, much faster)", True
+    )
+    gradient_checkpointing: bool = _help(
+        "recompute activations in the backward pass: less memory, slower", False
     )
 
 

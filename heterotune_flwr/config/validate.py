@@ -11,6 +11,7 @@ from heterotune_flwr.data.template import label_tokens
 from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.federation.server import check_strategies
+from heterotune_flwr.tuning.slots import lowest_slot
 
 
 def preflight(config: Config) -> None:
@@ -49,8 +50,10 @@ def preflight(config: Config) -> None:
 
 
 def _check_backbones(config: Config) -> None:
+    lowest_slot(config.train.slots, config.method.slots)
     for entry in config.types:
         check_bits(entry.bits)
+        lowest_slot(entry.slots or config.train.slots, config.method.slots)
     shapes = {e.backbone: describe_source(e.backbone, e.revision) for e in config.types}
     shallowest = min(shapes, key=lambda name: shapes[name].layers)
     depth = shapes[shallowest].layers

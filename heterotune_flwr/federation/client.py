@@ -50,6 +50,7 @@ from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
 from heterotune_flwr.tuning.local import TrainReport, train_local
+from heterotune_flwr.tuning.slots import lowest_slot
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
 
@@ -158,7 +159,9 @@ class Client:
     def adapter(self, method: MethodConfig) -> AttachedAdapter:
         """Return the adapter of a method on this backbone, values undefined."""
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
-        return attach(self.backbone, resolved, resolved.output or resolved.latent)
+        adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
+        adapter.train_from(lowest_slot(self.identity.slots, resolved.slots))
+        return adapter
 
     def store(self, header: Header) -> ClientStore:
         """Return the client's files for an experiment."""
@@ -177,6 +180,7 @@ def describe(message: Message, context: Context) -> RecordDict:
 
         mask = pack_mask(words_mask(backbone.tokenizer, request.words))
     client.task()  # label collisions come to light here, before any training
+    adapter = client.adapter(request.header.method)
     reply = DescribeReply(
         client_id=client.client_id,
         type_key=client.type_key,
@@ -190,9 +194,10 @@ def describe(message: Message, context: Context) -> RecordDict:
         train_examples=len(data.train),
         personal_examples=len(data.personal_test),
         labels=label_set(client.identity.data) or [],
-        shapes=client.adapter(request.header.method).shapes,
+        shapes=adapter.shapes,
         code_hash=code_hash(),
         words_mask=mask,
+        lowest_slot=adapter.lowest,
     )
     return reply.to_content()
 
@@ -239,9 +244,11 @@ def train(message: Message, context: Context) -> RecordDict:
         local_steps=request.local_steps,
         learning_rate=request.learning_rate,
         prior=client.prior(header.seed),
+        memory_gb=client.identity.memory_gb,
     )
     trained = adapter.read()
-    own = {name: value for name, value in trained.items() if name not in request.expected}
+    shared = {*request.expected, *request.tensors}
+    own = {name: value for name, value in trained.items() if name not in shared}
     if own:
         store.save(own, header.round)
     reply = TrainReply(

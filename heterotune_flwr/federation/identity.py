@@ -3,7 +3,7 @@
 In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision``, ``threads``, ``memory-gb``, ``text-field`` and ``label-field``. It takes no
+``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``text-field`` and ``label-field``. It takes no
 path from the server, and nothing of its data answers the server: its columns are named here, its
 labels by the run.
 """
@@ -47,6 +47,7 @@ class Identity:
     threads: int = 1
     anchors: str | None = None
     memory_gb: float | None = None
+    slots: str = "all"
 
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this client's own anchor file in them.
@@ -119,6 +120,7 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
         partition=(partition, count),
         threads=config.run.worker_threads,
         memory_gb=mine.memory_gb,
+        slots=mine.slots or config.train.slots,
     )
 
 
@@ -166,6 +168,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
         threads=int(node_config.get("threads", config.run.worker_threads)),
         anchors=str(anchors) if anchors else None,
         memory_gb=_memory_gb(node_config),
+        slots=str(node_config.get("slots") or config.train.slots),
     )
 
 

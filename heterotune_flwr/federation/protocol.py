@@ -163,7 +163,8 @@ class DescribeReply:
     ``shapes`` are the canonical names and shapes of the tensors it would train with the request's
     method; ``model_bytes`` is two bytes per backbone parameter and ``lora16_bytes`` the bf16 size
     of LoRA r=16 on all its linear layers (the two denominators of every saving); ``words_mask``
-    marks the words that are one token of its vocabulary; ``labels`` is empty for open text.
+    marks the words that are one token of its vocabulary; ``labels`` is empty for open text;
+    ``lowest_slot`` is the first depth slot it trains.
     """
 
     client_id: str
@@ -181,6 +182,7 @@ class DescribeReply:
     shapes: dict[str, tuple[int, ...]]
     code_hash: str
     words_mask: bytes
+    lowest_slot: int = 0
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
@@ -200,7 +202,7 @@ class DescribeReply:
         texts = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
         numbers = (
             "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
-            "train_examples", "personal_examples",
+            "train_examples", "personal_examples", "lowest_slot",
         )  # fmt: skip
         fields: dict[str, Any] = {key: read_field(record, key, str) for key in texts}
         fields |= {key: read_field(record, key, int) for key in numbers}

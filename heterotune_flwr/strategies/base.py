@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.dema.bank import initial_tensors, slot_of
 from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.federation.outcome import Outcome, by_type, statistics
@@ -190,7 +190,7 @@ class HeteroStrategy(Strategy):
                 tensors=tensors,
                 maps_digest=digest,
                 maps=maps,
-                expected=sorted(tensors),
+                expected=sorted(self._trained_by(client_id)),
                 local_steps=train.local_steps,
                 learning_rate=train.learning_rate,
             )
@@ -238,7 +238,7 @@ class HeteroStrategy(Strategy):
                 if client_id in updates:
                     raise FederationError("answers twice")
                 update = as_update(reply, type_key, self._work(client_id))
-                check_update(update, {name: shapes[name] for name in self._groups[type_key]})
+                check_update(update, {n: shapes[n] for n in self._trained_by(client_id)})
             except HeteroTuneError as error:
                 self.courier.refuse(client_id, server_round, str(error))
                 continue
@@ -247,6 +247,11 @@ class HeteroStrategy(Strategy):
             self.courier.refuse(client_id, server_round, reason)
             del reports[client_id], updates[client_id]
         return [reports[key] for key in sorted(reports)], [updates[key] for key in sorted(updates)]
+
+    def _trained_by(self, client_id: str) -> list[str]:
+        """Names of the shared tensors a client trains: those of its lowest trained slot and above."""
+        info = self.roster.clients[client_id].info
+        return [n for n in self._groups[info.type_key] if slot_of(n) >= info.lowest_slot]
 
     def _work(self, client_id: str) -> Work:
         train = self.config.train

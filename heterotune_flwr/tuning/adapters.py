@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
@@ -48,6 +49,10 @@ class AttachedAdapter:
         The decoder without its unembedding: ids -> final normalised states.
     maps_digest
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
+    lowest
+        Index of the lowest trained slot; see :meth:`train_from`.
+    startable, blocks_give_tuples
+        What :mod:`.forward` has found out about this model.
 
     """
 
@@ -57,6 +62,9 @@ class AttachedAdapter:
     parameters: dict[str, nn.Parameter]
     body: nn.Module
     maps_digest: str = ""
+    lowest: int = 0
+    startable: dict[int, bool] = field(default_factory=dict)
+    blocks_give_tuples: bool | None = None
 
     @property
     def kind(self) -> str:
@@ -69,9 +77,24 @@ class AttachedAdapter:
         return {name: tuple(value.shape) for name, value in self.parameters.items()}
 
     @property
-    def last_slot_only(self) -> bool:
-        """Whether everything below the final norm's output is frozen: states can be kept."""
-        return self.kind == "dema" and self.method.slots == 1
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes: those of the slots from ``lowest`` on."""
+        return {n: value for n, value in self.parameters.items() if slot_of(n) >= self.lowest}
+
+    def train_from(self, lowest: int) -> None:
+        """Train the slots from index ``lowest`` on; those below act with the values they hold (DeMA)."""
+        self.lowest = lowest if self.kind == "dema" else 0
+        trained = self.trained
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in trained)
+
+    def frozen_digest(self) -> str:
+        """Digest of what acts below the lowest trained slot; empty while that is the bare backbone."""
+        frozen = {n: v for n, v in self.parameters.items() if slot_of(n) < self.lowest}
+        ups = [value for name, value in frozen.items() if name.endswith(".up.weight")]
+        if not any(bool(value.any()) for value in ups):
+            return ""
+        return f"{self.maps_digest}:{tensor_digest({n: _numpy(v) for n, v in frozen.items()})}"
 
     def load(self, values: Mapping[str, NDArray[np.float32]]) -> None:
         """Set *all* trainable tensors.
@@ -101,10 +124,7 @@ class AttachedAdapter:
 
     def read(self) -> Tensors:
         """Copies of all trainable tensors, float32."""
-        return {
-            name: value.detach().to("cpu", torch.float32).numpy().copy()
-            for name, value in self.parameters.items()
-        }
+        return {name: _numpy(value) for name, value in self.parameters.items()}
 
     def load_maps(self, maps: Mapping[str, NDArray[np.float32]], digest: str = "") -> None:
         """Set the frozen maps; nothing to do when ``digest`` says they are already there."""
@@ -137,10 +157,16 @@ class AttachedAdapter:
                 layer.training = False
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The bare backbone."""
-        with self.model.disable_adapter():
+    def without_trained_slots(self) -> Iterator[None]:
+        """The backbone with the slots below the lowest trained one alone (DeMA): what training leaves as it is."""
+        layers = self._slots()[self.lowest :]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
             yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
     def last_slot(self, states: torch.Tensor) -> torch.Tensor:
         """What the last slot makes of final normalised states ``N x d``, rounded as inside."""
@@ -162,6 +188,11 @@ class AttachedAdapter:
 
             self._slot_layers = slot_layers(self.model) if self.kind == "dema" else []
         return self._slot_layers
+
+
+def _numpy(value: torch.Tensor) -> NDArray[np.float32]:
+    copy: NDArray[np.float32] = value.detach().to("cpu", torch.float32).numpy().copy()
+    return copy
 
 
 #: The one adapter attached to each loaded backbone: explicit, per process.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import resource
 import sys
@@ -15,8 +17,11 @@ import torch
 from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.memory import checkpointing, choose_micro_batch, is_out_of_memory
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,80 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@dataclass
+class _Loop:
+    """What the steps of one local training share."""
+
+    adapter: AttachedAdapter
+    task: Task
+    rows: Rows
+    optimizer: torch.optim.Optimizer
+    clip_norm: float
+    prior: torch.Tensor | None
+    micro_batch: int
+    halved: bool = False
+
+    def __post_init__(self) -> None:
+        self.totals = torch.zeros(2, device=self.adapter.backbone.device)
+
+    def step(self, chosen: list[int]) -> None:
+        """One optimizer step; short of memory, once in half as many examples at a time."""
+        try:
+            totals = self._gradients(chosen)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            totals = None  # handled outside, where the failed pass's tensors are gone
+        if totals is None:
+            totals = self._again(chosen)
+        torch.nn.utils.clip_grad_norm_(self.adapter.trained.values(), self.clip_norm)
+        self.optimizer.step()
+        self.totals += totals
+
+    def _again(self, chosen: list[int]) -> torch.Tensor:
+        name, size = self.adapter.backbone.type_key, self.micro_batch
+        hint = "lower train.batch_size, use fewer bits, or set train.gradient_checkpointing=true"
+        if self.halved or size == 1:
+            raise FederationError(
+                f"out of memory while training {name}, {size} examples at a time; {hint}"
+            )
+        self.halved, self.micro_batch = True, size // 2
+        log.warning(
+            "%s: out of memory with %d examples at a time, now %d", name, size, self.micro_batch
+        )
+        self._release()
+        try:
+            return self._gradients(chosen)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._release()
+        raise FederationError(
+            f"out of memory while training {name}, even {self.micro_batch} examples at a time; {hint}"
+        )
+
+    def _release(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.adapter.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _gradients(self, chosen: list[int]) -> torch.Tensor:
+        """Gradient of the mean loss over a batch's rows, in parts; returns (mean loss, accuracy)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros_like(self.totals)
+        count = self.rows.count(chosen)
+        for start in range(0, len(chosen), self.micro_batch):
+            part = chosen[start : start + self.micro_batch]
+            states, targets, owners = self.rows.rows(part)
+            losses, correct = self.task.losses(states, targets, self.prior)
+            loss = losses.sum() / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            totals[0] += loss.detach()
+            totals[1] += examples_correct(correct, owners, len(part)).sum() / len(chosen)
+        return totals
+
+
 def train_local(
     adapter: AttachedAdapter,
     task: Task,
@@ -71,6 +150,7 @@ def train_local(
     local_steps: int | None = None,
     learning_rate: float | None = None,
     prior: torch.Tensor | None = None,
+    memory_gb: float | None = None,
 ) -> TrainReport:
     """Train the attached adapter in place, from the values it holds.
 
@@ -79,44 +159,46 @@ def train_local(
     adapter, task, rows
         The adapter, the loss, and the client's examples (:func:`.states.make_rows`).
     config
-        Batch size, weight decay, clipping; steps and rate where not given.
+        Batch size, weight decay, clipping, gradient checkpointing; steps and rate where not given.
     seed
         Of the batches and the dropout of private experts; equal seeds give equal results on CPU.
     local_steps, learning_rate
         Override the configuration's.
     prior
         The client's log label frequencies (:meth:`.task.Task.log_prior`), discounted by the loss.
+    memory_gb
+        What training may use, weights included; batches go through in parts that fit
+        (:func:`.memory.choose_micro_batch`), with the gradient of the whole batch.
 
     Raises
     ------
     FederationError
-        The loss is not finite: nothing should be kept of this training.
+        The loss is not finite, or memory ran out twice: nothing should be kept of this training.
 
     """
     steps = config.local_steps if local_steps is None else local_steps
     rate = config.learning_rate if learning_rate is None else learning_rate
-    device = adapter.backbone.device
-    parameters = list(adapter.parameters.values())
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
+    device, checkpoint = adapter.backbone.device, config.gradient_checkpointing
+    size = choose_micro_batch(adapter, task, rows, config.batch_size, memory_gb, checkpoint)
+    optimizer = torch.optim.AdamW(
+        adapter.trained.values(), lr=rate, weight_decay=config.weight_decay, fused=True
+    )
+    loop = _Loop(adapter, task, rows, optimizer, config.clip_norm, prior, size)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    totals = torch.zeros(2, device=device)
     cuda = [device] if device.type == "cuda" else []
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=cuda), adapter.training(), torch.enable_grad():
+    with (
+        torch.random.fork_rng(devices=cuda),
+        adapter.training(),
+        checkpointing(adapter, checkpoint),
+        torch.enable_grad(),
+    ):
         torch.manual_seed(seed % 2**63)
         rng = np.random.default_rng(seed % 2**63)
         for chosen in batches(len(rows), config.batch_size, steps, rng):
-            states, targets, owners = rows.rows(chosen)
-            losses, correct = task.losses(states, targets, prior)
-            loss = losses.mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-            optimizer.step()
-            totals[0] += loss.detach()
-            totals[1] += examples_correct(correct, owners, len(chosen)).float().mean()
-    mean_loss, accuracy = (totals / max(steps, 1)).tolist()
+            loop.step(chosen)
+    mean_loss, accuracy = (loop.totals / max(steps, 1)).tolist()
     if not math.isfinite(mean_loss):
         raise FederationError(
             f"local training on {adapter.backbone.type_key} diverged (loss {mean_loss}); lower "

@@ -1,13 +1,17 @@
-"""Final normalised states at the loss positions: recomputed each step, or kept.
+"""Final normalised states at the loss positions: recomputed each step, or from what is kept.
 
-With the last slot only, everything the adapter reads is frozen. The states of a client's examples
-are then computed once, with the adapter off, and kept in memory and on disk; a training step
-touches neither the backbone's weights nor its time. The numbers are those of the full route: the
-adapter adds to a state exactly what its layer adds inside the model.
+Everything below the lowest trained slot is frozen. With the last slot only, that is the whole
+backbone: the final states of a client's examples are computed once, and a training step touches neither the
+backbone's weights nor its time. With deeper slots the states that enter the lowest slot's block are kept,
+and a step runs the blocks from there on. The numbers are those of the full route: the adapter adds
+to a state exactly what its layer adds inside the model.
 
 A list of examples is kept as a whole and computed in batches that depend on the list alone. So
 the numbers do not depend on who asked first, or on how many workers there are (a batch mate can
 change a state's last bits, and LLM.int8 looks for outliers over its whole batch).
+
+Slots that are not trained still act below the lowest trained one, with the values the server sent. While
+they do nothing (all their outputs are zero), kept states live on disk; else in memory, for the round.
 """
 
 from __future__ import annotations
@@ -15,33 +19,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from heterotune_flwr.backbones.assets import cache_dir
-from heterotune_flwr.exchange.storage import atomic_write_bytes
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.forward import (
+    block_inputs,
+    can_start_at,
+    final_states,
+    first_block,
+    states_from_block,
+)
+from heterotune_flwr.tuning.state_cache import kept
 from heterotune_flwr.tuning.task import EncodedSet
 
-log = logging.getLogger(__name__)
-
 #: Part of every key; raise it when the computation of states changes.
-_VERSION = 1
+_VERSION = 2
 #: Tokens of one batch of :func:`compute_states`, padding included.
 _BATCH_TOKENS = 2048
-#: States kept in memory per process.
-_MEMORY_BYTES = 512 * 2**20
 
 
 class Rows(Protocol):
@@ -50,26 +50,14 @@ class Rows(Protocol):
     def __len__(self) -> int:
         """Count the examples."""
 
+    def count(self, indices: Sequence[int]) -> int:
+        """Count the rows of some examples."""
+
+    def length(self, index: int) -> int:
+        """Count the tokens of an example that a step has to run; 1 where none is run."""
+
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return adapted states ``R x d``, targets ``R``, owners ``R`` (positions in ``indices``)."""
-
-
-def _forward(adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]) -> Tensor:
-    """States ``R x d`` at the loss positions of some examples, padded to the longest of them."""
-    device = adapter.backbone.device
-    longest = max(len(encoded.inputs[i]) for i in indices)
-    pad = int(adapter.backbone.tokenizer.pad_token_id)
-    ids = torch.full((len(indices), longest), pad, dtype=torch.long)
-    mask = torch.zeros((len(indices), longest), dtype=torch.long)
-    for row, index in enumerate(indices):
-        length = len(encoded.inputs[index])
-        ids[row, :length] = torch.tensor(encoded.inputs[index])
-        mask[row, :length] = 1
-    owners = [row for row, index in enumerate(indices) for _ in encoded.positions[index]]
-    positions = [position for index in indices for position in encoded.positions[index]]
-    output = adapter.body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    states: Tensor = output.last_hidden_state[owners, positions]
-    return states
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +79,9 @@ class _Layout:
     def one_each(self) -> bool:
         return self.offsets[-1] == len(self.offsets) - 1
 
+    def count(self, indices: Sequence[int]) -> int:
+        return sum(self.offsets[i + 1] - self.offsets[i] for i in indices)
+
     def select(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return (flat row numbers ``R``, owners ``R``) of some examples."""
         device = self.targets.device
@@ -105,7 +96,7 @@ class _Layout:
 
 
 class FullRows:
-    """The full route: the whole decoder in every call (LoRA, deeper slots)."""
+    """The full route: the whole decoder in every call (LoRA, or nothing frozen below)."""
 
     def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet) -> None:
         self._adapter = adapter
@@ -115,15 +106,42 @@ class FullRows:
     def __len__(self) -> int:
         return len(self._encoded)
 
+    def count(self, indices: Sequence[int]) -> int:
+        """See :class:`Rows`."""
+        return self._layout.count(indices)
+
+    def length(self, index: int) -> int:
+        """See :class:`Rows`."""
+        return len(self._encoded.inputs[index])
+
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Rows`."""
         chosen, owners = self._layout.select(indices)
-        states = _forward(self._adapter, self._encoded, indices)
+        states = final_states(self._adapter, self._encoded, indices)
+        return states, self._layout.targets[chosen], owners
+
+
+class PrefixRows(FullRows):
+    """The middle route: kept states enter the lowest trained slot's block, the blocks above are run."""
+
+    def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet, block: int) -> None:
+        super().__init__(adapter, encoded)
+        self._block = block
+        self._table = frozen_states(adapter, encoded, block)
+        self._starts = [0]
+        for ids in encoded.inputs:
+            self._starts.append(self._starts[-1] + len(ids))
+
+    def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`Rows`."""
+        chosen, owners = self._layout.select(indices)
+        inputs = [self._table[self._starts[i] : self._starts[i + 1]] for i in indices]
+        states = states_from_block(self._adapter, self._encoded, indices, self._block, inputs)
         return states, self._layout.targets[chosen], owners
 
 
 class CachedRows:
-    """The short route: kept states through the last slot alone."""
+    """The short route: kept final states through the last slot alone."""
 
     def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet) -> None:
         self._adapter = adapter
@@ -133,18 +151,31 @@ class CachedRows:
     def __len__(self) -> int:
         return len(self._layout.offsets) - 1
 
+    def count(self, indices: Sequence[int]) -> int:
+        """See :class:`Rows`."""
+        return self._layout.count(indices)
+
+    def length(self, index: int) -> int:
+        """See :class:`Rows`."""
+        return 1
+
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Rows`."""
         chosen, owners = self._layout.select(indices)
-        states = self._adapter.last_slot(self._states[chosen])
-        return states, self._layout.targets[chosen], owners
+        states = self._states[chosen.to(self._states.device)].to(chosen.device)
+        return self._adapter.last_slot(states), self._layout.targets[chosen], owners
 
 
 def make_rows(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Rows:
     """Rows of encoded examples by the shortest route (``cache``: keep states where possible)."""
-    if cache and adapter.last_slot_only:
+    block = first_block(adapter)
+    if not cache or block == 0:
+        return FullRows(adapter, encoded)
+    if block is None:
         return CachedRows(adapter, encoded)
-    return FullRows(adapter, encoded)
+    if not can_start_at(adapter, encoded, block):
+        return FullRows(adapter, encoded)
+    return PrefixRows(adapter, encoded, block)
 
 
 def _batches(encoded: EncodedSet) -> Iterator[list[int]]:
@@ -161,47 +192,26 @@ def _batches(encoded: EncodedSet) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def compute_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
-    """Frozen final normalised states ``R x d`` at all loss positions, in the examples' order."""
+def compute_states(
+    adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None
+) -> Tensor:
+    """Frozen states as a flat table, in the examples' order.
+
+    ``block`` None: final normalised states ``R x d`` at all loss positions, below the last slot. Else what enters
+    that block, ``sum T_i x d``.
+    """
     counts = [len(positions) for positions in encoded.positions]
     parts: list[Tensor | None] = [None] * len(encoded)
-    with adapter.disabled():
+    with adapter.without_trained_slots():
         for batch in _batches(encoded):
-            states = _forward(adapter, encoded, batch)
-            split = torch.split(states, [counts[i] for i in batch])
+            if block is None:
+                states = final_states(adapter, encoded, batch)
+                split: Sequence[Tensor] = torch.split(states, [counts[i] for i in batch])
+            else:
+                split = block_inputs(adapter, encoded, batch, block)
             for index, rows in zip(batch, split, strict=True):
-                parts[index] = rows
+                parts[index] = rows.clone()  # a view would keep the whole padded batch alive
     return torch.cat([part for part in parts if part is not None])
-
-
-class _Memory:
-    """States by key, the least recently used ones forgotten first."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held: OrderedDict[str, Tensor] = OrderedDict()
-
-    def get(self, key: str) -> Tensor | None:
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
-
-    def put(self, key: str, states: Tensor) -> None:
-        self._held[key] = states
-        while len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > self._limit:
-            self._held.popitem(last=False)
-
-    def clear(self) -> None:
-        self._held.clear()
-
-
-#: Explicit per-process cache; holds frozen states only, nothing a client trained.
-_memory = _Memory(_MEMORY_BYTES)
-
-
-def forget_states() -> None:
-    """Empty the memory cache; the disk cache stays."""
-    _memory.clear()
 
 
 @functools.cache
@@ -210,8 +220,8 @@ def _library_versions() -> tuple[str, ...]:
     return tuple(version(name) for name in ("torch", "transformers", "bitsandbytes"))
 
 
-def states_key(adapter: AttachedAdapter, encoded: EncodedSet) -> str:
-    """Identity of frozen states: backbone, bits, device, libraries, and every token read."""
+def states_key(adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None) -> str:
+    """Identity of frozen states: backbone, bits, device, libraries, every token read, what acts below."""
     backbone = adapter.backbone
     content = [
         _VERSION,
@@ -220,46 +230,23 @@ def states_key(adapter: AttachedAdapter, encoded: EncodedSet) -> str:
         backbone.device.type,
         *_library_versions(),
         encoded.digest,
+        block,
+        adapter.frozen_digest(),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def states_path(key: str) -> Path:
-    """File of kept states on disk."""
-    return cache_dir() / "states" / key[:2] / f"{key}.safetensors"
-
-
-def _from_disk(path: Path, rows: int, hidden: int, device: torch.device) -> Tensor | None:
-    try:
-        states: Tensor = load_file(path, device=str(device))["states"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return states if tuple(states.shape) == (rows, hidden) else None
-
-
-def frozen_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
-    """States ``R x d`` from memory, from disk, or computed now and kept in both.
-
-    Safe under concurrent workers: one computes while the others wait for its file, which appears
-    whole or not at all. A disk that cannot be written costs time only.
-    """
-    key = states_key(adapter, encoded)
-    held = _memory.get(key)
-    if held is not None:
-        return held
-    backbone, path = adapter.backbone, states_path(key)
-    rows = sum(len(positions) for positions in encoded.positions)
-    states = _from_disk(path, rows, backbone.hidden, backbone.device)
-    if states is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                states = _from_disk(path, rows, backbone.hidden, backbone.device)
-                if states is None:
-                    states = compute_states(adapter, encoded)
-                    atomic_write_bytes(path, save({"states": states.cpu().contiguous()}))
-        except OSError as error:
-            log.warning("states are not kept on disk: %s", error)
-            states = compute_states(adapter, encoded) if states is None else states
-    _memory.put(key, states)
-    return states
+def frozen_states(
+    adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None
+) -> Tensor:
+    """The table of :func:`compute_states`, kept (see :mod:`.state_cache`)."""
+    lines = encoded.positions if block is None else encoded.inputs
+    return kept(
+        states_key(adapter, encoded, block),
+        sum(len(line) for line in lines),
+        adapter.backbone.hidden,
+        adapter.backbone.device,
+        lambda: compute_states(adapter, encoded, block),
+        # What slots below add changes with every round: not worth a file.
+        on_disk=not adapter.frozen_digest(),
+    )

@@ -15,11 +15,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from heterotune_flwr.backbones.head import HeadScaling, head_scaling
 from heterotune_flwr.backbones.loading import Backbone
@@ -29,8 +29,8 @@ from heterotune_flwr.data.template import encode_example, encode_prompt, label_t
 from heterotune_flwr.errors import ConfigError, DataError
 
 LOSSES = ("auto", "labels", "tokens")
-#: Rows whose full-vocabulary logits exist at the same time.
-_ROWS_AT_A_TIME = 128
+#: Full-vocabulary logits that exist at the same time (64 MB in float32).
+_LOGITS_AT_A_TIME = 2**24
 
 
 @dataclass(frozen=True)
@@ -135,24 +135,53 @@ class Task:
                 logits = logits + prior
             losses = functional.cross_entropy(logits, targets, reduction="none")
             return losses, logits.argmax(-1) == targets
-        parts = [
-            checkpoint(self._token_losses, rows, wanted, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else self._token_losses(rows, wanted)
-            for rows, wanted in zip(
-                torch.split(states, _ROWS_AT_A_TIME),
-                torch.split(targets, _ROWS_AT_A_TIME),
-                strict=True,
-            )
-        ]
+        if torch.is_grad_enabled() and states.requires_grad:
+            losses, correct = _TokenLosses.apply(states, targets, self)  # type: ignore[no-untyped-call]
+            return losses, correct
+        parts = [self.token_losses(*chunk) for chunk in self.chunks(states, targets)]
         return torch.cat([loss for loss, _ in parts]), torch.cat([right for _, right in parts])
 
-    def _token_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def chunks(self, states: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Split rows so that the logits of a chunk stay small, whatever the vocabulary."""
+        vocabulary = self.backbone.model.get_output_embeddings().weight.shape[0]
+        size = max(1, _LOGITS_AT_A_TIME // int(vocabulary))
+        return list(zip(torch.split(states, size), torch.split(targets, size), strict=True))
+
+    def token_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and correctness over the whole vocabulary, all logits at once."""
         head = self.backbone.model.get_output_embeddings()
         logits = self.scaling(head(states.contiguous()).float())
-        return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(
-            -1
-        ) == targets
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        return losses, logits.argmax(-1) == targets
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Losses over the vocabulary, chunk by chunk, with their gradients for the states.
+
+    The unembedding is frozen and every row has a loss of its own, so the gradient of a chunk is ready as soon as its
+    losses are: logits are computed once and never kept (as in fused linear cross-entropy, arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+        losses, correct, gradients = [], [], []
+        for rows, wanted in task.chunks(states.detach(), targets):
+            with torch.enable_grad():
+                rows = rows.requires_grad_()
+                loss, right = task.token_losses(rows, wanted)
+                (gradient,) = torch.autograd.grad(loss.sum(), rows)
+            losses.append(loss.detach())
+            correct.append(right)
+            gradients.append(gradient)
+        ctx.save_for_backward(torch.cat(gradients))
+        right = torch.cat(correct)
+        ctx.mark_non_differentiable(right)
+        return torch.cat(losses), right
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (upstream[0][:, None] * gradients.float()).to(gradients.dtype), None, None
 
 
 def loss_kind(config: TrainConfig, labels: Sequence[str] | None) -> str:

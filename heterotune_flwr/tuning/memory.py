@@ -1,0 +1,209 @@
+"""How much memory a training step takes, and how many examples fit at once.
+
+A step's cost is *measured*, on one example, the longest: the most bytes of tensors that exist at the same time
+during its forward and backward pass. That holds for any family, bits, slots and with or without
+gradient checkpointing, where a formula would have to know them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from heterotune_flwr.errors import FederationError
+from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.states import Rows
+from heterotune_flwr.tuning.task import Task
+
+log = logging.getLogger(__name__)
+
+#: Share of a budget that measured tensors may fill: allocators, kernels' work space and Python need the rest.
+_USABLE = 0.9
+#: Of a trained float32 number: itself, its gradient, AdamW's two moments.
+_TRAINED_BYTES = 16
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts bytes of the storages that operations return: how many live now, and at most (``peak``).
+
+    Tensors that existed before are not counted; memory inside an operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage(), before)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        key = storage._cdata
+        if key in before or key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights and buffers as they lie in memory (quantized ones as such, tied ones once)."""
+    storages: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        state = getattr(tensor, "quant_state", None)
+        for extra in (
+            [state.absmax, getattr(state.state2, "absmax", None)] if state is not None else []
+        ):
+            if extra is not None:
+                storages[extra.data_ptr()] = extra.nbytes
+        scale = getattr(tensor, "SCB", None)
+        if scale is not None:
+            storages[scale.data_ptr()] = scale.nbytes
+    return sum(storages.values())
+
+
+@contextmanager
+def checkpointing(adapter: AttachedAdapter, enabled: bool) -> Iterator[None]:
+    """Recompute each block's activations in the backward pass instead of keeping them.
+
+    Only the blocks themselves enter training mode, not their parts: dropout stays off.
+    """
+    if not enabled:
+        yield
+        return
+    model = adapter.backbone.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blocks = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for block in blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+        model.gradient_checkpointing_disable()
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Bytes of a training step: ``fixed`` whatever the batch, and per example of the longest kind."""
+
+    fixed: int
+    per_example: int
+
+    def fits(self, budget: int) -> int:
+        """How many examples fit at once."""
+        return int((_USABLE * budget - self.fixed) // max(1, self.per_example))
+
+
+def step_cost(adapter: AttachedAdapter, task: Task, rows: Rows, checkpoint: bool) -> StepCost:
+    """Measure a step on the longest example; nothing is trained."""
+    longest = max(range(len(rows)), key=rows.length)
+    device = adapter.backbone.device
+    trained = list(adapter.trained.values())
+
+    def step() -> None:
+        states, targets, _ = rows.rows([longest])
+        losses, _ = task.losses(states, targets)
+        torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+
+    with adapter.training(), checkpointing(adapter, checkpoint), torch.enable_grad():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            step()
+            peak = torch.cuda.max_memory_allocated(device) - before
+        else:
+            with LiveBytes() as live:
+                step()
+            peak = live.peak
+    fixed = weight_bytes(adapter.model) + _TRAINED_BYTES * sum(p.numel() for p in trained)
+    return StepCost(fixed, peak)
+
+
+#: Explicit per-process memory of measured steps; one per kind of step, not per client.
+_costs: dict[tuple[Any, ...], StepCost] = {}
+
+
+def choose_micro_batch(
+    adapter: AttachedAdapter,
+    task: Task,
+    rows: Rows,
+    batch_size: int,
+    memory_gb: float | None,
+    checkpoint: bool,
+) -> int:
+    """Examples per forward pass, so that a step stays inside ``memory_gb`` (10^9 bytes, weights included).
+
+    Raises
+    ------
+    FederationError
+        Not even one example fits; says how much is needed.
+
+    """
+    size = min(batch_size, len(rows))
+    if memory_gb is None:
+        return size
+    longest = max(rows.length(index) for index in range(len(rows)))
+    key = (
+        id(adapter),
+        id(task),
+        adapter.lowest,
+        type(rows).__name__,
+        longest,
+        checkpoint,
+    )
+    if key not in _costs:
+        _costs[key] = step_cost(adapter, task, rows, checkpoint)
+    cost = _costs[key]
+    fit = min(size, cost.fits(int(memory_gb * 1e9)))
+    if fit < 1:
+        needed = (cost.fixed + cost.per_example) / _USABLE / 1e9
+        raise FederationError(
+            f"memory-gb={memory_gb:g} is too little to train {adapter.backbone.type_key}: weights take "
+            f"{cost.fixed / 1e9:.2f} GB, one example of {longest} tokens {cost.per_example / 1e9:.2f} GB, so at least "
+            f"{needed:.2f} GB is needed; use fewer bits, train.slots=last-1, or train.gradient_checkpointing=true"
+        )
+    log.info(
+        "%s: %d of %d examples at a time: %.2f GB of weights, %.3f GB per example of %d tokens, within %g GB",
+        adapter.backbone.type_key, fit, size, cost.fixed / 1e9, cost.per_example / 1e9, longest, memory_gb,
+    )  # fmt: skip
+    return fit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in main memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text.lower() or "can't allocate memory" in text
+    )

@@ -1,0 +1,183 @@
+"""Where frozen states are kept: in memory under a budget, on disk under another.
+
+``<cache>/states/<2 hex>/<key>.safetensors``, one table per list of examples, memory-mapped when read. The
+least recently used files go first when the disk budget is passed. They are derived from a client's
+private examples, so they stay on its machine, readable by their owner only; ``heterotune states clear``
+removes them.
+
+Budgets (GB = 10^9 bytes): ``HETEROTUNE_STATES_GB`` on disk (20), ``HETEROTUNE_STATES_MEMORY_GB`` per process (0.5).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.storage import atomic_write_bytes
+
+log = logging.getLogger(__name__)
+
+
+def _budget(name: str, default: float) -> int:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise ConfigError(f"{name} is {text!r}; give a number of GB, like {name}={default}")
+    return int(value * 1e9)
+
+
+def memory_budget() -> int:
+    """Bytes of states a process keeps in memory (ConfigError: not a number)."""
+    return _budget("HETEROTUNE_STATES_MEMORY_GB", 0.5)
+
+
+def disk_budget() -> int:
+    """Bytes of states kept on disk (ConfigError: not a number)."""
+    return _budget("HETEROTUNE_STATES_GB", 20.0)
+
+
+class _Memory:
+    """Tables by key, the least recently used ones forgotten first."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+
+    def get(self, key: str) -> Tensor | None:
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self._held.get(key)
+
+    def put(self, key: str, table: Tensor) -> None:
+        limit = memory_budget()
+        if table.nbytes > limit:
+            return  # read from disk piece by piece, or computed again
+        self._held[key] = table
+        while sum(held.nbytes for held in self._held.values()) > limit:
+            self._held.popitem(last=False)
+
+    def clear(self) -> None:
+        self._held.clear()
+
+
+#: Explicit per-process cache; holds frozen states only, nothing a client trained.
+memory = _Memory()
+
+
+def states_dir() -> Path:
+    """Folder of all kept states."""
+    return cache_dir() / "states"
+
+
+def states_path(key: str) -> Path:
+    """File of kept states on disk."""
+    return states_dir() / key[:2] / f"{key}.safetensors"
+
+
+def _from_disk(path: Path, rows: int, hidden: int) -> Tensor | None:
+    """A table ``rows x hidden``, memory-mapped; None when it is not there, not whole or not this."""
+    try:
+        table: Tensor = load_file(path)["states"]
+        os.utime(path)
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return table if tuple(table.shape) == (rows, hidden) else None
+
+
+def kept(
+    key: str,
+    rows: int,
+    hidden: int,
+    device: torch.device,
+    compute: Callable[[], Tensor],
+    on_disk: bool = True,
+) -> Tensor:
+    """The table ``rows x hidden`` of a key from memory, from disk, or computed now and kept.
+
+    It lies on ``device``, or in main memory when it is larger than the memory budget. Safe under concurrent workers:
+    one computes while the others wait for its file, which appears whole or not at all. A disk that cannot be
+    written costs time only.
+    """
+    held = memory.get(key)
+    if held is not None:
+        return held
+    table = _from_disk(states_path(key), rows, hidden) if on_disk else None
+    if table is None:
+        table = _computed(key, rows, hidden, compute) if on_disk else compute()
+    if table.nbytes <= memory_budget():
+        table = table.to(device)
+    memory.put(key, table)
+    return table
+
+
+def _computed(key: str, rows: int, hidden: int, compute: Callable[[], Tensor]) -> Tensor:
+    path = states_path(key)
+    table: Tensor | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(path.with_suffix(".lock")):
+            table = _from_disk(path, rows, hidden)
+            if table is None:
+                table = compute()
+                if table.nbytes <= disk_budget():
+                    atomic_write_bytes(path, save({"states": table.cpu().contiguous()}))
+                    prune(disk_budget(), keep=path)
+                    # Mapped pages can be dropped and shared; computed ones cannot.
+                    table = _from_disk(path, rows, hidden)
+    except OSError as error:
+        log.warning("states are not kept on disk: %s", error)
+    return compute() if table is None else table
+
+
+def _files() -> list[tuple[Path, int, float]]:
+    """(path, bytes, time of last use) of every kept table."""
+    found = []
+    for path in states_dir().glob("*/*.safetensors"):
+        try:
+            stat = path.stat()
+        except OSError:
+            continue  # another process has removed it
+        found.append((path, stat.st_size, stat.st_mtime))
+    return found
+
+
+def usage() -> tuple[int, int]:
+    """(number of kept tables on disk, their bytes)."""
+    files = _files()
+    return len(files), sum(size for _, size, _ in files)
+
+
+def prune(limit: int = 0, keep: Path | None = None) -> int:
+    """Remove the least recently used tables until at most ``limit`` bytes are left; return the bytes removed.
+
+    ``keep`` is never removed. A table in use stays readable for who has it open.
+    """
+    files = sorted(_files(), key=lambda item: item[2])
+    total, removed = sum(size for _, size, _ in files), 0
+    for path, size, _ in files:
+        if total - removed <= limit:
+            break
+        if path == keep:
+            continue
+        path.unlink(missing_ok=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
+        removed += size
+    return removed
+
+
+def forget_states() -> None:
+    """Empty the memory cache; the disk cache stays."""
+    memory.clear()
