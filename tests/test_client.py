@@ -15,12 +15,13 @@ from client_app.app import app
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import MethodConfig, TypeConfig
-from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.dema.bank import initial_tensors, slot_of
 from heterotune_flwr.errors import BackboneError, ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.identity import code_hash, expand_types, identify
 from heterotune_flwr.federation.in_process import InProcessGrid
+from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.protocol import (
     ALIGN,
     DESCRIBE,
@@ -40,12 +41,18 @@ from heterotune_flwr.federation.protocol import (
     pack_mask,
     unpack_mask,
 )
-from heterotune_flwr.flower import Message
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Message
+from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.tuning.adapters import detach_all
 from heterotune_flwr.tuning.state_cache import forget_states
 
 METHOD = MethodConfig(latent=8, inner=4, output=3, experts_global=2, experts_private=1)
 LORA = MethodConfig(kind="lora", lora_rank=2, output=3)
+MEAN_CHAIN = [
+    {"transform": "within_type_mean"},
+    {"transform": "combine", "weights": "examples", "rescale": False, "guard": False},
+]
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +351,37 @@ def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):
     assert (tmp_path / "mine" / "clients" / "run" / "hospital-7.safetensors").exists()
     with pytest.raises(ExchangeError):
         load_tensors(tmp_path / "run" / "state" / "clients" / "run" / "hospital-7.safetensors")
+
+
+def test_clients_that_train_fewer_slots_share_a_bank_with_the_others(world):
+    """Weak clients (``one``) train the last slot, the others both; the lower slot is the mean of those alone."""
+    path, overrides = str(world.path / "run.yaml"), (
+        "method.slots=2 method.latent=8 method.inner=4 method.experts_global=2 types.0.slots=last-1 "
+        "alignment.control=random_maps alignment.count=40 exchange.codec=fp32 server.rounds=1"
+    )  # fmt: skip
+    config = compose(path, overrides)
+    mixed = World(world.path, path, overrides)
+    session = Session(mixed.grid, config, Journal(world.path / "journal"), "mixed-0")
+    strategy = build_strategy(
+        {"_component_": "heterotune_flwr.strategies.HeteroTune", "chain": MEAN_CHAIN},
+        StrategyContext("mixed", config, 0, session),
+    )
+    strategy.prepare(session.grid)
+    before = strategy.shared_tensors()
+    messages = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), session.grid))
+    replies = list(session.grid.send_and_receive(messages))
+    found = [TrainReply.from_content(reply.content) for reply in replies]
+    slots = {reply.client_id: {slot_of(name) for name in reply.deltas} for reply in found}
+    assert [slots[f"client-{i:04d}"] for i in range(4)] == [{1}, {0, 1}, {1}, {0, 1}]
+    strategy.aggregate_train(1, replies)
+    name = "slots.0.experts.global.0.up.weight"
+    strong = [reply for reply in found if name in reply.deltas]
+    mean = np.mean([reply.deltas[name] for reply in strong], axis=0)
+    changed = strategy.shared_tensors()[f"global/{name}"] - before[f"global/{name}"]
+    np.testing.assert_allclose(changed, mean, atol=1e-6)
+    assert np.abs(mean).max() > 0
+    # The next round's weak client works with that slot, but neither changes nor keeps it.
+    messages = list(strategy.configure_train(2, ArrayRecord(), ConfigRecord(), session.grid))
+    (reply,) = session.grid.send_and_receive(messages[:1])
+    assert {slot_of(n) for n in TrainReply.from_content(reply.content).deltas} == {1}
+    assert not list((world.path / "run" / "state").rglob("client-0000.safetensors"))
