@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,10 +87,12 @@ def _client_seconds(config: Config, partition: int, total: int, cached: bool) ->
     return time.perf_counter() - started
 
 
-def bare_seconds_per_client_round(preset: str, cached: bool, repeats: int = 5) -> float:
+def bare_seconds_per_client_round(
+    preset: str, cached: bool, repeats: int = 5, overrides: Sequence[str] = ()
+) -> float:
     """Median over repeats of the mean over clients, in seconds, on one thread."""
     torch.set_num_threads(1)
-    config = compose(preset)
+    config = compose(preset, list(overrides))
     total = sum(entry.clients for entry in config.types)
     for partition in range(total):  # load and warm up
         _client_seconds(config, partition, total, cached)

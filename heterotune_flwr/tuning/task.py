@@ -29,8 +29,8 @@ from heterotune_flwr.data.template import encode_example, encode_prompt, label_t
 from heterotune_flwr.errors import ConfigError, DataError
 
 LOSSES = ("auto", "labels", "tokens")
-#: Full-vocabulary logits that exist at the same time (64 MB in float32).
-_LOGITS_AT_A_TIME = 2**24
+#: Full-vocabulary logits that exist at the same time (32 MB in float32).
+_LOGITS_AT_A_TIME = 2**23
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""Peak memory of one training step, HeteroTune against LoRA as FlowerTune LLM trains it.
+
+Same backbone, bits, batch (4 x 512 tokens, a loss at every position), gradient checkpointing. Peaks are resident bytes
+above those of a process that has imported everything and loaded nothing, so weights, activations, optimizer and
+what the libraries leave lying about all count; every kind of step in a process of its own.
+
+``peak_ratio.<bits>``: HeteroTune as the presets train it (last slot), running the backbone in this step / LoRA r=32,
+both with gradient checkpointing, FlowerTune's default. Kept states, deeper slots and no checkpointing are in ``steps``.
+
+Run: ``heterotune fetch smollm2; python -m benchmarks.memory`` (about 15 minutes on 2 cores).
+Writes ``benchmarks/results/memory.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.common import write_results
+
+#: What is measured at every bit width, and at 4 bits alone: name -> arguments of the step's process.
+MAIN = {
+    "lora32": ["--kind", "lora", "--checkpoint"],
+    "last_slot": ["--kind", "heterotune", "--checkpoint"],
+}
+MORE = {
+    "last_slot.kept": ["--kind", "heterotune", "--kept"],
+    "upper_half": ["--kind", "heterotune", "--slots", "upper-half", "--checkpoint"],
+    "upper_half.kept": ["--kind", "heterotune", "--slots", "upper-half", "--checkpoint", "--kept"],
+    "all_slots": ["--kind", "heterotune", "--slots", "all", "--checkpoint"],
+    "all_slots.kept": ["--kind", "heterotune", "--slots", "all", "--checkpoint", "--kept"],
+    "lora32.no_checkpointing": ["--kind", "lora"],
+    "upper_half.no_checkpointing": ["--kind", "heterotune", "--slots", "upper-half"],
+    "all_slots.no_checkpointing": ["--kind", "heterotune", "--slots", "all"],
+}
+
+
+def measure_step(arguments: list[str]) -> dict[str, Any]:
+    """Medians of one kind of step, in a process of its own (megabytes, seconds)."""
+    command = [sys.executable, "-m", "benchmarks.memory_step", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "peak_mb": round(statistics.median(found["peak_bytes"]) / 1e6, 1),
+        "weights_mb": round(found["weight_bytes"] / 1e6, 1),
+        "live_mb": round(found["live_bytes"] / 1e6, 1),
+        "seconds": round(statistics.median(found["seconds"]), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="smollm2")
+    parser.add_argument("--bits", nargs="+", default=["nf4", "int8", "bf16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--more", default="nf4", help="bits at which everything is measured")
+    args = parser.parse_args()
+    values: dict[str, Any] = {"backbone": args.backbone, "runs": args.repeats}
+    for bits in args.bits:
+        kinds = {**MAIN, **(MORE if bits == args.more else {})}
+        steps = values.setdefault("steps", {}).setdefault(bits, {})
+        for name, arguments in kinds.items():
+            common = ["--backbone", args.backbone, "--bits", bits, "--repeats", str(args.repeats)]
+            steps[name] = measure_step([*arguments, *common])
+            print(f"{bits:5} {name:28} {steps[name]}", flush=True)
+        for name, found in steps.items():
+            rival = "lora32.no_checkpointing" if name.endswith("no_checkpointing") else "lora32"
+            found["ratio"] = round(found["peak_mb"] / steps[rival]["peak_mb"], 3)
+        values[f"peak_ratio.{bits}"] = steps["last_slot"]["ratio"]
+        write_results("memory", values)
+
+
+if __name__ == "__main__":
+    main()
