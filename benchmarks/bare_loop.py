@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+from heterotune_flwr.backbones.bits import resolve_spec
+from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.partition import client_examples
@@ -45,7 +46,9 @@ class _Bank(nn.Module):
 def _client_seconds(config: Config, partition: int, total: int, cached: bool) -> float:
     """Seconds of one client's local steps."""
     entry = expand_types(config.types)[partition]
-    backbone = load_backbone(BackboneSpec(entry.backbone, entry.bits))
+    backbone = load_backbone(
+        resolve_spec(entry.backbone, entry.bits, entry.revision, entry.memory_gb)
+    )
     labels = label_set(config.data) or []
     examples = client_examples(config.data, partition, total, 0).train
     rows = [encode_prompt(backbone.tokenizer, config.data.prompt, e.text, config.data.max_length)

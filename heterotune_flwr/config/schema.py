@@ -21,7 +21,7 @@ class TypeConfig:
     backbone: str = _help(
         "embedded name (tiny-a/b/c), fetched name, local directory or hub id", "???"
     )
-    bits: str = _help("nf4 | int8 | bf16 | fp32", "bf16")
+    bits: str = _help("nf4 | nf4-single | int8 | bf16 | fp32 | auto (what fits memory_gb)", "bf16")
     clients: int = _help("number of clients of this type (simulation only)", 1)
     revision: str | None = _help("hub revision, for hub ids", None)
     memory_gb: float | None = _help(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import check_bits
 from heterotune_flwr.backbones.sources import describe_source, resolve_source
 from heterotune_flwr.config.schema import Config
@@ -12,6 +15,22 @@ from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.federation.server import check_strategies
 from heterotune_flwr.tuning.slots import lowest_slot
+
+
+def settle_bits(config: Config) -> Config:
+    """``config`` with ``bits: auto`` replaced, so that every process of a run has the same answer.
+
+    Raises
+    ------
+    BackboneError
+        A backbone is unknown, damaged, or does not fit its budget at any bits.
+
+    """
+    settled = copy.deepcopy(config)
+    for entry in settled.types:
+        spec = resolve_spec(entry.backbone, entry.bits, entry.revision, entry.memory_gb)
+        entry.bits = spec.bits
+    return settled
 
 
 def preflight(config: Config) -> None:
@@ -51,7 +70,7 @@ def preflight(config: Config) -> None:
 
 def _check_backbones(config: Config) -> None:
     lowest_slot(config.train.slots, config.method.slots)
-    for entry in config.types:
+    for entry in settle_bits(config).types:
         check_bits(entry.bits)
         lowest_slot(entry.slots or config.train.slots, config.method.slots)
     shapes = {e.backbone: describe_source(e.backbone, e.revision) for e in config.types}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import heterotune_flwr
 from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, TypeConfig
 from heterotune_flwr.data.partition import ClientData, client_examples, local_examples
@@ -100,10 +102,12 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
     ConfigError
         A deployed client does not say enough, or a simulation has another number of nodes than
         the types have clients.
+    BackboneError
+        Unknown bits, or ``auto`` and no format fits the client's memory.
 
     """
     if not is_simulated(node_config):
-        return _deployed(config, node_config)
+        return _deployed(config, node_config, run_id)
     partition, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
     order = expand_types(config.types)
     if len(order) != count:
@@ -112,11 +116,12 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
             f"num-supernodes={len(order)} or change types.*.clients"
         )
     mine = order[partition]
+    state_dir = _simulated_state_dir(config, run_id)
     return Identity(
         client_id=f"client-{partition:04d}",
-        spec=BackboneSpec(mine.backbone, mine.bits, mine.revision),
+        spec=_spec(mine.backbone, mine.bits, mine.revision, mine.memory_gb, state_dir, run_id),
         data=config.data,
-        state_dir=_simulated_state_dir(config, run_id),
+        state_dir=state_dir,
         partition=(partition, count),
         threads=config.run.worker_threads,
         memory_gb=mine.memory_gb,
@@ -139,7 +144,7 @@ def _public_labels(data: DataConfig) -> list[str] | None:
     return data.labels
 
 
-def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
+def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str) -> Identity:
     missing = [key for key in REQUIRED if not node_config.get(key)]
     if missing:
         raise ConfigError(
@@ -148,12 +153,17 @@ def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
             'data="..." state-dir="..."\''
         )
     test, anchors = node_config.get("test"), node_config.get("anchors")
+    state_dir = Path(str(node_config["state-dir"])).expanduser()
+    memory_gb = _memory_gb(node_config)
     return Identity(
         client_id=str(node_config["client-id"]),
-        spec=BackboneSpec(
+        spec=_spec(
             str(node_config["backbone"]),
             str(node_config.get("bits", "bf16")),
             str(node_config["revision"]) if node_config.get("revision") else None,
+            memory_gb,
+            state_dir,
+            run_id,
         ),
         data=dataclasses.replace(
             config.data,
@@ -164,12 +174,26 @@ def _deployed(config: Config, node_config: Mapping[str, Any]) -> Identity:
             labels=_public_labels(config.data),
             max_labels=0,
         ),
-        state_dir=Path(str(node_config["state-dir"])).expanduser(),
+        state_dir=state_dir,
         threads=int(node_config.get("threads", config.run.worker_threads)),
         anchors=str(anchors) if anchors else None,
-        memory_gb=_memory_gb(node_config),
+        memory_gb=memory_gb,
         slots=str(node_config.get("slots") or config.train.slots),
     )
+
+
+def _spec(
+    source: str,
+    bits: str,
+    revision: str | None,
+    memory_gb: float | None,
+    state_dir: Path,
+    run_id: int | str,
+) -> BackboneSpec:
+    """The spec a client has for a whole run, although every message may meet a fresh process."""
+    name = hashlib.sha256(json.dumps([source, revision]).encode()).hexdigest()[:12]
+    kept = state_dir / "auto-bits" / f"{run_id}-{name}"
+    return resolve_spec(source, bits, revision, memory_gb, kept=kept)
 
 
 def _memory_gb(node_config: Mapping[str, Any]) -> float | None:

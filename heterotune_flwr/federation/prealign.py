@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
-from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.dema.alignment import align_types, load_anchors, public_words
@@ -37,7 +37,7 @@ def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[fl
     torch.set_num_threads(config.run.worker_threads)
     loaded: dict[str, Backbone] = {}
     for entry in config.types:
-        spec = BackboneSpec(entry.backbone, entry.bits, entry.revision)
+        spec = resolve_spec(entry.backbone, entry.bits, entry.revision, entry.memory_gb)
         loaded[spec.type_key] = load_backbone(spec)
     texts = load_anchors(config.alignment)
     words = public_words(texts, config.alignment.words)

@@ -1,0 +1,184 @@
+"""``bits: auto``: the widest format whose weights and working memory fit a client's budget.
+
+Sizes come from the headers of the stored weights. What a client needs besides the weights is
+assumed as :data:`WORKING_GB` (interpreter and libraries, or the CUDA context) plus
+:data:`WORKING_SHARE` of the backbone's bf16 bytes (activations, adapter, gradients, optimizer).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from heterotune_flwr.backbones.headers import TensorHeader, tensor_headers
+from heterotune_flwr.backbones.sources import AUTO, BITS, BackboneSpec, resolve_source
+from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.exchange.storage import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+WORKING_GB = 0.6
+WORKING_SHARE = 0.1
+#: Widest first; fp32 and nf4-single are chosen by people only.
+CANDIDATES = ("bf16", "int8", "nf4")
+
+_BLOCK = 64  # nf4: weights per scale
+_NESTED_BLOCK = 256  # double quantization: scales per scale
+#: nf4 keeps its code book (16 floats), that of its scales (256 floats) and a description per layer.
+_LAYER_BYTES = {"nf4": 4 * (16 + 256) + 200, "nf4-single": 4 * 16 + 100}
+
+
+def resolve_spec(
+    source: str,
+    bits: str,
+    revision: str | None = None,
+    memory_gb: float | None = None,
+    device: str | None = None,
+    kept: Path | None = None,
+) -> BackboneSpec:
+    """Return the spec of a configured backbone, ``auto`` replaced by the bits it stands for.
+
+    Parameters
+    ----------
+    source, bits, revision
+        As configured.
+    memory_gb
+        Budget (10^9 bytes) for the whole client; None takes the accelerator's free memory, or
+        bf16 where there is no accelerator.
+    device
+        Torch device; None is the default one.
+    kept
+        File for an answer that depends on the memory free at this moment, so that all processes
+        of a run give the same one.
+
+    Raises
+    ------
+    BackboneError
+        Unknown bits, an unreadable backbone, or not even nf4 fits (the message says what would).
+
+    """
+    if bits == AUTO:
+        bits = _chosen(source, revision, memory_gb, device, kept)
+    return BackboneSpec(source, bits, revision)
+
+
+@functools.cache  # one process, one answer: free memory shrinks as soon as the backbone is loaded
+def _chosen(
+    source: str,
+    revision: str | None,
+    memory_gb: float | None,
+    device: str | None,
+    kept: Path | None,
+) -> str:
+    from heterotune_flwr.backbones.loading import default_device
+
+    device = device or default_device()
+    if memory_gb is not None:
+        return _fitting(source, revision, memory_gb, "its budget", device)
+    if not device.startswith("cuda"):
+        log.info("%s: bits auto is bf16 (no memory budget)", source)
+        return "bf16"
+    if kept is None:
+        return _fitting(source, revision, free_gb(device), f"free on {device}", device)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock"), mode=0o644):
+        if kept.is_file() and (known := kept.read_text().strip()) in BITS:
+            return known
+        bits = _fitting(source, revision, free_gb(device), f"free on {device}", device)
+        atomic_write_text(kept, bits)
+    return bits
+
+
+def _fitting(source: str, revision: str | None, budget: float, origin: str, device: str) -> str:
+    from heterotune_flwr.backbones.loading import check_bits
+
+    needs = needed_gb(source, resolve_source(source, revision))
+    refused = ""
+    for bits in CANDIDATES:
+        if needs[bits] > budget:
+            continue
+        try:
+            check_bits(bits, device)
+        except BackboneError as error:
+            refused = f" ({error})"
+            continue
+        log.info("%s: bits auto is %s, %.2f GB of %.2f GB (%s)", source, bits, needs[bits], budget,
+                 origin)  # fmt: skip
+        return bits
+    listed = ", ".join(f"{bits} {needs[bits]:.2f} GB" for bits in CANDIDATES)
+    raise BackboneError(
+        f"backbone {source!r} does not fit {budget:.2f} GB ({origin}): it needs {listed}, weights "
+        f"and working memory together{refused}; raise the budget or take a smaller backbone"
+    )
+
+
+def free_gb(device: str) -> float:
+    """GB (10^9 bytes) free on an accelerator now."""
+    import torch
+
+    return float(torch.cuda.mem_get_info(device)[0]) / 1e9
+
+
+def needed_gb(source: str, directory: Path) -> dict[str, float]:
+    """GB (10^9 bytes) a client needs at each of :data:`CANDIDATES`: weights and working memory."""
+    working = WORKING_GB * 1e9 + WORKING_SHARE * weight_bytes(source, directory, "bf16")
+    return {bits: (weight_bytes(source, directory, bits) + working) / 1e9 for bits in CANDIDATES}
+
+
+def weight_bytes(source: str, directory: Path, bits: str) -> int:
+    """Bytes of a backbone's weights at ``bits``, from its headers and configuration.
+
+    Two-dimensional weights are quantized, but for embeddings and the unembedding: matrices with a
+    row per vocabulary entry, or with the usual names.
+
+    Raises
+    ------
+    BackboneError
+        The weights or the configuration are damaged.
+
+    """
+    tensors = tensor_headers(source, directory)
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        text = config.get("text_config") or config
+        vocabulary = int(text["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"config.json of backbone {source!r} does not describe a decoder ({error})"
+        ) from error
+    if config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
+        tensors = [tensor for tensor in tensors if not tensor.name.startswith("lm_head.")]
+    return sum(_bytes(tensor, bits, vocabulary) for tensor in _floating(tensors))
+
+
+def _floating(tensors: Sequence[TensorHeader]) -> list[TensorHeader]:
+    return [tensor for tensor in tensors if tensor.dtype.startswith(("F", "BF"))]
+
+
+def is_quantizable(tensor: TensorHeader, vocabulary: int) -> bool:
+    """Whether bitsandbytes replaces this weight: a linear layer that is no (un)embedding."""
+    names = ("embed", "lm_head", "wte.", "wpe.")
+    return (
+        len(tensor.shape) == 2
+        and tensor.name.endswith(".weight")
+        and tensor.shape[0] != vocabulary
+        and not any(name in tensor.name for name in names)
+    )
+
+
+def _bytes(tensor: TensorHeader, bits: str, vocabulary: int) -> int:
+    count = tensor.count
+    if bits == "fp32":
+        return 4 * count
+    if bits == "bf16" or not is_quantizable(tensor, vocabulary):
+        return 2 * count
+    if bits == "int8":
+        return count + 4 * tensor.shape[0]
+    blocks = -(-count // _BLOCK)
+    scales = 4 * blocks if bits == "nf4-single" else blocks + 4 * -(-blocks // _NESTED_BLOCK)
+    return -(-count // 2) + scales + _LAYER_BYTES[bits]
