@@ -139,6 +139,23 @@ def align(config: Preset = "demo", overrides: Overrides = None) -> None:
         typer.echo(f"{key}: held-out canonical correlation {numbers}")
 
 
+@app.command()
+def states(
+    clear: Annotated[bool, typer.Option("--clear", help="remove all kept states")] = False,
+) -> None:
+    """Show, or clear, the frozen states kept on this machine (they make training many times faster).
+
+    They are computed from clients' own examples, never leave the machine, and are computed again when needed. Budgets:
+    HETEROTUNE_STATES_GB on disk (20), HETEROTUNE_STATES_MEMORY_GB per process (0.5).
+    """
+    from heterotune_flwr.tuning.state_cache import disk_budget, prune, states_dir, usage
+
+    count, size = usage()
+    typer.echo(f"{count} tables, {size / 1e9:.3f} of {disk_budget() / 1e9:g} GB in {states_dir()}")
+    if clear:
+        typer.echo(f"removed {prune() / 1e9:.3f} GB")
+
+
 def main() -> None:
     """Entry point: user errors become one line, Ctrl-C a quiet end."""
     try:

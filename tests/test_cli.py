@@ -19,7 +19,7 @@ def _heterotune(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_every_command() -> None:
     done = _heterotune("--help")
     assert done.returncode == 0
-    for command in ("run", "report", "config", "fetch", "backbones", "align"):
+    for command in ("run", "report", "config", "fetch", "backbones", "align", "states"):
         assert command in done.stdout
 
 
@@ -93,3 +93,13 @@ def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> No
     again = compose(str(tmp_path / "config.yaml"))  # repeats the run, in a directory of its own
     assert again.run.dir is None
     assert again.server.rounds == 1
+
+
+def test_states_are_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path))
+    kept = tmp_path / "states" / "ab" / "abc.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"x" * 2_000_000)
+    assert "1 tables, 0.002 of 20 GB" in _heterotune("states").stdout
+    assert "removed 0.002 GB" in _heterotune("states", "--clear").stdout
+    assert not kept.exists()
