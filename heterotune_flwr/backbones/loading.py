@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,23 +176,42 @@ def _quantization(bits: str) -> Any:
 
 def load_unshared(spec: BackboneSpec, directory: Path, device: str) -> Any:
     """Read a backbone's source and quantize it in this process's memory (errors of the libraries)."""
-    return _from_pretrained(spec, directory, device, _quantization(spec.bits))
+    quantization = _quantization(spec.bits)
+    # An explicit None would make transformers forget a quantization named in config.json.
+    given = {} if quantization is None else {"quantization_config": quantization}
+    model, found = _from_pretrained(spec, directory, device, **given)
+    _check_complete({what: found.get(what) for what in ("missing_keys", "mismatched_keys")})
+    return model
 
 
-def _from_pretrained(spec: BackboneSpec, directory: Path, device: str, quantization: Any) -> Any:
+def _check_complete(found: Mapping[str, Any]) -> None:
+    """Refuse what transformers only warns of, to go on with random weights."""
+    wrong = {what: sorted(map(str, keys))[:3] for what, keys in found.items() if keys}
+    if wrong:
+        raise ValueError(f"the weights do not fit the configuration: {wrong}")
+
+
+def _from_stored(spec: BackboneSpec, device: str, entry: Path) -> Any:
+    model, found = _from_pretrained(spec, entry, device)  # its config says how it is quantized
+    _check_complete(found)  # unexpected keys too: we wrote it
+    return model
+
+
+def _from_pretrained(spec: BackboneSpec, directory: Path, device: str, **given: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32 if spec.bits == "fp32" else torch.bfloat16,
         device_map={"": device},
-        quantization_config=quantization,
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
+        **given,
     )
     model.eval()
     model.requires_grad_(False)
-    return model
+    return model, found
 
 
 def prepare_libraries(bits: str) -> None:
@@ -253,10 +273,6 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
         parameters=count_parameters(model),
         linear_shapes=_linear_shapes(model),
     )
-
-
-def _from_stored(spec: BackboneSpec, device: str, entry: Path) -> Any:
-    return _from_pretrained(spec, entry, device, None)  # its own config says how it is quantized
 
 
 def _linear_shapes(model: Any) -> tuple[tuple[int, int], ...]:
