@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from heterotune_flwr.federation import client
 from heterotune_flwr.flower import ClientApp, Context, Message
+from heterotune_flwr.worker.door import answer
 
 app = ClientApp()
 
@@ -11,22 +11,22 @@ app = ClientApp()
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """Say who this client is and what it can train."""
-    return client.respond(message, context, client.describe)
+    return answer(message, context)
 
 
 @app.query("align")
 def align(message: Message, context: Context) -> Message:
     """Give the public factors of this client's model type."""
-    return client.respond(message, context, client.align)
+    return answer(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train locally and give the deltas."""
-    return client.respond(message, context, client.train)
+    return answer(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the model on the global and the client's own test set."""
-    return client.respond(message, context, client.evaluate_client)
+    return answer(message, context)

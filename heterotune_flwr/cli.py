@@ -13,6 +13,7 @@ import typer
 
 from heterotune_flwr import __version__, cli_backbones
 from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.worker.cli import app as worker_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +22,7 @@ app = typer.Typer(
     help="Fine-tune different, quantized large language models together, on Flower.\n\n"
     "Start with: heterotune run demo",
 )
+app.add_typer(worker_app, name="worker")
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="dotted overrides, like train.learning_rate=1e-3 types.0.clients=8"),

@@ -12,9 +12,13 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
+
+from heterotune_flwr.errors import ExchangeError
 
 __all__ = [
     "Array",
@@ -31,6 +35,8 @@ __all__ = [
     "Result",
     "ServerApp",
     "Strategy",
+    "content_from_bytes",
+    "content_to_bytes",
     "identify_process",
 ]
 
@@ -44,3 +50,17 @@ def identify_process() -> None:
     for field, value in (("_run_id", 0), ("_task_id", 0), ("_node_id", 1)):
         if getattr(TaskIdentity, field) is None:
             setattr(TaskIdentity, field, value)
+
+
+def content_to_bytes(content: RecordDict) -> bytes:
+    """A message's content as Flower itself puts it on the wire."""
+    data: bytes = recorddict_to_proto(content).SerializeToString()
+    return data
+
+
+def content_from_bytes(data: bytes) -> RecordDict:
+    """Inverse of :func:`content_to_bytes`; ExchangeError if the bytes are not such content."""
+    try:
+        return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    except Exception as error:  # protobuf's DecodeError, or a record that refuses its values
+        raise ExchangeError(f"malformed message content: {type(error).__name__}") from error

@@ -1,4 +1,4 @@
-"""A cache of its own for the test session: nothing comes from, or goes into, the user's."""
+"""A cache of its own for the test session, and no processes that outlive it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_worker() -> Iterator[None]:
+    """Deployed clients answer in the process at hand; the worker's own tests switch it on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HETEROTUNE_WORKER", "off")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -126,8 +126,10 @@ class World:
         request = TrainRequest(header, values or {}, digest, maps, list(expected), steps, 0.01)
         return TrainReply.from_content(self.ask(client, TRAIN, request.to_content("fp32")))
 
-    def evaluate(self, client: int, values=None, digest="", experiment="run", method=METHOD):
-        header = Header(experiment, 0, method, 1)
+    def evaluate(
+        self, client: int, values=None, digest="", experiment="run", method=METHOD, round=1
+    ):
+        header = Header(experiment, 0, method, round)
         request = EvaluateRequest(header, values or {}, digest, None, ["global", "personal"])
         content = self.ask(client, EVALUATE, request.to_content("fp32"))
         return EvaluateReply.from_content(content).metrics
@@ -289,13 +291,41 @@ def test_evaluate_measures_what_training_left(world):
     world.train(0, 1, maps=maps, digest=digest, steps=0)
     before = world.evaluate(0, digest=digest)
     world.train(0, 2, digest=digest, steps=60)
-    after = world.evaluate(0, digest=digest)
+    after = world.evaluate(0, digest=digest, round=2)
     assert (before["global_examples"], before["personal_examples"]) == (30, 4)
     assert after["global_loss"] != before["global_loss"]
     assert after["personal_loss"] < before["personal_loss"]
     # The other client of the type has trained nothing: it still is where the first one began.
     world.train(2, 1, digest=digest, steps=0)
     assert world.evaluate(2, digest=digest)["global_loss"] == before["global_loss"]
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_round_that_is_trained_again_starts_where_it_did_before(world, last):
+    """A reply that was lost makes the server ask again; the private state must not move twice."""
+    maps, digest = make_maps(32)
+    names = shared_names(world.describe(0))
+
+    def train(round, experiment):
+        return world.train(0, round, None, names, experiment, maps=maps, digest=digest)
+
+    for round in range(1, last + 1):
+        once = train(round, "once")
+        for _ in range(3 if round == last else 1):
+            again = train(round, "again")
+    assert all(np.array_equal(once.deltas[n], again.deltas[n]) for n in names)
+    single, repeated = world.state(0, "once"), world.state(0, "again")
+    assert all(np.array_equal(single[n], repeated[n]) for n in single)
+    scores = [
+        world.evaluate(0, digest=digest, experiment=name, round=last) for name in ("once", "again")
+    ]
+    assert scores[0] == scores[1]
+    # and the round after it starts from the repeated one
+    more = [train(last + 1, name).deltas for name in ("once", "again")]
+    assert all(np.array_equal(more[0][n], more[1][n]) for n in names)
+    # an evaluation of the round before sees the state that round left
+    back = world.evaluate(0, digest=digest, experiment="again", round=last)
+    assert back == scores[0]
 
 
 def test_errors_become_one_line(world):

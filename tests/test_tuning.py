@@ -471,6 +471,44 @@ def test_loss_settings_are_checked(directory, data):
 # --------------------------------------------------------------------------------- client state
 
 
+def test_the_state_before_the_last_round_is_kept(tmp_path, monkeypatch):
+    from heterotune_flwr.tuning import client_state
+
+    store = ClientStore(tmp_path, "run", "client-0001")
+    shapes = {"a": (1,)}
+
+    def save(value, round):
+        store.save({"a": np.full(1, value, np.float32)}, round)
+
+    def held(before=None):
+        loaded = store.load(shapes, before)
+        return float(loaded["a"][0]) if loaded else None
+
+    save(3.0, 3)  # first took part in round 3
+    assert (held(), held(4), held(3), held(1)) == (3.0, 3.0, None, None)
+    save(3.5, 3)
+    assert (held(4), held(3)) == (3.5, None)
+    save(5.0, 5)
+    assert (held(), held(6), held(5), held(4), held(3)) == (5.0, 5.0, 3.5, 3.5, None)
+    save(5.5, 5)
+    assert (held(6), held(5)) == (5.5, 3.5)
+    with monkeypatch.context() as crash:  # between the two steps of a save
+        crash.setattr(client_state, "save_tensors", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(7.0, 7)
+    assert (held(), held(7)) == (5.5, 5.5)
+    save(7.0, 7)
+    assert (held(8), held(7), held(6)) == (7.0, 5.5, 5.5)
+    save(6.0, 6)  # a server that goes on from an older checkpoint
+    assert (held(7), held(6)) == (6.0, 5.5)
+    save(1.0, 1)  # the run begins anew: what was before round 1 is known, there was nothing
+    assert (held(), held(2), held(1)) == (1.0, 1.0, None)
+    assert list(store.path.parent.iterdir()) == [store.path]
+    store.path.write_bytes(b"half")
+    with pytest.raises(ExchangeError, match="remove it to start anew"):
+        store.load(shapes)
+
+
 def test_client_files(tmp_path):
     from heterotune_flwr.exchange.packing import tensor_digest
 

@@ -28,8 +28,12 @@ from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
+    ALIGN,
+    DESCRIBE,
     ERROR_FAILED,
     ERROR_MAPS_MISSING,
+    EVALUATE,
+    TRAIN,
     AlignReply,
     AlignRequest,
     DescribeReply,
@@ -231,7 +235,9 @@ def train(message: Message, context: Context) -> RecordDict:
     client = Client.of(context)
     header, config = request.header, client.config
     adapter, store = client.adapter(header.method), client.store(header)
-    start = _start_values(adapter, store, request.tensors, request.expected, header.seed)
+    start = _start_values(
+        adapter, store, header.round, request.tensors, request.expected, header.seed
+    )
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
@@ -268,7 +274,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     client = Client.of(context)
     header = request.header
     adapter, store = client.adapter(header.method), client.store(header)
-    start = _start_values(adapter, store, request.tensors, [], header.seed)
+    start = _start_values(adapter, store, header.round + 1, request.tensors, [], header.seed)
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
     metrics: dict[str, float] = {}
@@ -289,6 +295,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
 def _start_values(
     adapter: AttachedAdapter,
     store: ClientStore,
+    before: int,
     sent: Mapping[str, NDArray[np.float32]],
     expected: list[str],
     seed: int,
@@ -296,7 +303,8 @@ def _start_values(
     """Every trainable tensor's value before this message's work.
 
     Sent ones as sent; expected ones that were not sent from the public seed; the others from the
-    client's own file, and from the public seed before its first training.
+    client's own file as it was before the round ``before``, and from the public seed before its
+    first training.
     """
     shapes = adapter.shapes
     unknown = sorted((set(sent) | set(expected)) - set(shapes))
@@ -306,7 +314,7 @@ def _start_values(
             f"have: {', '.join(unknown[:3])}"
         )
     wanted = {name: shapes[name] for name in shapes if name not in sent and name not in expected}
-    values: Tensors = {**store.load(wanted), **sent}
+    values: Tensors = {**store.load(wanted, before), **sent}
     missing = {name: shapes[name] for name in shapes if name not in values}
     return {**values, **initial_tensors(missing, seed)}
 
@@ -344,6 +352,15 @@ def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float
 
 def _eval_metrics(scope: str, report: EvalReport) -> dict[str, float]:
     return {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
+
+
+#: Which handler answers which message type.
+HANDLERS: dict[str, Handler] = {
+    DESCRIBE: describe,
+    ALIGN: align,
+    TRAIN: train,
+    EVALUATE: evaluate_client,
+}
 
 
 def respond(message: Message, context: Context, handler: Handler) -> Message:
