@@ -1,0 +1,119 @@
+"""A real deployment: SuperLink, two SuperNodes, a fresh ClientApp process for every message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.sources import training_pool
+from heterotune_flwr.federation import superlink as superlinks
+from heterotune_flwr.federation.staging import stage_app
+from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
+from heterotune_flwr.worker.cli import ask_status
+from heterotune_flwr.worker.places import Place
+
+RUN = """yaml:
+groups: {{types: tiny, data: debian_sections, method: dema, alignment: labels, train: small_data,
+  exchange: bf16, server: deployment}}
+strategies: [heterotune]
+types: [{{backbone: tiny-a, bits: bf16, clients: 1}}, {{backbone: tiny-b, bits: bf16, clients: 1}}]
+data: {{personal_test_examples: 8, global_test_examples: 32}}
+method: {{latent: 32, inner: 8}}
+alignment: {{count: 200, components: 64}}
+train: {{local_steps: 3}}
+server: {{rounds: 2, evaluate_every: 1}}
+run: {{name: deployed, dir: {directory}}}
+"""
+
+
+class Deployment(SuperLink):
+    """A SuperLink for SuperNodes; all of it ends with it."""
+
+    def _start(self) -> None:
+        port, home = free_port(), Path(self.environment["FLWR_HOME"])
+        for folder in (home, self.cwd):
+            folder.mkdir(parents=True, exist_ok=True)
+        address = f"127.0.0.1:{port}"
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "run"\n\n[superlink.run]\naddress = "{address}"\ninsecure = true\n'
+        )
+        self.address = address
+        self._process = self.start(
+            "flower-superlink", "--insecure", "--isolation", "subprocess",
+            "--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port", str(port),
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not superlinks._healthy(port):
+            assert self._process.poll() is None, tail(self.log)
+            assert time.monotonic() < deadline, tail(self.log)
+            time.sleep(0.1)
+
+    def start(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [superlinks._script(command), *arguments], env=self.environment, cwd=self.cwd,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def add_node(self, config: dict[str, str]) -> None:
+        settings = " ".join(f'{key}="{value}"' for key, value in config.items())
+        self.start(
+            "flower-supernode", "--insecure", "--superlink", self.address, "--host", "127.0.0.1",
+            "--port", str(free_port()), "--node-config", settings,
+        )  # fmt: skip
+
+    def run_app(self, app: Path, config: str) -> str:
+        settings = self.work / "run.toml"
+        settings.write_text(f'config = {superlinks.toml_string(config)}\noverrides = ""\n')
+        done = self.command(
+            "run", str(app), "run", "--run-config", str(settings), "--format", "json"
+        )
+        run_id = superlinks._parse_json(done.stdout).get("run-id")
+        assert run_id is not None, done.stdout + done.stderr
+        return str(run_id)
+
+
+@pytest.mark.slow
+def test_every_backbone_of_a_deployment_is_loaded_once(tmp_path, monkeypatch):
+    runtime = tempfile.mkdtemp(prefix="ht-")
+    monkeypatch.setenv("HETEROTUNE_RUNTIME_DIR", runtime)
+    monkeypatch.delenv("HETEROTUNE_WORKER")
+    rows = [{"text": e.text, "label": e.label} for e in training_pool(DataConfig())[:48]]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    app = stage_app(tmp_path / "app")
+    states = {name: tmp_path / name for name in ("tiny-a", "tiny-b")}
+    try:
+        with Deployment(tmp_path / "flower", tmp_path / "flower.log") as deployment:
+            for name, state in states.items():
+                deployment.add_node(
+                    {"client-id": f"of-{name}", "backbone": name, "bits": "bf16",
+                     "data": str(tmp_path / "data.jsonl"), "state-dir": str(state)}
+                )  # fmt: skip
+            run_id = deployment.run_app(app, RUN.format(directory=tmp_path / "run"))
+            deadline = time.monotonic() + 400
+            while (verdict := deployment.verdict(run_id)) is None:
+                assert time.monotonic() < deadline, tail(deployment.log, 60)
+                time.sleep(1)
+            assert verdict == "finished:completed", tail(deployment.log, 60)
+            statuses = {name: ask_status(Place.of(state)) for name, state in states.items()}
+        for name, status in statuses.items():
+            assert status is not None
+            assert status["loads"][f"{name}@bf16"]["loads"] == 1
+            assert status["jobs_failed"] == 0
+            assert status["jobs_done"] >= 6  # describe, align, 2 x train, 2 x evaluate
+            assert (states[name] / "worker.log").read_text().count("ready, pid") == 1
+            with suppress(psutil.NoSuchProcess):  # ended with the deployment's other processes
+                psutil.Process(status["pid"]).wait(10)
+        (run,) = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
+        assert len(run["clients"]) == 2
+    finally:
+        shutil.rmtree(runtime)
