@@ -5,8 +5,10 @@ weights) and waits; when all have done so, each reads its own ``/proc/self/smaps
 
 * the proportional set size (PSS) of the mapped weight files, pages a process wrote to included, and
 * the private anonymous memory by which a worker exceeds a control process, which did the same with
-  the smallest embedded backbone at the same bits: it imported everything, its weights are small.
-  That still holds what is no weight (Python objects per layer, buffers): the ratio is an upper bound.
+  the smallest embedded backbone at the same bits and has the backbone's tokenizer: all but the
+  weights. The rest still holds more than weights (Python objects, buffers): the ratio is an upper bound.
+
+The cache is a private copy, because pages that strangers map too would count for less.
 
 Run: ``python -m benchmarks.shared_weights [--backbone tiny-c] [--bits nf4 ...] [--runs 5]`` (Linux).
 """
@@ -19,9 +21,13 @@ import gc
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +55,26 @@ def measure_self() -> dict[str, int]:
     return {"weights": weights, "anonymous": anonymous}
 
 
-def work(backbone: str, bits: str) -> None:
+def work(backbone: str, bits: str, tokenizer_of: str) -> None:
     """A worker: load, touch, say so; measure when told, and end when told."""
     import torch
+    from transformers import AutoTokenizer
 
     from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+    from heterotune_flwr.backbones.sources import resolve_source
 
     torch.set_num_threads(1)
+    # The control keeps the tokenizer that the worker's backbone brings.
+    tokenizer = tokenizer_of != backbone and AutoTokenizer.from_pretrained(
+        resolve_source(tokenizer_of)
+    )
     loaded = load_backbone(BackboneSpec(backbone, bits), "cpu")
     ids = torch.arange(3, 67)[None]
     with torch.no_grad():
         loaded.model(ids)
         # An embedding reads the rows of its tokens only, where it is not the unembedding too.
         loaded.model.get_input_embeddings().weight.sum()
+    assert tokenizer is not None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     print("ready", flush=True)
@@ -69,8 +82,8 @@ def work(backbone: str, bits: str) -> None:
         print(json.dumps(measure_self()), flush=True)
 
 
-def _start(backbone: str, bits: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.shared_weights", "--worker", backbone, bits]
+def _start(*worker: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks.shared_weights", "--worker", *worker]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -89,9 +102,11 @@ def _answer(process: subprocess.Popen[str], question: str = "") -> str:
     return answer
 
 
-def _together(backbone: str, bits: str, count: int) -> list[dict[str, int]]:
+def _together(
+    backbone: str, bits: str, count: int, tokenizer_of: str | None = None
+) -> list[dict[str, int]]:
     """Start ``count`` workers, wait for all, and let them measure while all are alive."""
-    processes = [_start(backbone, bits) for _ in range(count)]
+    processes = [_start(backbone, bits, tokenizer_of or backbone) for _ in range(count)]
     try:
         for process in processes:
             _answer(process)
@@ -113,6 +128,26 @@ def bytes_of_one_copy(backbone: str, bits: str) -> int:
     return sum(path.stat().st_size for path in weight_files(place))
 
 
+@contextmanager
+def private_cache(backbone: str) -> Iterator[None]:
+    """Let this process and its children use a new cache that holds a copy of a fetched backbone."""
+    from heterotune_flwr.backbones.assets import CACHE_ENVIRONMENT
+    from heterotune_flwr.backbones.sources import FETCHABLE, fetched_dir, resolve_source
+
+    before = os.environ.get(CACHE_ENVIRONMENT)
+    source = resolve_source(backbone)
+    with tempfile.TemporaryDirectory(prefix="heterotune-cache-") as folder:
+        os.environ[CACHE_ENVIRONMENT] = folder
+        try:
+            if backbone in FETCHABLE:
+                shutil.copytree(source, fetched_dir(backbone))
+            yield
+        finally:
+            os.environ.pop(CACHE_ENVIRONMENT)
+            if before is not None:
+                os.environ[CACHE_ENVIRONMENT] = before
+
+
 def pss_ratio(backbone: str, bits: str, workers: int = WORKERS, runs: int = 5) -> dict[str, Any]:
     """Median ratio of all weights' memory to one copy, over ``runs`` starts of all processes.
 
@@ -126,7 +161,7 @@ def pss_ratio(backbone: str, bits: str, workers: int = WORKERS, runs: int = 5) -
     copy = bytes_of_one_copy(backbone, bits)
     totals, files, growths = [], [], []
     for _ in range(runs):
-        control = _together(CONTROL, bits, 1)[0]
+        control = _together(CONTROL, bits, 1, tokenizer_of=backbone)[0]
         found = _together(backbone, bits, workers)
         mapped = sum(each["weights"] for each in found)
         growth = [max(0, each["anonymous"] - control["anonymous"]) for each in found]
@@ -147,15 +182,16 @@ def main() -> None:
     parser.add_argument("--backbone", default="smollm2")
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--worker", nargs=2, metavar=("BACKBONE", "BITS"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(*arguments.worker)
         return
     found = {}
-    for bits in arguments.bits:
-        found[bits] = pss_ratio(arguments.backbone, bits, runs=arguments.runs)
-        print(f"{arguments.backbone}@{bits}: {json.dumps(found[bits])}", flush=True)
+    with private_cache(arguments.backbone):
+        for bits in arguments.bits:
+            found[bits] = pss_ratio(arguments.backbone, bits, runs=arguments.runs)
+            print(f"{arguments.backbone}@{bits}: {json.dumps(found[bits])}", flush=True)
     if arguments.backbone != "smollm2":
         return  # a quick check, not the benchmark
     values: dict[str, Any] = {f"pss_ratio_4_workers.{b}": row["ratio"] for b, row in found.items()}
