@@ -435,6 +435,27 @@ def test_commands(node):
     assert not node.place.socket.exists()
 
 
+def test_the_log_is_bounded_private_and_takes_what_libraries_print(tmp_path):
+    code = """
+import logging, os, sys
+from pathlib import Path
+from heterotune_flwr.worker import server
+server.LOG_BYTES = 20_000
+server._start_log(Path(sys.argv[1]))
+for number in range(2000):
+    logging.getLogger("heterotune_flwr.x").info("line %d", number)
+os.write(2, b"from native code")
+"""
+    log = tmp_path / "worker.log"
+    subprocess.run([sys.executable, "-c", code, str(log)], check=True)
+    files = [log, log.with_suffix(".log.1")]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    for path in files:
+        assert path.stat().st_size < 21_000
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert log.read_text().endswith("line 1999\nfrom native code")
+
+
 def test_a_signal_ends_a_worker_quickly_and_the_message_is_done_by_the_next(node):
     node.describe()
     with ThreadPoolExecutor() as pool:

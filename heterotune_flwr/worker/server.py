@@ -225,6 +225,7 @@ class _Log(RotatingFileHandler):
         """Lead standard output and error into the log."""
         if self.stream is None:
             self.stream = self._open()
+        os.fchmod(self.stream.fileno(), 0o600)  # a traceback may quote what it was about
         for handle in (1, 2):
             os.dup2(self.stream.fileno(), handle)
 
