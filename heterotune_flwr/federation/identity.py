@@ -3,9 +3,10 @@
 In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``text-field`` and ``label-field``. It takes no
-path from the server, and nothing of its data answers the server: its columns are named here, its
-labels by the run.
+``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``text-field`` and ``label-field``
+(and ``worker``, ``worker-idle-minutes``: :mod:`heterotune_flwr.worker`). It takes no path from the
+server, and nothing of its data answers the server: its columns are named here, its labels by the
+run.
 """
 
 from __future__ import annotations
