@@ -1,6 +1,6 @@
 """Peak memory of one training step, HeteroTune against LoRA as FlowerTune LLM trains it.
 
-Same backbone, bits, batch (4 x 512 tokens, a loss at every position), gradient checkpointing. Peaks are resident bytes
+Same backbone, bits, batch (2 x 512 tokens, a loss at every position), gradient checkpointing. Peaks are resident bytes
 above those of a process that has imported everything and loaded nothing, so weights, activations, optimizer and
 what the libraries leave lying about all count; every kind of step in a process of its own.
 
@@ -57,14 +57,16 @@ def main() -> None:
     parser.add_argument("--backbone", default="smollm2")
     parser.add_argument("--bits", nargs="+", default=["nf4", "int8", "bf16"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=2, help="sequences of 512 tokens")
     parser.add_argument("--more", default="nf4", help="bits at which everything is measured")
     args = parser.parse_args()
-    values: dict[str, Any] = {"backbone": args.backbone, "runs": args.repeats}
+    values: dict[str, Any] = {"backbone": args.backbone, "batch": args.batch, "runs": args.repeats}
     for bits in args.bits:
         kinds = {**MAIN, **(MORE if bits == args.more else {})}
         steps = values.setdefault("steps", {}).setdefault(bits, {})
         for name, arguments in kinds.items():
-            common = ["--backbone", args.backbone, "--bits", bits, "--repeats", str(args.repeats)]
+            common = ["--backbone", args.backbone, "--bits", bits, "--batch", str(args.batch),
+                      "--repeats", str(args.repeats)]  # fmt: skip
             steps[name] = measure_step([*arguments, *common])
             print(f"{bits:5} {name:28} {steps[name]}", flush=True)
         for name, found in steps.items():
