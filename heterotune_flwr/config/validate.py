@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 
 from heterotune_flwr.backbones.bits import resolve_spec
+from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.loading import check_bits
-from heterotune_flwr.backbones.sources import describe_source, resolve_source
+from heterotune_flwr.backbones.sources import describe_source, has_weights, resolve_source
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
@@ -41,7 +42,7 @@ def preflight(config: Config) -> None:
     ConfigError
         No types, an unknown strategy or option, a task that does not fit the output maps.
     BackboneError
-        An unknown or unfetched backbone, bits this device cannot do, more slots than blocks.
+        An unknown, unfetched or truncated backbone, bits this device cannot do, more slots than blocks.
     DataError
         A file or column is missing, a client's shard would be empty, two labels begin with one token.
 
@@ -73,6 +74,10 @@ def _check_backbones(config: Config) -> None:
     for entry in settle_bits(config).types:
         check_bits(entry.bits)
         lowest_slot(entry.slots or config.train.slots, config.method.slots)
+        if not entry.backbone.endswith(".gguf"):
+            directory = resolve_source(entry.backbone, entry.revision, config_only=True)
+            if has_weights(directory):  # those of a hub id may come later
+                tensor_headers(entry.backbone, directory)
     shapes = {e.backbone: describe_source(e.backbone, e.revision) for e in config.types}
     shallowest = min(shapes, key=lambda name: shapes[name].layers)
     depth = shapes[shallowest].layers
