@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def _fitting(source: str, revision: str | None, budget: float, origin: str, devi
         log.info("%s: bits auto is %s, %.2f GB of %.2f GB (%s)", source, bits, needs[bits], budget,
                  origin)  # fmt: skip
         return bits
-    listed = ", ".join(f"{bits} {needs[bits]:.2f} GB" for bits in CANDIDATES)
+    # Rounded up: a budget of the number that is shown must do.
+    listed = ", ".join(f"{bits} {math.ceil(1000 * needs[bits]) / 1000} GB" for bits in CANDIDATES)
     raise BackboneError(
         f"backbone {source!r} does not fit {budget:.2f} GB ({origin}): it needs {listed}, weights "
         f"and working memory together{refused}; raise the budget or take a smaller backbone"
