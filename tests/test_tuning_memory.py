@@ -130,7 +130,7 @@ def test_training_from_kept_states_is_exact(directory, data, bits, lowest, above
     kept = gradients(adapter, task, rows, order)
     full = gradients(adapter, task, make_rows(adapter, encoded, cache=False), order)
     if bits == "int8" and lowest < 2:
-        assert kept[0].item() == pytest.approx(full[0].item(), rel=5e-3)
+        assert kept[0].item() == pytest.approx(full[0].item(), rel=1e-2)
         pairs = zip(kept[1], full[1], strict=True)
         assert all(torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.95 for a, b in pairs)
         return
@@ -303,6 +303,31 @@ def test_checkpointing_changes_memory_not_numbers(directory, data, lowest):
         ends.append(adapter.read())
         assert not any(module.training for module in adapter.model.modules())
     assert all(np.array_equal(ends[0][name], ends[1][name]) for name in start)
+
+
+def test_checkpointing_runs_no_backward_pass_below_the_trained_slots(directory, data):
+    adapter = prepared(directory, "fp32", lowest=2)
+    task = make_task(adapter.backbone, data, LABELS, TRAIN)
+    rows = make_rows(adapter, task.encode(training_pool(data)), cache=False)
+    blocks, seen = forward.blocks_of(adapter), {}
+    for index, block in enumerate(blocks):
+        block.register_forward_hook(
+            lambda _, __, out, index=index: seen.setdefault(index, []).append(
+                (out[0] if isinstance(out, tuple) else out).requires_grad
+            )
+        )
+    for checkpoint in (True, False):  # nor is anything left behind for the next training
+        seen.clear()
+        train_local(
+            adapter,
+            task,
+            rows,
+            replace(TRAIN, gradient_checkpointing=checkpoint),
+            seed=0,
+            local_steps=1,
+        )
+        assert len(seen) == len(blocks)
+        assert not any(any(flags) for flags in seen.values())
 
 
 def test_a_budget_splits_batches_and_keeps_the_gradient(directory, data, caplog):

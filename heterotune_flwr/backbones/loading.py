@@ -22,6 +22,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 from torch import nn
 
+from heterotune_flwr.backbones.cpu_compute import compute_in_float32, slow_bfloat16
 from heterotune_flwr.backbones.headers import damaged_json, mend_hint, tensor_headers
 from heterotune_flwr.backbones.sources import (
     BITS,
@@ -256,6 +257,8 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
 
     stored = functools.partial(_from_stored, spec, device)
     model = shared_model(spec, directory, device, Loader(direct, stored, count_parameters))
+    if device == "cpu" and slow_bfloat16():
+        compute_in_float32(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from heterotune_flwr.backbones.cpu_compute import slow_bfloat16
 from heterotune_flwr.errors import BackboneError
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,9 @@ def prune(model: Any, found: Activations, hidden: int, layers: int) -> Any:
 
 
 def _loss(model: Any, batch: Tensor) -> Tensor:
-    with torch.autocast("cpu" if batch.device.type == "cpu" else "cuda", dtype=torch.bfloat16):
+    device = "cpu" if batch.device.type == "cpu" else "cuda"
+    mixed = device == "cuda" or not slow_bfloat16()
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
         logits = model(input_ids=batch, use_cache=False).logits
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
 

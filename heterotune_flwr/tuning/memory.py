@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +99,10 @@ def checkpointing(adapter: AttachedAdapter, enabled: bool) -> Iterator[None]:
         yield
         return
     model = adapter.backbone.model
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _switch(model, "enable")({"use_reentrant": False})
+    # That lets the embeddings' output require a gradient, for reentrant checkpoints: with ours the backward pass would
+    # then run down to the first block, whatever is trained, and go on doing so in every later training.
+    model.disable_input_require_grads()
     blocks = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     for block in blocks:
         block.training = True
@@ -108,7 +111,15 @@ def checkpointing(adapter: AttachedAdapter, enabled: bool) -> Iterator[None]:
     finally:
         for block in blocks:
             block.training = False
-        model.gradient_checkpointing_disable()
+        _switch(model, "disable")()
+
+
+def _switch(model: Any, what: str) -> Callable[..., None]:
+    """Transformers' method, under its present name or the one it had before."""
+    found: Callable[..., None] = getattr(
+        model, f"activation_checkpointing_{what}", None
+    ) or getattr(model, f"gradient_checkpointing_{what}")
+    return found
 
 
 @dataclass(frozen=True)

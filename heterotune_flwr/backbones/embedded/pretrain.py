@@ -25,6 +25,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from heterotune_flwr.backbones.cpu_compute import slow_bfloat16
 from heterotune_flwr.backbones.embedded.corpus import PROMPT, TASK_SECTIONS
 
 VOCABULARY = 4096
@@ -150,7 +151,7 @@ def train(name: str, tokens: torch.Tensor, tokenizer: PreTrainedTokenizerFast, *
         for group in optimizer.param_groups:
             group["lr"] = shape.learning_rate * rate
         rows = next(stream)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not slow_bfloat16()):
             loss = compiled(input_ids=rows, labels=rows).loss
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

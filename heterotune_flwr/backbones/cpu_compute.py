@@ -1,0 +1,101 @@
+"""Products in float32 on CPUs that have no bfloat16 arithmetic.
+
+Without AVX-512 (or its successors) PyTorch multiplies bfloat16 matrices with scalar loops: on an AVX2 machine the
+backward pass of a layer took a hundred times as long as in float32. Weights and states stay as they are; a product's
+operands are widened for the product alone, in bounded parts of the weights, and its result is rounded back, which is
+what bfloat16 hardware computes too. Processors with bfloat16 support and GPUs are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+#: Weights that are float32 at the same time (16 MB).
+_WEIGHTS_AT_A_TIME = 2**22
+
+
+@functools.cache
+def slow_bfloat16() -> bool:
+    """Whether bfloat16 products on this CPU run without vector instructions for them."""
+    try:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):  # a build without oneDNN has no fast product either
+        return True
+
+
+class _Product(torch.autograd.Function):
+    """``inputs @ weight.T + bias`` for a frozen weight, computed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        wide = inputs.float()
+        rows = _rows(weight)
+        shifts = (
+            [None] * -(-len(weight) // rows) if bias is None else torch.split(bias.float(), rows)
+        )
+        parts = [
+            functional.linear(wide, part.float(), shift).to(inputs.dtype)
+            for part, shift in zip(torch.split(weight, rows), shifts, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        (gradient,) = upstream
+        total: Tensor | None = None
+        rows = _rows(weight)
+        pieces = torch.split(gradient, rows, dim=-1)
+        for piece, part in zip(pieces, torch.split(weight, rows), strict=True):
+            product = piece.float() @ part.float()
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return total.to(gradient.dtype), None, None
+
+
+def _rows(weight: Tensor) -> int:
+    return max(1, _WEIGHTS_AT_A_TIME // weight.shape[1])
+
+
+class Float32Linear(nn.Linear):
+    """A frozen bfloat16 layer whose products are float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``... x in`` to ``... x out``; input and result in the input's dtype."""
+        if input.dtype != torch.bfloat16 or self.weight.requires_grad:
+            return super().forward(input)
+        result: Tensor = _Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return result
+
+
+@functools.cache
+def _float32_int8() -> type[nn.Linear]:
+    from bitsandbytes.nn import Linear8bitLt
+
+    class Float32Linear8bitLt(Linear8bitLt):  # type: ignore[misc]
+        """LLM.int8() whose products with dequantized weights are float32."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = super().forward(x.float())
+            return result.to(x.dtype)
+
+    return Float32Linear8bitLt
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Let the linear layers of a frozen model compute in float32 (in place; nothing is copied)."""
+    layer: Any
+    for layer in model.modules():
+        kind = type(layer)
+        if kind is nn.Linear and layer.weight.dtype == torch.bfloat16:
+            layer.__class__ = Float32Linear
+        elif kind.__name__ == "Linear8bitLt":
+            layer.__class__ = _float32_int8()
+        elif kind.__name__ == "Linear4bit":
+            layer.compute_dtype, layer.compute_type_is_set = torch.float32, True

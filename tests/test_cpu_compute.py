@@ -1,0 +1,85 @@
+"""Products of bfloat16 backbones in float32, where a CPU has no fast bfloat16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_backbones import save_backbone
+from torch import nn
+from torch.nn import functional
+
+from heterotune_flwr.backbones import cpu_compute, loading
+from heterotune_flwr.backbones.cpu_compute import Float32Linear, compute_in_float32
+from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
+    yield
+    loading.clear_backbones()
+
+
+@pytest.mark.parametrize("at_a_time", [2**22, 64, 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_the_float32_one_rounded_once(at_a_time, bias, monkeypatch):
+    monkeypatch.setattr(cpu_compute, "_WEIGHTS_AT_A_TIME", at_a_time)
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(24, 17, bias=bias).to(torch.bfloat16).requires_grad_(False)
+    inputs = torch.randn(2, 5, 24, generator=generator).bfloat16().requires_grad_()
+    upstream = torch.randn(2, 5, 17, generator=generator).bfloat16()
+
+    compute_in_float32(layer)
+    assert type(layer) is Float32Linear
+    layer(inputs).backward(upstream)
+
+    wide = inputs.detach().float().requires_grad_()
+    expected = functional.linear(wide, layer.weight.float(), layer.bias.float() if bias else None)
+    expected.backward(upstream.float())
+    # Parts are summed in another order: the last bit of a bfloat16 may differ.
+    torch.testing.assert_close(layer(inputs), expected.bfloat16(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(inputs.grad, wide.grad.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+def test_other_dtypes_and_trained_weights_are_left_alone():
+    narrow = nn.Linear(8, 4)
+    compute_in_float32(narrow)
+    assert type(narrow) is nn.Linear
+    trained = nn.Linear(8, 4).to(torch.bfloat16)
+    compute_in_float32(trained)
+    trained(torch.ones(3, 8, dtype=torch.bfloat16)).sum().backward()
+    torch.testing.assert_close(trained.weight.grad, torch.full((4, 8), 3.0).bfloat16())
+
+
+@pytest.mark.parametrize("bits", ["bf16", "int8", "nf4"])
+def test_a_backbone_computes_the_same(bits, tmp_path, monkeypatch):
+    directory = save_backbone(tmp_path / "little", layers=2)
+    spec, ids = BackboneSpec(str(directory), bits), torch.arange(5, 45).view(2, 20)
+
+    def run(slow):
+        monkeypatch.setattr(loading, "slow_bfloat16", lambda: slow)
+        loading.clear_backbones()
+        model = load_backbone(spec).model
+        states = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=states).logits
+        assert logits.dtype == torch.bfloat16
+        logits.float().logsumexp(-1).sum().backward()
+        names = {name: (value.dtype, value.shape) for name, value in model.state_dict().items()}
+        return logits.detach().float(), states.grad.float(), names
+
+    logits, gradients, names = run(slow=False)
+    wide_logits, wide_gradients, wide_names = run(slow=True)
+    assert names == wide_names
+    assert (logits - wide_logits).norm() < 0.02 * logits.norm()
+    assert (gradients - wide_gradients).norm() < 0.05 * gradients.norm()
+
+
+def test_nothing_is_copied(tmp_path):
+    model = copy.deepcopy(
+        load_backbone(BackboneSpec(str(save_backbone(tmp_path / "a")), "bf16")).model
+    )
+    before = {name: value.data_ptr() for name, value in model.named_parameters()}
+    compute_in_float32(model)
+    assert {name: value.data_ptr() for name, value in model.named_parameters()} == before
