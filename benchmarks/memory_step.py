@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from heterotune_flwr.backbones.cpu_compute import slow_bfloat16
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import MethodConfig, TrainConfig
@@ -86,8 +87,8 @@ def lora_step(backbone: Backbone, encoded: EncodedSet, checkpoint: bool) -> Call
     ids = torch.tensor(encoded.inputs)
 
     def step() -> None:
-        # As its trainer with bf16: mixed precision, so that float32 parts meet quantized ones.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        # As its trainer with bf16, where this CPU can; elsewhere in float32, the app's own default.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not slow_bfloat16()):
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         loss.backward()
         optimizer.step()

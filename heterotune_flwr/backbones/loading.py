@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# On CPUs oneDNN keeps up to 1024 compiled kernels, one per batch shape, with their buffers: with texts of every
-# length that grew to 8 GB beside a 0.5 GB model. It reads this when it computes for the first time.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-
 import torch
 from torch import nn
 
 from heterotune_flwr.backbones.cpu_compute import compute_in_float32, slow_bfloat16
+from heterotune_flwr.backbones.cpu_memory import return_freed_memory
 from heterotune_flwr.backbones.headers import damaged_json, mend_hint, tensor_headers
 from heterotune_flwr.backbones.sources import (
     BITS,
@@ -245,6 +241,8 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
     from transformers import AutoTokenizer
 
     prepare_libraries(spec.bits)
+    if device == "cpu":
+        return_freed_memory()
     directory = resolve_source(spec.source, spec.revision)
     log.info("loading %s from %s", spec.type_key, directory)
     tensor_headers(spec.source, directory)  # a truncated file is told before anything is made of it
