@@ -28,10 +28,6 @@ from heterotune_flwr.federation.protocol import (
     ERROR_MAPS_MISSING,
     EVALUATE,
     TRAIN,
-    AlignReply,
-    AlignRequest,
-    DescribeReply,
-    DescribeRequest,
     EvaluateReply,
     EvaluateRequest,
     Header,
@@ -40,6 +36,12 @@ from heterotune_flwr.federation.protocol import (
     TrainRequest,
     pack_mask,
     unpack_mask,
+)
+from heterotune_flwr.federation.queries import (
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
 )
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Message

@@ -24,10 +24,6 @@ from heterotune_flwr.exchange import (
 )
 from heterotune_flwr.federation.protocol import (
     ERROR_MAPS_MISSING,
-    AlignReply,
-    AlignRequest,
-    DescribeReply,
-    DescribeRequest,
     EvaluateReply,
     EvaluateRequest,
     Header,
@@ -38,6 +34,12 @@ from heterotune_flwr.federation.protocol import (
     pack_mask,
     resolve_output,
     unpack_mask,
+)
+from heterotune_flwr.federation.queries import (
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
 )
 from heterotune_flwr.flower import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 

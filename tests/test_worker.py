@@ -32,8 +32,6 @@ from heterotune_flwr.federation.protocol import (
     DESCRIBE,
     EVALUATE,
     TRAIN,
-    DescribeReply,
-    DescribeRequest,
     EvaluateReply,
     EvaluateRequest,
     Header,
@@ -41,6 +39,7 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     TrainRequest,
 )
+from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.flower import Context, Message, RecordDict, identify_process
 from heterotune_flwr.worker import link
 from heterotune_flwr.worker.cli import ask_status

@@ -27,10 +27,6 @@ from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.protocol import (
     ERROR_MAPS_MISSING,
-    AlignReply,
-    AlignRequest,
-    DescribeReply,
-    DescribeRequest,
     EvaluateReply,
     EvaluateRequest,
     TrainReply,
@@ -38,6 +34,12 @@ from heterotune_flwr.federation.protocol import (
     error_content,
     pack_mask,
     resolve_output,
+)
+from heterotune_flwr.federation.queries import (
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
 )
 from heterotune_flwr.flower import ClientApp, Message
 
@@ -106,6 +108,8 @@ def examples(seed, count, mixture):
 def forward(tensors, maps, backbone, states):
     """Logits and what the gradients need."""
     base = states @ backbone.labels.T
+    if "lora.head.residual" in tensors:
+        base = base + states @ tensors["lora.head.residual"].T
     if "lora.head.A" in tensors:
         inner = states @ tensors["lora.head.A"].T
         return base + inner @ tensors["lora.head.B"].T, inner
@@ -163,6 +167,7 @@ class ToyFederation:
 
     ``nan``, ``fail``, ``forget``, ``lose_evaluation``: (client id, round) pairs that send NaN, report an error,
     have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead.
+    ``received`` and ``answered`` are filled: (client id, round) -> its request, and the values it trained.
     """
 
     config: Config
@@ -174,6 +179,8 @@ class ToyFederation:
     extra_metrics: dict = field(default_factory=dict)
     code: dict = field(default_factory=dict)
     labels: dict = field(default_factory=dict)
+    received: dict = field(default_factory=dict)
+    answered: dict = field(default_factory=dict)
     own_state: dict = field(default_factory=dict)
     maps: dict = field(default_factory=dict)
     log: list = field(default_factory=list)
@@ -206,10 +213,10 @@ class ToyFederation:
     def shapes(self, method, backbone):
         if method.kind == "lora":
             rank = method.lora_rank
-            return {
-                "lora.head.A": (rank, backbone.width),
-                "lora.head.B": (len(LABELS), rank),
-            }
+            shapes = {"lora.head.A": (rank, backbone.width), "lora.head.B": (len(LABELS), rank)}
+            if method.lora_residual:
+                shapes["lora.head.residual"] = (len(LABELS), backbone.width)
+            return shapes
         return bank_shapes(method, method.output)
 
     def tensors(self, request, client_id, backbone):
@@ -271,18 +278,23 @@ class ToyFederation:
         for step in range(1, request.local_steps + 1):
             chosen = rng.choice(len(labels), size=16, replace=False)
             loss, grads = gradients(tensors, maps, backbone, states[chosen], labels[chosen])
-            for name, grad in grads.items():
+            for name in sorted(set(grads) - set(request.frozen)):
+                grad = grads[name]
                 first[name] = 0.9 * first[name] + 0.1 * grad
                 second[name] = 0.999 * second[name] + 0.001 * grad**2
                 scaled = first[name] / (1 - 0.9**step)
                 scaled /= np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
                 tensors[name] -= request.learning_rate * scaled
+        self.received[client_id, header.round] = request
         deltas = {n: (tensors[n] - start[n]).astype(np.float32) for n in request.expected}
         self.own_state[header.experiment, client_id] = {
-            n: v.astype(np.float32) for n, v in tensors.items() if n not in request.expected
+            n: v.astype(np.float32)
+            for n, v in tensors.items()
+            if n not in request.expected and n not in request.frozen
         }
         if (client_id, header.round) in self.nan:
             next(iter(deltas.values())).flat[0] = np.nan
+        self.answered[client_id, header.round] = {n: start[n] + d for n, d in deltas.items()}
         metrics = {
             **self.extra_metrics, "examples": 48, "steps": request.local_steps, "learning_rate": request.learning_rate,
             "loss": float(loss), "seconds": 0.01, "peak_memory_mb": 10.0 + partition,

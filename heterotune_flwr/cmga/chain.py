@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus, pcgrad, ties
 from heterotune_flwr.cmga.base import State, Transform, Updates
 from heterotune_flwr.cmga.directions import combine, deconflict, server_opt
 from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
@@ -20,7 +21,14 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "deconflict": deconflict,
     "combine": combine,
     "server_opt": server_opt,
+    "pcgrad": pcgrad,
+    "cagrad": cagrad,
+    "fedmgda_plus": fedmgda_plus,
+    "aligned_mtl": aligned_mtl,
+    "ties": ties,
 }
+#: Those that make one direction of the types' updates; a chain has exactly one of them.
+COMBINERS = ("combine", "cagrad", "fedmgda_plus", "aligned_mtl", "ties")
 
 #: CMGA as METHOD section 4 defines it.
 DEFAULT_CHAIN: tuple[Mapping[str, Any], ...] = (
@@ -81,16 +89,18 @@ def build_chain(specs: Sequence[Mapping[str, Any]]) -> Transform:
     ------
     ConfigError
         An entry names an unknown transform or option, or the order makes no sense:
-        ``within_type_mean`` comes first, exactly one ``combine`` before ``server_opt``.
+        ``within_type_mean`` comes first, one of :data:`COMBINERS` comes last but for ``server_opt``.
 
     """
     parts = [_build_one(spec, position) for position, spec in enumerate(specs, start=1)]
     names = [part.name for part in parts]
     if not names or names[0] != "within_type_mean" or names.count("within_type_mean") != 1:
         raise ConfigError("the CMGA chain must begin with `within_type_mean`, named once")
-    end = names[names.index("combine") + 1 :] if "combine" in names else None
-    if end is None or any(name != "server_opt" for name in end) or len(end) > 1:
-        raise ConfigError("the CMGA chain must end with `combine`, optionally then `server_opt`")
-    if "server_opt" in names[: names.index("combine")]:
-        raise ConfigError("`server_opt` works on the combined direction: put it after `combine`")
+    last = names[:-1] if names[-1] == "server_opt" else names
+    if "server_opt" in last and any(name in COMBINERS for name in names):
+        raise ConfigError("`server_opt` works on the combined direction: put it last, once")
+    if last[-1] not in COMBINERS or sum(name in COMBINERS for name in last) != 1:
+        raise ConfigError(
+            f"the CMGA chain must end with one of {', '.join(COMBINERS)}, optionally then `server_opt`"
+        )
     return chain(*parts)

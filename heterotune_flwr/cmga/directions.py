@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from heterotune_flwr.cmga.base import (
     gram,
     pairwise,
 )
+from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.errors import ConfigError
 
 Matrix = NDArray[np.float64]
@@ -179,47 +181,34 @@ def combine(weights: str = "reliability", rescale: bool = True, guard: bool = Tr
         log = dict(updates.log)
         if guard and len(members) > 1:
             direction, log["guard_blend"] = _guarded(direction, updates.types)
-        if rescale:
-            norm = float(np.linalg.norm(direction))
-            target = float(np.linalg.norm(updates.reference))
-            direction = direction * (target / norm if norm > 0 else 0.0)
-        total = sum(member.examples for member in members)
-        combined = Member("combined", "combined", direction, total)
-        return state, replace(updates, members=(combined,), log=log)
+        return state, conclude(updates, direction, rescale, log)
 
     return Transform("combine", dict, update)
 
 
 def server_opt(
     kind: str = "sgd",
-    learning_rate: float = 1.0,
+    learning_rate: float | None = None,
     momentum: float = 0.9,
     beta2: float = 0.99,
-    epsilon: float = 1e-3,
+    tau: float = 1e-3,
 ) -> Transform:
-    """Server optimizer on the combined direction (METHOD 4.6; FedOpt, arXiv 2003.00295).
-
-    ``sgd`` scales; ``momentum`` is the exponential average ``m = momentum m + (1 - momentum) d``
-    with bias correction; ``adam`` divides it by ``sqrt(v) + epsilon``, v averaged with ``beta2``.
-    Both averages decay only in rounds that have updates.
-    """
-    if kind not in {"sgd", "momentum", "adam"}:
-        raise ConfigError(f"server_opt.kind is {kind!r}; choose sgd, momentum or adam")
+    """Server optimizer on the combined direction (METHOD 4.6); see :mod:`.server_optimizers`."""
+    optimizer = ServerOptimizer(kind, learning_rate, momentum, beta2, tau)
 
     def update(state: State, updates: Updates) -> tuple[State, Updates]:
-        step = updates.direction
-        new: State = {}
-        if kind != "sgd":
-            count = int(state.get("count", 0)) + 1
-            first = momentum * state.get("first", np.zeros_like(step)) + (1 - momentum) * step
-            new = {"count": count, "first": first}
-            step = first / (1 - momentum**count)
-        if kind == "adam":
-            old = state.get("second", np.zeros_like(step))
-            second = beta2 * old + (1 - beta2) * updates.direction**2
-            new["second"] = second
-            step = step / (np.sqrt(second / (1 - beta2**count)) + epsilon)
-        member = replace(updates.members[0], vector=learning_rate * step)
-        return new, replace(updates, members=(member,))
+        new, step = optimizer.step(state, updates.direction)
+        return new, replace(updates, members=(replace(updates.members[0], vector=step),))
 
     return Transform("server_opt", dict, update)
+
+
+def conclude(updates: Updates, direction: Vector, rescale: bool, log: dict[str, Any]) -> Updates:
+    """The one combined member, as long as the plain weighted mean where ``rescale`` says so."""
+    if rescale:
+        norm = float(np.linalg.norm(direction))
+        target = float(np.linalg.norm(updates.reference))
+        direction = direction * (target / norm if norm > 0 else 0.0)
+    total = sum(member.examples for member in updates.members)
+    combined = Member("combined", "combined", direction, total)
+    return replace(updates, members=(combined,), log=log)

@@ -74,6 +74,13 @@ class MethodConfig:
     gate_scope: str = _help("client | type | global: where the gate is averaged", "global")
     lora_rank: int = _help("LoRA rank, for kind=lora", 16)
     lora_alpha: float = _help("LoRA alpha, for kind=lora", 32.0)
+    lora_core: bool = _help(
+        "kind=lora: train only an r x r core between frozen factors of the weights (Fed-SB)", False
+    )
+    lora_residual: bool = _help(
+        "kind=lora: clients also hold a dense change of every layer that the server sends (FLoRA, FedEx-LoRA)",
+        False,
+    )
 
 
 @dataclass
@@ -116,7 +123,11 @@ class TrainConfig:
     local_steps: int = _help("optimizer steps per round", 12)
     batch_size: int = _help("examples per step", 16)
     learning_rate: float = _help("AdamW learning rate", 2e-3)
+    optimizer: str = _help("local optimizer: adamw | sgd", "adamw")
     weight_decay: float = _help("AdamW weight decay", 0.0)
+    proximal: float = _help(
+        "FedProx (arXiv 1812.06127): mu of the term mu/2 |w - w_round|^2; 0: none", 0.0
+    )
     clip_norm: float = _help("gradient norm limit", 1.0)
     logit_adjustment: float = _help(
         "closed label sets: the loss discounts the client's own label frequencies (arXiv 2007.07314), so that "

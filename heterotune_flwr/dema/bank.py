@@ -8,8 +8,12 @@ Names are the contract between server and client. For DeMA (our definition, docs
     slots.{k}.gate.weight                      E x r       G
     slots.{k}.gate.bias                        E           c
 
-with ``tier`` one of ``global``, ``type``, ``private``; for LoRA ``lora.{module}.A`` (rank x in) and
-``lora.{module}.B`` (out x rank).
+with ``tier`` one of ``global``, ``type``, ``private``. For LoRA, with a core or a dense change where a rival asks for it::
+
+    lora.{module}.A                            rank x in
+    lora.{module}.B                            out x rank
+    lora.{module}.R                            rank x rank, instead of A and B
+    lora.{module}.residual                     out x in, never trained
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+#: How the names of dense changes end.
+RESIDUAL = ".residual"
 TIERS = ("global", "type", "private")
 Tier = Literal["global", "type", "private", "gate", "lora"]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,6 @@ from heterotune_flwr.federation.protocol import (
     ERROR_MAPS_MISSING,
     EVALUATE,
     TRAIN,
-    AlignReply,
-    AlignRequest,
-    DescribeReply,
-    DescribeRequest,
     EvaluateReply,
     EvaluateRequest,
     Header,
@@ -49,9 +45,16 @@ from heterotune_flwr.federation.protocol import (
     resolve_output,
     unpack_mask,
 )
+from heterotune_flwr.federation.queries import (
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
+)
 from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
+from heterotune_flwr.tuning.controls import ClientControls
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
 from heterotune_flwr.tuning.local import TrainReport, train_local
 from heterotune_flwr.tuning.slots import lowest_slot
@@ -160,11 +163,11 @@ class Client:
         """Log label frequencies of the training examples; they never leave the client."""
         return self.task().log_prior(self.encoded("train", seed), self.config.train)
 
-    def adapter(self, method: MethodConfig) -> AttachedAdapter:
-        """Return the adapter of a method on this backbone, values undefined."""
+    def adapter(self, method: MethodConfig, frozen: Sequence[str] = ()) -> AttachedAdapter:
+        """Return the adapter of a method on this backbone, values undefined; ``frozen`` names stay fixed."""
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
         adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
-        adapter.train_from(lowest_slot(self.identity.slots, resolved.slots))
+        adapter.train_from(lowest_slot(self.identity.slots, resolved.slots), frozen)
         return adapter
 
     def store(self, header: Header) -> ClientStore:
@@ -234,10 +237,12 @@ def train(message: Message, context: Context) -> RecordDict:
     request = TrainRequest.from_content(message.content)
     client = Client.of(context)
     header, config = request.header, client.config
-    adapter, store = client.adapter(header.method), client.store(header)
+    adapter = client.adapter(header.method, request.frozen)
+    store = client.store(header)
     start = _start_values(
         adapter, store, header.round, request.tensors, request.expected, header.seed
     )
+    controls = ClientControls.of(request.controls, store, header.round)
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
@@ -245,16 +250,19 @@ def train(message: Message, context: Context) -> RecordDict:
         adapter,
         client.task(),
         make_rows(adapter, encoded, config.train.cache_states),
-        config.train,
+        replace(config.train, optimizer=request.optimizer, proximal=request.proximal),
         seed=_step_seed(header, client.client_id),
         local_steps=request.local_steps,
         learning_rate=request.learning_rate,
         prior=client.prior(header.seed),
         memory_gb=client.identity.memory_gb,
+        corrections=controls.corrections,
     )
     trained = adapter.read()
-    shared = {*request.expected, *request.tensors}
-    own = {name: value for name, value in trained.items() if name not in shared}
+    deltas = {name: trained[name] - start[name] for name in request.expected}
+    not_own = {*request.expected, *request.tensors, *adapter.frozen}
+    own = {name: value for name, value in trained.items() if name not in not_own}
+    own |= controls.after(deltas, report.steps, request.learning_rate)
     if own:
         store.save(own, header.round)
     reply = TrainReply(
@@ -262,7 +270,7 @@ def train(message: Message, context: Context) -> RecordDict:
         type_key=client.type_key,
         round=header.round,
         maps_digest=request.maps_digest,
-        deltas={name: trained[name] - start[name] for name in request.expected},
+        deltas=deltas,
         metrics=_train_metrics(report, request.learning_rate),
     )
     return reply.to_content(config.exchange.codec)

@@ -20,14 +20,8 @@ from heterotune_flwr.exchange.packing import (
 )
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.messenger import converse, make_message
-from heterotune_flwr.federation.protocol import (
-    ALIGN,
-    AlignReply,
-    AlignRequest,
-    Header,
-    pack_mask,
-    unpack_mask,
-)
+from heterotune_flwr.federation.protocol import ALIGN, Header, pack_mask, unpack_mask
+from heterotune_flwr.federation.queries import AlignReply, AlignRequest
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.flower import Grid
 

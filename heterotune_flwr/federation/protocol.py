@@ -12,7 +12,8 @@ message type        request                                 reply
 Every message carries a ``config`` record with at least the :class:`Header`; tensors travel packed
 (:mod:`heterotune_flwr.exchange.packing`). Each class below has ``to_content`` and ``from_content``;
 reading a malformed message raises :class:`ExchangeError`, reading a reply in which the client
-reports an error raises :class:`RemoteError`. No torch here: server and client both import it.
+reports an error raises :class:`RemoteError`. The two queries are in :mod:`.queries`. No torch here: server and
+client both import it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.federation.wire import (
     CONFIG,
+    CONTROLS,
     DELTAS,
     ERROR_FAILED,
     ERROR_MAPS_MISSING,
@@ -52,6 +54,7 @@ from heterotune_flwr.flower import ConfigRecord, MetricRecord, RecordDict
 __all__ = [
     "ALIGN",
     "CONFIG",
+    "CONTROLS",
     "DELTAS",
     "DESCRIBE",
     "ERROR_FAILED",
@@ -62,10 +65,6 @@ __all__ = [
     "METRICS",
     "TENSORS",
     "TRAIN",
-    "AlignReply",
-    "AlignRequest",
-    "DescribeReply",
-    "DescribeRequest",
     "EvaluateReply",
     "EvaluateRequest",
     "Header",
@@ -138,145 +137,14 @@ class Header:
 
 
 @dataclass(frozen=True)
-class DescribeRequest:
-    """Ask a client who it is; ``words`` is the public word list (empty: no alignment needed)."""
-
-    header: Header
-    words: list[str] = field(default_factory=list)
-
-    def to_content(self) -> RecordDict:
-        """Build the message content."""
-        config = ConfigRecord({**self.header.to_config(), "words": self.words})
-        return RecordDict({CONFIG: config})
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> DescribeRequest:
-        """Read the message content."""
-        record = read_config(content)
-        return cls(Header.from_config(record), read_texts(record, "words"))
-
-
-@dataclass(frozen=True)
-class DescribeReply:
-    """Who a client is.
-
-    ``shapes`` are the canonical names and shapes of the tensors it would train with the request's
-    method; ``model_bytes`` is two bytes per backbone parameter and ``lora16_bytes`` the bf16 size
-    of LoRA r=16 on all its linear layers (the two denominators of every saving); ``words_mask``
-    marks the words that are one token of its vocabulary; ``labels`` is empty for open text;
-    ``lowest_slot`` is the first depth slot it trains.
-    """
-
-    client_id: str
-    type_key: str
-    fingerprint: str
-    bits: str
-    hidden: int
-    layers: int
-    parameters: int
-    model_bytes: int
-    lora16_bytes: int
-    train_examples: int
-    personal_examples: int
-    labels: list[str]
-    shapes: dict[str, tuple[int, ...]]
-    code_hash: str
-    words_mask: bytes
-    lowest_slot: int = 0
-
-    def to_content(self) -> RecordDict:
-        """Build the message content."""
-        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["shapes"] = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
-        return RecordDict({CONFIG: ConfigRecord(fields)})
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> DescribeReply:
-        """Read the message content."""
-        record = read_config(content)
-        raw = read_json(record, "shapes")
-        try:
-            shapes = {str(name): tuple(int(n) for n in shape) for name, shape in raw.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ExchangeError(f"field 'shapes' of the message is malformed: {error}") from error
-        texts = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
-        numbers = (
-            "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
-            "train_examples", "personal_examples", "lowest_slot",
-        )  # fmt: skip
-        fields: dict[str, Any] = {key: read_field(record, key, str) for key in texts}
-        fields |= {key: read_field(record, key, int) for key in numbers}
-        return cls(
-            **fields,
-            labels=read_texts(record, "labels"),
-            shapes=shapes,
-            words_mask=read_field(record, "words_mask", bytes),
-        )
-
-
-@dataclass(frozen=True)
-class AlignRequest:
-    """Ask one client of a type for its public factors; ``words_mask`` marks the shared words."""
-
-    header: Header
-    slots: int
-    words: list[str]
-    words_mask: bytes
-
-    def to_content(self) -> RecordDict:
-        """Build the message content."""
-        fields: dict[str, Any] = {
-            "slots": self.slots,
-            "words": self.words,
-            "words_mask": self.words_mask,
-        }
-        return RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> AlignRequest:
-        """Read the message content."""
-        record = read_config(content)
-        return cls(
-            Header.from_config(record),
-            read_field(record, "slots", int),
-            read_texts(record, "words"),
-            read_field(record, "words_mask", bytes),
-        )
-
-
-@dataclass(frozen=True)
-class AlignReply:
-    """Public factors of one model type (see ``dema.factors``)."""
-
-    client_id: str
-    type_key: str
-    factors: Tensors
-
-    def to_content(self, codec: str) -> RecordDict:
-        """Build the message content."""
-        config = ConfigRecord({"client_id": self.client_id, "type_key": self.type_key})
-        return RecordDict({CONFIG: config, FACTORS: pack(self.factors, codec)})
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> AlignReply:
-        """Read the message content."""
-        record = read_config(content)
-        factors = read_tensors(content, FACTORS)
-        if factors is None:
-            raise ExchangeError("the reply to query.align has no 'factors' record")
-        return cls(
-            read_field(record, "client_id", str), read_field(record, "type_key", str), factors
-        )
-
-
-@dataclass(frozen=True)
 class TrainRequest:
     """One round of local training.
 
     ``tensors`` are the values the client starts from; a tensor in ``expected`` without a value
     starts from ``initial_tensors(seed)``; every tensor in neither comes from the client's own
-    state. ``maps_digest`` names the frozen maps (empty: the method has none); ``maps`` brings them
-    when the server does not know that the client has them.
+    state. Those named in ``frozen`` act and are not trained. ``maps_digest`` names the frozen maps
+    (empty: the method has none); ``maps`` brings them when the server does not know that the
+    client has them. ``controls`` is SCAFFOLD's server control variate, null for every other strategy.
     """
 
     header: Header
@@ -286,16 +154,20 @@ class TrainRequest:
     expected: list[str]
     local_steps: int
     learning_rate: float
+    optimizer: str = "adamw"
+    proximal: float = 0.0
+    frozen: list[str] = field(default_factory=list)
+    controls: Tensors | None = None
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
-        fields: dict[str, Any] = {
-            "maps_digest": self.maps_digest,
-            "expected": self.expected,
-            "local_steps": self.local_steps,
-            "learning_rate": self.learning_rate,
-        }
+        names = [
+            "maps_digest", "expected", "local_steps", "learning_rate", "optimizer", "proximal", "frozen",
+        ]  # fmt: skip
+        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
+        if self.controls is not None:
+            content[CONTROLS] = pack(self.controls, codec)
         return add_tensors(content, self.tensors, self.maps, codec)
 
     @classmethod
@@ -310,6 +182,10 @@ class TrainRequest:
             expected=read_texts(record, "expected"),
             local_steps=read_field(record, "local_steps", int),
             learning_rate=read_field(record, "learning_rate", float),
+            optimizer=read_field(record, "optimizer", str),
+            proximal=read_field(record, "proximal", float),
+            frozen=read_texts(record, "frozen"),
+            controls=read_tensors(content, CONTROLS),
         )
 
 

@@ -9,12 +9,8 @@ from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.messenger import converse, make_message, wait_for_nodes
-from heterotune_flwr.federation.protocol import (
-    DESCRIBE,
-    DescribeReply,
-    DescribeRequest,
-    Header,
-)
+from heterotune_flwr.federation.protocol import DESCRIBE, Header
+from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.flower import Grid
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.maps_service import Maps, MapsService
@@ -90,6 +91,8 @@ class StrategyContext:
         The only source of randomness.
     session
         Clients, maps and journal.
+    optimizer
+        What the server does with a round's combined change; plain addition unless the strategy's entry says otherwise.
 
     """
 
@@ -97,6 +100,7 @@ class StrategyContext:
     config: Config
     seed: int
     session: Session
+    optimizer: ServerOptimizer = ServerOptimizer()
 
     @property
     def experiment(self) -> str:

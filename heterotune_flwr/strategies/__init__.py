@@ -2,18 +2,34 @@
 
 from heterotune_flwr.strategies.base import HeteroStrategy, Scope
 from heterotune_flwr.strategies.build import build_strategy
+from heterotune_flwr.strategies.fed_sb import FedSB
+from heterotune_flwr.strategies.fedex_lora import FedExLoRA
 from heterotune_flwr.strategies.fedit import FedIT
+from heterotune_flwr.strategies.ffa_lora import FFALoRA
+from heterotune_flwr.strategies.flexlora import FlexLoRA
+from heterotune_flwr.strategies.flora import FLoRA
 from heterotune_flwr.strategies.heterotune import HeteroTune
+from heterotune_flwr.strategies.hetlora import HETLoRA
 from heterotune_flwr.strategies.local_only import LocalOnly
+from heterotune_flwr.strategies.rolora import RoLoRA
+from heterotune_flwr.strategies.scaffold import Scaffold
 from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
 from heterotune_flwr.strategies.within_type import WithinType
 
 __all__ = [
     "ClientUpdate",
+    "FFALoRA",
+    "FLoRA",
+    "FedExLoRA",
     "FedIT",
+    "FedSB",
+    "FlexLoRA",
+    "HETLoRA",
     "HeteroStrategy",
     "HeteroTune",
     "LocalOnly",
+    "RoLoRA",
+    "Scaffold",
     "Scope",
     "WithinType",
     "build_strategy",

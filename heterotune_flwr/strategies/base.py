@@ -12,26 +12,23 @@ by the server only; a client never imports what came over the network.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from heterotune_flwr.dema.bank import initial_tensors, slot_of
-from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
+import numpy as np
+
+from heterotune_flwr.dema.bank import slot_of
+from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors, pack
-from heterotune_flwr.federation.outcome import Outcome, by_type, statistics
+from heterotune_flwr.federation.outcome import by_type, statistics
 from heterotune_flwr.federation.protocol import (
     EVALUATE,
     TRAIN,
-    EvaluateReply,
     EvaluateRequest,
     Header,
-    TrainReply,
     TrainRequest,
-    resolve_output,
 )
-from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.sampling import sample_clients
-from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.flower import (
     ArrayRecord,
     ConfigRecord,
@@ -39,29 +36,24 @@ from heterotune_flwr.flower import (
     Message,
     MetricRecord,
     Result,
-    Strategy,
 )
 from heterotune_flwr.strategies import evaluation
-from heterotune_flwr.strategies.courier import Courier
+from heterotune_flwr.strategies.admission import admit, read_evaluations
+from heterotune_flwr.strategies.sharing import GLOBAL, Scope, Shapes, Sharing
 from heterotune_flwr.strategies.updates import (
     ClientUpdate,
     Work,
-    as_update,
     check_step,
-    check_update,
-    mean_delta,
-    outliers,
     training_summary,
 )
 
-Scope = Literal["global", "type", "client"]
-#: The group of tensors shared by every client; a type's own group is ``type/<type key>``.
-GLOBAL = "global"
+__all__ = ["GLOBAL", "HeteroStrategy", "Scope"]
+
 #: Rounds in a row without a single usable update after which a run gives up.
 _PATIENCE = 3
 
 
-class HeteroStrategy(Strategy):
+class HeteroStrategy(Sharing):
     """Federated training of different model types: rounds, scopes, bookkeeping.
 
     The server holds one copy of every *group* of shared tensors: ``global`` for all clients,
@@ -74,95 +66,6 @@ class HeteroStrategy(Strategy):
         Name, configuration, seed and session; see :class:`StrategyContext`.
 
     """
-
-    def __init__(self, context: StrategyContext) -> None:
-        self.context = context
-        self.config = context.config
-        self.method = context.config.method
-        self.rounds = context.config.server.rounds
-        self.state: dict[str, Tensors] = {}
-        self.outcome = Outcome(context.name, context.seed)
-        self.roster: Roster
-        self.courier: Courier
-        self.maps: Maps | None = None
-        self._groups: dict[str, dict[str, str]] = {}
-        self._empty_rounds = 0
-
-    # ------------------------------------------------------------------ what a subclass overrides
-
-    def scope(self, name: str, type_key: str) -> Scope:
-        """Say who shares a tensor: ``global``, ``type`` (the default) or ``client``."""
-        return "type"
-
-    def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
-        """Turn the updates of one group into the change of its tensors (default: weighted mean).
-
-        ``updates`` hold only the tensors of this group, in client order; never empty.
-        """
-        return mean_delta(updates)
-
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Refuse wrong values of the class's own options before anything runs (ConfigError)."""
-
-    def round_log(self) -> dict[str, Any]:
-        """Further facts about the last round for the journal; JSON-able."""
-        return {}
-
-    # ------------------------------------------------------------------------------------ set-up
-
-    def prepare(self, grid: Grid) -> None:
-        """Describe the clients, get the maps, lay out the groups and their first values."""
-        session, seed = self.context.session, self.context.seed
-        self.roster = session.roster(self.method, seed)
-        self.method = resolve_output(self.method, self.config.alignment, self.roster.labels)
-        if self.method.kind == "dema":
-            self.maps = session.maps.get(self.roster, self.method, seed)
-        self.courier = Courier(self.context, self.roster, self.maps)
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        for type_key in self.roster.type_keys:
-            self._groups[type_key] = {}
-            for name, shape in self.roster.shapes(type_key).items():
-                scope = self.scope(name, type_key)
-                if scope == "client":
-                    continue
-                group = GLOBAL if scope == "global" else f"type/{type_key}"
-                known = shapes.setdefault(group, {}).setdefault(name, shape)
-                if known != shape:
-                    raise ConfigError(
-                        f"{name} is to be shared by all types but {type_key} has it as "
-                        f"{list(shape)}, another type as {list(known)}; share it inside types"
-                    )
-                self._groups[type_key][name] = group
-        self.state = {group: initial_tensors(shapes[group], seed) for group in sorted(shapes)}
-
-    @property
-    def models_differ(self) -> bool:
-        """Whether clients of one type can hold different models (some tensor never leaves them)."""
-        return any(
-            len(self._groups[type_key]) < len(self.roster.shapes(type_key))
-            for type_key in self.roster.type_keys
-        )
-
-    def slice(self, type_key: str) -> Tensors:
-        """All shared tensors a client of this type works with."""
-        return {name: self.state[group][name] for name, group in self._groups[type_key].items()}
-
-    def shared_tensors(self) -> Tensors:
-        """Every group's tensors as ``<group>/<name>``: what is saved and returned at the end."""
-        return {
-            f"{group}/{name}": value
-            for group, tensors in self.state.items()
-            for name, value in tensors.items()
-        }
-
-    def shares(self, type_key: str, slot: int) -> bool:
-        """Whether a type's slot is aligned well enough to share across types (METHOD 3.5)."""
-        if self.maps is None:
-            return False
-        if self.config.alignment.control != "none":  # a control must show its damage
-            return True
-        return self.maps.quality[type_key][slot] >= self.config.alignment.quality_threshold
 
     def summary(self) -> None:
         """Write what is about to run into the journal."""
@@ -183,16 +86,20 @@ class HeteroStrategy(Strategy):
         sampled = sample_clients(self.roster.clients, server.participation, seed, server_round)
         messages = []
         for client_id in sampled:
-            tensors = self.slice(self.roster.clients[client_id].info.type_key)
+            type_key = self.roster.clients[client_id].info.type_key
             digest, maps = self.courier.maps_for(client_id)
             request = TrainRequest(
-                header=self._header(server_round),
-                tensors=tensors,
+                header=self._header(server_round, client_id),
+                tensors=self.outgoing(client_id),
                 maps_digest=digest,
                 maps=maps,
-                expected=sorted(self._trained_by(client_id)),
+                expected=sorted(self._trained_by(client_id, server_round)),
                 local_steps=train.local_steps,
                 learning_rate=train.learning_rate,
+                optimizer=train.optimizer,
+                proximal=train.proximal,
+                frozen=sorted(self.frozen(type_key, server_round)),
+                controls=self.controls(type_key),
             )
             messages.append(self.courier.message(client_id, request, TRAIN, server_round))
         return messages
@@ -201,7 +108,9 @@ class HeteroStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every update, combine group by group, apply; None when nothing was usable."""
-        reports, admitted = self._admit(server_round, replies)
+        reports, admitted = admit(
+            self.courier, self.roster, server_round, replies, self._asked_of(server_round)
+        )
         if not admitted:
             return None, None
         for group in self.state:
@@ -210,53 +119,43 @@ class HeteroStrategy(Strategy):
             if members:
                 step = self.combine(group, server_round, members)
                 check_step(step, f"{self.context.name}, round {server_round}")
+                step = self._optimized(group, step)
                 self.state[group] |= {n: self.state[group][n] + d for n, d in step.items()}
         summary = training_summary(reports)
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
         return self._arrays(), MetricRecord({**numbers, "clients": len(admitted)})
 
+    def _optimized(self, group: str, step: Tensors) -> Tensors:
+        """The step as the server optimizer takes it."""
+        states = self._optimizer_states.setdefault(group, {})
+        taken: Tensors = {}
+        for name, change in step.items():
+            states[name], new = self.optimizer.step(states.get(name, {}), change.astype(np.float64))
+            taken[name] = new.astype(np.float32)
+        return taken
+
     def _part(self, update: ClientUpdate, group: str) -> ClientUpdate:
         groups = self._groups[update.type_key]
         return update.only(name for name in update.deltas if groups[name] == group)
 
-    def _admit(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[list[TrainReply], list[ClientUpdate]]:
-        """Read replies and keep the usable ones, in client order; the others are journalled."""
-        reports: dict[str, TrainReply] = {}
-        updates: dict[str, ClientUpdate] = {}
-        for message in replies:
-            client_id = self.courier.client_of(message)
-            if client_id is None or not message.has_content():
-                continue
-            type_key = self.roster.clients[client_id].info.type_key
-            shapes = self.roster.shapes(type_key)
-            try:
-                reply = TrainReply.from_content(message.content)
-                _check_sender(reply, client_id, server_round)
-                if client_id in updates:
-                    raise FederationError("answers twice")
-                update = as_update(reply, type_key, self._work(client_id))
-                check_update(update, {n: shapes[n] for n in self._trained_by(client_id)})
-            except HeteroTuneError as error:
-                self.courier.refuse(client_id, server_round, str(error))
-                continue
-            reports[client_id], updates[client_id] = reply, update
-        for client_id, reason in outliers(list(updates.values())).items():
-            self.courier.refuse(client_id, server_round, reason)
-            del reports[client_id], updates[client_id]
-        return [reports[key] for key in sorted(reports)], [updates[key] for key in sorted(updates)]
-
-    def _trained_by(self, client_id: str) -> list[str]:
-        """Names of the shared tensors a client trains: those of its lowest trained slot and above."""
+    def _trained_by(self, client_id: str, server_round: int) -> list[str]:
+        """Names of the shared tensors a client trains: from its lowest trained slot on, but for the frozen."""
         info = self.roster.clients[client_id].info
-        return [n for n in self._groups[info.type_key] if slot_of(n) >= info.lowest_slot]
+        held = self.frozen(info.type_key, server_round)
+        names = self._groups[info.type_key]
+        return [n for n in names if slot_of(n) >= info.lowest_slot and n not in held]
 
-    def _work(self, client_id: str) -> Work:
+    def _asked_of(self, server_round: int) -> Callable[[str], tuple[Shapes, Work]]:
         train = self.config.train
-        examples = self.roster.clients[client_id].info.train_examples
-        return Work(examples, train.local_steps, train.learning_rate)
+
+        def asked(client_id: str) -> tuple[Shapes, Work]:
+            shapes = self.client_shapes(client_id)
+            examples = self.roster.clients[client_id].info.train_examples
+            work = Work(examples, train.local_steps, train.learning_rate)
+            return {n: shapes[n] for n in self._trained_by(client_id, server_round)}, work
+
+        return asked
 
     def _journal_round(self, server_round: int, summary: Mapping[str, Any]) -> None:
         ledger = self.courier.ledger
@@ -286,7 +185,7 @@ class HeteroStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Make one row per client and journal the statistics; None when nobody answered."""
-        answers = self._read_evaluations(server_round, replies)
+        answers = read_evaluations(self.courier, server_round, replies)
         if not answers:
             return None
         rows = evaluation.rows(self.roster, answers, self.models_differ and server_round > 0)
@@ -299,31 +198,14 @@ class HeteroStrategy(Strategy):
         self.courier.event("evaluate", of=self.rounds, **entry)
         return MetricRecord({key: float(value) for key, value in overall.items()})
 
-    def _read_evaluations(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> list[EvaluateReply]:
-        answers = []
-        for message in replies:
-            client_id = self.courier.client_of(message)
-            if client_id is None or not message.has_content():
-                continue
-            try:
-                reply = EvaluateReply.from_content(message.content)
-                _check_sender(reply, client_id, server_round)
-                answers.append(reply)
-            except HeteroTuneError as error:
-                self.courier.refuse(client_id, server_round, str(error))
-        return sorted(answers, key=lambda reply: reply.client_id)
-
     def _evaluate_messages(
         self, asked: Mapping[str, list[str]], server_round: int
     ) -> list[Message]:
         messages = []
         for client_id, scopes in asked.items():
             digest, maps = self.courier.maps_for(client_id)
-            tensors = self.slice(self.roster.clients[client_id].info.type_key)
-            header = self._header(server_round)
-            request = EvaluateRequest(header, tensors, digest, maps, scopes)
+            header = self._header(server_round, client_id)
+            request = EvaluateRequest(header, self.outgoing(client_id), digest, maps, scopes)
             messages.append(self.courier.message(client_id, request, EVALUATE, server_round))
         return messages
 
@@ -334,7 +216,7 @@ class HeteroStrategy(Strategy):
         collected = self.courier.collect(grid, messages, EVALUATE, server_round)
         tried = {evaluation.speaker(self.roster, key) or "" for key in self.roster.type_keys}
         while not (self.models_differ and server_round > 0):
-            answers = self._read_evaluations(server_round, collected)
+            answers = read_evaluations(self.courier, server_round, collected)
             asked = evaluation.plan_again(self.roster, answers, tried)
             if not asked:
                 break
@@ -421,15 +303,9 @@ class HeteroStrategy(Strategy):
             self.outcome.alignment = {"quality": self.maps.quality}
         self.courier.event("strategy_end", seconds=seconds, overall=statistics(self.outcome.rows))
 
-    def _header(self, server_round: int) -> Header:
-        return Header(self.context.experiment, self.context.seed, self.method, server_round)
+    def _header(self, server_round: int, client_id: str) -> Header:
+        method = self.client_method(client_id)
+        return Header(self.context.experiment, self.context.seed, method, server_round)
 
     def _arrays(self) -> ArrayRecord:
         return pack(self.shared_tensors(), "fp32")
-
-
-def _check_sender(reply: TrainReply | EvaluateReply, client_id: str, server_round: int) -> None:
-    if reply.client_id != client_id:
-        raise FederationError(f"answers as {reply.client_id}")
-    if reply.round != server_round:
-        raise FederationError(f"answers round {reply.round} instead of {server_round}")

@@ -9,14 +9,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from heterotune_flwr.config.compose import check_choices
+from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
+from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
 
 #: Training settings a strategy may have of its own; the others are the clients'.
-_TRAIN_KEYS = ("local_steps", "learning_rate")
+_TRAIN_KEYS = ("local_steps", "learning_rate", "optimizer", "proximal")
 _ConfigPart = TypeVar("_ConfigPart")
 
 
@@ -73,7 +74,8 @@ def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroS
     ----------
     spec
         ``_component_`` (dotted path of a :class:`HeteroStrategy`), optional ``method`` and
-        ``train`` settings that replace the run's for this strategy, and the class's own options.
+        ``train`` settings that replace the run's for this strategy, an optional ``server_optimizer``
+        (:class:`ServerOptimizer`), and the class's own options.
     context
         Name, configuration, seed, session.
 
@@ -85,17 +87,44 @@ def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroS
     """
     component, options = _read_entry(context.name, spec)
     config = strategy_config(context.name, spec, context.config)
-    return component(dataclasses.replace(context, config=config), **options)
+    optimizer = _server_optimizer(context.name, spec, component)
+    return component(dataclasses.replace(context, config=config, optimizer=optimizer), **options)
 
 
 def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
     """Everything about an entry that can be wrong, before anything runs (ConfigError)."""
     component, options = _read_entry(name, spec)
     component.check_options(options)
+    _server_optimizer(name, spec, component)
     try:
         check_choices(strategy_config(name, spec, config))
+        component.check_types({f"{e.backbone}@{e.bits}": e.bits for e in config.types})
     except ConfigError as error:
         raise ConfigError(f"strategies.{name}: {error}") from error
+
+
+def _server_optimizer(
+    name: str, spec: Mapping[str, Any], component: type[HeteroStrategy]
+) -> ServerOptimizer:
+    """Build what the entry's ``server_optimizer`` describes; plain addition where it has none."""
+    where = f"strategies.{name}.server_optimizer"
+    if "server_optimizer" not in spec:
+        return ServerOptimizer()
+    if component.own_server_step:
+        raise ConfigError(f"{where}: {component.__name__} {component.own_server_step}")
+    fields = [field.name for field in dataclasses.fields(ServerOptimizer)]
+    changes = spec["server_optimizer"]
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"{where} is {changes!r}; write it as key: value pairs, kind first")
+    for key, value in changes.items():
+        if key not in fields:
+            raise ConfigError(f"{where} has no key {key!r}; {_nearest(str(key), fields)}")
+        if key != "kind" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{where}.{key} is {value!r}; a number is needed")
+    try:
+        return ServerOptimizer(**changes)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _read_entry(name: str, spec: Mapping[str, Any]) -> tuple[type[HeteroStrategy], dict[str, Any]]:
@@ -104,11 +133,11 @@ def _read_entry(name: str, spec: Mapping[str, Any]) -> tuple[type[HeteroStrategy
     if not isinstance(spec, Mapping) or "_component_" not in spec:
         raise ConfigError(f"{where} lacks _component_, the dotted path of its class")
     component = load_component(str(spec["_component_"]), where)
-    reserved = {"_component_", "method", "train"}
+    reserved = {"_component_", "method", "train", "server_optimizer"}
     options = {str(key): value for key, value in spec.items() if key not in reserved}
     known = [key for key in inspect.signature(component).parameters if key != "context"]
     for key in options:
         if key not in known:
-            known_keys = [*known, "method", "train"]
+            known_keys = [*known, "method", "train", "server_optimizer"]
             raise ConfigError(f"{where} has no key {key!r}; {_nearest(key, known_keys)}")
     return component, options

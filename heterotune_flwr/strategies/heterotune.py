@@ -42,6 +42,8 @@ class HeteroTune(HeteroStrategy):
 
     """
 
+    own_server_step = "has server_opt in its chain; set it there"
+
     def __init__(
         self, context: StrategyContext, chain: Sequence[Mapping[str, Any]] | None = None
     ) -> None:

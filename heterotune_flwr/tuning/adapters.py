@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +21,11 @@ from torch import nn
 
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
-from heterotune_flwr.dema.bank import slot_of
+from heterotune_flwr.dema.bank import RESIDUAL, slot_of
 from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.tuning.lora import attach_lora
 
 KINDS = ("dema", "lora")
 
@@ -49,8 +50,8 @@ class AttachedAdapter:
         The decoder without its unembedding: ids -> final normalised states.
     maps_digest
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
-    lowest
-        Index of the lowest trained slot; see :meth:`train_from`.
+    lowest, frozen
+        Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
     startable, blocks_give_tuples
         What :mod:`.forward` has found out about this model.
 
@@ -63,6 +64,7 @@ class AttachedAdapter:
     body: nn.Module
     maps_digest: str = ""
     lowest: int = 0
+    frozen: frozenset[str] = frozenset()
     startable: dict[int, bool] = field(default_factory=dict)
     blocks_give_tuples: bool | None = None
 
@@ -78,13 +80,31 @@ class AttachedAdapter:
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that training changes: those of the slots from ``lowest`` on."""
-        return {n: value for n, value in self.parameters.items() if slot_of(n) >= self.lowest}
+        """The parameters that training changes: those of the slots from ``lowest`` on, but for the frozen."""
+        return {
+            name: value
+            for name, value in self.parameters.items()
+            if slot_of(name) >= self.lowest and name not in self.frozen
+        }
 
-    def train_from(self, lowest: int) -> None:
-        """Train the slots from index ``lowest`` on; those below act with the values they hold (DeMA)."""
+    def train_from(self, lowest: int, frozen: Iterable[str] = ()) -> None:
+        """Train the slots from index ``lowest`` on; those below act with the values they hold (DeMA).
+
+        Raises
+        ------
+        ExchangeError
+            A name in ``frozen`` is unknown, or nothing is left to train.
+
+        """
         self.lowest = lowest if self.kind == "dema" else 0
+        held = frozenset(frozen) | {n for n in self.parameters if n.endswith(RESIDUAL)}
+        unknown = sorted(held - set(self.parameters))
+        if unknown:
+            raise ExchangeError(f"tensors to hold fixed are unknown: {', '.join(unknown[:3])}")
+        self.frozen = held
         trained = self.trained
+        if not trained:
+            raise ExchangeError(f"all tensors of {self.backbone.type_key} are to be held fixed")
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in trained)
 
@@ -239,9 +259,7 @@ def attach(backbone: Backbone, method: MethodConfig, output: int) -> AttachedAda
         detach(backbone)
     resolved = dataclasses.replace(method, output=output)
     body = backbone.model.get_submodule(find_structure(backbone.model).body)
-    model, parameters = (_attach_dema if method.kind == "dema" else _attach_lora)(
-        backbone, resolved
-    )
+    model, parameters = (_attach_dema if method.kind == "dema" else attach_lora)(backbone, resolved)
     model.eval()
     adapter = AttachedAdapter(backbone, resolved, model, parameters, body)
     _attached[backbone] = adapter
@@ -275,24 +293,3 @@ def _attach_dema(backbone: Backbone, method: MethodConfig) -> tuple[Any, dict[st
     config = DeMAConfig.from_method(method, method.output or method.latent)
     model = get_peft_model(backbone.model, config)
     return model, dict(trainable_tensors(model))
-
-
-def _attach_lora(backbone: Backbone, method: MethodConfig) -> tuple[Any, dict[str, nn.Parameter]]:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=method.lora_rank,
-        lora_alpha=method.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(backbone.model, config)
-    parameters: dict[str, nn.Parameter] = {}
-    for name, parameter in model.get_base_model().named_parameters():
-        for marker, letter in ((".lora_A.", "A"), (".lora_B.", "B")):
-            if marker in name:
-                parameter.data = parameter.data.float()
-                parameters[f"lora.{name.split(marker)[0]}.{letter}"] = parameter
-    return model, parameters

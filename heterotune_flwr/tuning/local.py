@@ -1,4 +1,4 @@
-"""Local training: H steps of AdamW on the adapter, on a client's own examples."""
+"""Local training: H optimizer steps on the adapter, on a client's own examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.memory import checkpointing, choose_micro_batch, is_out_of_memory
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
+from heterotune_flwr.tuning.terms import GradientTerms, make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class _Loop:
     clip_norm: float
     prior: torch.Tensor | None
     micro_batch: int
+    terms: GradientTerms
     halved: bool = False
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class _Loop:
             totals = None  # handled outside, where the failed pass's tensors are gone
         if totals is None:
             totals = self._again(chosen)
+        self.terms.add()
         torch.nn.utils.clip_grad_norm_(self.adapter.trained.values(), self.clip_norm)
         self.optimizer.step()
         self.totals += totals
@@ -151,6 +154,7 @@ def train_local(
     learning_rate: float | None = None,
     prior: torch.Tensor | None = None,
     memory_gb: float | None = None,
+    corrections: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainReport:
     """Train the attached adapter in place, from the values it holds.
 
@@ -159,7 +163,7 @@ def train_local(
     adapter, task, rows
         The adapter, the loss, and the client's examples (:func:`.states.make_rows`).
     config
-        Batch size, weight decay, clipping, gradient checkpointing; steps and rate where not given.
+        Batch size, optimizer, proximal term, clipping, gradient checkpointing; steps and rate where not given.
     seed
         Of the batches and the dropout of private experts; equal seeds give equal results on CPU.
     local_steps, learning_rate
@@ -169,6 +173,8 @@ def train_local(
     memory_gb
         What training may use, weights included; batches go through in parts that fit
         (:func:`.memory.choose_micro_batch`), with the gradient of the whole batch.
+    corrections
+        Added to every gradient, by name of the trained tensor (:class:`.terms.GradientTerms`).
 
     Raises
     ------
@@ -180,10 +186,9 @@ def train_local(
     rate = config.learning_rate if learning_rate is None else learning_rate
     device, checkpoint = adapter.backbone.device, config.gradient_checkpointing
     size = choose_micro_batch(adapter, task, rows, config.batch_size, memory_gb, checkpoint)
-    optimizer = torch.optim.AdamW(
-        adapter.trained.values(), lr=rate, weight_decay=config.weight_decay, fused=True
-    )
-    loop = _Loop(adapter, task, rows, optimizer, config.clip_norm, prior, size)
+    optimizer = make_optimizer(adapter.trained.values(), config, rate)
+    terms = GradientTerms(adapter.trained, config.proximal, corrections)
+    loop = _Loop(adapter, task, rows, optimizer, config.clip_norm, prior, size, terms)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     cuda = [device] if device.type == "cuda" else []

@@ -1,0 +1,98 @@
+"""What values of a configuration are allowed, where types cannot say it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from heterotune_flwr.backbones.sources import AUTO, BITS
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.errors import ConfigError
+
+#: dotted key -> allowed values
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.partition": ("dirichlet", "iid", "natural"),
+    "method.kind": ("dema", "lora"),
+    "method.activation": ("silu", "linear"),
+    "method.gate": ("dense", "top1", "uniform"),
+    "method.gate_scope": ("client", "type", "global"),
+    "alignment.positions": ("answer", "words"),
+    "alignment.output": ("labels", "vocabulary"),
+    "alignment.control": ("none", "random_down", "random_up", "random_maps", "rotated_basis"),
+    "train.loss": ("auto", "labels", "tokens"),
+    "train.optimizer": ("adamw", "sgd"),
+    "exchange.codec": ("bf16", "fp16", "fp32"),
+}
+#: dotted key -> smallest allowed value
+MINIMA: dict[str, float] = {
+    "method.slots": 1, "method.latent": 1, "method.inner": 1, "method.experts_global": 0,
+    "method.experts_type": 0, "method.experts_private": 0, "method.lora_rank": 1,
+    "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
+    "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
+    "server.evaluate_every": 0, "alignment.count": 10, "alignment.components": 1,
+    "train.logit_adjustment": 0, "train.proximal": 0,
+    "run.worker_threads": 1,
+}  # fmt: skip
+_POSITIVE = (
+    "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
+    "train.prior_smoothing", "method.lora_alpha",
+)  # fmt: skip
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """``; did you mean 'this'?``, or nothing where no choice is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _value(config: Config, path: str) -> Any:
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def check_choices(config: Config) -> None:
+    """Values that types cannot express; raises ConfigError with the nearest right one."""
+    for path, allowed in CHOICES.items():
+        if (value := _value(config, path)) not in allowed:
+            raise ConfigError(
+                f"{path} is {value!r}{nearest(str(value), allowed)} (choose from {', '.join(allowed)})"
+            )
+    for index, entry in enumerate(config.types):
+        bits = (*BITS, AUTO)
+        if entry.bits not in bits:
+            raise ConfigError(
+                f"types.{index}.bits is {entry.bits!r}{nearest(entry.bits, bits)} (choose from {', '.join(bits)})"
+            )
+        if entry.clients < 1:
+            raise ConfigError(f"types.{index}.clients is {entry.clients}, it must be at least 1")
+        if entry.memory_gb is not None and not 0.0 < entry.memory_gb < float("inf"):
+            raise ConfigError(f"types.{index}.memory_gb is {entry.memory_gb}, it must be above 0")
+    for path, minimum in MINIMA.items():
+        if (value := _value(config, path)) < minimum:
+            raise ConfigError(f"{path} is {value}, it must be at least {minimum}")
+    for path in _POSITIVE:
+        if not (value := _value(config, path)) > 0:  # NaN neither
+            raise ConfigError(f"{path} is {value}, it must be above 0")
+    if not 0 < config.server.participation <= 1:
+        raise ConfigError(
+            f"server.participation is {config.server.participation}, must be in (0, 1]"
+        )
+    if config.run.workers is not None and config.run.workers < 1:
+        raise ConfigError(f"run.workers is {config.run.workers}, it must be at least 1 (or null)")
+    method = config.method
+    if method.experts_global + method.experts_type + method.experts_private < 1:
+        raise ConfigError("method has no experts: set method.experts_global to at least 1")
+    if not config.run.seeds or not config.run.compare:
+        raise ConfigError("run.seeds and run.compare must not be empty")
+    if min(config.run.seeds) < 0:
+        raise ConfigError(f"run.seeds is {config.run.seeds}: a seed is 0 or more")
+    for key, entries in (("seeds", config.run.seeds), ("compare", config.run.compare)):
+        if len(set(map(str, entries))) != len(entries):  # they name the clients' files
+            raise ConfigError(f"run.{key} has an entry twice: {entries}")
+    for name in (config.run.name, *config.run.compare):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
+            raise ConfigError(
+                f"the name {name!r} cannot be part of a file name; use letters, digits, - and _"
+            )

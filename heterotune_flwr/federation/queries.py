@@ -1,0 +1,154 @@
+"""Two of the four messages: who is there, and the public factors of a model type (see :mod:`.protocol`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.federation.protocol import Header
+from heterotune_flwr.federation.wire import (
+    CONFIG,
+    FACTORS,
+    read_config,
+    read_field,
+    read_json,
+    read_tensors,
+    read_texts,
+)
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+
+
+@dataclass(frozen=True)
+class DescribeRequest:
+    """Ask a client who it is; ``words`` is the public word list (empty: no alignment needed)."""
+
+    header: Header
+    words: list[str] = field(default_factory=list)
+
+    def to_content(self) -> RecordDict:
+        """Build the message content."""
+        config = ConfigRecord({**self.header.to_config(), "words": self.words})
+        return RecordDict({CONFIG: config})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> DescribeRequest:
+        """Read the message content."""
+        record = read_config(content)
+        return cls(Header.from_config(record), read_texts(record, "words"))
+
+
+@dataclass(frozen=True)
+class DescribeReply:
+    """Who a client is.
+
+    ``shapes`` are the canonical names and shapes of the tensors it would train with the request's
+    method; ``model_bytes`` is two bytes per backbone parameter and ``lora16_bytes`` the bf16 size
+    of LoRA r=16 on all its linear layers (the two denominators of every saving); ``words_mask``
+    marks the words that are one token of its vocabulary; ``labels`` is empty for open text;
+    ``lowest_slot`` is the first depth slot it trains.
+    """
+
+    client_id: str
+    type_key: str
+    fingerprint: str
+    bits: str
+    hidden: int
+    layers: int
+    parameters: int
+    model_bytes: int
+    lora16_bytes: int
+    train_examples: int
+    personal_examples: int
+    labels: list[str]
+    shapes: dict[str, tuple[int, ...]]
+    code_hash: str
+    words_mask: bytes
+    lowest_slot: int = 0
+
+    def to_content(self) -> RecordDict:
+        """Build the message content."""
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["shapes"] = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
+        return RecordDict({CONFIG: ConfigRecord(fields)})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> DescribeReply:
+        """Read the message content."""
+        record = read_config(content)
+        raw = read_json(record, "shapes")
+        try:
+            shapes = {str(name): tuple(int(n) for n in shape) for name, shape in raw.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ExchangeError(f"field 'shapes' of the message is malformed: {error}") from error
+        texts = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
+        numbers = (
+            "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
+            "train_examples", "personal_examples", "lowest_slot",
+        )  # fmt: skip
+        fields: dict[str, Any] = {key: read_field(record, key, str) for key in texts}
+        fields |= {key: read_field(record, key, int) for key in numbers}
+        return cls(
+            **fields,
+            labels=read_texts(record, "labels"),
+            shapes=shapes,
+            words_mask=read_field(record, "words_mask", bytes),
+        )
+
+
+@dataclass(frozen=True)
+class AlignRequest:
+    """Ask one client of a type for its public factors; ``words_mask`` marks the shared words."""
+
+    header: Header
+    slots: int
+    words: list[str]
+    words_mask: bytes
+
+    def to_content(self) -> RecordDict:
+        """Build the message content."""
+        fields: dict[str, Any] = {
+            "slots": self.slots,
+            "words": self.words,
+            "words_mask": self.words_mask,
+        }
+        return RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> AlignRequest:
+        """Read the message content."""
+        record = read_config(content)
+        return cls(
+            Header.from_config(record),
+            read_field(record, "slots", int),
+            read_texts(record, "words"),
+            read_field(record, "words_mask", bytes),
+        )
+
+
+@dataclass(frozen=True)
+class AlignReply:
+    """Public factors of one model type (see ``dema.factors``)."""
+
+    client_id: str
+    type_key: str
+    factors: Tensors
+
+    def to_content(self, codec: str) -> RecordDict:
+        """Build the message content."""
+        config = ConfigRecord({"client_id": self.client_id, "type_key": self.type_key})
+        return RecordDict({CONFIG: config, FACTORS: pack(self.factors, codec)})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> AlignReply:
+        """Read the message content."""
+        record = read_config(content)
+        factors = read_tensors(content, FACTORS)
+        if factors is None:
+            raise ExchangeError("the reply to query.align has no 'factors' record")
+        return cls(
+            read_field(record, "client_id", str), read_field(record, "type_key", str), factors
+        )

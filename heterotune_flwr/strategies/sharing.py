@@ -1,0 +1,167 @@
+"""Which tensors are shared with whom, and what else a strategy may decide.
+
+:class:`Sharing` holds the server's copy of every *group* of tensors and the methods a strategy overrides;
+:class:`.base.HeteroStrategy` runs the rounds on top of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from heterotune_flwr.cmga.base import State
+from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.federation.outcome import Outcome
+from heterotune_flwr.federation.protocol import resolve_output
+from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.flower import Grid, Strategy
+from heterotune_flwr.strategies.courier import Courier
+from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
+
+Scope = Literal["global", "type", "client", "fixed"]
+Shapes = dict[str, tuple[int, ...]]
+#: The group of tensors shared by every client; a type's own group is ``type/<type key>``.
+GLOBAL = "global"
+
+
+class Sharing(Strategy):
+    """One copy of every group of shared tensors: ``global`` for all clients, ``type/<key>`` for those of a type."""
+
+    #: Why ``server_optimizer`` is refused; empty where it is not.
+    own_server_step: ClassVar[str] = ""
+
+    def __init__(self, context: StrategyContext) -> None:
+        self.context = context
+        self.config = context.config
+        self.method = context.config.method
+        self.rounds = context.config.server.rounds
+        self.state: dict[str, Tensors] = {}
+        self.outcome = Outcome(context.name, context.seed)
+        self.roster: Roster
+        self.courier: Courier
+        self.maps: Maps | None = None
+        self.optimizer = context.optimizer
+        self._groups: dict[str, dict[str, str]] = {}
+        self._shapes: dict[str, Shapes] = {}
+        self._fixed: dict[str, set[str]] = {}
+        self._optimizer_states: dict[str, dict[str, State]] = {}
+        self._empty_rounds = 0
+
+    # ------------------------------------------------------------------ what a subclass overrides
+
+    def scope(self, name: str, type_key: str) -> Scope:
+        """Say who shares a tensor: ``global``, ``type`` (the default) or ``client``.
+
+        ``fixed`` is for one that keeps its first value, a function of the run's seed, and never travels.
+        """
+        return "type"
+
+    def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
+        """Turn the updates of one group into the change of its tensors (default: weighted mean).
+
+        ``updates`` hold only the tensors of this group, in client order; never empty.
+        """
+        return mean_delta(updates)
+
+    def frozen(self, type_key: str, server_round: int) -> Collection[str]:
+        """Names of the tensors that clients of a type hold fixed in a round; extend, do not replace."""
+        return self._fixed[type_key]
+
+    def client_method(self, client_id: str) -> MethodConfig:
+        """The adapter of one client, where it differs from the others' (LoRA of another rank)."""
+        return self.method
+
+    def client_shapes(self, client_id: str) -> Shapes:
+        """Shapes of one client's tensors."""
+        return self.roster.shapes(self.roster.clients[client_id].info.type_key)
+
+    def outgoing(self, client_id: str) -> Tensors:
+        """What a client is sent: the slice of its type."""
+        return self.slice(self.roster.clients[client_id].info.type_key)
+
+    def controls(self, type_key: str) -> Tensors | None:
+        """SCAFFOLD's control variate for clients of a type."""
+        return None
+
+    @classmethod
+    def check_types(cls, bits: Mapping[str, str]) -> None:
+        """Refuse model types (type -> bits) this strategy cannot work with, before anything runs (ConfigError)."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse wrong values of the class's own options before anything runs (ConfigError)."""
+
+    def round_log(self) -> dict[str, Any]:
+        """Further facts about the last round for the journal; JSON-able."""
+        return {}
+
+    # ------------------------------------------------------------------------------------ set-up
+
+    def prepare(self, grid: Grid) -> None:
+        """Describe the clients, get the maps, lay out the groups and their first values."""
+        session, seed = self.context.session, self.context.seed
+        self.roster = session.roster(self.method, seed)
+        self.check_types({key: self._bits(key) for key in self.roster.type_keys})
+        self.method = resolve_output(self.method, self.config.alignment, self.roster.labels)
+        if self.method.kind == "dema":
+            self.maps = session.maps.get(self.roster, self.method, seed)
+        self.courier = Courier(self.context, self.roster, self.maps)
+        shapes: dict[str, Shapes] = {}
+        for type_key in self.roster.type_keys:
+            self._groups[type_key], self._fixed[type_key] = {}, set()
+            for name, shape in self.roster.shapes(type_key).items():
+                scope = self.scope(name, type_key)
+                if scope in ("client", "fixed"):
+                    if scope == "fixed":
+                        self._fixed[type_key].add(name)
+                    continue
+                group = GLOBAL if scope == "global" else f"type/{type_key}"
+                known = shapes.setdefault(group, {}).setdefault(name, shape)
+                if known != shape:
+                    raise ConfigError(
+                        f"{name} is to be shared by all types but {type_key} has it as "
+                        f"{list(shape)}, another type as {list(known)}; share it inside types"
+                    )
+                self._groups[type_key][name] = group
+        self._shapes = shapes
+        self.state = {group: self.first_values(group) for group in sorted(shapes)}
+
+    def first_values(self, group: str) -> Tensors:
+        """What a group's tensors are before round 1: a function of the run's seed."""
+        return initial_tensors(self._shapes[group], self.context.seed)
+
+    def _bits(self, type_key: str) -> str:
+        return self.roster.clients[self.roster.of_type(type_key)[0]].info.bits
+
+    @property
+    def models_differ(self) -> bool:
+        """Whether clients of one type can hold different models (some tensor never leaves them)."""
+        return any(
+            len(self._groups[type_key]) + len(self._fixed[type_key])
+            < len(self.roster.shapes(type_key))
+            for type_key in self.roster.type_keys
+        )
+
+    def slice(self, type_key: str) -> Tensors:
+        """All shared tensors a client of this type works with."""
+        return {name: self.state[group][name] for name, group in self._groups[type_key].items()}
+
+    def shared_tensors(self) -> Tensors:
+        """Every group's tensors as ``<group>/<name>``: what is saved and returned at the end."""
+        return {
+            f"{group}/{name}": value
+            for group, tensors in self.state.items()
+            for name, value in tensors.items()
+        }
+
+    def shares(self, type_key: str, slot: int) -> bool:
+        """Whether a type's slot is aligned well enough to share across types (METHOD 3.5)."""
+        if self.maps is None:
+            return False
+        if self.config.alignment.control != "none":  # a control must show its damage
+            return True
+        return self.maps.quality[type_key][slot] >= self.config.alignment.quality_threshold

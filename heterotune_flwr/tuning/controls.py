@@ -1,0 +1,48 @@
+"""A client's control variate, for SCAFFOLD (arXiv 1910.06378)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from heterotune_flwr.tuning.client_state import ClientStore
+
+Tensors = dict[str, NDArray[np.float32]]
+
+_PREFIX = "control."
+
+
+@dataclass(frozen=True)
+class ClientControls:
+    """The server's control variate ``c`` of a round and the client's own ``c_i``; both empty without SCAFFOLD."""
+
+    server: Tensors
+    own: Tensors
+
+    @classmethod
+    def of(cls, server: Tensors | None, store: ClientStore, round: int) -> ClientControls:
+        """Bring together what the server sent and what the client kept; its own starts at zero."""
+        if not server:
+            return cls({}, {})
+        kept = store.load({_PREFIX + name: value.shape for name, value in server.items()}, round)
+        own = {name: kept.get(_PREFIX + name, np.zeros_like(v)) for name, v in server.items()}
+        return cls(server, own)
+
+    @property
+    def corrections(self) -> dict[str, torch.Tensor]:
+        """``c - c_i``, added to every local gradient."""
+        return {name: torch.from_numpy(self.server[name] - self.own[name]) for name in self.server}
+
+    def after(
+        self, deltas: Mapping[str, NDArray[np.float32]], steps: int, learning_rate: float
+    ) -> Tensors:
+        """``c_i - c - delta / (steps * rate)`` (the paper's option II), under the names it is kept by."""
+        scale = steps * learning_rate
+        return {
+            _PREFIX + name: self.own[name] - self.server[name] - deltas[name] / scale
+            for name in self.server
+        }

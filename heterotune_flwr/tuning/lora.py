@@ -1,0 +1,124 @@
+"""LoRA on all linear layers of a backbone, and the two variants that rivals need.
+
+=============================  ==================================================================
+``lora.{module}.A``            rank x in, ``B``: out x rank (arXiv 2106.09685)
+``lora.{module}.R``            ``method.lora_core``: rank x rank between frozen factors of the layer's own weight,
+                               which are computed where they are used and never travel (LoRA-XS, arXiv 2405.17604)
+``lora.{module}.residual``     ``method.lora_residual``: out x in, a dense change of the layer, never trained here
+=============================  ==================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.dema.bank import RESIDUAL
+
+
+def attach_lora(backbone: Backbone, method: MethodConfig) -> tuple[Any, dict[str, nn.Parameter]]:
+    """Attach LoRA (PEFT's) to every linear layer but ``lm_head``; returns the model and its named parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=method.lora_rank,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(backbone.model, config)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not hasattr(layer, "lora_A") or "default" not in layer.lora_A:
+            continue
+        for part in (layer.lora_A, layer.lora_B):
+            part["default"].weight.data = part["default"].weight.data.float()
+        if method.lora_core:
+            parameters[f"lora.{name}.R"] = _add_core(layer, method.lora_rank)
+        else:
+            parameters[f"lora.{name}.A"] = layer.lora_A["default"].weight
+            parameters[f"lora.{name}.B"] = layer.lora_B["default"].weight
+        if method.lora_residual:
+            parameters[f"lora.{name}{RESIDUAL}"] = _add_residual(layer)
+    return model, parameters
+
+
+class _Core(nn.Linear):
+    """``x -> R (A x)`` in the place of LoRA's ``A``; ``weight`` is A, which is frozen."""
+
+    core: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(super().forward(input), self.core)
+
+
+def _add_core(layer: Any, rank: int) -> nn.Parameter:
+    """Freeze the layer's LoRA factors at its weight's singular vectors, with a core of zeros between them."""
+    weight = _dense(layer.get_base_layer()).to(torch.float32)
+    left, right = _singular_vectors(weight, rank)
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    with torch.no_grad():
+        down.weight.copy_(right)
+        up.weight.copy_(left)
+    down.weight.requires_grad_(False)
+    up.weight.requires_grad_(False)
+    down.__class__ = _Core
+    down.core = nn.Parameter(torch.zeros(rank, rank, device=weight.device))
+    core: nn.Parameter = down.core
+    return core
+
+
+def _singular_vectors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading left (out x rank) and right (rank x in) singular vectors; zeros beyond the weight's rank.
+
+    A randomised method with a fixed seed; signs are fixed too, so that every client of a type gets the same.
+    """
+    found = min(rank, *weight.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, _, right = torch.svd_lowrank(weight.cpu(), q=found, niter=4)
+    largest = left.abs().argmax(dim=0)
+    signs = torch.sign(left[largest, torch.arange(found)])
+    left, right = left * signs, right * signs
+    padding = rank - found
+    left = functional.pad(left, (0, padding))
+    right = functional.pad(right, (0, padding))
+    return left.to(weight.device), right.T.contiguous().to(weight.device)
+
+
+def _dense(layer: Any) -> Tensor:
+    """A linear layer's weight as ordinary numbers, whatever its quantization; out x in."""
+    weight = layer.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return dense
+    if getattr(weight, "SCB", None) is not None:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        dense = int8_vectorwise_dequant(weight.data, weight.SCB)
+        return dense
+    plain: Tensor = weight.data
+    return plain
+
+
+def _add_residual(layer: Any) -> nn.Parameter:
+    """Let the layer add a dense change to its output, zero at first."""
+    shape = (layer.out_features, layer.in_features)
+    device = layer.lora_A["default"].weight.device
+    residual = nn.Parameter(torch.zeros(shape, device=device), requires_grad=False)
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        states = inputs[0].to(residual.dtype)
+        return output + functional.linear(states, residual).to(output.dtype)
+
+    layer.register_forward_hook(add)
+    return residual

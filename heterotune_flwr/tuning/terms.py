@@ -1,0 +1,65 @@
+"""What a strategy may change in local training: the optimizer, and terms added to the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from heterotune_flwr.config.schema import TrainConfig
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Local optimizer of ``train.optimizer``; plain SGD without momentum is what theory speaks of."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate)
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+class GradientTerms:
+    """Terms added to every step's gradient, before it is clipped.
+
+    * FedProx (arXiv 1812.06127): ``mu (w - w_round)``, the gradient of ``mu/2 |w - w_round|^2``;
+    * SCAFFOLD (arXiv 1910.06378): ``c - c_i``, the server's minus the client's control variate.
+
+    Parameters
+    ----------
+    trained
+        Name -> parameter; their present values are ``w_round``.
+    proximal
+        mu; 0 for none.
+    corrections
+        Name -> ``c - c_i``, of the parameters' shapes.
+
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        proximal: float = 0.0,
+        corrections: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._trained = dict(trained)
+        self._proximal = proximal
+        self._start = {n: p.detach().clone() for n, p in trained.items()} if proximal else {}
+        self._corrections = {
+            name: value.to(self._trained[name]) for name, value in (corrections or {}).items()
+        }
+
+    def add(self) -> None:
+        """Add the terms to the gradients."""
+        for name, start in self._start.items():
+            parameter = self._trained[name]
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self._proximal)
+        for name, value in self._corrections.items():
+            gradient = self._trained[name].grad
+            if gradient is not None:
+                gradient.add_(value)
