@@ -8,7 +8,8 @@ Names are the contract between server and client. For DeMA (our definition, docs
     slots.{k}.gate.weight                      E x r       G
     slots.{k}.gate.bias                        E           c
 
-with ``tier`` one of ``global``, ``type``, ``private``. For LoRA, with a core or a dense change where a rival asks for it::
+with ``tier`` one of ``global``, ``type``, ``private``. For LoRA, with a core or a dense change where a
+rival asks for it::
 
     lora.{module}.A                            rank x in
     lora.{module}.B                            out x rank

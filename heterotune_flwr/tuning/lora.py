@@ -20,6 +20,9 @@ from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import RESIDUAL
 
+#: Layers whose smaller side is longer than this are decomposed by a randomised method.
+_EXACT_SVD = 1024
+
 
 def attach_lora(backbone: Backbone, method: MethodConfig) -> tuple[Any, dict[str, nn.Parameter]]:
     """Attach LoRA (PEFT's) to every linear layer but ``lm_head``; returns the model and its named parameters."""
@@ -78,19 +81,25 @@ def _add_core(layer: Any, rank: int) -> nn.Parameter:
 def _singular_vectors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading left (out x rank) and right (rank x in) singular vectors; zeros beyond the weight's rank.
 
-    A randomised method with a fixed seed; signs are fixed too, so that every client of a type gets the same.
+    Exact for small layers, a randomised method with a fixed seed for large ones; signs are fixed too, so that every
+    client of a type gets the same.
     """
-    found = min(rank, *weight.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        left, _, right = torch.svd_lowrank(weight.cpu(), q=found, niter=4)
+    found, weight = min(rank, *weight.shape), weight.cpu()
+    if min(weight.shape) <= _EXACT_SVD:
+        left, _, transposed = torch.linalg.svd(weight, full_matrices=False)
+        left, right = left[:, :found], transposed[:found].T
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, _, right = torch.svd_lowrank(weight, q=2 * found + 10, niter=4)
+        left, right = left[:, :found], right[:, :found]
     largest = left.abs().argmax(dim=0)
     signs = torch.sign(left[largest, torch.arange(found)])
     left, right = left * signs, right * signs
     padding = rank - found
     left = functional.pad(left, (0, padding))
     right = functional.pad(right, (0, padding))
-    return left.to(weight.device), right.T.contiguous().to(weight.device)
+    return left, right.T.contiguous()
 
 
 def _dense(layer: Any) -> Tensor:

@@ -1,0 +1,172 @@
+"""LoRA with a core or a dense change, terms in the gradient, and every shipped strategy on real clients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_client import World, folder, world  # noqa: F401  (fixtures)
+from test_tuning import LORA, TRAIN, data, directory, gradients, prepared, random_values  # noqa: F401
+from tiny_backbones import LABELS
+
+from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.data import training_pool
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.strategies import build_strategy
+from heterotune_flwr.tuning.adapters import attach, detach
+from heterotune_flwr.tuning.local import batches, train_local
+from heterotune_flwr.tuning.lora import _dense
+from heterotune_flwr.tuning.states import make_rows
+from heterotune_flwr.tuning.task import make_task
+
+CORE = replace(LORA, lora_core=True, lora_rank=4)
+DENSE = replace(LORA, lora_residual=True)
+IDS = torch.tensor([[4, 9, 30, 7, 12]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8", "bf16", "fp32"])
+def test_a_core_sits_between_singular_vectors_of_the_layers_own_weight(directory, bits):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), bits))
+    detach(backbone)
+    bare = logits(backbone.model)
+    adapter = attach(backbone, CORE, 3)
+    assert len(adapter.shapes) == 7 * 3
+    assert set(adapter.shapes.values()) == {(4, 4)}
+    np.testing.assert_array_equal(logits(adapter.model), bare)  # cores start at zero
+    layer = backbone.model.get_submodule("model.layers.1.mlp.down_proj")
+    weight = _dense(layer.get_base_layer()).float()
+    left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
+    found = layer.lora_B["default"].weight @ torch.diag(sizes[:4]) @ layer.lora_A["default"].weight
+    torch.testing.assert_close(found.data, (left[:, :4] * sizes[:4]) @ right[:4], atol=2e-3, rtol=0)
+    adapter.load(random_values(adapter.shapes))
+    assert not torch.equal(logits(adapter.model), bare)
+    detach(backbone)
+    np.testing.assert_array_equal(logits(backbone.model), bare)
+
+
+@pytest.mark.parametrize("method", [CORE, DENSE])
+def test_a_variant_is_the_dense_change_its_formula_says(directory, method):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    detach(backbone)
+    adapter = attach(backbone, method, 3)
+    values = random_values(adapter.shapes, scale=0.1)
+    adapter.load(values)
+    found = logits(adapter.model)
+    scale = method.lora_alpha / method.lora_rank
+    changes = {}
+    for name in {n.rpartition(".")[0] for n in values}:
+        layer = backbone.model.get_submodule(name.removeprefix("lora."))
+        if method.lora_core:
+            core = torch.from_numpy(values[f"{name}.R"])
+            change = layer.lora_B["default"].weight @ core @ layer.lora_A["default"].weight
+        else:
+            change = torch.from_numpy(values[f"{name}.B"] @ values[f"{name}.A"])
+        changes[name] = scale * change.detach()
+        if method.lora_residual:
+            changes[name] = changes[name] + torch.from_numpy(values[f"{name}.residual"])
+    detach(backbone)
+    try:
+        for name, change in changes.items():
+            backbone.model.get_submodule(name.removeprefix("lora.")).weight.data += change
+        torch.testing.assert_close(found, logits(backbone.model), rtol=1e-3, atol=1e-3)
+    finally:
+        for name, change in changes.items():
+            backbone.model.get_submodule(name.removeprefix("lora.")).weight.data -= change
+
+
+@pytest.mark.parametrize("method", [LORA, DENSE])
+def test_frozen_tensors_act_and_stay(directory, data, method):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "bf16"))
+    task = make_task(backbone, data, list(LABELS), TRAIN)
+    adapter = prepared(backbone, method)
+    held = [name for name in adapter.shapes if name.endswith(".A")]
+    adapter.train_from(0, held)
+    before = adapter.read()
+    rows = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=False)
+    train_local(adapter, task, rows, TRAIN, seed=0, local_steps=2)
+    after = adapter.read()
+    for name, value in after.items():
+        moved = not np.array_equal(value, before[name])
+        assert moved == name.endswith(".B"), name
+    with pytest.raises(ExchangeError, match=r"hold fixed are unknown: lora\.x"):
+        adapter.train_from(0, ["lora.x"])
+    with pytest.raises(ExchangeError, match="all tensors"):
+        adapter.train_from(0, list(adapter.shapes))
+    adapter.train_from(0)
+
+
+def test_gradient_terms_against_a_loop_by_hand(directory, data):  # noqa: F811
+    """SGD with FedProx's pull and SCAFFOLD's correction, clipped after both."""
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    config = replace(TRAIN, optimizer="sgd", proximal=0.7, clip_norm=0.5)
+    task = make_task(backbone, data, list(LABELS), config)
+    adapter = prepared(backbone)
+    start = {n: torch.from_numpy(v) for n, v in adapter.read().items()}
+    corrections = {n: 0.05 * torch.ones_like(v) for n, v in start.items()}
+    rows = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=True)
+    train_local(adapter, task, rows, config, seed=3, local_steps=3, corrections=corrections)
+    found = adapter.read()
+    adapter.load({n: v.numpy() for n, v in start.items()})
+    with adapter.training():
+        for chosen in batches(8, config.batch_size, 3, np.random.default_rng(3)):
+            _, grads = gradients(adapter, task, rows, chosen)
+            total = {}
+            for (name, value), grad in zip(adapter.parameters.items(), grads, strict=True):
+                total[name] = grad + 0.7 * (value.detach() - start[name]) + corrections[name]
+            norm = torch.sqrt(sum(g.square().sum() for g in total.values()))
+            factor = min(1.0, 0.5 / (float(norm) + 1e-6))
+            with torch.no_grad():
+                for name, value in adapter.parameters.items():
+                    value -= config.learning_rate * factor * total[name]
+    for name, value in adapter.read().items():
+        np.testing.assert_allclose(found[name], value, atol=1e-6)
+
+
+def run(world, name, rounds=2, overrides=""):  # noqa: F811
+    words = (
+        "types.0.bits=bf16 method.latent=8 method.inner=4 alignment.control=random_maps alignment.count=40 "
+        f"exchange.codec=fp32 server.rounds={rounds} server.evaluate_every=0 train.local_steps=2 {overrides}"
+    )
+    path = world.path / "shipped.yaml"
+    path.write_text(
+        (world.path / "run.yaml").read_text().replace("strategies: {}", f"strategies: [{name}]")
+    )
+    config = compose(str(path), words)
+    session = Session(
+        World(world.path, str(path), words).grid, config, Journal(world.path / "journal"), "all-0"
+    )
+    strategy = build_strategy(config.strategies[name], StrategyContext(name, config, 0, session))
+    strategy.start(session.grid)
+    return strategy
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (conf_root() / "strategy").glob("*.yaml")))
+def test_every_shipped_strategy_runs_and_moves_what_it_shares(world, name):  # noqa: F811
+    strategy = run(world, name, overrides="train.batch_size=2")
+    assert len(strategy.outcome.rows) == 4
+    for group, tensors in strategy.state.items():
+        first = strategy.first_values(group)
+        assert all(np.isfinite(value).all() for value in tensors.values())
+        assert any(not np.array_equal(value, first[n]) for n, value in tensors.items())
+    assert bool(strategy.state) == (name != "local_only")
+
+
+def test_server_and_clients_agree_on_scaffolds_control_variates(world):  # noqa: F811
+    """With everybody taking part, c is the mean of the clients' own c_i, each kept in its client's file."""
+    strategy = run(world, "scaffold", rounds=3)
+    for type_key in strategy.roster.type_keys:
+        members = [int(cid.split("-")[1]) for cid in strategy.roster.of_type(type_key)]
+        kept = [world.state(client, strategy.context.experiment) for client in members]
+        for name, value in strategy.controls(type_key).items():
+            mean = np.mean([own[f"control.{name}"] for own in kept], axis=0)
+            np.testing.assert_allclose(value, mean, rtol=1e-3, atol=1e-5)
