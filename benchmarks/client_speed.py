@@ -26,7 +26,8 @@ PARTS = ("prefix", "bare")
 SLOTS = {"last_slot": "last-1", "upper_half": "upper-half", "all_slots": "all"}
 #: Each with one worker, against one process: what shares a machine's cores or memory would blur the ratio.
 RUNS = {
-    "smollm2": ("real", ["types=[{backbone: smollm2, bits: nf4, clients: 2}]", "server.rounds=6"]),
+    "smollm2": ("real", ["types=[{backbone: smollm2, bits: nf4, clients: 2}]", "server.rounds=5",
+                         "train.local_steps=4", "data.global_test_examples=32"]),
     "embedded": ("demo", ["types.0.clients=1", "types.1.clients=1", "types.2.clients=1", "server.rounds=12"]),
 }  # fmt: skip
 COMMON = ["run.compare=[heterotune]", "server.evaluate_every=0", "run.workers=1"]

@@ -217,3 +217,56 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path, spec, message):
 def test_scaffold_needs_sgd(tmp_path):
     with pytest.raises(ConfigError, match="optimizer=sgd"):
         run(tmp_path, "Scaffold")
+
+
+def test_flowers_fedavg_inside_a_type_is_within_type(tmp_path):
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+    ours, _, _ = run(tmp_path / "ours", "WithinType", rounds=2)
+    theirs, _, _ = run(tmp_path / "theirs", "FlowerInside", rounds=2, strategy="FedAvg")
+    for name, value in ours.shared_tensors().items():
+        np.testing.assert_allclose(theirs.shared_tensors()[name], value, atol=1e-6)
+
+
+def test_flowers_fedadam_inside_a_type(tmp_path):
+    options = {"eta": 0.1, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}
+    strategy, federation, ids = run(
+        tmp_path, "FlowerInside", method=LORA, strategy="FedAdam", options=options
+    )
+    start = strategy.first_values(SMALL)[A].astype(float)
+    mean = np.mean([federation.answered[cid, 1][A] for cid in ids], axis=0) - start
+    rate = (
+        0.1 * np.sqrt(1 - 0.99**2) / (1 - 0.9**2)
+    )  # Flower's bias correction counts rounds from 0
+    step = rate * 0.1 * mean / (np.sqrt(0.01 * mean**2) + 1e-3)
+    np.testing.assert_allclose(strategy.state[SMALL][A], start + step, rtol=1e-3, atol=1e-6)
+
+
+def test_flowers_krum_inside_a_type_takes_one_clients_tensors(tmp_path):
+    strategy, federation, ids = run(
+        tmp_path, "FlowerInside", clients=(4, 1, 1), strategy="flwr.serverapp.strategy.Krum",
+        options={"num_malicious_nodes": 1},
+    )  # fmt: skip
+    name = "slots.0.experts.global.0.up.weight"
+    found = [
+        np.allclose(strategy.state[SMALL][name], federation.answered[cid, 1][name], atol=1e-6)
+        for cid in ids
+    ]
+    assert sum(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs strategy"),
+        ({"strategy": "FedAvgg"}, "FedAvgg"),
+        ({"strategy": "pathlib.Path"}, "no strategy of Flower's Message API"),
+        ({"strategy": "FedAvg", "options": {"eta": 1}}, "does not take options"),
+    ],
+)
+def test_wrong_flower_strategies_get_one_clear_line(tmp_path, options, message):
+    config = toy_config(tmp_path)
+    config.run.compare = ["rival"]
+    spec = {"_component_": f"{HERE}.FlowerInside", **options}
+    with pytest.raises(ConfigError, match=message):
+        check_strategy("rival", spec, config)

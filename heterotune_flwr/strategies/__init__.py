@@ -8,6 +8,7 @@ from heterotune_flwr.strategies.fedit import FedIT
 from heterotune_flwr.strategies.ffa_lora import FFALoRA
 from heterotune_flwr.strategies.flexlora import FlexLoRA
 from heterotune_flwr.strategies.flora import FLoRA
+from heterotune_flwr.strategies.flower_inside import FlowerInside
 from heterotune_flwr.strategies.heterotune import HeteroTune
 from heterotune_flwr.strategies.hetlora import HETLoRA
 from heterotune_flwr.strategies.local_only import LocalOnly
@@ -24,6 +25,7 @@ __all__ = [
     "FedIT",
     "FedSB",
     "FlexLoRA",
+    "FlowerInside",
     "HETLoRA",
     "HeteroStrategy",
     "HeteroTune",
