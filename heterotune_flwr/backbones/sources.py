@@ -17,6 +17,7 @@ from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path, cache_dir
 from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.plugins import load_plugin, plugin_names
 
 #: The shipped family, smallest first.
 EMBEDDED = ("tiny-a", "tiny-b", "tiny-c")
@@ -152,6 +153,8 @@ def resolve_source(source: str, revision: str | None = None, config_only: bool =
                 f"backbone {source!r} is not here yet; run: heterotune fetch {source}"
             )
         return fetched_dir(source)
+    if source in plugin_names("backbones"):
+        return _plugin_dir(source)
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         from heterotune_flwr.backbones.conversion import converted_gguf
@@ -166,6 +169,19 @@ def resolve_source(source: str, revision: str | None = None, config_only: bool =
     if _HUB_ID.fullmatch(source):
         return _hub_dir(source, revision, config_only)
     raise unknown_backbone(source)
+
+
+def _plugin_dir(source: str) -> Path:
+    """Folder of a backbone that an installed package brings: its entry point is a function that returns it."""
+    try:
+        found = Path(load_plugin("backbones", source)())
+    except Exception as error:  # another package's code
+        raise BackboneError(f"backbone {source!r} of an installed package: {error}") from error
+    if not (found / "config.json").is_file():
+        raise BackboneError(
+            f"backbone {source!r} of an installed package: {found} has no config.json"
+        )
+    return found
 
 
 def _describe_gguf(path: Path) -> Shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,9 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
 }
 #: Those that make one direction of the types' updates; a chain has exactly one of them.
 COMBINERS = ("combine", "cagrad", "fedmgda_plus", "aligned_mtl", "ties")
+
+#: Names a user's own transform by dotted path, in the place of ``transform``.
+COMPONENT = "_component_"
 
 #: CMGA as METHOD section 4 defines it.
 DEFAULT_CHAIN: tuple[Mapping[str, Any], ...] = (
@@ -65,21 +69,46 @@ def chain(*transforms: Transform) -> Transform:
 
 def _build_one(spec: Any, position: int) -> Transform:
     where = f"entry {position} of the CMGA chain"
-    if not isinstance(spec, Mapping) or "transform" not in spec:
+    if not isinstance(spec, Mapping) or not {"transform", COMPONENT} & set(spec):
         raise ConfigError(f"{where} is {spec!r}; write `transform: <name>` and its options")
-    name = str(spec["transform"])
-    if name not in TRANSFORMS:
-        near = difflib.get_close_matches(name, TRANSFORMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TRANSFORMS)}"
-        raise ConfigError(f"{where} names the unknown transform {name!r}; {hint}")
-    options = {str(key): value for key, value in spec.items() if key != "transform"}
-    known = list(inspect.signature(TRANSFORMS[name]).parameters)
+    options = {
+        str(key): value for key, value in spec.items() if key not in ("transform", COMPONENT)
+    }
+    name, make = _named(spec, where) if "transform" in spec else _own(str(spec[COMPONENT]), where)
+    known = list(inspect.signature(make).parameters)
     for key in options:
         if key not in known:
             raise ConfigError(
                 f"{where}: {name} has no option {key!r}; it has {', '.join(known) or 'none'}"
             )
-    return TRANSFORMS[name](**options)
+    try:
+        made = make(**options)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {name}: {error}") from error
+    if not isinstance(made, Transform):
+        raise ConfigError(f"{where}: {name} returns a {type(made).__name__}, not a cmga.Transform")
+    return made
+
+
+def _named(spec: Mapping[str, Any], where: str) -> tuple[str, Callable[..., Transform]]:
+    name = str(spec["transform"])
+    if name not in TRANSFORMS:
+        near = difflib.get_close_matches(name, TRANSFORMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TRANSFORMS)}"
+        raise ConfigError(f"{where} names the unknown transform {name!r}; {hint}")
+    return name, TRANSFORMS[name]
+
+
+def _own(path: str, where: str) -> tuple[str, Callable[..., Transform]]:
+    """A user's transform by dotted path (chains are built on the server alone)."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where}: {COMPONENT} is {path!r}: {error}") from error
+    if not inspect.isfunction(found):
+        raise ConfigError(f"{where}: {COMPONENT} is {path!r}, which is no function")
+    return name, found
 
 
 def build_chain(specs: Sequence[Mapping[str, Any]]) -> Transform:
@@ -96,10 +125,11 @@ def build_chain(specs: Sequence[Mapping[str, Any]]) -> Transform:
     names = [part.name for part in parts]
     if not names or names[0] != "within_type_mean" or names.count("within_type_mean") != 1:
         raise ConfigError("the CMGA chain must begin with `within_type_mean`, named once")
-    last = names[:-1] if names[-1] == "server_opt" else names
-    if "server_opt" in last and any(name in COMBINERS for name in names):
+    last = len(names) - 1 - (names[-1] == "server_opt")
+    if "server_opt" in names[:last]:
         raise ConfigError("`server_opt` works on the combined direction: put it last, once")
-    if last[-1] not in COMBINERS or sum(name in COMBINERS for name in last) != 1:
+    combining = [index for index, name in enumerate(names) if name in COMBINERS]
+    if combining != [last] and (combining or COMPONENT not in specs[last]):
         raise ConfigError(
             f"the CMGA chain must end with one of {', '.join(COMBINERS)}, optionally then `server_opt`"
         )

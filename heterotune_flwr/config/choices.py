@@ -10,6 +10,7 @@ from typing import Any
 from heterotune_flwr.backbones.sources import AUTO, BITS
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.codecs import codec_names
 
 #: dotted key -> allowed values
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -23,7 +24,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "alignment.control": ("none", "random_down", "random_up", "random_maps", "rotated_basis"),
     "train.loss": ("auto", "labels", "tokens"),
     "train.optimizer": ("adamw", "sgd"),
-    "exchange.codec": ("bf16", "fp16", "fp32"),
 }
 #: dotted key -> smallest allowed value
 MINIMA: dict[str, float] = {
@@ -54,7 +54,7 @@ def _value(config: Config, path: str) -> Any:
 
 def check_choices(config: Config) -> None:
     """Values that types cannot express; raises ConfigError with the nearest right one."""
-    for path, allowed in CHOICES.items():
+    for path, allowed in {**CHOICES, "exchange.codec": codec_names()}.items():
         if (value := _value(config, path)) not in allowed:
             raise ConfigError(
                 f"{path} is {value!r}{nearest(str(value), allowed)} (choose from {', '.join(allowed)})"

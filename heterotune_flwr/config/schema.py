@@ -19,7 +19,8 @@ class TypeConfig:
     """One model type of a simulated federation: backbone + bits, and how many clients own it."""
 
     backbone: str = _help(
-        "embedded name (tiny-a/b/c), fetched name, local directory or hub id", "???"
+        "embedded name (tiny-a/b/c), fetched name, local directory, hub id, or an installed package's",
+        "???",
     )
     bits: str = _help("nf4 | nf4-single | int8 | bf16 | fp32 | auto (what fits memory_gb)", "bf16")
     clients: int = _help("number of clients of this type (simulation only)", 1)
@@ -34,7 +35,10 @@ class TypeConfig:
 class DataConfig:
     """Which examples, in which prompt form, split how."""
 
-    name: str = _help("embedded data set, or a free name when `train` is given", "debian_sections")
+    name: str = _help(
+        "embedded data set, one of an installed package, or a free name when `train` is given",
+        "debian_sections",
+    )
     train: str | None = _help("path of a .jsonl/.jsonl.gz/.csv file with the clients' pool", None)
     test: str | None = _help("path of the global test file", None)
     text_field: str = _help("column that fills {text} of the prompt", "text")
@@ -155,7 +159,7 @@ class TrainConfig:
 class ExchangeConfig:
     """How tensors travel."""
 
-    codec: str = _help("bf16 | fp16 | fp32", "bf16")
+    codec: str = _help("bf16 | fp16 | fp32, or one of an installed package", "bf16")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.errors import DataError
+from heterotune_flwr.plugins import load_plugin, plugin_names
 
 #: Data sets shipped with the package.
 EMBEDDED = ("debian_sections",)
@@ -114,7 +115,7 @@ def _path(data: DataConfig, part: str) -> Path:
     if data.name not in EMBEDDED:
         raise DataError(
             f"data.{part} is not set and {data.name!r} is no embedded data set "
-            f"({', '.join(EMBEDDED)}); give data.train and data.test"
+            f"({', '.join((*EMBEDDED, *plugin_names('data')))}); give data.train and data.test"
         )
     found = asset_path(f"{data.name}/{part}.jsonl.gz")
     if found is None:
@@ -137,8 +138,26 @@ def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
     return _read(path, stamp, (data.text_field, data.label_field, data.client_field))
 
 
+@functools.cache
+def _from_plugin(name: str, part: str) -> tuple[Example, ...]:
+    """Examples of a data set that an installed package brings: its entry point is a function of the part."""
+    try:
+        examples = tuple(load_plugin("data", name)(part))
+    except Exception as error:  # another package's code
+        raise DataError(f"data set {name!r} of an installed package, {part}: {error}") from error
+    if not examples or not all(isinstance(example, Example) for example in examples):
+        raise DataError(f"data set {name!r} of an installed package gives no Examples for {part}")
+    return examples
+
+
+def _is_plugin(data: DataConfig) -> bool:
+    return data.train is None and data.test is None and data.name in plugin_names("data")
+
+
 def training_pool(data: DataConfig) -> tuple[Example, ...]:
     """All examples clients can draw from (or a deployed client's own file), in file order."""
+    if _is_plugin(data):
+        return _from_plugin(data.name, "train")
     return _cached(_path(data, "train"), data)
 
 
@@ -151,9 +170,13 @@ def global_test(data: DataConfig) -> list[Example]:
         As :func:`read_examples`; also when an answer is outside the closed label set.
 
     """
-    path = _path(data, "test")
-    examples = list(_cached(path, data)[: data.global_test_examples])
-    check_labels(examples, label_set(data), str(path))
+    if _is_plugin(data):
+        where, found = f"test of {data.name}", _from_plugin(data.name, "test")
+    else:
+        path = _path(data, "test")
+        where, found = str(path), _cached(path, data)
+    examples = list(found[: data.global_test_examples])
+    check_labels(examples, label_set(data), where)
     return examples
 
 

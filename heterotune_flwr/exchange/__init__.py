@@ -1,7 +1,7 @@
 """How tensors travel and rest: packed Flower records, atomic safetensors files."""
 
+from heterotune_flwr.exchange.codecs import CODECS, Codec
 from heterotune_flwr.exchange.packing import (
-    CODECS,
     content_bytes,
     pack,
     payload_bytes,
@@ -18,6 +18,7 @@ from heterotune_flwr.exchange.storage import (
 
 __all__ = [
     "CODECS",
+    "Codec",
     "atomic_write_bytes",
     "atomic_write_text",
     "content_bytes",

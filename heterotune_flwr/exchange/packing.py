@@ -25,10 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.codecs import Codec, find_codec
 from heterotune_flwr.flower import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-
-#: codec -> dtype of its numbers on the wire
-CODECS: dict[str, str] = {"bf16": "<u2", "fp16": "<f2", "fp32": "<f4"}
 
 _DATA, _MANIFEST = "data", "manifest"
 #: A record claiming more numbers than this is refused (4 GiB in float32).
@@ -37,35 +35,24 @@ _MAX_ELEMENTS = 1 << 30
 Tensors = dict[str, NDArray[np.float32]]
 
 
-def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to bfloat16 (nearest, ties to even); NaN stays NaN, overflow becomes infinity."""
-    bits = np.ascontiguousarray(values, dtype="<f4").view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    upper = (rounded >> np.uint32(16)).astype("<u2")
-    # Adding the rounding term may carry a NaN's mantissa over into infinity or zero.
-    return np.where(np.isnan(values), np.uint16(0x7FC0), upper).astype("<u2")
+def _encode(values: NDArray[np.float32], codec: Codec) -> NDArray[Any]:
+    """Write flat numbers; a codec that does not keep its word is told here, not by the receiver."""
+    encoded = np.ascontiguousarray(codec.encode(values))
+    if encoded.dtype != np.dtype(codec.dtype) or encoded.shape != values.shape:
+        raise ExchangeError(
+            f"the codec made {encoded.dtype}{list(encoded.shape)} of {values.size} numbers, not {codec.dtype}"
+        )
+    return encoded
 
 
-def _from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def _encode(values: NDArray[np.float32], codec: str) -> NDArray[Any]:
-    if codec == "bf16":
-        return _to_bf16(values)
-    with np.errstate(over="ignore"):
-        return values.astype(CODECS[codec])
-
-
-def _decode(values: NDArray[Any], codec: str) -> NDArray[np.float32]:
-    if codec == "bf16":
-        return _from_bf16(values)
-    return values.astype(np.float32)
-
-
-def _check_codec(codec: str) -> None:
-    if codec not in CODECS:
-        raise ExchangeError(f"exchange.codec is {codec!r}; choose one of {', '.join(CODECS)}")
+def _decode(values: NDArray[Any], codec: Codec) -> NDArray[np.float32]:
+    try:
+        decoded = np.asarray(codec.decode(values), dtype=np.float32)
+    except Exception as error:  # an installed codec, and numbers from the network
+        raise ExchangeError(f"the codec cannot read what was sent: {error}") from error
+    if decoded.shape != values.shape:
+        raise ExchangeError(f"the codec made {decoded.size} numbers of {values.size}")
+    return decoded
 
 
 def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
@@ -76,7 +63,7 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
     tensors
         Name -> array of any shape; converted to float32 first. May be empty.
     codec
-        ``bf16`` | ``fp16`` | ``fp32``.
+        ``bf16`` | ``fp16`` | ``fp32``, or an installed package's (:mod:`.codecs`).
 
     Raises
     ------
@@ -84,7 +71,7 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
         The codec is unknown.
 
     """
-    _check_codec(codec)
+    writer = find_codec(codec)
     names = sorted(tensors)
     arrays = [np.asarray(tensors[name], dtype=np.float32) for name in names]
     manifest = {
@@ -96,7 +83,7 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
     text = json.dumps(manifest, separators=(",", ":")).encode()
     return ArrayRecord(
         {
-            _DATA: Array(np.ascontiguousarray(_encode(flat, codec))),
+            _DATA: Array(_encode(flat, writer)),
             _MANIFEST: Array(np.frombuffer(text, dtype=np.uint8).copy()),
         }
     )
@@ -127,7 +114,7 @@ def _manifest(record: ArrayRecord) -> tuple[str, list[tuple[str, tuple[int, ...]
         raise ExchangeError(f"the manifest of packed tensors is malformed: {error}") from error
     if not isinstance(codec, str):
         raise ExchangeError("the manifest of packed tensors names no codec")
-    _check_codec(codec)
+    find_codec(codec)
     for name, shape in shapes:
         if not isinstance(name, str) or not name:
             raise ExchangeError(f"the manifest names a tensor {name!r}; a non-empty text is needed")
@@ -149,13 +136,14 @@ def unpack(record: ArrayRecord) -> Tensors:
 
     """
     codec, shapes = _manifest(record)
-    flat = _array(record, _DATA, CODECS[codec])
+    reader = find_codec(codec)
+    flat = _array(record, _DATA, reader.dtype)
     sizes = [math.prod(shape) for _, shape in shapes]
     if sum(sizes) > _MAX_ELEMENTS or sum(sizes) != flat.size:
         raise ExchangeError(
             f"the manifest announces {sum(sizes)} numbers but {flat.size} were sent"
         )
-    decoded = _decode(flat, codec)
+    decoded = _decode(flat, reader)
     tensors: Tensors = {}
     start = 0
     for (name, shape), size in zip(shapes, sizes, strict=True):
@@ -166,13 +154,12 @@ def unpack(record: ArrayRecord) -> Tensors:
 
 def round_trip(tensors: Mapping[str, NDArray[Any]], codec: str) -> Tensors:
     """Return the tensors as the receiver will see them after ``codec``."""
-    _check_codec(codec)
-    return {
-        name: _decode(_encode(np.asarray(value, dtype=np.float32), codec), codec).reshape(
-            np.shape(value)
-        )
-        for name, value in tensors.items()
-    }
+    coder = find_codec(codec)
+    result: Tensors = {}
+    for name, value in tensors.items():
+        flat = np.asarray(value, dtype=np.float32).reshape(-1)
+        result[name] = _decode(_encode(flat, coder), coder).reshape(np.shape(value))
+    return result
 
 
 def tensor_digest(tensors: Mapping[str, NDArray[Any]]) -> str:

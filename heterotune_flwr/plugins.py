@@ -1,0 +1,46 @@
+"""What other installed packages add: data sets, backbones and codecs, found by their entry points.
+
+A package on a machine says what it brings in its own ``pyproject.toml``::
+
+    [project.entry-points."heterotune_flwr.codecs"]
+    sign = "my_package.codecs:SIGN"
+
+A configuration then names it (``exchange.codec=sign``). A name that came over the network thus chooses among what the
+owner of the machine installed; it never says what is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from heterotune_flwr.errors import ConfigError
+
+Kind = Literal["backbones", "codecs", "data"]
+
+
+def plugin_names(kind: Kind) -> tuple[str, ...]:
+    """Names of the installed plugins of a kind, sorted."""
+    return tuple(sorted(entry_points(group=f"heterotune_flwr.{kind}").names))
+
+
+@functools.cache
+def load_plugin(kind: Kind, name: str) -> Any:
+    """Import a plugin.
+
+    Raises
+    ------
+    ConfigError
+        There is none of that name, or importing it fails.
+
+    """
+    found = [e for e in entry_points(group=f"heterotune_flwr.{kind}") if e.name == name]
+    if not found:
+        raise ConfigError(f"no installed package brings {name!r} to heterotune_flwr.{kind}")
+    try:
+        return found[0].load()
+    except Exception as error:  # whatever an import may raise
+        raise ConfigError(
+            f"{name!r} of heterotune_flwr.{kind} ({found[0].value}) cannot be imported: {error}"
+        ) from error
