@@ -122,7 +122,10 @@ def test_what_is_not_installed_or_broken_gets_one_clear_line(package, tmp_path):
         ({"_component_": "my_package.clip.clop"}, "has no attribute 'clop'"),
         ({"_component_": "my_package.clip.clip", "limt": 1}, "clip has no option 'limt'"),
         ({"_component_": "my_package.clip.np"}, "which is no function"),
-        ({"_component_": "dataclasses.fields", "class_or_instance": DataConfig}, r"not a cmga\.Transform"),
+        (
+            {"_component_": "dataclasses.fields", "class_or_instance": DataConfig},
+            r"not a cmga\.Transform",
+        ),
     ],
 )
 def test_wrong_transforms_get_one_clear_line(package, spec, message):

@@ -1,0 +1,211 @@
+"""The headline table: every method that can run, tuned, on the same clients, data, rounds and steps.
+
+Suites: the embedded family with 3, 6, 12 and 48 clients (1, 2, 4, 16 per type), three real families with 3 and 6
+clients, five types (three widths at mixed bits). Every method first runs at each of its learning rates with a seed of
+its own (``SWEEP_SEED``), then at its best one with ``SEEDS``; all cells are kept in
+``benchmarks/results/headline_cells.json`` as they are done, so the command goes on where it was stopped. Methods that
+refuse a suite (dense changes beside 4-bit weights) are listed with the reason.
+
+Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
+
+    python -m benchmarks.headline --suites embedded6 --methods heterotune within_type local_only fed_sb
+
+Writes ``benchmarks/results/headline.json``, ``headline.md`` and ``headline.svg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from benchmarks.common import RESULTS, SEEDS, flower_run, machine
+from benchmarks.headline_report import write_report
+from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.strategies.build import check_strategy
+
+CELLS = RESULTS / "headline_cells.json"
+SWEEP_SEED = 9
+_TINY = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]
+_REAL = [("smollm2", "nf4"), ("gemma3-270m", "int8"), ("smollm2-pruned", "bf16")]
+_FIVE = [*_TINY, ("tiny-b", "nf4"), ("tiny-c", "bf16")]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Clients of some model types on the demonstration task."""
+
+    preset: str
+    types: Sequence[tuple[str, str]]
+    clients: int
+
+    def overrides(self) -> list[str]:
+        """Overrides that make the preset's federation this one."""
+        entries = [
+            f"{{backbone: {backbone}, bits: {bits}, clients: {self.clients}}}"
+            for backbone, bits in self.types
+        ]
+        return [f"types=[{', '.join(entries)}]", "server.evaluate_every=0"]
+
+
+SUITES = {
+    "embedded3": Suite("demo", _TINY, 1),
+    "embedded6": Suite("demo", _TINY, 2),
+    "embedded12": Suite("demo", _TINY, 4),
+    "embedded48": Suite("demo", _TINY, 16),
+    "real3": Suite("real", _REAL, 1),
+    "real3x2": Suite("real", _REAL, 2),
+    "types5": Suite("demo", _FIVE, 2),
+}
+_BANK, _LORA = (7e-4, 1e-3, 2e-3, 4e-3, 8e-3), (3e-4, 1e-3, 3e-3)
+#: Learning rates tried for every method.
+RATES: dict[str, Sequence[float]] = {
+    **dict.fromkeys(
+        ("heterotune", "mean", "within_type", "local_only", "fedprox", "fedadam"), _BANK
+    ),
+    **dict.fromkeys(
+        ("fedit", "ffa_lora", "rolora", "hetlora", "flexlora", "fedex_lora", "flora"), _LORA
+    ),
+    "fed_sb": (1e-3, 3e-3, 1e-2, 3e-2),
+    "scaffold": (0.05, 0.2, 0.5, 2.0),
+}
+
+
+def key(suite: str, method: str, rate: float, seed: int) -> str:
+    """Name of one cell."""
+    return f"{suite}|{method}|{rate:g}|{seed}"
+
+
+def read_cells() -> dict[str, Any]:
+    """All cells measured so far."""
+    cells: dict[str, Any] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
+    return cells
+
+
+def refusal(suite: Suite, method: str) -> str | None:
+    """Why a method cannot run on a suite; None where it can."""
+    config = compose(suite.preset, suite.overrides())
+    entry = yaml.safe_load((conf_root() / "strategy" / f"{method}.yaml").read_text())
+    try:
+        check_strategy(method, entry, config)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def measure(name: str, method: str, rates: Sequence[float], seed: int) -> dict[str, Any]:
+    """One real Flower simulation: a method at some learning rates, one seed; returns its cells."""
+    suite = SUITES[name]
+    preset = yaml.safe_load((conf_root() / f"{suite.preset}.yaml").read_text())
+    entry = yaml.safe_load((conf_root() / "strategy" / f"{method}.yaml").read_text())
+    strategies = {
+        f"{method}-{rate:g}": {**entry, "train": {**entry.get("train", {}), "learning_rate": rate}}
+        for rate in rates
+    }
+    preset |= {"strategies": strategies}
+    preset["run"] = {"name": name, "compare": list(strategies), "seeds": [seed]}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(preset, file)
+        file.flush()
+        results = flower_run(file.name, suite.overrides())
+    cells = {}
+    for rate, run in zip(rates, results["runs"], strict=True):
+        rows = [
+            {
+                field: row[field]
+                for field in ("client_id", "type", "global_accuracy", "personal_accuracy")
+            }
+            for row in run["clients"]
+        ]
+        cells[key(name, method, rate, seed)] = {
+            "clients": rows, "bytes": run["bytes"], "seconds": round(run["seconds"], 1),
+            "peak_memory_mb": run["peak_memory_mb"], "machine": machine(),
+        }  # fmt: skip
+    return cells
+
+
+def mean_accuracy(cell: dict[str, Any]) -> float:
+    """Mean global accuracy over the clients."""
+    rows = cell["clients"]
+    return float(sum(row["global_accuracy"] for row in rows) / len(rows))
+
+
+def best_rate(name: str, method: str, cells: dict[str, Any]) -> float | None:
+    """The best learning rate of a finished sweep."""
+    found = {rate: cells.get(key(name, method, rate, SWEEP_SEED)) for rate in RATES[method]}
+    if not all(found.values()):
+        return None
+    return max(found, key=lambda rate: mean_accuracy(found[rate]))  # type: ignore[arg-type]
+
+
+def plan(suites: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+    """Measure what is missing, cell by cell; yields a line after each."""
+    for name in suites:
+        for method in methods:
+            if refusal(SUITES[name], method):
+                continue
+            cells = read_cells()
+            missing = [r for r in RATES[method] if key(name, method, r, SWEEP_SEED) not in cells]
+            if missing:
+                yield _keep(measure(name, method, missing, SWEEP_SEED))
+            rate = best_rate(name, method, read_cells())
+            assert rate is not None
+            for seed in seeds:
+                if key(name, method, rate, seed) not in read_cells():
+                    yield _keep(measure(name, method, [rate], seed))
+
+
+def _keep(new: dict[str, Any]) -> str:
+    RESULTS.mkdir(exist_ok=True)
+    atomic_write_text(CELLS, json.dumps({**read_cells(), **new}, indent=1) + "\n")
+    return "; ".join(f"{name}: {100 * mean_accuracy(cell):.1f} %" for name, cell in new.items())
+
+
+def table(suites: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Per suite and method: the cells of its best rate, the sweep, or why it was refused."""
+    cells = read_cells()
+    found: dict[str, Any] = {}
+    for name in suites:
+        for method in RATES:
+            rate = best_rate(name, method, cells)
+            if rate is None:
+                if reason := refusal(SUITES[name], method):
+                    found.setdefault(name, {})[method] = {"refused": reason}
+                continue
+            chosen = {s: cells.get(key(name, method, rate, s)) for s in seeds}
+            if all(chosen.values()):
+                sweep = {
+                    f"{r:g}": round(100 * mean_accuracy(cells[key(name, method, r, SWEEP_SEED)]), 2)
+                    for r in RATES[method]
+                }
+                found.setdefault(name, {})[method] = {"rate": rate, "sweep": sweep, "cells": chosen}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument(
+        "--report", action="store_true", help="only write the tables of what is there"
+    )
+    args = parser.parse_args()
+    if not args.report:
+        for line in plan(args.suites, args.methods, args.seeds):
+            print(line, flush=True)
+            write_report(table(list(SUITES), args.seeds), args.seeds)
+    write_report(table(list(SUITES), args.seeds), args.seeds)
+
+
+if __name__ == "__main__":
+    main()

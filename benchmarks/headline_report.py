@@ -1,0 +1,158 @@
+"""The headline's cells as JSON, Markdown and a plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.common import RESULTS, Key, machine, mean_and_std, paired_gain, read_results
+from heterotune_flwr.exchange.storage import atomic_write_text
+
+OURS = "heterotune"
+#: The bank without CMGA is an ablation of ours, not a rival.
+NO_RIVALS = (OURS, "mean")
+
+
+def accuracies(entry: dict[str, Any], field: str = "global_accuracy") -> dict[Key, float]:
+    """(seed, type, client) -> percent."""
+    return {
+        (int(seed), row["type"], row["client_id"]): 100 * row[field]
+        for seed, cell in entry["cells"].items()
+        for row in cell["clients"]
+    }
+
+
+def summary(entry: dict[str, Any]) -> dict[str, Any]:
+    """One method on one suite: mean and spread over seeds, worst clients, per type, bytes, memory, time."""
+    found = accuracies(entry)
+    ordered = sorted(found.values())
+    seeds = sorted({key[0] for key in found})
+    by_seed = [statistics.fmean(v for k, v in found.items() if k[0] == seed) for seed in seeds]
+    mean, std = mean_and_std(by_seed)
+    counts = [cell["bytes"] for cell in entry["cells"].values()]
+    up = statistics.fmean(count["up_per_client_round"] for count in counts)
+    personal = [v for v in accuracies(entry, "personal_accuracy").values() if v is not None]
+    types = sorted({key[1] for key in found})
+    return {
+        "rate": entry["rate"],
+        "sweep": entry["sweep"],
+        "global": mean,
+        "std": std,
+        "personal": round(statistics.fmean(personal), 2),
+        "worst_tenth": round(statistics.fmean(ordered[: max(1, len(ordered) // 10)]), 2),
+        "min": round(ordered[0], 2),
+        "types": {t: round(statistics.fmean(v for k, v in found.items() if k[1] == t), 2) for t in types},
+        "bytes_up": round(up),
+        "bytes_down": round(statistics.fmean(count["down_per_client_round"] for count in counts)),
+        "bytes_one_time_up": round(statistics.fmean(count["one_time_up"] for count in counts)),
+        "percent_of_lora16": round(100 * up / counts[0]["lora16_bytes"], 3),
+        "percent_of_model": round(100 * up / counts[0]["model_bytes"], 4),
+        "peak_memory_mb": round(max(c["peak_memory_mb"] or 0 for c in entry["cells"].values()), 1),
+        "seconds": round(statistics.fmean(cell["seconds"] for cell in entry["cells"].values()), 1),
+    }  # fmt: skip
+
+
+def suite_values(methods: dict[str, Any]) -> dict[str, Any]:
+    """The flat keys of one suite."""
+    measured = {name: entry for name, entry in methods.items() if "cells" in entry}
+    values: dict[str, Any] = {"methods": {name: summary(entry) for name, entry in measured.items()}}
+    values["refused"] = {n: e["refused"] for n, e in methods.items() if "refused" in e}
+    if OURS not in measured:
+        return values
+    ours = accuracies(measured[OURS])
+    gains = {
+        name: paired_gain(ours, accuracies(entry))
+        for name, entry in measured.items()
+        if name != OURS
+    }
+    values["gains"] = gains
+    rivals = {name: values["methods"][name]["global"] for name in measured if name not in NO_RIVALS}
+    if rivals:
+        best = max(rivals, key=lambda name: rivals[name])
+        values |= {
+            "best_rival": best,
+            "gain_over_best_rival": gains[best]["gain"],
+            "ci_low": gains[best]["low"],
+            "ci_high": gains[best]["high"],
+        }
+    if "within_type" in gains:
+        values["gain_over_within_type"] = gains["within_type"]["gain"]
+        values["gain_over_within_type_ci"] = [
+            gains["within_type"]["low"],
+            gains["within_type"]["high"],
+        ]
+    percent = values["methods"][OURS]["percent_of_lora16"]
+    values["percent_fewer_bytes_than_lora16"] = round(100 - percent, 3)
+    memory = read_results("memory")
+    ratios = [memory[name] for name in memory if name.startswith("peak_ratio.")]
+    values["peak_ratio"] = (
+        max(ratios) if ratios else None
+    )  # of a step on SmolLM2, worst of all bits
+    return values
+
+
+def markdown(suites: dict[str, Any]) -> str:
+    """One table per suite."""
+    lines = [
+        "# Headline",
+        "",
+        "Written by `python -m benchmarks.headline`. Accuracy in percent; gain: HeteroTune minus the row, paired, "
+        "95 % bootstrap over (seed, type) cells; kB: up, per client-round.",
+        "",
+    ]
+    head = "method | rate | global | own tests | worst 10 % | min | gain | kB | % of LoRA r=16 | s"
+    for name, values in suites.items():
+        lines += [f"## {name}", "", f"| {head} |", "|---" * 10 + "|"]
+        ordered = sorted(values["methods"].items(), key=lambda item: -item[1]["global"])
+        for method, row in ordered:
+            gain = values.get("gains", {}).get(method)
+            shown = ""
+            if gain:
+                shown = f"{gain['gain']:+.1f} ({gain['low']:+.1f} .. {gain['high']:+.1f})"
+            cells = [
+                method, f"{row['rate']:g}", f"{row['global']:.1f} ± {row['std']:.1f}", f"{row['personal']:.1f}",
+                f"{row['worst_tenth']:.1f}", f"{row['min']:.1f}", shown, f"{row['bytes_up'] / 1e3:.1f}",
+                f"{row['percent_of_lora16']:.2f}", f"{row['seconds']:.0f}",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += [f"| {method} | refused: {why} |" for method, why in values["refused"].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(suites: dict[str, Any]) -> str:
+    """Accuracy against bytes up per client-round, one panel per suite, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    shown = {name: values for name, values in suites.items() if values["methods"]}
+    figure, axes = pyplot.subplots(
+        1, max(1, len(shown)), figsize=(4.5 * max(1, len(shown)), 3.6), squeeze=False
+    )
+    for axis, (name, values) in zip(axes[0], shown.items(), strict=False):
+        for method, row in values["methods"].items():
+            x, y = max(row["bytes_up"], 100) / 1e3, row["global"]
+            axis.errorbar(x, y, yerr=row["std"], fmt="o", color="C3" if method == OURS else "C0")
+            axis.annotate(method, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(xscale="log", xlabel="kB up per client-round", ylabel="accuracy (%)", title=name)
+    figure.tight_layout()
+    path = RESULTS / "headline.svg"
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return str(path)
+
+
+def write_report(found: dict[str, Any], seeds: Sequence[int]) -> None:
+    """Write ``headline.json``, ``headline.md`` and ``headline.svg``."""
+    suites = {name: suite_values(methods) for name, methods in found.items()}
+    suites = {name: values for name, values in suites.items() if values["methods"]}
+    if not suites:
+        return
+    head = {"command": "python -m benchmarks.headline", "machine": machine(), "seeds": list(seeds)}
+    atomic_write_text(RESULTS / "headline.json", json.dumps({**head, **suites}, indent=2) + "\n")
+    atomic_write_text(RESULTS / "headline.md", markdown(suites))
+    plot(suites)
