@@ -20,7 +20,7 @@ from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.local import batches, train_local
-from heterotune_flwr.tuning.lora import _dense
+from heterotune_flwr.tuning.lora import dense_weight
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
 
@@ -44,7 +44,7 @@ def test_a_core_sits_between_singular_vectors_of_the_layers_own_weight(directory
     assert set(adapter.shapes.values()) == {(4, 4)}
     np.testing.assert_array_equal(logits(adapter.model), bare)  # cores start at zero
     layer = backbone.model.get_submodule("model.layers.1.mlp.down_proj")
-    weight = _dense(layer.get_base_layer()).float()
+    weight = dense_weight(layer.get_base_layer()).float()
     left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
     found = layer.lora_B["default"].weight @ torch.diag(sizes[:4]) @ layer.lora_A["default"].weight
     torch.testing.assert_close(found.data, (left[:, :4] * sizes[:4]) @ right[:4], atol=2e-3, rtol=0)

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MINIMA: dict[str, float] = {
     "method.slots": 1, "method.latent": 1, "method.inner": 1, "method.experts_global": 0,
     "method.experts_type": 0, "method.experts_private": 0, "method.lora_rank": 1,
+    "method.core_rank": 0, "method.core_from": 0,
     "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
     "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
     "server.evaluate_every": 0, "alignment.count": 10, "alignment.components": 1,
@@ -37,7 +38,7 @@ MINIMA: dict[str, float] = {
 }  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
-    "train.prior_smoothing", "method.lora_alpha",
+    "train.prior_smoothing", "method.lora_alpha", "method.core_scale",
 )  # fmt: skip
 
 
@@ -79,6 +80,8 @@ def check_choices(config: Config) -> None:
         raise ConfigError(
             f"server.participation is {config.server.participation}, must be in (0, 1]"
         )
+    if config.method.core_from >= 1:
+        raise ConfigError(f"method.core_from is {config.method.core_from}, it must be below 1")
     if config.run.workers is not None and config.run.workers < 1:
         raise ConfigError(f"run.workers is {config.run.workers}, it must be at least 1 (or null)")
     method = config.method

@@ -72,6 +72,12 @@ class MethodConfig:
     experts_global: int = _help("experts shared by all clients", 3)
     experts_type: int = _help("experts shared inside a model type", 0)
     experts_private: int = _help("experts that never leave the client", 0)
+    core_rank: int = _help(
+        "rank of trained cores on the linear layers of the upper blocks, shared inside a model type; 0: none",
+        0,
+    )
+    core_from: float = _help("relative depth from which blocks have cores; 0: all of them", 0.5)
+    core_scale: float = _help("what a core's effect is multiplied with", 4.0)
     private_dropout: float = _help("probability that a batch drops the private experts", 0.3)
     activation: str = _help("silu | linear (the r x r core of Co-LoRA)", "silu")
     gate: str = _help("dense | top1 | uniform", "dense")

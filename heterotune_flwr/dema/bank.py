@@ -8,6 +8,8 @@ Names are the contract between server and client. For DeMA (our definition, docs
     slots.{k}.gate.weight                      E x r       G
     slots.{k}.gate.bias                        E           c
 
+    cores.{module}.R                           c x c       (``method.core_rank``)
+
 with ``tier`` one of ``global``, ``type``, ``private``. For LoRA, with a core or a dense change where a
 rival asks for it::
 
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 #: How the names of dense changes end.
 RESIDUAL = ".residual"
 TIERS = ("global", "type", "private")
-Tier = Literal["global", "type", "private", "gate", "lora"]
+Tier = Literal["global", "type", "private", "gate", "core", "lora"]
 
 
 class BankSizes(Protocol):
@@ -62,10 +64,10 @@ def bank_shapes(method: BankSizes, output: int) -> dict[str, tuple[int, ...]]:
 
 
 def tier_of(name: str) -> Tier:
-    """Tier of a canonical tensor name; ``gate`` and ``lora`` count as tiers of their own."""
+    """Tier of a canonical tensor name; ``gate``, ``core`` and ``lora`` count as tiers of their own."""
     parts = name.split(".")
-    if parts[0] == "lora":
-        return "lora"
+    if parts[0] in ("lora", "cores"):
+        return "lora" if parts[0] == "lora" else "core"
     if parts[0] == "slots" and len(parts) > 2:
         if parts[2] == "gate":
             return "gate"
@@ -75,7 +77,7 @@ def tier_of(name: str) -> Tier:
 
 
 def slot_of(name: str) -> int:
-    """Slot index of a canonical DeMA name; 0 for LoRA, which has no slots."""
+    """Slot index of a canonical DeMA name; 0 for LoRA and cores, which have no slots."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "slots" else 0
 

@@ -29,7 +29,7 @@ class HeteroTune(HeteroStrategy):
        optimizer, as one chain of small transforms (:mod:`heterotune_flwr.cmga`);
     4. *step*: the direction times the mean ``steps_i * lr_i`` is added to the shared bank.
 
-    What one type shares (type experts, and slots whose alignment is below the quality threshold) is
+    What one type shares (type experts, cores, and slots whose alignment is below the quality threshold) is
     averaged inside the type; private experts stay on their client. The gate goes where
     ``method.gate_scope`` says: to everybody by default.
 
@@ -64,6 +64,7 @@ class HeteroTune(HeteroStrategy):
             "global": "global",
             "gate": self.method.gate_scope,
             "type": "type",
+            "core": "type",
             "lora": "type",
             "private": "client",
         }[tier]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
@@ -25,6 +26,7 @@ from heterotune_flwr.dema.bank import RESIDUAL, slot_of
 from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.tuning.cores import attach_cores, forget_cores
 from heterotune_flwr.tuning.lora import attach_lora
 
 KINDS = ("dema", "lora")
@@ -52,6 +54,8 @@ class AttachedAdapter:
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
     lowest, frozen
         Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
+    handles
+        What takes the cores' hooks off.
     startable, blocks_give_tuples
         What :mod:`.forward` has found out about this model.
 
@@ -65,6 +69,7 @@ class AttachedAdapter:
     maps_digest: str = ""
     lowest: int = 0
     frozen: frozenset[str] = frozenset()
+    handles: Sequence[RemovableHandle] = ()
     startable: dict[int, bool] = field(default_factory=dict)
     blocks_give_tuples: bool | None = None
 
@@ -111,7 +116,7 @@ class AttachedAdapter:
     def frozen_digest(self) -> str:
         """Digest of what acts below the lowest trained slot; empty while that is the bare backbone."""
         frozen = {n: v for n, v in self.parameters.items() if slot_of(n) < self.lowest}
-        ups = [value for name, value in frozen.items() if name.endswith(".up.weight")]
+        ups = [value for name, value in frozen.items() if name.endswith((".up.weight", ".R"))]
         if not any(bool(value.any()) for value in ups):
             return ""
         return f"{self.maps_digest}:{tensor_digest({n: _numpy(v) for n, v in frozen.items()})}"
@@ -259,9 +264,18 @@ def attach(backbone: Backbone, method: MethodConfig, output: int) -> AttachedAda
         detach(backbone)
     resolved = dataclasses.replace(method, output=output)
     body = backbone.model.get_submodule(find_structure(backbone.model).body)
-    model, parameters = (_attach_dema if method.kind == "dema" else attach_lora)(backbone, resolved)
+    # Before the adapter: hooks sit on the backbone's own layers, under their own names.
+    cores, handles = attach_cores(backbone, resolved) if method.kind == "dema" else ({}, [])
+    try:
+        model, parameters = (_attach_dema if method.kind == "dema" else attach_lora)(
+            backbone, resolved
+        )
+    except BaseException:
+        _remove(handles)
+        raise
     model.eval()
-    adapter = AttachedAdapter(backbone, resolved, model, parameters, body)
+    parameters |= cores
+    adapter = AttachedAdapter(backbone, resolved, model, parameters, body, handles=handles)
     _attached[backbone] = adapter
     return adapter
 
@@ -271,6 +285,7 @@ def detach(backbone: Backbone) -> None:
     current = _attached.pop(backbone, None)
     if current is None:
         return
+    _remove(current.handles)
     current.model.unload()
     model = backbone.model
     if hasattr(model, "peft_config"):
@@ -279,10 +294,16 @@ def detach(backbone: Backbone) -> None:
     model.eval()
 
 
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 def detach_all() -> None:
     """Take every adapter off (before the backbones are forgotten)."""
     for backbone in list(_attached):
         detach(backbone)
+    forget_cores()
 
 
 def _attach_dema(backbone: Backbone, method: MethodConfig) -> tuple[Any, dict[str, nn.Parameter]]:

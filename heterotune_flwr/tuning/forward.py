@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from heterotune_flwr.dema.structure import find_structure, slot_blocks
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.cores import first_core_block
 from heterotune_flwr.tuning.task import EncodedSet
 
 log = logging.getLogger(__name__)
@@ -59,16 +60,16 @@ def blocks_of(adapter: AttachedAdapter) -> nn.ModuleList:
 
 
 def first_block(adapter: AttachedAdapter) -> int | None:
-    """Index of the block that holds the lowest trained slot; None for the last slot alone (after all blocks).
+    """Index of the lowest block with something trained; None for the last slot alone (after all blocks).
 
     0 for LoRA, whose lowest layers are in the first block.
     """
     if adapter.kind != "dema":
         return 0
-    slots = adapter.method.slots
-    if adapter.lowest == slots - 1:
-        return None
-    return slot_blocks(slots, adapter.backbone.layers)[adapter.lowest]
+    slots, layers = adapter.method.slots, adapter.backbone.layers
+    block = None if adapter.lowest == slots - 1 else slot_blocks(slots, layers)[adapter.lowest]
+    core = first_core_block(adapter.method, layers) if adapter.lowest == 0 else None
+    return min((b for b in (block, core) if b is not None), default=None)
 
 
 def _padded(adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]) -> list[Tensor]:

@@ -64,8 +64,8 @@ class _Core(nn.Linear):
 
 def _add_core(layer: Any, rank: int) -> nn.Parameter:
     """Freeze the layer's LoRA factors at its weight's singular vectors, with a core of zeros between them."""
-    weight = _dense(layer.get_base_layer()).to(torch.float32)
-    left, right = _singular_vectors(weight, rank)
+    weight = dense_weight(layer.get_base_layer()).to(torch.float32)
+    left, right = singular_vectors(weight, rank)
     down, up = layer.lora_A["default"], layer.lora_B["default"]
     with torch.no_grad():
         down.weight.copy_(right)
@@ -78,7 +78,7 @@ def _add_core(layer: Any, rank: int) -> nn.Parameter:
     return core
 
 
-def _singular_vectors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def singular_vectors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading left (out x rank) and right (rank x in) singular vectors; zeros beyond the weight's rank.
 
     Exact for small layers, a randomised method with a fixed seed for large ones; signs are fixed too, so that every
@@ -102,7 +102,7 @@ def _singular_vectors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left, right.T.contiguous()
 
 
-def _dense(layer: Any) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:
     """A linear layer's weight as ordinary numbers, whatever its quantization; out x in."""
     weight = layer.weight
     if hasattr(weight, "quant_state"):
