@@ -8,7 +8,7 @@ DeMA layer, optimizer and clipping (tests/test_alignment_probe.py compares them)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,9 +200,12 @@ def aggregate(
 def federate(
     tasks: list[LatentTask], targets: tuple[Tensor, Tensor], shares: list[list[int]],
     clients: int, seeds: list[int], method: MethodConfig, schedule: Schedule,
-    sharings: tuple[str, ...] = SHARINGS,
+    sharings: tuple[str, ...] = SHARINGS, guests: Sequence[LatentTask] = (),
 ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
     """Accuracy (sharing -> rates x seeds x clients, percent) on the global test after the last round.
+
+    ``guests`` are backbones that take no part: ``guests`` -> rates x seeds x guests is what they reach with the bank
+    that is shared across types, and their own maps.
 
     Client ``i`` of a run is of type ``i mod len(tasks)``, as in the product's simulation. Clients see the
     same batches whatever is shared and however fast they learn: differences are paired.
@@ -248,7 +251,20 @@ def federate(
         bank = aggregate(start, bank, groups, schedule, scale)
     found = _accuracies(bank, tasks, types, effect, targets[1])
     parts = found.reshape(len(kinds), clones, len(seeds), clients)
-    return dict(zip(sharings, parts, strict=True))
+    result = dict(zip(sharings, parts, strict=True))
+    if guests:
+        first = torch.arange(clones * len(seeds)) * clients + sharings.index("across") * each
+        shared = {key: value[first] for key, value in bank.items()}
+        columns = [_guest(shared, guest, targets[1]) for guest in guests]
+        result["guests"] = np.stack(columns, axis=1).reshape(clones, len(seeds), len(guests))
+    return result
+
+
+def _guest(bank: Mapping[str, Tensor], task: LatentTask, wanted: Tensor) -> NDArray[np.float64]:
+    """Accuracy of a backbone with each of some banks (percent)."""
+    count = len(bank["down"])
+    effect = task.effect.T[None].repeat(count, 1, 1)
+    return _accuracies(bank, [task], torch.zeros(count, dtype=torch.long), effect, wanted)
 
 
 def _log_priors(wanted: Tensor, labels: int, schedule: Schedule) -> Tensor:

@@ -1,0 +1,82 @@
+"""Zero-shot transfer: the bank that some model types trained, in a backbone that never took part.
+
+In the laboratory (:mod:`.alignment_probe`: frozen last-slot states, the product's arithmetic). Every type in turn stays
+out: the others train the shared bank, the one left out only computes its maps from public texts. Its share of its own
+federated gain is ``(zero-shot - bare) / (taking part - bare)``, all at the learning rate that is best for those who
+train.
+
+Run: ``python -m benchmarks.zero_shot`` (minutes per backbone once, for the states; then a minute per family).
+Writes ``benchmarks/results/zero_shot.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.alignment_probe import ALIGNMENT, FAMILIES, FIRST_SEED, METHOD, SCHEDULE, Laboratory
+from benchmarks.common import write_results
+from benchmarks.probe_federation import draw_clients, federate, zero_shot
+from benchmarks.probe_states import load_task, load_type
+from heterotune_flwr.backbones.sources import is_present
+
+
+def leave_out(lab: Laboratory, out: int, clients: int, seeds: list[int]) -> dict[str, float]:
+    """Accuracies of one type: bare, with the others' bank, and taking part (means over seeds, percent)."""
+    tasks = lab.latent_tasks(lab.types, lab.align(lab.types, ALIGNMENT, METHOD))
+    found: dict[str, float] = {"bare": zero_shot([tasks[out]], lab.targets[1])[0]}
+    others = [task for index, task in enumerate(tasks) if index != out]
+    for name, members, guests in (
+        ("zero_shot", others, [tasks[out]]),
+        ("takes_part", [*others, tasks[out]], []),
+    ):
+        total = clients * len(members)
+        shares = draw_clients(lab.task.data, total, seeds, lab.index)
+        results = federate(
+            members, lab.targets, shares, total, seeds, METHOD, SCHEDULE, ("across",), guests
+        )
+        rate = int(results["across"].mean(axis=(1, 2)).argmax())
+        reached = (
+            results["guests"][rate]
+            if guests
+            else results["across"][rate][:, len(others) :: len(members)]
+        )
+        found[name] = float(reached.mean())
+        found[f"{name}.se"] = float(reached.mean(axis=1).std(ddof=1) / np.sqrt(len(seeds)))
+    gain = found["takes_part"] - found["bare"]
+    found["share_of_own_gain"] = (found["zero_shot"] - found["bare"]) / gain
+    return {
+        key: round(value, 3 if key == "share_of_own_gain" else 2) for key, value in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=["tiny", "real"])
+    parser.add_argument("--clients", type=int, default=4, help="per type")
+    parser.add_argument("--seeds", type=int, default=6)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = list(range(FIRST_SEED, FIRST_SEED + args.seeds))
+    task = load_task()
+    values: dict[str, Any] = {"seeds": seeds, "clients_per_type": args.clients}
+    shares: dict[str, float] = {}
+    for family in args.families:
+        here = [name for name in FAMILIES[family] if is_present(name)]
+        if len(here) < 2:
+            print(f"{family}: fewer than two of its backbones are on this machine", flush=True)
+            continue
+        lab = Laboratory(task, [load_type(name, task) for name in here])
+        rows = {name: leave_out(lab, i, args.clients, seeds) for i, name in enumerate(here)}
+        values[family] = rows
+        mean = float(np.mean([row["share_of_own_gain"] for row in rows.values()]))
+        shares[f"share_of_own_gain.{family}"] = round(mean, 3)
+        print(family, rows, flush=True)
+        write_results("zero_shot", {**values, **shares, "share_of_own_gain": min(shares.values())})
+
+
+if __name__ == "__main__":
+    main()
