@@ -47,7 +47,18 @@ FAMILIES = {
     "real": ("smollm2", "gemma3-270m"),
     "real_three": ("smollm2", "gemma3-270m", "smollm2-pruned"),
     "tiny": EMBEDDED,
+    "tiny_five": (*EMBEDDED, "tiny-b@nf4", "tiny-c@int8"),
 }
+
+
+def present(family: str) -> list[str]:
+    """Members of a family that are on this machine; the others are named."""
+    here = [name for name in FAMILIES[family] if is_present(name.partition("@")[0])]
+    if left_out := sorted(set(FAMILIES[family]) - set(here)):
+        print(f"{family}: not on this machine, left out: {', '.join(left_out)}", flush=True)
+    return here
+
+
 CONTROLS = ("random_down", "random_up", "random_maps", "rotated_basis")
 LABELLED = 600
 #: Not those on which the settings were chosen (0 to 9).
@@ -324,7 +335,9 @@ def run_family(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
+    parser.add_argument(
+        "--families", nargs="+", choices=sorted(FAMILIES), default=["real", "real_three", "tiny"]
+    )
     parser.add_argument("--tables", nargs="+", choices=["readout", "federated"],
                         default=["readout", "federated"])  # fmt: skip
     parser.add_argument("--seeds", type=int, default=6, help="number of seeds")
@@ -337,10 +350,8 @@ def main() -> None:
     task = load_task()
     values: dict[str, Any] = {}
     for family in args.families:
-        here = [name for name in FAMILIES[family] if is_present(name)]
+        here = present(family)
         left_out = sorted(set(FAMILIES[family]) - set(here))
-        if left_out:
-            print(f"{family}: not on this machine, left out: {', '.join(left_out)}", flush=True)
         if len(here) < 2:
             continue
         settings = {

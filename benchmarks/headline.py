@@ -73,6 +73,7 @@ RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(
         ("fedit", "ffa_lora", "rolora", "hetlora", "flexlora", "fedex_lora", "flora"), _LORA
     ),
+    "co_lora": (1e-3, 2e-3, 4e-3),
     "fed_sb": (1e-3, 3e-3, 1e-2, 3e-2),
     "scaffold": (0.05, 0.2, 0.5, 2.0),
 }

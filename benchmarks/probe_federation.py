@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.probe_chain import CHAINS, ChainServers, Clients
 from heterotune_flwr.config.schema import DataConfig, MethodConfig
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
@@ -50,7 +51,7 @@ class Schedule:
     clip: float = 1.0
     adjustment: float = 1.0  # share of the client's own log label frequencies the loss discounts
     smoothing: float = 0.1
-    rule: str = "mean"  # mean | equalised
+    rule: str = "mean"  # mean | equalised | the name of a chain in probe_chain
     gate_scope: str = "global"  # global | type | client
 
 
@@ -197,15 +198,48 @@ def aggregate(
     return {key: start[key] + (mean | gates)[key] for key in end}
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """What goes wrong in the clients of one type (its index), in training alone.
+
+    ``shuffled``: labels in random order; ``wrong``: every label replaced by the next one; ``loud``: updates ten times
+    as long.
+    """
+
+    kind: str
+    type_index: int
+
+    def labels(self, wanted: Tensor, types: Tensor, count: int) -> Tensor:
+        """The labels clients train on (N x P)."""
+        if self.kind == "loud":
+            return wanted
+        changed = (wanted + 1) % count
+        if self.kind == "shuffled":
+            order = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(1)).argsort(1)
+            changed = wanted.gather(1, order)
+        return torch.where((types == self.type_index)[:, None], changed, wanted)
+
+    def updates(
+        self, start: Mapping[str, Tensor], end: dict[str, Tensor], types: Tensor
+    ) -> dict[str, Tensor]:
+        """What clients send."""
+        if self.kind != "loud":
+            return end
+        factor = torch.where(types == self.type_index, 10.0, 1.0)
+        longer = _scaled({k: end[k] - start[k] for k in end}, factor)
+        return {key: start[key] + longer[key] for key in end}
+
+
 def federate(
     tasks: list[LatentTask], targets: tuple[Tensor, Tensor], shares: list[list[int]],
     clients: int, seeds: list[int], method: MethodConfig, schedule: Schedule,
     sharings: tuple[str, ...] = SHARINGS, guests: Sequence[LatentTask] = (),
+    trouble: Trouble | None = None,
 ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
     """Accuracy (sharing -> rates x seeds x clients, percent) on the global test after the last round.
 
     ``guests`` are backbones that take no part: ``guests`` -> rates x seeds x guests is what they reach with the bank
-    that is shared across types, and their own maps.
+    that is shared across types, and their own maps. ``trouble`` strikes one type.
 
     Client ``i`` of a run is of type ``i mod len(tasks)``, as in the product's simulation. Clients see the
     same batches whatever is shared and however fast they learn: differences are paired.
@@ -225,6 +259,8 @@ def federate(
     z = torch.stack([tasks[types[i]].pool_z[chosen[i]] for i in range(total)])
     logits = torch.stack([tasks[types[i]].pool_logits[chosen[i]] for i in range(total)])
     wanted = targets[0][chosen]
+    if trouble is not None:
+        wanted = trouble.labels(wanted, types, logits.shape[-1])
     logits = logits + _log_priors(wanted, logits.shape[-1], schedule)[:, None]
     effect = torch.stack([tasks[t].effect for t in types.tolist()]).transpose(1, 2)
     firsts = [initial_bank(method, tasks[0].effect.shape[1], seed) for seed in seeds]
@@ -232,6 +268,7 @@ def federate(
     rng = torch.Generator().manual_seed(0)
     rows = torch.arange(total)[:, None]
     size, scale = min(schedule.batch, chosen.shape[1]), {}
+    servers = ChainServers(schedule.rule) if schedule.rule in CHAINS else ChainServers("mean chain")
     for _ in range(schedule.rounds):
         start = {key: value.clone() for key, value in bank.items()}
         adam = Adam(bank, schedule, rate)
@@ -248,7 +285,15 @@ def federate(
             grads = torch.autograd.grad(losses / size, list(leaves.values()))
             bank = {key: value.detach() for key, value in bank.items()}
             adam.step(bank, dict(zip(bank, grads, strict=True)))
-        bank = aggregate(start, bank, groups, schedule, scale)
+        if trouble is not None:
+            bank = trouble.updates(start, bank, types)
+        if schedule.rule in CHAINS:
+            across = torch.tensor(kinds).repeat_interleave(each) == SHARINGS.index("across")
+            plain = aggregate(start, bank, groups, schedule, scale)
+            length = rate * schedule.steps
+            bank = servers.step(start, bank, plain, Clients(across, runs, types, length))
+        else:
+            bank = aggregate(start, bank, groups, schedule, scale)
     found = _accuracies(bank, tasks, types, effect, targets[1])
     parts = found.reshape(len(kinds), clones, len(seeds), clients)
     result = dict(zip(sharings, parts, strict=True))

@@ -17,10 +17,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.alignment_probe import ALIGNMENT, FAMILIES, FIRST_SEED, METHOD, SCHEDULE, Laboratory
+from benchmarks.alignment_probe import (
+    ALIGNMENT,
+    FAMILIES,
+    FIRST_SEED,
+    METHOD,
+    SCHEDULE,
+    Laboratory,
+    present,
+)
 from benchmarks.common import write_results
 from benchmarks.probe_states import load_task, load_type
-from heterotune_flwr.backbones.sources import is_present
 
 CLIENTS = (1, 2, 4, 8)
 EXAMPLES = (16, 32, 96, 256, 512)
@@ -37,11 +44,14 @@ def points(types: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
         yield f"Dirichlet {alpha:g}", types, 2, {"alpha": alpha}
     for kinds in range(2, types + 1):
         yield f"{kinds} types", kinds, 2, {}
+        yield f"{kinds} types, 1 client each", kinds, 1, {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=["tiny", "real"])
+    parser.add_argument(
+        "--families", nargs="+", choices=sorted(FAMILIES), default=["tiny_five", "real"]
+    )
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -49,9 +59,8 @@ def main() -> None:
     task = load_task()
     values: dict[str, Any] = {"seeds": seeds}
     for family in args.families:
-        here = [name for name in FAMILIES[family] if is_present(name)]
+        here = present(family)
         if len(here) < 2:
-            print(f"{family}: fewer than two of its backbones are on this machine", flush=True)
             continue
         lab = Laboratory(task, [load_type(name, task) for name in here])
         table = values.setdefault(family, {})

@@ -17,11 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.alignment_probe import ALIGNMENT, FAMILIES, FIRST_SEED, METHOD, SCHEDULE, Laboratory
+from benchmarks.alignment_probe import (
+    ALIGNMENT,
+    FAMILIES,
+    FIRST_SEED,
+    METHOD,
+    SCHEDULE,
+    Laboratory,
+    present,
+)
 from benchmarks.common import write_results
 from benchmarks.probe_federation import draw_clients, federate, zero_shot
 from benchmarks.probe_states import load_task, load_type
-from heterotune_flwr.backbones.sources import is_present
 
 
 def leave_out(lab: Laboratory, out: int, clients: int, seeds: list[int]) -> dict[str, float]:
@@ -65,9 +72,8 @@ def main() -> None:
     values: dict[str, Any] = {"seeds": seeds, "clients_per_type": args.clients}
     shares: dict[str, float] = {}
     for family in args.families:
-        here = [name for name in FAMILIES[family] if is_present(name)]
+        here = present(family)
         if len(here) < 2:
-            print(f"{family}: fewer than two of its backbones are on this machine", flush=True)
             continue
         lab = Laboratory(task, [load_type(name, task) for name in here])
         rows = {name: leave_out(lab, i, args.clients, seeds) for i, name in enumerate(here)}
