@@ -152,7 +152,8 @@ def run(world, name, rounds=2, overrides=""):  # noqa: F811
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (conf_root() / "strategy").glob("*.yaml")))
 def test_every_shipped_strategy_runs_and_moves_what_it_shares(world, name):  # noqa: F811
-    few = "strategies.co_lora.method.slots=2" if name == "co_lora" else ""  # of 3 blocks
+    small = "slots=2", "latent=8", "inner=4"  # 3 blocks of width 8
+    few = " ".join(f"strategies.co_lora.method.{x}" for x in small if name == "co_lora")
     strategy = run(world, name, overrides=f"train.batch_size=2 {few}")
     assert len(strategy.outcome.rows) == 4
     for group, tensors in strategy.state.items():

@@ -189,7 +189,8 @@ import json, sys
 sys.path.insert(0, {tests!r})
 from client_app.app import app
 from heterotune_flwr.config.schema import MethodConfig
-from heterotune_flwr.federation.protocol import DESCRIBE, DescribeReply, DescribeRequest, Header
+from heterotune_flwr.federation.protocol import DESCRIBE, Header
+from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.flower import Context, Message, RecordDict, identify_process
 identify_process()
 context = Context(run_id=5, node_id=77, node_config=json.loads({config!r}), state=RecordDict(),
