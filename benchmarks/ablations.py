@@ -60,7 +60,9 @@ def row(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=["tiny", "real"])
+    parser.add_argument(
+        "--families", nargs="+", choices=sorted(FAMILIES), default=["tiny", "real_mixed"]
+    )
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -46,6 +46,7 @@ from heterotune_flwr.dema.maps import AlignmentResult, compute_maps
 FAMILIES = {
     "real": ("smollm2", "gemma3-270m"),
     "real_three": ("smollm2", "gemma3-270m", "smollm2-pruned"),
+    "real_mixed": ("smollm2@nf4", "gemma3-270m@int8", "smollm2-pruned"),
     "tiny": EMBEDDED,
     "tiny_five": (*EMBEDDED, "tiny-b@nf4", "tiny-c@int8"),
 }

@@ -45,6 +45,8 @@ class Suite:
     preset: str
     types: Sequence[tuple[str, str]]
     clients: int
+    rounds: int = 10
+    method: Sequence[str] = ()
 
     def overrides(self) -> list[str]:
         """Overrides that make the preset's federation this one."""
@@ -52,29 +54,35 @@ class Suite:
             f"{{backbone: {backbone}, bits: {bits}, clients: {self.clients}}}"
             for backbone, bits in self.types
         ]
-        return [f"types=[{', '.join(entries)}]", "server.evaluate_every=0"]
+        return [
+            f"types=[{', '.join(entries)}]", "server.evaluate_every=0", f"server.rounds={self.rounds}",
+            *self.method,
+        ]  # fmt: skip
 
 
+#: Bank and cores (conf/method/dema_cores.yaml); where a step of half a real backbone takes seconds, the bank alone.
+_DEEP = ("method.core_rank=16", "method.core_from=0.5")
 SUITES = {
-    "embedded3": Suite("demo", _TINY, 1),
-    "embedded6": Suite("demo", _TINY, 2),
-    "embedded12": Suite("demo", _TINY, 4),
-    "embedded48": Suite("demo", _TINY, 16),
+    "embedded3": Suite("demo", _TINY, 1, method=_DEEP),
+    "embedded6": Suite("demo", _TINY, 2, method=_DEEP),
+    "embedded12": Suite("demo", _TINY, 4, method=_DEEP),
+    "embedded48": Suite("demo", _TINY, 16, method=_DEEP),
     "real3": Suite("real", _REAL, 1),
     "real3x2": Suite("real", _REAL, 2),
-    "types5": Suite("demo", _FIVE, 2),
+    "types5": Suite("demo", _FIVE, 2, method=_DEEP),
 }
-_BANK, _LORA = (7e-4, 1e-3, 2e-3, 4e-3, 8e-3), (3e-4, 1e-3, 3e-3)
+_BANK, _LORA = (1e-3, 4e-3), (3e-4, 1e-3)
 #: Learning rates tried for every method.
 RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(
         ("heterotune", "mean", "within_type", "local_only", "fedprox", "fedadam"), _BANK
     ),
     **dict.fromkeys(
-        ("fedit", "ffa_lora", "rolora", "hetlora", "flexlora", "fedex_lora", "flora"), _LORA
+        ("fedit", "fedmkt", "ffa_lora", "rolora", "hetlora", "flexlora", "fedex_lora", "flora"),
+        _LORA,
     ),
     "co_lora": (1e-3, 2e-3, 4e-3),
-    "fed_sb": (1e-3, 3e-3, 1e-2, 3e-2),
+    "fed_sb": (3e-3, 1e-2),
     "scaffold": (0.05, 0.2, 0.5, 2.0),
 }
 

@@ -50,7 +50,7 @@ def points(types: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--families", nargs="+", choices=sorted(FAMILIES), default=["tiny_five", "real"]
+        "--families", nargs="+", choices=sorted(FAMILIES), default=["tiny_five", "real_mixed"]
     )
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()

@@ -62,7 +62,9 @@ def leave_out(lab: Laboratory, out: int, clients: int, seeds: list[int]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=["tiny", "real"])
+    parser.add_argument(
+        "--families", nargs="+", choices=sorted(FAMILIES), default=["tiny", "real_mixed"]
+    )
     parser.add_argument("--clients", type=int, default=4, help="per type")
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 
 SHIPPED = ("debian-other", "wordnet")
@@ -68,6 +69,15 @@ def load_anchors(alignment: AlignmentConfig) -> list[str]:
 def anchor_digest(texts: Sequence[str]) -> str:
     """Identity of an anchor list (hex)."""
     return hashlib.sha256("\x00".join(texts).encode()).hexdigest()
+
+
+def round_anchors(pool: int, count: int, seed: int, round: int) -> list[int]:
+    """Indices of the ``count`` anchors, out of the first ``pool``, that a round's predictions are about.
+
+    A function of the run's seed and the round, so that server and clients agree without a message.
+    """
+    drawn = generator(seed, f"consensus.{round}").choice(pool, size=min(count, pool), replace=False)
+    return [int(index) for index in drawn]
 
 
 def public_words(texts: Sequence[str], count: int) -> list[str]:

@@ -65,6 +65,17 @@ CODECS: dict[str, Codec] = {
 }
 
 
+def _to_unit8(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.asarray(np.rint(255.0 * np.clip(np.nan_to_num(values), 0.0, 1.0)), dtype=np.uint8)
+
+
+#: For numbers from 0 to 1 alone, so no choice for ``exchange.codec``: what predictions travel as.
+UNIT8 = "unit8"
+_SPECIAL = {
+    UNIT8: Codec("|u1", _to_unit8, lambda values: values.astype(np.float32) / np.float32(255.0))
+}
+
+
 def codec_names() -> tuple[str, ...]:
     """Shipped codecs, then those of installed packages."""
     return (*CODECS, *(name for name in plugin_names("codecs") if name not in CODECS))
@@ -79,8 +90,8 @@ def find_codec(name: str) -> Codec:
         There is none of that name, or an installed package's is no codec.
 
     """
-    if name in CODECS:
-        return CODECS[name]
+    if name in CODECS or name in _SPECIAL:
+        return CODECS[name] if name in CODECS else _SPECIAL[name]
     if name not in plugin_names("codecs"):
         raise ExchangeError(f"exchange.codec is {name!r}; choose one of {', '.join(codec_names())}")
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,11 +20,14 @@ from torch import Tensor
 
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import Config, MethodConfig
+from heterotune_flwr.config.schema import AlignmentConfig, Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import Example, global_test, label_set
+from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.dema.bank import generator, initial_tensors
-from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.errors import ConfigError, HeteroTuneError
+from heterotune_flwr.federation.consensus import Lesson
+from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
     ALIGN,
@@ -55,18 +57,17 @@ from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.controls import ClientControls
+from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
 from heterotune_flwr.tuning.local import TrainReport, train_local
 from heterotune_flwr.tuning.slots import lowest_slot
-from heterotune_flwr.tuning.states import make_rows
-from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
+from heterotune_flwr.tuning.states import Rows, make_rows
+from heterotune_flwr.tuning.task import EncodedSet, Task
 
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, NDArray[np.float32]]
 Handler = Callable[[Message, Context], RecordDict]
-
-_ENCODED_SETS = 1024
 
 
 @functools.lru_cache(maxsize=16)
@@ -74,40 +75,9 @@ def _composed(config: str, overrides: str, trusted: bool) -> Config:
     return compose(config, overrides, trusted)
 
 
-class _Encodings:
-    """Token ids by what they were made from; explicit per-process cache of frozen things."""
-
-    def __init__(self) -> None:
-        self._tasks: dict[tuple[str, ...], Task] = {}
-        self._sets: OrderedDict[tuple[str, ...], EncodedSet] = OrderedDict()
-
-    def task(self, backbone: Backbone, identity: Identity, config: Config) -> Task:
-        """Task of a run on a backbone."""
-        labels = label_set(identity.data)
-        key = (
-            str(id(backbone)),  # a task keeps its backbone alive, so the id cannot be reused
-            repr(identity.data),
-            repr(labels),
-            config.train.loss,
-        )
-        if key not in self._tasks:
-            self._tasks[key] = make_task(backbone, identity.data, labels, config.train)
-        return self._tasks[key]
-
-    def encoded(
-        self, task: Task, key: tuple[str, ...], examples: Callable[[], list[Example]]
-    ) -> EncodedSet:
-        """Token ids of the examples that ``key`` identifies."""
-        full = (str(id(task)), *key)
-        if full not in self._sets:
-            self._sets[full] = task.encode(examples())
-            while len(self._sets) > _ENCODED_SETS:
-                self._sets.popitem(last=False)
-        self._sets.move_to_end(full)
-        return self._sets[full]
-
-
-_encodings = _Encodings()
+@functools.lru_cache(maxsize=2)
+def _anchor_texts(anchors: str, count: int) -> list[str]:
+    return load_anchors(AlignmentConfig(anchors=anchors, count=count))
 
 
 @dataclass(frozen=True)
@@ -147,17 +117,40 @@ class Client:
 
     def task(self) -> Task:
         """Loss of this run on this backbone."""
-        return _encodings.task(self.backbone, self.identity, self.config)
+        return encodings.task(self.backbone, self.identity, self.config)
 
     def encoded(self, part: str, seed: int) -> EncodedSet:
         """Token ids of ``train``, ``personal`` or ``global`` examples."""
         task = self.task()
         if part == "global":
-            return _encodings.encoded(task, ("global",), lambda: global_test(self.identity.data))
+            return encodings.encoded(task, ("global",), lambda: global_test(self.identity.data))
         key = (part, self.client_id, repr(self.identity.partition), str(seed))
         if part == "train":
-            return _encodings.encoded(task, key, lambda: self.data(seed).train)
-        return _encodings.encoded(task, key, lambda: self.data(seed).personal_test)
+            return encodings.encoded(task, key, lambda: self.data(seed).train)
+        return encodings.encoded(task, key, lambda: self.data(seed).personal_test)
+
+    def anchors(self, lesson: Lesson) -> EncodedSet:
+        """Token ids of the anchors of a lesson.
+
+        Raises
+        ------
+        ConfigError
+            This client reads other anchors than the server.
+
+        """
+        alignment = replace(self.identity.alignment(self.config), count=lesson.pool)
+        texts = _anchor_texts(alignment.anchors, alignment.count)
+        if anchor_digest(texts) != lesson.digest:
+            raise ConfigError(
+                f"the anchors {alignment.anchors} here are not those of the server; they must be the same texts "
+                "in the same order"
+            )
+        task = self.task()
+        assert task.labels is not None
+        unknown = task.labels[0]  # an anchor has no label; encoding wants one
+        return encodings.encoded(
+            task, ("anchors", lesson.digest), lambda: [Example(text, unknown) for text in texts]
+        )
 
     def prior(self, seed: int) -> Tensor | None:
         """Log label frequencies of the training examples; they never leave the client."""
@@ -246,6 +239,7 @@ def train(message: Message, context: Context) -> RecordDict:
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
+    anchors = _anchor_rows(client, adapter, request.lesson)
     report = train_local(
         adapter,
         client.task(),
@@ -257,6 +251,7 @@ def train(message: Message, context: Context) -> RecordDict:
         prior=client.prior(header.seed),
         memory_gb=client.identity.memory_gb,
         corrections=controls.corrections,
+        distillation=_distillation(request, anchors, adapter.backbone.device),
     )
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}
@@ -272,8 +267,40 @@ def train(message: Message, context: Context) -> RecordDict:
         maps_digest=request.maps_digest,
         deltas=deltas,
         metrics=_train_metrics(report, request.learning_rate),
+        predictions=_predictions(client, request, anchors),
     )
     return reply.to_content(config.exchange.codec)
+
+
+def _anchor_rows(client: Client, adapter: AttachedAdapter, lesson: Lesson | None) -> Rows | None:
+    if lesson is None:
+        return None
+    if client.task().kind != "labels":
+        raise ConfigError(
+            "predictions on anchors need a closed label set (data.labels, train.loss)"
+        )
+    return make_rows(adapter, client.anchors(lesson), client.config.train.cache_states)
+
+
+def _distillation(
+    request: TrainRequest, anchors: Rows | None, device: torch.device
+) -> Distillation | None:
+    lesson, header = request.lesson, request.header
+    if anchors is None or lesson is None or lesson.targets is None or not lesson.weight:
+        return None
+    chosen = round_anchors(lesson.pool, lesson.count, header.seed, header.round)
+    return Distillation(anchors, chosen, torch.from_numpy(lesson.targets).to(device), lesson.weight)
+
+
+def _predictions(
+    client: Client, request: TrainRequest, anchors: Rows | None
+) -> NDArray[np.float32] | None:
+    """What this client's model, as it now is, says of the next round's anchors."""
+    if anchors is None or request.lesson is None:
+        return None
+    lesson, header = request.lesson, request.header
+    chosen = round_anchors(lesson.pool, lesson.count, header.seed, header.round + 1)
+    return predict(client.task(), anchors, chosen)
 
 
 def evaluate_client(message: Message, context: Context) -> RecordDict:

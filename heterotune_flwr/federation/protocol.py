@@ -27,6 +27,7 @@ from typing import Any
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.federation.consensus import Array, Lesson, add_predictions, read_predictions
 from heterotune_flwr.federation.wire import (
     CONFIG,
     CONTROLS,
@@ -158,6 +159,7 @@ class TrainRequest:
     proximal: float = 0.0
     frozen: list[str] = field(default_factory=list)
     controls: Tensors | None = None
+    lesson: Lesson | None = None
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
@@ -165,9 +167,12 @@ class TrainRequest:
             "maps_digest", "expected", "local_steps", "learning_rate", "optimizer", "proximal", "frozen",
         ]  # fmt: skip
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
+        config = ConfigRecord({**self.header.to_config(), **fields})
+        content = RecordDict({CONFIG: config})
         if self.controls is not None:
             content[CONTROLS] = pack(self.controls, codec)
+        if self.lesson is not None:
+            self.lesson.add_to(content, config)
         return add_tensors(content, self.tensors, self.maps, codec)
 
     @classmethod
@@ -186,6 +191,7 @@ class TrainRequest:
             proximal=read_field(record, "proximal", float),
             frozen=read_texts(record, "frozen"),
             controls=read_tensors(content, CONTROLS),
+            lesson=Lesson.read(content, record),
         )
 
 
@@ -195,7 +201,7 @@ class TrainReply:
 
     ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
     ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
-    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``.
+    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson.
     """
 
     client_id: str
@@ -204,6 +210,7 @@ class TrainReply:
     maps_digest: str
     deltas: Tensors
     metrics: dict[str, float]
+    predictions: Array | None = None
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
@@ -219,6 +226,7 @@ class TrainReply:
         content = RecordDict({CONFIG: config, METRICS: metrics})
         if self.deltas:
             content[DELTAS] = pack(self.deltas, codec)
+        add_predictions(content, self.predictions)
         return content
 
     @classmethod
@@ -232,6 +240,7 @@ class TrainReply:
             maps_digest=read_field(record, "maps_digest", str),
             deltas=read_tensors(content, DELTAS) or {},
             metrics=read_metrics(content),
+            predictions=read_predictions(content),
         )
 
 

@@ -16,6 +16,7 @@ from heterotune_flwr.flower import ArrayRecord, ConfigRecord, MetricRecord, Reco
 CONFIG, METRICS = "config", "metrics"
 TENSORS, MAPS, FACTORS, DELTAS = "tensors", "maps", "factors", "deltas"
 CONTROLS = "controls"
+CONSENSUS, PREDICTIONS = "consensus", "predictions"
 
 #: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again.
 ERROR_FAILED, ERROR_MAPS_MISSING = "failed", "maps_missing"

@@ -5,6 +5,7 @@ from heterotune_flwr.strategies.build import build_strategy
 from heterotune_flwr.strategies.fed_sb import FedSB
 from heterotune_flwr.strategies.fedex_lora import FedExLoRA
 from heterotune_flwr.strategies.fedit import FedIT
+from heterotune_flwr.strategies.fedmkt import FedMKT
 from heterotune_flwr.strategies.ffa_lora import FFALoRA
 from heterotune_flwr.strategies.flexlora import FlexLoRA
 from heterotune_flwr.strategies.flora import FLoRA
@@ -23,6 +24,7 @@ __all__ = [
     "FLoRA",
     "FedExLoRA",
     "FedIT",
+    "FedMKT",
     "FedSB",
     "FlexLoRA",
     "FlowerInside",

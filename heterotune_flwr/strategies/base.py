@@ -12,7 +12,7 @@ by the server only; a client never imports what came over the network.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from heterotune_flwr.federation.protocol import (
     TRAIN,
     EvaluateRequest,
     Header,
+    TrainReply,
     TrainRequest,
 )
 from heterotune_flwr.federation.sampling import sample_clients
@@ -39,6 +40,7 @@ from heterotune_flwr.flower import (
 )
 from heterotune_flwr.strategies import evaluation
 from heterotune_flwr.strategies.admission import admit, read_evaluations
+from heterotune_flwr.strategies.consensus import Consensus
 from heterotune_flwr.strategies.sharing import GLOBAL, Scope, Shapes, Sharing
 from heterotune_flwr.strategies.updates import (
     ClientUpdate,
@@ -100,6 +102,7 @@ class HeteroStrategy(Sharing):
                 proximal=train.proximal,
                 frozen=sorted(self.frozen(type_key, server_round)),
                 controls=self.controls(type_key),
+                lesson=self.consensus.lesson(server_round) if self.consensus else None,
             )
             messages.append(self.courier.message(client_id, request, TRAIN, server_round))
         return messages
@@ -122,9 +125,19 @@ class HeteroStrategy(Sharing):
                 step = self._optimized(group, step)
                 self.state[group] |= {n: self.state[group][n] + d for n, d in step.items()}
         summary = training_summary(reports)
+        if self.consensus is not None:
+            summary["consensus"] = self._hear(self.consensus, server_round, reports)
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
         return self._arrays(), MetricRecord({**numbers, "clients": len(admitted)})
+
+    def _hear(
+        self, consensus: Consensus, server_round: int, reports: Sequence[TrainReply]
+    ) -> dict[str, Any]:
+        heard, refused = consensus.hear(server_round, reports, len(self.roster.labels or ()))
+        for client_id, reason in sorted(refused.items()):
+            self.courier.refuse(client_id, server_round, reason, "predictions_refused")
+        return heard
 
     def _optimized(self, group: str, step: Tensors) -> Tensors:
         """The step as the server optimizer takes it."""

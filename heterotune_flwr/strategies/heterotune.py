@@ -13,6 +13,7 @@ from heterotune_flwr.dema.bank import slot_of, tier_of
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
+from heterotune_flwr.strategies.consensus import ConsensusOptions
 from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
 
 
@@ -27,7 +28,9 @@ class HeteroTune(HeteroStrategy):
        did different amounts of work (FedNova, arXiv 2007.07481);
     3. *CMGA*: within-type mean, equal norms, reliability, conflict removal, combination, server
        optimizer, as one chain of small transforms (:mod:`heterotune_flwr.cmga`);
-    4. *step*: the direction times the mean ``steps_i * lr_i`` is added to the shared bank.
+    4. *step*: the direction times the mean ``steps_i * lr_i`` is added to the shared bank;
+    5. *consensus* (closed label sets): predictions on public anchors are averaged over all clients, and each client
+       fits them beside its own examples in the next round (:mod:`.consensus`).
 
     What one type shares (type experts, cores, and slots whose alignment is below the quality threshold) is
     averaged inside the type; private experts stay on their client. The gate goes where
@@ -39,23 +42,31 @@ class HeteroTune(HeteroStrategy):
         See :class:`StrategyContext`.
     chain
         The CMGA chain as a list of ``{transform: name, option: value}``; null for the default.
+    consensus
+        Options of :class:`.consensus.ConsensusOptions`; null for none.
 
     """
 
     own_server_step = "has server_opt in its chain; set it there"
 
     def __init__(
-        self, context: StrategyContext, chain: Sequence[Mapping[str, Any]] | None = None
+        self,
+        context: StrategyContext,
+        chain: Sequence[Mapping[str, Any]] | None = None,
+        consensus: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(context)
+        self.use_consensus(consensus)
         self.chain = build_chain(chain or DEFAULT_CHAIN)
         self.chain_states: dict[int, State] = {}
         self._log: dict[str, Any] = {}
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Build the chain once, for its errors."""
+        """Build the chain once, and read the consensus' options, for their errors."""
         build_chain(options.get("chain") or DEFAULT_CHAIN)
+        if options.get("consensus") is not None:
+            ConsensusOptions.read(options["consensus"])
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Global experts are for all types, as far as the type's slot is aligned."""

@@ -19,6 +19,7 @@ from heterotune_flwr.federation.protocol import resolve_output
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.flower import Grid, Strategy
+from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
 from heterotune_flwr.strategies.courier import Courier
 from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
 
@@ -31,6 +32,8 @@ GLOBAL = "global"
 class Sharing(Strategy):
     """One copy of every group of shared tensors: ``global`` for all clients, ``type/<key>`` for those of a type."""
 
+    #: Whether the strategy is nothing without a consensus.
+    needs_consensus: ClassVar[bool] = False
     #: Why ``server_optimizer`` is refused; empty where it is not.
     own_server_step: ClassVar[str] = ""
 
@@ -45,6 +48,7 @@ class Sharing(Strategy):
         self.courier: Courier
         self.maps: Maps | None = None
         self.optimizer = context.optimizer
+        self.consensus: Consensus | None = None
         self._groups: dict[str, dict[str, str]] = {}
         self._shapes: dict[str, Shapes] = {}
         self._fixed: dict[str, set[str]] = {}
@@ -95,6 +99,11 @@ class Sharing(Strategy):
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Refuse wrong values of the class's own options before anything runs (ConfigError)."""
 
+    def use_consensus(self, options: Mapping[str, Any] | None) -> None:
+        """Let clients learn from each other's predictions on anchors (call in ``__init__``); null: not."""
+        if options is not None:
+            self.consensus = Consensus(ConsensusOptions.read(options), self.config.alignment)
+
     def round_log(self) -> dict[str, Any]:
         """Further facts about the last round for the journal; JSON-able."""
         return {}
@@ -110,6 +119,7 @@ class Sharing(Strategy):
         if self.method.kind == "dema":
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
+        self._check_consensus()
         shapes: dict[str, Shapes] = {}
         for type_key in self.roster.type_keys:
             self._groups[type_key], self._fixed[type_key] = {}, set()
@@ -129,6 +139,17 @@ class Sharing(Strategy):
                 self._groups[type_key][name] = group
         self._shapes = shapes
         self.state = {group: self.first_values(group) for group in sorted(shapes)}
+
+    def _check_consensus(self) -> None:
+        """Predictions are over a closed label set: on open text there is no consensus."""
+        closed = bool(self.roster.labels) and self.config.train.loss != "tokens"
+        if self.consensus is None or closed:
+            return
+        reason = "the task has no closed label set (data.labels, train.loss)"
+        if self.needs_consensus:
+            raise ConfigError(f"strategy {self.context.name} shares predictions, but {reason}")
+        self.consensus = None
+        self.courier.event("consensus_off", reason=reason)
 
     def first_values(self, group: str) -> Tensors:
         """What a group's tensors are before round 1: a function of the run's seed."""

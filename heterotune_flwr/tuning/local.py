@@ -17,6 +17,7 @@ import torch
 from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.distill import Distillation
 from heterotune_flwr.tuning.memory import checkpointing, choose_micro_batch, is_out_of_memory
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
@@ -80,27 +81,29 @@ class _Loop:
     prior: torch.Tensor | None
     micro_batch: int
     terms: GradientTerms
+    distillation: Distillation | None
+    anchor_batch: int
     halved: bool = False
 
     def __post_init__(self) -> None:
         self.totals = torch.zeros(2, device=self.adapter.backbone.device)
 
-    def step(self, chosen: list[int]) -> None:
+    def step(self, chosen: list[int], anchors: list[int]) -> None:
         """One optimizer step; short of memory, once in half as many examples at a time."""
         try:
-            totals = self._gradients(chosen)
+            totals = self._gradients(chosen, anchors)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             totals = None  # handled outside, where the failed pass's tensors are gone
         if totals is None:
-            totals = self._again(chosen)
+            totals = self._again(chosen, anchors)
         self.terms.add()
         torch.nn.utils.clip_grad_norm_(self.adapter.trained.values(), self.clip_norm)
         self.optimizer.step()
         self.totals += totals
 
-    def _again(self, chosen: list[int]) -> torch.Tensor:
+    def _again(self, chosen: list[int], anchors: list[int]) -> torch.Tensor:
         name, size = self.adapter.backbone.type_key, self.micro_batch
         hint = "lower train.batch_size, use fewer bits, or set train.gradient_checkpointing=true"
         if self.halved or size == 1:
@@ -113,7 +116,7 @@ class _Loop:
         )
         self._release()
         try:
-            return self._gradients(chosen)
+            return self._gradients(chosen, anchors)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -128,7 +131,7 @@ class _Loop:
         if self.adapter.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _gradients(self, chosen: list[int]) -> torch.Tensor:
+    def _gradients(self, chosen: list[int], anchors: list[int]) -> torch.Tensor:
         """Gradient of the mean loss over a batch's rows, in parts; returns (mean loss, accuracy)."""
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros_like(self.totals)
@@ -141,6 +144,11 @@ class _Loop:
             loss.backward()  # type: ignore[no-untyped-call]
             totals[0] += loss.detach()
             totals[1] += examples_correct(correct, owners, len(part)).sum() / len(chosen)
+        size = min(self.micro_batch, self.anchor_batch)
+        for start in range(0, len(anchors), size):
+            assert self.distillation is not None
+            anchored = self.distillation.losses(self.task, anchors[start : start + size])
+            (anchored.sum() / len(anchors)).backward()  # type: ignore[no-untyped-call]
         return totals
 
 
@@ -155,6 +163,7 @@ def train_local(
     prior: torch.Tensor | None = None,
     memory_gb: float | None = None,
     corrections: Mapping[str, torch.Tensor] | None = None,
+    distillation: Distillation | None = None,
 ) -> TrainReport:
     """Train the attached adapter in place, from the values it holds.
 
@@ -175,6 +184,8 @@ def train_local(
         (:func:`.memory.choose_micro_batch`), with the gradient of the whole batch.
     corrections
         Added to every gradient, by name of the trained tensor (:class:`.terms.GradientTerms`).
+    distillation
+        Anchors fitted beside the examples, ``batch_size`` in every step (:mod:`.distill`).
 
     Raises
     ------
@@ -188,7 +199,23 @@ def train_local(
     size = choose_micro_batch(adapter, task, rows, config.batch_size, memory_gb, checkpoint)
     optimizer = make_optimizer(adapter.trained.values(), config, rate)
     terms = GradientTerms(adapter.trained, config.proximal, corrections)
-    loop = _Loop(adapter, task, rows, optimizer, config.clip_norm, prior, size, terms)
+    anchor_batch = size
+    if distillation is not None:
+        anchor_batch = choose_micro_batch(
+            adapter, task, distillation.rows, size, memory_gb, checkpoint
+        )
+    loop = _Loop(
+        adapter,
+        task,
+        rows,
+        optimizer,
+        config.clip_norm,
+        prior,
+        size,
+        terms,
+        distillation,
+        anchor_batch,
+    )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     cuda = [device] if device.type == "cuda" else []
@@ -202,7 +229,8 @@ def train_local(
         torch.manual_seed(seed % 2**63)
         rng = np.random.default_rng(seed % 2**63)
         for chosen in batches(len(rows), config.batch_size, steps, rng):
-            loop.step(chosen)
+            anchors = distillation.draw(config.batch_size, rng) if distillation else []
+            loop.step(chosen, anchors)
     mean_loss, accuracy = (loop.totals / max(steps, 1)).tolist()
     if not math.isfinite(mean_loss):
         raise FederationError(

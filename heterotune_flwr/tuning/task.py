@@ -127,10 +127,7 @@ class Task:
         ``prior`` (C) is added to the label words' logits. Returns (losses float32 ``N``, correct bool ``N``).
         """
         if self.kind == "labels":
-            assert self.rows_weight is not None
-            logits = self.scaling(
-                functional.linear(states.float(), self.rows_weight, self.rows_bias)
-            )
+            logits = self.label_logits(states)
             if prior is not None:
                 logits = logits + prior
             losses = functional.cross_entropy(logits, targets, reduction="none")
@@ -140,6 +137,12 @@ class Task:
             return losses, correct
         parts = [self.token_losses(*chunk) for chunk in self.chunks(states, targets)]
         return torch.cat([loss for loss, _ in parts]), torch.cat([right for _, right in parts])
+
+    def label_logits(self, states: Tensor) -> Tensor:
+        """Logits of the label words (float32 ``N x C``); for a closed label set alone."""
+        assert self.rows_weight is not None
+        logits = functional.linear(states.float(), self.rows_weight, self.rows_bias)
+        return self.scaling(logits)
 
     def chunks(self, states: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split rows so that the logits of a chunk stay small, whatever the vocabulary."""

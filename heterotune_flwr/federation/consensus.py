@@ -1,0 +1,131 @@
+"""Predictions on public anchors, on the wire: what clients of different models can compare and learn from.
+
+Which anchors a round is about follows from the seed (:func:`..dema.anchors.round_anchors`), so only numbers travel:
+``n x C`` probabilities, one byte each, with no tokenizer, width or depth in them. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.codecs import UNIT8
+from heterotune_flwr.exchange.packing import pack
+from heterotune_flwr.federation.wire import (
+    CONSENSUS,
+    PREDICTIONS,
+    read_field,
+    read_json,
+    read_tensors,
+)
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+
+Array = NDArray[np.float32]
+
+_FIELD, _TARGETS = "consensus", "targets"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the server asks of a client on the anchors in one round.
+
+    Attributes
+    ----------
+    digest
+        Identity of the anchor list (:func:`..dema.anchors.anchor_digest`): both sides must read the same texts.
+    pool, count
+        Anchors in use, and how many of them a round is about.
+    weight
+        Of the distillation loss beside the loss on the client's own examples.
+    targets
+        ``count x C``: the federation's mean predictions on *this* round's anchors, None while there are none. The
+        client answers with its own predictions on the *next* round's.
+
+    """
+
+    digest: str
+    pool: int
+    count: int
+    weight: float
+    targets: Array | None = None
+
+    def add_to(self, content: RecordDict, config: ConfigRecord) -> None:
+        """Add the lesson to a request under construction."""
+        fields = {
+            "digest": self.digest,
+            "pool": self.pool,
+            "count": self.count,
+            "weight": self.weight,
+        }
+        config[_FIELD] = json.dumps(fields, separators=(",", ":"))
+        if self.targets is not None:
+            content[CONSENSUS] = pack({_TARGETS: self.targets}, UNIT8)
+
+    @classmethod
+    def read(cls, content: RecordDict, config: ConfigRecord) -> Lesson | None:
+        """Read the lesson of a request; None where it has none.
+
+        Raises
+        ------
+        ExchangeError
+            It is malformed.
+
+        """
+        if _FIELD not in config:
+            return None
+        fields: Any = read_json(config, _FIELD)
+        if not isinstance(fields, dict):
+            raise ExchangeError("field 'consensus' of the message is not a JSON object")
+        pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
+        weight = read_field(fields, "weight", float)
+        if not 1 <= count <= pool or not 0 <= weight < float("inf"):
+            raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
+        tensors = read_tensors(content, CONSENSUS)
+        targets = None
+        if tensors is not None:
+            targets = as_probabilities(tensors.get(_TARGETS), count)
+        return cls(read_field(fields, "digest", str), pool, count, weight, targets)
+
+
+def add_predictions(content: RecordDict, predictions: Array | None) -> None:
+    """Add a client's predictions to its reply."""
+    if predictions is not None:
+        content[PREDICTIONS] = pack({PREDICTIONS: predictions}, UNIT8)
+
+
+def read_predictions(content: RecordDict) -> Array | None:
+    """Read the predictions of a reply as they came, None where there are none (see :func:`as_probabilities`)."""
+    tensors = read_tensors(content, PREDICTIONS)
+    if tensors is None:
+        return None
+    if set(tensors) != {PREDICTIONS}:
+        raise ExchangeError(f"record 'predictions' holds {sorted(tensors)}")
+    return tensors[PREDICTIONS]
+
+
+def as_probabilities(values: Array | None, count: int, classes: int | None = None) -> Array:
+    """Check ``count x C`` numbers and make every row sum to 1 again, which rounding has undone.
+
+    Raises
+    ------
+    ExchangeError
+        Missing, another shape, not finite, negative, or a row of zeros.
+
+    """
+    if (
+        values is None
+        or values.ndim != 2
+        or len(values) != count
+        or classes not in (None, values.shape[1])
+    ):
+        shape = "nothing" if values is None else list(values.shape)
+        raise ExchangeError(f"predictions are {shape}, expected {count} x {classes or 'C'}")
+    totals = values.sum(axis=1, keepdims=True)
+    if not np.isfinite(values).all() or values.min() < 0 or not (totals > 0).all():
+        raise ExchangeError("predictions are no probabilities")
+    return np.asarray(values / totals, dtype=np.float32)

@@ -1,0 +1,176 @@
+"""Consensus: what clients of different models predict on public anchors, averaged, is what each of them learns from.
+
+A bank at one place of the network carries across types what that place can express. Predictions carry what a *whole*
+model has learnt, whatever it has trained and wherever, and have the same form in every model. No label, no text and no
+private number is in them but through what was learnt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.dema.anchors import anchor_digest, load_anchors
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.federation.consensus import Lesson, as_probabilities
+from heterotune_flwr.federation.protocol import TrainReply
+
+Array = NDArray[np.float32]
+
+#: A client whose predictions have nothing to do with the others' still gets this much of a voice.
+_FLOOR = 0.02
+
+
+@dataclass(frozen=True)
+class ConsensusOptions:
+    """Options of a strategy's ``consensus``.
+
+    Attributes
+    ----------
+    anchors
+        Anchors a round is about: ``anchors x C`` bytes each way per client-round.
+    pool
+        They are drawn from the first ``pool`` of ``alignment.anchors``, whose frozen states clients keep.
+    weight
+        Of the anchors' loss beside the loss on own examples.
+    trust
+        A client's voice is its agreement with the others (correlation of its predictions with the mean of the other
+        clients') to this power; 0: every client's is the same.
+    balance
+        Rounds of :func:`balanced` on the targets; 0: none.
+
+    """
+
+    anchors: int = 256
+    pool: int = 1024
+    weight: float = 1.0
+    trust: float = 1.0
+    balance: int = 5
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
+        """Read a YAML entry (ConfigError names what is wrong)."""
+        known = {field.name: field.type for field in dataclasses.fields(cls)}
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"consensus is {given!r}; write it as key: value pairs, or null for none"
+            )
+        for key, value in given.items():
+            if key not in known:
+                raise ConfigError(f"consensus has no key {key!r}; known: {', '.join(known)}")
+            whole, least = (
+                key in ("anchors", "pool", "balance"),
+                1 if key in ("anchors", "pool") else 0,
+            )
+            wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+            if wrong or not least <= value < float("inf"):
+                kind = f"a whole number from {least}" if whole else "a number that is not negative"
+                raise ConfigError(f"consensus.{key} is {value!r}; {kind} is needed")
+        options = cls(**given)
+        if options.anchors > options.pool:
+            raise ConfigError(
+                f"consensus.anchors is {options.anchors}, more than the {options.pool} of consensus.pool"
+            )
+        return options
+
+
+def voices(predictions: Sequence[Array], trust: float) -> list[float]:
+    """Share of every client in the mean, from how much it agrees with the mean of the others.
+
+    ``w_i ~ max(corr(p_i, mean_{j != i} p_j), 0.02)^trust`` with predictions ``n x C`` centred per label, so that
+    agreeing on what is frequent everywhere does not count. With one client, or ``trust`` 0, all are equal.
+    """
+    count = len(predictions)
+    if count < 3 or not trust:  # two always agree with each other equally
+        return [1.0 / count] * count
+    centred = [np.asarray(p, np.float64) - p.mean(axis=0, dtype=np.float64) for p in predictions]
+    total = np.sum(centred, axis=0)
+    weights = []
+    for own in centred:
+        others = total - own
+        scale = float(np.linalg.norm(own) * np.linalg.norm(others))
+        agreement = float((own * others).sum()) / scale if scale > 0 else 0.0
+        weights.append(max(agreement, _FLOOR) ** trust)
+    return [weight / sum(weights) for weight in weights]
+
+
+def balanced(targets: NDArray[np.float64], iterations: int) -> NDArray[np.float64]:
+    """Make every label equally frequent over the anchors: how they differ is kept, not how frequent a label is.
+
+    Rows and columns in turn, as in Sinkhorn's algorithm (arXiv 1306.0895). Whatever label the anchors happen to
+    resemble would otherwise be taught as frequent, and more so every round (distribution alignment, arXiv 1911.09785).
+    """
+    for _ in range(iterations):
+        targets = targets / np.maximum(targets.mean(axis=0, keepdims=True), 1e-9)
+        targets = targets / targets.sum(axis=1, keepdims=True)
+    return targets
+
+
+class Consensus:
+    """The server's side: hands out lessons, hears predictions.
+
+    Parameters
+    ----------
+    options
+        See :class:`ConsensusOptions`.
+    alignment
+        Names the anchors.
+
+    Raises
+    ------
+    DataError
+        There are no anchors. Where there are fewer than the options say, all of them are used.
+
+    """
+
+    def __init__(self, options: ConsensusOptions, alignment: AlignmentConfig) -> None:
+        texts = load_anchors(dataclasses.replace(alignment, count=options.pool))
+        pool = len(texts)
+        self.options = dataclasses.replace(options, pool=pool, anchors=min(options.anchors, pool))
+        self._digest = anchor_digest(texts)
+        self._targets: Array | None = None
+        self._due = 0
+
+    def lesson(self, server_round: int) -> Lesson:
+        """What a client is asked in a round; without targets where nobody predicted on its anchors."""
+        options = self.options
+        targets = self._targets if self._due == server_round else None
+        return Lesson(self._digest, options.pool, options.anchors, options.weight, targets)
+
+    def hear(
+        self, server_round: int, reports: Sequence[TrainReply], classes: int
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Average what clients predict on the next round's anchors.
+
+        Returns what happened (for the journal), and reasons by client id for predictions that were refused. Where no
+        client's are usable the next round has no targets.
+        """
+        usable: dict[str, Array] = {}
+        refused: dict[str, str] = {}
+        for report in sorted(reports, key=lambda report: report.client_id):
+            try:
+                usable[report.client_id] = as_probabilities(
+                    report.predictions, self.options.anchors, classes
+                )
+            except ExchangeError as error:
+                refused[report.client_id] = str(error)
+        self._targets, self._due = None, server_round + 1
+        if not usable:
+            return {}, refused
+        weights = voices(list(usable.values()), self.options.trust)
+        mean = np.zeros((self.options.anchors, classes))
+        for weight, own in zip(weights, usable.values(), strict=True):
+            mean += weight * own
+        self._targets = balanced(mean, self.options.balance).astype(np.float32)
+        types = {report.client_id: report.type_key for report in reports}
+        shares: dict[str, float] = {}
+        for client_id, weight in zip(usable, weights, strict=True):
+            shares[types[client_id]] = shares.get(types[client_id], 0.0) + weight
+        entropy = float(-(mean * np.log(np.maximum(mean, 1e-12))).sum(axis=1).mean())
+        return {"voices": shares, "entropy": entropy, "clients": len(usable)}, refused

@@ -1,0 +1,54 @@
+"""FedMKT-style transfer: clients of different models learn from each other's predictions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.session import StrategyContext
+from heterotune_flwr.strategies.base import HeteroStrategy, Scope
+from heterotune_flwr.strategies.consensus import ConsensusOptions
+
+
+class FedMKT(HeteroStrategy):
+    """After FedMKT (arXiv 2406.02224): mutual transfer of predictions on a public set between different models.
+
+    Every client keeps a LoRA of its own, which never travels; after local training it predicts on the round's public
+    texts, the server averages, and everybody fits the mean beside its own examples in the next round.
+
+    Differs from the paper: its public set is labelled, and each text is taught by whoever fits its label best; ours
+    (the anchors) has no labels, so predictions are averaged (as in FedMD, arXiv 1910.03581). Vocabularies are matched
+    by the task's label words instead of by aligning tokens, and the server has no model of its own. The consensus is
+    the same as HeteroTune's, with the same options. Heterogeneity: any model types, any bits; a closed label set.
+
+    Parameters
+    ----------
+    context
+        See :class:`StrategyContext`.
+    consensus
+        See :class:`.consensus.ConsensusOptions`.
+
+    """
+
+    needs_consensus = True
+
+    def __init__(
+        self, context: StrategyContext, consensus: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(context)
+        if self.method.kind != "lora":
+            raise ConfigError(
+                f"strategy {context.name} trains LoRA but method.kind is {self.method.kind!r}; "
+                f"set strategies.{context.name}.method.kind=lora"
+            )
+        self.use_consensus(consensus or {})
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Read the consensus' options, for their errors."""
+        ConsensusOptions.read(options.get("consensus") or {})
+
+    def scope(self, name: str, type_key: str) -> Scope:
+        """No tensor is shared."""
+        return "client"
