@@ -1,0 +1,303 @@
+"""Predictions on anchors: averaged on the server, fitted by clients of different models."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from test_client import LABELS, LORA, folder, world  # noqa: F401
+from test_lora_variants import run
+from test_tuning import data, directory, prepared  # noqa: F401
+from toy_federation import ToyFederation, toy_config
+
+from heterotune_flwr.backbones.loading import load_backbone
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.config.schema import AlignmentConfig, TrainConfig
+from heterotune_flwr.data.sources import Example, training_pool
+from heterotune_flwr.dema.anchors import round_anchors
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.packing import content_bytes
+from heterotune_flwr.federation.consensus import Lesson, as_probabilities
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.protocol import (
+    TRAIN,
+    Header,
+    RemoteError,
+    TrainReply,
+    TrainRequest,
+)
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.strategies import build_strategy
+from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions, balanced, voices
+from heterotune_flwr.tuning.distill import Distillation, predict
+from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.states import make_rows
+from heterotune_flwr.tuning.task import make_task
+
+TRAINING = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.01)
+
+
+def probabilities(rng, n=20, classes=3, sharpness=2.0):
+    logits = sharpness * rng.normal(size=(n, classes))
+    return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------ the server
+
+
+def test_voices_follow_agreement_with_the_others():
+    rng = np.random.default_rng(0)
+    truth = probabilities(rng)
+    noisy = [0.8 * truth + 0.2 * probabilities(rng) for _ in range(3)]
+    contrary = truth[:, ::-1]
+    shares = voices([*noisy, contrary], trust=2.0)
+    assert sum(shares) == pytest.approx(1)
+    assert shares[3] < 0.05 < 0.25 < min(shares[:3])
+    assert voices([*noisy, contrary], trust=0.0) == [0.25] * 4
+    assert voices([truth, contrary], trust=1.0) == [0.5, 0.5]  # of two nobody can tell who is right
+    order = [2, 0, 3, 1]
+    again = voices([[*noisy, contrary][i] for i in order], trust=2.0)
+    np.testing.assert_allclose(again, [shares[i] for i in order])
+
+
+@given(arrays(np.float64, (12, 4), elements=st.floats(0.01, 1.0)))
+def test_balanced_targets_stay_probabilities_and_lose_the_labels_frequencies(raw):
+    targets = raw / raw.sum(1, keepdims=True)
+    found = balanced(targets, 50)
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-9)
+    np.testing.assert_allclose(found.mean(0), 0.25, atol=1e-3)
+    # A label that is k times as likely everywhere changes nothing: only differences between anchors count.
+    tilted = targets * np.array([5.0, 1.0, 0.5, 2.0])
+    np.testing.assert_allclose(
+        balanced(tilted / tilted.sum(1, keepdims=True), 50), found, atol=1e-3
+    )
+    np.testing.assert_array_equal(balanced(targets, 0), targets)
+
+
+def test_the_mean_of_what_clients_say_is_the_next_rounds_lesson(tmp_path):
+    path = tmp_path / "anchors.txt"
+    path.write_text("".join(f"text {n}\n" for n in range(30)))
+    options = ConsensusOptions(anchors=20, pool=25, trust=0.0, balance=0)
+    consensus = Consensus(options, AlignmentConfig(anchors=str(path)))
+    assert consensus.lesson(1).targets is None
+    rng = np.random.default_rng(1)
+    said = [probabilities(rng) for _ in range(2)]
+    replies = [TrainReply(f"c{i}", "t", 1, "", {}, {}, p) for i, p in enumerate(said)]
+    bad = [
+        TrainReply("c2", "t", 1, "", {}, {}, None),
+        TrainReply("c3", "t", 1, "", {}, {}, said[0][:5]),
+        TrainReply("c4", "t", 1, "", {}, {}, np.zeros_like(said[0])),
+        TrainReply("c5", "t", 1, "", {}, {}, np.full_like(said[0], np.nan)),
+    ]
+    log, refused = consensus.hear(1, [*replies, *bad], classes=3)
+    assert set(refused) == {"c2", "c3", "c4", "c5"}
+    assert log["clients"] == 2
+    np.testing.assert_allclose(consensus.lesson(2).targets, np.mean(said, axis=0), atol=1e-6)
+    assert consensus.lesson(3).targets is None  # they were about round 2's anchors
+    assert consensus.hear(2, bad[:1], classes=3)[0] == {}
+    assert consensus.lesson(3).targets is None
+
+
+def test_fewer_anchors_than_asked_for_are_all_used(tmp_path):
+    path = tmp_path / "anchors.txt"
+    path.write_text("".join(f"text {n}\n" for n in range(30)))
+    lesson = Consensus(ConsensusOptions(), AlignmentConfig(anchors=str(path))).lesson(1)
+    assert (lesson.pool, lesson.count) == (30, 30)
+
+
+@pytest.mark.parametrize(
+    ("given_options", "said"),
+    [
+        ({"anchor": 3}, "no key 'anchor'"),
+        ({"anchors": 0}, "whole number from 1"),
+        ({"anchors": 2.5}, "whole number"),
+        ({"anchors": 30, "pool": 20}, "more than the 20"),
+        ({"weight": -1}, "not negative"),
+        ({"weight": float("nan")}, "not negative"),
+        ({"trust": True}, "not negative"),
+        ("yes", "key: value"),
+    ],
+)
+def test_wrong_options_are_named(given_options, said):
+    with pytest.raises(ConfigError, match=said):
+        ConsensusOptions.read(given_options)
+
+
+# ------------------------------------------------------------------------------------- the wire
+
+
+def lesson_content(lesson):
+    config = ConfigRecord({})
+    content = RecordDict({"config": config})
+    lesson.add_to(content, config)
+    return content, config
+
+
+def test_lessons_travel_as_one_byte_per_probability():
+    targets = probabilities(np.random.default_rng(2), n=256, classes=16)
+    content, config = lesson_content(Lesson("abc", 1024, 256, 1.0, targets))
+    assert content_bytes(content) < 256 * 16 + 400
+    read = Lesson.read(content, config)
+    assert (read.digest, read.pool, read.count, read.weight) == ("abc", 1024, 256, 1.0)
+    np.testing.assert_allclose(read.targets, targets, atol=0.02)
+    np.testing.assert_allclose(read.targets.sum(1), 1, atol=1e-6)
+    content, config = lesson_content(Lesson("abc", 1024, 256, 1.0))
+    assert Lesson.read(content, config).targets is None
+    assert Lesson.read(RecordDict({}), ConfigRecord({})) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"count": 0}, {"count": 2000}, {"weight": -1.0}, {"weight": float("inf")}, {"pool": "many"}],
+)
+def test_impossible_lessons_are_refused(change):
+    _, config = lesson_content(Lesson("abc", 1024, 256, 1.0))
+    config["consensus"] = json.dumps({**json.loads(config["consensus"]), **change})
+    with pytest.raises(ExchangeError):
+        Lesson.read(RecordDict({"config": config}), config)
+
+
+def test_targets_of_another_number_of_anchors_are_refused():
+    targets = probabilities(np.random.default_rng(2), n=7)
+    content, config = lesson_content(Lesson("abc", 1024, 256, 1.0, targets))
+    with pytest.raises(ExchangeError, match="expected 256"):
+        Lesson.read(content, config)
+    with pytest.raises(ExchangeError):
+        as_probabilities(-targets, 7)
+
+
+def test_both_sides_draw_the_same_anchors():
+    drawn = round_anchors(100, 30, seed=3, round=5)
+    assert drawn == round_anchors(100, 30, seed=3, round=5)
+    assert len(set(drawn)) == 30
+    assert drawn != round_anchors(100, 30, seed=3, round=6)
+    assert sorted(round_anchors(10, 30, seed=3, round=5)) == list(range(10))
+
+
+# ------------------------------------------------------------------------------------ the client
+
+
+def test_a_client_comes_closer_to_the_consensus_and_nowhere_without_weight(directory, data):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, list(LABELS), TRAINING)
+    adapter = prepared(backbone)
+    start = adapter.read()
+    own = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=True)
+    texts = [Example(f"public words {n}", LABELS[0]) for n in range(12)]
+    anchors = make_rows(adapter, task.encode(texts), cache=True)
+    chosen, rng = [3, 1, 4, 5, 9, 2], np.random.default_rng(0)
+    wanted = probabilities(rng, n=6, classes=len(LABELS), sharpness=4.0)
+
+    def train(weight, steps=40):
+        adapter.load(start)
+        distillation = Distillation(anchors, chosen, torch.from_numpy(wanted), weight)
+        train_local(
+            adapter, task, own, TRAINING, seed=1, local_steps=steps, distillation=distillation
+        )
+        said = predict(task, anchors, chosen)
+        return float(-(wanted * np.log(said)).sum(1).mean()), adapter.read()
+
+    untouched = predict(task, anchors, chosen)
+    np.testing.assert_allclose(untouched.sum(1), 1, atol=1e-5)
+    far, without = train(0.0)
+    near, _ = train(8.0)
+    assert near < far - 0.02
+    adapter.load(start)
+    rng = np.random.default_rng(1)
+    distillation = Distillation(anchors, chosen, torch.from_numpy(wanted), 0.0)
+    train_local(adapter, task, own, TRAINING, 1, local_steps=40, distillation=distillation)
+    for name, value in adapter.read().items():
+        np.testing.assert_array_equal(value, without[name])
+
+
+def test_the_anchors_gradient_is_their_cross_entropys(directory, data):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, list(LABELS), TRAINING)
+    adapter = prepared(backbone)
+    texts = [Example(f"public words {n}", LABELS[0]) for n in range(4)]
+    anchors = make_rows(adapter, task.encode(texts), cache=False)
+    wanted = torch.from_numpy(probabilities(np.random.default_rng(0), 4, len(LABELS)))
+    losses = Distillation(anchors, [0, 1, 2, 3], wanted, 0.5).losses(task, [2, 0])
+    states, _, _ = anchors.rows([2, 0])
+    head = backbone.model.get_output_embeddings()
+    tokens = [backbone.tokenizer(" " + word)["input_ids"][0] for word in LABELS]
+    logits = head(states)[:, tokens].float()
+    expected = -0.5 * (wanted[[2, 0]] * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+
+
+def ask(world, lesson, round=1):  # noqa: F811
+    header = Header("run", 0, LORA, round)
+    request = TrainRequest(header, {}, "", None, [], 2, 0.01, lesson=lesson)
+    return TrainReply.from_content(world.ask(0, TRAIN, request.to_content("fp32")))
+
+
+def test_a_client_with_other_anchors_says_so(world, folder):  # noqa: F811
+    with pytest.raises(RemoteError, match="not those of the server"):
+        ask(world, Lesson("another", 40, 8, 1.0))
+
+
+def test_every_client_is_heard_every_round(world, folder):  # noqa: F811
+    strategy = run(
+        world, "heterotune", rounds=2, overrides="strategies.heterotune.consensus.anchors=16"
+    )
+    heard = [e["consensus"] for e in strategy.outcome.rounds if e["event"] == "round"]
+    assert [entry["clients"] for entry in heard] == [4, 4]
+    assert set(heard[0]["voices"]) == set(strategy.roster.type_keys)
+
+
+def test_the_same_seed_gives_the_same_bank_and_the_consensus_changes_it(world):  # noqa: F811
+    on = [
+        run(world, "heterotune", rounds=3, overrides="strategies.heterotune.consensus.anchors=16")
+    ]
+    on.append(
+        run(world, "heterotune", rounds=3, overrides="strategies.heterotune.consensus.anchors=16")
+    )
+    off = run(world, "heterotune", rounds=3, overrides="strategies.heterotune.consensus=null")
+    for name, value in on[0].shared_tensors().items():
+        np.testing.assert_array_equal(value, on[1].shared_tensors()[name])
+    assert any(
+        not np.array_equal(value, off.shared_tensors()[name])
+        for name, value in on[0].shared_tensors().items()
+    )
+    assert off.consensus is None
+    extra = on[0].outcome.bytes["up_per_client_round"] - off.outcome.bytes["up_per_client_round"]
+    assert 16 * 3 <= extra < 16 * 3 + 400  # and two manifests
+
+
+def test_open_text_has_no_consensus_and_fedmkt_says_so(world):  # noqa: F811
+    strategy = run(world, "heterotune", rounds=1, overrides="train.loss=tokens")
+    assert strategy.consensus is None
+    with pytest.raises(ConfigError, match="no closed label set"):
+        run(world, "fedmkt", rounds=1, overrides="train.loss=tokens")
+
+
+def test_fedmkt_shares_predictions_and_no_tensor(world):  # noqa: F811
+    strategy = run(world, "fedmkt", rounds=2, overrides="strategies.fedmkt.consensus.anchors=16")
+    assert strategy.state == {}
+    assert strategy.outcome.bytes["up_per_client_round"] < 800
+    states = [world.state(client, strategy.context.experiment) for client in range(4)]
+    assert all(any(name.startswith("lora.") for name in own) for own in states)
+
+
+def test_clients_that_say_nothing_cost_the_round_nothing(tmp_path):
+    """The toy's clients know no anchors: their updates count, their silence is on record."""
+    config = toy_config(tmp_path, (2, 1, 1), rounds=1)
+    federation = ToyFederation(config)
+    journal = Journal(tmp_path / "journal")
+    session = Session(federation.grid(), config, journal, "toy-0")
+    spec = {
+        "_component_": "heterotune_flwr.strategies.HeteroTune",
+        "consensus": {"anchors": 16, "pool": 16},
+    }
+    strategy = build_strategy(spec, StrategyContext("toy", config, 0, session))
+    strategy.start(session.grid)
+    events = [e for e in strategy.outcome.rounds if e["event"] == "round"]
+    assert events[0]["clients"] == 4
+    assert events[0]["consensus"] == {}
