@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -47,6 +47,11 @@ class Suite:
     clients: int
     rounds: int = 10
     method: Sequence[str] = ()
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def rates_of(self, method: str) -> Sequence[float]:
+        """Learning rates tried for a method here; a single one is not swept."""
+        return self.rates.get(method, RATES[method])
 
     def overrides(self) -> list[str]:
         """Overrides that make the preset's federation this one."""
@@ -60,23 +65,32 @@ class Suite:
         ]  # fmt: skip
 
 
-#: Bank and cores (conf/method/dema_cores.yaml); where a step of half a real backbone takes seconds, the bank alone.
-_DEEP = ("method.core_rank=16", "method.core_from=0.5")
-SUITES = {
-    "embedded3": Suite("demo", _TINY, 1, method=_DEEP),
-    "embedded6": Suite("demo", _TINY, 2, method=_DEEP),
-    "embedded12": Suite("demo", _TINY, 4, method=_DEEP),
-    "embedded48": Suite("demo", _TINY, 16, method=_DEEP),
-    "real3": Suite("real", _REAL, 1),
-    "real3x2": Suite("real", _REAL, 2),
-    "types5": Suite("demo", _FIVE, 2, method=_DEEP),
-}
+#: LoRA beside the bank, averaged inside a type; where a step through a real backbone takes seconds, the bank alone.
+_DEEP = (
+    "method.core_kind=lora", "method.core_rank=16", "method.core_from=0.0", "method.core_scale=2.0",
+)  # fmt: skip
 _BANK, _LORA = (1e-3, 4e-3), (3e-4, 1e-3)
+_BANKED = ("heterotune", "mean", "within_type", "local_only", "fedprox", "fedadam")
+#: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
+_BOTH = dict.fromkeys(_BANKED, (1e-3, 2e-3))
+_KNOWN: Mapping[str, Sequence[float]] = {
+    **dict.fromkeys(_BANKED, (1e-3,)),
+    "fedit": (1e-3,),
+    "fedmkt": (1e-3,),
+}
+_SLOW: Mapping[str, Sequence[float]] = {"fedit": (1e-3,), "fedmkt": (1e-3,)}
+SUITES = {
+    "embedded3": Suite("demo", _TINY, 1, method=_DEEP, rates=_BOTH),
+    "embedded6": Suite("demo", _TINY, 2, method=_DEEP, rates=_KNOWN),
+    "embedded12": Suite("demo", _TINY, 4, method=_DEEP, rates=_KNOWN),
+    "embedded48": Suite("demo", _TINY, 16, method=_DEEP, rates=_KNOWN),
+    "real3": Suite("real", _REAL, 1, rates=_SLOW),
+    "real3x2": Suite("real", _REAL, 2, rates=_SLOW),
+    "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),
+}
 #: Learning rates tried for every method.
 RATES: dict[str, Sequence[float]] = {
-    **dict.fromkeys(
-        ("heterotune", "mean", "within_type", "local_only", "fedprox", "fedadam"), _BANK
-    ),
+    **dict.fromkeys(_BANKED, _BANK),
     **dict.fromkeys(
         ("fedit", "fedmkt", "ffa_lora", "rolora", "hetlora", "flexlora", "fedex_lora", "flora"),
         _LORA,
@@ -148,7 +162,10 @@ def mean_accuracy(cell: dict[str, Any]) -> float:
 
 def best_rate(name: str, method: str, cells: dict[str, Any]) -> float | None:
     """The best learning rate of a finished sweep."""
-    found = {rate: cells.get(key(name, method, rate, SWEEP_SEED)) for rate in RATES[method]}
+    rates = SUITES[name].rates_of(method)
+    if len(rates) == 1:
+        return rates[0]
+    found = {rate: cells.get(key(name, method, rate, SWEEP_SEED)) for rate in rates}
     if not all(found.values()):
         return None
     return max(found, key=lambda rate: mean_accuracy(found[rate]))  # type: ignore[arg-type]
@@ -161,8 +178,9 @@ def plan(suites: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
             if refusal(SUITES[name], method):
                 continue
             cells = read_cells()
-            missing = [r for r in RATES[method] if key(name, method, r, SWEEP_SEED) not in cells]
-            if missing:
+            rates = SUITES[name].rates_of(method)
+            missing = [r for r in rates if key(name, method, r, SWEEP_SEED) not in cells]
+            if missing and len(rates) > 1:
                 yield _keep(measure(name, method, missing, SWEEP_SEED))
             rate = best_rate(name, method, read_cells())
             assert rate is not None
@@ -190,10 +208,11 @@ def table(suites: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
                 continue
             chosen = {s: cells.get(key(name, method, rate, s)) for s in seeds}
             if all(chosen.values()):
-                sweep = {
-                    f"{r:g}": round(100 * mean_accuracy(cells[key(name, method, r, SWEEP_SEED)]), 2)
-                    for r in RATES[method]
+                swept = {
+                    r: cells.get(key(name, method, r, SWEEP_SEED))
+                    for r in SUITES[name].rates_of(method)
                 }
+                sweep = {f"{r:g}": round(100 * mean_accuracy(c), 2) for r, c in swept.items() if c}
                 found.setdefault(name, {})[method] = {"rate": rate, "sweep": sweep, "cells": chosen}
     return found
 

@@ -15,6 +15,7 @@ from tiny_backbones import LABELS
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data import training_pool
+from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.cores import first_core_block
@@ -129,6 +130,55 @@ def test_cores_are_shared_inside_a_type_the_bank_by_all(world):  # noqa: F811
     assert not cores["global"]
     assert all(len(names) == 14 for group, names in cores.items() if group != "global")
     assert any(n.startswith("slots.") for n in strategy.state["global"])
+
+
+def test_lora_cores_are_lora(directory, data):  # noqa: F811
+    """Both factors, first values as LoRA's, the change ``scale B A``, kept states below, both trained."""
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    detach(backbone)
+    method = replace(CORES, core_kind="lora")
+    adapter = attach(backbone, method, 3)
+    name = "cores.model.layers.2.mlp.down_proj"
+    layer = backbone.model.get_submodule(name.removeprefix("cores."))
+    assert adapter.shapes[f"{name}.A"] == (4, layer.in_features)
+    assert adapter.shapes[f"{name}.B"] == (layer.out_features, 4)
+    first = initial_tensors(adapter.shapes, 0)
+    assert first[f"{name}.A"].any()
+    assert not first[f"{name}.B"].any()
+    values = {n: np.zeros_like(v) for n, v in first.items()}
+    rng = np.random.default_rng(0)
+    for part in "AB":
+        shape = adapter.shapes[f"{name}.{part}"]
+        values[f"{name}.{part}"] = rng.normal(size=shape).astype(np.float32) / 4
+    adapter.load(values)
+    found = logits(adapter.model)
+    task = make_task(backbone, data, list(LABELS), TRAIN)
+    kept = make_rows(adapter, task.encode(training_pool(data)[:6]))
+    assert isinstance(kept, PrefixRows)
+    train_local(adapter, task, kept, TRAIN, seed=0, local_steps=2)
+    after = adapter.read()
+    assert all(not np.array_equal(after[f"{name}.{p}"], values[f"{name}.{p}"]) for p in "AB")
+    detach(backbone)
+    change = 2.0 * torch.from_numpy(values[f"{name}.B"] @ values[f"{name}.A"])
+    layer.weight.data += change
+    try:
+        torch.testing.assert_close(found, logits(backbone.model), rtol=1e-3, atol=1e-3)
+    finally:
+        layer.weight.data -= change
+
+
+@pytest.mark.parametrize("name", ["heterotune", "within_type"])
+def test_private_cores_never_travel(world, name):  # noqa: F811
+    words = "method.core_rank=2 method.core_kind=lora method.core_scope=client"
+    strategy = run(world, name, overrides=words)
+    shared = [n for tensors in strategy.state.values() for n in tensors]
+    assert shared
+    assert not any(n.startswith("cores.") for n in shared)
+    assert strategy.models_differ
+    kept = [world.state(client, strategy.context.experiment) for client in range(4)]
+    ups = [n for n in kept[0] if n.startswith("cores.") and n.endswith(".B")]
+    assert ups
+    assert any(not np.array_equal(kept[0][n], kept[2][n]) for n in ups)  # of one type
 
 
 def test_wrong_settings_get_one_clear_line():

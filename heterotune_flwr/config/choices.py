@@ -19,6 +19,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.activation": ("silu", "linear"),
     "method.gate": ("dense", "top1", "uniform"),
     "method.gate_scope": ("client", "type", "global"),
+    "method.core_kind": ("square", "lora"),
+    "method.core_scope": ("type", "client"),
     "alignment.positions": ("answer", "words"),
     "alignment.output": ("labels", "vocabulary"),
     "alignment.control": ("none", "random_down", "random_up", "random_maps", "rotated_basis"),

@@ -73,8 +73,15 @@ class MethodConfig:
     experts_type: int = _help("experts shared inside a model type", 0)
     experts_private: int = _help("experts that never leave the client", 0)
     core_rank: int = _help(
-        "rank of trained cores on the linear layers of the upper blocks, shared inside a model type; 0: none",
+        "rank of trained cores on the linear layers of the upper blocks; 0: none",
         0,
+    )
+    core_kind: str = _help(
+        "square (an r x r core between fixed factors: few bytes) | lora (both factors trained)",
+        "square",
+    )
+    core_scope: str = _help(
+        "type | client: where cores are averaged, or that they never leave", "type"
     )
     core_from: float = _help("relative depth from which blocks have cores; 0: all of them", 0.5)
     core_scale: float = _help("what a core's effect is multiplied with", 4.0)

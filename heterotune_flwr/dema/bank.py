@@ -8,7 +8,7 @@ Names are the contract between server and client. For DeMA (our definition, docs
     slots.{k}.gate.weight                      E x r       G
     slots.{k}.gate.bias                        E           c
 
-    cores.{module}.R                           c x c       (``method.core_rank``)
+    cores.{module}.R                           c x c       (``method.core_rank``; or ``A``, ``B``: ``core_kind``)
 
 with ``tier`` one of ``global``, ``type``, ``private``. For LoRA, with a core or a dense change where a
 rival asks for it::

@@ -32,9 +32,9 @@ class HeteroTune(HeteroStrategy):
     5. *consensus* (closed label sets): predictions on public anchors are averaged over all clients, and each client
        fits them beside its own examples in the next round (:mod:`.consensus`).
 
-    What one type shares (type experts, cores, and slots whose alignment is below the quality threshold) is
-    averaged inside the type; private experts stay on their client. The gate goes where
-    ``method.gate_scope`` says: to everybody by default.
+    What one type shares (type experts, cores unless ``method.core_scope`` keeps them on their client, and slots whose
+    alignment is below the quality threshold) is averaged inside the type; private experts stay on their client. The
+    gate goes where ``method.gate_scope`` says: to everybody by default.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class HeteroTune(HeteroStrategy):
             "global": "global",
             "gate": self.method.gate_scope,
             "type": "type",
-            "core": "type",
+            "core": self.method.core_scope,
             "lora": "type",
             "private": "client",
         }[tier]

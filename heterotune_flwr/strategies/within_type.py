@@ -10,10 +10,12 @@ class WithinType(HeteroStrategy):
     """FedAvg (arXiv 1602.05629) of the DeMA bank inside each model type.
 
     The rival HeteroTune has to beat: equal adapter, equal maps, equal bytes, but one bank per type.
-    Everything except private experts has scope ``type``; :meth:`combine` is the base class's
+    Everything except private experts (and private cores) has scope ``type``; :meth:`combine` is the base class's
     example-weighted mean.
     """
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Share with the own type only."""
-        return "client" if tier_of(name) == "private" else "type"
+        tier = tier_of(name)
+        own = tier == "private" or (tier == "core" and self.method.core_scope == "client")
+        return "client" if own else "type"

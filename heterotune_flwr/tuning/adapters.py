@@ -116,7 +116,7 @@ class AttachedAdapter:
     def frozen_digest(self) -> str:
         """Digest of what acts below the lowest trained slot; empty while that is the bare backbone."""
         frozen = {n: v for n, v in self.parameters.items() if slot_of(n) < self.lowest}
-        ups = [value for name, value in frozen.items() if name.endswith((".up.weight", ".R"))]
+        ups = [value for name, value in frozen.items() if name.endswith((".up.weight", ".R", ".B"))]
         if not any(bool(value.any()) for value in ups):
             return ""
         return f"{self.maps_digest}:{tensor_digest({n: _numpy(v) for n, v in frozen.items()})}"
@@ -227,7 +227,8 @@ _attached: dict[Backbone, AttachedAdapter] = {}
 def method_key(method: MethodConfig, output: int) -> str:
     """Identity of an adapter's settings: the fields that matter for its kind."""
     fields = dataclasses.asdict(dataclasses.replace(method, output=output))
-    fields.pop("gate_scope")  # where the server averages it
+    for shared in ("gate_scope", "core_scope"):  # where the server averages them
+        fields.pop(shared)
     if method.kind == "lora":
         fields = {name: value for name, value in fields.items() if name.startswith("lora")}
     return f"{method.kind}:{json.dumps(fields, sort_keys=True)}"

@@ -1,7 +1,12 @@
-"""Cores: small trained matrices inside the linear layers of the upper blocks, for what one model type shares.
+"""Cores: trained matrices inside the linear layers of the upper blocks, shared inside a model type or kept.
 
-A layer ``W x`` becomes ``W x + scale * U R (V x)`` with U, V the leading singular vectors of its own weight (LoRA-XS,
-arXiv 2405.17604), which every client computes alone and which never change; R alone (rank x rank) is trained and sent.
+``method.core_kind=square``
+    A layer ``W x`` becomes ``W x + scale * U R (V x)`` with U, V the leading singular vectors of its own weight
+    (LoRA-XS, arXiv 2405.17604), which every client computes alone and which never change; R alone (rank x rank) is
+    trained and sent: few bytes.
+``method.core_kind=lora``
+    ``W x + scale * B (A x)`` with both factors trained (LoRA, arXiv 2106.09685): more bytes, more room.
+
 Hooks on the layers, so that quantized weights, PEFT's wrappers and kept states below the first core stay as they are.
 """
 
@@ -42,25 +47,43 @@ def attach_cores(
         block = backbone.model.get_submodule(f"{blocks}.{index}")
         for name, layer in block.named_modules():
             if isinstance(layer, nn.Linear):
-                found = _vectors(backbone, f"{blocks}.{index}.{name}", layer, method.core_rank)
-                core = nn.Parameter(
-                    torch.zeros(method.core_rank, method.core_rank, device=found[0].device)
-                )
-                cores[f"cores.{blocks}.{index}.{name}.R"] = core
-                handles.append(layer.register_forward_hook(_Hook(core, *found, method.core_scale)))
+                path = f"{blocks}.{index}.{name}"
+                hook, parameters = _CORES[method.core_kind](backbone, path, layer, method)
+                cores |= {f"cores.{path}.{part}": value for part, value in parameters.items()}
+                handles.append(layer.register_forward_hook(hook))
     return cores, handles
 
 
 class _Hook:
-    """Adds a core's effect to its layer's output."""
+    """Adds ``scale * left middle (right x)`` to a layer's output."""
 
-    def __init__(self, core: nn.Parameter, left: Tensor, right: Tensor, scale: float) -> None:
-        self._core, self._left, self._right, self._scale = core, left, right, scale
+    def __init__(self, scale: float, *matrices: Tensor) -> None:
+        self._scale, self._matrices = scale, matrices  # in the order they meet the input
 
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        inner = functional.linear(inputs[0].to(self._right.dtype), self._right)
-        effect = functional.linear(functional.linear(inner, self._core), self._left)
+        effect: Tensor = inputs[0].to(self._matrices[0].dtype)
+        for matrix in self._matrices:
+            effect = functional.linear(effect, matrix)
         return output + self._scale * effect.to(output.dtype)
+
+
+_Made = tuple[_Hook, dict[str, nn.Parameter]]
+
+
+def _square(backbone: Backbone, path: str, layer: nn.Linear, method: MethodConfig) -> _Made:
+    left, right = _vectors(backbone, path, layer, method.core_rank)
+    core = nn.Parameter(torch.zeros(method.core_rank, method.core_rank, device=left.device))
+    return _Hook(method.core_scale, right, core, left), {"R": core}
+
+
+def _lora(backbone: Backbone, path: str, layer: nn.Linear, method: MethodConfig) -> _Made:
+    device, rank = backbone.device, method.core_rank
+    down = nn.Parameter(torch.zeros(rank, layer.in_features, device=device))
+    up = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+    return _Hook(method.core_scale, down, up), {"A": down, "B": up}
+
+
+_CORES = {"square": _square, "lora": _lora}
 
 
 #: Singular vectors by (backbone, layer, rank): explicit per-process memory, they never change.
