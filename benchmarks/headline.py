@@ -123,8 +123,8 @@ def refusal(suite: Suite, method: str) -> str | None:
     return None
 
 
-def measure(name: str, method: str, rates: Sequence[float], seed: int) -> dict[str, Any]:
-    """One real Flower simulation: a method at some learning rates, one seed; returns its cells."""
+def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
+    """One real Flower simulation: a method at some learning rates and seeds; returns its cells."""
     suite = SUITES[name]
     preset = yaml.safe_load((conf_root() / f"{suite.preset}.yaml").read_text())
     entry = yaml.safe_load((conf_root() / "strategy" / f"{method}.yaml").read_text())
@@ -133,13 +133,14 @@ def measure(name: str, method: str, rates: Sequence[float], seed: int) -> dict[s
         for rate in rates
     }
     preset |= {"strategies": strategies}
-    preset["run"] = {"name": name, "compare": list(strategies), "seeds": [seed]}
+    preset["run"] = {"name": name, "compare": list(strategies), "seeds": list(seeds)}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(preset, file)
         file.flush()
         results = flower_run(file.name, suite.overrides())
     cells = {}
-    for rate, run in zip(rates, results["runs"], strict=True):
+    by_name = dict(zip(strategies, rates, strict=True))
+    for run in results["runs"]:
         rows = [
             {
                 field: row[field]
@@ -147,7 +148,7 @@ def measure(name: str, method: str, rates: Sequence[float], seed: int) -> dict[s
             }
             for row in run["clients"]
         ]
-        cells[key(name, method, rate, seed)] = {
+        cells[key(name, method, by_name[run["strategy"]], run["seed"])] = {
             "clients": rows, "bytes": run["bytes"], "seconds": round(run["seconds"], 1),
             "peak_memory_mb": run["peak_memory_mb"], "machine": machine(),
         }  # fmt: skip
@@ -181,12 +182,13 @@ def plan(suites: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
             rates = SUITES[name].rates_of(method)
             missing = [r for r in rates if key(name, method, r, SWEEP_SEED) not in cells]
             if missing and len(rates) > 1:
-                yield _keep(measure(name, method, missing, SWEEP_SEED))
+                yield _keep(measure(name, method, missing, [SWEEP_SEED]))
             rate = best_rate(name, method, read_cells())
             assert rate is not None
-            for seed in seeds:
-                if key(name, method, rate, seed) not in read_cells():
-                    yield _keep(measure(name, method, [rate], seed))
+            known = read_cells()
+            left = [seed for seed in seeds if key(name, method, rate, seed) not in known]
+            if left:
+                yield _keep(measure(name, method, [rate], left))
 
 
 def _keep(new: dict[str, Any]) -> str:
