@@ -31,6 +31,8 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
+#: What a method has here beside its shipped preset: ours has its consensus wherever it runs.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"heterotune": {"consensus": {}}}
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
 _TINY = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]
@@ -128,6 +130,7 @@ def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]
     suite = SUITES[name]
     preset = yaml.safe_load((conf_root() / f"{suite.preset}.yaml").read_text())
     entry = yaml.safe_load((conf_root() / "strategy" / f"{method}.yaml").read_text())
+    entry |= OPTIONS.get(method, {})
     strategies = {
         f"{method}-{rate:g}": {**entry, "train": {**entry.get("train", {}), "learning_rate": rate}}
         for rate in rates

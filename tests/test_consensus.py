@@ -43,6 +43,11 @@ from heterotune_flwr.tuning.task import make_task
 TRAINING = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.01)
 
 
+#: The shipped strategy with a consensus, made small.
+DEEP = "heterotune_deep"
+FEW = f"strategies.{DEEP}.consensus.anchors=16 strategies.{DEEP}.method.core_rank=2"
+
+
 def probabilities(rng, n=20, classes=3, sharpness=2.0):
     logits = sharpness * rng.normal(size=(n, classes))
     return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
@@ -244,22 +249,15 @@ def test_a_client_with_other_anchors_says_so(world, folder):  # noqa: F811
 
 
 def test_every_client_is_heard_every_round(world, folder):  # noqa: F811
-    strategy = run(
-        world, "heterotune", rounds=2, overrides="strategies.heterotune.consensus.anchors=16"
-    )
+    strategy = run(world, DEEP, rounds=2, overrides=FEW)
     heard = [e["consensus"] for e in strategy.outcome.rounds if e["event"] == "round"]
     assert [entry["clients"] for entry in heard] == [4, 4]
     assert set(heard[0]["voices"]) == set(strategy.roster.type_keys)
 
 
 def test_the_same_seed_gives_the_same_bank_and_the_consensus_changes_it(world):  # noqa: F811
-    on = [
-        run(world, "heterotune", rounds=3, overrides="strategies.heterotune.consensus.anchors=16")
-    ]
-    on.append(
-        run(world, "heterotune", rounds=3, overrides="strategies.heterotune.consensus.anchors=16")
-    )
-    off = run(world, "heterotune", rounds=3, overrides="strategies.heterotune.consensus=null")
+    on = [run(world, DEEP, rounds=3, overrides=FEW) for _ in range(2)]
+    off = run(world, DEEP, rounds=3, overrides=f"{FEW} strategies.{DEEP}.consensus=null")
     for name, value in on[0].shared_tensors().items():
         np.testing.assert_array_equal(value, on[1].shared_tensors()[name])
     assert any(
@@ -272,7 +270,7 @@ def test_the_same_seed_gives_the_same_bank_and_the_consensus_changes_it(world): 
 
 
 def test_open_text_has_no_consensus_and_fedmkt_says_so(world):  # noqa: F811
-    strategy = run(world, "heterotune", rounds=1, overrides="train.loss=tokens")
+    strategy = run(world, DEEP, rounds=1, overrides=f"{FEW} train.loss=tokens")
     assert strategy.consensus is None
     with pytest.raises(ConfigError, match="no closed label set"):
         run(world, "fedmkt", rounds=1, overrides="train.loss=tokens")
