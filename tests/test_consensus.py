@@ -19,7 +19,7 @@ from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, TrainConfig
 from heterotune_flwr.data.sources import Example, training_pool
-from heterotune_flwr.dema.anchors import round_anchors
+from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.consensus import Lesson, as_probabilities
@@ -246,6 +246,15 @@ def ask(world, lesson, round=1):  # noqa: F811
 def test_a_client_with_other_anchors_says_so(world, folder):  # noqa: F811
     with pytest.raises(RemoteError, match="not those of the server"):
         ask(world, Lesson("another", 40, 8, 1.0))
+
+
+def test_targets_for_other_labels_are_refused(world, folder):  # noqa: F811
+    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
+    targets = probabilities(np.random.default_rng(0), n=8, classes=5)
+    with pytest.raises(RemoteError, match="expected 8 x 3"):
+        ask(world, Lesson(anchor_digest(texts), 40, 8, 1.0, targets))
+    reply = ask(world, Lesson(anchor_digest(texts), 40, 8, 1.0, targets[:, :3]))
+    assert reply.predictions.shape == (8, 3)
 
 
 def test_every_client_is_heard_every_round(world, folder):  # noqa: F811

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import AlignmentConfig, Config, MethodConfig
+from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
-from heterotune_flwr.data.sources import Example, global_test, label_set
-from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
+from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
-from heterotune_flwr.errors import ConfigError, HeteroTuneError
-from heterotune_flwr.federation.consensus import Lesson
+from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.federation.anchor_work import AnchorWork
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
@@ -57,11 +56,10 @@ from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.controls import ClientControls
-from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
 from heterotune_flwr.tuning.local import TrainReport, train_local
 from heterotune_flwr.tuning.slots import lowest_slot
-from heterotune_flwr.tuning.states import Rows, make_rows
+from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
 log = logging.getLogger(__name__)
@@ -73,11 +71,6 @@ Handler = Callable[[Message, Context], RecordDict]
 @functools.lru_cache(maxsize=16)
 def _composed(config: str, overrides: str, trusted: bool) -> Config:
     return compose(config, overrides, trusted)
-
-
-@functools.lru_cache(maxsize=2)
-def _anchor_texts(anchors: str, count: int) -> list[str]:
-    return load_anchors(AlignmentConfig(anchors=anchors, count=count))
 
 
 @dataclass(frozen=True)
@@ -128,29 +121,6 @@ class Client:
         if part == "train":
             return encodings.encoded(task, key, lambda: self.data(seed).train)
         return encodings.encoded(task, key, lambda: self.data(seed).personal_test)
-
-    def anchors(self, lesson: Lesson) -> EncodedSet:
-        """Token ids of the anchors of a lesson.
-
-        Raises
-        ------
-        ConfigError
-            This client reads other anchors than the server.
-
-        """
-        alignment = replace(self.identity.alignment(self.config), count=lesson.pool)
-        texts = _anchor_texts(alignment.anchors, alignment.count)
-        if anchor_digest(texts) != lesson.digest:
-            raise ConfigError(
-                f"the anchors {alignment.anchors} here are not those of the server; they must be the same texts "
-                "in the same order"
-            )
-        task = self.task()
-        assert task.labels is not None
-        unknown = task.labels[0]  # an anchor has no label; encoding wants one
-        return encodings.encoded(
-            task, ("anchors", lesson.digest), lambda: [Example(text, unknown) for text in texts]
-        )
 
     def prior(self, seed: int) -> Tensor | None:
         """Log label frequencies of the training examples; they never leave the client."""
@@ -239,7 +209,9 @@ def train(message: Message, context: Context) -> RecordDict:
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
-    anchors = _anchor_rows(client, adapter, request.lesson)
+    lesson = AnchorWork.of(
+        request.lesson, client.identity, config, client.task(), adapter, header.seed
+    )
     report = train_local(
         adapter,
         client.task(),
@@ -251,7 +223,7 @@ def train(message: Message, context: Context) -> RecordDict:
         prior=client.prior(header.seed),
         memory_gb=client.identity.memory_gb,
         corrections=controls.corrections,
-        distillation=_distillation(request, anchors, adapter.backbone.device),
+        distillation=lesson.distillation(header.round) if lesson else None,
     )
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}
@@ -267,40 +239,9 @@ def train(message: Message, context: Context) -> RecordDict:
         maps_digest=request.maps_digest,
         deltas=deltas,
         metrics=_train_metrics(report, request.learning_rate),
-        predictions=_predictions(client, request, anchors),
+        predictions=lesson.predictions(header.round + 1) if lesson else None,
     )
     return reply.to_content(config.exchange.codec)
-
-
-def _anchor_rows(client: Client, adapter: AttachedAdapter, lesson: Lesson | None) -> Rows | None:
-    if lesson is None:
-        return None
-    if client.task().kind != "labels":
-        raise ConfigError(
-            "predictions on anchors need a closed label set (data.labels, train.loss)"
-        )
-    return make_rows(adapter, client.anchors(lesson), client.config.train.cache_states)
-
-
-def _distillation(
-    request: TrainRequest, anchors: Rows | None, device: torch.device
-) -> Distillation | None:
-    lesson, header = request.lesson, request.header
-    if anchors is None or lesson is None or lesson.targets is None or not lesson.weight:
-        return None
-    chosen = round_anchors(lesson.pool, lesson.count, header.seed, header.round)
-    return Distillation(anchors, chosen, torch.from_numpy(lesson.targets).to(device), lesson.weight)
-
-
-def _predictions(
-    client: Client, request: TrainRequest, anchors: Rows | None
-) -> NDArray[np.float32] | None:
-    """What this client's model, as it now is, says of the next round's anchors."""
-    if anchors is None or request.lesson is None:
-        return None
-    lesson, header = request.lesson, request.header
-    chosen = round_anchors(lesson.pool, lesson.count, header.seed, header.round + 1)
-    return predict(client.task(), anchors, chosen)
 
 
 def evaluate_client(message: Message, context: Context) -> RecordDict:
