@@ -17,6 +17,7 @@ from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import AlignmentConfig, TrainConfig
 from heterotune_flwr.data.sources import Example, training_pool
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
@@ -34,6 +35,7 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ConfigRecord, RecordDict
 from heterotune_flwr.strategies import build_strategy
+from heterotune_flwr.strategies.build import check_strategy
 from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions, balanced, voices
 from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.local import train_local
@@ -132,6 +134,12 @@ def test_fewer_anchors_than_asked_for_are_all_used(tmp_path):
 def test_wrong_options_are_named(given_options, said):
     with pytest.raises(ConfigError, match=said):
         ConsensusOptions.read(given_options)
+
+
+def test_a_wrong_option_is_found_before_anything_runs_and_says_whose_it_is():
+    with pytest.raises(ConfigError, match=r"strategies\.heterotune_deep: consensus\.anchors is 0"):
+        config = compose("demo", f"run.compare=[{DEEP}] strategies.{DEEP}.consensus.anchors=0")
+        check_strategy(DEEP, config.strategies[DEEP], config)
 
 
 # ------------------------------------------------------------------------------------- the wire

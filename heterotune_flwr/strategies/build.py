@@ -94,9 +94,9 @@ def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroS
 def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
     """Everything about an entry that can be wrong, before anything runs (ConfigError)."""
     component, options = _read_entry(name, spec)
-    component.check_options(options)
     _server_optimizer(name, spec, component)
     try:
+        component.check_options(options)
         check_choices(strategy_config(name, spec, config))
         component.check_types({f"{e.backbone}@{e.bits}": e.bits for e in config.types})
     except ConfigError as error:
