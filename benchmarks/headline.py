@@ -80,7 +80,9 @@ _KNOWN: Mapping[str, Sequence[float]] = {
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
 }
-_SLOW: Mapping[str, Sequence[float]] = {"fedit": (1e-3,), "fedmkt": (1e-3,)}
+_SLOW: Mapping[str, Sequence[float]] = {
+    **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3)), "fedit": (1e-3,), "fedmkt": (1e-3,)
+}  # fmt: skip
 SUITES = {
     "embedded3": Suite("demo", _TINY, 1, method=_DEEP, rates=_BOTH),
     "embedded6": Suite("demo", _TINY, 2, method=_DEEP, rates=_KNOWN),
