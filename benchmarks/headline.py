@@ -1,16 +1,18 @@
 """The headline table: every method that can run, tuned, on the same clients, data, rounds and steps.
 
 Suites: the embedded family with 3, 6, 12 and 48 clients (1, 2, 4, 16 per type), three real families with 3 and 6
-clients, five types (three widths at mixed bits). Every method first runs at each of its learning rates with a seed of
-its own (``SWEEP_SEED``), then at its best one with ``SEEDS``; all cells are kept in
-``benchmarks/results/headline_cells.json`` as they are done, so the command goes on where it was stopped. Methods that
-refuse a suite (dense changes beside 4-bit weights) are listed with the reason.
+clients, five types (three widths at mixed bits); 10 rounds. HeteroTune has its consensus everywhere; on the embedded
+family the bank's methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone,
+whose steps cost milliseconds. Every method first runs at each of its learning rates with a seed of its own
+(``SWEEP_SEED``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a single rate
+(``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so the command
+goes on where it was stopped. Methods that refuse a suite (dense changes beside 4-bit weights) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
     python -m benchmarks.headline --suites embedded6 --methods heterotune within_type local_only fed_sb
 
-Writes ``benchmarks/results/headline.json``, ``headline.md`` and ``headline.svg``.
+Writes ``benchmarks/results/headline.json``, ``headline.md`` and ``headline.svg`` (``pip install matplotlib`` first).
 """
 
 from __future__ import annotations
@@ -235,11 +237,12 @@ def main() -> None:
         "--report", action="store_true", help="only write the tables of what is there"
     )
     args = parser.parse_args()
+    bank_alone = [name for name, suite in SUITES.items() if not suite.method]
     if not args.report:
         for line in plan(args.suites, args.methods, args.seeds):
             print(line, flush=True)
-            write_report(table(list(SUITES), args.seeds), args.seeds)
-    write_report(table(list(SUITES), args.seeds), args.seeds)
+            write_report(table(list(SUITES), args.seeds), args.seeds, bank_alone)
+    write_report(table(list(SUITES), args.seeds), args.seeds, bank_alone)
 
 
 if __name__ == "__main__":
