@@ -90,8 +90,9 @@ def find_codec(name: str) -> Codec:
         There is none of that name, or an installed package's is no codec.
 
     """
-    if name in CODECS or name in _SPECIAL:
-        return CODECS[name] if name in CODECS else _SPECIAL[name]
+    for known in (CODECS, _SPECIAL):
+        if name in known:
+            return known[name]
     if name not in plugin_names("codecs"):
         raise ExchangeError(f"exchange.codec is {name!r}; choose one of {', '.join(codec_names())}")
     try:

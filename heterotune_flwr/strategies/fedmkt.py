@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.base import HeteroStrategy, Scope
+from heterotune_flwr.strategies.base import Scope
 from heterotune_flwr.strategies.consensus import ConsensusOptions
+from heterotune_flwr.strategies.lora_family import LoRAStrategy
 
 
-class FedMKT(HeteroStrategy):
+class FedMKT(LoRAStrategy):
     """After FedMKT (arXiv 2406.02224): mutual transfer of predictions on a public set between different models.
 
     Every client keeps a LoRA of its own, which never travels; after local training it predicts on the round's public
@@ -37,11 +37,6 @@ class FedMKT(HeteroStrategy):
         self, context: StrategyContext, consensus: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(context)
-        if self.method.kind != "lora":
-            raise ConfigError(
-                f"strategy {context.name} trains LoRA but method.kind is {self.method.kind!r}; "
-                f"set strategies.{context.name}.method.kind=lora"
-            )
         self.use_consensus(consensus or {})
 
     @classmethod

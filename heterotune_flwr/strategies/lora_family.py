@@ -31,7 +31,7 @@ class LoRAStrategy(HeteroStrategy):
         super().__init__(context)
         if self.method.kind != "lora":
             raise ConfigError(
-                f"strategy {context.name} averages LoRA but method.kind is {self.method.kind!r}; "
+                f"strategy {context.name} trains LoRA but method.kind is {self.method.kind!r}; "
                 f"set strategies.{context.name}.method.kind=lora"
             )
 
