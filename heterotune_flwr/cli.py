@@ -49,10 +49,16 @@ def _main(
 
 @app.command()
 def run(
-    config: Preset = "demo",
+    config: Annotated[
+        str | None, typer.Argument(help="a preset (see `heterotune config`) or a YAML file [demo]")
+    ] = None,
     overrides: Overrides = None,
     directory: Annotated[
         Path | None, typer.Option("--dir", help="run directory [~/heterotune-runs/<name>-<time>]")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="go on with the run in this directory after its last round"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything and show the configuration only")
@@ -62,29 +68,37 @@ def run(
 
     Checks the configuration first, starts a Flower simulation of its own, shows progress, ends with a table, and
     leaves nothing running. Exit code 1: wrong input; 2: the run failed; 130: interrupted.
+
+    A run that was killed goes on where it was with --resume DIR; a finished one is extended with --resume DIR
+    server.rounds=60.
     """
     from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
     from heterotune_flwr.config.validate import preflight, settle_bits
     from heterotune_flwr.federation.launcher import check_directory, launch
+    from heterotune_flwr.federation.resume import check_resumable
     from heterotune_flwr.federation.server import run_directory
     from heterotune_flwr.reporting.progress import RunProgress
     from heterotune_flwr.reporting.tables import load_results, show
 
-    resolved = compose(config, overrides or [])
-    if directory is not None:
-        resolved.run.dir = str(directory)
-    place = run_directory(resolved)
-    resolved.run.dir = str(place)
-    resolved = with_absolute_paths(resolved)
-    check_directory(place)
-    resolved = settle_bits(resolved)  # every process of the run takes the same bits
+    if resume is not None:
+        given = [*([config] if config is not None else []), *(overrides or [])]
+        resolved = check_resumable(resume, given, directory)
+    else:
+        resolved = compose(config or "demo", overrides or [])
+        if directory is not None:
+            resolved.run.dir = str(directory)
+        place = run_directory(resolved)
+        resolved.run.dir = str(place)
+        resolved = with_absolute_paths(resolved)
+        check_directory(place)
+        resolved = settle_bits(resolved)  # every process of the run takes the same bits
     preflight(resolved)
     if dry_run:
         typer.echo(to_yaml(resolved))
         return
     started = time.monotonic()
     with RunProgress(resolved) as progress:
-        outcome = launch(resolved, progress)
+        outcome = launch(resolved, progress, resuming=resume is not None)
     if (outcome.directory / "results.json").exists():
         show(load_results(outcome.directory), outcome.directory)
     if outcome.failed:

@@ -12,14 +12,13 @@ from heterotune_flwr.cmga import (
     MEAN_CHAIN,
     Member,
     build_chain,
-    load_state,
     make_updates,
     min_norm_weights,
-    save_state,
 )
 from heterotune_flwr.cmga.base import gram
 from heterotune_flwr.cmga.server_optimizers import KINDS
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
+from heterotune_flwr.exchange.trees import load_state, save_state
 
 DIMENSION = 12
 
@@ -274,7 +273,7 @@ def test_state_survives_saving_and_continues_bit_for_bit(tmp_path):
     _, other = chain.update(restored, following)
     assert np.array_equal(one.direction, other.direction)
     (tmp_path / "state.safetensors").write_bytes(b"not a state")
-    with pytest.raises(ExchangeError, match="not a saved CMGA state"):
+    with pytest.raises(ExchangeError, match="not a saved state"):
         load_state(tmp_path / "state.safetensors")
 
 

@@ -14,8 +14,8 @@ from toy_federation import LABELS, ToyFederation, toy_config
 
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation.in_process import InProcessGrid
-from heterotune_flwr.federation.journal import Journal, to_json
-from heterotune_flwr.federation.ledger import Ledger
+from heterotune_flwr.federation.journal import VERSION, Journal, to_json
+from heterotune_flwr.federation.ledger import Exchanged, Ledger
 from heterotune_flwr.federation.messenger import converse, make_message, wait_for_nodes
 from heterotune_flwr.federation.outcome import ClientRow, statistics
 from heterotune_flwr.federation.server import check_strategies, run, run_directory
@@ -72,7 +72,8 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
     assert [r["strategy"] for r in saved["runs"]] == ["local_only", "heterotune"]
     assert len(results["runs"]) == 2
     kinds = [json.loads(line)["event"] for line in (directory / "rounds.jsonl").open()]
-    assert kinds[:3] == ["describe", "align", "start"]
+    assert kinds[:4] == ["journal", "describe", "align", "start"]
+    assert kinds.count("checkpoint") == 10  # rounds 0 to 3 of both, and again after the evaluations
     assert kinds[-1] == "end"
     assert kinds.count("round") == 6
     assert kinds.count("train_reply") == 18
@@ -134,7 +135,8 @@ def test_the_server_side_imports_no_torch():
 def test_journal_lines_are_json_whatever_they_carry(tmp_path):
     journal = Journal(tmp_path)
     journal.event("x", nan=float("nan"), array=np.float32(1.5), nested={"a": [np.int64(3)]})
-    (line,) = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    first, line = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    assert json.loads(first)["version"] == VERSION
     event = json.loads(line)
     assert event["nan"] is None
     assert event["array"] == 1.5
@@ -147,10 +149,11 @@ def test_journal_lines_are_json_whatever_they_carry(tmp_path):
 def test_ledger_separates_recurring_one_time_and_evaluation():
     ledger = Ledger()
     ledger.one_time("a", 10, 20)
-    ledger.train("a", down=150, up=40, maps=100)
-    ledger.train("b", down=50, up=60)
-    ledger.evaluate("a", down=1050, up=7, maps=1000)
-    summary = ledger.summary(lora16_bytes=1000, model_bytes=100_000)
+    ledger.train("a", "A", Exchanged(down=150, up=40, maps=100, wire_down=170, wire_up=50))
+    ledger.train("b", "B", Exchanged(down=50, up=60))
+    ledger.evaluate("a", Exchanged(down=1050, up=7, maps=1000))
+    sizes = {"A": 800.0, "B": 1200.0}, {"A": 1e5, "B": 1e5}
+    summary = ledger.summary(*sizes, clients={"A": 1, "B": 1})
     assert summary["up_per_client_round"] == 50
     assert summary["down_per_client_round"] == 50
     assert summary["one_time_down"] == 1110
@@ -158,7 +161,16 @@ def test_ledger_separates_recurring_one_time_and_evaluation():
     assert summary["evaluate_down"] == 50
     assert summary["saved_vs_lora16"] == pytest.approx(0.95)
     assert summary["saved_vs_model"] == pytest.approx(0.9995)
+    assert summary["types"]["A"]["saved_vs_lora16"] == pytest.approx(0.95)
+    assert summary["types"]["B"]["up_per_client_round"] == 60
+    assert (summary["wire_down"], summary["wire_up"]) == (170, 50)
     assert ledger.by_client == {"a": 1277, "b": 110}
+    twice = Ledger()
+    twice.add(ledger.memory())
+    assert twice == ledger
+    twice.add(ledger.memory())
+    assert twice.summary(*sizes, clients={"A": 1, "B": 1})["up_per_client_round"] == 50
+    assert (twice.by_client["a"], twice.client_rounds) == (2554, 4)
 
 
 def test_statistics_over_clients():

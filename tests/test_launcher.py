@@ -366,7 +366,7 @@ def test_the_checkout_itself_is_an_app_flower_accepts(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     config, warnings = load_and_validate(root / "pyproject.toml")
     assert warnings == []
-    assert set(config["tool"]["flwr"]["app"]["config"]) == {"config", "overrides"}
+    assert set(config["tool"]["flwr"]["app"]["config"]) == {"config", "overrides", "resume"}
     shutil.copy(root / "pyproject.toml", tmp_path)
     for name in ("heterotune_flwr", "server_app", "client_app", "conf"):
         shutil.copytree(root / name, tmp_path / name)

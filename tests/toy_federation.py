@@ -219,12 +219,13 @@ class ToyFederation:
             return shapes
         return bank_shapes(method, method.output)
 
-    def tensors(self, request, client_id, backbone):
-        """Received values, else own state, else initial values."""
+    def tensors(self, request, client_id, backbone, before):
+        """Received values, else own state as it was before a round, else initial values."""
         header = request.header
         start = initial_tensors(self.shapes(header.method, backbone), header.seed)
-        own = self.own_state.get((header.experiment, client_id), {})
-        return {**start, **own, **request.tensors}
+        kept = self.own_state.get((header.experiment, client_id), {})
+        rounds = [round for round in kept if round < before]
+        return {**start, **(kept[max(rounds)] if rounds else {}), **request.tensors}
 
     def maps_of(self, request, client_id):
         held = self.maps.setdefault(client_id, {})
@@ -268,7 +269,7 @@ class ToyFederation:
         if maps is None:
             content = error_content("maps are gone", ERROR_MAPS_MISSING)
             return Message(content, reply_to=message)
-        start = self.tensors(request, client_id, backbone)
+        start = self.tensors(request, client_id, backbone, header.round)
         tensors = {name: value.astype(np.float64) for name, value in start.items()}
         meaning, labels = self.data(partition, header.seed, 2, 48)
         states = backbone.states(meaning)
@@ -287,7 +288,7 @@ class ToyFederation:
                 tensors[name] -= request.learning_rate * scaled
         self.received[client_id, header.round] = request
         deltas = {n: (tensors[n] - start[n]).astype(np.float32) for n in request.expected}
-        self.own_state[header.experiment, client_id] = {
+        self.own_state.setdefault((header.experiment, client_id), {})[header.round] = {
             n: v.astype(np.float32)
             for n, v in tensors.items()
             if n not in request.expected and n not in request.frozen
@@ -315,7 +316,7 @@ class ToyFederation:
         if maps is None:
             content = error_content("maps are gone", ERROR_MAPS_MISSING)
             return Message(content, reply_to=message)
-        tensors = self.tensors(request, client_id, backbone)
+        tensors = self.tensors(request, client_id, backbone, header.round + 1)
         metrics = {}
         for scope in request.scopes:
             if scope == "global":

@@ -16,7 +16,7 @@ replaceable alone, named in YAML::
 
 A transform is a pair ``(init, update)`` of pure functions, ``update(state, updates) -> (state,
 updates)``; states are nested dictionaries of numbers, texts and arrays, saved without pickle
-(:mod:`heterotune_flwr.cmga.state`). Rules from the literature stand beside ours in :mod:`.alternatives`.
+(:mod:`heterotune_flwr.exchange.trees`). Rules from the literature stand beside ours in :mod:`.alternatives`.
 """
 
 from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus, pcgrad, ties
@@ -24,7 +24,6 @@ from heterotune_flwr.cmga.base import Member, Transform, Updates, make_updates
 from heterotune_flwr.cmga.chain import DEFAULT_CHAIN, MEAN_CHAIN, TRANSFORMS, build_chain, chain
 from heterotune_flwr.cmga.directions import combine, deconflict, min_norm_weights, server_opt
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
-from heterotune_flwr.cmga.state import load_state, save_state
 from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
 
 __all__ = [
@@ -43,11 +42,9 @@ __all__ = [
     "deconflict",
     "equalise_norms",
     "fedmgda_plus",
-    "load_state",
     "make_updates",
     "min_norm_weights",
     "pcgrad",
-    "save_state",
     "server_opt",
     "ties",
     "weigh_reliability",

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from heterotune_flwr.cmga.base import State, Transform, Updates, Vector, gram
+from heterotune_flwr.cmga.base import Transform, Updates, Vector, gram
 from heterotune_flwr.cmga.directions import conclude, deconflict
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.trees import State
 
 Matrix = NDArray[np.float64]
 

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.exchange.trees import State
 
 Vector = NDArray[np.float64]
-#: Nested dictionary of numbers, texts and arrays.
-State = dict[str, Any]
 
 
 @dataclass(frozen=True)

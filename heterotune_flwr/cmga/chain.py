@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus, pcgrad, ties
-from heterotune_flwr.cmga.base import State, Transform, Updates
+from heterotune_flwr.cmga.base import Transform, Updates
 from heterotune_flwr.cmga.directions import combine, deconflict, server_opt
 from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.trees import State
 
 #: Every transform a YAML chain may name.
 TRANSFORMS: dict[str, Callable[..., Transform]] = {

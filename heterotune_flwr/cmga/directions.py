@@ -18,7 +18,6 @@ from scipy.optimize import nnls
 
 from heterotune_flwr.cmga.base import (
     Member,
-    State,
     Transform,
     Updates,
     Vector,
@@ -29,6 +28,7 @@ from heterotune_flwr.cmga.base import (
 )
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.trees import State
 
 Matrix = NDArray[np.float64]
 #: Cosines above minus this count as not negative.

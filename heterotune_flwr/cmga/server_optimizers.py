@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heterotune_flwr.cmga.base import State, Vector
+from heterotune_flwr.cmga.base import Vector
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.trees import State
 
 KINDS = ("sgd", "momentum", "adam", "yogi", "adagrad")
 _ADAPTIVE = KINDS[2:]

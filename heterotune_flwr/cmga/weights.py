@@ -7,15 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.cmga.base import (
-    Member,
-    State,
-    Transform,
-    Updates,
-    generator,
-    gram,
-    weighted_mean,
-)
+from heterotune_flwr.cmga.base import Member, Transform, Updates, generator, gram, weighted_mean
+from heterotune_flwr.exchange.trees import State
 
 
 def within_type_mean() -> Transform:

@@ -34,7 +34,7 @@ MINIMA: dict[str, float] = {
     "method.core_rank": 0, "method.core_from": 0,
     "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
     "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
-    "server.evaluate_every": 0, "alignment.count": 10, "alignment.components": 1,
+    "server.evaluate_every": 0, "server.keep_checkpoints": 0, "alignment.count": 10, "alignment.components": 1,
     "train.logit_adjustment": 0, "train.proximal": 0,
     "run.worker_threads": 1,
 }  # fmt: skip

@@ -186,6 +186,9 @@ class ServerConfig:
     )
     wait_seconds: float = _help("patience for the clients to appear", 300.0)
     timeout_seconds: float = _help("patience for one round's replies", 3600.0)
+    keep_checkpoints: int = _help(
+        "checkpoints kept per strategy and seed, one a round (at least 2); 0: none are written, no resume", 2
+    )  # fmt: skip
     evaluate_every: int = _help("evaluate every so many rounds (the last always); 0: last only", 10)
 
 

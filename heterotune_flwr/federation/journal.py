@@ -1,27 +1,37 @@
 """The run directory: what happened, written while it happens, readable after a crash.
 
-=====================  =========================================================================
-``config.yaml``        the resolved configuration
-``status.json``        ``{"state": "running" | "finished" | "failed", "reason": ...}``
-``rounds.jsonl``       one event per line; the command line follows it for its progress display
-``results.json``       rewritten after every strategy, so nothing computed is lost
-``banks/*.safetensors``  final shared tensors of every strategy and seed
-=====================  =========================================================================
+=========================  =====================================================================
+``config.yaml``            the resolved configuration
+``run.json``               the name clients keep their state under
+``status.json``            ``{"state": "running" | "finished" | "failed", "reason": ...}``
+``rounds.jsonl``           the journal: one event per line (docs/journal.md), read by the command line while it grows
+``results.json``           rewritten after every strategy, so nothing computed is lost
+``banks/*.safetensors``    final shared tensors of every strategy and seed
+``checkpoints/``, ``maps/``  what ``heterotune run --resume`` needs (:mod:`.checkpoint`)
+=========================  =====================================================================
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.storage import atomic_write_text, save_tensors
+
+#: Of the events' fields (docs/journal.md); raised when a reader of the older ones would misread a new one.
+VERSION = 1
+#: Events that a power cut may take: they are many, and nothing is rebuilt from them.
+_PASSING = frozenset({"train_reply", "bytes"})
 
 
 def to_json(value: Any) -> Any:
@@ -37,42 +47,107 @@ def to_json(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one clear line (FederationError)."""
+    try:
+        yield
+    except OSError as error:
+        raise FederationError(
+            f"{path} cannot be written: {error.strerror or error}; make room (or the folder writable), then go on "
+            f"with heterotune run --resume {path.parent}"
+        ) from error
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All events of a journal, in order; what a crash left of a line is passed over."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        event = parse_event(line)
+        if event is not None:
+            found.append(event)
+    return found
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """One line of a journal, None for one that is empty or torn."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
 class Journal:
     """Writer of one run directory.
 
     Parameters
     ----------
     directory
-        Absolute path; made if missing. Events are appended to those of an earlier run in it.
+        Absolute path; made if missing. Events are appended to those of an earlier run in it; a last line that a
+        crash has torn is closed first.
 
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        self._events = directory / "rounds.jsonl"
+        self.path = directory / "rounds.jsonl"
+        with writing(self.path):
+            directory.mkdir(parents=True, exist_ok=True)
+            torn = self._close_torn_line()
         self.status("running")
+        self.event("journal", version=VERSION, torn_line=torn)
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event; the line is complete on disk when this returns."""
         record = to_json({"event": event, "time": time.time(), **fields})
-        with self._events.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with writing(self.path), self.path.open("ab", buffering=0) as stream:
+            # One write: a reader, or a crash, never sees two halves of different lines.
+            if stream.write(line) != len(line):
+                raise OSError("only part of an event could be written")
+            if event not in _PASSING:
+                os.fsync(stream.fileno())
+
+    def _close_torn_line(self) -> bool:
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return False
+        with self.path.open("rb+") as stream:
+            stream.seek(-1, os.SEEK_END)
+            torn = stream.read(1) != b"\n"
+            if torn:
+                stream.write(b"\n")
+        return torn
+
+    def remembered_name(self, name: str, resuming: bool) -> str:
+        """Remember the run's name on its first start; return it when the run is resumed."""
+        path = self.directory / "run.json"
+        if resuming and path.exists():
+            return str(json.loads(path.read_text())["name"])
+        self._write("run.json", json.dumps({"name": name}) + "\n")
+        return name
 
     def config(self, text: str) -> None:
         """Save the resolved configuration (YAML text)."""
-        atomic_write_text(self.directory / "config.yaml", text)
+        self._write("config.yaml", text)
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Save the results so far."""
-        text = json.dumps(to_json(results), indent=2, allow_nan=False)
-        atomic_write_text(self.directory / "results.json", text + "\n")
+        self._write("results.json", json.dumps(to_json(results), indent=2, allow_nan=False) + "\n")
 
     def bank(self, name: str, tensors: Mapping[str, NDArray[Any]], **metadata: str) -> None:
         """Save the final shared tensors of one strategy and seed."""
-        save_tensors(self.directory / "banks" / f"{name}.safetensors", tensors, metadata)
+        path = self.directory / "banks" / f"{name}.safetensors"
+        with writing(path.parent):
+            save_tensors(path, tensors, metadata)
 
     def status(self, state: str, reason: str | None = None) -> None:
         """Say how the run stands: ``running``, ``finished`` or ``failed`` with a reason."""
         record = {"state": state, "reason": reason, "time": time.time()}
-        atomic_write_text(self.directory / "status.json", json.dumps(record) + "\n")
+        self._write("status.json", json.dumps(record) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with writing(self.directory / name):
+            atomic_write_text(self.directory / name, text)

@@ -18,6 +18,7 @@ from heterotune_flwr.config.compose import INLINE, to_yaml
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.federation.journal import parse_event
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
 
@@ -81,11 +82,11 @@ def _signals_raise() -> Iterator[None]:
 
 
 class EventReader:
-    """Reads the journal's new events, complete lines only."""
+    """Reads the journal's new events, complete lines only; those there already belong to an earlier start."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = 0
+        self._offset = path.stat().st_size if path.exists() else 0
 
     def new(self) -> list[Event]:
         """Events written since the last call."""
@@ -96,7 +97,8 @@ class EventReader:
             data = stream.read()
         complete = data.rfind(b"\n") + 1
         self._offset += complete
-        return [json.loads(line) for line in data[:complete].splitlines() if line.strip()]
+        events = map(parse_event, data[:complete].split(b"\n"))
+        return [event for event in events if event is not None]
 
 
 def _read_status(directory: Path) -> tuple[str, str | None]:
@@ -144,9 +146,10 @@ class _Watch:
         return None
 
 
-def _follow(directory: Path, superlink: SuperLink, run_id: str, on_event: OnEvent) -> RunOutcome:
+def _follow(
+    directory: Path, superlink: SuperLink, run_id: str, on_event: OnEvent, reader: EventReader
+) -> RunOutcome:
     """Pass events on until the run is over."""
-    reader = EventReader(directory / "rounds.jsonl")
     watch = _Watch(superlink, run_id)
     ended: str | None = None
     while True:
@@ -180,8 +183,8 @@ def check_directory(directory: Path) -> None:
         raise ConfigError(f"{place} cannot be written; name a run directory elsewhere with --dir")
 
 
-def prepare_directory(directory: Path) -> None:
-    """Make the run directory; traces of a run that failed early are removed, results never.
+def prepare_directory(directory: Path, resuming: bool = False) -> None:
+    """Make the run directory; traces of a run that failed early are removed, results never, of a resumed run nothing.
 
     Raises
     ------
@@ -189,10 +192,13 @@ def prepare_directory(directory: Path) -> None:
         It is relative, cannot be made, or holds the results of another run.
 
     """
-    check_directory(directory)
+    if not resuming:
+        check_directory(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in ("status.json", "rounds.jsonl", "flower.log"):
+        for stale in (
+            ("status.json",) if resuming else ("status.json", "rounds.jsonl", "flower.log")
+        ):
             (directory / stale).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"the run directory {directory} cannot be written: {error}") from error
@@ -205,6 +211,7 @@ def launch_app(
     supernodes: int,
     on_event: OnEvent,
     resources: Resources | None = None,
+    resuming: bool = False,
 ) -> RunOutcome:
     """Run a Flower app that journals into ``directory`` (see :mod:`.journal`) and wait for its end.
 
@@ -216,7 +223,8 @@ def launch_app(
         Flower could not be started or refused the run. A run that starts and fails is reported in the outcome.
 
     """
-    prepare_directory(directory)
+    prepare_directory(directory, resuming)
+    reader = EventReader(directory / "rounds.jsonl")
     resources = resources or Resources(1)
     try:
         with (
@@ -227,7 +235,7 @@ def launch_app(
         ):
             run_id = superlink.submit(app, run_config, resources.federation_config(supernodes))
             superlink.stream_log(run_id)
-            return _follow(directory, superlink, run_id, on_event)
+            return _follow(directory, superlink, run_id, on_event, reader)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if interrupted else " ".join(str(error).split())[:500]
@@ -253,7 +261,7 @@ def _gpu_share(workers: int) -> float:
     return int(1000 * min(1.0, count / workers)) / 1000 if count else 0.0
 
 
-def launch(config: Config, on_event: OnEvent) -> RunOutcome:
+def launch(config: Config, on_event: OnEvent, resuming: bool = False) -> RunOutcome:
     """Run ``config`` in a Flower simulation of its own and wait for its end.
 
     Parameters
@@ -262,6 +270,8 @@ def launch(config: Config, on_event: OnEvent) -> RunOutcome:
         A resolved configuration with an absolute ``run.dir``.
     on_event
         Called with every journal event, in order, while the run goes on.
+    resuming
+        Go on with the run in ``run.dir`` after its last checkpoint.
 
     Raises
     ------
@@ -277,8 +287,12 @@ def launch(config: Config, on_event: OnEvent) -> RunOutcome:
     if supernodes < 1:
         raise ConfigError("types is empty: name at least one backbone with its bits and clients")
     directory = Path(config.run.dir)
-    prepare_directory(directory)
+    prepare_directory(directory, resuming)
     app = stage_app(directory / "flower" / "app")
-    run_config = {"config": INLINE + to_yaml(config), "overrides": ""}
+    run_config = {
+        "config": INLINE + to_yaml(config),
+        "overrides": "",
+        "resume": str(directory) if resuming else "",
+    }
     resources = plan_resources(config, supernodes)
-    return launch_app(app, run_config, directory, supernodes, on_event, resources)
+    return launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from heterotune_flwr.exchange.packing import content_bytes, payload_bytes
+from heterotune_flwr.federation.wire import MAPS
+from heterotune_flwr.flower import ArrayRecord, RecordDict, content_to_bytes
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """One request and its reply, in bytes.
+
+    Attributes
+    ----------
+    down, up
+        Logical size of the contents: arrays, configuration, metrics with their keys.
+    maps
+        Of ``down``: the frozen maps, sent once.
+    wire_down, wire_up
+        The contents as Flower serialises them (protobuf), without its envelope and the transport's.
+
+    """
+
+    down: int
+    up: int
+    maps: int = 0
+    wire_down: int = 0
+    wire_up: int = 0
+
+    @classmethod
+    def of(cls, request: RecordDict, reply: RecordDict) -> Exchanged:
+        """Count a request's and a reply's content."""
+        record = request.get(MAPS)
+        return cls(
+            content_bytes(request),
+            content_bytes(reply),
+            payload_bytes(record) if isinstance(record, ArrayRecord) else 0,
+            len(content_to_bytes(request)),
+            len(content_to_bytes(reply)),
+        )
 
 
 @dataclass
 class Ledger:
-    """Bytes of message contents (arrays, configuration, metrics), per direction and purpose.
+    """Bytes of message contents per direction and purpose; every single message is in the journal (``bytes``).
 
     Recurring bytes are those of ``train`` messages without the maps they may bring; one-time bytes
     are ``query.describe``, ``query.align`` and the maps. Evaluation is counted apart: how often
@@ -22,54 +60,114 @@ class Ledger:
     one_time_down: int = 0
     evaluate_up: int = 0
     evaluate_down: int = 0
+    wire_up: int = 0
+    wire_down: int = 0
     client_rounds: int = 0
-    by_client: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    by_client: dict[str, int] = field(default_factory=dict)
+    by_type: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def train(self, client_id: str, down: int, up: int, maps: int = 0) -> None:
-        """One client's training round: bytes down (``maps`` of them one-time) and up."""
-        self.train_down += down - maps
-        self.train_up += up
-        self.one_time_down += maps
+    def train(self, client_id: str, type_key: str, one: Exchanged) -> None:
+        """One client's training round."""
+        down = one.down - one.maps
+        self.train_down += down
+        self.train_up += one.up
         self.client_rounds += 1
-        self.by_client[client_id] += down + up
+        _add(
+            self.by_type.setdefault(type_key, {}), {"up": one.up, "down": down, "client_rounds": 1}
+        )
+        self._common(client_id, one, one.maps)
 
-    def evaluate(self, client_id: str, down: int, up: int, maps: int = 0) -> None:
+    def evaluate(self, client_id: str, one: Exchanged) -> None:
         """One client's evaluation."""
-        self.evaluate_down += down - maps
-        self.evaluate_up += up
-        self.one_time_down += maps
-        self.by_client[client_id] += down + up
+        self.evaluate_down += one.down - one.maps
+        self.evaluate_up += one.up
+        self._common(client_id, one, one.maps)
 
     def one_time(self, client_id: str, down: int, up: int) -> None:
         """A query."""
-        self.one_time_down += down
         self.one_time_up += up
-        self.by_client[client_id] += down + up
+        self._common(client_id, Exchanged(down, up), down)
 
-    def summary(self, lora16_bytes: float, model_bytes: float) -> dict[str, Any]:
+    def _common(self, client_id: str, one: Exchanged, one_time_down: int) -> None:
+        self.one_time_down += one_time_down
+        self.wire_down += one.wire_down
+        self.wire_up += one.wire_up
+        _add(self.by_client, {client_id: one.down + one.up})
+
+    def memory(self) -> dict[str, Any]:
+        """Everything counted, for a checkpoint."""
+        return asdict(self)
+
+    def add(self, memory: Mapping[str, Any]) -> None:
+        """Add what an earlier start of the same run has counted."""
+        for name, value in memory.items():
+            if name == "by_type":
+                for type_key, counts in value.items():
+                    _add(self.by_type.setdefault(type_key, {}), counts)
+            elif name == "by_client":
+                _add(self.by_client, value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def summary(
+        self, lora16: Mapping[str, float], model: Mapping[str, float], clients: Mapping[str, int]
+    ) -> dict[str, Any]:
         """Return the ``bytes`` entry of results.json.
 
         Parameters
         ----------
-        lora16_bytes, model_bytes
-            Mean over the clients of what one way of LoRA r=16 (bf16, all linear layers) and of
-            the whole model (two bytes a parameter) would take.
+        lora16, model
+            Per type, what one way of LoRA r=16 (bf16, all linear layers) and of the whole model (two
+            bytes a parameter) would take.
+        clients
+            Clients per type: the overall denominators are means over clients.
 
         """
-        rounds = max(self.client_rounds, 1)
-        up, down = self.train_up / rounds, self.train_down / rounds
+        total = max(sum(clients.values()), 1)
+        lora = sum(lora16[key] * count for key, count in clients.items()) / total
+        whole = sum(model[key] * count for key, count in clients.items()) / total
+        up, down = (
+            _per_round(self.train_up, self.client_rounds),
+            _per_round(self.train_down, self.client_rounds),
+        )
+        names = (
+            "one_time_up", "one_time_down", "evaluate_up", "evaluate_down", "train_up", "train_down",
+            "wire_up", "wire_down", "client_rounds",
+        )  # fmt: skip
         return {
             "up_per_client_round": up,
             "down_per_client_round": down,
-            "one_time_up": self.one_time_up,
-            "one_time_down": self.one_time_down,
-            "evaluate_up": self.evaluate_up,
-            "evaluate_down": self.evaluate_down,
-            "train_up": self.train_up,
-            "train_down": self.train_down,
-            "client_rounds": self.client_rounds,
-            "lora16_bytes": lora16_bytes,
-            "model_bytes": model_bytes,
-            "saved_vs_lora16": 1 - up / lora16_bytes if lora16_bytes else None,
-            "saved_vs_model": 1 - up / model_bytes if model_bytes else None,
+            **{name: getattr(self, name) for name in names},
+            "lora16_bytes": lora,
+            "model_bytes": whole,
+            **_saved(up, lora, whole),
+            "types": {
+                key: {
+                    "up_per_client_round": _per_round(counts["up"], counts["client_rounds"]),
+                    "down_per_client_round": _per_round(counts["down"], counts["client_rounds"]),
+                    "lora16_bytes": lora16[key],
+                    "model_bytes": model[key],
+                    **_saved(
+                        _per_round(counts["up"], counts["client_rounds"]), lora16[key], model[key]
+                    ),
+                }
+                for key, counts in sorted(self.by_type.items())
+                if key in lora16
+            },
         }
+
+
+def _per_round(count: int, rounds: int) -> float:
+    return count / max(rounds, 1)
+
+
+def _saved(up: float, lora16: float, model: float) -> dict[str, float | None]:
+    return {
+        "saved_vs_lora16": 1 - up / lora16 if lora16 else None,
+        "saved_vs_model": 1 - up / model if model else None,
+    }
+
+
+def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    for key, value in more.items():
+        counts[key] = counts.get(key, 0) + value

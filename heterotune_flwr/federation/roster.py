@@ -55,10 +55,12 @@ class Roster:
         """Flower node id -> client id."""
         return {client.node_id: cid for cid, client in self.clients.items()}
 
-    def mean(self, field: str) -> float:
-        """Mean of a numeric field of the descriptions over the clients."""
-        values = [float(getattr(client.info, field)) for client in self.clients.values()]
-        return sum(values) / len(values)
+    def per_type(self, field: str) -> dict[str, float]:
+        """A numeric field of the descriptions that is the same for all clients of a type."""
+        return {
+            key: float(getattr(self.clients[self.of_type(key)[0]].info, field))
+            for key in self.type_keys
+        }
 
 
 def _same(clients: Mapping[str, Client], field: str, what: str, mend: str) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.config.compose import compose, to_yaml
 from heterotune_flwr.config.schema import Config
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.resume import check_same, run_lock, saved_config
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import Context, Grid
 from heterotune_flwr.reporting.tables import final_table
@@ -36,13 +40,26 @@ def check_strategies(config: Config) -> None:
         check_strategy(name, spec, config)
 
 
-def run_strategies(grid: Grid, config: Config, journal: Journal, run_name: str) -> dict[str, Any]:
-    """Run every strategy with every seed; return (and keep writing) the results."""
+def run_strategies(
+    grid: Grid, config: Config, journal: Journal, run_name: str, resuming: bool = False
+) -> dict[str, Any]:
+    """Run every strategy with every seed; return (and keep writing) the results.
+
+    When ``resuming``, those that had finished as many rounds stay as they are, the others go on after their last
+    checkpoint.
+    """
     check_strategies(config)
-    session = Session(grid, config, journal, run_name)
+    keep = config.server.keep_checkpoints
+    checkpoints = Checkpoints(journal.directory, keep) if keep else None
+    session = Session(grid, config, journal, run_name, checkpoints, resuming)
+    finished = _finished(journal, config) if resuming else {}
     results: dict[str, Any] = {"config": asdict(config), "runs": []}
     for seed in config.run.seeds:
         for name in config.run.compare:
+            if (name, seed) in finished:
+                results["runs"].append(finished[name, seed])
+                journal.event("already_finished", strategy=name, seed=seed)
+                continue
             context = StrategyContext(name, config, seed, session)
             strategy = build_strategy(config.strategies[name], context)
             strategy.start(grid)
@@ -55,8 +72,21 @@ def run_strategies(grid: Grid, config: Config, journal: Journal, run_name: str) 
     return results
 
 
+def _finished(journal: Journal, config: Config) -> dict[tuple[str, int], dict[str, Any]]:
+    """Results of an earlier start of this run that have all their rounds, by (strategy, seed)."""
+    path = journal.directory / "results.json"
+    if not path.exists():
+        return {}
+    runs = json.loads(path.read_text())["runs"]
+    return {
+        (run["strategy"], run["seed"]): run
+        for run in runs
+        if max((entry["round"] for entry in run["rounds"]), default=0) >= config.server.rounds
+    }
+
+
 def run(grid: Grid, context: Context) -> dict[str, Any]:
-    """Run what the context's ``config`` and ``overrides`` describe.
+    """Run what the context's ``config`` and ``overrides`` describe, or go on with the run in ``resume``.
 
     The run directory always tells how it ended: ``status.json`` says ``failed`` and why before
     an exception leaves this function.
@@ -70,16 +100,30 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
     config = compose(
         str(context.run_config.get("config", "demo")), str(context.run_config.get("overrides", ""))
     )
-    journal = Journal(run_directory(config))
+    resume = str(context.run_config.get("resume", ""))
+    directory = Path(resume).expanduser().resolve() if resume else run_directory(config)
+    if resume:
+        check_same(saved_config(directory), config, directory)
+    with run_lock(directory):
+        return _run_in(directory, grid, config, str(context.run_id), bool(resume))
+
+
+def _run_in(
+    directory: Path, grid: Grid, config: Config, run_id: str, resuming: bool
+) -> dict[str, Any]:
+    journal = Journal(directory)
     try:
         # Without the directory, so that running the saved file repeats the run in a new one.
         own_place = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=None))
         journal.config(to_yaml(own_place))
-        results = run_strategies(grid, config, journal, f"{config.run.name}-{context.run_id}")
+        # Clients keep their state under the name of the first start.
+        name = journal.remembered_name(f"{config.run.name}-{run_id}", resuming)
+        results = run_strategies(grid, config, journal, name, resuming)
     except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        journal.status("failed", reason)
-        journal.event("failed", reason=reason)
+        with suppress(FederationError):  # the disk may be what failed
+            journal.status("failed", reason)
+            journal.event("failed", reason=reason)
         raise
     journal.status("finished")
     print(final_table(results, journal.directory))

@@ -8,6 +8,7 @@ from typing import Any
 
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.schema import Config, MethodConfig
+from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.maps_service import Maps, MapsService
 from heterotune_flwr.federation.protocol import Header
@@ -19,12 +20,17 @@ __all__ = ["Maps", "Session", "StrategyContext"]
 
 @dataclass
 class Session:
-    """One run's view of the federation; rosters and maps are kept for every method asked for."""
+    """One run's view of the federation; rosters and maps are kept for every method asked for.
+
+    With ``checkpoints`` every round is saved; when ``resuming``, a strategy goes on from its last one.
+    """
 
     grid: Grid
     config: Config
     journal: Journal
     run_name: str = "run"
+    checkpoints: Checkpoints | None = None
+    resuming: bool = False
     _rosters: dict[str, Roster] = field(default_factory=dict)
     _maps: MapsService | None = None
 

@@ -32,6 +32,7 @@ clientapp = "client_app.app:app"
 [tool.flwr.app.config]
 config = "demo"
 overrides = ""
+resume = ""
 """
 
 

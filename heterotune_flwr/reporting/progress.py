@@ -121,6 +121,17 @@ class RunProgress:
         self._round, self._replies = 0, 0
         self._line(f"{self._name(event)}: {event['of']} rounds", force=True)
 
+    def _on_resumed(self, event: Event) -> None:
+        self._round = event["round"]
+        self._line(f"{self._name(event)}: goes on after round {event['round']}", force=True)
+
+    def _on_already_finished(self, event: Event) -> None:
+        self._finished += 1
+        self._line(f"{self._name(event)}: had finished", force=True)
+
+    def _on_checkpoint_damaged(self, event: Event) -> None:
+        self._line(f"  a checkpoint was passed over: {event['reason']}", force=True)
+
     def _on_train_reply(self, event: Event) -> None:
         self._replies += 1
         loss = event.get("loss")

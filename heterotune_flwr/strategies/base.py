@@ -38,7 +38,7 @@ from heterotune_flwr.flower import (
     MetricRecord,
     Result,
 )
-from heterotune_flwr.strategies import evaluation
+from heterotune_flwr.strategies import evaluation, snapshot
 from heterotune_flwr.strategies.admission import admit, read_evaluations
 from heterotune_flwr.strategies.consensus import Consensus
 from heterotune_flwr.strategies.sharing import GLOBAL, Scope, Shapes, Sharing
@@ -256,7 +256,8 @@ class HeteroStrategy(Sharing):
     ) -> Result:
         """Run all rounds; Flower's arguments are accepted, what they leave open is configured.
 
-        Round 0 is an evaluation of the untouched backbones, so that before and after exist.
+        Round 0 is an evaluation of the untouched backbones, so that before and after exist. A resumed run goes on
+        after its last checkpoint; Flower's ``Result`` then has the later rounds only, the journal all of them.
 
         Raises
         ------
@@ -264,14 +265,17 @@ class HeteroStrategy(Sharing):
             The federation cannot start, or no update was usable in several rounds in a row.
 
         """
-        begin = time.monotonic()
+        self._begin = time.monotonic()
         if num_rounds is not None:
             self.rounds = num_rounds
         self.prepare(grid)
         self.summary()
         result = Result()
-        self._evaluate(0, grid, result)
-        for server_round in range(1, self.rounds + 1):
+        done, evaluated = self._go_on()
+        if not evaluated and self._evaluates(done):
+            self._evaluate(done, grid, result)
+            self._save(done, evaluated=True)
+        for server_round in range(done + 1, self.rounds + 1):
             messages = list(
                 self.configure_train(
                     server_round, self._arrays(), train_config or ConfigRecord(), grid
@@ -280,22 +284,52 @@ class HeteroStrategy(Sharing):
             replies = self.courier.collect(grid, messages, TRAIN, server_round)
             _, record = self.aggregate_train(server_round, replies)
             self._check_progress(server_round, record)
+            self._save(server_round, evaluated=False)
             if record is not None:
                 result.train_metrics_clientapp[server_round] = record
             if self._evaluates(server_round):
                 self._evaluate(server_round, grid, result)
+                self._save(server_round, evaluated=True)
             if evaluate_fn is not None:
                 central = evaluate_fn(server_round, self._arrays())
                 if central is not None:
                     result.evaluate_metrics_serverapp[server_round] = central
         result.arrays = self._arrays()
-        self._finish(time.monotonic() - begin)
+        self._finish(self._seconds())
         return result
 
     def _evaluates(self, server_round: int) -> bool:
         every = self.config.server.evaluate_every
-        is_last = server_round == self.rounds
-        return is_last or (every > 0 and server_round % every == 0)
+        is_first_or_last = server_round in (0, self.rounds)
+        return is_first_or_last or (every > 0 and server_round % every == 0)
+
+    def _go_on(self) -> tuple[int, bool]:
+        """Last finished round and whether it was evaluated: (0, False), or those of a resumed run's checkpoint."""
+        session, name, seed = self.context.session, self.context.name, self.context.seed
+        if session.checkpoints is None or not session.resuming:
+            return 0, False
+        checkpoint, damaged = session.checkpoints.latest(name, seed)
+        for reason in damaged:
+            self.courier.event("checkpoint_damaged", reason=reason)
+        if checkpoint is None:
+            return 0, False
+        snapshot.put_back(self, checkpoint.state, checkpoint.round)
+        self._begin -= checkpoint.state["seconds"]
+        evaluated = bool(checkpoint.state["evaluated"])
+        self.courier.event("resumed", round=checkpoint.round, of=self.rounds, evaluated=evaluated)
+        return checkpoint.round, evaluated
+
+    def _save(self, server_round: int, evaluated: bool) -> None:
+        """Write the round's checkpoint, where the run keeps any."""
+        session = self.context.session
+        if session.checkpoints is not None:
+            state = snapshot.take(self, evaluated, self._seconds())
+            session.checkpoints.save(self.context.name, self.context.seed, server_round, state)
+            self.courier.event("checkpoint", round=server_round, evaluated=evaluated)
+
+    def _seconds(self) -> float:
+        """What the strategy has taken so far, before a resume included."""
+        return time.monotonic() - self._begin
 
     def _check_progress(self, server_round: int, record: MetricRecord | None) -> None:
         """Give up when round after round brings nothing: the same error would repeat for ever."""
@@ -310,7 +344,9 @@ class HeteroStrategy(Sharing):
     def _finish(self, seconds: float) -> None:
         self.outcome.seconds = seconds
         self.outcome.bytes = self.courier.ledger.summary(
-            self.roster.mean("lora16_bytes"), self.roster.mean("model_bytes")
+            self.roster.per_type("lora16_bytes"),
+            self.roster.per_type("model_bytes"),
+            {key: len(self.roster.of_type(key)) for key in self.roster.type_keys},
         )
         if self.maps is not None:
             self.outcome.alignment = {"quality": self.maps.quality}

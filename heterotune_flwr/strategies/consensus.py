@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from heterotune_flwr.config.schema import AlignmentConfig
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors
 from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.consensus import Lesson, as_probabilities
 from heterotune_flwr.federation.protocol import TrainReply
 
@@ -136,6 +137,14 @@ class Consensus:
         self._digest = anchor_digest(texts)
         self._targets: Array | None = None
         self._due = 0
+
+    def memory(self) -> State:
+        """The next round's targets."""
+        return {"targets": self._targets, "due": self._due}
+
+    def recall(self, memory: State) -> None:
+        """Go on from :meth:`memory`."""
+        self._targets, self._due = memory["targets"], memory["due"]
 
     def lesson(self, server_round: int) -> Lesson:
         """What a client is asked in a round; without targets where nobody predicted on its anchors."""

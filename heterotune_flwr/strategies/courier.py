@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from heterotune_flwr.errors import HeteroTuneError
-from heterotune_flwr.exchange.packing import Tensors, content_bytes, pack, payload_bytes
-from heterotune_flwr.federation.ledger import Ledger
+from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation.ledger import Exchanged, Ledger
 from heterotune_flwr.federation.messenger import converse, make_message
 from heterotune_flwr.federation.protocol import (
     ERROR_MAPS_MISSING,
@@ -20,7 +22,7 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.wire import read_config, read_metrics
-from heterotune_flwr.flower import ArrayRecord, Grid, Message
+from heterotune_flwr.flower import Grid, Message
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
@@ -93,7 +95,7 @@ class Courier:
             request = sent[reply.metadata.src_node_id]
             try:
                 config = read_config(reply.content)
-                self._account(client_id, request, reply, kind)
+                self._account(client_id, request, reply, kind, round)
                 if kind == TRAIN:
                     self._journal_reply(client_id, round, read_metrics(reply.content))
             except RemoteError as error:
@@ -120,6 +122,15 @@ class Courier:
         for client_id, reason in sorted(self._failed.items()):
             self.refuse(client_id, round, reason, "client_failed", message_type=kind)
         return good
+
+    def memory(self) -> State:
+        """The ledger, and which clients hold their maps."""
+        return {"ledger": self.ledger.memory(), "holds_maps": self._holds_maps}
+
+    def recall(self, memory: State) -> None:
+        """Go on from :meth:`memory`; what this start has cost already is added."""
+        self.ledger.add(memory["ledger"])
+        self._holds_maps = set(memory["holds_maps"]) & set(self.roster.clients)
 
     @property
     def first_failure(self) -> str | None:
@@ -150,11 +161,24 @@ class Courier:
         timeout = self.context.config.server.timeout_seconds
         return make_message(content, message.metadata.dst_node_id, kind, round, timeout)
 
-    def _account(self, client_id: str, request: Message, reply: Message, kind: str) -> None:
-        down, up = content_bytes(request.content), content_bytes(reply.content)
-        record = request.content.get(MAPS)
-        maps = payload_bytes(record) if isinstance(record, ArrayRecord) else 0
-        (self.ledger.train if kind == TRAIN else self.ledger.evaluate)(client_id, down, up, maps)
+    def _account(
+        self, client_id: str, request: Message, reply: Message, kind: str, round: int
+    ) -> None:
+        exchanged = Exchanged.of(request.content, reply.content)
+        type_key = self.roster.clients[client_id].info.type_key
+        if kind == TRAIN:
+            self.ledger.train(client_id, type_key, exchanged)
+        else:
+            self.ledger.evaluate(client_id, exchanged)
+        self.event(
+            "bytes",
+            round=round,
+            client_id=client_id,
+            type=type_key,
+            message_type=kind,
+            codec=self.context.config.exchange.codec,
+            **asdict(exchanged),
+        )
 
     def _journal_reply(self, client_id: str, round: int, metrics: dict[str, float]) -> None:
         self.event(

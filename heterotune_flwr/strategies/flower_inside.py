@@ -11,6 +11,7 @@ import numpy as np
 
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.flower import (
     Array,
@@ -66,6 +67,18 @@ class FlowerInside(WithinType):
             raise ConfigError("FlowerInside needs strategy, for instance strategy: FedAdam")
         _instance(str(options["strategy"]), options.get("options") or {})
 
+    def memory(self) -> State:
+        """Also what Flower's strategies hold in plain attributes (moments, momentum, current arrays)."""
+        inside = {group: _plain(vars(found)) for group, found in self._instances.items()}
+        return {**super().memory(), "inside": inside}
+
+    def recall(self, memory: State) -> None:
+        """Go on from :meth:`memory`."""
+        super().recall(memory)
+        for group, attributes in memory["inside"].items():
+            self._instances[group] = _instance(self._strategy, self._options)
+            vars(self._instances[group]).update(attributes)
+
     def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
         """Let Flower's strategy turn the clients' tensors into new ones."""
         if group not in self._instances:
@@ -95,6 +108,21 @@ class FlowerInside(WithinType):
         if new is None:
             return {name: np.zeros_like(value) for name, value in old.items()}
         return {name: (new[name].numpy() - old[name]).astype(np.float32) for name in names}
+
+
+def _plain(attributes: Mapping[str, Any]) -> State:
+    """Those of an object's attributes that are data: numbers, texts, arrays, and collections of them."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(isinstance(key, str | int) and is_plain(item) for key, item in value.items())
+        if isinstance(value, list | tuple):
+            return all(is_plain(item) for item in value)
+        return value is None or isinstance(
+            value, bool | int | float | str | np.ndarray | np.generic
+        )
+
+    return {name: value for name, value in attributes.items() if is_plain(value)}
 
 
 def _record(tensors: Tensors) -> ArrayRecord:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from heterotune_flwr.cmga import DEFAULT_CHAIN, Member, build_chain, make_updates
-from heterotune_flwr.cmga.base import State
 from heterotune_flwr.dema.bank import slot_of, tier_of
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
 from heterotune_flwr.strategies.consensus import ConsensusOptions
@@ -48,6 +48,7 @@ class HeteroTune(HeteroStrategy):
     """
 
     own_server_step = "has server_opt in its chain; set it there"
+    remembered = ("chain_states",)
 
     def __init__(
         self,

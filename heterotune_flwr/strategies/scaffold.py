@@ -22,6 +22,8 @@ class Scaffold(WithinType):
     (conf/strategy/scaffold.yaml sets it). Heterogeneity: any model types (each a federation of its own), any bits.
     """
 
+    remembered = ("_controls",)
+
     def __init__(self, context: StrategyContext) -> None:
         super().__init__(context)
         if self.config.train.optimizer != "sgd":

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from heterotune_flwr.cmga.base import State
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.outcome import Outcome
 from heterotune_flwr.federation.protocol import resolve_output
 from heterotune_flwr.federation.roster import Roster
@@ -36,6 +36,9 @@ class Sharing(Strategy):
     needs_consensus: ClassVar[bool] = False
     #: Why ``server_optimizer`` is refused; empty where it is not.
     own_server_step: ClassVar[str] = ""
+    #: Attributes that later rounds depend on, besides the shared tensors: they go into checkpoints. A subclass names
+    #: its own; its bases' are added.
+    remembered: ClassVar[tuple[str, ...]] = ("_optimizer_states", "_empty_rounds")
 
     def __init__(self, context: StrategyContext) -> None:
         self.context = context
@@ -54,6 +57,7 @@ class Sharing(Strategy):
         self._fixed: dict[str, set[str]] = {}
         self._optimizer_states: dict[str, dict[str, State]] = {}
         self._empty_rounds = 0
+        self._begin = 0.0
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -107,6 +111,23 @@ class Sharing(Strategy):
     def round_log(self) -> dict[str, Any]:
         """Further facts about the last round for the journal; JSON-able."""
         return {}
+
+    def memory(self) -> State:
+        """What a checkpoint holds besides the shared tensors: all ``remembered`` attributes.
+
+        Nested dictionaries, lists, numbers, texts and arrays; extend it where an attribute is of another kind.
+        """
+        return {name: getattr(self, name) for name in self._remembered()}
+
+    def recall(self, memory: State) -> None:
+        """Go on from :meth:`memory` (called after :meth:`prepare`)."""
+        for name in self._remembered():
+            setattr(self, name, memory[name])
+
+    def _remembered(self) -> list[str]:
+        return sorted(
+            {name for kind in type(self).__mro__ for name in vars(kind).get("remembered", ())}
+        )
 
     # ------------------------------------------------------------------------------------ set-up
 

@@ -11,7 +11,6 @@ The state before the last trained round stays beside the newest one, as
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -25,8 +24,6 @@ from safetensors import SafetensorError, safe_open
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.exchange.storage import atomic_write_bytes, load_tensors, save_tensors
-
-log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+#-]{0,199}")
 #: Before it there is no state, whatever an earlier run of the same name has left.
@@ -94,7 +91,7 @@ class ClientStore:
         Raises
         ------
         ExchangeError
-            The file is there but damaged, or has a tensor of another shape.
+            The file is there but damaged, has a tensor of another shape, or the state asked for is gone.
 
         """
         path = self._state_before(before)
@@ -125,9 +122,11 @@ class ClientStore:
                 return self.previous
             if older.before is None:
                 return None
-        path = self.path if older is None else self.previous
-        log.warning("%s: the state before round %d is gone; an older round repeats", path, round)
-        return path
+        kept = ", ".join(str(stamp.round) for stamp in (older, held) if stamp is not None)
+        raise ExchangeError(
+            f"{self.path}: this client's state before round {round} is gone (kept: after rounds {kept}); the server "
+            "went back further than a client keeps; remove the file to start this client anew"
+        )
 
     def save(self, tensors: Mapping[str, NDArray[np.float32]], round: int) -> None:
         """Replace the client's own tensors, atomically; the state before ``round`` is kept.

@@ -1,0 +1,116 @@
+"""Going on with a run: its directory is whole and free, and the configuration is the one it was started with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.errors import ConfigError
+
+#: What may differ when a run goes on: how long, how patiently, on how many processes; not what is computed.
+MAY_CHANGE = (
+    "run.dir",
+    "run.compare",
+    "run.seeds",
+    "run.workers",
+    "run.worker_threads",
+    "server.rounds",
+    "server.evaluate_every",
+    "server.keep_checkpoints",
+    "server.min_clients",
+    "server.wait_seconds",
+    "server.timeout_seconds",
+)
+_LOCK = ".lock"
+
+
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dictionaries; lists are values."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from flatten(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def saved_config(directory: Path) -> Config:
+    """The configuration a run directory was started with (ConfigError: it is none)."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{directory} is no run directory (it has no config.yaml); name one with --resume"
+        )
+    return compose(str(path))
+
+
+def check_same(saved: Config, config: Config, directory: Path) -> None:
+    """Refuse to go on with other settings than the run's own (ConfigError names the first that differs)."""
+    old, new = (dict(flatten(dataclasses.asdict(c))) for c in (saved, config))
+    for key in sorted({*old, *new}):
+        if key in MAY_CHANGE or (key.startswith("strategies.") and key not in old):
+            continue
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{directory} was started with {key}={old.get(key)!r}, not {new.get(key)!r}; a resumed run may change "
+                f"only {', '.join(MAY_CHANGE)}"
+            )
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Hold a run directory: two servers must not write to one (ConfigError: another one does)."""
+    lock = FileLock(directory / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"a run is still writing to {directory}; wait for its end, or stop it, then resume"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_resumable(directory: Path, overrides: Sequence[str], other: Path | None) -> Config:
+    """The configuration with which the run in ``directory`` can go on.
+
+    Parameters
+    ----------
+    directory
+        A run directory.
+    overrides
+        ``key=value`` for what may change (:data:`MAY_CHANGE`).
+    other
+        A second directory the user named.
+
+    Raises
+    ------
+    ConfigError
+        It is no run directory, another run is writing to it, or an override would change what is computed.
+
+    """
+    directory = directory.expanduser().resolve()
+    if other is not None and other.expanduser().resolve() != directory:
+        raise ConfigError("--resume goes on in its own directory; leave --dir out")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"--resume takes the run's own configuration: leave {override!r} out, give only key=value"
+            )
+    saved = saved_config(directory)
+    config = compose(str(directory / "config.yaml"), list(overrides))
+    check_same(saved, config, directory)
+    config.run.dir = str(directory)
+    with run_lock(directory):
+        pass
+    return config

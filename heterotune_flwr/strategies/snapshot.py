@@ -1,0 +1,119 @@
+"""What of a strategy goes into a checkpoint, and back: everything the next round depends on.
+
+What a strategy of one's own keeps between rounds is named in its ``remembered`` (or handled by ``memory`` and
+``recall``, see :class:`.sharing.Sharing`); the shared tensors, the server optimizer, the consensus, the ledger, which
+maps clients hold and the last evaluation are saved for every strategy. Sampling and all random numbers are functions
+of seed and round, so there is no generator to save. What clients keep for themselves stays with them
+(:mod:`..tuning.client_state`), by round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation.checkpoint import CheckpointError
+from heterotune_flwr.federation.journal import read_events
+from heterotune_flwr.federation.outcome import ClientRow
+
+if TYPE_CHECKING:
+    from heterotune_flwr.strategies.base import HeteroStrategy
+
+
+def take(strategy: HeteroStrategy, evaluated: bool, seconds: float) -> State:
+    """The state of a strategy after a round.
+
+    Parameters
+    ----------
+    strategy
+        A prepared strategy.
+    evaluated
+        Whether the round's evaluation, where it has one, is done.
+    seconds
+        Time the strategy has taken so far.
+
+    """
+    outcome = strategy.outcome
+    return {
+        "experiment": strategy.context.experiment,
+        "shared": strategy.state,
+        "memory": strategy.memory(),
+        "consensus": strategy.consensus.memory() if strategy.consensus else None,
+        "courier": strategy.courier.memory(),
+        "maps": dict(strategy.maps.digests) if strategy.maps else {},
+        "outcome": {
+            "rows": [dataclasses.asdict(row) for row in outcome.rows],
+            "before": [dataclasses.asdict(row) for row in outcome.before],
+            "peak_memory_mb": outcome.peak_memory_mb,
+        },
+        "evaluated": evaluated,
+        "seconds": seconds,
+    }
+
+
+def put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
+    """Make a prepared strategy what it was after ``round``.
+
+    Groups of model types that are not there now are kept for when they return.
+
+    Raises
+    ------
+    CheckpointError
+        Tensors have other shapes now, or the maps of a type have changed.
+
+    """
+    _check_shapes(strategy, state["shared"])
+    _check_maps(strategy, state["maps"])
+    strategy.state |= state["shared"]
+    strategy.recall(state["memory"])
+    if strategy.consensus is not None:
+        strategy.consensus.recall(state["consensus"])
+    strategy.courier.recall(state["courier"])
+    outcome, saved = strategy.outcome, state["outcome"]
+    outcome.rows = [ClientRow(**row) for row in saved["rows"]]
+    outcome.before = [ClientRow(**row) for row in saved["before"]]
+    outcome.peak_memory_mb = saved["peak_memory_mb"]
+    outcome.rounds = _rounds(strategy, round, bool(state["evaluated"]))
+
+
+def _check_shapes(strategy: HeteroStrategy, shared: dict[str, dict[str, Any]]) -> None:
+    for group, tensors in strategy.state.items():
+        for name, value in tensors.items():
+            held = shared.get(group, {}).get(name)
+            if group in shared and (held is None or held.shape != np.shape(value)):
+                has = "is missing" if held is None else f"is {list(held.shape)}"
+                raise CheckpointError(
+                    f"the checkpoint does not fit: {name} of {group} {has} there, {list(np.shape(value))} now; the "
+                    "clients or their backbones have changed"
+                )
+
+
+def _check_maps(strategy: HeteroStrategy, digests: dict[str, str]) -> None:
+    """Another latent basis would make noise of the bank."""
+    for type_key, digest in digests.items():
+        now = strategy.maps.digests.get(type_key) if strategy.maps else None
+        if now is not None and now != digest:
+            raise CheckpointError(
+                f"the frozen maps of {type_key} are not those this run was trained with; restore the folder maps/ "
+                "of the run directory, or start a new run"
+            )
+
+
+def _rounds(strategy: HeteroStrategy, round: int, evaluated: bool) -> list[dict[str, Any]]:
+    """The outcome's rounds up to ``round``, out of the journal; of one told twice, the last."""
+    name, seed = strategy.context.name, strategy.context.seed
+    told: dict[tuple[int, str], dict[str, Any]] = {}
+    for event in read_events(strategy.context.session.journal.path):
+        kind = event["event"]
+        mine = event.get("strategy") == name and event.get("seed") == seed
+        if not mine or kind not in ("round", "evaluate") or event["round"] > round:
+            continue
+        if event["round"] == round and kind == "evaluate" and not evaluated:
+            continue
+        fields = {k: v for k, v in event.items() if k not in ("time", "of", "strategy", "seed")}
+        told[event["round"], kind] = fields
+    order = {"round": 0, "evaluate": 1}
+    return [told[key] for key in sorted(told, key=lambda key: (key[0], order[key[1]]))]

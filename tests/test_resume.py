@@ -1,0 +1,347 @@
+"""Checkpoints: a run that died anywhere goes on to the very same end, and damaged files are told, not believed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_federation import ToyFederation, toy_config
+
+from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
+from heterotune_flwr.exchange.storage import load_tensors, save_tensors
+from heterotune_flwr.exchange.trees import load_state, read_header, save_state
+from heterotune_flwr.federation import checkpoint
+from heterotune_flwr.federation.checkpoint import CheckpointError, Checkpoints
+from heterotune_flwr.federation.journal import Journal, read_events
+from heterotune_flwr.federation.resume import check_same, run_lock
+from heterotune_flwr.federation.server import run_strategies
+
+HERE = "heterotune_flwr.strategies"
+LORA = {"kind": "lora", "lora_rank": 4}
+SPECS = {
+    "heterotune": {
+        "_component_": f"{HERE}.HeteroTune",
+        "chain": [
+            {"transform": "within_type_mean"},
+            {"transform": "equalise_norms"},
+            {"transform": "weigh_reliability"},
+            {"transform": "deconflict"},
+            {"transform": "combine"},
+            {"transform": "server_opt", "kind": "momentum"},
+        ],
+    },
+    "private": {"_component_": f"{HERE}.HeteroTune", "method": {"experts_private": 1}},
+    "local_only": {"_component_": f"{HERE}.LocalOnly"},
+    "fedit": {
+        "_component_": f"{HERE}.FedIT",
+        "method": LORA,
+        "server_optimizer": {"kind": "yogi"},
+    },
+    "fedex": {"_component_": f"{HERE}.FedExLoRA", "method": LORA},
+    "flora": {"_component_": f"{HERE}.FLoRA", "method": LORA},
+    "flexlora": {"_component_": f"{HERE}.FlexLoRA", "method": LORA},
+    "hetlora": {"_component_": f"{HERE}.HETLoRA", "method": LORA},
+    "rolora": {"_component_": f"{HERE}.RoLoRA", "method": LORA},
+    "scaffold": {"_component_": f"{HERE}.Scaffold", "train": {"optimizer": "sgd"}},
+    "flower_adam": {"_component_": f"{HERE}.FlowerInside", "strategy": "FedAdam"},
+    "flower_momentum": {
+        "_component_": f"{HERE}.FlowerInside",
+        "strategy": "FedAvgM",
+        "options": {"server_momentum": 0.9},
+    },
+}
+
+
+class Killed(BaseException):
+    """Ends a run where it stands; no clean-up of the program may catch it."""
+
+
+def killer(at):
+    """A grid's ``drop`` that ends the run at its ``at``-th message."""
+    count = 0
+
+    def drop(node, kind, round):
+        nonlocal count
+        count += 1
+        if count == at:
+            raise Killed
+        return False
+
+    return drop
+
+
+def run(config, federation, resuming=False, drop=None, directory=None):
+    journal = Journal(directory or Path(config.run.dir))
+    return run_strategies(federation.grid(drop=drop), config, journal, "toy-0", resuming)
+
+
+def comparable(results):
+    """What must be equal; bytes and seconds may not be, a resumed run asks again who is there."""
+    keys = ("strategy", "seed", "types", "overall", "before", "clients", "rounds")
+    found = [{key: run[key] for key in keys} for run in results["runs"]]
+    for one in found:
+        one["rounds"] = [
+            {k: v for k, v in entry.items() if not k.startswith("bytes")} for entry in one["rounds"]
+        ]
+    return json.loads(json.dumps(found))
+
+
+def banks(directory):
+    """Every final tensor's bytes (a file's header has its fields in no fixed order)."""
+    return {
+        (path.name, name): value.tobytes()
+        for path in (Path(directory) / "banks").iterdir()
+        for name, value in load_tensors(path).items()
+    }
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_a_run_killed_anywhere_ends_with_the_same_bank(tmp_path, name):
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    config = toy_config(tmp_path / "whole", (2, 1, 1), {name: SPECS[name]}, rounds=3)
+    config.train.local_steps = 3
+    whole = run(config, ToyFederation(config))
+    federation = ToyFederation(config)
+    counted = ToyFederation(config)
+    messages = run(config, counted, directory=tmp_path / "counted") and len(counted.log) + 4
+    for at in range(5, messages, 4):
+        directory = tmp_path / "killed" / str(at)
+        federation = ToyFederation(config)
+        with pytest.raises(Killed):
+            run(config, federation, drop=killer(at), directory=directory)
+        results = run(config, federation, resuming=True, directory=directory)
+        assert banks(directory) == banks(config.run.dir), at
+        assert comparable(results) == comparable(whole), at
+
+
+def test_killed_twice_between_strategies_and_within_one(tmp_path):
+    specs = {name: SPECS[name] for name in ("private", "fedit")}
+    config = toy_config(tmp_path, (1, 1, 1), specs, rounds=4, evaluate_every=2)
+    config.run.seeds = [0, 1]
+    whole = run(config, ToyFederation(config), directory=tmp_path / "whole")
+    federation, directory = ToyFederation(config), tmp_path / "killed"
+    for at in (12, 20, 60):
+        with pytest.raises(Killed):
+            run(config, federation, at != 12, killer(at), directory)
+    results = run(config, federation, True, directory=directory)
+    assert banks(directory) == banks(tmp_path / "whole")
+    assert comparable(results) == comparable(whole)
+    assert [
+        e["strategy"]
+        for e in read_events(directory / "rounds.jsonl")
+        if e["event"] == "already_finished"
+    ]
+
+
+def test_a_finished_run_is_extended(tmp_path):
+    config = toy_config(tmp_path, (1, 1, 1), {"heterotune": SPECS["heterotune"]}, rounds=5)
+    whole = run(config, ToyFederation(config), directory=tmp_path / "whole")
+    federation = ToyFederation(config)
+    config.server.rounds = 3
+    run(config, federation, directory=tmp_path / "two")
+    config.server.rounds = 5
+    results = run(config, federation, resuming=True, directory=tmp_path / "two")
+    assert banks(tmp_path / "two") == banks(tmp_path / "whole")
+    assert results["runs"][0]["overall"] == whole["runs"][0]["overall"]
+
+
+def test_the_ledger_goes_on(tmp_path):
+    config = toy_config(tmp_path, (1, 1, 1), {"heterotune": SPECS["heterotune"]}, rounds=4)
+    whole = run(config, ToyFederation(config), directory=tmp_path / "whole")["runs"][0]["bytes"]
+    federation = ToyFederation(config)
+    with pytest.raises(Killed):
+        run(config, federation, drop=killer(3 + 3 + 3 + 3 * 2 + 1), directory=tmp_path / "killed")
+    again = run(config, federation, True, directory=tmp_path / "killed")["runs"][0]["bytes"]
+    for key in ("train_up", "train_down", "client_rounds", "evaluate_up", "up_per_client_round"):
+        assert again[key] == whole[key], key
+    assert again["one_time_up"] > whole["one_time_up"]  # it was asked twice who is there
+
+
+# ----------------------------------------------------------------------------- damaged and foreign
+
+
+def saved(tmp_path, rounds=(1, 2, 3), keep=3):
+    checkpoints = Checkpoints(tmp_path, keep)
+    for number in rounds:
+        checkpoints.save("mine", 0, number, {"x": np.full(3, number), "n": number})
+    return checkpoints
+
+
+def test_the_last_ones_are_kept_and_the_newest_is_taken(tmp_path):
+    checkpoints = saved(tmp_path, range(1, 6), keep=0)
+    names = sorted(p.name for p in (tmp_path / "checkpoints" / "mine-seed0").iterdir())
+    assert names == ["round-000004.safetensors", "round-000005.safetensors"]
+    found, problems = checkpoints.latest("mine", 0)
+    assert (found.round, found.state["n"], problems) == (5, 5, [])
+    assert checkpoints.latest("other", 0) == (None, [])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
+    checkpoints = saved(tmp_path)
+    path = tmp_path / "checkpoints" / "mine-seed0" / "round-000003.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[-3] ^= 1
+    path.write_bytes({"truncate": bytes(data[:-9]), "flip": bytes(data), "empty": b""}[damage])
+    found, (reason,) = checkpoints.latest("mine", 0)
+    assert found.round == 2
+    assert path.name in reason
+    for other in path.parent.iterdir():
+        other.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="no checkpoint of mine, seed 0, can be read"):
+        checkpoints.latest("mine", 0)
+
+
+def test_newer_and_foreign_files_are_refused(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path)
+    folder = tmp_path / "checkpoints" / "mine-seed0"
+    monkeypatch.setattr(checkpoint, "VERSION", 99)
+    checkpoints.save("mine", 0, 4, {"n": 4})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
+        checkpoints.latest("mine", 0)
+    save_tensors(folder / "round-000004.safetensors", {"x": np.ones(2)})
+    with pytest.raises(CheckpointError, match="no checkpoint of this program"):
+        checkpoints.latest("mine", 0)
+    (folder / "round-000004.safetensors").unlink()
+    Checkpoints(tmp_path).save("theirs", 0, 9, {"n": 9})
+    (tmp_path / "checkpoints" / "theirs-seed0" / "round-000009.safetensors").rename(
+        folder / "round-000009.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="belongs to theirs, seed 0"):
+        checkpoints.latest("mine", 0)
+
+
+def test_a_full_disk_is_one_clear_line_and_the_checkpoint_before_stays(tmp_path, monkeypatch):
+    config = toy_config(tmp_path, (1, 1, 1), {"heterotune": SPECS["heterotune"]}, rounds=4)
+    directory = Path(config.run.dir)
+    real, calls = os.fsync, 0
+
+    def full(handle):
+        nonlocal calls
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        calls += "round-000003" in name
+        if "round-000003" in name:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    federation = ToyFederation(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(FederationError, match=r"No space left on device; make room.*--resume"):
+            run(config, federation)
+    assert calls == 1
+    files = sorted(p.name for p in (directory / "checkpoints" / "heterotune-seed0").iterdir())
+    assert files == ["round-000001.safetensors", "round-000002.safetensors"]
+    run(config, federation, resuming=True)
+    other = toy_config(tmp_path, (1, 1, 1), {"heterotune": SPECS["heterotune"]}, rounds=4)
+    run(other, ToyFederation(other), directory=tmp_path / "whole")
+    assert banks(directory) == banks(tmp_path / "whole")
+
+
+def test_a_torn_journal_line_is_closed_and_passed_over(tmp_path):
+    journal = Journal(tmp_path)
+    journal.event("round", round=1)
+    with journal.path.open("ab") as stream:
+        stream.write(b'{"event": "round", "rou')
+    Journal(tmp_path).event("round", round=2)
+    found = read_events(journal.path)
+    assert [e["event"] for e in found] == ["journal", "round", "journal", "round"]
+    assert [e["torn_line"] for e in found if e["event"] == "journal"] == [False, True]
+
+
+def test_changed_clients_and_maps_are_refused(tmp_path):
+    config = toy_config(tmp_path, (1, 1, 1), {"heterotune": SPECS["heterotune"]}, rounds=4)
+    federation = ToyFederation(config)
+    with pytest.raises(Killed):
+        run(config, federation, drop=killer(20))
+    config.method.inner = 5
+    with pytest.raises(CheckpointError, match=r"does not fit: slots\.0\.experts"):
+        run(config, ToyFederation(config), resuming=True)
+    config.method.inner = 6
+    for path in (Path(config.run.dir) / "maps").iterdir():
+        state = load_state(path)
+        next(iter(state["tensors"]["small@fp32"].values())).flat[0] += 1
+        save_state(path, state)
+    with pytest.raises(CheckpointError, match="maps of small@fp32 are not those"):
+        run(config, ToyFederation(config), resuming=True)
+
+
+def test_what_may_change_and_what_not(tmp_path):
+    config, other = toy_config(tmp_path), toy_config(tmp_path)
+    other.server.rounds, other.run.workers = 99, 1
+    check_same(config, other, tmp_path)
+    other.train.learning_rate = 0.5
+    with pytest.raises(ConfigError, match=r"started with train.learning_rate=.*, not 0.5"):
+        check_same(config, other, tmp_path)
+
+
+def test_two_servers_cannot_write_to_one_directory(tmp_path):
+    with run_lock(tmp_path), pytest.raises(ConfigError, match="still writing"), run_lock(tmp_path):
+        pass
+    with run_lock(tmp_path):
+        pass
+
+
+# -------------------------------------------------------------------------------------- state trees
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+arrays = st.integers(0, 4).map(lambda n: np.arange(n, dtype=np.float64) / 3)
+trees = st.recursive(
+    leaves | arrays,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def same(one, other):
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return (
+            type(one) is type(other)
+            and len(one) == len(other)
+            and all(same(a, b) for a, b in zip(one, other, strict=True))
+        )
+    return type(one) is type(other) and one == other
+
+
+@given(state=st.dictionaries(st.text(), trees, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_a_state_comes_back_as_it_was(state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("state") / "s.safetensors"
+    save_state(path, {"all": state, "names": {"b", "a"}}, {"round": "3"})
+    back = load_state(path)
+    assert same(back["all"], state)
+    assert back["names"] == {"a", "b"}
+    assert read_header(path)["round"] == "3"
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    with pytest.raises(ExchangeError, match="/inner/thing is a object, which cannot be saved"):
+        save_state(tmp_path / "s", {"inner": {"thing": object()}})
+    with pytest.raises(ExchangeError, match="cannot be read"):
+        read_header(tmp_path / "nothing")
+
+
+def test_the_saved_configuration_is_flat_and_whole(tmp_path):
+    from heterotune_flwr.federation.resume import flatten
+
+    config = toy_config(tmp_path)
+    keys = dict(flatten(asdict(config)))
+    assert keys["server.rounds"] == config.server.rounds
+    assert isinstance(keys["types"], list)
