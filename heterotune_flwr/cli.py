@@ -105,6 +105,8 @@ def run(
         typer.echo(f"the end of {outcome.directory / 'flower.log'}:", err=True)
         typer.echo(textwrap.indent(outcome.log_tail, "  | "), err=True)
         typer.echo(f"the run failed: {outcome.reason}", err=True)
+        if (outcome.directory / "checkpoints").is_dir():
+            typer.echo(f"go on with it: heterotune run --resume {outcome.directory}", err=True)
         raise typer.Exit(2)
     typer.echo(f"done in {time.monotonic() - started:.0f} s")
 
