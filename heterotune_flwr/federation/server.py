@@ -15,6 +15,7 @@ from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.ray_pool import mend_actor_pool
 from heterotune_flwr.federation.resume import check_same, run_lock, saved_config
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import Context, Grid
@@ -104,6 +105,7 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
     directory = Path(resume).expanduser().resolve() if resume else run_directory(config)
     if resume:
         check_same(saved_config(directory), config, directory)
+    mend_actor_pool()
     with run_lock(directory):
         return _run_in(directory, grid, config, str(context.run_id), bool(resume))
 

@@ -1,0 +1,58 @@
+"""The remedy for dead simulation workers, on Flower's own pool and a real Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+PROGRAM = """
+import os, signal, sys, types
+import ray
+from flwr.simulation.ray_transport import ray_actor
+from heterotune_flwr.federation.ray_pool import mend_actor_pool
+
+@ray.remote
+class Worker:
+    def run(self, fn, message, cid, context):
+        if message == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cid, message, context
+
+if sys.argv[1] == "mended":
+    assert mend_actor_pool() and mend_actor_pool()
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+pool = ray_actor.BasicActorPool(Worker, {"num_cpus": 1}, {})
+pool.add_actors_to_pool(1)
+for message in ("hello", "die", "one", "two"):
+    future = pool.submit(lambda a, f, m, c, s: a.run.remote(f, m, c, s), (None, message, "7", None))
+    try:
+        print("answer", pool.fetch_result_and_return_actor_to_pool(future)[0])
+    except Exception as error:
+        print("answer", type(error).__name__)
+        pool.add_actor_back_to_pool(future)
+assert pool.num_actors == len(pool.pool) == 1
+"""
+
+
+def _run(how: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), how],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("answer ")]
+
+
+def test_a_dead_worker_is_replaced_and_without_the_remedy_it_takes_later_messages():
+    assert _run("mended") == ["hello", "ActorDiedError", "one", "two"]
+    # As soon as this fails, Flower has been mended itself and the remedy can go.
+    assert _run("plain") == ["hello", "ActorDiedError", "ActorDiedError", "ActorDiedError"]
+
+
+def test_without_a_simulation_nothing_is_touched():
+    program = (
+        "from heterotune_flwr.federation.ray_pool import mend_actor_pool as m; assert m() is False"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
