@@ -31,7 +31,7 @@ def flat_array(record: ArrayRecord, key: str, dtype: str) -> NDArray[Any]:
 
     """
     if key not in record:
-        raise ExchangeError(f"packed tensors lack the array {key!r} (found {sorted(record)[:4]})")
+        raise ExchangeError(f"packed tensors lack the array {key!r}")
     array = record[key]
     data = array.data
     end = 10 + int.from_bytes(data[8:10], "little")

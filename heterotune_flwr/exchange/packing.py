@@ -118,9 +118,7 @@ def unpack(record: ArrayRecord, expected: Expected | None = None) -> Tensors:
 
     """
     if set(record) != {_DATA, _MANIFEST}:
-        raise ExchangeError(
-            f"packed tensors lack the array 'data' or 'manifest', or bring others: {sorted(record)[:4]}"
-        )
+        raise ExchangeError("packed tensors are the arrays 'data' and 'manifest' and no others")
     manifest = Manifest.from_bytes(flat_array(record, _MANIFEST, "|u1").tobytes())
     manifest.check(expected or Expected(), len(record[_DATA].data))
     reader, sizes = find_codec(manifest.codec), manifest.sizes

@@ -19,8 +19,8 @@ from heterotune_flwr.errors import ExchangeError
 def atomic_write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     """Replace ``path`` by ``data``; parents are made; readers never see a partial file.
 
-    Without ``durable`` the disk is not waited for: after a crash of the machine the file may be torn, so its reader
-    must be able to tell (a digest).
+    Without ``durable`` the disk is not waited for: after a crash the file may be gone, and after one of the machine
+    torn, so its reader must be able to tell (a digest).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -30,6 +30,10 @@ def atomic_write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
+        if (
+            not durable
+        ):  # ext4 writes the data out when a rename replaces a file: 4 ms that nobody waits for
+            path.unlink(missing_ok=True)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
