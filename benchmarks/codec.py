@@ -38,8 +38,11 @@ from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_code
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import Header, TrainReply, TrainRequest
+from heterotune_flwr.federation.protocol import EvaluateRequest, Header, TrainReply, TrainRequest
+from heterotune_flwr.federation.received import Received
 from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.strategies.resend import Resend
+from heterotune_flwr.tuning.client_state import ClientStore
 
 PROFILES = ("bf16", "tiny", "int8", "topk")  # nf4 is tiny by another name
 
@@ -114,6 +117,33 @@ def row_of(results: dict[str, Any], exchange: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def resend_milliseconds(repeats: int = 100) -> float:
+    """What ``exchange.resend=changed`` adds to a message of the open-text bank, server and client together (median).
+
+    Half of the messages carry every tensor (which the client writes down), half name all of them as held.
+    """
+    exchange, method = ExchangeConfig(), MethodConfig(output=MethodConfig().latent)
+    values = initial_tensors(bank_shapes(method, method.latent), 0)
+    server = Resend(exchange)
+    taken = []
+    with tempfile.TemporaryDirectory(prefix="heterotune-resend-") as folder:
+        store = ClientStore(Path(folder), "run", "client")
+        for index in range(repeats):
+            if index % 2 == 0:
+                values = {name: value + np.float32(0.01) for name, value in values.items()}
+            whole = EvaluateRequest(Header("run", 0, method, 1), values, "", None, ["global"])
+            begin = time.perf_counter()
+            request = server.without_held("client", whole)
+            middle = time.perf_counter()
+            received = EvaluateRequest.from_content(request.to_content("bf16"))
+            arrived = time.perf_counter()
+            _, kept = Received.of(store, exchange).complete(received)
+            server.confirm("client", kept)
+            taken.append(middle - begin + time.perf_counter() - arrived)
+            assert bool(request.held.names) == (index % 2 == 1)
+    return round(1e3 * float(np.median(taken)), 2)
+
+
 def _largest(row: dict[str, Any]) -> int:
     kinds = ("bytes_down", "bytes_up", "open_text_bytes_down", "open_text_bytes_up")
     return max(int(row[kind]) for kind in kinds)
@@ -136,8 +166,9 @@ def summary(rows: dict[str, Any], found: dict[str, dict[Key, float]]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--settings", nargs="+", choices=list(settings()), default=list(settings()))
+    parser.add_argument("--settings", nargs="*", choices=[*settings()], default=list(settings()))
     args = parser.parse_args()
+    write_results("codec", {"resend_ms": resend_milliseconds(), "seeds": args.seeds})
     known = read_results("codec")
     rows: dict[str, Any] = known.get("settings", {})
     found = {name: _cells(values) for name, values in known.get("per_client", {}).items()}

@@ -170,6 +170,20 @@ def test_clients_that_lost_what_they_held_are_sent_it_again(world, monkeypatch):
     assert not [e for e in events if e["event"] in ("client_failed", "refused")]
 
 
+def test_a_whole_run_with_the_tiny_profile_is_admitted(world):  # noqa: F811
+    """Lossy both ways, error feedback and resending together: every update passes the gate."""
+    words = f"{WORDS} exchange.up=nf4 exchange.down=nf4"
+    results, events, _ = run(world.path, "tiny", words)
+    assert not [e for e in events if e["event"] in ("client_failed", "refused")]
+    assert [e["clients"] for e in events if e["event"] == "round"] == [4, 4, 4]
+    files = {
+        p.name
+        for p in (world.path / "run" / "state" / "clients" / "tiny-heterotune-seed0").iterdir()
+    }
+    assert {"client-0000~residual.safetensors", "client-0000~received.safetensors"} <= files
+    assert results["runs"][0]["bytes"]["train_up"] > 0
+
+
 def test_clients_that_confirm_nothing_are_sent_everything(tmp_path):
     strategies = {"heterotune": {"_component_": "heterotune_flwr.strategies.HeteroTune"}}
     config = toy_config(tmp_path, strategies=strategies, evaluate_every=1)
