@@ -101,7 +101,9 @@ def test_codec_backbone_and_data_of_an_installed_package(package, folder, tmp_pa
 
 
 def test_what_is_not_installed_or_broken_gets_one_clear_line(package, tmp_path):
-    with pytest.raises(ExchangeError, match="choose one of bf16, fp16, fp32, coarse"):
+    with pytest.raises(
+        ExchangeError, match="choose one of bf16, fp16, fp32, int8, nf4, topk, coarse"
+    ):
         pack({}, "corse")
     with pytest.raises(ConfigError, match=r"exchange.codec is 'corse'; did you mean 'coarse'"):
         compose("quick", "exchange.codec=corse")

@@ -117,15 +117,19 @@ def test_order_of_names_does_not_show():
     assert tensor_digest({"a": a}) != tensor_digest({"a": a.reshape(1, 2)})
 
 
+def compact(manifest) -> bytes:
+    return json.dumps(manifest, separators=(",", ":")).encode()
+
+
 def record_with(manifest, data=None) -> ArrayRecord:
-    text = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+    text = manifest if isinstance(manifest, bytes) else compact(manifest)
     values = np.zeros(6, "<f4") if data is None else data
     return ArrayRecord(
         {"manifest": Array(np.frombuffer(text, np.uint8).copy()), "data": Array(values)}
     )
 
 
-GOOD = {"codec": "fp32", "tensors": [["a", [2, 3]]]}
+GOOD = {"format": 2, "codec": "fp32", "tensors": [["a", [2, 3]]]}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from heterotune_flwr.backbones.sources import AUTO, BITS
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.codecs import codec_names
+from heterotune_flwr.exchange.directions import check_directions
 
 #: dotted key -> allowed values
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "alignment.positions": ("answer", "words"),
     "alignment.output": ("labels", "vocabulary"),
     "alignment.control": ("none", "random_down", "random_up", "random_maps", "rotated_basis"),
+    "exchange.resend": ("changed", "always"),
     "train.loss": ("auto", "labels", "tokens"),
     "train.optimizer": ("adamw", "sgd"),
 }
@@ -38,6 +40,7 @@ MINIMA: dict[str, float] = {
     "train.logit_adjustment": 0, "train.proximal": 0,
     "run.worker_threads": 1,
 }  # fmt: skip
+_NULLABLE = ("exchange.up", "exchange.down")
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
     "train.prior_smoothing", "method.lora_alpha", "method.core_scale",
@@ -57,8 +60,10 @@ def _value(config: Config, path: str) -> Any:
 
 def check_choices(config: Config) -> None:
     """Values that types cannot express; raises ConfigError with the nearest right one."""
-    for path, allowed in {**CHOICES, "exchange.codec": codec_names()}.items():
-        if (value := _value(config, path)) not in allowed:
+    codecs = dict.fromkeys(("exchange.codec", "exchange.up", "exchange.down"), codec_names())
+    for path, allowed in {**CHOICES, **codecs}.items():
+        value = _value(config, path)
+        if value not in allowed and (path not in _NULLABLE or value is not None):
             raise ConfigError(
                 f"{path} is {value!r}{nearest(str(value), allowed)} (choose from {', '.join(allowed)})"
             )
@@ -78,6 +83,7 @@ def check_choices(config: Config) -> None:
     for path in _POSITIVE:
         if not (value := _value(config, path)) > 0:  # NaN neither
             raise ConfigError(f"{path} is {value}, it must be above 0")
+    check_directions(config.exchange)
     if not 0 < config.server.participation <= 1:
         raise ConfigError(
             f"server.participation is {config.server.participation}, must be in (0, 1]"

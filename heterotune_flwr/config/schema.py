@@ -172,7 +172,23 @@ class TrainConfig:
 class ExchangeConfig:
     """How tensors travel."""
 
-    codec: str = _help("bf16 | fp16 | fp32, or one of an installed package", "bf16")
+    codec: str = _help(
+        "both ways, where up and down say nothing: bf16 | fp16 | fp32 | int8 | nf4 (64 numbers share a scale), or one "
+        "of an installed package", "bf16"
+    )  # fmt: skip
+    up: str | None = _help(
+        "codec of clients' updates; also topk (the largest alone); null: codec", None
+    )
+    down: str | None = _help("codec of the values sent to clients; null: codec", None)
+    top_k: float = _help("topk: share of an update's numbers that travel, 0.001 to 1", 0.1)
+    error_feedback: bool = _help(
+        "what a lossy codec (int8, nf4, topk) drops of an update is added to the client's next one",
+        True,
+    )
+    resend: str = _help(
+        "changed (a client that says it still holds a tensor bit for bit is not sent it again) | always",
+        "changed",
+    )
 
 
 @dataclass

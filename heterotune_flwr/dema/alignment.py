@@ -14,6 +14,7 @@ from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, public_words
 from heterotune_flwr.dema.maps import AlignmentResult, compute_maps, join_type
 from heterotune_flwr.errors import ExchangeError, FederationError
+from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
 
@@ -61,7 +62,7 @@ def factors_path(
         "components": alignment.components,
         "pullback": alignment.pullback_anchors if method.slots > 1 else 0,
         "output": alignment.output,
-        "codec": config.exchange.codec,  # factors are kept as they travelled
+        "codec": exact_codec(config.exchange),  # factors are kept as they travelled
     }
     if alignment.output == "vocabulary":
         parts["words"] = [

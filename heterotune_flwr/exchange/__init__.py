@@ -1,6 +1,7 @@
 """How tensors travel and rest: packed Flower records, atomic safetensors files."""
 
-from heterotune_flwr.exchange.codecs import CODECS, Codec
+from heterotune_flwr.exchange.codecs import CODECS, Codec, RecordCodec
+from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import (
     content_bytes,
     pack,
@@ -19,6 +20,8 @@ from heterotune_flwr.exchange.storage import (
 __all__ = [
     "CODECS",
     "Codec",
+    "Expected",
+    "RecordCodec",
     "atomic_write_bytes",
     "atomic_write_text",
     "content_bytes",

@@ -1,23 +1,22 @@
 """Named tensors <-> one flat array plus a manifest in a Flower ``ArrayRecord``.
 
 A deployed Flower run pays about 30 ms for every array of a record, whatever its size, and an
-``ArrayRecord`` knows no bfloat16. So a tree of tensors travels as two arrays:
+``ArrayRecord`` knows no bfloat16. So a tree of tensors travels as two arrays (docs/exchange.md has them byte by byte):
 
 ``data``
-    all tensors one after the other in the order of the manifest, little endian, each number as the
-    codec writes it (``bf16`` as the upper 16 bits of a float32, rounded to nearest even);
+    all tensors one after the other in the order of the manifest, as the codec writes them;
 ``manifest``
-    UTF-8 JSON ``{"codec": "bf16", "tensors": [["name", [2, 3]], ...]}``, names in sorted order.
+    what they are (:mod:`.manifest`).
 
-Whatever arrives is checked before it is believed; a malformed record raises :class:`ExchangeError`.
-Numbers that are not finite pass: they are the business of the update gate.
+Whatever arrives is checked before it is believed, and before anything of the size it announces is allocated; a
+malformed record raises :class:`ExchangeError`. Numbers that are not finite pass: they are the business of
+the update gate.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,34 +24,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.exchange.codecs import Codec, find_codec
+from heterotune_flwr.exchange.arrays import flat_array
+from heterotune_flwr.exchange.codecs import Codec, RecordCodec, Sizes, find_codec
+from heterotune_flwr.exchange.manifest import Expected, Manifest
 from heterotune_flwr.flower import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 _DATA, _MANIFEST = "data", "manifest"
-#: A record claiming more numbers than this is refused (4 GiB in float32).
-_MAX_ELEMENTS = 1 << 30
 
 Tensors = dict[str, NDArray[np.float32]]
 
 
-def _encode(values: NDArray[np.float32], codec: Codec) -> NDArray[Any]:
+def _encode(values: NDArray[np.float32], sizes: Sizes, codec: Codec | RecordCodec) -> NDArray[Any]:
     """Write flat numbers; a codec that does not keep its word is told here, not by the receiver."""
-    encoded = np.ascontiguousarray(codec.encode(values))
-    if encoded.dtype != np.dtype(codec.dtype) or encoded.shape != values.shape:
+    encoded = np.ascontiguousarray(codec.write(values, sizes))
+    if encoded.dtype != np.dtype(codec.dtype) or encoded.shape != (codec.length(sizes),):
         raise ExchangeError(
             f"the codec made {encoded.dtype}{list(encoded.shape)} of {values.size} numbers, not {codec.dtype}"
         )
     return encoded
 
 
-def _decode(values: NDArray[Any], codec: Codec) -> NDArray[np.float32]:
+def _decode(data: NDArray[Any], sizes: Sizes, codec: Codec | RecordCodec) -> NDArray[np.float32]:
     try:
-        decoded = np.asarray(codec.decode(values), dtype=np.float32)
+        decoded = np.asarray(codec.read(data, sizes), dtype=np.float32)
     except Exception as error:  # an installed codec, and numbers from the network
         raise ExchangeError(f"the codec cannot read what was sent: {error}") from error
-    if decoded.shape != values.shape:
-        raise ExchangeError(f"the codec made {decoded.size} numbers of {values.size}")
+    if decoded.shape != (sum(sizes),):
+        raise ExchangeError(f"the codec made {decoded.size} numbers of {sum(sizes)}")
     return decoded
+
+
+def _flattened(tensors: Mapping[str, NDArray[Any]]) -> tuple[Manifest, NDArray[np.float32]]:
+    """The tensors' numbers one after the other in order of names, and the manifest but for its codec."""
+    arrays = {name: np.asarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
+    flat = [a.reshape(-1) for a in arrays.values()]
+    empty = np.zeros(0, dtype=np.float32)
+    manifest = Manifest("", tuple((name, a.shape) for name, a in arrays.items()))
+    return manifest, np.concatenate(flat) if flat else empty
+
+
+def _divided(manifest: Manifest, values: NDArray[np.float32]) -> Tensors:
+    tensors: Tensors = {}
+    start = 0
+    for (name, shape), size in zip(manifest.tensors, manifest.sizes, strict=True):
+        tensors[name] = values[start : start + size].reshape(shape).copy()
+        start += size
+    return tensors
 
 
 def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
@@ -63,7 +80,8 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
     tensors
         Name -> array of any shape; converted to float32 first. May be empty.
     codec
-        ``bf16`` | ``fp16`` | ``fp32``, or an installed package's (:mod:`.codecs`).
+        ``bf16`` | ``fp16`` | ``fp32`` | ``int8`` | ``nf4`` | ``topk:<share>``, or an installed package's
+        (:mod:`.codecs`).
 
     Raises
     ------
@@ -72,94 +90,53 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
 
     """
     writer = find_codec(codec)
-    names = sorted(tensors)
-    arrays = [np.asarray(tensors[name], dtype=np.float32) for name in names]
-    manifest = {
-        "codec": codec,
-        "tensors": [[name, list(a.shape)] for name, a in zip(names, arrays, strict=True)],
-    }
-    empty = np.zeros(0, dtype=np.float32)
-    flat = np.concatenate([a.reshape(-1) for a in arrays]) if arrays else empty
-    text = json.dumps(manifest, separators=(",", ":")).encode()
+    layout, flat = _flattened(tensors)
+    text = Manifest(codec, layout.tensors).to_bytes()
     return ArrayRecord(
         {
-            _DATA: Array(_encode(flat, writer)),
+            _DATA: Array(_encode(flat, layout.sizes, writer)),
             _MANIFEST: Array(np.frombuffer(text, dtype=np.uint8).copy()),
         }
     )
 
 
-def _array(record: ArrayRecord, key: str, dtype: str) -> NDArray[Any]:
-    if key not in record:
-        raise ExchangeError(f"packed tensors lack the array {key!r} (found {sorted(record)})")
-    try:
-        values = record[key].numpy()
-    except Exception as error:  # whatever a hostile byte string makes numpy raise
-        raise ExchangeError(f"packed array {key!r} cannot be read: {error}") from error
-    if values.ndim != 1 or values.dtype != np.dtype(dtype):
-        raise ExchangeError(
-            f"packed array {key!r} is {values.dtype}{list(values.shape)}, expected flat {dtype}"
-        )
-    return values
-
-
-def _manifest(record: ArrayRecord) -> tuple[str, list[tuple[str, tuple[int, ...]]]]:
-    """Read and check the manifest; return the codec and the (name, shape) list."""
-    raw = _array(record, _MANIFEST, "u1").tobytes()
-    try:
-        content = json.loads(raw.decode())
-        codec, entries = content["codec"], content["tensors"]
-        shapes = [(name, tuple(shape)) for name, shape in entries]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ExchangeError(f"the manifest of packed tensors is malformed: {error}") from error
-    if not isinstance(codec, str):
-        raise ExchangeError("the manifest of packed tensors names no codec")
-    find_codec(codec)
-    for name, shape in shapes:
-        if not isinstance(name, str) or not name:
-            raise ExchangeError(f"the manifest names a tensor {name!r}; a non-empty text is needed")
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise ExchangeError(f"tensor {name!r} has the impossible shape {list(shape)}")
-    if len({name for name, _ in shapes}) != len(shapes):
-        raise ExchangeError("the manifest of packed tensors names a tensor twice")
-    return codec, shapes
-
-
-def unpack(record: ArrayRecord) -> Tensors:
+def unpack(record: ArrayRecord, expected: Expected | None = None) -> Tensors:
     """Read what :func:`pack` wrote, as float32 arrays (copies, writable).
+
+    Parameters
+    ----------
+    record
+        From the network.
+    expected
+        Names, shapes and codecs it may have; None: any, as long as it announces at most 16 numbers per byte.
 
     Raises
     ------
     ExchangeError
-        Anything about the record is malformed: arrays missing or of another dtype, manifest not
-        JSON, unknown codec, duplicate names, impossible shapes, sizes that do not add up.
+        Anything about the record is malformed or not expected: arrays missing or of another dtype, manifest not in
+        its one form, unknown codec, impossible shapes, sizes that do not add up, bytes the codec would not write.
 
     """
-    codec, shapes = _manifest(record)
-    reader = find_codec(codec)
-    flat = _array(record, _DATA, reader.dtype)
-    sizes = [math.prod(shape) for _, shape in shapes]
-    if sum(sizes) > _MAX_ELEMENTS or sum(sizes) != flat.size:
+    if set(record) != {_DATA, _MANIFEST}:
+        raise ExchangeError("packed tensors are the arrays 'data' and 'manifest' and no others")
+    manifest = Manifest.from_bytes(flat_array(record, _MANIFEST, "|u1").tobytes())
+    manifest.check(expected or Expected(), len(record[_DATA].data))
+    reader, sizes = find_codec(manifest.codec), manifest.sizes
+    data = flat_array(record, _DATA, reader.dtype)
+    if data.size != reader.length(sizes):
         raise ExchangeError(
-            f"the manifest announces {sum(sizes)} numbers but {flat.size} were sent"
+            f"the manifest announces {sum(sizes)} numbers, {reader.length(sizes)} x {reader.dtype}, "
+            f"but {data.size} were sent"
         )
-    decoded = _decode(flat, reader)
-    tensors: Tensors = {}
-    start = 0
-    for (name, shape), size in zip(shapes, sizes, strict=True):
-        tensors[name] = decoded[start : start + size].reshape(shape).copy()
-        start += size
-    return tensors
+    return _divided(manifest, _decode(data, sizes, reader))
 
 
 def round_trip(tensors: Mapping[str, NDArray[Any]], codec: str) -> Tensors:
     """Return the tensors as the receiver will see them after ``codec``."""
     coder = find_codec(codec)
-    result: Tensors = {}
-    for name, value in tensors.items():
-        flat = np.asarray(value, dtype=np.float32).reshape(-1)
-        result[name] = _decode(_encode(flat, coder), coder).reshape(np.shape(value))
-    return result
+    layout, flat = _flattened(tensors)
+    seen = _divided(layout, _decode(_encode(flat, layout.sizes, coder), layout.sizes, coder))
+    return {name: seen[name] for name in tensors}
 
 
 def tensor_digest(tensors: Mapping[str, NDArray[Any]]) -> str:

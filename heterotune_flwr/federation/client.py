@@ -25,6 +25,7 @@ from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.federation.anchor_work import AnchorWork
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
@@ -52,11 +53,13 @@ from heterotune_flwr.federation.queries import (
     DescribeReply,
     DescribeRequest,
 )
+from heterotune_flwr.federation.received import Received
 from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.controls import ClientControls
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
+from heterotune_flwr.tuning.feedback import Feedback
 from heterotune_flwr.tuning.local import TrainReport, train_local
 from heterotune_flwr.tuning.slots import lowest_slot
 from heterotune_flwr.tuning.states import make_rows
@@ -192,7 +195,7 @@ def align(message: Message, context: Context) -> RecordDict:
         [word for word, shared in zip(request.words, mask, strict=True) if shared],
     )
     reply = AlignReply(client.client_id, client.type_key, factors)
-    return reply.to_content(client.config.exchange.codec)
+    return reply.to_content(exact_codec(client.config.exchange))
 
 
 def train(message: Message, context: Context) -> RecordDict:
@@ -202,6 +205,7 @@ def train(message: Message, context: Context) -> RecordDict:
     header, config = request.header, client.config
     adapter = client.adapter(header.method, request.frozen)
     store = client.store(header)
+    request, kept = Received.of(store, config.exchange).complete(request)
     start = _start_values(
         adapter, store, header.round, request.tensors, request.expected, header.seed
     )
@@ -232,16 +236,18 @@ def train(message: Message, context: Context) -> RecordDict:
     own |= controls.after(deltas, report.steps, request.learning_rate)
     if own:
         store.save(own, header.round)
+    feedback = Feedback.of(config.exchange, store)
     reply = TrainReply(
         client_id=client.client_id,
         type_key=client.type_key,
         round=header.round,
         maps_digest=request.maps_digest,
-        deltas=deltas,
+        deltas=feedback.add(deltas, adapter.shapes, header.round),
         metrics=_train_metrics(report, request.learning_rate),
         predictions=lesson.predictions(header.round + 1) if lesson else None,
+        kept=kept,
     )
-    return reply.to_content(config.exchange.codec)
+    return reply.to_content(feedback.codec)
 
 
 def evaluate_client(message: Message, context: Context) -> RecordDict:
@@ -250,6 +256,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     client = Client.of(context)
     header = request.header
     adapter, store = client.adapter(header.method), client.store(header)
+    request, kept = Received.of(store, client.config.exchange).complete(request)
     start = _start_values(adapter, store, header.round + 1, request.tensors, [], header.seed)
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
@@ -263,7 +270,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
             report = evaluate(adapter, task, rows, client.prior(header.seed))
         metrics |= _eval_metrics(scope, report)
     reply = EvaluateReply(
-        client.client_id, client.type_key, header.round, request.maps_digest, metrics
+        client.client_id, client.type_key, header.round, request.maps_digest, metrics, kept
     )
     return reply.to_content()
 

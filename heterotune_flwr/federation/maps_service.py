@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.dema.alignment import align_types, load_anchors, public_words
 from heterotune_flwr.errors import FederationError, HeteroTuneError
+from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import (
     Tensors,
     content_bytes,
@@ -100,7 +101,7 @@ class MapsService:
             return {key: self._factors[key, method.slots] for key in type_keys}
 
         result = align_types(fingerprints, self._config, method, roster.labels, ask, seed)
-        codec = self._config.exchange.codec
+        codec = exact_codec(self._config.exchange)
         tensors = {key: round_trip(result.maps[key], codec) for key in roster.type_keys}
         digests = {key: tensor_digest(value) for key, value in tensors.items()}
         self._journal.event(

@@ -13,6 +13,7 @@ from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.dema.alignment import align_types, load_anchors, public_words
 from heterotune_flwr.dema.factors import alignment_factors, words_mask
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
 from heterotune_flwr.federation.protocol import resolve_output
 
@@ -60,7 +61,9 @@ def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[fl
                 config.method.slots,
                 shared,
             )
-        return {key: round_trip(value, config.exchange.codec) for key, value in answers.items()}
+        return {
+            key: round_trip(value, exact_codec(config.exchange)) for key, value in answers.items()
+        }
 
     method = resolve_output(config.method, config.alignment, labels)
     fingerprints = {key: backbone.fingerprint for key, backbone in loaded.items()}

@@ -26,14 +26,18 @@ from typing import Any
 
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.codecs import precise
+from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.federation.consensus import Array, Lesson, add_predictions, read_predictions
+from heterotune_flwr.federation.held import KEPT, Held, read_kept
 from heterotune_flwr.federation.wire import (
     CONFIG,
     CONTROLS,
     DELTAS,
     ERROR_FAILED,
     ERROR_MAPS_MISSING,
+    ERROR_TENSORS_MISSING,
     FACTORS,
     MAPS,
     METRICS,
@@ -60,6 +64,7 @@ __all__ = [
     "DESCRIBE",
     "ERROR_FAILED",
     "ERROR_MAPS_MISSING",
+    "ERROR_TENSORS_MISSING",
     "EVALUATE",
     "FACTORS",
     "MAPS",
@@ -145,7 +150,8 @@ class TrainRequest:
     starts from ``initial_tensors(seed)``; every tensor in neither comes from the client's own
     state. Those named in ``frozen`` act and are not trained. ``maps_digest`` names the frozen maps
     (empty: the method has none); ``maps`` brings them when the server does not know that the
-    client has them. ``controls`` is SCAFFOLD's server control variate, null for every other strategy.
+    client has them. Tensors in ``held`` are named instead of carried: the client has them from the last message.
+    ``controls`` is SCAFFOLD's server control variate, null for every other strategy.
     """
 
     header: Header
@@ -160,20 +166,21 @@ class TrainRequest:
     frozen: list[str] = field(default_factory=list)
     controls: Tensors | None = None
     lesson: Lesson | None = None
+    held: Held = Held()
 
-    def to_content(self, codec: str) -> RecordDict:
-        """Build the message content."""
+    def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
+        """Build the message content; what must stay exact is written with ``exact`` (:func:`.wire.add_tensors`)."""
         names = [
             "maps_digest", "expected", "local_steps", "learning_rate", "optimizer", "proximal", "frozen",
         ]  # fmt: skip
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        config = ConfigRecord({**self.header.to_config(), **fields})
+        config = ConfigRecord({**self.header.to_config(), **fields, **self.held.to_config()})
         content = RecordDict({CONFIG: config})
         if self.controls is not None:
-            content[CONTROLS] = pack(self.controls, codec)
+            content[CONTROLS] = pack(self.controls, exact or precise(codec))
         if self.lesson is not None:
             self.lesson.add_to(content, config)
-        return add_tensors(content, self.tensors, self.maps, codec)
+        return add_tensors(content, self.tensors, self.maps, codec, exact)
 
     @classmethod
     def from_content(cls, content: RecordDict) -> TrainRequest:
@@ -192,6 +199,7 @@ class TrainRequest:
             frozen=read_texts(record, "frozen"),
             controls=read_tensors(content, CONTROLS),
             lesson=Lesson.read(content, record),
+            held=Held.from_config(record),
         )
 
 
@@ -202,6 +210,7 @@ class TrainReply:
     ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
     ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
     ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson.
+    ``kept`` confirms which tensors the client now holds (:mod:`.held`).
     """
 
     client_id: str
@@ -211,6 +220,7 @@ class TrainReply:
     deltas: Tensors
     metrics: dict[str, float]
     predictions: Array | None = None
+    kept: str = ""
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
@@ -220,6 +230,7 @@ class TrainReply:
                 "type_key": self.type_key,
                 "round": self.round,
                 "maps_digest": self.maps_digest,
+                **({KEPT: self.kept} if self.kept else {}),
             }
         )
         metrics = MetricRecord({key: float(value) for key, value in self.metrics.items()})
@@ -230,17 +241,18 @@ class TrainReply:
         return content
 
     @classmethod
-    def from_content(cls, content: RecordDict) -> TrainReply:
-        """Read the message content."""
+    def from_content(cls, content: RecordDict, expected: Expected | None = None) -> TrainReply:
+        """Read the message content; deltas that are not ``expected`` are refused before they are decoded."""
         record = read_config(content)
         return cls(
             client_id=read_field(record, "client_id", str),
             type_key=read_field(record, "type_key", str),
             round=read_field(record, "round", int),
             maps_digest=read_field(record, "maps_digest", str),
-            deltas=read_tensors(content, DELTAS) or {},
+            deltas=read_tensors(content, DELTAS, expected) or {},
             metrics=read_metrics(content),
             predictions=read_predictions(content),
+            kept=read_kept(record),
         )
 
 
@@ -253,12 +265,15 @@ class EvaluateRequest:
     maps_digest: str
     maps: Tensors | None
     scopes: list[str]
+    held: Held = Held()
 
-    def to_content(self, codec: str) -> RecordDict:
-        """Build the message content."""
-        fields: dict[str, Any] = {"maps_digest": self.maps_digest, "scope": self.scopes}
+    def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
+        """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""
+        fields: dict[str, Any] = {
+            "maps_digest": self.maps_digest, "scope": self.scopes, **self.held.to_config(),
+        }  # fmt: skip
         content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
-        return add_tensors(content, self.tensors, self.maps, codec)
+        return add_tensors(content, self.tensors, self.maps, codec, exact)
 
     @classmethod
     def from_content(cls, content: RecordDict) -> EvaluateRequest:
@@ -273,6 +288,7 @@ class EvaluateRequest:
             maps_digest=read_field(record, "maps_digest", str),
             maps=read_tensors(content, MAPS),
             scopes=scopes,
+            held=Held.from_config(record),
         )
 
 
@@ -285,11 +301,14 @@ class EvaluateReply:
     round: int
     maps_digest: str
     metrics: dict[str, float]
+    kept: str = ""
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         metrics = fields.pop("metrics")
+        if not self.kept:
+            del fields[KEPT]
         record = MetricRecord({key: float(value) for key, value in metrics.items()})
         return RecordDict({CONFIG: ConfigRecord(fields), METRICS: record})
 
@@ -303,4 +322,5 @@ class EvaluateReply:
             round=read_field(record, "round", int),
             maps_digest=read_field(record, "maps_digest", str),
             metrics=read_metrics(content),
+            kept=read_kept(record),
         )

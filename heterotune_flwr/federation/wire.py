@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ExchangeError, FederationError
+from heterotune_flwr.exchange.codecs import precise
+from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack, unpack
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -18,8 +20,13 @@ TENSORS, MAPS, FACTORS, DELTAS = "tensors", "maps", "factors", "deltas"
 CONTROLS = "controls"
 CONSENSUS, PREDICTIONS = "consensus", "predictions"
 
-#: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again.
-ERROR_FAILED, ERROR_MAPS_MISSING = "failed", "maps_missing"
+#: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again, ``tensors_missing`` all
+#: tensors.
+ERROR_FAILED, ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING = (
+    "failed",
+    "maps_missing",
+    "tensors_missing",
+)
 
 T = TypeVar("T")
 
@@ -30,7 +37,7 @@ class RemoteError(FederationError):
     Attributes
     ----------
     kind
-        ``failed``, or ``maps_missing`` when the client lacks the maps named by the request.
+        ``failed``, or ``maps_missing`` or ``tensors_missing`` when the client lacks what the request names.
 
     """
 
@@ -80,14 +87,14 @@ def read_json(record: Mapping[str, Any], key: str) -> Any:
         raise ExchangeError(f"field {key!r} of the message is not JSON: {error}") from error
 
 
-def read_tensors(content: RecordDict, key: str) -> Tensors | None:
+def read_tensors(content: RecordDict, key: str, expected: Expected | None = None) -> Tensors | None:
     """Return the packed tensors of record ``key``, None when there is no such record."""
     if key not in content:
         return None
     record = content[key]
     if not isinstance(record, ArrayRecord):
         raise ExchangeError(f"record {key!r} of the message holds no arrays")
-    return unpack(record)
+    return unpack(record, expected)
 
 
 def read_metrics(content: RecordDict) -> dict[str, float]:
@@ -123,11 +130,18 @@ def error_content(message: str, kind: str = ERROR_FAILED) -> RecordDict:
 
 
 def add_tensors(
-    content: RecordDict, tensors: Tensors, maps: Tensors | None, codec: str
+    content: RecordDict,
+    tensors: Tensors,
+    maps: Tensors | None,
+    codec: str,
+    exact: str | None = None,
 ) -> RecordDict:
-    """Add the packed ``tensors`` (when any) and ``maps`` (when given) to a request."""
+    """Add the packed ``tensors`` (when any) and ``maps`` (when given) to a request.
+
+    Maps are written with ``exact``; None: with ``codec`` where it is at least as exact as bf16, else with bf16.
+    """
     if tensors:
         content[TENSORS] = pack(tensors, codec)
     if maps is not None:
-        content[MAPS] = pack(maps, codec)
+        content[MAPS] = pack(maps, exact or precise(codec))
     return content

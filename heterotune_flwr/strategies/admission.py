@@ -32,11 +32,11 @@ def admit(
         if client_id is None or not message.has_content():
             continue
         try:
-            reply = TrainReply.from_content(message.content)
+            shapes, work = asked(client_id)
+            reply = TrainReply.from_content(message.content, courier.expected(shapes))
             _check_sender(reply, client_id, server_round)
             if client_id in updates:
                 raise FederationError("answers twice")
-            shapes, work = asked(client_id)
             update = as_update(reply, roster.clients[client_id].info.type_key, work)
             check_update(update, shapes)
         except HeteroTuneError as error:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
+from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation.held import Held, read_kept
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
 from heterotune_flwr.federation.messenger import converse, make_message
 from heterotune_flwr.federation.protocol import (
     ERROR_MAPS_MISSING,
+    ERROR_TENSORS_MISSING,
     MAPS,
     TRAIN,
     EvaluateRequest,
@@ -22,7 +26,8 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.wire import read_config, read_metrics
-from heterotune_flwr.flower import Grid, Message
+from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
+from heterotune_flwr.strategies.resend import Resend
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
@@ -47,6 +52,8 @@ class Courier:
         self._maps = maps
         self._by_node = roster.node_to_client()
         self._holds_maps: set[str] = set()
+        self._resend = Resend(context.config.exchange)
+        self._requests: dict[str, TrainRequest | EvaluateRequest] = {}
         self._failed: dict[str, str] = {}
         for client_id in roster.clients:
             self.ledger.one_time(
@@ -67,11 +74,21 @@ class Courier:
     def message(
         self, client_id: str, request: TrainRequest | EvaluateRequest, kind: str, round: int
     ) -> Message:
-        """Build the message that carries a request."""
-        content = request.to_content(self.context.config.exchange.codec)
+        """Build the message that carries a request, but for what the client still holds."""
+        self._requests[client_id] = request
+        content = self._content(self._resend.without_held(client_id, request))
         node_id = self.roster.clients[client_id].node_id
         timeout = self.context.config.server.timeout_seconds
         return make_message(content, node_id, kind, round, timeout)
+
+    def _content(self, request: TrainRequest | EvaluateRequest) -> RecordDict:
+        exchange = self.context.config.exchange
+        return request.to_content(down_codec(exchange), exact_codec(exchange))
+
+    def expected(self, shapes: Mapping[str, tuple[int, ...]]) -> Expected:
+        """What a client's update may be before it is decoded."""
+        exchange = self.context.config.exchange
+        return Expected(shapes, {up_codec(exchange), exact_codec(exchange)})
 
     def client_of(self, message: Message) -> str | None:
         """Id of the client a reply came from, None for a stranger."""
@@ -82,25 +99,26 @@ class Courier:
     ) -> list[Message]:
         """Send, wait, and return the replies that carry a result.
 
-        Every reply is journalled when it arrives. A client that lost its maps (a wiped disk) is
-        sent them again once. Failures end up in the journal as ``client_failed``.
+        Every reply is journalled when it arrives. A client that lost its maps, or tensors that were not
+        sent again (a wiped disk), is sent them once. Failures end up in the journal as ``client_failed``.
         """
         sent = {message.metadata.dst_node_id: message for message in messages}
         self._failed = {}
         good: list[Message] = []
-        lost_maps: list[Message] = []
+        lost: list[tuple[Message, str]] = []
 
         def on_reply(reply: Message) -> None:
             client_id = self._by_node[reply.metadata.src_node_id]
             request = sent[reply.metadata.src_node_id]
             try:
                 config = read_config(reply.content)
+                kept = read_kept(config)
                 self._account(client_id, request, reply, kind, round)
                 if kind == TRAIN:
                     self._journal_reply(client_id, round, read_metrics(reply.content))
             except RemoteError as error:
-                if error.kind == ERROR_MAPS_MISSING and MAPS not in request.content:
-                    lost_maps.append(request)
+                if _can_send_more(request, error.kind):
+                    lost.append((request, error.kind))
                 else:
                     self._failed[client_id] = str(error)
                 return
@@ -109,13 +127,15 @@ class Courier:
                 return
             if config.get("maps_digest"):
                 self._holds_maps.add(client_id)
+            self._resend.confirm(client_id, kept)
             good.append(reply)
 
         timeout = self.context.config.server.timeout_seconds
         replies = converse(grid, messages, timeout, on_reply)
         failures = dict(replies.failures)
-        if lost_maps:
-            again = [self._with_maps(message, kind, round) for message in lost_maps]
+        while lost:  # twice at most: each kind of thing is sent once
+            again = [self._with_more(message, missing, kind, round) for message, missing in lost]
+            lost.clear()
             sent |= {message.metadata.dst_node_id: message for message in again}
             failures |= converse(grid, again, timeout, on_reply).failures
         self._failed |= {self._by_node[node]: reason for node, reason in failures.items()}
@@ -152,12 +172,19 @@ class Courier:
             event, strategy=self.context.name, seed=self.context.seed, **fields
         )
 
-    def _with_maps(self, message: Message, kind: str, round: int) -> Message:
+    def _with_more(self, message: Message, missing: str, kind: str, round: int) -> Message:
+        """The same message with the maps, or with all tensors."""
         client_id = self._by_node[message.metadata.dst_node_id]
-        self._holds_maps.discard(client_id)
-        _, maps = self.maps_for(client_id)
         content = message.content
-        content[MAPS] = pack(maps or {}, self.context.config.exchange.codec)
+        if missing == ERROR_TENSORS_MISSING:
+            whole = self._content(self._requests[client_id])
+            if MAPS in content:
+                whole[MAPS] = content[MAPS]
+            content = whole
+        else:
+            self._holds_maps.discard(client_id)
+            _, maps = self.maps_for(client_id)
+            content[MAPS] = pack(maps or {}, exact_codec(self.context.config.exchange))
         timeout = self.context.config.server.timeout_seconds
         return make_message(content, message.metadata.dst_node_id, kind, round, timeout)
 
@@ -176,7 +203,8 @@ class Courier:
             client_id=client_id,
             type=type_key,
             message_type=kind,
-            codec=self.context.config.exchange.codec,
+            codec_up=up_codec(self.context.config.exchange),
+            codec_down=down_codec(self.context.config.exchange),
             **asdict(exchanged),
         )
 
@@ -189,3 +217,10 @@ class Courier:
             type=self.roster.clients[client_id].info.type_key,
             **{key: metrics[key] for key in sorted(metrics) if key not in RESERVED},
         )
+
+
+def _can_send_more(request: Message, missing: str) -> bool:
+    """Whether what a client says it lacks was left out of the request."""
+    if missing == ERROR_TENSORS_MISSING:
+        return bool(Held.from_config(read_config(request.content)).names)
+    return missing == ERROR_MAPS_MISSING and MAPS not in request.content

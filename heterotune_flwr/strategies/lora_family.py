@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import RESIDUAL
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.directions import down_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
@@ -42,7 +43,7 @@ class LoRAStrategy(HeteroStrategy):
 
     def sent(self, client_id: str) -> Tensors:
         """The values a client started this round from: what it was sent, as the codec rounds it."""
-        return round_trip(self.outgoing(client_id), self.config.exchange.codec)
+        return round_trip(self.outgoing(client_id), down_codec(self.config.exchange))
 
     def trained(self, updates: Sequence[ClientUpdate]) -> list[Tensors]:
         """Every client's tensors after training, in the order of ``updates``."""

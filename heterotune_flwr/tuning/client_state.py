@@ -2,7 +2,9 @@
 
 Files, not memory: virtual clients share worker processes, and a deployed client is a new process
 for every message. ``<state dir>/clients/<experiment>/<client id>.safetensors`` and
-``<state dir>/maps/<digest>.safetensors`` (content-addressed, shared by the clients of a type).
+``<state dir>/maps/<digest>.safetensors`` (content-addressed, shared by the clients of a type). Beside the first lie
+``<client id>~residual.safetensors`` (:mod:`.feedback`) and ``<client id>~received.safetensors``
+(:mod:`..federation.received`).
 
 The state before the last trained round stays beside the newest one, as
 ``<client id>.previous.safetensors``. A message whose reply was lost may come again: training round
@@ -70,13 +72,24 @@ class _Stamp:
 
 
 class ClientStore:
-    """The files of one client under a state directory."""
+    """The files of one client under a state directory: its own tensors, or a ``part`` beside them."""
 
-    def __init__(self, state_dir: Path, experiment: str, client_id: str) -> None:
+    def __init__(self, state_dir: Path, experiment: str, client_id: str, part: str = "") -> None:
         self._state_dir = state_dir
+        self._names = (experiment, client_id)
         folder = state_dir / "clients" / _checked(experiment, "experiment")
-        self.path = folder / f"{_checked(client_id, 'client id')}.safetensors"
+        stem = _checked(client_id, "client id") + (f"~{part}" if part else "")  # no id has a ~
+        self.path = folder / f"{stem}.safetensors"
         self.previous = self.path.with_suffix(".previous.safetensors")
+
+    def part(self, name: str) -> ClientStore:
+        """Files of the same client for something else than its own tensors."""
+        return ClientStore(self._state_dir, *self._names, name)
+
+    def clear(self) -> None:
+        """Forget both states."""
+        for path in (self.path, self.previous):
+            path.unlink(missing_ok=True)
 
     def load(self, shapes: Mapping[str, tuple[int, ...]], before: int | None = None) -> Tensors:
         """Own tensors of the names and shapes wanted; empty before the first training.
