@@ -240,6 +240,7 @@ def train(message: Message, context: Context) -> RecordDict:
         deltas=deltas,
         metrics=_train_metrics(report, request.learning_rate),
         predictions=lesson.predictions(header.round + 1) if lesson else None,
+        code_hash=code_hash(),
     )
     return reply.to_content(config.exchange.codec)
 

@@ -202,6 +202,7 @@ class TrainReply:
     ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
     ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
     ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson.
+    ``code_hash`` is that of the program which trained.
     """
 
     client_id: str
@@ -211,11 +212,13 @@ class TrainReply:
     deltas: Tensors
     metrics: dict[str, float]
     predictions: Array | None = None
+    code_hash: str = ""
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
         config = ConfigRecord(
             {
+                "code_hash": self.code_hash,
                 "client_id": self.client_id,
                 "type_key": self.type_key,
                 "round": self.round,
@@ -241,6 +244,7 @@ class TrainReply:
             deltas=read_tensors(content, DELTAS) or {},
             metrics=read_metrics(content),
             predictions=read_predictions(content),
+            code_hash=read_field(record, "code_hash", str),
         )
 
 

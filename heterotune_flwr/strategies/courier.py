@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.packing import Tensors, content_bytes, pack, payload_bytes
 from heterotune_flwr.federation.ledger import Ledger
-from heterotune_flwr.federation.messenger import converse, make_message
+from heterotune_flwr.federation.messenger import Enough, Replies, converse, make_message
 from heterotune_flwr.federation.protocol import (
+    CONFIG,
     ERROR_MAPS_MISSING,
     MAPS,
     TRAIN,
@@ -18,9 +20,11 @@ from heterotune_flwr.federation.protocol import (
     TrainRequest,
 )
 from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.federation.wire import read_config, read_metrics
-from heterotune_flwr.flower import ArrayRecord, Grid, Message
+from heterotune_flwr.federation.wire import CONSENSUS, read_config, read_metrics
+from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
+from heterotune_flwr.strategies.safety import Safety
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
@@ -46,6 +50,8 @@ class Courier:
         self._by_node = roster.node_to_client()
         self._holds_maps: set[str] = set()
         self._failed: dict[str, str] = {}
+        self._waited: dict[str, float] = {}
+        self.safety = Safety.of(context.config.server)
         for client_id in roster.clients:
             self.ledger.one_time(
                 client_id, roster.bytes_down[client_id], roster.bytes_up[client_id]
@@ -68,8 +74,7 @@ class Courier:
         """Build the message that carries a request."""
         content = request.to_content(self.context.config.exchange.codec)
         node_id = self.roster.clients[client_id].node_id
-        timeout = self.context.config.server.timeout_seconds
-        return make_message(content, node_id, kind, round, timeout)
+        return make_message(content, node_id, kind, round, self._deadline(client_id, kind, content))
 
     def client_of(self, message: Message) -> str | None:
         """Id of the client a reply came from, None for a stranger."""
@@ -84,11 +89,11 @@ class Courier:
         sent them again once. Failures end up in the journal as ``client_failed``.
         """
         sent = {message.metadata.dst_node_id: message for message in messages}
-        self._failed = {}
+        self._failed, self._waited = {}, {}
         good: list[Message] = []
         lost_maps: list[Message] = []
 
-        def on_reply(reply: Message) -> None:
+        def on_reply(reply: Message) -> bool:
             client_id = self._by_node[reply.metadata.src_node_id]
             request = sent[reply.metadata.src_node_id]
             try:
@@ -101,25 +106,78 @@ class Courier:
                     lost_maps.append(request)
                 else:
                     self._failed[client_id] = str(error)
-                return
+                return False
             except HeteroTuneError as error:  # unreadable; the round goes on without it
                 self._failed[client_id] = str(error)
-                return
+                return False
             if config.get("maps_digest"):
                 self._holds_maps.add(client_id)
             good.append(reply)
+            return True
 
-        timeout = self.context.config.server.timeout_seconds
-        replies = converse(grid, messages, timeout, on_reply)
-        failures = dict(replies.failures)
+        enough = self._enough(len(messages)) if kind == TRAIN else None
+        self._note(self._converse(grid, messages, kind, on_reply, enough), round)
         if lost_maps:
             again = [self._with_maps(message, kind, round) for message in lost_maps]
             sent |= {message.metadata.dst_node_id: message for message in again}
-            failures |= converse(grid, again, timeout, on_reply).failures
-        self._failed |= {self._by_node[node]: reason for node, reason in failures.items()}
+            self._note(self._converse(grid, again, kind, on_reply), round)
         for client_id, reason in sorted(self._failed.items()):
-            self.refuse(client_id, round, reason, "client_failed", message_type=kind)
+            fields = {"message_type": kind}
+            if client_id in self._waited:
+                fields |= {"straggler": True, "waited_seconds": self._waited[client_id]}
+            self.refuse(client_id, round, reason, "client_failed", **fields)
         return good
+
+    def _converse(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        kind: str,
+        on_reply: Callable[[Message], bool],
+        enough: Enough | None = None,
+    ) -> Replies:
+        """Send with every client's own deadline, and measure how long the answers take."""
+        clients = {m.metadata.dst_node_id: self._by_node[m.metadata.dst_node_id] for m in messages}
+        contents = {m.metadata.dst_node_id: m.content for m in messages}
+        deadlines = {
+            node: self._deadline(client_id, kind, contents[node])
+            for node, client_id in clients.items()
+        }
+        replies = converse(grid, messages, deadlines, on_reply, enough)
+        for node in sorted(replies.taken):
+            client_id = clients[node]
+            type_key = self.roster.clients[client_id].info.type_key
+            label, seconds = _label(kind, contents[node]), replies.seconds[node]
+            self.safety.times.measured(label, type_key, client_id, seconds)
+        return replies
+
+    def _note(self, replies: Replies, round: int) -> None:
+        """Remember every failure and who was late; journal a round that closed early."""
+        self._waited |= {self._by_node[node]: replies.seconds[node] for node in replies.late}
+        if replies.unawaited:
+            names = sorted(self._by_node[node] for node in replies.unawaited)
+            self.event("round_closed", round=round, unawaited=names)
+        self._failed |= {self._by_node[node]: reason for node, reason in replies.failures.items()}
+
+    def _enough(self, asked: int) -> Enough | None:
+        """When a training round may close early, as ``server.quorum`` and ``server.oversample`` say."""
+        server = self.context.config.server
+        if server.quorum is None and not server.oversample:
+            return None
+        needed = sample_size(len(self.roster.clients), server.participation)
+        quorum = None
+        if server.quorum is not None:
+            quorum = max(math.ceil(server.quorum * min(asked, needed)), server.min_results)
+        return Enough(needed if server.oversample else None, quorum, server.grace_seconds)
+
+    def _deadline(self, client_id: str, kind: str, content: RecordDict) -> float:
+        type_key = self.roster.clients[client_id].info.type_key
+        return self.safety.times.deadline(_label(kind, content), type_key, client_id)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why each client's part in the last collection failed or was refused, by client id."""
+        return dict(self._failed)
 
     @property
     def first_failure(self) -> str | None:
@@ -135,6 +193,11 @@ class Courier:
         self._failed.setdefault(client_id, reason)
         self.event(event, round=round, client_id=client_id, reason=reason, **fields)
 
+    def quarantine(self, client_id: str, round: int, check: str, reason: str) -> None:
+        """Count and journal an update that the gate refused."""
+        self.safety.gate.count(client_id, check)
+        self.refuse(client_id, round, reason, check=check)
+
     def event(self, event: str, **fields: Any) -> None:
         """Journal an event of this strategy."""
         self.context.session.journal.event(
@@ -147,8 +210,8 @@ class Courier:
         _, maps = self.maps_for(client_id)
         content = message.content
         content[MAPS] = pack(maps or {}, self.context.config.exchange.codec)
-        timeout = self.context.config.server.timeout_seconds
-        return make_message(content, message.metadata.dst_node_id, kind, round, timeout)
+        node_id = message.metadata.dst_node_id
+        return make_message(content, node_id, kind, round, self._deadline(client_id, kind, content))
 
     def _account(self, client_id: str, request: Message, reply: Message, kind: str) -> None:
         down, up = content_bytes(request.content), content_bytes(reply.content)
@@ -165,3 +228,10 @@ class Courier:
             type=self.roster.clients[client_id].info.type_key,
             **{key: metrics[key] for key in sorted(metrics) if key not in RESERVED},
         )
+
+
+def _label(kind: str, content: RecordDict) -> str:
+    """Messages that take equally long: of one kind, testing the same, with or without anchors to fit."""
+    scopes = content[CONFIG].get("scope")
+    parts = [kind, *(map(str, scopes) if isinstance(scopes, list) else ())]
+    return "+".join([*parts, "anchors"] if CONSENSUS in content else parts)

@@ -13,18 +13,22 @@ from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.protocol import TrainReply
 
-#: A client's update longer than this many medians of its type's updates is refused.
-NORM_LIMIT = 100.0
+Shapes = dict[str, tuple[int, ...]]
 _NOT_AVERAGED = {"examples", "steps", "learning_rate", "seconds", "peak_memory_mb"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What was asked of a client: at most these examples and steps, at this learning rate."""
+    """What was asked of a client: at most these examples and steps, at this learning rate, with this optimizer.
+
+    ``clip_norm`` limits the norm of a step's gradient.
+    """
 
     examples: int
     steps: int
     learning_rate: float
+    optimizer: str = "adamw"
+    clip_norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def norm_of(deltas: Mapping[str, NDArray[np.float32]]) -> float:
 
 
 def check_update(update: ClientUpdate, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """The update gate: exactly the expected tensors, their shapes, every number finite.
+    """Exactly the expected tensors, their shapes, every number finite.
 
     One NaN averaged in would spoil the bank for everybody.
 
@@ -110,20 +114,6 @@ def check_step(step: Mapping[str, NDArray[np.floating[Any]]], where: str) -> Non
             raise FederationError(
                 f"{where}: combining the updates gave numbers in {name} that are not finite"
             )
-
-
-def outliers(updates: Sequence[ClientUpdate], limit: float = NORM_LIMIT) -> dict[str, str]:
-    """Client id -> reason, for updates absurdly longer than their type's median (3+ clients)."""
-    by_type: dict[str, list[tuple[str, float]]] = {}
-    for update in updates:
-        by_type.setdefault(update.type_key, []).append((update.client_id, norm_of(update.deltas)))
-    refused = {}
-    for members in by_type.values():
-        median = float(np.median([norm for _, norm in members]))
-        for client_id, norm in members:
-            if len(members) >= 3 and median > 0 and norm > limit * median:
-                refused[client_id] = f"is {norm / median:.0f} times longer than its type's median"
-    return refused
 
 
 def mean_delta(updates: Sequence[ClientUpdate]) -> Tensors:
