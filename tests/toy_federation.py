@@ -212,7 +212,7 @@ class ToyFederation:
     """Builds the ClientApp and its grid; the fields below inject faults.
 
     ``nan``, ``fail``, ``forget``, ``lose_evaluation``: (client id, round) pairs that send NaN, report an error,
-    have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead.
+    have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead; ``silent``: nobody predicts on anchors.
     ``received`` and ``answered`` are filled: (client id, round) -> its request, and the values it trained.
     """
 
@@ -230,6 +230,7 @@ class ToyFederation:
     own_state: dict = field(default_factory=dict)
     controls: dict = field(default_factory=dict)
     skew: float = 0.4
+    silent: bool = False
     maps: dict = field(default_factory=dict)
     log: list = field(default_factory=list)
 
@@ -326,9 +327,7 @@ class ToyFederation:
         own_controls = self.controls.get((header.experiment, client_id), {})
         server = request.controls or {}
         corrections = {n: c - own_controls.get(n, 0.0) for n, c in server.items()}
-        loss = train_toy(
-            tensors, request, maps, backbone, states, labels, corrections, rng
-        )
+        loss = train_toy(tensors, request, maps, backbone, states, labels, corrections, rng)
         self.received[client_id, header.round] = request
         deltas = {n: (tensors[n] - start[n]).astype(np.float32) for n in request.expected}
         length = request.local_steps * request.learning_rate
@@ -338,7 +337,7 @@ class ToyFederation:
             if n in deltas
         }
         predictions = None
-        if request.lesson is not None:
+        if request.lesson is not None and not self.silent:
             anchors = anchor_meanings(request.lesson, header.seed, header.round + 1)
             logits, _ = forward(tensors, maps, backbone, backbone.states(anchors))
             predictions = softmax(logits).astype(np.float32)

@@ -162,6 +162,7 @@ class HeteroStrategy(Sharing):
     ) -> dict[str, Any]:
         heard, refused = consensus.hear(server_round, reports, len(self.roster.labels or ()))
         for client_id, reason in sorted(refused.items()):
+            self.courier.safety.gate.count(client_id, "predictions")
             self.courier.refuse(client_id, server_round, reason, "predictions_refused")
         return heard
 

@@ -92,6 +92,7 @@ class Courier:
         self._failed, self._waited = {}, {}
         good: list[Message] = []
         lost_maps: list[Message] = []
+        unreadable: dict[str, str] = {}
 
         def on_reply(reply: Message) -> bool:
             client_id = self._by_node[reply.metadata.src_node_id]
@@ -107,8 +108,8 @@ class Courier:
                 else:
                     self._failed[client_id] = str(error)
                 return False
-            except HeteroTuneError as error:  # unreadable; the round goes on without it
-                self._failed[client_id] = str(error)
+            except HeteroTuneError as error:  # the round goes on without it
+                unreadable[client_id] = str(error)
                 return False
             if config.get("maps_digest"):
                 self._holds_maps.add(client_id)
@@ -122,10 +123,12 @@ class Courier:
             sent |= {message.metadata.dst_node_id: message for message in again}
             self._note(self._converse(grid, again, kind, on_reply), round)
         for client_id, reason in sorted(self._failed.items()):
-            fields = {"message_type": kind}
+            fields: dict[str, Any] = {"message_type": kind}
             if client_id in self._waited:
                 fields |= {"straggler": True, "waited_seconds": self._waited[client_id]}
             self.refuse(client_id, round, reason, "client_failed", **fields)
+        for client_id, reason in sorted(unreadable.items()):
+            self.quarantine(client_id, round, "unreadable", reason)
         return good
 
     def _converse(

@@ -19,7 +19,8 @@ Checks, in this order; the first that fails names the refusal (docs/reliability.
 square of an update over ``steps * learning_rate`` is at most about 1 and nearly the same in models of any size. Plain
 SGD, whose gradients are clipped, goes no further than ``steps * learning_rate * clip_norm`` in Euclidean norm. An update's
 *reach* is its length in these units. Refused is a reach above the ceiling, or above ``limit`` times the usual one: the
-round's median, each type being measured from its own level in past rounds.
+round's median, each type being measured from its own level in past rounds. Few updates of a kind seen for the first time have
+no usual reach: for them the ceiling alone acts.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ from heterotune_flwr.strategies.updates import (
 _DECAY = 0.7
 #: Fewer updates than this have no median that means anything.
 _COMPARABLE = 3
+#: A skewed client's SGD steps really can be several times longer than the others': below reach 1 it gets this much more.
+_SGD_SLACK = 2.0
 T = TypeVar("T")
 
 
@@ -131,7 +134,7 @@ class UpdateGate:
             ("maps", reply.maps_digest, asked.maps_digest, "trained behind the maps {}, not {}"),
         ):
             if got != expected:
-                raise Refused(check, line.format(got or "(none)", expected or "(none)"))
+                raise Refused(check, line.format(*("(none)" if v == "" else v for v in (got, expected))))
         update = _stage("work", lambda: as_update(reply, asked.type_key, asked.work))
         _stage("work", lambda: _check_metrics(reply.metrics))
         _stage("tensors", lambda: check_update(update, asked.shapes))
@@ -146,11 +149,12 @@ class UpdateGate:
         refused = {}
         usual = self._usual(candidates, reaches)
         for client_id, value in reaches.items():
+            slack = _SGD_SLACK if candidates[client_id].asked.work.optimizer == "sgd" and value <= 1 else 1.0
             if self.ceiling is not None and value > self.ceiling:
                 refused[client_id] = (
                     f"sends an update {value:.3g} times longer than its steps can make"
                 )
-            elif self.limit is not None and value > self.limit * usual.get(client_id, math.inf):
+            elif self.limit and value > slack * self.limit * usual.get(client_id, math.inf):
                 times = value / usual[client_id]
                 refused[client_id] = f"sends an update {times:.3g} times longer than the usual ones"
         return refused
