@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.protocol import TrainReply
@@ -116,12 +117,15 @@ def check_step(step: Mapping[str, NDArray[np.floating[Any]]], where: str) -> Non
             )
 
 
-def mean_delta(updates: Sequence[ClientUpdate]) -> Tensors:
-    """Example-weighted mean per tensor over those that have it (FedAvg, arXiv 1602.05629).
+def mean_delta(updates: Sequence[ClientUpdate], rule: RobustMean | None = None) -> Tensors:
+    """Example-weighted mean per tensor over those that have it (FedAvg, arXiv 1602.05629), or a robust rule.
 
-    Summed in float64 in client order, so neither the order of arrival nor of dictionaries shows.
+    Summed in float64 in client order, so neither the order of arrival nor of dictionaries shows. A robust rule sees
+    the tensors that the same clients have as one vector.
     """
     ordered = sorted(updates, key=lambda update: update.client_id)
+    if rule is not None and rule.rule != "mean":
+        return _robust_delta(ordered, rule)
     step: Tensors = {}
     for name in sorted({name for update in ordered for name in update.deltas}):
         having = [update for update in ordered if name in update.deltas]
@@ -130,6 +134,24 @@ def mean_delta(updates: Sequence[ClientUpdate]) -> Tensors:
         for update in having:
             mean += (update.examples / total) * update.deltas[name]
         step[name] = mean.astype(np.float32)
+    return step
+
+
+def _robust_delta(ordered: Sequence[ClientUpdate], rule: RobustMean) -> Tensors:
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted({name for update in ordered for name in update.deltas}):
+        having = tuple(update.client_id for update in ordered if name in update.deltas)
+        together.setdefault(having, []).append(name)
+    step: Tensors = {}
+    for having, names in together.items():
+        members = [update for update in ordered if update.client_id in having]
+        flat = [np.concatenate([u.deltas[n].reshape(-1) for n in names]) for u in members]
+        vector = rule(flat, [update.examples for update in members])
+        start = 0
+        for name in names:
+            shape, size = members[0].deltas[name].shape, members[0].deltas[name].size
+            step[name] = vector[start : start + size].reshape(shape).astype(np.float32)
+            start += size
     return step
 
 

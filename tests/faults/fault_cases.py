@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, dataclass
 
-from federation import SHIPPED, Ended, run, toy_spec
+from fault_federation import SHIPPED, Ended, run, toy_spec
 from wire_faults import FAULTS, Hostile
 
 #: Two clients of the type that has three, and two clients of two types.
