@@ -112,7 +112,6 @@ class _Conversation:
         self.grid, self.on_reply, self.enough = grid, on_reply, enough
         self.replies = Replies()
         self.quorum_since = math.inf
-        self.started = time.monotonic()
         self.waiting: dict[str, int] = {}
         self.patience: dict[int, float] = {}
         ids: list[str | None] = list(grid.push_messages(messages)) if messages else []
@@ -126,6 +125,7 @@ class _Conversation:
                 )
             else:
                 self.replies.failures[node_id] = "the message could not be sent"
+        self.started = time.monotonic()
 
     def run(self) -> Replies:
         """Wait until everybody has answered, is late, or need not be waited for."""
