@@ -16,6 +16,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy.multikrum import select_multikrum
 from flwr.supercore.task_identity import TaskIdentity
 
 from heterotune_flwr.errors import ExchangeError
@@ -38,6 +39,7 @@ __all__ = [
     "content_from_bytes",
     "content_to_bytes",
     "identify_process",
+    "select_multikrum",
 ]
 
 

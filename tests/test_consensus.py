@@ -302,9 +302,9 @@ def test_fedmkt_shares_predictions_and_no_tensor(world):  # noqa: F811
 
 
 def test_clients_that_say_nothing_cost_the_round_nothing(tmp_path):
-    """The toy's clients know no anchors: their updates count, their silence is on record."""
+    """Clients that know no anchors: their updates count, their silence is on record."""
     config = toy_config(tmp_path, (2, 1, 1), rounds=1)
-    federation = ToyFederation(config)
+    federation = ToyFederation(config, silent=True)
     journal = Journal(tmp_path / "journal")
     session = Session(federation.grid(), config, journal, "toy-0")
     spec = {

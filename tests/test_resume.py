@@ -18,9 +18,11 @@ from heterotune_flwr.exchange.storage import load_tensors, save_tensors
 from heterotune_flwr.exchange.trees import load_state, read_header, save_state
 from heterotune_flwr.federation import checkpoint
 from heterotune_flwr.federation.checkpoint import CheckpointError, Checkpoints
+from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.resume import check_same, run_lock
 from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.flower import Error, Message
 
 HERE = "heterotune_flwr.strategies"
 LORA = {"kind": "lora", "lora_rank": 4}
@@ -162,6 +164,64 @@ def test_the_ledger_goes_on(tmp_path):
     for key in ("train_up", "train_down", "client_rounds", "evaluate_up", "up_per_client_round"):
         assert again[key] == whole[key], key
     assert again["one_time_up"] > whole["one_time_up"]  # it was asked twice who is there
+
+
+class DyingGrid(InProcessGrid):
+    """Answers as Flower does where the process that worked on a message is killed: after the work, before the reply."""
+
+    def __init__(self, *arguments, dies, code, **options):
+        super().__init__(*arguments, **options)
+        self.dies, self.code = dies, code
+
+    def _run(self, message, context):
+        reply = super()._run(message, context)
+        where = (
+            context.node_config["partition-id"],
+            message.metadata.message_type,
+            message.metadata.group_id,
+        )
+        if self.dies.get(where, 0) == 0:
+            return reply
+        self.dies[where] -= 1
+        request = Message(
+            message.content, message.metadata.dst_node_id, message.metadata.message_type
+        )
+        request.metadata.__dict__["_message_id"] = message.metadata.message_id
+        return Message(Error(self.code, "ActorDiedError"), reply_to=request)
+
+
+@pytest.mark.parametrize("code", [0, 8])
+def test_a_message_whose_process_died_is_given_to_the_next_one_and_changes_nothing(tmp_path, code):
+    config = toy_config(tmp_path, (2, 1, 1), {"private": SPECS["private"]}, rounds=3)
+    run(config, ToyFederation(config), directory=tmp_path / "whole")
+    plain = ToyFederation(config).grid()
+    nodes = [context.node_config for context in plain.contexts.values()]
+    dies = {(1, "train", "2"): 1, (2, "evaluate", "3"): 1, (3, "train", "3"): 2}
+
+    def killed(directory, dies):
+        grid = DyingGrid(ToyFederation(config).app(), nodes, dies=dict(dies), code=code)
+        run_strategies(grid, config, Journal(directory), "toy-0")
+        return read_events(directory / "rounds.jsonl")
+
+    events = killed(tmp_path / "once", dict.fromkeys(dies, 1))
+    assert banks(tmp_path / "once") == banks(tmp_path / "whole")
+    again = [
+        (e["client_id"], e["message_type"], e["round"])
+        for e in events
+        if e["event"] == "sent_again"
+    ]
+    assert again == [
+        ("client-0001", "train", 2),
+        ("client-0003", "train", 3),
+        ("client-0002", "evaluate", 3),
+    ]
+    assert not [e for e in events if e["event"] == "client_failed"]
+    events = killed(tmp_path / "twice", dies)
+    (failed,) = [
+        e for e in events if e["event"] == "client_failed"
+    ]  # it dies of this message: costs only itself
+    assert (failed["client_id"], failed["round"]) == ("client-0003", 3)
+    assert [e["clients"] for e in events if e["event"] == "round"] == [4, 4, 3]
 
 
 # ----------------------------------------------------------------------------- damaged and foreign

@@ -2,7 +2,7 @@
 
 Each model type sees a text's hidden meaning ``s`` through its own random non-linear features
 ``x = tanh(M_m s) + noise`` of its own width and reads labels off with its own matrix ``W_m``; DeMA's
-last slot (and LoRA on the read-out) are trained by hand-written gradients. What is shared between
+last slot (and LoRA on the read-out, or a core in it) are trained by hand-written gradients. What is shared between
 types is thus exactly what the method claims: meaning, in different bases.
 """
 
@@ -22,6 +22,7 @@ from heterotune_flwr.config.schema import (
     TrainConfig,
     TypeConfig,
 )
+from heterotune_flwr.dema.anchors import round_anchors
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.in_process import InProcessGrid
@@ -110,6 +111,10 @@ def forward(tensors, maps, backbone, states):
     base = states @ backbone.labels.T
     if "lora.head.residual" in tensors:
         base = base + states @ tensors["lora.head.residual"].T
+    if "lora.head.R" in tensors:
+        up, down = fixed_factors(backbone, tensors["lora.head.R"].shape[0])
+        inner = states @ down.T
+        return base + inner @ tensors["lora.head.R"].T @ up.T, inner
     if "lora.head.A" in tensors:
         inner = states @ tensors["lora.head.A"].T
         return base + inner @ tensors["lora.head.B"].T, inner
@@ -127,20 +132,33 @@ def forward(tensors, maps, backbone, states):
     return base + y @ effect.T, (z, gate, parts, effect)
 
 
+def fixed_factors(backbone, rank):
+    """Fed-SB's frozen B and A: leading singular vectors of the read-out."""
+    left, _, right = np.linalg.svd(backbone.labels, full_matrices=False)
+    return left[:, :rank], right[:rank]
+
+
+def anchor_meanings(lesson, seed, round):
+    """The public texts of a round's lesson, as their meanings."""
+    pool = np.random.default_rng(98).normal(size=(lesson.pool, MEANING)) * 1.5
+    return pool[round_anchors(lesson.pool, lesson.count, seed, round)]
+
+
 def expert_order(name):
     _, _, _, tier, index = name.split(".")
     return ["global", "type", "private"].index(tier), int(index)
 
 
 def gradients(tensors, maps, backbone, states, labels):
-    """Loss and gradients of every tensor."""
+    """Loss and gradients of every tensor; ``labels`` are numbers, or rows of probabilities."""
     logits, kept = forward(tensors, maps, backbone, states)
+    targets = np.eye(len(LABELS))[labels] if labels.ndim == 1 else labels
     probabilities = softmax(logits)
-    rows = np.arange(len(labels))
-    loss = -np.log(probabilities[rows, labels] + 1e-12).mean()
-    error = probabilities
-    error[rows, labels] -= 1
-    error /= len(labels)
+    loss = -(targets * np.log(probabilities + 1e-12)).sum(axis=1).mean()
+    error = (probabilities - targets) / len(labels)
+    if "lora.head.R" in tensors:
+        up, _ = fixed_factors(backbone, tensors["lora.head.R"].shape[0])
+        return loss, {"lora.head.R": up.T @ error.T @ kept}
     if "lora.head.A" in tensors:
         return loss, {
             "lora.head.B": error.T @ kept,
@@ -161,12 +179,40 @@ def gradients(tensors, maps, backbone, states, labels):
     return loss, grads
 
 
+def train_toy(tensors, request, maps, backbone, states, labels, corrections, rng):
+    """Train in place as a client does (AdamW, or SGD with clipped gradients); returns the last loss."""
+    header, lesson = request.header, request.lesson
+    first = {n: np.zeros_like(v) for n, v in tensors.items()}
+    second = {n: np.zeros_like(v) for n, v in tensors.items()}
+    for step in range(1, request.local_steps + 1):
+        chosen = rng.choice(len(labels), size=16, replace=False)
+        loss, grads = gradients(tensors, maps, backbone, states[chosen], labels[chosen])
+        if lesson is not None and lesson.targets is not None:
+            anchors = backbone.states(anchor_meanings(lesson, header.seed, header.round))
+            _, extra = gradients(tensors, maps, backbone, anchors, lesson.targets.astype(float))
+            grads = {n: g + lesson.weight * extra[n] for n, g in grads.items()}
+        grads = {n: g for n, g in grads.items() if n not in request.frozen}
+        grads = {n: g + corrections.get(n, 0.0) for n, g in grads.items()}
+        norm = np.sqrt(sum(float((g**2).sum()) for g in grads.values()))
+        for name in sorted(grads):
+            grad = grads[name] / max(1.0, norm)
+            if request.optimizer == "sgd":
+                tensors[name] -= request.learning_rate * grad
+                continue
+            first[name] = 0.9 * first[name] + 0.1 * grad
+            second[name] = 0.999 * second[name] + 0.001 * grad**2
+            scaled = first[name] / (1 - 0.9**step)
+            scaled /= np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
+            tensors[name] -= request.learning_rate * scaled
+    return loss
+
+
 @dataclass
 class ToyFederation:
     """Builds the ClientApp and its grid; the fields below inject faults.
 
     ``nan``, ``fail``, ``forget``, ``lose_evaluation``: (client id, round) pairs that send NaN, report an error,
-    have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead.
+    have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead; ``silent``: nobody predicts on anchors.
     ``received`` and ``answered`` are filled: (client id, round) -> its request, and the values it trained.
     """
 
@@ -182,6 +228,9 @@ class ToyFederation:
     received: dict = field(default_factory=dict)
     answered: dict = field(default_factory=dict)
     own_state: dict = field(default_factory=dict)
+    controls: dict = field(default_factory=dict)
+    skew: float = 0.4
+    silent: bool = False
     maps: dict = field(default_factory=dict)
     log: list = field(default_factory=list)
 
@@ -207,12 +256,14 @@ class ToyFederation:
         return f"client-{partition:04d}", f"{name}@fp32", Backbone(name), partition
 
     def data(self, partition, seed, salt, count):
-        mixture = np.random.default_rng([seed, partition, 1]).dirichlet([0.4] * len(LABELS))
+        mixture = np.random.default_rng([seed, partition, 1]).dirichlet([self.skew] * len(LABELS))
         return examples([seed, partition, salt], count, mixture)
 
     def shapes(self, method, backbone):
         if method.kind == "lora":
             rank = method.lora_rank
+            if method.lora_core:
+                return {"lora.head.R": (rank, rank)}
             shapes = {"lora.head.A": (rank, backbone.width), "lora.head.B": (len(LABELS), rank)}
             if method.lora_residual:
                 shapes["lora.head.residual"] = (len(LABELS), backbone.width)
@@ -274,20 +325,25 @@ class ToyFederation:
         meaning, labels = self.data(partition, header.seed, 2, 48)
         states = backbone.states(meaning)
         rng = np.random.default_rng([header.seed, partition, header.round])
-        first = {n: np.zeros_like(v) for n, v in tensors.items()}
-        second = {n: np.zeros_like(v) for n, v in tensors.items()}
-        for step in range(1, request.local_steps + 1):
-            chosen = rng.choice(len(labels), size=16, replace=False)
-            loss, grads = gradients(tensors, maps, backbone, states[chosen], labels[chosen])
-            for name in sorted(set(grads) - set(request.frozen)):
-                grad = grads[name]
-                first[name] = 0.9 * first[name] + 0.1 * grad
-                second[name] = 0.999 * second[name] + 0.001 * grad**2
-                scaled = first[name] / (1 - 0.9**step)
-                scaled /= np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
-                tensors[name] -= request.learning_rate * scaled
+        past = self.controls.setdefault((header.experiment, client_id), {})
+        rounds = [round for round in past if round < header.round]
+        own_controls = past[max(rounds)] if rounds else {}
+        server = request.controls or {}
+        corrections = {n: c - own_controls.get(n, 0.0) for n, c in server.items()}
+        loss = train_toy(tensors, request, maps, backbone, states, labels, corrections, rng)
         self.received[client_id, header.round] = request
         deltas = {n: (tensors[n] - start[n]).astype(np.float32) for n in request.expected}
+        length = request.local_steps * request.learning_rate
+        past[header.round] = {
+            n: own_controls.get(n, 0.0) - c - deltas[n] / length
+            for n, c in server.items()
+            if n in deltas
+        }
+        predictions = None
+        if request.lesson is not None and not self.silent:
+            anchors = anchor_meanings(request.lesson, header.seed, header.round + 1)
+            logits, _ = forward(tensors, maps, backbone, backbone.states(anchors))
+            predictions = softmax(logits).astype(np.float32)
         self.own_state.setdefault((header.experiment, client_id), {})[header.round] = {
             n: v.astype(np.float32)
             for n, v in tensors.items()
@@ -300,7 +356,10 @@ class ToyFederation:
             **self.extra_metrics, "examples": 48, "steps": request.local_steps, "learning_rate": request.learning_rate,
             "loss": float(loss), "seconds": 0.01, "peak_memory_mb": 10.0 + partition,
         }  # fmt: skip
-        reply = TrainReply(client_id, type_key, header.round, request.maps_digest, deltas, metrics)
+        reply = TrainReply(
+            client_id, type_key, header.round, request.maps_digest, deltas, metrics,
+            predictions, code_hash=self.code.get(client_id, "abc"),
+        )  # fmt: skip
         return Message(reply.to_content(self.config.exchange.codec), reply_to=message)
 
     def evaluate(self, message, context):

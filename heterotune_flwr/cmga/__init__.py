@@ -23,6 +23,7 @@ from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus,
 from heterotune_flwr.cmga.base import Member, Transform, Updates, make_updates
 from heterotune_flwr.cmga.chain import DEFAULT_CHAIN, MEAN_CHAIN, TRANSFORMS, build_chain, chain
 from heterotune_flwr.cmga.directions import combine, deconflict, min_norm_weights, server_opt
+from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
 
@@ -31,6 +32,7 @@ __all__ = [
     "MEAN_CHAIN",
     "TRANSFORMS",
     "Member",
+    "RobustMean",
     "ServerOptimizer",
     "Transform",
     "Updates",

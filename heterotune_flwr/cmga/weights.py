@@ -7,23 +7,50 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.cmga.base import Member, Transform, Updates, generator, gram, weighted_mean
+from heterotune_flwr.cmga.base import (
+    Member,
+    Transform,
+    Updates,
+    Vector,
+    generator,
+    gram,
+    weighted_mean,
+)
+from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.exchange.trees import State
 
 
-def within_type_mean() -> Transform:
-    """``g_m``: example-weighted mean over the clients of type m (METHOD 4.1)."""
+def within_type_mean(
+    rule: str = "mean",
+    trim: float = 0.2,
+    clip: float = 1.0,
+    hostile: int = 1,
+    keep: int | None = None,
+) -> Transform:
+    """``g_m``: example-weighted mean over the clients of type m (METHOD 4.1), or a robust ``rule`` (:mod:`.robust`).
+
+    With a rule, the reference whose norm later transforms take is the mean of the types' robust means.
+    """
+    robust = RobustMean(rule, trim, clip, hostile, keep)
 
     def update(state: State, updates: Updates) -> tuple[State, Updates]:
         groups: dict[str, list[Member]] = {}
         for member in updates.members:
             groups.setdefault(member.type_key, []).append(member)
         means = tuple(
-            Member(key, key, weighted_mean(group), sum(member.examples for member in group))
+            Member(key, key, centre(group), sum(member.examples for member in group))
             for key, group in sorted(groups.items())
         )
         norms = {member.key: float(np.linalg.norm(member.vector)) for member in means}
-        return state, replace(updates, members=means, types=means, log=updates.logged(norms=norms))
+        changed = replace(updates, members=means, types=means, log=updates.logged(norms=norms))
+        if rule != "mean":
+            changed = replace(changed, reference=weighted_mean(means))
+        return state, changed
+
+    def centre(group: list[Member]) -> Vector:
+        if rule == "mean":
+            return weighted_mean(group)
+        return robust([member.vector for member in group], [member.examples for member in group])
 
     return Transform("within_type_mean", dict, update)
 

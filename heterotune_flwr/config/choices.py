@@ -36,11 +36,17 @@ MINIMA: dict[str, float] = {
     "method.core_rank": 0, "method.core_from": 0,
     "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
     "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
-    "server.evaluate_every": 0, "server.keep_checkpoints": 0, "alignment.count": 10, "alignment.components": 1,
+    "server.evaluate_every": 0, "server.keep_checkpoints": 0, "server.min_results": 1, "server.bench_after": 0,
+    "server.bench_longest": 1, "server.deadline_floor_seconds": 0, "server.grace_seconds": 0,
+    "server.oversample": 0, "alignment.count": 10, "alignment.components": 1,
     "train.logit_adjustment": 0, "train.proximal": 0,
     "run.worker_threads": 1,
 }  # fmt: skip
 _NULLABLE = ("exchange.up", "exchange.down")
+#: dotted key -> what a value that is not null must be above
+_ABOVE: dict[str, float] = {
+    "server.norm_limit": 1, "server.norm_ceiling": 1, "server.deadline_factor": 1, "server.quorum": 0,
+}  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
     "train.prior_smoothing", "method.lora_alpha", "method.core_scale",
@@ -84,6 +90,12 @@ def check_choices(config: Config) -> None:
         if not (value := _value(config, path)) > 0:  # NaN neither
             raise ConfigError(f"{path} is {value}, it must be above 0")
     check_directions(config.exchange)
+    for path, bound in _ABOVE.items():
+        value = _value(config, path)
+        if value is not None and not bound < value < float("inf"):
+            raise ConfigError(f"{path} is {value}, it must be above {bound} (or null)")
+    if config.server.quorum is not None and config.server.quorum > 1:
+        raise ConfigError(f"server.quorum is {config.server.quorum}, must be in (0, 1] or null")
     if not 0 < config.server.participation <= 1:
         raise ConfigError(
             f"server.participation is {config.server.participation}, must be in (0, 1]"

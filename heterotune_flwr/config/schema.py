@@ -206,6 +206,40 @@ class ServerConfig:
         "checkpoints kept per strategy and seed, one a round (at least 2); 0: none are written, no resume", 2
     )  # fmt: skip
     evaluate_every: int = _help("evaluate every so many rounds (the last always); 0: last only", 10)
+    min_results: int = _help(
+        "usable updates a round needs; with fewer it is skipped and nothing changes. 1: whoever answers counts; set "
+        "it to half of the clients asked where a few must not decide for all", 1
+    )  # fmt: skip
+    norm_limit: float | None = _help(
+        "an update this many times longer than its round's and its type's usual ones is refused; null: not checked",
+        5.0,
+    )
+    norm_ceiling: float | None = _help(
+        "an update this many times longer than the local optimizer can go is refused; null: not checked",
+        3.0,
+    )
+    bench_after: int = _help(
+        "failures in a row (refused, an error, no answer) after which a client is not asked for a while; 0: never", 3
+    )  # fmt: skip
+    bench_longest: int = _help(
+        "longest bench in rounds; the first lasts 2, each further one doubles", 16
+    )
+    deadline_factor: float | None = _help(
+        "a client that has answered before is waited for this many times its type's median; null: timeout_seconds",
+        3.0,
+    )
+    deadline_floor_seconds: float = _help("no deadline is shorter than this", 60.0)
+    quorum: float | None = _help(
+        "share of the asked clients after whose results, and `grace_seconds`, a round closes; null: wait for all. "
+        "Results then depend on timing", None
+    )  # fmt: skip
+    grace_seconds: float = _help(
+        "how long the others are still waited for once `quorum` is reached", 10.0
+    )
+    oversample: float = _help(
+        "ask this share more clients than needed and take the first results; 0: none. Results then depend on timing",
+        0.0,
+    )
 
 
 @dataclass

@@ -246,6 +246,7 @@ def train(message: Message, context: Context) -> RecordDict:
         metrics=_train_metrics(report, request.learning_rate),
         predictions=lesson.predictions(header.round + 1) if lesson else None,
         kept=kept,
+        code_hash=code_hash(),
     )
     return reply.to_content(feedback.codec)
 

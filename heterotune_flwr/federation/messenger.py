@@ -7,8 +7,9 @@ hand every reply over the moment it is here, and name who did not answer and why
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from heterotune_flwr.flower import Grid, Message, RecordDict
@@ -16,14 +17,58 @@ from heterotune_flwr.flower import Grid, Message, RecordDict
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 #: Share of the patience a message lives; the rest is for the error about its end to arrive.
 _TTL_SHARE = 0.98
+#: An error that arrives after this share of the patience tells of the message's end.
+_LATE_SHARE = 0.95
+#: Flower's codes for a simulation's worker that is gone (UNKNOWN) and a deployed ClientApp that is (CLIENT_APP_CRASHED).
+_DIED = (0, 8)
 
 
 @dataclass
 class Replies:
-    """What came back: messages with content, and one line per node that gave none."""
+    """What came back: messages with content, and one line per node that gave none.
+
+    Attributes
+    ----------
+    messages, failures
+        Replies in order of arrival; node id -> reason.
+    seconds
+        Node id -> seconds until its reply (or error) was here, or until it was given up.
+    taken
+        Nodes whose reply counts (see ``on_reply`` of :func:`converse`).
+    late
+        Nodes that did not answer within their deadline: stragglers, or gone.
+    unawaited
+        Nodes that were no longer waited for because enough others had answered.
+    died
+        Nodes whose process died with the message (killed, out of memory): another process may well answer it.
+
+    """
 
     messages: list[Message] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)
+    unawaited: set[int] = field(default_factory=set)
+    died: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Enough:
+    """When a round may close before everybody has answered.
+
+    Attributes
+    ----------
+    first
+        Close at once when so many messages were taken; None: never for this reason.
+    quorum, grace
+        Close ``grace`` seconds after ``quorum`` messages were taken; None: never for this reason.
+
+    """
+
+    first: int | None = None
+    quorum: int | None = None
+    grace: float = 0.0
 
 
 def make_message(
@@ -36,8 +81,9 @@ def make_message(
 def converse(
     grid: Grid,
     messages: Sequence[Message],
-    timeout: float,
-    on_reply: Callable[[Message], None] | None = None,
+    timeout: float | Mapping[int, float],
+    on_reply: Callable[[Message], bool | None] | None = None,
+    enough: Enough | None = None,
 ) -> Replies:
     """Send messages, at most one per node, and wait for the replies.
 
@@ -46,46 +92,116 @@ def converse(
     grid, messages
         Where to send what.
     timeout
-        Seconds; whoever has not answered by then is reported in ``failures``.
+        Seconds, for all or per node id; whoever has not answered by then is reported in ``failures``.
     on_reply
-        Called with every reply that has content, in order of arrival.
+        Called with every reply that has content, in order of arrival; returns False for one that does not count
+        towards ``enough``.
+    enough
+        When to stop waiting although some have not answered; those are in ``unawaited``.
 
     """
-    replies = Replies()
-    waiting: dict[str, int] = {}
-    ids: list[str | None] = list(grid.push_messages(messages)) if messages else []
-    # Flower marks a refused message by None, and a refused batch by an empty list.
-    for message, message_id in zip(messages, ids or [None] * len(messages), strict=True):
-        node_id = message.metadata.dst_node_id
-        if message_id:
-            waiting[message_id] = node_id
-        else:
-            replies.failures[node_id] = "the message could not be sent"
-    deadline = time.monotonic() + timeout
-    pause = _FIRST_PAUSE
-    while waiting:
-        arrived = list(grid.pull_messages(list(waiting)))
-        for reply in arrived:
-            node_id = waiting.pop(reply.metadata.reply_to_message_id, -1)
-            if node_id == -1:
-                continue
-            if reply.has_content():
-                replies.messages.append(reply)
-                if on_reply is not None:
-                    on_reply(reply)
+    return _Conversation(grid, messages, timeout, on_reply, enough or Enough()).run()
+
+
+class _Conversation:
+    """One exchange of messages; see :func:`converse`."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        timeout: float | Mapping[int, float],
+        on_reply: Callable[[Message], bool | None] | None,
+        enough: Enough,
+    ) -> None:
+        self.grid, self.on_reply, self.enough = grid, on_reply, enough
+        self.replies = Replies()
+        self.quorum_since = math.inf
+        self.waiting: dict[str, int] = {}
+        self.patience: dict[int, float] = {}
+        ids: list[str | None] = list(grid.push_messages(messages)) if messages else []
+        # Flower marks a refused message by None, and a refused batch by an empty list.
+        for message, message_id in zip(messages, ids or [None] * len(messages), strict=True):
+            node_id = message.metadata.dst_node_id
+            if message_id:
+                self.waiting[message_id] = node_id
+                self.patience[node_id] = (
+                    timeout[node_id] if isinstance(timeout, Mapping) else timeout
+                )
             else:
-                lines = str(reply.error.reason or "no reason given").strip().splitlines()
-                replies.failures[node_id] = f"error {reply.error.code}: {lines[-1]}"
-        if time.monotonic() >= deadline:
-            break
-        if waiting and not arrived:
-            time.sleep(pause)
-            pause = min(1.5 * pause, _LONGEST_PAUSE)
+                self.replies.failures[node_id] = "the message could not be sent"
+        self.started = time.monotonic()
+
+    def run(self) -> Replies:
+        """Wait until everybody has answered, is late, or need not be waited for."""
+        pause = _FIRST_PAUSE
+        while self.waiting:
+            arrived = list(self.grid.pull_messages(list(self.waiting)))
+            for reply in arrived:
+                self._take(reply)
+            self._give_up()
+            if self._closes():
+                self.replies.unawaited |= set(self.waiting.values())
+                break
+            if self.waiting and not arrived:
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LONGEST_PAUSE)
+            else:
+                pause = _FIRST_PAUSE
+        return self.replies
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the messages were sent."""
+        return time.monotonic() - self.started
+
+    def _take(self, reply: Message) -> None:
+        """Believe the id of the message that is answered; a second answer to it is not asked for."""
+        node_id = self.waiting.pop(reply.metadata.reply_to_message_id, None)
+        if node_id is None:
+            return
+        replies = self.replies
+        replies.seconds[node_id] = self.elapsed
+        if not reply.has_content():
+            self._note_error(node_id, reply)
+        elif reply.metadata.src_node_id != node_id:
+            replies.failures[node_id] = f"node {reply.metadata.src_node_id} answered in its place"
+        elif self.enough.first is None or len(replies.taken) < self.enough.first:
+            replies.messages.append(reply)
+            if self.on_reply is None or self.on_reply(reply) is not False:
+                replies.taken.add(node_id)
+            if self.enough.quorum is not None and len(replies.taken) >= self.enough.quorum:
+                self.quorum_since = min(self.quorum_since, self.elapsed)
         else:
-            pause = _FIRST_PAUSE
-    for node_id in waiting.values():
-        replies.failures[node_id] = f"no reply within {timeout:.0f} s"
-    return replies
+            replies.unawaited.add(node_id)
+
+    def _note_error(self, node_id: int, reply: Message) -> None:
+        waited = self.replies.seconds[node_id]
+        if waited >= _LATE_SHARE * self.patience[node_id]:  # the message's own end, told by Flower
+            self._note_late(node_id)
+            return
+        if reply.error.code in _DIED:
+            self.replies.died.add(node_id)
+        lines = str(reply.error.reason or "no reason given").strip().splitlines()
+        self.replies.failures[node_id] = f"error {reply.error.code}: {lines[-1]}"
+
+    def _note_late(self, node_id: int) -> None:
+        self.replies.late.add(node_id)
+        self.replies.failures[node_id] = f"no reply within {self.patience[node_id]:.0f} s"
+
+    def _give_up(self) -> None:
+        """Stop waiting for those whose deadline is over."""
+        now = self.elapsed
+        for message_id, node_id in list(self.waiting.items()):
+            if now >= self.patience[node_id]:
+                del self.waiting[message_id]
+                self.replies.seconds[node_id] = now
+                self._note_late(node_id)
+
+    def _closes(self) -> bool:
+        first = self.enough.first
+        full = first is not None and len(self.replies.taken) >= first
+        return full or self.elapsed >= self.quorum_since + self.enough.grace
 
 
 def wait_for_nodes(grid: Grid, minimum: int, seconds: float, pause: float = 0.5) -> list[int]:

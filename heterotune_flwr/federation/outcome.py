@@ -75,6 +75,8 @@ class Outcome:
     alignment: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_mb: float | None = None
+    refused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of ``runs`` in results.json."""
@@ -90,5 +92,7 @@ class Outcome:
             "alignment": dict(self.alignment),
             "seconds": self.seconds,
             "peak_memory_mb": self.peak_memory_mb,
+            "refused": {cid: dict(counts) for cid, counts in self.refused.items()},
+            "skipped_rounds": list(self.skipped),
             "rounds": self.rounds,
         }

@@ -210,7 +210,8 @@ class TrainReply:
     ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
     ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
     ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson.
-    ``kept`` confirms which tensors the client now holds (:mod:`.held`).
+    ``kept`` confirms which tensors the client now holds (:mod:`.held`), ``code_hash`` is that of the program which
+    trained.
     """
 
     client_id: str
@@ -221,11 +222,13 @@ class TrainReply:
     metrics: dict[str, float]
     predictions: Array | None = None
     kept: str = ""
+    code_hash: str = ""
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
         config = ConfigRecord(
             {
+                "code_hash": self.code_hash,
                 "client_id": self.client_id,
                 "type_key": self.type_key,
                 "round": self.round,
@@ -253,6 +256,7 @@ class TrainReply:
             metrics=read_metrics(content),
             predictions=read_predictions(content),
             kept=read_kept(record),
+            code_hash=read_field(record, "code_hash", str),
         )
 
 

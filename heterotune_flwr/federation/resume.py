@@ -27,6 +27,8 @@ MAY_CHANGE = (
     "server.min_clients",
     "server.wait_seconds",
     "server.timeout_seconds",
+    "server.deadline_floor_seconds",
+    "server.deadline_factor",
 )
 _LOCK = ".lock"
 

@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -18,18 +18,30 @@ def named_generator(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng([abs(seed), *words])
 
 
+def sample_size(total: int, participation: float, oversample: float = 0.0) -> int:
+    """How many of ``total`` clients a round asks: ``participation * (1 + oversample)`` of them, at least one."""
+    return min(total, max(1, int(np.floor(participation * (1 + oversample) * total + 0.5))))
+
+
 def sample_clients(
-    client_ids: Iterable[str], participation: float, seed: int, round: int
+    client_ids: Iterable[str],
+    participation: float,
+    seed: int,
+    round: int,
+    benched: Collection[str] = (),
+    oversample: float = 0.0,
 ) -> list[str]:
-    """Draw ``round(participation * n)`` clients (at least one) without replacement, sorted.
+    """Draw :func:`sample_size` clients without replacement, sorted; all that are left where there are fewer.
 
     Uniform over clients whatever their type: a type can be absent from a round, as in a real
-    federation. The order of ``client_ids`` does not matter.
+    federation. A function of the ids, the seed, the round and the ``benched`` set, which is left out; the order of
+    ``client_ids`` does not matter.
     """
-    ordered = sorted(client_ids)
-    if participation >= 1.0 or not ordered:
+    everybody = set(client_ids)
+    ordered = sorted(everybody - set(benched))
+    count = sample_size(len(everybody), participation, oversample)
+    if count >= len(ordered):
         return ordered
-    count = max(1, int(np.floor(participation * len(ordered) + 0.5)))
     rng = named_generator(seed, "sampling", round)
     chosen = rng.choice(len(ordered), size=count, replace=False)
     return [ordered[index] for index in sorted(chosen)]

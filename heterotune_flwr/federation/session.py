@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.federation.checkpoint import Checkpoints
@@ -99,6 +100,8 @@ class StrategyContext:
         Clients, maps and journal.
     optimizer
         What the server does with a round's combined change; plain addition unless the strategy's entry says otherwise.
+    mean
+        How updates that are shared inside a model type are averaged; weighted by examples unless the entry says otherwise.
 
     """
 
@@ -107,6 +110,7 @@ class StrategyContext:
     seed: int
     session: Session
     optimizer: ServerOptimizer = ServerOptimizer()
+    mean: RobustMean = RobustMean()
 
     @property
     def experiment(self) -> str:

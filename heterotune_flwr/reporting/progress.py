@@ -132,6 +132,9 @@ class RunProgress:
     def _on_checkpoint_damaged(self, event: Event) -> None:
         self._line(f"  a checkpoint was passed over: {event['reason']}", force=True)
 
+    def _on_sent_again(self, event: Event) -> None:
+        self._line(f"  {event['client_id']}: its process died, asked again", force=True)
+
     def _on_train_reply(self, event: Event) -> None:
         self._replies += 1
         loss = event.get("loss")
@@ -166,3 +169,23 @@ class RunProgress:
 
     def _on_client_failed(self, event: Event) -> None:
         self._line(f"  {event['client_id']} failed: {event['reason']}", force=True)
+
+    def _on_skipped(self, event: Event) -> None:
+        self._round, self._replies = event["round"], 0
+        self._line(
+            f"  round {event['round']} skipped: {event['usable']} usable updates, {event['needed']} needed",
+            force=True,
+        )
+
+    def _on_benched(self, event: Event) -> None:
+        self._line(
+            f"  {event['client_id']} failed too often: not asked until after round {event['until']}",
+            force=True,
+        )
+
+    def _on_returned(self, event: Event) -> None:
+        self._line(f"  {event['client_id']} is asked again", force=True)
+
+    def _on_round_closed(self, event: Event) -> None:
+        left = ", ".join(event["unawaited"])
+        self._line(f"  round {event['round']} closed without waiting for {left}", force=True)

@@ -244,6 +244,28 @@ def bytes_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def faults(results: Mapping[str, Any]) -> list[str]:
+    """One line per strategy and seed in which updates were refused or rounds skipped."""
+    lines = []
+    for run in results["runs"]:
+        counts: dict[str, Mapping[str, int]] = run.get("refused", {})
+        parts = []
+        if counts:
+            total = sum(sum(by_check.values()) for by_check in counts.values())
+            worst = sorted(counts, key=lambda cid: (-sum(counts[cid].values()), cid))[:3]
+            named = "; ".join(
+                f"{cid}: " + ", ".join(f"{check} {n}" for check, n in sorted(counts[cid].items()))
+                for cid in worst
+            )
+            more = f"; and {len(counts) - 3} more" if len(counts) > 3 else ""
+            parts.append(f"{total} updates of {len(counts)} clients refused ({named}{more})")
+        if run.get("skipped_rounds"):
+            parts.append(f"{len(run['skipped_rounds'])} rounds skipped")
+        if parts:
+            lines.append(f"{_title(run['strategy'])}, seed {run['seed']}: {', '.join(parts)}")
+    return lines
+
+
 def _print(
     console: Console, results: Mapping[str, Any], directory: Path, metrics: Sequence[str]
 ) -> None:
@@ -251,6 +273,8 @@ def _print(
         for metric in metrics:
             console.print(accuracy_table(results, metric))
         console.print(bytes_table(results))
+        for line in faults(results):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"run directory: {directory}", soft_wrap=True, highlight=False)
 
 

@@ -12,7 +12,7 @@ by the server only; a client never imports what came over the network.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,8 @@ from heterotune_flwr.flower import (
 from heterotune_flwr.strategies import evaluation, snapshot
 from heterotune_flwr.strategies.admission import admit, read_evaluations
 from heterotune_flwr.strategies.consensus import Consensus
-from heterotune_flwr.strategies.sharing import GLOBAL, Scope, Shapes, Sharing
+from heterotune_flwr.strategies.gate import Asked
+from heterotune_flwr.strategies.sharing import GLOBAL, Scope, Sharing
 from heterotune_flwr.strategies.updates import (
     ClientUpdate,
     Work,
@@ -85,7 +86,13 @@ class HeteroStrategy(Sharing):
     ) -> Iterable[Message]:
         """One message per sampled client; ``arrays`` mirrors ``state``, which is what is sent."""
         server, train, seed = self.config.server, self.config.train, self.context.seed
-        sampled = sample_clients(self.roster.clients, server.participation, seed, server_round)
+        bench = self.courier.safety.bench
+        for client_id in bench.returned(server_round):
+            self.courier.event("returned", round=server_round, client_id=client_id)
+        sampled = sample_clients(
+            self.roster.clients, server.participation, seed, server_round,
+            bench.benched(server_round), server.oversample,
+        )  # fmt: skip
         messages = []
         for client_id in sampled:
             type_key = self.roster.clients[client_id].info.type_key
@@ -110,32 +117,52 @@ class HeteroStrategy(Sharing):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check every update, combine group by group, apply; None when nothing was usable."""
-        reports, admitted = admit(
-            self.courier, self.roster, server_round, replies, self._asked_of(server_round)
-        )
-        if not admitted:
-            return None, None
+        """Check every update, combine group by group, apply all at once.
+
+        With fewer usable updates than ``server.min_results`` the round is skipped: None, and nothing has changed but
+        who is counted and benched.
+        """
+        admitted = admit(self.courier, server_round, replies, self._asked_of(server_round))
+        self._bench(server_round, admitted.candidates)
+        if len(admitted.candidates) < self.config.server.min_results:
+            return self._skip(server_round, len(admitted.candidates))
+        steps: dict[str, Tensors] = {}
         for group in self.state:
-            members = [self._part(update, group) for update in admitted]
+            members = [self._part(update, group) for update in admitted.updates]
             members = [update for update in members if update.deltas]
             if members:
-                step = self.combine(group, server_round, members)
-                check_step(step, f"{self.context.name}, round {server_round}")
-                step = self._optimized(group, step)
-                self.state[group] |= {n: self.state[group][n] + d for n, d in step.items()}
-        summary = training_summary(reports)
+                steps[group] = self.combine(group, server_round, members)
+                check_step(steps[group], f"{self.context.name}, round {server_round}")
+        for group, step in steps.items():
+            taken = self._optimized(group, step)
+            self.state[group] |= {n: self.state[group][n] + d for n, d in taken.items()}
+        self.courier.safety.gate.learn(admitted.candidates)
+        summary = training_summary(admitted.reports)
         if self.consensus is not None:
-            summary["consensus"] = self._hear(self.consensus, server_round, reports)
+            summary["consensus"] = self._hear(self.consensus, server_round, admitted.reports)
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
-        return self._arrays(), MetricRecord({**numbers, "clients": len(admitted)})
+        return self._arrays(), MetricRecord({**numbers, "clients": len(admitted.candidates)})
+
+    def _bench(self, server_round: int, fine: Collection[str]) -> None:
+        """Give every client that failed in this round a strike; journal whom it benches."""
+        failed = set(self.courier.failed) - set(fine)
+        newly = self.courier.safety.bench.record(server_round, fine, failed, self.roster.clients)
+        for client_id, until in newly.items():
+            self.courier.event("benched", round=server_round, client_id=client_id, until=until)
+
+    def _skip(self, server_round: int, usable: int) -> tuple[None, None]:
+        needed = self.config.server.min_results
+        self.outcome.skipped.append(server_round)
+        self.courier.event("skipped", round=server_round, usable=usable, needed=needed)
+        return None, None
 
     def _hear(
         self, consensus: Consensus, server_round: int, reports: Sequence[TrainReply]
     ) -> dict[str, Any]:
         heard, refused = consensus.hear(server_round, reports, len(self.roster.labels or ()))
         for client_id, reason in sorted(refused.items()):
+            self.courier.safety.gate.count(client_id, "predictions")
             self.courier.refuse(client_id, server_round, reason, "predictions_refused")
         return heard
 
@@ -159,14 +186,26 @@ class HeteroStrategy(Sharing):
         names = self._groups[info.type_key]
         return [n for n in names if slot_of(n) >= info.lowest_slot and n not in held]
 
-    def _asked_of(self, server_round: int) -> Callable[[str], tuple[Shapes, Work]]:
+    def _asked_of(self, server_round: int) -> Callable[[str], Asked]:
         train = self.config.train
 
-        def asked(client_id: str) -> tuple[Shapes, Work]:
-            shapes = self.client_shapes(client_id)
-            examples = self.roster.clients[client_id].info.train_examples
-            work = Work(examples, train.local_steps, train.learning_rate)
-            return {n: shapes[n] for n in self._trained_by(client_id, server_round)}, work
+        def asked(client_id: str) -> Asked:
+            shapes, info = self.client_shapes(client_id), self.roster.clients[client_id].info
+            work = Work(
+                info.train_examples, train.local_steps, train.learning_rate,
+                train.optimizer, train.clip_norm,
+            )  # fmt: skip
+            trained = {n: shapes[n] for n in self._trained_by(client_id, server_round)}
+            return Asked(
+                client_id=client_id,
+                type_key=info.type_key,
+                round=server_round,
+                code_hash=info.code_hash,
+                maps_digest=self.courier.maps_for(client_id)[0],
+                shapes=trained,
+                work=work,
+                expected=self.courier.expected(trained),
+            )
 
         return asked
 
@@ -336,13 +375,16 @@ class HeteroStrategy(Sharing):
         self._empty_rounds = 0 if record is not None else self._empty_rounds + 1
         if self._empty_rounds >= min(_PATIENCE, self.rounds):
             reason = self.courier.first_failure or "no client was asked"
+            needed = self.config.server.min_results
+            missing = "no usable update" if needed == 1 else f"fewer than {needed} usable updates"
             raise FederationError(
-                f"{self.context.name}, round {server_round}: no usable update in "
+                f"{self.context.name}, round {server_round}: {missing} in "
                 f"{self._empty_rounds} rounds; first reason: {reason}"
             )
 
     def _finish(self, seconds: float) -> None:
         self.outcome.seconds = seconds
+        self.outcome.refused = self.courier.safety.gate.counts
         self.outcome.bytes = self.courier.ledger.summary(
             self.roster.per_type("lora16_bytes"),
             self.roster.per_type("model_bytes"),

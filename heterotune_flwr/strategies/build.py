@@ -9,12 +9,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
+from heterotune_flwr.strategies.heterotune import HeteroTune
 
 #: Training settings a strategy may have of its own; the others are the clients'.
 _TRAIN_KEYS = ("local_steps", "learning_rate", "optimizer", "proximal")
@@ -75,7 +77,8 @@ def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroS
     spec
         ``_component_`` (dotted path of a :class:`HeteroStrategy`), optional ``method`` and
         ``train`` settings that replace the run's for this strategy, an optional ``server_optimizer``
-        (:class:`ServerOptimizer`), and the class's own options.
+        (:class:`ServerOptimizer`), an optional ``robust`` mean inside types (:class:`RobustMean`), and the class's own
+        options.
     context
         Name, configuration, seed, session.
 
@@ -88,13 +91,16 @@ def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroS
     component, options = _read_entry(context.name, spec)
     config = strategy_config(context.name, spec, context.config)
     optimizer = _server_optimizer(context.name, spec, component)
-    return component(dataclasses.replace(context, config=config, optimizer=optimizer), **options)
+    mean = _robust_mean(context.name, spec, component)
+    own = dataclasses.replace(context, config=config, optimizer=optimizer, mean=mean)
+    return component(own, **options)
 
 
 def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
     """Everything about an entry that can be wrong, before anything runs (ConfigError)."""
     component, options = _read_entry(name, spec)
     _server_optimizer(name, spec, component)
+    _robust_mean(name, spec, component)
     try:
         component.check_options(options)
         check_choices(strategy_config(name, spec, config))
@@ -127,17 +133,29 @@ def _server_optimizer(
         raise ConfigError(f"{where}: {error}") from error
 
 
+def _robust_mean(name: str, spec: Mapping[str, Any], component: type[HeteroStrategy]) -> RobustMean:
+    """Read the entry's ``robust``; the weighted mean where it has none."""
+    where = f"strategies.{name}.robust"
+    if spec.get("robust") is None:
+        return RobustMean()
+    if component.combine not in (HeteroStrategy.combine, HeteroTune.combine):
+        raise ConfigError(
+            f"{where}: {component.__name__} combines updates in its own way, which no other mean can replace"
+        )
+    return RobustMean.read(spec["robust"], where)
+
+
 def _read_entry(name: str, spec: Mapping[str, Any]) -> tuple[type[HeteroStrategy], dict[str, Any]]:
     """The class and the options of its own."""
     where = f"strategies.{name}"
     if not isinstance(spec, Mapping) or "_component_" not in spec:
         raise ConfigError(f"{where} lacks _component_, the dotted path of its class")
     component = load_component(str(spec["_component_"]), where)
-    reserved = {"_component_", "method", "train", "server_optimizer"}
+    common = ["method", "train", "server_optimizer", "robust"]
+    reserved = {"_component_", *common}
     options = {str(key): value for key, value in spec.items() if key not in reserved}
     known = [key for key in inspect.signature(component).parameters if key != "context"]
     for key in options:
         if key not in known:
-            known_keys = [*known, "method", "train", "server_optimizer"]
-            raise ConfigError(f"{where} has no key {key!r}; {_nearest(key, known_keys)}")
+            raise ConfigError(f"{where} has no key {key!r}; {_nearest(key, [*known, *common])}")
     return component, options

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,8 +14,9 @@ from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.held import Held, read_kept
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
-from heterotune_flwr.federation.messenger import converse, make_message
+from heterotune_flwr.federation.messenger import Enough, Replies, converse, make_message
 from heterotune_flwr.federation.protocol import (
+    CONFIG,
     ERROR_MAPS_MISSING,
     ERROR_TENSORS_MISSING,
     MAPS,
@@ -24,10 +26,12 @@ from heterotune_flwr.federation.protocol import (
     TrainRequest,
 )
 from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.federation.wire import read_config, read_metrics
-from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
+from heterotune_flwr.federation.wire import CONSENSUS, read_config, read_metrics
+from heterotune_flwr.flower import Grid, Message, RecordDict
 from heterotune_flwr.strategies.resend import Resend
+from heterotune_flwr.strategies.safety import Safety
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
@@ -55,6 +59,8 @@ class Courier:
         self._resend = Resend(context.config.exchange)
         self._requests: dict[str, TrainRequest | EvaluateRequest] = {}
         self._failed: dict[str, str] = {}
+        self._waited: dict[str, float] = {}
+        self.safety = Safety.of(context.config.server)
         for client_id in roster.clients:
             self.ledger.one_time(
                 client_id, roster.bytes_down[client_id], roster.bytes_up[client_id]
@@ -78,8 +84,7 @@ class Courier:
         self._requests[client_id] = request
         content = self._content(self._resend.without_held(client_id, request))
         node_id = self.roster.clients[client_id].node_id
-        timeout = self.context.config.server.timeout_seconds
-        return make_message(content, node_id, kind, round, timeout)
+        return make_message(content, node_id, kind, round, self._deadline(client_id, kind, content))
 
     def _content(self, request: TrainRequest | EvaluateRequest) -> RecordDict:
         exchange = self.context.config.exchange
@@ -100,14 +105,17 @@ class Courier:
         """Send, wait, and return the replies that carry a result.
 
         Every reply is journalled when it arrives. A client that lost its maps, or tensors that were not
-        sent again (a wiped disk), is sent them once. Failures end up in the journal as ``client_failed``.
+        sent again (a wiped disk), is sent them once. A message whose process died is sent once more: training is a
+        function of the message and the client's state before the round, so doing it twice changes nothing. Failures
+        end up in the journal as ``client_failed``.
         """
         sent = {message.metadata.dst_node_id: message for message in messages}
-        self._failed = {}
+        self._failed, self._waited = {}, {}
         good: list[Message] = []
         lost: list[tuple[Message, str]] = []
+        unreadable: dict[str, str] = {}
 
-        def on_reply(reply: Message) -> None:
+        def on_reply(reply: Message) -> bool:
             client_id = self._by_node[reply.metadata.src_node_id]
             request = sent[reply.metadata.src_node_id]
             try:
@@ -121,36 +129,99 @@ class Courier:
                     lost.append((request, error.kind))
                 else:
                     self._failed[client_id] = str(error)
-                return
-            except HeteroTuneError as error:  # unreadable; the round goes on without it
-                self._failed[client_id] = str(error)
-                return
+                return False
+            except HeteroTuneError as error:  # the round goes on without it
+                unreadable[client_id] = str(error)
+                return False
             if config.get("maps_digest"):
                 self._holds_maps.add(client_id)
             self._resend.confirm(client_id, kept)
             good.append(reply)
+            return True
 
-        timeout = self.context.config.server.timeout_seconds
-        replies = converse(grid, messages, timeout, on_reply)
-        failures = dict(replies.failures)
+        enough = self._enough(len(messages)) if kind == TRAIN else None
+        replies = self._converse(grid, messages, kind, on_reply, enough)
+        if replies.died:
+            again = [
+                self._once_more(sent[node], replies, kind, round) for node in sorted(replies.died)
+            ]
+            self._note(self._converse(grid, again, kind, on_reply), round)
+        self._note(replies, round)
         while lost:  # twice at most: each kind of thing is sent once
             again = [self._with_more(message, missing, kind, round) for message, missing in lost]
             lost.clear()
             sent |= {message.metadata.dst_node_id: message for message in again}
-            failures |= converse(grid, again, timeout, on_reply).failures
-        self._failed |= {self._by_node[node]: reason for node, reason in failures.items()}
+            self._note(self._converse(grid, again, kind, on_reply), round)
         for client_id, reason in sorted(self._failed.items()):
-            self.refuse(client_id, round, reason, "client_failed", message_type=kind)
+            fields: dict[str, Any] = {"message_type": kind}
+            if client_id in self._waited:
+                fields |= {"straggler": True, "waited_seconds": self._waited[client_id]}
+            self.refuse(client_id, round, reason, "client_failed", **fields)
+        for client_id, reason in sorted(unreadable.items()):
+            self.quarantine(client_id, round, "unreadable", reason)
         return good
 
     def memory(self) -> State:
-        """The ledger, and which clients hold their maps."""
-        return {"ledger": self.ledger.memory(), "holds_maps": self._holds_maps}
+        """The ledger, which clients hold their maps, and what is known of their behaviour."""
+        safety = self.safety.state()
+        return {"ledger": self.ledger.memory(), "holds_maps": self._holds_maps, "safety": safety}
 
     def recall(self, memory: State) -> None:
         """Go on from :meth:`memory`; what this start has cost already is added."""
         self.ledger.add(memory["ledger"])
         self._holds_maps = set(memory["holds_maps"]) & set(self.roster.clients)
+        self.safety.restore(memory["safety"])
+
+    def _converse(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        kind: str,
+        on_reply: Callable[[Message], bool],
+        enough: Enough | None = None,
+    ) -> Replies:
+        """Send with every client's own deadline, and measure how long the answers take."""
+        clients = {m.metadata.dst_node_id: self._by_node[m.metadata.dst_node_id] for m in messages}
+        contents = {m.metadata.dst_node_id: m.content for m in messages}
+        deadlines = {
+            node: self._deadline(client_id, kind, contents[node])
+            for node, client_id in clients.items()
+        }
+        replies = converse(grid, messages, deadlines, on_reply, enough)
+        for node in sorted(replies.taken):
+            client_id = clients[node]
+            type_key = self.roster.clients[client_id].info.type_key
+            label, seconds = _label(kind, contents[node]), replies.seconds[node]
+            self.safety.times.measured(label, type_key, client_id, seconds)
+        return replies
+
+    def _note(self, replies: Replies, round: int) -> None:
+        """Remember every failure and who was late; journal a round that closed early."""
+        self._waited |= {self._by_node[node]: replies.seconds[node] for node in replies.late}
+        if replies.unawaited:
+            names = sorted(self._by_node[node] for node in replies.unawaited)
+            self.event("round_closed", round=round, unawaited=names)
+        self._failed |= {self._by_node[node]: reason for node, reason in replies.failures.items()}
+
+    def _enough(self, asked: int) -> Enough | None:
+        """When a training round may close early, as ``server.quorum`` and ``server.oversample`` say."""
+        server = self.context.config.server
+        if server.quorum is None and not server.oversample:
+            return None
+        needed = sample_size(len(self.roster.clients), server.participation)
+        quorum = None
+        if server.quorum is not None:
+            quorum = max(math.ceil(server.quorum * min(asked, needed)), server.min_results)
+        return Enough(needed if server.oversample else None, quorum, server.grace_seconds)
+
+    def _deadline(self, client_id: str, kind: str, content: RecordDict) -> float:
+        type_key = self.roster.clients[client_id].info.type_key
+        return self.safety.times.deadline(_label(kind, content), type_key, client_id)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why each client's part in the last collection failed or was refused, by client id."""
+        return dict(self._failed)
 
     @property
     def first_failure(self) -> str | None:
@@ -166,11 +237,24 @@ class Courier:
         self._failed.setdefault(client_id, reason)
         self.event(event, round=round, client_id=client_id, reason=reason, **fields)
 
+    def quarantine(self, client_id: str, round: int, check: str, reason: str) -> None:
+        """Count and journal an update that the gate refused."""
+        self.safety.gate.count(client_id, check)
+        self.refuse(client_id, round, reason, check=check)
+
     def event(self, event: str, **fields: Any) -> None:
         """Journal an event of this strategy."""
         self.context.session.journal.event(
             event, strategy=self.context.name, seed=self.context.seed, **fields
         )
+
+    def _once_more(self, message: Message, replies: Replies, kind: str, round: int) -> Message:
+        """The same message for the process that follows one which died."""
+        node_id = message.metadata.dst_node_id
+        client_id, reason = self._by_node[node_id], replies.failures.pop(node_id)
+        self.event("sent_again", round=round, client_id=client_id, reason=reason, message_type=kind)
+        patience = self._deadline(client_id, kind, message.content)
+        return make_message(message.content, node_id, kind, round, patience)
 
     def _with_more(self, message: Message, missing: str, kind: str, round: int) -> Message:
         """The same message with the maps, or with all tensors."""
@@ -185,8 +269,8 @@ class Courier:
             self._holds_maps.discard(client_id)
             _, maps = self.maps_for(client_id)
             content[MAPS] = pack(maps or {}, exact_codec(self.context.config.exchange))
-        timeout = self.context.config.server.timeout_seconds
-        return make_message(content, message.metadata.dst_node_id, kind, round, timeout)
+        node_id = message.metadata.dst_node_id
+        return make_message(content, node_id, kind, round, self._deadline(client_id, kind, content))
 
     def _account(
         self, client_id: str, request: Message, reply: Message, kind: str, round: int
@@ -224,3 +308,10 @@ def _can_send_more(request: Message, missing: str) -> bool:
     if missing == ERROR_TENSORS_MISSING:
         return bool(Held.from_config(read_config(request.content)).names)
     return missing == ERROR_MAPS_MISSING and MAPS not in request.content
+
+
+def _label(kind: str, content: RecordDict) -> str:
+    """Messages that take equally long: of one kind, testing the same, with or without anchors to fit."""
+    scopes = content[CONFIG].get("scope")
+    parts = [kind, *(map(str, scopes) if isinstance(scopes, list) else ())]
+    return "+".join([*parts, "anchors"] if CONSENSUS in content else parts)

@@ -94,7 +94,8 @@ class FlowerInside(WithinType):
             round, _record(old), ConfigRecord(), _Members(range(1, len(updates) + 1))
         )
         replies = []
-        for request in requests:
+        # Flower draws its nodes in random order, and Krum's choice among equals depends on it.
+        for request in sorted(requests, key=lambda request: request.metadata.dst_node_id):
             update = updates[request.metadata.dst_node_id - 1]
             trained = {name: old[name] + update.deltas[name] for name in names}
             content = RecordDict(

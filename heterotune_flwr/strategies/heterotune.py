@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from heterotune_flwr.cmga import DEFAULT_CHAIN, Member, build_chain, make_updates
+from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.dema.bank import slot_of, tier_of
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
 from heterotune_flwr.strategies.consensus import ConsensusOptions
-from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
+from heterotune_flwr.strategies.updates import ClientUpdate
 
 
 class HeteroTune(HeteroStrategy):
@@ -22,7 +24,7 @@ class HeteroTune(HeteroStrategy):
 
     Our definition (docs/method.md, sections 2 to 5). Every round:
 
-    1. *update gate* (base class): unreadable, misshapen, non-finite or absurdly long updates of a
+    1. *update gate* (:mod:`.gate`): unreadable, misshapen, non-finite or far too long updates of a
        client are refused and reported, the round goes on without them;
     2. *pseudo-gradients* per slot: ``Delta_i / (steps_i * lr_i)``, comparable between clients that
        did different amounts of work (FedNova, arXiv 2007.07481);
@@ -58,7 +60,7 @@ class HeteroTune(HeteroStrategy):
     ) -> None:
         super().__init__(context)
         self.use_consensus(consensus)
-        self.chain = build_chain(chain or DEFAULT_CHAIN)
+        self.chain = build_chain(_with_rule(chain or DEFAULT_CHAIN, context.mean))
         self.chain_states: dict[int, State] = {}
         self._log: dict[str, Any] = {}
 
@@ -87,7 +89,7 @@ class HeteroTune(HeteroStrategy):
     def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
         """CMGA per slot for what all types share, the weighted mean inside a type."""
         if group != GLOBAL:
-            return mean_delta(updates)
+            return super().combine(group, round, updates)
         step: Tensors = {}
         for slot in sorted({slot_of(name) for update in updates for name in update.deltas}):
             step |= self._align_slot(slot, round, updates)
@@ -120,6 +122,14 @@ class HeteroTune(HeteroStrategy):
         """What CMGA saw and did in the last round, per slot."""
         log, self._log = self._log, {}
         return {"cmga": log} if log else {}
+
+
+def _with_rule(chain: Sequence[Mapping[str, Any]], mean: RobustMean) -> Sequence[Mapping[str, Any]]:
+    """Let the chain's first step average inside types as the entry's ``robust`` says, unless it has a rule."""
+    first = dict(chain[0])
+    if mean.rule == "mean" or "rule" in first or first.get("transform") != "within_type_mean":
+        return chain
+    return [{**first, **asdict(mean)}, *chain[1:]]
 
 
 def _flat(update: ClientUpdate, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:

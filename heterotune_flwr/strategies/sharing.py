@@ -69,11 +69,11 @@ class Sharing(Strategy):
         return "type"
 
     def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
-        """Turn the updates of one group into the change of its tensors (default: weighted mean).
+        """Turn the updates of one group into the change of its tensors (default: weighted mean, or ``robust``).
 
         ``updates`` hold only the tensors of this group, in client order; never empty.
         """
-        return mean_delta(updates)
+        return mean_delta(updates, self.context.mean)
 
     def frozen(self, type_key: str, server_round: int) -> Collection[str]:
         """Names of the tensors that clients of a type hold fixed in a round; extend, do not replace."""

@@ -48,6 +48,7 @@ def take(strategy: HeteroStrategy, evaluated: bool, seconds: float) -> State:
             "rows": [dataclasses.asdict(row) for row in outcome.rows],
             "before": [dataclasses.asdict(row) for row in outcome.before],
             "peak_memory_mb": outcome.peak_memory_mb,
+            "skipped": outcome.skipped,
         },
         "evaluated": evaluated,
         "seconds": seconds,
@@ -76,6 +77,7 @@ def put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
     outcome.rows = [ClientRow(**row) for row in saved["rows"]]
     outcome.before = [ClientRow(**row) for row in saved["before"]]
     outcome.peak_memory_mb = saved["peak_memory_mb"]
+    outcome.skipped = saved["skipped"]
     outcome.rounds = _rounds(strategy, round, bool(state["evaluated"]))
 
 

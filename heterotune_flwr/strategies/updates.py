@@ -9,22 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.protocol import TrainReply
 
-#: A client's update longer than this many medians of its type's updates is refused.
-NORM_LIMIT = 100.0
+Shapes = dict[str, tuple[int, ...]]
 _NOT_AVERAGED = {"examples", "steps", "learning_rate", "seconds", "peak_memory_mb"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What was asked of a client: at most these examples and steps, at this learning rate."""
+    """What was asked of a client: at most these examples and steps, at this learning rate, with this optimizer.
+
+    ``clip_norm`` limits the norm of a step's gradient.
+    """
 
     examples: int
     steps: int
     learning_rate: float
+    optimizer: str = "adamw"
+    clip_norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def norm_of(deltas: Mapping[str, NDArray[np.float32]]) -> float:
 
 
 def check_update(update: ClientUpdate, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """The update gate: exactly the expected tensors, their shapes, every number finite.
+    """Exactly the expected tensors, their shapes, every number finite.
 
     One NaN averaged in would spoil the bank for everybody.
 
@@ -112,26 +117,15 @@ def check_step(step: Mapping[str, NDArray[np.floating[Any]]], where: str) -> Non
             )
 
 
-def outliers(updates: Sequence[ClientUpdate], limit: float = NORM_LIMIT) -> dict[str, str]:
-    """Client id -> reason, for updates absurdly longer than their type's median (3+ clients)."""
-    by_type: dict[str, list[tuple[str, float]]] = {}
-    for update in updates:
-        by_type.setdefault(update.type_key, []).append((update.client_id, norm_of(update.deltas)))
-    refused = {}
-    for members in by_type.values():
-        median = float(np.median([norm for _, norm in members]))
-        for client_id, norm in members:
-            if len(members) >= 3 and median > 0 and norm > limit * median:
-                refused[client_id] = f"is {norm / median:.0f} times longer than its type's median"
-    return refused
+def mean_delta(updates: Sequence[ClientUpdate], rule: RobustMean | None = None) -> Tensors:
+    """Example-weighted mean per tensor over those that have it (FedAvg, arXiv 1602.05629), or a robust rule.
 
-
-def mean_delta(updates: Sequence[ClientUpdate]) -> Tensors:
-    """Example-weighted mean per tensor over those that have it (FedAvg, arXiv 1602.05629).
-
-    Summed in float64 in client order, so neither the order of arrival nor of dictionaries shows.
+    Summed in float64 in client order, so neither the order of arrival nor of dictionaries shows. A robust rule sees
+    the tensors that the same clients have as one vector.
     """
     ordered = sorted(updates, key=lambda update: update.client_id)
+    if rule is not None and rule.rule != "mean":
+        return _robust_delta(ordered, rule)
     step: Tensors = {}
     for name in sorted({name for update in ordered for name in update.deltas}):
         having = [update for update in ordered if name in update.deltas]
@@ -140,6 +134,24 @@ def mean_delta(updates: Sequence[ClientUpdate]) -> Tensors:
         for update in having:
             mean += (update.examples / total) * update.deltas[name]
         step[name] = mean.astype(np.float32)
+    return step
+
+
+def _robust_delta(ordered: Sequence[ClientUpdate], rule: RobustMean) -> Tensors:
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted({name for update in ordered for name in update.deltas}):
+        having = tuple(update.client_id for update in ordered if name in update.deltas)
+        together.setdefault(having, []).append(name)
+    step: Tensors = {}
+    for having, names in together.items():
+        members = [update for update in ordered if update.client_id in having]
+        flat = [np.concatenate([u.deltas[n].reshape(-1) for n in names]) for u in members]
+        vector = rule(flat, [update.examples for update in members])
+        start = 0
+        for name in names:
+            shape, size = members[0].deltas[name].shape, members[0].deltas[name].size
+            step[name] = vector[start : start + size].reshape(shape).astype(np.float32)
+            start += size
     return step
 
 

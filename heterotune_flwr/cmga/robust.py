@@ -1,0 +1,143 @@
+"""Means that a few hostile or broken clients cannot move far, inside a model type.
+
+With ``n`` vectors of one type, ``b`` of them arbitrary:
+
+``mean``          example-weighted mean; one client moves it anywhere
+``trimmed_mean``  per number, the mean of what is left without the ``floor(trim n)`` largest and smallest (arXiv
+                  1803.01498); holds while b <= trim n
+``median``        per number, the median (same paper); holds while b < n / 2
+``clipped_mean``  every vector shortened to ``clip`` times the median length, then the weighted mean (after arXiv
+                  1911.07963); bounds what b clients do, does not remove it
+``krum``          the one vector whose n - b - 2 nearest others are nearest (arXiv 1703.02757); needs n >= 2 b + 3
+``multi_krum``    the weighted mean of the ``keep`` best vectors by the same score
+
+The first two rules after ``mean`` do not weigh by examples: a number a client reports of itself must not decide whose
+values count. With two vectors or one, nothing can tell who is right, and every rule is the weighted mean. Krum's
+choice is made by Flower's own implementation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.errors import ConfigError
+
+Matrix = NDArray[np.float64]
+RULES = ("mean", "trimmed_mean", "median", "clipped_mean", "krum", "multi_krum")
+
+
+@dataclass(frozen=True)
+class RobustMean:
+    """One of the rules above; holds no state.
+
+    Attributes
+    ----------
+    rule
+        One of :data:`RULES`.
+    trim
+        ``trimmed_mean``: share cut off at each end, below 0.5.
+    clip
+        ``clipped_mean``: longest vector, in median lengths.
+    hostile
+        ``krum``, ``multi_krum``: b.
+    keep
+        ``multi_krum``: vectors kept; None: n - b.
+
+    Raises
+    ------
+    ConfigError
+        An unknown rule, or a number outside its range.
+
+    """
+
+    rule: str = "mean"
+    trim: float = 0.2
+    clip: float = 1.0
+    hostile: int = 1
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(f"robust mean {self.rule!r} is unknown; choose {', '.join(RULES)}")
+        for name in ("trim", "clip", "hostile", "keep"):
+            value = getattr(self, name)
+            whole = name in ("hostile", "keep")
+            if value is None and name == "keep":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                kind = "a whole number" if whole else "a number"
+                raise ConfigError(f"the robust mean's {name} is {value!r}; {kind} is needed")
+        if not 0 <= self.trim < 0.5:
+            raise ConfigError(f"the robust mean's trim is {self.trim}, it must be in [0, 0.5)")
+        if not 0 < self.clip < float("inf"):
+            raise ConfigError(f"the robust mean's clip is {self.clip}, it must be above 0")
+        if self.hostile < 0 or (self.keep is not None and self.keep < 1):
+            raise ConfigError("the robust mean needs hostile >= 0 and keep >= 1 (or null)")
+
+    @classmethod
+    def read(cls, given: Any, where: str) -> RobustMean:
+        """Read a YAML entry: a rule's name, or ``{rule: ..., option: ...}`` (ConfigError says what is wrong)."""
+        if isinstance(given, str):
+            given = {"rule": given}
+        if not isinstance(given, Mapping) or "rule" not in given:
+            raise ConfigError(f"{where} is {given!r}; write a rule's name, or rule: and options")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"{where} has no key {key!r}; known: {', '.join(known)}")
+        try:
+            return cls(**given)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+    def __call__(self, vectors: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
+        """Combine vectors of one shape ``(d,)`` in float64.
+
+        Parameters
+        ----------
+        vectors
+            In an order that does not depend on who answered first.
+        weights
+            Number of examples of each, above 0.
+
+        """
+        stacked = np.stack([np.asarray(vector, np.float64) for vector in vectors])
+        count = len(stacked)
+        shares = np.asarray(weights, np.float64)
+        if self.rule == "mean" or count <= 2:
+            return _mean(stacked, shares)
+        if self.rule == "median":
+            return np.asarray(np.median(stacked, axis=0))
+        if self.rule == "trimmed_mean":
+            cut = int(self.trim * count + 1e-9)
+            return np.asarray(np.sort(stacked, axis=0)[cut : count - cut].mean(axis=0))
+        if self.rule == "clipped_mean":
+            norms = np.linalg.norm(stacked, axis=1)
+            bound = self.clip * float(np.median(norms))
+            scales = np.minimum(1.0, bound / np.maximum(norms, 1e-300))
+            return _mean(stacked * scales[:, None], shares)
+        keep = 1 if self.rule == "krum" else (self.keep or max(count - self.hostile, 1))
+        chosen = sorted(_krum(stacked, self.hostile, min(keep, count)))
+        return _mean(stacked[chosen], shares[chosen])
+
+
+def _mean(stacked: Matrix, weights: Matrix) -> Matrix:
+    total = np.zeros(stacked.shape[1])
+    for vector, weight in zip(stacked, weights / weights.sum(), strict=True):
+        total += weight * vector
+    return total
+
+
+def _krum(stacked: Matrix, hostile: int, keep: int) -> list[int]:
+    """Indices that Flower's Multi-Krum selects."""
+    from heterotune_flwr.flower import Array, ArrayRecord, RecordDict, select_multikrum
+
+    contents = [RecordDict({"arrays": ArrayRecord({"x": Array(row)})}) for row in stacked]
+    selected = select_multikrum(contents, hostile, keep)
+    return [next(i for i, c in enumerate(contents) if c is content) for content in selected]

@@ -1,0 +1,94 @@
+"""Ten toy clients of three types, any shipped strategy: what the fault cases run on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the toy federation
+
+from toy_federation import ToyFederation, toy_config
+
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.strategies import build_strategy
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Every strategy that ships, by the name of its file.
+SHIPPED = sorted(path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml"))
+#: Two clients of one type (0 and 3 are the first type's), two of different types.
+SAME_TYPE, TWO_TYPES = ("client-0000", "client-0003"), ("client-0001", "client-0005")
+
+
+def toy_spec(name: str) -> dict:
+    """A shipped strategy's entry at the toy's sizes: its rules are kept, its widths and rates are not."""
+    spec = yaml.safe_load((ROOT / "conf" / "strategy" / f"{name}.yaml").read_text())
+    method = spec.get("method", {})
+    if method.get("kind") == "lora":
+        method |= {"lora_rank": 4, "lora_alpha": 4.0}
+    else:
+        for key in ("slots", "latent", "inner"):
+            method.pop(key, None)
+    if "ranks" in spec:
+        spec["ranks"] = [2, 4]
+    if spec.get("consensus"):
+        spec["consensus"] |= {"anchors": 12, "pool": 12}
+    train = spec.setdefault("train", {})
+    if train.get("optimizer") != "sgd":
+        train["learning_rate"] = 0.02
+    return {**spec, "method": method}
+
+
+@dataclass
+class Ended:
+    """What is left of a run: the strategy, its journal, and the clients' final losses on the global test."""
+
+    strategy: object
+    events: list = field(default_factory=list)
+
+    def loss(self, without=()):
+        """Mean over the clients not named."""
+        rows = [row for row in self.strategy.outcome.rows if row.client_id not in without]
+        return float(np.mean([row.global_loss for row in rows]))
+
+    def finite(self) -> bool:
+        return all(np.isfinite(v).all() for v in self.strategy.shared_tensors().values())
+
+    def of(self, kind):
+        return [event for event in self.events if event["event"] == kind]
+
+
+class Memory(Journal):
+    """A journal that keeps its events at hand too."""
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        self.seen = []
+
+    def event(self, event, **fields):
+        super().event(event, **fields)
+        self.seen.append({"event": event, **fields})
+
+
+def run(spec, clients=(4, 3, 3), seed=0, prepare=None, drop=None, skew=0.4, toys=None, **server):
+    """Run one strategy entry; ``prepare`` is called with (federation, grid) before the start."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = toy_config(Path(folder), clients, **{"timeout_seconds": 0.05, **server})
+        federation = (toys or ToyFederation)(config, skew=skew)
+        grid = federation.grid(drop=drop)
+        if prepare is not None:
+            prepare(federation, grid)
+        journal = Memory(Path(config.run.dir))
+        session = Session(grid, config, journal, "toy-0")
+        strategy = build_strategy(spec, StrategyContext("faults", config, seed, session))
+        logging.getLogger("flwr").setLevel(
+            logging.ERROR
+        )  # Flower's own strategies tell of every step
+        strategy.start(grid)
+        return Ended(strategy, journal.seen)
