@@ -87,6 +87,14 @@ class Sharing(Strategy):
         """What a client is sent: the slice of its type."""
         return self.slice(self.roster.clients[client_id].info.type_key)
 
+    def differ_after(self, server_round: int) -> bool:
+        """Whether clients of one type can hold different models after a round; before round 1 they are the backbone."""
+        return self.models_differ and server_round > 0
+
+    def row_type(self, client_id: str) -> str:
+        """Under which type a client's tests are reported."""
+        return self.roster.clients[client_id].info.type_key
+
     def controls(self, type_key: str) -> Tensors | None:
         """SCAFFOLD's control variate for clients of a type."""
         return None
