@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from dema_models import tiny_model
 from test_client import World, folder, world  # noqa: F401  (fixtures)
 from test_lora_variants import logits
 from test_rivals import HERE, run
@@ -17,11 +18,11 @@ from transformers import LlamaForCausalLM
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.config.schema import MethodConfig, TypeConfig
 from heterotune_flwr.data import training_pool
 from heterotune_flwr.dema.bank import initial_tensors, tier_of
 from heterotune_flwr.errors import ConfigError, FederationError
-from heterotune_flwr.exchange.slices import open_mesh, window
+from heterotune_flwr.exchange.slices import as_fraction, open_mesh, window
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.strategies import build_strategy
@@ -30,7 +31,6 @@ from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import FullRows, make_rows
-from heterotune_flwr.tuning.submodel import as_fraction
 from heterotune_flwr.tuning.task import make_task
 
 HEAD, SMALL = "sub.head", "type/small@fp32"
@@ -164,6 +164,11 @@ def test_fedmosaic_shares_p_and_q_with_all_and_never_moves_the_gate(tmp_path):
         ({"_component_": f"{HERE}.HeteroFL", "ratios": [2]}, 1, r"ratios is \[2\]"),
         ({"_component_": f"{HERE}.HeteroFL", "ratios": "half"}, 1, "ratios is 'half'"),
         ({"_component_": f"{HERE}.HeteroFL", "scaler": 2}, 1, "scaler is 2"),
+        (
+            {"_component_": f"{HERE}.FedRolex", "server_optimizer": {"kind": "adam"}},
+            1,
+            "leaves alone what no client holds",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(tmp_path, spec, types, message):
@@ -308,6 +313,20 @@ def test_training_moves_all_of_a_slice_its_unembedding_too(directory, data, loss
     detach(backbone)
 
 
+def test_other_parents_are_refused(directory):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "nf4"))
+    with pytest.raises(ConfigError, match="at bf16 or fp32 only"):
+        attach(backbone, SLICE, 3)
+    whole = load_backbone(BackboneSpec(str(directory), "fp32"))
+    for family, message in (("gpt_neox", "is 'gpt_neox'"), ("mistral", "is 'mistral'")):
+        with pytest.raises(ConfigError, match=message):
+            attach(replace(whole, model=tiny_model(family)), SLICE, 3)
+    biased = tiny_model("llama")
+    biased.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"has one in model\.layers\.0\.mlp\.up_proj"):
+        attach(replace(whole, model=biased), SLICE, 3)
+
+
 # --------------------------------------------------------------------------------- real clients
 
 
@@ -359,6 +378,30 @@ def test_only_what_a_window_held_moves(parent):
     assert not kept[:, 16:].any()
     assert moved[32].any()
     assert not moved[33:].any()  # two rounds: windows 0 and 1
+
+
+@pytest.mark.parametrize(
+    ("backbone", "ratio", "message"),
+    [
+        ("tiny-b", 0.5, "width 1/2 of tiny-b .* choose ratios among 1/3, 2/3, 1"),
+        ("tiny-c", 0.2, "width 1/5 of tiny-c"),
+        ("gemma", 1.0, "LLaMA-type backbones only; .*gemma is 'gemma3'"),
+    ],
+)
+def test_backbones_that_cannot_be_sliced_are_refused_before_any_work(
+    tmp_path, backbone, ratio, message
+):
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma3"}')
+    source = str(tmp_path / backbone) if backbone == "gemma" else backbone
+    config = toy_config(tmp_path)
+    config.types = [TypeConfig(backbone=source, bits="bf16", clients=2)]
+    config.run.compare = ["rival"]
+    spec = {"_component_": f"{HERE}.FedRolex", "method": SUB, "ratios": [1.0, ratio]}
+    with pytest.raises(ConfigError, match=message):
+        check_strategy("rival", spec, config)
+    config.types[0].backbone = "tiny-c"
+    check_strategy("rival", {**spec, "ratios": [1.0, 0.75]}, config)
 
 
 def test_a_width_that_would_cut_a_head_ends_the_run_before_training(parent):

@@ -8,11 +8,46 @@ An axis that is as long in the slice as in the parent is not cut; of every other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from heterotune_flwr.errors import ConfigError
+
+#: What a slice of a LLaMA has fewer of, by its name in ``config.json``.
+SLICED = ("hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads")
+_LARGEST_DENOMINATOR = 64
+
+
+def as_fraction(width: float) -> Fraction:
+    """A width as the simple fraction it stands for (0.333 is 1/3)."""
+    return Fraction(width).limit_denominator(_LARGEST_DENOMINATOR)
+
+
+def sliced_sizes(sizes: Mapping[str, int], width: float, name: str) -> dict[str, int]:
+    """The :data:`SLICED` sizes of a parent at a width.
+
+    Raises
+    ------
+    ConfigError
+        One of them times the width is no whole number; says which widths are possible.
+
+    """
+    part, found = as_fraction(width), {}
+    for key in SLICED:
+        size = part * sizes[key]
+        if size.denominator != 1 or size < 1:
+            groups = sizes["num_key_value_heads"]
+            choices = ", ".join(str(Fraction(n, groups)) for n in range(1, groups + 1))
+            raise ConfigError(
+                f"a slice of width {part} of {name} is impossible: its {key} is {sizes[key]}; with {groups} "
+                f"key-value heads choose ratios among {choices}"
+            )
+        found[key] = int(size)
+    return found
 
 
 def window(parent: int, part: int, start: int) -> NDArray[np.intp]:

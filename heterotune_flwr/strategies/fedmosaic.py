@@ -41,4 +41,6 @@ class FedMosaic(HeteroStrategy):
         tier = tier_of(name)
         if tier == "gate":
             return "fixed"
-        return "global" if tier == "global" and self.shares(type_key, slot_of(name)) else "type"
+        if tier == "core":
+            return "client" if self.method.core_scope == "client" else "type"
+        return "global" if self.shares(type_key, slot_of(name)) else "type"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.heterofl import HeteroFL
+from heterotune_flwr.strategies.heterofl import RATIOS, HeteroFL
 
 
 class FedRolex(HeteroFL):
@@ -19,7 +19,7 @@ class FedRolex(HeteroFL):
     def __init__(
         self,
         context: StrategyContext,
-        ratios: Sequence[float] = (1.0, 0.5, 0.25),
+        ratios: Sequence[float] = RATIOS,
         scaler: bool = False,
     ) -> None:
         super().__init__(context, ratios, scaler)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from heterotune_flwr.config.schema import MethodConfig
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.backbones.sources import resolve_source
+from heterotune_flwr.config.schema import MethodConfig, TypeConfig
+from heterotune_flwr.errors import BackboneError, ConfigError
 from heterotune_flwr.exchange.packing import Tensors
-from heterotune_flwr.exchange.slices import open_mesh
+from heterotune_flwr.exchange.slices import as_fraction, open_mesh, sliced_sizes
 from heterotune_flwr.federation.outcome import by_type
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import StrategyContext
@@ -20,6 +21,9 @@ from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Grid, Message, Met
 from heterotune_flwr.strategies.base import HeteroStrategy
 from heterotune_flwr.strategies.sharing import Shapes
 from heterotune_flwr.strategies.updates import ClientUpdate
+
+#: Widths where the configuration names none.
+RATIOS = (1.0, 0.5, 0.25)
 
 
 class HeteroFL(HeteroStrategy):
@@ -45,10 +49,12 @@ class HeteroFL(HeteroStrategy):
 
     """
 
+    own_server_step = "leaves alone what no client holds, which a server optimizer would move"
+
     def __init__(
         self,
         context: StrategyContext,
-        ratios: Sequence[float] = (1.0, 0.5, 0.25),
+        ratios: Sequence[float] = RATIOS,
         scaler: bool = True,
     ) -> None:
         super().__init__(context)
@@ -86,6 +92,24 @@ class HeteroFL(HeteroStrategy):
                     f"{cls.__name__} trains and averages whole weights, which {type_key} keeps at {width}: blocks of "
                     "quantized weights can neither be trained nor cut at a channel; use bits bf16 or fp32"
                 )
+
+    @classmethod
+    def check_backbones(cls, types: Sequence[TypeConfig], options: Mapping[str, Any]) -> None:
+        """Refuse what is no LLaMA, and ratios that would cut a head."""
+        ratios = options.get("ratios", RATIOS)
+        for entry in types:
+            try:
+                folder = resolve_source(entry.backbone, entry.revision, config_only=True)
+                sizes = json.loads((folder / "config.json").read_text())
+            except (BackboneError, OSError, ValueError):  # told by whoever loads it
+                continue
+            if sizes.get("model_type") != "llama":
+                raise ConfigError(
+                    f"{cls.__name__} can slice LLaMA-type backbones only; {entry.backbone} is "
+                    f"{sizes.get('model_type')!r}"
+                )
+            for ratio in ratios:
+                sliced_sizes(sizes, ratio, entry.backbone)
 
     def window_of(self, server_round: int) -> int:
         """Where the slices of a round begin."""
@@ -167,5 +191,4 @@ class HeteroFL(HeteroStrategy):
 
     def row_type(self, client_id: str) -> str:
         """Every width is a type of its own: ``tiny-c@bf16 x1/4``."""
-        ratio = Fraction(self.ratio_of(client_id)).limit_denominator(64)
-        return f"{super().row_type(client_id)} x{ratio}"
+        return f"{super().row_type(client_id)} x{as_fraction(self.ratio_of(client_id))}"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from heterotune_flwr.cmga.base import State
-from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.config.schema import MethodConfig, TypeConfig
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
@@ -102,6 +102,10 @@ class Sharing(Strategy):
     @classmethod
     def check_types(cls, bits: Mapping[str, str]) -> None:
         """Refuse model types (type -> bits) this strategy cannot work with, before anything runs (ConfigError)."""
+
+    @classmethod
+    def check_backbones(cls, types: Sequence[TypeConfig], options: Mapping[str, Any]) -> None:
+        """Refuse backbones that do not fit the class's options, where a simulated run's files tell (ConfigError)."""
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

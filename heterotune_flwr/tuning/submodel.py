@@ -30,38 +30,15 @@ from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.data.template import label_tokens
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.exchange.slices import open_mesh
+from heterotune_flwr.exchange.slices import as_fraction, open_mesh, sliced_sizes
 from heterotune_flwr.tuning.task import Task
-
-_LARGEST_DENOMINATOR = 64
-
-
-def as_fraction(width: float) -> Fraction:
-    """A width as the simple fraction it stands for (0.333 is 1/3)."""
-    return Fraction(width).limit_denominator(_LARGEST_DENOMINATOR)
 
 
 def small_config(config: Any, width: float, name: str) -> Any:
-    """The parent's configuration at a width.
-
-    Raises
-    ------
-    ConfigError
-        Hidden size, MLP units or key-value groups times the width are no whole number.
-
-    """
-    part = as_fraction(width)
+    """The parent's configuration at a width (ConfigError as :func:`.slices.sliced_sizes`)."""
     small = type(config).from_dict(config.to_dict())
-    for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads"):
-        size = part * getattr(config, key)
-        if size.denominator != 1 or size < 1:
-            groups = config.num_key_value_heads
-            choices = ", ".join(str(Fraction(n, groups)) for n in range(1, groups + 1))
-            raise ConfigError(
-                f"a slice of width {part} of {name} is impossible: {key} is {getattr(config, key)}; with {groups} "
-                f"key-value heads choose ratios among {choices}"
-            )
-        setattr(small, key, int(size))
+    for key, size in sliced_sizes(config.to_dict(), width, name).items():
+        setattr(small, key, size)
     small.head_dim = config.head_dim  # heads stay whole
     return small
 
