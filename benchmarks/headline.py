@@ -105,8 +105,8 @@ RATES: dict[str, Sequence[float]] = {
         _LORA,
     ),
     "co_lora": (1e-3, 2e-3, 4e-3),
-    "fedmosaic": (1e-3, 2e-3),
-    **dict.fromkeys(("heterofl", "fedrolex"), (3e-4, 1e-3)),
+    "fedmosaic": (5e-4, 1e-3, 2e-3),
+    **dict.fromkeys(("heterofl", "fedrolex"), (3e-4, 1e-3, 3e-3)),
     "fed_sb": (3e-3, 1e-2),
     "scaffold": (0.05, 0.2, 0.5, 2.0),
 }
