@@ -1,12 +1,14 @@
 """The headline table: every method that can run, tuned, on the same clients, data, rounds and steps.
 
 Suites: the embedded family with 3, 6, 12 and 48 clients (1, 2, 4, 16 per type), three real families with 3 and 6
-clients, five types (three widths at mixed bits); 10 rounds. HeteroTune has its consensus everywhere; on the embedded
-family the bank's methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone,
-whose steps cost milliseconds. Every method first runs at each of its learning rates with a seed of its own
+clients, five types (three widths at mixed bits), three clients of one parent (``parent3``: the one suite on which
+sub-model extraction can run); 10 rounds. HeteroTune has its consensus everywhere; on the embedded family the bank's
+methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
+milliseconds. Every method first runs at each of its learning rates with a seed of its own
 (``SWEEP_SEED``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a single rate
 (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so the command
-goes on where it was stopped. Methods that refuse a suite (dense changes beside 4-bit weights) are listed with why.
+goes on where it was stopped. Methods that refuse a suite (dense changes beside 4-bit weights, slices of models
+without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
@@ -93,6 +95,7 @@ SUITES = {
     "real3": Suite("real", _REAL, 1, rates=_SLOW),
     "real3x2": Suite("real", _REAL, 2, rates=_SLOW),
     "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),
+    "parent3": Suite("demo", [("tiny-c", "bf16")], 3, method=_DEEP, rates=_KNOWN),
 }
 #: Learning rates tried for every method.
 RATES: dict[str, Sequence[float]] = {
@@ -102,6 +105,8 @@ RATES: dict[str, Sequence[float]] = {
         _LORA,
     ),
     "co_lora": (1e-3, 2e-3, 4e-3),
+    "fedmosaic": (5e-4, 1e-3, 2e-3),
+    **dict.fromkeys(("heterofl", "fedrolex"), (3e-4, 1e-3, 3e-3)),
     "fed_sb": (3e-3, 1e-2),
     "scaffold": (0.05, 0.2, 0.5, 2.0),
 }

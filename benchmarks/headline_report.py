@@ -16,9 +16,9 @@ NO_RIVALS = (OURS, "mean")
 
 
 def accuracies(entry: dict[str, Any], field: str = "global_accuracy") -> dict[Key, float]:
-    """(seed, type, client) -> percent."""
+    """(seed, type, client) -> percent; slices (``type x1/2``) count as their parent's type, to pair with others."""
     return {
-        (int(seed), row["type"], row["client_id"]): 100 * row[field]
+        (int(seed), row["type"].partition(" x")[0], row["client_id"]): 100 * row[field]
         for seed, cell in entry["cells"].items()
         for row in cell["clients"]
     }

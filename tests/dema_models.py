@@ -115,6 +115,10 @@ def naive_delta(
         mixed = np.zeros(config.output_width)
         for weight, name in zip(gate, names, strict=True):
             expert = f"{here}.experts.{name}"
+            if config.inner == 0:  # Co-LoRA: P z + Q
+                core = values[f"{expert}.up.weight"] @ z + values[f"{expert}.up.bias"]
+                mixed += weight * core
+                continue
             inner = values[f"{expert}.down.weight"] @ z + values[f"{expert}.down.bias"]
             if config.activation == "silu":
                 inner = inner / (1 + np.exp(-inner))

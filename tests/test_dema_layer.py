@@ -72,6 +72,21 @@ def test_formula(gate: str, activation: str, tiers: tuple[int, int, int]) -> Non
     assert np.abs(expected).max() > 0.1
 
 
+@pytest.mark.parametrize("gate", ["dense", "uniform"])
+def test_experts_without_an_inner_layer_are_a_matrix_and_a_bias(gate: str) -> None:
+    """y = f(x) + U (P (D x + o) + Q): Co-LoRA, and a mixture of such."""
+    config = dema_config(gate=gate, slots=1, inner=0)
+    layer = one_slot(config)
+    layer.dema_maps["default"].down_bias.normal_()
+    x = torch.randn(2, 5, HIDDEN)
+    values, maps = values_of(layer)
+    experts = {n for n in values if ".experts." in n}
+    assert {n.rsplit(".", 2)[1] for n in experts} == {"up"}
+    expected = naive_delta(x.numpy(), 0, config, values, maps)
+    np.testing.assert_allclose(layer.delta("default", x).detach(), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected).max() > 0.1
+
+
 def test_one_linear_expert_is_a_plain_core() -> None:
     """E=1, linear, no private: y = f(x) + U C (D x + o), the r x r core of Fed-SB / Co-LoRA."""
     config = dema_config(

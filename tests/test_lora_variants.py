@@ -14,7 +14,7 @@ from tiny_backbones import LABELS
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose, conf_root
 from heterotune_flwr.data import training_pool
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.strategies import build_strategy
@@ -153,8 +153,16 @@ def run(world, name, rounds=2, overrides=""):  # noqa: F811
 @pytest.mark.parametrize("name", sorted(p.stem for p in (conf_root() / "strategy").glob("*.yaml")))
 def test_every_shipped_strategy_runs_and_moves_what_it_shares(world, name):  # noqa: F811
     small = "slots=2", "latent=8", "inner=4"  # 3 blocks of width 8
-    few = " ".join(f"strategies.co_lora.method.{x}" for x in small if name == "co_lora")
-    strategy = run(world, name, overrides=f"train.batch_size=2 {few}")
+    few = [f"strategies.{name}.method.{x}" for x in small if name in ("co_lora", "fedmosaic")]
+    if name in ("heterofl", "fedrolex"):  # one parent, of two key-value heads
+        with pytest.raises(ConfigError, match="have none in common"):
+            run(world, name)
+        one = compose(str(world.path / "run.yaml")).types[0].backbone
+        few = [
+            f"'types=[{{backbone: {one}, bits: bf16, clients: 4}}]'",
+            f"strategies.{name}.ratios=[1.0,0.5]",
+        ]
+    strategy = run(world, name, overrides=f"train.batch_size=2 {' '.join(few)}")
     assert len(strategy.outcome.rows) == 4
     for group, tensors in strategy.state.items():
         first = strategy.first_values(group)

@@ -81,6 +81,20 @@ class Backbone:
         self.labels = self.rng.normal(size=(len(LABELS), width)) / np.sqrt(width)
         self.width = width
 
+    def cut(self, method):
+        """HeteroFL's slice: some of the features, and the parent's weights for them."""
+        chosen = self.slice_of(method)
+        part = Backbone.__new__(Backbone)
+        part.mixing, part.labels = self.mixing[chosen], self.labels[:, chosen]
+        part.width = len(chosen)
+        return part
+
+    def slice_of(self, method):
+        count = round(method.sub_width * self.width)
+        return [
+            (method.sub_window + i) % self.width if count < self.width else i for i in range(count)
+        ]
+
     def states(self, meaning):
         return np.tanh(meaning @ self.mixing.T)
 
@@ -115,6 +129,8 @@ def forward(tensors, maps, backbone, states):
         up, down = fixed_factors(backbone, tensors["lora.head.R"].shape[0])
         inner = states @ down.T
         return base + inner @ tensors["lora.head.R"].T @ up.T, inner
+    if "sub.head" in tensors:
+        return base + states @ tensors["sub.head"].T, None
     if "lora.head.A" in tensors:
         inner = states @ tensors["lora.head.A"].T
         return base + inner @ tensors["lora.head.B"].T, inner
@@ -123,6 +139,11 @@ def forward(tensors, maps, backbone, states):
     experts = sorted({n.rsplit(".", 2)[0] for n in tensors if ".experts." in n}, key=expert_order)
     parts, y = [], 0.0
     for index, name in enumerate(experts):
+        if f"{name}.up.bias" in tensors:  # Co-LoRA: P z + Q
+            u = z @ tensors[f"{name}.up.weight"].T + tensors[f"{name}.up.bias"]
+            parts.append((name, None, None, u))
+            y = y + gate[:, index : index + 1] * u
+            continue
         h = z @ tensors[f"{name}.down.weight"].T + tensors[f"{name}.down.bias"]
         sigmoid = 1 / (1 + np.exp(-h))
         u = (h * sigmoid) @ tensors[f"{name}.up.weight"].T
@@ -159,6 +180,8 @@ def gradients(tensors, maps, backbone, states, labels):
     if "lora.head.R" in tensors:
         up, _ = fixed_factors(backbone, tensors["lora.head.R"].shape[0])
         return loss, {"lora.head.R": up.T @ error.T @ kept}
+    if "sub.head" in tensors:
+        return loss, {"sub.head": error.T @ states}
     if "lora.head.A" in tensors:
         return loss, {
             "lora.head.B": error.T @ kept,
@@ -169,6 +192,11 @@ def gradients(tensors, maps, backbone, states, labels):
     grads, dgate = {}, np.zeros_like(gate)
     for index, (name, h, sigmoid, u) in enumerate(parts):
         weighted = gate[:, index : index + 1] * dy
+        if h is None:
+            grads[f"{name}.up.weight"] = weighted.T @ z
+            grads[f"{name}.up.bias"] = weighted.sum(axis=0)
+            dgate[:, index] = (dy * u).sum(axis=1)
+            continue
         grads[f"{name}.up.weight"] = weighted.T @ (h * sigmoid)
         slope = sigmoid * (1 + h * (1 - sigmoid))
         dh = (weighted @ tensors[f"{name}.up.weight"]) * slope
@@ -260,6 +288,8 @@ class ToyFederation:
         return examples([seed, partition, salt], count, mixture)
 
     def shapes(self, method, backbone):
+        if method.kind == "submodel":
+            return {"sub.head": (len(LABELS), len(backbone.slice_of(method)))}
         if method.kind == "lora":
             rank = method.lora_rank
             if method.lora_core:
@@ -321,6 +351,8 @@ class ToyFederation:
             content = error_content("maps are gone", ERROR_MAPS_MISSING)
             return Message(content, reply_to=message)
         start = self.tensors(request, client_id, backbone, header.round)
+        if header.method.kind == "submodel":
+            backbone = backbone.cut(header.method)
         tensors = {name: value.astype(np.float64) for name, value in start.items()}
         meaning, labels = self.data(partition, header.seed, 2, 48)
         states = backbone.states(meaning)
@@ -376,6 +408,8 @@ class ToyFederation:
             content = error_content("maps are gone", ERROR_MAPS_MISSING)
             return Message(content, reply_to=message)
         tensors = self.tensors(request, client_id, backbone, header.round + 1)
+        if header.method.kind == "submodel":
+            backbone = backbone.cut(header.method)
         metrics = {}
         for scope in request.scopes:
             if scope == "global":

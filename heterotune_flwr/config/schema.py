@@ -64,11 +64,13 @@ class DataConfig:
 class MethodConfig:
     """The adapter on the clients: DeMA (or LoRA, for rivals that need it)."""
 
-    kind: str = _help("dema | lora", "dema")
+    kind: str = _help("dema | lora | submodel (a slice of the whole model)", "dema")
     slots: int = _help("K depth slots; the last acts on the final normalised state", 1)
     latent: int = _help("r, width of the shared latent space", 128)
     output: int | None = _help("width of the output latent; null: number of labels or r", None)
-    inner: int = _help("q, inner width of an expert", 32)
+    inner: int = _help(
+        "q, inner width of an expert; 0: none, an expert is one matrix P and a bias Q (Co-LoRA)", 32
+    )
     experts_global: int = _help("experts shared by all clients", 3)
     experts_type: int = _help("experts shared inside a model type", 0)
     experts_private: int = _help("experts that never leave the client", 0)
@@ -96,6 +98,18 @@ class MethodConfig:
     )
     lora_residual: bool = _help(
         "kind=lora: clients also hold a dense change of every layer that the server sends (FLoRA, FedEx-LoRA)",
+        False,
+    )
+    sub_width: float = _help(
+        "kind=submodel: share of the parent's width a client trains (set by the strategy, from its ratios)",
+        1.0,
+    )
+    sub_window: int = _help(
+        "kind=submodel: first channel, unit and head of the slice (set by the strategy, every round)",
+        0,
+    )
+    sub_scaler: bool = _help(
+        "kind=submodel: divide what every linear layer of a slice puts out by its width (HeteroFL)",
         False,
     )
 

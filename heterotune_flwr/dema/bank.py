@@ -10,13 +10,18 @@ Names are the contract between server and client. For DeMA (our definition, docs
 
     cores.{module}.R                           c x c       (``method.core_rank``; or ``A``, ``B``: ``core_kind``)
 
-with ``tier`` one of ``global``, ``type``, ``private``. For LoRA, with a core or a dense change where a
+with ``tier`` one of ``global``, ``type``, ``private``. Without an inner layer (q = 0, Co-LoRA's P and Q) an expert is
+``up.weight`` (r_out x r) and ``up.bias`` (r_out). For LoRA, with a core or a dense change where a
 rival asks for it::
 
     lora.{module}.A                            rank x in
     lora.{module}.B                            out x rank
     lora.{module}.R                            rank x rank, instead of A and B
     lora.{module}.residual                     out x in, never trained
+
+For slices of a whole model (:mod:`heterotune_flwr.tuning.submodel`), changes of its weights::
+
+    sub.{module}                               the weight's shape, attention layers by key-value group
 """
 
 from __future__ import annotations
@@ -32,7 +37,9 @@ from numpy.typing import NDArray
 #: How the names of dense changes end.
 RESIDUAL = ".residual"
 TIERS = ("global", "type", "private")
-Tier = Literal["global", "type", "private", "gate", "core", "lora"]
+Tier = Literal["global", "type", "private", "gate", "core", "lora", "sub"]
+#: First part of a name -> tier, for what has no slots.
+_WITHOUT_SLOTS: Mapping[str, Tier] = {"lora": "lora", "cores": "core", "sub": "sub"}
 
 
 class BankSizes(Protocol):
@@ -55,6 +62,10 @@ def bank_shapes(method: BankSizes, output: int) -> dict[str, tuple[int, ...]]:
         for tier, count in zip(TIERS, counts, strict=True):
             for expert in range(count):
                 name = f"slots.{slot}.experts.{tier}.{expert}"
+                if q == 0:
+                    shapes[f"{name}.up.weight"] = (output, r)
+                    shapes[f"{name}.up.bias"] = (output,)
+                    continue
                 shapes[f"{name}.down.weight"] = (q, r)
                 shapes[f"{name}.down.bias"] = (q,)
                 shapes[f"{name}.up.weight"] = (output, q)
@@ -64,10 +75,10 @@ def bank_shapes(method: BankSizes, output: int) -> dict[str, tuple[int, ...]]:
 
 
 def tier_of(name: str) -> Tier:
-    """Tier of a canonical tensor name; ``gate``, ``core`` and ``lora`` count as tiers of their own."""
+    """Tier of a canonical tensor name; ``gate``, ``core``, ``lora`` and ``sub`` count as tiers of their own."""
     parts = name.split(".")
-    if parts[0] in ("lora", "cores"):
-        return "lora" if parts[0] == "lora" else "core"
+    if parts[0] in _WITHOUT_SLOTS:
+        return _WITHOUT_SLOTS[parts[0]]
     if parts[0] == "slots" and len(parts) > 2:
         if parts[2] == "gate":
             return "gate"

@@ -32,7 +32,10 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
     output: int | None = field(
         default=None, metadata={"help": "width of the output latent; r if null"}
     )
-    inner: int = field(default=32, metadata={"help": "inner width q of an expert"})
+    inner: int = field(
+        default=32,
+        metadata={"help": "inner width q of an expert; 0: one matrix and a bias, no inner layer"},
+    )
     experts_global: int = field(default=3, metadata={"help": "experts shared by every client"})
     experts_type: int = field(default=0, metadata={"help": "experts shared inside a model type"})
     experts_private: int = field(default=0, metadata={"help": "experts that stay on the client"})
@@ -76,9 +79,9 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
         """Fix the PEFT type and check the values."""
         super().__post_init__()
         self.peft_type = register()
-        for name in ("slots", "latent", "inner"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"DeMA: {name} is {getattr(self, name)}, it must be at least 1")
+        for name, least in (("slots", 1), ("latent", 1), ("inner", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"DeMA: {name} is {value}, it must be at least {least}")
         if self.output is not None and self.output < 1:
             raise ConfigError(f"DeMA: output is {self.output}, it must be at least 1 (or null)")
         if min(self.expert_counts.values()) < 0 or sum(self.expert_counts.values()) < 1:

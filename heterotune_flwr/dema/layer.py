@@ -32,16 +32,18 @@ class MergeError(HeteroTuneError, NotImplementedError):
 
 
 class Expert(nn.Module):
-    """One expert ``u = P act(N z + b)``: r -> q -> r_out."""
+    """One expert ``u = P act(N z + b)``: r -> q -> r_out; with q = 0 (Co-LoRA) ``u = P z + Q``."""
 
     def __init__(self, latent: int, inner: int, output: int, activation: str) -> None:
         super().__init__()
-        self.down = nn.Linear(latent, inner)
-        self.up = nn.Linear(inner, output, bias=False)
+        self.down = nn.Linear(latent, inner) if inner else None
+        self.up = nn.Linear(inner or latent, output, bias=not inner)
         self.activation = activation
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents ``... x r`` -> output latents ``... x r_out``."""
+        if self.down is None:
+            return cast(Tensor, self.up(z))
         inner = self.down(z)
         return cast(Tensor, self.up(functional.silu(inner) if self.activation == "silu" else inner))
 

@@ -213,12 +213,11 @@ def train(message: Message, context: Context) -> RecordDict:
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
-    lesson = AnchorWork.of(
-        request.lesson, client.identity, config, client.task(), adapter, header.seed
-    )
+    task = adapter.reads(client.task())
+    lesson = AnchorWork.of(request.lesson, client.identity, config, task, adapter, header.seed)
     report = train_local(
         adapter,
-        client.task(),
+        task,
         make_rows(adapter, encoded, config.train.cache_states),
         replace(config.train, optimizer=request.optimizer, proximal=request.proximal),
         seed=_step_seed(header, client.client_id),
@@ -264,7 +263,8 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     metrics: dict[str, float] = {}
     for scope in request.scopes:
         encoded = client.encoded(scope, header.seed)
-        task, rows = client.task(), make_rows(adapter, encoded, client.config.train.cache_states)
+        task = adapter.reads(client.task())
+        rows = make_rows(adapter, encoded, client.config.train.cache_states)
         if scope == "global":
             report = evaluate_once(adapter, task, rows, task.data_key(encoded))
         else:

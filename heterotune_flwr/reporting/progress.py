@@ -159,6 +159,10 @@ class RunProgress:
                 force=True,
             )
 
+    def _on_slices(self, event: Event) -> None:
+        shown = [f"{k} {100 * v:.1f} %" for k, v in event["accuracies"].items() if v is not None]
+        self._line(f"  slices before any training: {', '.join(shown)}", force=True)
+
     def _on_strategy_end(self, event: Event) -> None:
         self._finished += 1
         self._round, self._replies = 0, 0

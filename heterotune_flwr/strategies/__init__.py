@@ -6,10 +6,13 @@ from heterotune_flwr.strategies.fed_sb import FedSB
 from heterotune_flwr.strategies.fedex_lora import FedExLoRA
 from heterotune_flwr.strategies.fedit import FedIT
 from heterotune_flwr.strategies.fedmkt import FedMKT
+from heterotune_flwr.strategies.fedmosaic import FedMosaic
+from heterotune_flwr.strategies.fedrolex import FedRolex
 from heterotune_flwr.strategies.ffa_lora import FFALoRA
 from heterotune_flwr.strategies.flexlora import FlexLoRA
 from heterotune_flwr.strategies.flora import FLoRA
 from heterotune_flwr.strategies.flower_inside import FlowerInside
+from heterotune_flwr.strategies.heterofl import HeteroFL
 from heterotune_flwr.strategies.heterotune import HeteroTune
 from heterotune_flwr.strategies.hetlora import HETLoRA
 from heterotune_flwr.strategies.local_only import LocalOnly
@@ -25,10 +28,13 @@ __all__ = [
     "FedExLoRA",
     "FedIT",
     "FedMKT",
+    "FedMosaic",
+    "FedRolex",
     "FedSB",
     "FlexLoRA",
     "FlowerInside",
     "HETLoRA",
+    "HeteroFL",
     "HeteroStrategy",
     "HeteroTune",
     "LocalOnly",

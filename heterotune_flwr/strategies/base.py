@@ -230,7 +230,7 @@ class HeteroStrategy(Sharing):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask for tests as :mod:`.evaluation` plans them (all models are equal before round 1)."""
-        differ = self.models_differ and server_round > 0
+        differ = self.differ_after(server_round)
         return self._evaluate_messages(evaluation.plan(self.roster, differ), server_round)
 
     def aggregate_evaluate(
@@ -240,7 +240,9 @@ class HeteroStrategy(Sharing):
         answers = read_evaluations(self.courier, server_round, replies)
         if not answers:
             return None
-        rows = evaluation.rows(self.roster, answers, self.models_differ and server_round > 0)
+        rows = evaluation.rows(self.roster, answers, self.differ_after(server_round))
+        for row in rows:
+            row.type_key = self.row_type(row.client_id)
         self.outcome.rows = rows
         if server_round == 0:
             self.outcome.before = rows
@@ -267,7 +269,7 @@ class HeteroStrategy(Sharing):
         messages = list(self.configure_evaluate(server_round, arrays, config, grid))
         collected = self.courier.collect(grid, messages, EVALUATE, server_round)
         tried = {evaluation.speaker(self.roster, key) or "" for key in self.roster.type_keys}
-        while not (self.models_differ and server_round > 0):
+        while not self.differ_after(server_round):
             answers = read_evaluations(self.courier, server_round, collected)
             asked = evaluation.plan_again(self.roster, answers, tried)
             if not asked:

@@ -105,6 +105,7 @@ def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
         component.check_options(options)
         check_choices(strategy_config(name, spec, config))
         component.check_types({f"{e.backbone}@{e.bits}": e.bits for e in config.types})
+        component.check_backbones(config.types, options)
     except ConfigError as error:
         raise ConfigError(f"strategies.{name}: {error}") from error
 

@@ -80,6 +80,7 @@ class HeteroTune(HeteroStrategy):
             "type": "type",
             "core": self.method.core_scope,
             "lora": "type",
+            "sub": "type",
             "private": "client",
         }[tier]
         if wanted == "global" and not self.shares(type_key, slot_of(name)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.config.schema import MethodConfig, TypeConfig
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
@@ -91,6 +91,14 @@ class Sharing(Strategy):
         """What a client is sent: the slice of its type."""
         return self.slice(self.roster.clients[client_id].info.type_key)
 
+    def differ_after(self, server_round: int) -> bool:
+        """Whether clients of one type can hold different models after a round; before round 1 they are the backbone."""
+        return self.models_differ and server_round > 0
+
+    def row_type(self, client_id: str) -> str:
+        """Under which type a client's tests are reported."""
+        return self.roster.clients[client_id].info.type_key
+
     def controls(self, type_key: str) -> Tensors | None:
         """SCAFFOLD's control variate for clients of a type."""
         return None
@@ -98,6 +106,10 @@ class Sharing(Strategy):
     @classmethod
     def check_types(cls, bits: Mapping[str, str]) -> None:
         """Refuse model types (type -> bits) this strategy cannot work with, before anything runs (ConfigError)."""
+
+    @classmethod
+    def check_backbones(cls, types: Sequence[TypeConfig], options: Mapping[str, Any]) -> None:
+        """Refuse backbones that do not fit the class's options, where a simulated run's files tell (ConfigError)."""
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Attaching DeMA or LoRA to a shared backbone and moving its tensors in and out.
+"""Attaching DeMA, LoRA or a slice of the model to a shared backbone and moving its tensors in and out.
 
 One backbone serves every virtual client of a worker process, so at most one adapter is attached to
 it at a time, and whoever uses an attached adapter first sets *all* of its tensors: nothing of the
@@ -28,8 +28,9 @@ from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.tuning.cores import attach_cores, forget_cores
 from heterotune_flwr.tuning.lora import attach_lora
+from heterotune_flwr.tuning.task import Task
 
-KINDS = ("dema", "lora")
+KINDS = ("dema", "lora", "submodel")
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -41,11 +42,11 @@ class AttachedAdapter:
     Attributes
     ----------
     backbone
-        What it is attached to.
+        What it is attached to; for a slice, the parent with the sliced model in the place of its own.
     method
         The adapter's settings; ``method.output`` is resolved.
     model
-        The ``PeftModel`` around the backbone's model.
+        The ``PeftModel`` around the backbone's model, or a slice of it.
     parameters
         Canonical name -> trainable parameter (float32).
     body
@@ -75,7 +76,7 @@ class AttachedAdapter:
 
     @property
     def kind(self) -> str:
-        """``dema`` or ``lora``."""
+        """``dema``, ``lora`` or ``submodel``."""
         return self.method.kind
 
     @property
@@ -116,7 +117,11 @@ class AttachedAdapter:
     def frozen_digest(self) -> str:
         """Digest of what acts below the lowest trained slot; empty while that is the bare backbone."""
         frozen = {n: v for n, v in self.parameters.items() if slot_of(n) < self.lowest}
-        ups = [value for name, value in frozen.items() if name.endswith((".up.weight", ".R", ".B"))]
+        ups = [
+            value
+            for name, value in frozen.items()
+            if name.endswith((".up.weight", ".up.bias", ".R", ".B"))
+        ]
         if not any(bool(value.any()) for value in ups):
             return ""
         return f"{self.maps_digest}:{tensor_digest({n: _numpy(v) for n, v in frozen.items()})}"
@@ -199,6 +204,14 @@ class AttachedAdapter:
         adapted: torch.Tensor = last.add_delta(states, states)
         return adapted
 
+    def reads(self, task: Task) -> Task:
+        """The task as this adapter's states are read off: by its own trained unembedding if it is a slice."""
+        if self.kind != "submodel":
+            return task
+        from heterotune_flwr.tuning.submodel import SliceTask
+
+        return SliceTask.of(task, self.backbone)
+
     def gate_mass(self) -> dict[str, float]:
         """Mean gate weight per tier in the last forward pass; empty for LoRA."""
         if self.kind != "dema":
@@ -229,8 +242,9 @@ def method_key(method: MethodConfig, output: int) -> str:
     fields = dataclasses.asdict(dataclasses.replace(method, output=output))
     for shared in ("gate_scope", "core_scope"):  # where the server averages them
         fields.pop(shared)
-    if method.kind == "lora":
-        fields = {name: value for name, value in fields.items() if name.startswith("lora")}
+    if method.kind != "dema":
+        prefix = {"lora": "lora", "submodel": "sub"}[method.kind]
+        fields = {name: value for name, value in fields.items() if name.startswith(prefix)}
     return f"{method.kind}:{json.dumps(fields, sort_keys=True)}"
 
 
@@ -245,14 +259,14 @@ def attach(backbone: Backbone, method: MethodConfig, output: int) -> AttachedAda
     backbone
         A loaded backbone.
     method
-        ``kind`` ``dema`` or ``lora`` (on all linear layers but ``lm_head``).
+        ``kind`` ``dema``, ``lora`` (on all linear layers but ``lm_head``) or ``submodel``.
     output
         r_out, width of the output latent (DeMA).
 
     Raises
     ------
     ConfigError
-        Unknown kind, or settings that do not fit the backbone (more slots than blocks).
+        Unknown kind, or settings that do not fit the backbone (more slots than blocks, a width that cuts a head).
 
     """
     if method.kind not in KINDS:
@@ -264,27 +278,41 @@ def attach(backbone: Backbone, method: MethodConfig, output: int) -> AttachedAda
             return current
         detach(backbone)
     resolved = dataclasses.replace(method, output=output)
+    make = _slice if method.kind == "submodel" else _around
+    adapter = make(backbone, resolved)
+    _attached[backbone] = adapter
+    return adapter
+
+
+def _around(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
+    """DeMA or LoRA on the backbone's own model."""
     body = backbone.model.get_submodule(find_structure(backbone.model).body)
     # Before the adapter: hooks sit on the backbone's own layers, under their own names.
-    cores, handles = attach_cores(backbone, resolved) if method.kind == "dema" else ({}, [])
+    is_dema = resolved.kind == "dema"
+    cores, handles = attach_cores(backbone, resolved) if is_dema else ({}, [])
     try:
-        model, parameters = (_attach_dema if method.kind == "dema" else attach_lora)(
-            backbone, resolved
-        )
+        model, parameters = (_attach_dema if is_dema else attach_lora)(backbone, resolved)
     except BaseException:
         _remove(handles)
         raise
     model.eval()
     parameters |= cores
-    adapter = AttachedAdapter(backbone, resolved, model, parameters, body, handles=handles)
-    _attached[backbone] = adapter
-    return adapter
+    return AttachedAdapter(backbone, resolved, model, parameters, body, handles=handles)
+
+
+def _slice(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
+    """A slice of the backbone's weights as a small model of its own; the backbone stays untouched."""
+    from heterotune_flwr.tuning.submodel import cut
+
+    own, parameters = cut(backbone, resolved)
+    body = own.model.get_submodule(find_structure(own.model).body)
+    return AttachedAdapter(own, resolved, own.model, parameters, body)
 
 
 def detach(backbone: Backbone) -> None:
     """Take the adapter off, if there is one: ``backbone.model`` is bare again."""
     current = _attached.pop(backbone, None)
-    if current is None:
+    if current is None or current.kind == "submodel":
         return
     _remove(current.handles)
     current.model.unload()

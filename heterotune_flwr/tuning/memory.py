@@ -186,6 +186,7 @@ def choose_micro_batch(
     longest = max(rows.length(index) for index in range(len(rows)))
     key = (
         id(adapter),
+        repr(adapter.method),  # the id of one that is gone may come back
         id(task),
         adapter.lowest,
         type(rows).__name__,
