@@ -173,7 +173,8 @@ def _shown(task: Any, count: int, where: str) -> list[str]:
 def _example(head: Iterable[str], given: str, answers: Sequence[str], task: str) -> Example:
     """Definition (and demonstrations), then the input: what fills ``{text}`` of the prompt."""
     text = "\n\n".join([*head, f"Input: {given}"])
-    return Example(text, answers[0], task, tuple(dict.fromkeys(answers[1:])))
+    others = tuple(a for a in dict.fromkeys(answers) if a != answers[0])
+    return Example(text, answers[0], task, others)
 
 
 def _hub_tasks(source: str, names: Sequence[str] | None, limit: int) -> list[tuple[Example, ...]]:

@@ -6,6 +6,7 @@ slot, cores, LoRA) takes part: all of it acts on one position at a time, so the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,13 @@ def _generate(
             attention_mask=mask.to(backbone.device),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
-    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    # Not left to the tokenizer: some do not know their end-of-text token as a special one.
+    ends = set(settings.eos_token_id or ())
+    kept = [
+        list(itertools.takewhile(lambda token: token not in ends, row))
+        for row in output[:, longest:].tolist()
+    ]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts]
 
 
