@@ -50,8 +50,20 @@ def read_tasks(source: str, data: DataConfig, part: str | None = None) -> tuple[
 
     """
     names = None if data.tasks is None else tuple(data.tasks)
-    tasks = _load(source, _stamp(source), names, data.instances_per_task, data.demonstrations)
-    chosen = [[e for e in task if part in (None, side(e, data.test_share))] for task in tasks]
+    shape = (names, data.instances_per_task, data.demonstrations)
+    return _part(source, _stamp(source), shape, part, data.test_share)
+
+
+#: Names or patterns of tasks, instances per task, demonstrations.
+_Shape = tuple[tuple[str, ...] | None, int, int]
+
+
+@functools.lru_cache(maxsize=8)
+def _part(
+    source: str, stamp: tuple[tuple[str, int], ...], shape: _Shape, part: str | None, share: float
+) -> tuple[Example, ...]:
+    tasks = _load(source, stamp, shape)
+    chosen = [[e for e in task if part in (None, side(e, share))] for task in tasks]
     if part == "train":
         examples = tuple(itertools.chain.from_iterable(chosen))
     else:
@@ -82,12 +94,10 @@ def _stamp(source: str) -> tuple[tuple[str, int], ...]:
 
 @functools.lru_cache(maxsize=8)
 def _load(
-    source: str,
-    stamp: tuple[tuple[str, int], ...],
-    names: tuple[str, ...] | None,
-    limit: int,
-    demonstrations: int,
+    source: str, stamp: tuple[tuple[str, int], ...], shape: _Shape
 ) -> tuple[tuple[Example, ...], ...]:
+    """Examples task by task; what the stamp is for: a changed file is read again."""
+    names, limit, demonstrations = shape
     folder = Path(source).expanduser()
     if folder.is_file():
         raise DataError(f"{source} is a file; natural_instructions wants a directory of task files")

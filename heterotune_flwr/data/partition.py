@@ -138,7 +138,8 @@ def _natural(
             f"(data.client_field), {wanted} are needed{each}"
         )
     largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:wanted]
-    chosen = [index for index, example in enumerate(pool) if example.client in set(largest)]
+    kept = set(largest)
+    chosen = [index for index, example in enumerate(pool) if example.client in kept]
     table = {"index": chosen, "client": [pool[index].client for index in chosen]}
     partitioner = NaturalIdPartitioner(partition_by="client")
     partitioner.dataset = Dataset.from_dict(table)
