@@ -1,7 +1,7 @@
 """Does sharing across types help where answers are generated? Open text through Flower, all at their own best rates.
 
 Tasks, from the shipped Debian data: ``names`` (a package's name from its description) and ``sections`` (its section,
-as text, over the whole vocabulary). Families: the embedded one (2 clients of each of 3 types), two real ones. Alone,
+as text, over the whole vocabulary). Families: the embedded one (2 clients of each of 3 types, or 1), real ones. Alone,
 inside each type and across types; every method first at each learning rate with a seed of its own (``SWEEP_SEED``; the
 rate with the best ROUGE-L on the global test is taken), then at that rate with ``SEEDS``; last, both ways of sharing
 with random maps, as a control: what averaging gives without any alignment. Token losses know no
@@ -73,6 +73,7 @@ SMOLLM2 = (
 ROWS: Mapping[str, Row] = {
     "tiny, sections": Row(),
     "tiny, sections, words": Row(overrides=("alignment.positions=words",)),
+    "tiny, sections, one client each": Row(overrides=[f"types.{n}.clients=1" for n in range(3)]),
     "tiny, names": Row(overrides=NAMES, rates=(0.0003, 0.001, 0.003)),
     "real, instructions": Row(
         "instructions",
