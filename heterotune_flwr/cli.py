@@ -121,8 +121,7 @@ def report(
     """Show the tables of a run again."""
     from heterotune_flwr.reporting.tables import load_results, show
 
-    metrics = ["global_accuracy", "personal_accuracy"] if personal else ["global_accuracy"]
-    show(load_results(directory), directory, metrics)
+    show(load_results(directory), directory, personal)
 
 
 @app.command()

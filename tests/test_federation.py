@@ -80,8 +80,8 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
     assert kinds.count("align") == 1  # both strategies share the maps
     row = saved["runs"][1]["clients"][0]
     assert set(row) == {
-        "client_id", "type", "global_accuracy", "global_loss", "personal_accuracy",
-        "personal_loss", "examples",
+        "client_id", "type", "examples", "global_accuracy", "global_loss", "global_exact_match", "global_rouge_l",
+        "personal_accuracy", "personal_loss", "personal_exact_match", "personal_rouge_l",
     }  # fmt: skip
     assert "HeteroTune" in capsys.readouterr().out
 

@@ -66,6 +66,24 @@ def test_the_final_table_holds_accuracies_gains_bytes_and_the_directory(tmp_path
     assert str(tmp_path) in text
 
 
+def test_generated_answers_have_tables_of_their_own_where_they_were_measured(
+    tmp_path: Path,
+) -> None:
+    results = json.loads(json.dumps(RESULTS))
+    assert "ROUGE-L" not in final_table(results, tmp_path)
+    for run in results["runs"]:
+        for number, client in enumerate(run["clients"]):
+            client["global_rouge_l"] = client["global_accuracy"] / 2
+            client["personal_rouge_l"] = 0.125 * number
+            client["global_exact_match"] = None
+    text = final_table(results, tmp_path)
+    assert "ROUGE-L (%) on the global test" in text
+    assert "ROUGE-L (%) on the clients' own tests" in text
+    assert "Exact match" not in text
+    assert "17.5 ± 3.5" in text  # half of within type's accuracy on a@nf4
+    assert "+6.3" in text or "+6.2" in text
+
+
 def test_human_bytes_uses_decimal_units() -> None:
     assert [human_bytes(n) for n in (7, 28416, 7_400_000, 2.5e9)] == [
         "7 B",
@@ -99,7 +117,9 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
             progress({"event": "round", "strategy": "heterotune", "seed": 0, "round": number, "of": 2,
                       "clients": 6, "loss": 1.25, "bytes_up": 1000, "bytes_down": 2000})  # fmt: skip
             assert progress.fraction == before == number / 2
-        progress({"event": "evaluate", "round": 2, "overall": {"global_accuracy_mean": 0.25}})
+        progress({"event": "evaluate", "round": 1, "overall": {"global_accuracy_mean": 0.25}})
+        progress({"event": "evaluate", "round": 2,
+                  "overall": {"global_accuracy_mean": 0.0, "global_rouge_l_mean": 0.375}})  # fmt: skip
         progress({"event": "client_failed", "client_id": "client-0003", "reason": "out of memory"})
         progress({"event": "strategy_end", "strategy": "heterotune", "seed": 0, "seconds": 12.0})
         assert progress.fraction == 1.0
@@ -108,7 +128,8 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         "6 x a@nf4",
         "loss 1.250",
         "3.0 kB",
-        "25.0 %",
+        "after round 1: accuracy 25.0 % on the global test",
+        "after round 2: accuracy 0.0 %, ROUGE-L 37.5 % on the global test",
         "client-0003 failed: out of memory",
     ):
         assert expected in text

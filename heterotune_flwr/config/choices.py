@@ -35,7 +35,9 @@ MINIMA: dict[str, float] = {
     "method.experts_type": 0, "method.experts_private": 0, "method.lora_rank": 1,
     "method.core_rank": 0, "method.core_from": 0,
     "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
-    "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
+    "data.max_length": 8, "data.generate": 0, "data.max_answer_tokens": 1, "data.groups_per_client": 1,
+    "data.instances_per_task": 1, "data.demonstrations": 0,
+    "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
     "server.evaluate_every": 0, "server.keep_checkpoints": 0, "server.min_results": 1, "server.bench_after": 0,
     "server.bench_longest": 1, "server.deadline_floor_seconds": 0, "server.grace_seconds": 0,
     "server.oversample": 0, "alignment.count": 10, "alignment.components": 1,
@@ -100,6 +102,13 @@ def check_choices(config: Config) -> None:
         raise ConfigError(
             f"server.participation is {config.server.participation}, must be in (0, 1]"
         )
+    if config.data.generate and config.data.max_answer_tokens >= config.data.max_length:
+        raise ConfigError(
+            f"data.max_answer_tokens is {config.data.max_answer_tokens}, it must be below data.max_length "
+            f"({config.data.max_length})"
+        )
+    if not 0 < config.data.test_share < 1:
+        raise ConfigError(f"data.test_share is {config.data.test_share}, must be between 0 and 1")
     if config.method.core_from >= 1:
         raise ConfigError(f"method.core_from is {config.method.core_from}, it must be below 1")
     if config.run.workers is not None and config.run.workers < 1:

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.choices import check_choices, nearest
 from heterotune_flwr.config.schema import Config, TypeConfig
+from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
 
@@ -312,7 +313,11 @@ def with_absolute_paths(config: Config) -> Config:
         resolved.alignment.anchors = absolute(resolved.alignment.anchors)
     for name in ("train", "test"):
         if (value := getattr(resolved.data, name)) is not None:
-            setattr(resolved.data, name, str(Path(value).expanduser().absolute()))
+            hub = (
+                resolved.data.name == NATURAL_INSTRUCTIONS and not Path(value).expanduser().exists()
+            )
+            path = value if hub else str(Path(value).expanduser().absolute())
+            setattr(resolved.data, name, path)
     for name in ("dir", "state_dir"):
         if (value := getattr(resolved.run, name)) is not None:
             setattr(resolved.run, name, str(Path(value).expanduser().absolute()))

@@ -36,14 +36,20 @@ class DataConfig:
     """Which examples, in which prompt form, split how."""
 
     name: str = _help(
-        "embedded data set, one of an installed package, or a free name when `train` is given",
-        "debian_sections",
-    )
-    train: str | None = _help("path of a .jsonl/.jsonl.gz/.csv file with the clients' pool", None)
+        "embedded data set, one of an installed package, natural_instructions (see `train`), or a free name when "
+        "`train` is given", "debian_sections"
+    )  # fmt: skip
+    train: str | None = _help(
+        "path of a .jsonl/.jsonl.gz/.csv file with the clients' pool; for natural_instructions a directory of "
+        "task .json files or a hub id", None
+    )  # fmt: skip
     test: str | None = _help("path of the global test file", None)
     text_field: str = _help("column that fills {text} of the prompt", "text")
     label_field: str = _help("column with the answer", "label")
     client_field: str = _help("column that names the natural client", "client")
+    references_field: str = _help(
+        "column with a list of further right answers, where there is one (generation)", "references"
+    )
     prompt: str = _help(
         "prompt form; the answer follows after one space", "Package: {text}\nSection:"
     )
@@ -53,11 +59,32 @@ class DataConfig:
     )  # fmt: skip
     max_labels: int = _help("more distinct answers than this is an open-text task", 64)
     partition: str = _help("dirichlet | iid | natural", "dirichlet")
-    alpha: float = _help("Dirichlet concentration over labels", 0.3)
+    alpha: float = _help(
+        "Dirichlet concentration over labels (open text: over natural clients, where they are named)", 0.3
+    )  # fmt: skip
+    groups_per_client: int = _help(
+        "partition natural: natural clients (tasks) that one client of the run holds", 1
+    )
     examples_per_client: int = _help("training examples per client", 96)
     personal_test_examples: int = _help("held-out examples per client, from its own mixture", 32)
     global_test_examples: int = _help("size limit of the global test set", 640)
     max_length: int = _help("tokens per example; longer prompts keep their end", 128)
+    generate: int = _help(
+        "open text: test examples per test set whose answer is generated (greedily) and scored by exact match and "
+        "ROUGE-L; 0: none", 0
+    )  # fmt: skip
+    max_answer_tokens: int = _help("most tokens of a generated answer", 32)
+    stop: str | None = _help(
+        "a generated answer ends before this text; null: at the end-of-text token alone", "\n"
+    )
+    tasks: list[str] | None = _help(
+        "natural_instructions: names or patterns (task1*) of the tasks to take; null: all", None
+    )
+    instances_per_task: int = _help("natural_instructions: the first so many of each task", 500)
+    demonstrations: int = _help("natural_instructions: positive examples shown in the prompt", 0)
+    test_share: float = _help(
+        "natural_instructions: share of each task's instances kept for the global test where no `test` is given", 0.1
+    )  # fmt: skip
 
 
 @dataclass

@@ -9,6 +9,7 @@ from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.loading import check_bits
 from heterotune_flwr.backbones.sources import describe_source, has_weights, resolve_source
 from heterotune_flwr.config.schema import Config
+from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import label_tokens
@@ -57,7 +58,13 @@ def preflight(config: Config) -> None:
             "the task has no closed label set (see data.labels and data.max_labels), so alignment.output must be "
             "'vocabulary'"
         )
-    if (config.data.train is None) != (config.data.test is None):
+    if config.data.generate and labels and config.train.loss != "tokens":
+        raise ConfigError(
+            "data.generate is for open text, but the answers are a closed label set; set data.max_labels=0 (or "
+            "train.loss=tokens), or data.generate=0"
+        )
+    splits_itself = config.data.name == NATURAL_INSTRUCTIONS and config.data.train is not None
+    if (config.data.train is None) != (config.data.test is None) and not splits_itself:
         raise DataError("data.train and data.test belong together: give both files, or none")
     load_anchors(config.alignment)
     global_test(config.data)

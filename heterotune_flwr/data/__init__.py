@@ -3,8 +3,9 @@
 The names below need neither torch nor a tokenizer, so the server can use them too.
 """
 
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData, client_examples, local_examples
-from heterotune_flwr.data.sources import Example, global_test, label_set, training_pool
+from heterotune_flwr.data.sources import global_test, label_set, training_pool
 
 __all__ = [
     "ClientData",

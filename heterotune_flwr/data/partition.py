@@ -4,9 +4,11 @@
     Every client draws its own label mixture ``p ~ Dir(alpha)`` and then its examples label by label
     from the pool (our definition; a partitioner that deals out the whole pool cannot give every
     client the same number of examples). Clients share no example while the pool lasts; where a
-    label runs out its examples are dealt a second time, and a log line says so.
+    label runs out its examples are dealt a second time, and a log line says so. For open text, whose
+    answers hardly repeat, natural clients (tasks, topics) take the labels' place where the file names them.
 ``iid``, ``natural``
-    The partitioners of flwr-datasets; ``natural`` takes the largest natural clients.
+    The partitioners of flwr-datasets; ``natural`` takes the largest natural clients, ``groups_per_client``
+    of them for every client of the run.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import DataConfig
-from heterotune_flwr.data.sources import Example, check_labels, label_set, training_pool
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.sources import check_labels, label_set, training_pool
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 
@@ -86,11 +89,11 @@ def _label_counts(
 
 
 def _dirichlet(
-    pool: Sequence[Example], total: int, alpha: float, num_partitions: int, seed: int
+    pool: Sequence[Example], total: int, alpha: float, num_partitions: int, seed: int, closed: bool
 ) -> list[list[int]]:
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(pool):
-        by_label[example.label].append(index)
+        by_label[example.label if closed else example.client or example.label].append(index)
     names = sorted(by_label)
     decks = [_Deck(np.array(by_label[n]), generator(seed, f"data.deck.{n}")) for n in names]
     sizes = np.array([len(deck) for deck in decks], dtype=np.int64)
@@ -121,28 +124,39 @@ def _iid(pool: Sequence[Example], num_partitions: int, seed: int) -> list[list[i
 
 
 def _natural(
-    pool: Sequence[Example], num_partitions: int, seed: int, field: str
+    pool: Sequence[Example], num_partitions: int, seed: int, field: str, groups: int
 ) -> list[list[int]]:
     from datasets import Dataset
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     sizes = Counter(example.client for example in pool if example.client)
-    if len(sizes) < num_partitions:
+    wanted = num_partitions * groups
+    if len(sizes) < wanted:
+        each = f" ({num_partitions} x data.groups_per_client={groups})" if groups > 1 else ""
         raise DataError(
             f"partition natural: the training file names {len(sizes)} clients in column {field!r} "
-            f"(data.client_field), {num_partitions} are needed"
+            f"(data.client_field), {wanted} are needed{each}"
         )
-    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:num_partitions]
-    chosen = [index for index, example in enumerate(pool) if example.client in set(largest)]
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:wanted]
+    kept = set(largest)
+    chosen = [index for index, example in enumerate(pool) if example.client in kept]
     table = {"index": chosen, "client": [pool[index].client for index in chosen]}
     partitioner = NaturalIdPartitioner(partition_by="client")
     partitioner.dataset = Dataset.from_dict(table)
     owners = {}
-    for number in range(num_partitions):
+    for number in range(wanted):
         part = partitioner.load_partition(number)
         rng = generator(seed, f"data.natural.{part['client'][0]}")
         owners[part["client"][0]] = rng.permutation(list(part["index"])).tolist()
-    return [owners[name] for name in largest]
+    if groups == 1:
+        return [owners[name] for name in largest]
+    shares = []
+    for partition in range(num_partitions):
+        # Dealt in turn, so that every client has large and small ones.
+        mixed = [i for name in largest[partition::num_partitions] for i in owners[name]]
+        rng = generator(seed, f"data.natural.groups.{partition}")
+        shares.append([mixed[i] for i in rng.permutation(len(mixed))])
+    return shares
 
 
 def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
@@ -164,12 +178,14 @@ def _shares(
     num_partitions: int,
     seed: int,
     field: str,
+    groups: int,
+    closed: bool,
 ) -> list[list[int]]:
     if partition == "dirichlet":
-        return _dirichlet(pool, total, alpha, num_partitions, seed)
+        return _dirichlet(pool, total, alpha, num_partitions, seed, closed)
     if partition == "iid":
         return _iid(pool, num_partitions, seed)
-    return _natural(pool, num_partitions, seed, field)
+    return _natural(pool, num_partitions, seed, field, groups)
 
 
 def _check(data: DataConfig, pool: Sequence[Example], num_partitions: int) -> None:
@@ -210,11 +226,20 @@ def client_examples(
     if not 0 <= partition_id < num_partitions:
         raise DataError(f"there is no client {partition_id} among {num_partitions}")
     pool = training_pool(data)
-    check_labels(pool, label_set(data), "the training file")
+    labels = label_set(data)
+    check_labels(pool, labels, "the training file")
     _check(data, pool, num_partitions)
     total = data.examples_per_client + data.personal_test_examples
     shares = _shares(
-        pool, data.partition, total, data.alpha, num_partitions, seed, data.client_field
+        pool,
+        data.partition,
+        total,
+        data.alpha,
+        num_partitions,
+        seed,
+        data.client_field,
+        data.groups_per_client,
+        labels is not None,
     )
     train, personal = _split(shares[partition_id], data)
     if not train:

@@ -1,4 +1,4 @@
-"""Reading labelled texts: the embedded data set, or a user's .jsonl, .jsonl.gz or .csv file."""
+"""Reading texts with their answers: the embedded data set, Natural Instructions, or a user's table file."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS, read_tasks
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
 
 #: Data sets shipped with the package.
 EMBEDDED = ("debian_sections",)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One labelled text; ``client`` names its natural owner (empty where the file does not say)."""
-
-    text: str
-    label: str
-    client: str = ""
 
 
 def _open(path: Path) -> TextIO:
@@ -70,6 +62,17 @@ def _column(row: dict[str, Any], key: str, setting: str, where: str) -> str:
     return text
 
 
+def _references(value: Any, where: str, data: DataConfig) -> tuple[str, ...]:
+    """Further right answers of a row: a list in .jsonl; a table of plain text has none."""
+    if not isinstance(value, list):
+        return ()
+    if not all(isinstance(item, str) for item in value):
+        raise DataError(
+            f"{where}: {data.references_field!r} (data.references_field) holds something that is no text"
+        )
+    return tuple(value)
+
+
 def read_examples(path: Path, data: DataConfig) -> list[Example]:
     """Read a file's examples in their order.
 
@@ -95,6 +98,7 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
                     client=""
                     if row.get(data.client_field) is None
                     else str(row[data.client_field]),
+                    references=_references(row.get(data.references_field), where, data),
                 )
             )
     except UnicodeDecodeError as error:
@@ -112,6 +116,11 @@ def _path(data: DataConfig, part: str) -> Path:
     given = data.train if part == "train" else data.test
     if given is not None:
         return Path(given).expanduser()
+    if data.name == NATURAL_INSTRUCTIONS:
+        raise DataError(
+            f"data.{part} is not set; give data.train=DIRECTORY with Natural Instructions task files "
+            "(https://github.com/allenai/natural-instructions, folder tasks), or the id of a hub data set"
+        )
     if data.name not in EMBEDDED:
         raise DataError(
             f"data.{part} is not set and {data.name!r} is no embedded data set "
@@ -127,15 +136,18 @@ def _path(data: DataConfig, part: str) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def _read(path: Path, stamp: int, fields: tuple[str, str, str]) -> tuple[Example, ...]:
-    text, label, client = fields
-    columns = DataConfig(text_field=text, label_field=label, client_field=client)
+def _read(path: Path, stamp: int, fields: tuple[str, str, str, str]) -> tuple[Example, ...]:
+    text, label, client, references = fields
+    columns = DataConfig(
+        text_field=text, label_field=label, client_field=client, references_field=references
+    )
     return tuple(read_examples(path, columns))
 
 
 def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
     stamp = path.stat().st_mtime_ns if path.is_file() else 0
-    return _read(path, stamp, (data.text_field, data.label_field, data.client_field))
+    fields = (data.text_field, data.label_field, data.client_field, data.references_field)
+    return _read(path, stamp, fields)
 
 
 @functools.cache
@@ -156,6 +168,8 @@ def _is_plugin(data: DataConfig) -> bool:
 
 def training_pool(data: DataConfig) -> tuple[Example, ...]:
     """All examples clients can draw from (or a deployed client's own file), in file order."""
+    if data.name == NATURAL_INSTRUCTIONS and data.train is not None:
+        return read_tasks(data.train, data, None if data.test is not None else "train")
     if _is_plugin(data):
         return _from_plugin(data.name, "train")
     return _cached(_path(data, "train"), data)
@@ -172,6 +186,9 @@ def global_test(data: DataConfig) -> list[Example]:
     """
     if _is_plugin(data):
         where, found = f"test of {data.name}", _from_plugin(data.name, "test")
+    elif data.name == NATURAL_INSTRUCTIONS and (data.test or data.train) is not None:
+        where = str(data.test or data.train)
+        found = read_tasks(where, data, None if data.test is not None else "test")
     else:
         path = _path(data, "test")
         where, found = str(path), _cached(path, data)
@@ -208,8 +225,8 @@ def check_labels(examples: Iterable[Example], labels: Sequence[str] | None, wher
 
 
 def examples_digest(examples: Iterable[Example]) -> str:
-    """SHA-256 (hex) over texts and answers in order: what results and states depend on."""
+    """SHA-256 (hex) over texts and right answers in order: what results and states depend on."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.text, example.label]).encode())
+        digest.update(json.dumps([example.text, *example.answers]).encode())
     return digest.hexdigest()

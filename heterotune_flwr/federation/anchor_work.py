@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import AlignmentConfig, Config
-from heterotune_flwr.data.sources import Example
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.consensus import Lesson, as_probabilities

@@ -22,7 +22,7 @@ from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
-from heterotune_flwr.data.sources import global_test, label_set
+from heterotune_flwr.data.sources import examples_digest, global_test, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
@@ -58,8 +58,9 @@ from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.controls import ClientControls
-from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
+from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once, measured_once
 from heterotune_flwr.tuning.feedback import Feedback
+from heterotune_flwr.tuning.generation import GenerationReport, score_generation
 from heterotune_flwr.tuning.local import TrainReport, train_local
 from heterotune_flwr.tuning.slots import lowest_slot
 from heterotune_flwr.tuning.states import make_rows
@@ -124,6 +125,16 @@ class Client:
         if part == "train":
             return encodings.encoded(task, key, lambda: self.data(seed).train)
         return encodings.encoded(task, key, lambda: self.data(seed).personal_test)
+
+    def generation(self, adapter: AttachedAdapter, scope: str, seed: int) -> GenerationReport:
+        """Scores of the answers the adapter generates on the ``personal`` or ``global`` test."""
+        data, task = self.identity.data, self.task()
+        if scope == "personal":
+            return score_generation(adapter, task, self.data(seed).personal_test, data)
+        examples = global_test(data)
+        settings = (data.generate, data.max_answer_tokens, data.stop, task.max_length, task.prompt)
+        key = f"generation {examples_digest(examples[: data.generate])} {settings}"
+        return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
 
     def prior(self, seed: int) -> Tensor | None:
         """Log label frequencies of the training examples; they never leave the client."""
@@ -270,6 +281,8 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         else:
             report = evaluate(adapter, task, rows, client.prior(header.seed))
         metrics |= _eval_metrics(scope, report)
+        if client.identity.data.generate and task.kind == "tokens":
+            metrics |= _eval_metrics(scope, client.generation(adapter, scope, header.seed))
     reply = EvaluateReply(
         client.client_id, client.type_key, header.round, request.maps_digest, metrics, kept
     )
@@ -334,7 +347,7 @@ def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float
     return metrics | {f"gate_mass_{tier}": value for tier, value in mass.items()}
 
 
-def _eval_metrics(scope: str, report: EvalReport) -> dict[str, float]:
+def _eval_metrics(scope: str, report: EvalReport | GenerationReport) -> dict[str, float]:
     return {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import Config
-from heterotune_flwr.data.sources import Example, label_set
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.federation.identity import Identity
 from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
 

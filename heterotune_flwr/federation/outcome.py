@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-MEASURES = ("global_accuracy", "global_loss", "personal_accuracy", "personal_loss")
+#: What is taken on each test; the last two where answers are generated.
+_MEASURED = ("accuracy", "loss", "exact_match", "rouge_l")
+MEASURES = tuple(f"{scope}_{name}" for scope in ("global", "personal") for name in _MEASURED)
 
 
 @dataclass
@@ -20,8 +22,12 @@ class ClientRow:
     examples: int
     global_accuracy: float | None = None
     global_loss: float | None = None
+    global_exact_match: float | None = None
+    global_rouge_l: float | None = None
     personal_accuracy: float | None = None
     personal_loss: float | None = None
+    personal_exact_match: float | None = None
+    personal_rouge_l: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of ``clients`` in results.json."""
@@ -37,8 +43,8 @@ class ClientRow:
 def statistics(rows: Iterable[ClientRow]) -> dict[str, float]:
     """Mean, standard deviation, worst and worst tenth over clients, per measure taken.
 
-    The worst of an accuracy is its minimum, of a loss its maximum; the worst tenth is the mean
-    over the worst 10 % of clients, at least one.
+    The worst of a loss is its maximum, of every other measure its minimum; the worst tenth is the
+    mean over the worst 10 % of clients, at least one.
     """
     rows = list(rows)
     result: dict[str, float] = {"clients": len(rows)}
@@ -46,7 +52,7 @@ def statistics(rows: Iterable[ClientRow]) -> dict[str, float]:
         taken = [float(v) for row in rows if (v := getattr(row, name)) is not None]
         if not taken:
             continue
-        ordered = np.sort(taken) if name.endswith("accuracy") else np.sort(taken)[::-1]
+        ordered = np.sort(taken)[::-1] if name.endswith("loss") else np.sort(taken)
         tenth = max(1, len(taken) // 10)
         result[f"{name}_mean"] = float(np.mean(taken))
         result[f"{name}_std"] = float(np.std(taken, ddof=1)) if len(taken) > 1 else 0.0

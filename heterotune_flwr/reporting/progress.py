@@ -153,11 +153,12 @@ class RunProgress:
 
     def _on_evaluate(self, event: Event) -> None:
         accuracy = event["overall"].get("global_accuracy_mean")
-        if accuracy is not None:
-            self._line(
-                f"  after round {event['round']}: accuracy {100 * accuracy:.1f} % on the global test",
-                force=True,
-            )
+        if accuracy is None:
+            return
+        text = f"  after round {event['round']}: accuracy {100 * accuracy:.1f} %"
+        generated = event["overall"].get("global_rouge_l_mean")
+        text += f", ROUGE-L {100 * generated:.1f} %" if generated is not None else ""
+        self._line(f"{text} on the global test", force=True)
 
     def _on_slices(self, event: Event) -> None:
         shown = [f"{k} {100 * v:.1f} %" for k, v in event["accuracies"].items() if v is not None]

@@ -22,6 +22,8 @@ TITLES = {
     "heterotune": "HeteroTune",
     "mean": "plain mean",
 }
+#: What a measure is called in a title.
+MEASURE_TITLES = {"accuracy": "Accuracy", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 OVERALL = "all clients"
 #: Columns where the output is no terminal and nobody says how wide it is.
 PLAIN_WIDTH = 110
@@ -140,14 +142,15 @@ def _gain(value: tuple[float, float] | None, seeds: int) -> str:
 
 
 def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") -> Table:
-    """Accuracy in percent, one row per type, one column per strategy; HeteroTune's gains in points."""
+    """A measure in percent, one row per type, one column per strategy; HeteroTune's gains in points."""
     strategies = _strategies(results)
     seeds = len({run["seed"] for run in results["runs"]})
-    which = "the global test" if metric == "global_accuracy" else "the clients' own tests"
+    scope, _, measure = metric.partition("_")
+    which = "the global test" if scope == "global" else "the clients' own tests"
     subject = subject_of(strategies)
     rivals = [name for name in strategies if name != subject]
     table = Table(
-        title=f"Accuracy (%) on {which}",
+        title=f"{MEASURE_TITLES[measure]} (%) on {which}",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         min_width=MIN_WIDTH,
@@ -164,9 +167,10 @@ def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") 
         style = "bold" if type_key == OVERALL else None
         cells = _row(results, strategies, rivals, type_key, metric, seeds)
         table.add_row(type_key, *cells, style=style, end_section=type_key in (types[-1], OVERALL))
-    if metric == "global_accuracy" and has_measure(results, "personal_accuracy"):
+    personal = f"personal_{measure}"
+    if scope == "global" and has_measure(results, personal):
         # What a shared bank gains on the global test it may lose on a skewed client's own data: say so.
-        cells = _row(results, strategies, rivals, OVERALL, "personal_accuracy", seeds)
+        cells = _row(results, strategies, rivals, OVERALL, personal, seeds)
         table.add_row("on own tests", *cells)
     table.caption = _accuracy_note(results, seeds, bool(rivals))
     table.caption_justify = "left"
@@ -190,6 +194,13 @@ def _row(
 def has_measure(results: Mapping[str, Any], metric: str) -> bool:
     """Whether any client was measured that way."""
     return any(c.get(metric) is not None for run in results["runs"] for c in run["clients"])
+
+
+def measures_taken(results: Mapping[str, Any], personal: bool = True) -> list[str]:
+    """Measures in percent that a table is worth: accuracy always, of the others those that were taken."""
+    scopes = ("global", "personal") if personal else ("global",)
+    names = [f"{scope}_{measure}" for measure in MEASURE_TITLES for scope in scopes]
+    return [name for name in names if name == "global_accuracy" or has_measure(results, name)]
 
 
 def _accuracy_note(results: Mapping[str, Any], seeds: int, gains: bool) -> str:
@@ -281,18 +292,15 @@ def _print(
 def final_table(results: Mapping[str, Any], directory: Path, width: int = PLAIN_WIDTH) -> str:
     """The end of a run as text: accuracies, bytes, where everything is."""
     text = io.StringIO()
-    metrics = ["global_accuracy"]
-    if has_measure(results, "personal_accuracy"):
-        metrics.append("personal_accuracy")
-    _print(Console(file=text, width=width, no_color=True), results, directory, metrics)
+    _print(
+        Console(file=text, width=width, no_color=True), results, directory, measures_taken(results)
+    )
     return text.getvalue()
 
 
-def show(
-    results: Mapping[str, Any], directory: Path, metrics: Sequence[str] = ("global_accuracy",)
-) -> None:
-    """Print the tables to the terminal, in colour where it has any."""
+def show(results: Mapping[str, Any], directory: Path, personal: bool = False) -> None:
+    """Print the tables to the terminal, in colour where it has any; ``personal``: the clients' own tests too."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
-    _print(console, results, directory, metrics)
+    _print(console, results, directory, measures_taken(results, personal))

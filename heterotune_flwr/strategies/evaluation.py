@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from heterotune_flwr.federation.outcome import ClientRow
+from heterotune_flwr.federation.outcome import MEASURES, ClientRow
 from heterotune_flwr.federation.protocol import EvaluateReply
 from heterotune_flwr.federation.roster import Roster
 
@@ -54,9 +54,7 @@ def rows(roster: Roster, replies: Iterable[EvaluateReply], models_differ: bool) 
         own = metrics.get(client_id, {})
         common = own if models_differ else shared.get(client.info.type_key, {})
         row = ClientRow(client_id, client.info.type_key, client.info.train_examples)
-        row.global_accuracy = common.get("global_accuracy")
-        row.global_loss = common.get("global_loss")
-        row.personal_accuracy = own.get("personal_accuracy")
-        row.personal_loss = own.get("personal_loss")
+        for name in MEASURES:
+            setattr(row, name, (common if name.startswith("global_") else own).get(name))
         result.append(row)
     return result

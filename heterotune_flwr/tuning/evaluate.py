@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +14,8 @@ from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.local import examples_correct
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
+
+T = TypeVar("T")
 
 _BATCH = 32
 _REMEMBERED = 256
@@ -47,7 +51,7 @@ def evaluate(
 
 
 #: Explicit per-process memory of results by everything they depend on.
-_results: OrderedDict[tuple[str, ...], EvalReport] = OrderedDict()
+_results: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
 
 def evaluate_once(adapter: AttachedAdapter, task: Task, rows: Rows, data_key: str) -> EvalReport:
@@ -56,6 +60,11 @@ def evaluate_once(adapter: AttachedAdapter, task: Task, rows: Rows, data_key: st
     Clients of one type that hold the same shared tensors share the result. ``data_key`` must
     identify examples and task.
     """
+    return measured_once(adapter, data_key, lambda: evaluate(adapter, task, rows))
+
+
+def measured_once(adapter: AttachedAdapter, data_key: str, measure: Callable[[], T]) -> T:
+    """What ``measure`` gives for the adapter's values, kept per process; ``data_key`` identifies all else."""
     key = (
         adapter.backbone.fingerprint,
         adapter.backbone.type_key,
@@ -65,7 +74,8 @@ def evaluate_once(adapter: AttachedAdapter, task: Task, rows: Rows, data_key: st
         data_key,
     )
     if key not in _results:
-        _results[key] = evaluate(adapter, task, rows)
+        _results[key] = measure()
         while len(_results) > _REMEMBERED:
             _results.popitem(last=False)
-    return _results[key]
+    result: T = _results[key]
+    return result

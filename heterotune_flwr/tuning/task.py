@@ -24,7 +24,7 @@ from torch.nn import functional
 from heterotune_flwr.backbones.head import HeadScaling, head_scaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import DataConfig, TrainConfig
-from heterotune_flwr.data.sources import Example
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
 from heterotune_flwr.errors import ConfigError, DataError
 

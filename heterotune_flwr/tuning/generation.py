@@ -1,0 +1,178 @@
+"""Greedy answers of an attached adapter, and how near they are to the right ones.
+
+The decoding is ``transformers``' own ``generate`` on the backbone's model, in which whatever is attached (DeMA at any
+slot, cores, LoRA) takes part: all of it acts on one position at a time, so the key-value cache stays valid.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.template import encode_prompt
+from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.task import Task
+from heterotune_flwr.tuning.text_metrics import exact_match, rouge_l
+
+#: Tokens of one batch, padding and answers included.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """Mean exact match and ROUGE-L (0 to 1) of generated answers, and how many were generated."""
+
+    exact_match: float
+    rouge_l: float
+    generated: int
+
+
+class _StopText(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row as soon as the text after its prompt contains ``stop``, whatever tokens make it up."""
+
+    def __init__(self, tokenizer: Any, stop: str, start: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Return which rows (bool ``B``) are done."""
+        texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
+        return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
+
+
+def generate_answers(
+    adapter: AttachedAdapter, prompts: Sequence[Sequence[int]], limit: int, stop: str | None
+) -> list[str]:
+    """Greedy answer to every prompt, in the prompts' order, without surrounding white space.
+
+    Parameters
+    ----------
+    adapter
+        With its values loaded.
+    prompts
+        Token ids, at least one each.
+    limit
+        New tokens at most.
+    stop
+        The answer ends before this text; None: at an end-of-text token alone.
+
+    """
+    answers = [""] * len(prompts)
+    for batch in _batches(prompts, limit):
+        texts = _generate(adapter, [prompts[i] for i in batch], limit, stop)
+        for index, text in zip(batch, texts, strict=True):
+            answers[index] = text
+    return answers
+
+
+def score_generation(
+    adapter: AttachedAdapter, task: Task, examples: Sequence[Example], data: DataConfig
+) -> GenerationReport:
+    """Generate the answers of the first ``data.generate`` examples and compare them with the right ones."""
+    chosen = examples[: data.generate]
+    # The answer needs its place in data.max_length, as in training.
+    room = max(1, task.max_length - data.max_answer_tokens)
+    tokenizer = adapter.backbone.tokenizer
+    prompts = [encode_prompt(tokenizer, task.prompt, example.text, room) for example in chosen]
+    answers = generate_answers(adapter, prompts, data.max_answer_tokens, data.stop)
+    pairs = list(zip(answers, (example.answers for example in chosen), strict=True))
+    count = max(len(pairs), 1)
+    return GenerationReport(
+        exact_match=sum(exact_match(*pair) for pair in pairs) / count,
+        rouge_l=sum(rouge_l(*pair) for pair in pairs) / count,
+        generated=len(pairs),
+    )
+
+
+def _batches(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[int]]:
+    """Batches of similar length, at most ``_BATCH_TOKENS`` each: a function of the prompts alone."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(prompts[index]) + limit) * (len(batch) + 1) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _generate(
+    adapter: AttachedAdapter, prompts: Sequence[Sequence[int]], limit: int, stop: str | None
+) -> list[str]:
+    """Answers of one batch, padded on the left."""
+    backbone = adapter.backbone
+    model, tokenizer = backbone.model, backbone.tokenizer
+    longest = max(len(ids) for ids in prompts)
+    settings = _greedy(model, tokenizer, limit)
+    ids = torch.full((len(prompts), longest), int(settings.pad_token_id), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    criteria = [] if stop is None else [_StopText(tokenizer, stop, longest)]
+    with _own_settings(model, settings), _contiguous_head(model):
+        output = model.generate(
+            input_ids=ids.to(backbone.device),
+            attention_mask=mask.to(backbone.device),
+            stopping_criteria=StoppingCriteriaList(criteria),
+        )
+    # Not left to the tokenizer: some do not know their end-of-text token as a special one.
+    ends = set(settings.eos_token_id or ())
+    kept = [
+        list(itertools.takewhile(lambda token: token not in ends, row))
+        for row in output[:, longest:].tolist()
+    ]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts]
+
+
+def _greedy(model: Any, tokenizer: Any, limit: int) -> GenerationConfig:
+    """Plain greedy decoding that ends at the token training teaches, or at one the model's makers named."""
+    ends = {tokenizer.eos_token_id}
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends |= set(named) if isinstance(named, list) else {named}
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        pad_token_id=int(tokenizer.pad_token_id),
+        eos_token_id=sorted(int(end) for end in ends if end is not None) or None,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """For one call, in the place of the model's own settings: generate would mix the two (penalties, sampling)."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@contextmanager
+def _contiguous_head(model: Any) -> Iterator[None]:
+    """The unembedding gets contiguous rows: on CPUs bfloat16 products of strided ones are 150 times slower."""
+
+    def contiguous(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].contiguous(), *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
+    try:
+        yield
+    finally:
+        hook.remove()
