@@ -35,7 +35,8 @@ MINIMA: dict[str, float] = {
     "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
     "data.max_length": 8, "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
     "server.evaluate_every": 0, "server.min_results": 1, "server.bench_after": 0, "server.bench_longest": 1,
-    "server.deadline_floor_seconds": 0, "server.grace_seconds": 0, "server.oversample": 0, "alignment.count": 10, "alignment.components": 1,
+    "server.deadline_floor_seconds": 0, "server.grace_seconds": 0, "server.oversample": 0,
+    "alignment.count": 10, "alignment.components": 1,
     "train.logit_adjustment": 0, "train.proximal": 0,
     "run.worker_threads": 1,
 }  # fmt: skip

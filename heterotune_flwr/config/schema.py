@@ -202,7 +202,9 @@ class ServerConfig:
     bench_after: int = _help(
         "failures in a row (refused, an error, no answer) after which a client is not asked for a while; 0: never", 3
     )  # fmt: skip
-    bench_longest: int = _help("longest bench in rounds; the first lasts 2, each further one doubles", 16)
+    bench_longest: int = _help(
+        "longest bench in rounds; the first lasts 2, each further one doubles", 16
+    )
     deadline_factor: float | None = _help(
         "a client that has answered before is waited for this many times its type's median; null: timeout_seconds",
         3.0,
@@ -212,7 +214,9 @@ class ServerConfig:
         "share of the asked clients after whose results, and `grace_seconds`, a round closes; null: wait for all. "
         "Results then depend on timing", None
     )  # fmt: skip
-    grace_seconds: float = _help("how long the others are still waited for once `quorum` is reached", 10.0)
+    grace_seconds: float = _help(
+        "how long the others are still waited for once `quorum` is reached", 10.0
+    )
     oversample: float = _help(
         "ask this share more clients than needed and take the first results; 0: none. Results then depend on timing",
         0.0,

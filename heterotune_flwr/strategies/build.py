@@ -133,9 +133,7 @@ def _server_optimizer(
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _robust_mean(
-    name: str, spec: Mapping[str, Any], component: type[HeteroStrategy]
-) -> RobustMean:
+def _robust_mean(name: str, spec: Mapping[str, Any], component: type[HeteroStrategy]) -> RobustMean:
     """Read the entry's ``robust``; the weighted mean where it has none."""
     where = f"strategies.{name}.robust"
     if spec.get("robust") is None:

@@ -24,10 +24,13 @@ from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.wire import CONSENSUS, read_config, read_metrics
 from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
+from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.safety import Safety
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
+#: Letters of a client's own words that are kept.
+_LONGEST_REASON = 300
 
 
 class Courier:
@@ -192,7 +195,8 @@ class Courier:
     def refuse(
         self, client_id: str, round: int, reason: str, event: str = "refused", **fields: Any
     ) -> None:
-        """Journal that a client's answer is not used, and why."""
+        """Journal that a client's answer is not used, and why (in one printable line, whatever the client wrote)."""
+        reason = _one_line(reason)
         self._failed.setdefault(client_id, reason)
         self.event(event, round=round, client_id=client_id, reason=reason, **fields)
 
@@ -229,8 +233,15 @@ class Courier:
             of=self.context.config.server.rounds,
             client_id=client_id,
             type=self.roster.clients[client_id].info.type_key,
-            **{key: metrics[key] for key in sorted(metrics) if key not in RESERVED},
+            **{key: metrics[key] for key in sorted(metrics)[:MOST_METRICS] if key not in RESERVED},
         )
+
+
+def _one_line(text: str) -> str:
+    """A client's words as a terminal and a journal can bear them."""
+    line = " ".join(text.split())
+    shown = "".join(char if char.isprintable() else "?" for char in line[:_LONGEST_REASON])
+    return shown if len(line) <= _LONGEST_REASON else f"{shown} ..."
 
 
 def _label(kind: str, content: RecordDict) -> str:

@@ -123,9 +123,7 @@ class HeteroTune(HeteroStrategy):
         return {"cmga": log} if log else {}
 
 
-def _with_rule(
-    chain: Sequence[Mapping[str, Any]], mean: RobustMean
-) -> Sequence[Mapping[str, Any]]:
+def _with_rule(chain: Sequence[Mapping[str, Any]], mean: RobustMean) -> Sequence[Mapping[str, Any]]:
     """Let the chain's first step average inside types as the entry's ``robust`` says, unless it has a rule."""
     first = dict(chain[0])
     if mean.rule == "mean" or "rule" in first or first.get("transform") != "within_type_mean":

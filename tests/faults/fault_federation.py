@@ -87,6 +87,8 @@ def run(spec, clients=(4, 3, 3), seed=0, prepare=None, drop=None, skew=0.4, toys
         journal = Memory(Path(config.run.dir))
         session = Session(grid, config, journal, "toy-0")
         strategy = build_strategy(spec, StrategyContext("faults", config, seed, session))
-        logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower's own strategies tell of every step
+        logging.getLogger("flwr").setLevel(
+            logging.ERROR
+        )  # Flower's own strategies tell of every step
         strategy.start(grid)
         return Ended(strategy, journal.seen)

@@ -163,7 +163,9 @@ def test_deadlines_follow_the_type_once_a_client_has_answered():
     for client_id, seconds in (("x", 100.0), ("y", 120.0), ("z", 140.0)):
         times.measured("train", "a", client_id, seconds)
     assert times.deadline("train", "a", "x") == 360
-    assert times.deadline("train", "a", "z") == 420  # slower than its type, and given its own measure
+    assert (
+        times.deadline("train", "a", "z") == 420
+    )  # slower than its type, and given its own measure
     assert times.deadline("train", "a", "new") == 3600
     assert times.deadline("evaluate", "a", "x") == 3600
     times.measured("train", "b", "w", 0.1)
@@ -177,7 +179,9 @@ def test_deadlines_follow_the_type_once_a_client_has_answered():
     cold.restore(state)
     assert warm.state() == times.state()
     assert warm.deadline("train", "a", "x") == 360
-    assert cold.deadline("train", "a", "x") == 3600  # its process is new and loads its backbone again
+    assert (
+        cold.deadline("train", "a", "x") == 3600
+    )  # its process is new and loads its backbone again
 
 
 def dead(federation_node):

@@ -59,7 +59,6 @@ def _record(content: RecordDict) -> tuple[str, ArrayRecord]:
     return key, content[key]
 
 
-
 def _raw(change: Callable[[Array], Array]):
     """Change the packed numbers as they are on the wire."""
 
@@ -162,7 +161,9 @@ FAULTS: dict[str, Fault] = {
     "flip_x10": Fault(_values(lambda value: -10 * value)),
     "zero": Fault(_values(np.zeros_like), seen=False, needs="tensors"),
     "missing_key": Fault(_tensors(_without_one), needs="tensors"),
-    "extra_key": Fault(_tensors(lambda d: {**d, "slots.0.stowaway": np.ones(3, np.float32)}), needs=""),
+    "extra_key": Fault(
+        _tensors(lambda d: {**d, "slots.0.stowaway": np.ones(3, np.float32)}), needs=""
+    ),
     "wrong_shape": Fault(_tensors(_reshaped), needs="tensors"),
     "wrong_dtype": Fault(_raw(lambda array: Array(array.numpy().astype(np.float64)))),
     "weight_1e12": Fault(_weight(1e12), needs=""),
