@@ -240,7 +240,8 @@ class ToyFederation:
     """Builds the ClientApp and its grid; the fields below inject faults.
 
     ``nan``, ``fail``, ``forget``, ``lose_evaluation``: (client id, round) pairs that send NaN, report an error,
-    have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead; ``silent``: nobody predicts on anchors.
+    have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead.
+    ``silent``: nobody predicts on anchors.
     ``received`` and ``answered`` are filled: (client id, round) -> its request, and the values it trained.
     """
 

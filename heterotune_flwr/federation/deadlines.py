@@ -1,7 +1,7 @@
 """How long a client is waited for: a few times what its type needed so far, once it has shown that it answers.
 
-A client's first answer of a kind loads a backbone and computes states; it may take as long as ``server.timeout_seconds``.
-After that a node that has died must not hold up everybody for an hour. Measured times decide deadlines and nothing else.
+A client's first answer of a kind loads a backbone and computes states; it may take ``server.timeout_seconds``. After
+that a node that has died must not hold up everybody for an hour. Measured times decide deadlines and nothing else.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 _TTL_SHARE = 0.98
 #: An error that arrives after this share of the patience tells of the message's end.
 _LATE_SHARE = 0.95
-#: Flower's codes for a simulation's worker that is gone (UNKNOWN) and a deployed ClientApp that is (CLIENT_APP_CRASHED).
+#: Flower's codes for a simulation's worker (UNKNOWN) and for a deployed ClientApp (CLIENT_APP_CRASHED) that is gone.
 _DIED = (0, 8)
 
 

@@ -101,7 +101,7 @@ class StrategyContext:
     optimizer
         What the server does with a round's combined change; plain addition unless the strategy's entry says otherwise.
     mean
-        How updates that are shared inside a model type are averaged; weighted by examples unless the entry says otherwise.
+        How updates shared inside a model type are averaged: weighted by examples, unless the entry says otherwise.
 
     """
 

@@ -9,7 +9,7 @@ from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.federation.protocol import EvaluateReply, TrainReply
 from heterotune_flwr.flower import Message
 from heterotune_flwr.strategies.courier import Courier
-from heterotune_flwr.strategies.gate import Asked, Candidate, Refused
+from heterotune_flwr.strategies.gate import Asked, Candidate, RefusedError
 from heterotune_flwr.strategies.updates import ClientUpdate
 
 
@@ -49,9 +49,9 @@ def admit(
             continue
         try:
             if client_id in found:
-                raise Refused("duplicate", "answers twice; its first answer counts")
+                raise RefusedError("duplicate", "answers twice; its first answer counts")
             found[client_id] = gate.read(message.content, asked(client_id))
-        except Refused as error:
+        except RefusedError as error:
             courier.quarantine(client_id, server_round, error.check, str(error))
     for client_id, reason in sorted(gate.compare(found).items()):
         courier.quarantine(client_id, server_round, "size", reason)

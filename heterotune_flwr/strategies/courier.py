@@ -30,11 +30,14 @@ from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.wire import CONSENSUS, read_config, read_metrics
 from heterotune_flwr.flower import Grid, Message, RecordDict
+from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
 from heterotune_flwr.strategies.safety import Safety
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
+#: Letters of a client's own words that are kept.
+_LONGEST_REASON = 300
 
 
 class Courier:
@@ -60,7 +63,7 @@ class Courier:
         self._requests: dict[str, TrainRequest | EvaluateRequest] = {}
         self._failed: dict[str, str] = {}
         self._waited: dict[str, float] = {}
-        self.safety = Safety.of(context.config.server)
+        self.safety = Safety.of(context.config.server, context.config.exchange)
         for client_id in roster.clients:
             self.ledger.one_time(
                 client_id, roster.bytes_down[client_id], roster.bytes_up[client_id]
@@ -233,7 +236,8 @@ class Courier:
     def refuse(
         self, client_id: str, round: int, reason: str, event: str = "refused", **fields: Any
     ) -> None:
-        """Journal that a client's answer is not used, and why."""
+        """Journal that a client's answer is not used, and why (in one printable line, whatever the client wrote)."""
+        reason = _one_line(reason)
         self._failed.setdefault(client_id, reason)
         self.event(event, round=round, client_id=client_id, reason=reason, **fields)
 
@@ -299,7 +303,7 @@ class Courier:
             of=self.context.config.server.rounds,
             client_id=client_id,
             type=self.roster.clients[client_id].info.type_key,
-            **{key: metrics[key] for key in sorted(metrics) if key not in RESERVED},
+            **{key: metrics[key] for key in sorted(metrics)[:MOST_METRICS] if key not in RESERVED},
         )
 
 
@@ -308,6 +312,13 @@ def _can_send_more(request: Message, missing: str) -> bool:
     if missing == ERROR_TENSORS_MISSING:
         return bool(Held.from_config(read_config(request.content)).names)
     return missing == ERROR_MAPS_MISSING and MAPS not in request.content
+
+
+def _one_line(text: str) -> str:
+    """A client's words as a terminal and a journal can bear them."""
+    line = " ".join(text.split())
+    shown = "".join(char if char.isprintable() else "?" for char in line[:_LONGEST_REASON])
+    return shown if len(line) <= _LONGEST_REASON else f"{shown} ..."
 
 
 def _label(kind: str, content: RecordDict) -> str:

@@ -9,18 +9,18 @@ Checks, in this order; the first that fails names the refusal (docs/reliability.
 ``code``        it ran the program the client described itself with
 ``type``        it was trained on the client's own backbone
 ``maps``        it was trained behind the frozen maps that were asked for
-``duplicate``   it is the client's first answer, and not its last applied update once more
 ``work``        examples, steps and learning rate are those asked, at most as many as declared; metrics are finite
 ``tensors``     exactly the expected names and shapes, every number finite
+``duplicate``   it is the client's first answer, and not its last applied update once more
 ``size``        not far longer than the local optimizer can go, the round's updates, and the type's past ones
 ==============  =================================================================================================
 
 **Size.** AdamW moves every number by about the learning rate a step whatever the gradient's scale, so the root mean
 square of an update over ``steps * learning_rate`` is at most about 1 and nearly the same in models of any size. Plain
-SGD, whose gradients are clipped, goes no further than ``steps * learning_rate * clip_norm`` in Euclidean norm. An update's
-*reach* is its length in these units. Refused is a reach above the ceiling, or above ``limit`` times the usual one: the
-round's median, each type being measured from its own level in past rounds. Few updates of a kind seen for the first time have
-no usual reach: for them the ceiling alone acts.
+SGD, whose gradients are clipped, goes no further than ``steps * learning_rate * clip_norm`` in Euclidean norm. An
+update's *reach* is its length in these units. Refused is a reach above the ceiling, or above ``limit`` times the usual
+one: the round's median, each type being measured from its own level in past rounds. Few updates of a kind seen for the
+first time have no usual reach: for them the ceiling alone acts.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ from heterotune_flwr.strategies.updates import (
 _DECAY = 0.7
 #: Fewer updates than this have no median that means anything.
 _COMPARABLE = 3
-#: A skewed client's SGD steps really can be several times longer than the others': below reach 1 it gets this much more.
+#: A skewed client's SGD steps can be several times longer than the others': below reach 1 it gets this much more.
 _SGD_SLACK = 2.0
+#: More metrics than this no client reports.
+MOST_METRICS = 64
 T = TypeVar("T")
 
 
-class Refused(FederationError):
+class RefusedError(FederationError):
     """An update that is not used; ``check`` is one of the gate's checks."""
 
     def __init__(self, check: str, reason: str) -> None:
@@ -126,7 +128,7 @@ class UpdateGate:
 
         Raises
         ------
-        Refused
+        RefusedError
             With the check that failed, and one line that says how.
 
         """
@@ -139,7 +141,7 @@ class UpdateGate:
             ("maps", reply.maps_digest, asked.maps_digest, "trained behind the maps {}, not {}"),
         ):
             if got != expected:
-                raise Refused(
+                raise RefusedError(
                     check, line.format(*("(none)" if v == "" else v for v in (got, expected)))
                 )
         update = _stage("work", lambda: as_update(reply, asked.type_key, asked.work))
@@ -147,7 +149,7 @@ class UpdateGate:
         _stage("tensors", lambda: check_update(update, asked.shapes))
         last = self._last.get(asked.client_id)
         if last is not None and last[1] == _fingerprint(update):
-            raise Refused("duplicate", f"sends its update of round {last[0]} again")
+            raise RefusedError("duplicate", f"sends its update of round {last[0]} again")
         return Candidate(reply, update, asked)
 
     def compare(self, candidates: Mapping[str, Candidate]) -> dict[str, str]:
@@ -237,10 +239,12 @@ def _stage(check: str, step: Callable[[], T]) -> T:
     try:
         return step()
     except HeteroTuneError as error:
-        raise Refused(check, str(error)) from error
+        raise RefusedError(check, str(error)) from error
 
 
 def _check_metrics(metrics: Mapping[str, float]) -> None:
+    if len(metrics) > MOST_METRICS:
+        raise FederationError(f"reports {len(metrics)} metrics, more than {MOST_METRICS}")
     for name in sorted(metrics):
         if not math.isfinite(metrics[name]):
             raise FederationError(f"reports {name} = {metrics[name]}")

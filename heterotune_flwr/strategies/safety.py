@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from heterotune_flwr.config.schema import ServerConfig
+from heterotune_flwr.config.schema import ExchangeConfig, ServerConfig
+from heterotune_flwr.exchange.codecs import find_codec
+from heterotune_flwr.exchange.directions import up_codec
 from heterotune_flwr.federation.bench import Bench
 from heterotune_flwr.federation.deadlines import ReplyTimes
 from heterotune_flwr.strategies.gate import UpdateGate
@@ -25,10 +28,17 @@ class Safety:
     times: ReplyTimes
 
     @classmethod
-    def of(cls, server: ServerConfig) -> Safety:
-        """As a run's ``server`` section says, with no past."""
+    def of(cls, server: ServerConfig, exchange: ExchangeConfig) -> Safety:
+        """As a run's ``server`` section says, with no past.
+
+        Where only a share k of the numbers travels and the rest is kept for later rounds, a number that is sent at last
+        brings up to 1 / k rounds: an honest update can be 1 / sqrt(k) times as long, and so is the ceiling.
+        """
+        ceiling = server.norm_ceiling
+        if ceiling is not None and getattr(find_codec(up_codec(exchange)), "sparse", False):
+            ceiling /= math.sqrt(exchange.top_k)
         return cls(
-            UpdateGate(server.norm_limit, server.norm_ceiling),
+            UpdateGate(server.norm_limit, ceiling),
             Bench(server.bench_after, server.bench_longest, server.min_results),
             ReplyTimes(
                 server.timeout_seconds, server.deadline_floor_seconds, server.deadline_factor

@@ -10,6 +10,7 @@ from fault_cases import PLACES, applies, play
 from fault_federation import SHIPPED, run, toy_spec
 from wire_faults import FAULTS, Hostile
 
+from heterotune_flwr.federation.protocol import error_content
 from heterotune_flwr.flower import Message
 
 NAMES = list(FAULTS)
@@ -100,6 +101,24 @@ def test_an_answer_from_a_stranger_is_not_believed():
 
     with pytest.raises(Exception, match="node 12345 answered in its place"):
         run(toy_spec("heterotune"), prepare=impostor)
+
+
+def test_what_a_client_says_of_its_failure_is_kept_short_and_printable():
+    def talkative(federation, grid):
+        honest = federation.train
+
+        def train(message, context):
+            if federation.who(context)[0] == "client-0001":
+                return Message(error_content("\x1b[2J\x07 owned " * 10_000), reply_to=message)
+            return honest(message, context)
+
+        federation.train = train
+        grid._app = federation.app()
+
+    ended = run(toy_spec("heterotune"), prepare=talkative)
+    for event in ended.of("client_failed"):
+        assert event["reason"].isprintable()
+        assert len(event["reason"]) < 320
 
 
 def test_a_reply_that_is_no_reply_is_quarantined():
