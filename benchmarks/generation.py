@@ -10,7 +10,8 @@ discount of label frequencies, so some of any averaging's gain is that it averag
 Measured on the global test: exact match and ROUGE-L of the greedy answers (the first ``GENERATED`` examples), and the
 cross-entropy per answer token (all examples), which needs far fewer examples to tell two methods apart.
 
-Run: ``python -m benchmarks.generation`` (about 40 minutes on 2 cores), or ``--rows`` of it. A row that is done is not
+Run: ``python -m benchmarks.generation`` (about 20 minutes per row of the embedded family on 2 busy cores, hours for
+the real one, which needs ``--instructions``), or ``--rows`` of it. A row that is done is not
 done again. Writes ``benchmarks/results/generation.json``.
 """
 
