@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    from benchmarks.common import write_results
+    from benchmarks.common import read_results, write_results
     from benchmarks.fuzz_target import seeds
 
     with tempfile.TemporaryDirectory(prefix="heterotune-fuzz-") as name:
@@ -75,15 +75,17 @@ def main() -> None:
         kept = len(list(corpus.iterdir()))
     seconds = time.monotonic() - begin
     edges = [int(n) for n in re.findall(r"cov: (\d+)", done.stderr)]
-    print(done.stderr[-2000:], counts, f"{seconds:.0f} s")
-    if done.returncode:
+    print(done.stderr[-2000:], counts, f"{seconds:.0f} s, exit code {done.returncode}")
+    # A finding ends libFuzzer before it says that it is done.
+    if f"Done {args.inputs} in" not in done.stderr:
         raise SystemExit(1)
     values = {
         "fuzz_inputs": counts["inputs"], "fuzz_accepted": counts["accepted"],
         "fuzz_measured": counts["measured"], "fuzz_findings": 0, "fuzz_edges": max(edges, default=0),
-        "fuzz_corpus": kept, "fuzz_seconds": round(seconds),
+        "fuzz_corpus": kept, "fuzz_seconds": round(seconds), "fuzz_seed": args.seed,
     }  # fmt: skip
-    write_results("codec", values)
+    seeds_known = {key: value for key, value in read_results("codec").items() if key == "seeds"}
+    write_results("codec", {**values, **seeds_known})
 
 
 if __name__ == "__main__":
