@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.manifest import MAX_NUMBERS
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.federation.protocol import Header
 from heterotune_flwr.federation.wire import (
@@ -84,6 +86,13 @@ class DescribeReply:
             shapes = {str(name): tuple(int(n) for n in shape) for name, shape in raw.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise ExchangeError(f"field 'shapes' of the message is malformed: {error}") from error
+        # The server makes first values of these shapes before anything else of the client is checked.
+        if any(n < 0 for shape in shapes.values() for n in shape) or (
+            sum(math.prod(shape) for shape in shapes.values()) > MAX_NUMBERS
+        ):
+            raise ExchangeError(
+                f"field 'shapes' of the message announces more than {MAX_NUMBERS} numbers, or fewer than none"
+            )
         texts = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
         numbers = (
             "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
