@@ -29,7 +29,7 @@ from heterotune_flwr.federation.sampling import named_generator
 from heterotune_flwr.federation.server import run_strategies
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
-ROUNDS = 15
+ROUNDS = 30
 SPEC = {"_component_": "heterotune_flwr.strategies.HeteroTune"}
 
 
@@ -88,7 +88,7 @@ def main(clients: int, seeds: list[int]) -> dict[str, Any]:
     pairs = [(one_run(clients, s, 0.0, every), one_run(clients, s, 0.3, every)) for s in seeds]
     gaps = [gap(lossy, whole) for whole, lossy in pairs]
     needed = clients // 5
-    storm = one_run(clients, seeds[0], 0.9, range(6, 8), min_results=needed)
+    storm = one_run(clients, seeds[0], 0.9, range(12, 14), min_results=needed)
     ever = one_run(clients, seeds[0], 0.9, every, min_results=needed)
     return {
         "command": "python -m benchmarks.dropout",

@@ -73,6 +73,34 @@ def test_refusals_are_in_the_journal_the_results_and_the_final_table(tmp_path):
     assert "3 updates of 1 clients refused (client-0002: tensors 3)" in line
 
 
+def test_the_progress_display_says_who_is_refused_benched_and_back(tmp_path):
+    import io
+
+    from rich.console import Console
+    from toy_federation import toy_config
+
+    from heterotune_flwr.reporting.progress import RunProgress
+
+    ended = run(toy_spec("heterotune"), prepare=Hostile(("client-0002",), FAULTS["nan"]), rounds=6)
+    text = io.StringIO()
+    progress = RunProgress(toy_config(tmp_path, (4, 3, 3)), Console(file=text, width=200))
+    named = {"strategy": "heterotune", "seed": 0}
+    for event in ended.events:
+        if event["event"] in ("refused", "benched", "returned"):
+            progress({**named, **event})
+    progress({**named, "event": "skipped", "round": 2, "usable": 1, "needed": 5})
+    progress({**named, "event": "round_closed", "round": 3, "unawaited": ["client-0009"]})
+    shown = text.getvalue()
+    for line in (
+        "refused client-0002: sends numbers in",
+        "client-0002 failed too often: not asked until after round 5",
+        "client-0002 is asked again",
+        "round 2 skipped: 1 usable updates, 5 needed",
+        "round 3 closed without waiting for client-0009",
+    ):
+        assert line in shown
+
+
 def test_an_answer_that_comes_twice_counts_once():
     def twice(federation, grid):
         pull = grid.pull_messages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fault_federation import run, toy_spec
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from wire_faults import Fault, Hostile, _values
 
@@ -57,10 +57,12 @@ def naive(rule, rows, weights, trim, clip, hostile, keep):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**20))
 def test_every_rule_is_its_definition(rule, count, width, seed):
+    # With one nearest neighbour to count, two that are each other's nearest tie: Krum may choose either.
+    assume("krum" not in rule or not 2 < count < 5)
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(count, width)) * rng.uniform(0.1, 10, size=(count, 1))
     weights = rng.integers(1, 100, size=count).astype(float).tolist()
-    options = {"trim": 0.25, "clip": 0.8, "hostile": 2, "keep": None}
+    options = {"trim": 0.25, "clip": 0.8, "hostile": 1, "keep": None}
     found = RobustMean(rule, **options)(list(rows), weights)
     np.testing.assert_allclose(found, naive(rule, rows.tolist(), weights, **options), atol=1e-9)
 
