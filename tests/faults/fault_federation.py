@@ -68,8 +68,8 @@ class Memory(Journal):
     """A journal that keeps its events at hand too."""
 
     def __init__(self, directory):
-        super().__init__(directory)
         self.seen = []
+        super().__init__(directory)
 
     def event(self, event, **fields):
         super().event(event, **fields)
