@@ -18,6 +18,11 @@ CHAINS = {
     "cmga": DEFAULT_CHAIN,
     "cmga without guard": [*DEFAULT_CHAIN[:-2], {"transform": "combine", "guard": False}],
     "equal norms": [*_HEAD, {"transform": "combine", "weights": "equal", "guard": False}],
+    "dissent": [
+        *_HEAD,
+        {"transform": "weigh_dissent"},
+        {"transform": "combine", "guard": False},
+    ],
     "pcgrad": [
         _HEAD[0],
         {"transform": "pcgrad"},

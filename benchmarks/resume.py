@@ -171,10 +171,11 @@ def _command(directory: Path, resume: bool) -> list[str]:
 
 
 def _descendants(process: psutil.Process, word: str) -> list[psutil.Process]:
+    """Processes of a run whose program (its first words) has ``word``; a worker's name stands first."""
     found = []
     for member in process.children(recursive=True):
         try:
-            if any(word in part for part in member.cmdline()):
+            if any(word in part for part in member.cmdline()[:3]):
                 found.append(member)
         except psutil.Error:
             continue
@@ -223,7 +224,7 @@ def main() -> None:
         root = Path(folder)
         rows = server_kills(root, arguments.kills, arguments.writes, rng)
         expected, total = banks(root / "whole"), lines(root / "whole")
-        for kind, word in (("server", "flwr-simulation"), ("worker", "ray::")):
+        for kind, word in (("server", "flwr-simulation"), ("worker", "ray::ClientAppActor")):
             for index in range(arguments.flower):
                 event = rng.randrange(total // 6, total // 2)
                 rows.append(flower_kill(root, f"{kind}-{index}", word, event, expected))

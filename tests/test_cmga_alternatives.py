@@ -130,3 +130,53 @@ def test_two_combining_rules_are_refused():
     spec = [{"transform": name} for name in ("within_type_mean", "cagrad", "combine")]
     with pytest.raises(ConfigError, match="must end with one of"):
         build_chain(spec)
+
+
+def weights_after(pulls, rounds=30, **options):
+    """Weights of ``weigh_dissent`` after some rounds in which type i sends ``pulls(round)[i]``."""
+    chain = build_chain(
+        [{"transform": "within_type_mean"}, {"transform": "weigh_dissent", **options}, {"transform": "combine", "guard": False}]
+    )  # fmt: skip
+    state = chain.init()
+    for number in range(1, rounds + 1):
+        members = [
+            Member(f"c{i}", f"t{i}", np.array(v, float), 1.0) for i, v in enumerate(pulls(number))
+        ]
+        state, result = chain.update(state, make_updates(members, number))
+    return result.log["weights"], result.log["dissent"]
+
+
+def test_dissent_is_its_formula():
+    a, b, c = np.eye(3)
+    weights, dissent = weights_after(lambda n: [a, a + b, c], rounds=1, power=2.0, floor=0.5)
+    ab = (a + b) / np.sqrt(2)
+    expected = {"t0": 1 - a @ (ab + c) / 2, "t1": 1 - ab @ (a + c) / 2, "t2": 1.0}
+    assert dissent == pytest.approx(expected)
+    raw = {key: (value + 0.5) ** -2 for key, value in expected.items()}
+    assert weights == pytest.approx({key: value / sum(raw.values()) for key, value in raw.items()})
+
+
+def test_who_keeps_pulling_its_own_way_loses_weight_and_does_not_get_it_back():
+    rng = np.random.default_rng(0)
+    wrong = rng.normal(size=200)
+
+    def pulls(number):
+        noise = rng.normal(size=(3, 200))
+        return [noise[0] - 0.2 * wrong, noise[1] - 0.2 * wrong, noise[2] + 3 * wrong]
+
+    weights, dissent = weights_after(pulls)
+    assert weights["t2"] < 0.01 < dissent["t2"]
+    alone, _ = weights_after(
+        lambda n: [*rng.normal(size=(2, 200)), wrong]
+    )  # the others are at their rest
+    assert alone["t2"] < 0.01
+    healthy, _ = weights_after(lambda n: rng.normal(size=(3, 2000)))
+    assert all(0.15 < weight < 0.6 for weight in healthy.values())
+
+
+def test_all_of_one_mind_weigh_the_same_and_wrong_options_are_refused():
+    weights, dissent = weights_after(lambda n: [[1.0, 2.0]] * 3)
+    assert dissent == pytest.approx({"t0": 0, "t1": 0, "t2": 0}, abs=1e-12)
+    assert weights == pytest.approx({"t0": 1 / 3, "t1": 1 / 3, "t2": 1 / 3})
+    with pytest.raises(ConfigError, match=r"weigh_dissent has decay=1"):
+        weights_after(lambda n: [[1.0]], decay=1)

@@ -224,6 +224,25 @@ def test_a_message_whose_process_died_is_given_to_the_next_one_and_changes_nothi
     assert [e["clients"] for e in events if e["event"] == "round"] == [4, 4, 3]
 
 
+def test_when_all_processes_die_the_run_ends_and_goes_on_where_it_was(tmp_path):
+    config = toy_config(tmp_path, (2, 1, 1), {"private": SPECS["private"]}, rounds=3)
+    run(config, ToyFederation(config), directory=tmp_path / "whole")
+    federation = ToyFederation(config)
+    nodes = [context.node_config for context in federation.grid().contexts.values()]
+    dies = {(i, "train", "2"): 2 for i in range(4)}
+    with pytest.raises(
+        FederationError, match="processes of all 4 clients died, twice: error 0: ActorDied"
+    ):
+        run_strategies(
+            DyingGrid(federation.app(), nodes, dies=dies, code=0),
+            config,
+            Journal(tmp_path / "one"),
+            "toy-0",
+        )
+    run(config, federation, resuming=True, directory=tmp_path / "one")
+    assert banks(tmp_path / "one") == banks(tmp_path / "whole")
+
+
 # ----------------------------------------------------------------------------- damaged and foreign
 
 

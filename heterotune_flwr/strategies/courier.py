@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
@@ -111,6 +111,13 @@ class Courier:
         sent again (a wiped disk), is sent them once. A message whose process died is sent once more: training is a
         function of the message and the client's state before the round, so doing it twice changes nothing. Failures
         end up in the journal as ``client_failed``.
+
+        Raises
+        ------
+        FederationError
+            The processes of all clients (of two or more) died, twice: not the clients but the machine under them is
+            gone. The last checkpoint is where a resumed run goes on.
+
         """
         sent = {message.metadata.dst_node_id: message for message in messages}
         self._failed, self._waited = {}, {}
@@ -148,7 +155,12 @@ class Courier:
             again = [
                 self._once_more(sent[node], replies, kind, round) for node in sorted(replies.died)
             ]
-            self._note(self._converse(grid, again, kind, on_reply), round)
+            second = self._converse(grid, again, kind, on_reply)
+            if len(second.died) == len(messages) > 1:
+                raise FederationError(
+                    f"the processes of all {len(messages)} clients died, twice: {min(second.failures.values())}"
+                )
+            self._note(second, round)
         self._note(replies, round)
         while lost:  # twice at most: each kind of thing is sent once
             again = [self._with_more(message, missing, kind, round) for message, missing in lost]
