@@ -134,9 +134,9 @@ def test_two_combining_rules_are_refused():
 
 def weights_after(pulls, rounds=30, **options):
     """Weights of ``weigh_dissent`` after some rounds in which type i sends ``pulls(round)[i]``."""
-    chain = build_chain(
-        [{"transform": "within_type_mean"}, {"transform": "weigh_dissent", **options}, {"transform": "combine", "guard": False}]
-    )  # fmt: skip
+    last = {"transform": "combine", "guard": False}
+    spec = [{"transform": "within_type_mean"}, {"transform": "weigh_dissent", **options}, last]
+    chain = build_chain(spec)
     state = chain.init()
     for number in range(1, rounds + 1):
         members = [
