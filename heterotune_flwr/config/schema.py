@@ -39,9 +39,18 @@ class DataConfig:
         "embedded data set, one of an installed package, or a free name when `train` is given",
         "debian_sections",
     )
-    train: str | None = _help("path of a .jsonl/.jsonl.gz/.csv file with the clients' pool", None)
+    train: str | None = _help(
+        "path of a .jsonl/.jsonl.gz/.csv/.parquet file, or a saved `datasets` folder, with the clients' pool",
+        None,
+    )
     test: str | None = _help("path of the global test file", None)
-    text_field: str = _help("column that fills {text} of the prompt", "text")
+    format: str | None = _help(
+        "jsonl | csv | parquet | dataset, for `train` and `test`; null: by their names", None
+    )
+    text_field: str = _help(
+        "column that fills {text} of the prompt, or holds chat messages ({role, content} in a list)",
+        "text",
+    )
     label_field: str = _help("column with the answer", "label")
     client_field: str = _help("column that names the natural client", "client")
     prompt: str = _help(

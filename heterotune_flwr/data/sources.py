@@ -1,4 +1,4 @@
-"""Reading labelled texts: the embedded data set, or a user's .jsonl, .jsonl.gz or .csv file."""
+"""Reading labelled texts: the embedded data set, or a user's file (JSON lines, CSV, Parquet, saved ``datasets``)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.chat import from_chat
+from heterotune_flwr.data.tables import BINARY, binary_rows, form_of, is_saved_dataset
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
 
@@ -37,13 +39,14 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, form: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered rows of a table file."""
-    name = path.name.removesuffix(".gz")
-    if not name.endswith((".jsonl", ".csv")):
-        raise DataError(f"data file {str(path)!r} is neither .jsonl, .jsonl.gz nor .csv")
+    form = form_of(path, form)
+    if form in BINARY:
+        yield from binary_rows(path, form)
+        return
     with _open(path) as stream:
-        if name.endswith(".csv"):
+        if form == "csv":
             yield from enumerate(csv.DictReader(stream), start=2)
             return
         for number, line in enumerate(stream, start=1):
@@ -81,13 +84,15 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
         No such file, unreadable, a column is missing, or there is not one example.
 
     """
-    if not path.is_file():
+    if not path.is_file() and not is_saved_dataset(path):
         reason = "is no file" if path.exists() else "does not exist"
         raise DataError(f"data file {str(path)!r} {reason}")
     examples: list[Example] = []
     try:
-        for number, row in _rows(path):
+        for number, row in _rows(path, data.format):
             where = f"{path}:{number}"
+            if isinstance(messages := row.get(data.text_field), list):
+                row = {**row, **from_chat(messages, data, where)}
             examples.append(
                 Example(
                     text=_column(row, data.text_field, "text_field", where),
@@ -127,15 +132,18 @@ def _path(data: DataConfig, part: str) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def _read(path: Path, stamp: int, fields: tuple[str, str, str]) -> tuple[Example, ...]:
+def _read(
+    path: Path, stamp: int, fields: tuple[str, str, str], form: str | None
+) -> tuple[Example, ...]:
     text, label, client = fields
-    columns = DataConfig(text_field=text, label_field=label, client_field=client)
+    columns = DataConfig(text_field=text, label_field=label, client_field=client, format=form)
     return tuple(read_examples(path, columns))
 
 
 def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
-    stamp = path.stat().st_mtime_ns if path.is_file() else 0
-    return _read(path, stamp, (data.text_field, data.label_field, data.client_field))
+    stamp = path.stat().st_mtime_ns if path.exists() else 0
+    columns = (data.text_field, data.label_field, data.client_field)
+    return _read(path, stamp, columns, data.format)
 
 
 @functools.cache

@@ -238,7 +238,7 @@ def train(message: Message, context: Context) -> RecordDict:
         round=header.round,
         maps_digest=request.maps_digest,
         deltas=deltas,
-        metrics=_train_metrics(report, request.learning_rate),
+        metrics=client.identity.reported(_train_metrics(report, request.learning_rate)),
         predictions=lesson.predictions(header.round + 1) if lesson else None,
     )
     return reply.to_content(config.exchange.codec)
@@ -263,7 +263,11 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
             report = evaluate(adapter, task, rows, client.prior(header.seed))
         metrics |= _eval_metrics(scope, report)
     reply = EvaluateReply(
-        client.client_id, client.type_key, header.round, request.maps_digest, metrics
+        client.client_id,
+        client.type_key,
+        header.round,
+        request.maps_digest,
+        client.identity.reported(metrics),
     )
     return reply.to_content()
 
