@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+import heterotune_flwr
 from heterotune_flwr.deploy.layout import Deployment, initialise
 from heterotune_flwr.deploy.registry import flwr, register
 from heterotune_flwr.federation.processes import clean_up, start_guard
@@ -27,7 +28,6 @@ from heterotune_flwr.federation.superlink import (
 )
 
 BIN = Path(sys.executable).parent
-COLUMNS = 'data = "data.jsonl"'
 
 
 class Lab:
@@ -39,15 +39,18 @@ class Lab:
         port = free_port()
         internal = free_port() if proxy else port
         self.deployment: Deployment = initialise(
-            folder / "lab", [f"127.0.0.1:{port}"], names, {}, 30, False, internal_port=internal
+            folder / "lab", [f"127.0.0.1:{port}"], names, {}, 90, False, internal_port=internal
         )
         self._temporary = Path(tempfile.mkdtemp(prefix="heterotune-"))
         self.mark = self._temporary.name
         self.environment = {
             **flower_environment(folder / "unused", self._temporary, self.mark),
             "HETEROTUNE_BIN": str(BIN),
+            "PYTHONPATH": str(Path(heterotune_flwr.__file__).parents[1]),
         }
         del self.environment["FLWR_HOME"]  # the scripts must set it themselves
+        self.environment.pop("HETEROTUNE_WORKER", None)  # on, as it is by default
+        self.environment["HETEROTUNE_RUNTIME_DIR"] = str(self._temporary / "runtime")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._guard = start_guard(self.mark, [self._temporary])
 
@@ -63,6 +66,8 @@ class Lab:
         self.close()
 
     def close(self) -> None:
+        for process in self.processes.values():  # nginx overwrites the mark in its environment
+            process.terminate()
         clean_up(self.mark, [self._temporary])
         for process in self.processes.values():
             process.wait()
@@ -105,7 +110,7 @@ class Lab:
         return False
 
     def log(self, name: str) -> str:
-        return tail(self.logs / f"{name}.log", 60)
+        return (self.logs / f"{name}.log").read_text(errors="replace")
 
     def configure(self, name: str, **client: str | int) -> Path:
         """Fill a node's settings in; returns its folder."""
