@@ -139,6 +139,26 @@ def rotate_key(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -
         typer.echo(f"copy {deployment.node(name) / 'node.key'} to the node and restart it there")
 
 
+@deploy_app.command("run")
+def run_app(
+    folder: Folder,
+    config: Annotated[
+        str | None, typer.Argument(help="a preset (see `heterotune config`) or a YAML file [demo]")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted overrides")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="go on with the run in this directory")
+    ] = None,
+) -> None:
+    """Start a run on the nodes that are online, with the code installed here; returns at once."""
+    from heterotune_flwr.deploy.layout import Deployment
+    from heterotune_flwr.deploy.submit import submit
+
+    run = submit(Deployment.load(folder), config, overrides or [], resume)
+    typer.echo(f"run {run.run_id} is submitted; it writes to {run.directory}")
+    typer.echo(f"follow it with: heterotune status {run.directory}")
+
+
 @deploy_app.command()
 def show(folder: Folder) -> None:
     """Explain every file of a deployment folder, and list its nodes."""

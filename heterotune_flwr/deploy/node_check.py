@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def check_node(path: Path, offline: bool = False) -> list[Finding]:
         Finding("settings", "ok", f"{settings.path}: client {settings.client['client-id']}")
     ]
     with _as_started(settings):
-        parts = [_key, _device, _backbone, _data, _state_dir, _libraries]
+        parts = [_key, _port, _device, _backbone, _data, _state_dir, _libraries]
         for part in parts if offline else [*parts, _server]:
             findings += _guarded(part, settings)
     return findings
@@ -87,6 +88,18 @@ def _key(settings: NodeSettings) -> Iterator[Finding]:
         return
     line = public_of(settings.key, str(settings.client["client-id"]))
     yield Finding("key", "ok", f"{key_fingerprint(line)} (must be registered on the server)")
+
+
+def _port(settings: NodeSettings) -> Iterator[Finding]:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", settings.port))
+        except OSError:
+            yield Finding(
+                "port", "warn", f"port {settings.port} of this machine is taken",
+                "by this node, if it runs already; otherwise set another port in [server] of node.toml",
+            )  # fmt: skip
 
 
 def _device(settings: NodeSettings) -> Iterator[Finding]:

@@ -18,8 +18,8 @@ from heterotune_flwr.federation.superlink import COMMAND_SECONDS, _parse_json
 CONNECTION = "lab"
 
 
-def flwr(deployment: Deployment, *arguments: str) -> dict[str, Any]:
-    """Run ``flwr ... lab --format json`` as the operator.
+def flwr(deployment: Deployment, *arguments: str, named: bool = False) -> dict[str, Any]:
+    """Run ``flwr ... lab --format json`` as the operator; ``named``: the arguments name the connection already.
 
     Raises
     ------
@@ -34,13 +34,8 @@ def flwr(deployment: Deployment, *arguments: str) -> dict[str, Any]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "NO_COLOR": "1",
     }
-    command = [
-        str(Path(sys.executable).parent / "flwr"),
-        *arguments,
-        CONNECTION,
-        "--format",
-        "json",
-    ]
+    connection = () if named else (CONNECTION,)
+    command = [_flwr(), *arguments, *connection, "--format", "json"]
     with tempfile.TemporaryDirectory() as neutral:
         try:
             done = subprocess.run(
@@ -59,6 +54,10 @@ def flwr(deployment: Deployment, *arguments: str) -> dict[str, Any]:
             f"{deployment.server} run on this machine? start it with superlink.sh or its systemd unit)"
         )
     return answer
+
+
+def _flwr() -> str:
+    return str(Path(sys.executable).parent / "flwr")
 
 
 def register(deployment: Deployment) -> list[str]:

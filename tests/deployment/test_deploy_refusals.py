@@ -10,9 +10,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from deploy_lab import BIN, Lab, has_nginx
 from test_deploy_check import TlsServer
 
+from benchmarks.lab import BIN, Lab, has_nginx
 from heterotune_flwr.deploy import certificates
 from heterotune_flwr.deploy.keys import new_node_key
 from heterotune_flwr.deploy.node_check import check_node

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deploy_lab import Lab, has_nginx
 
+from benchmarks.lab import Lab, has_nginx
 from client_app.app import app
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.compose import compose

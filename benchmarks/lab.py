@@ -66,6 +66,7 @@ class Lab:
         self.close()
 
     def close(self) -> None:
+        """End every process; may be called twice."""
         for process in self.processes.values():  # nginx overwrites the mark in its environment
             process.terminate()
         clean_up(self.mark, [self._temporary])
@@ -76,6 +77,7 @@ class Lab:
         self._guard.wait()
 
     def start(self, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
+        """Start a command whose output goes to a log of that name."""
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 list(map(str, command)), env=self.environment, cwd="/", stdin=subprocess.DEVNULL, stdout=log,
@@ -84,6 +86,7 @@ class Lab:
         return self.processes[name]
 
     def start_server(self) -> None:
+        """Start SuperLink, SuperExec and (if there is one) nginx."""
         self.start_superlink()
         self.start("superexec", self.deployment.server / "superexec.sh")
         if self.proxy:
@@ -95,6 +98,7 @@ class Lab:
             self.start("nginx", shutil.which("nginx") or "nginx", "-c", whole)
 
     def start_superlink(self) -> None:
+        """Start the SuperLink and wait until it answers."""
         process = self.start("superlink", self.deployment.server / "superlink.sh")
         deadline = time.monotonic() + 120
         while not self.healthy():
@@ -103,6 +107,7 @@ class Lab:
             time.sleep(0.2)
 
     def healthy(self) -> bool:
+        """Whether the SuperLink answers."""
         context = ssl.create_default_context(cafile=str(self.deployment.server / "ca.crt"))
         url = f"https://127.0.0.1:{self.deployment.internal_port}/health"
         with suppress(OSError), urllib.request.urlopen(url, timeout=2, context=context) as reply:
@@ -110,6 +115,7 @@ class Lab:
         return False
 
     def log(self, name: str) -> str:
+        """What a process has printed so far."""
         return (self.logs / f"{name}.log").read_text(errors="replace")
 
     def configure(self, name: str, **client: str | int) -> Path:
@@ -125,9 +131,11 @@ class Lab:
         return place
 
     def start_node(self, name: str, place: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a node from its folder."""
         return self.start(name, (place or self.deployment.node(name)) / "start.sh")
 
     def register(self) -> list[str]:
+        """Register what is not registered; returns the names."""
         return register(self.deployment)
 
     def online(self) -> set[str]:
@@ -137,6 +145,7 @@ class Lab:
         return {by_id.get(node["node-id"], "?") for node in nodes if node["status"] == "online"}
 
     def await_online(self, names: set[str], seconds: float = 240) -> None:
+        """Wait until exactly these nodes are online."""
         deadline = time.monotonic() + seconds
         while (seen := self.online()) != names:
             shown = "\n".join(f"{name}: {self.log(name)}" for name in names - seen)
@@ -144,6 +153,7 @@ class Lab:
             time.sleep(1)
 
     def flwr(self, *arguments: str) -> dict[str, object]:
+        """Run ``flwr`` as the operator; returns its JSON."""
         done = subprocess.run(
             [BIN / "flwr", *arguments], env={**self.environment, "FLWR_HOME": str(self.deployment.operator)},
             cwd="/", capture_output=True, text=True, timeout=300,
@@ -151,6 +161,7 @@ class Lab:
         return _parse_json(done.stdout) or {"error": done.stdout + done.stderr}
 
     def submit(self, app: Path, **run_config: str) -> str:
+        """Submit a run of a staged app; returns its id."""
         settings = self.logs / "run.toml"
         settings.write_text("".join(f"{key} = {toml_string(v)}\n" for key, v in run_config.items()))
         answer = self.flwr(
@@ -160,11 +171,13 @@ class Lab:
         return str(answer["run-id"])
 
     def verdict(self, run_id: str) -> str | None:
+        """How a run ended, None while it goes on."""
         runs = self.flwr("list", "lab", "--run-id", run_id, "--format", "json").get("runs")
         status = str(runs[0]["status"]) if isinstance(runs, list) and runs else ""
         return status if status.startswith("finished") else None
 
     def await_end(self, run_id: str, seconds: float = 900) -> str:
+        """Wait for a run's end; returns the verdict."""
         deadline = time.monotonic() + seconds
         while (verdict := self.verdict(run_id)) is None:
             assert time.monotonic() < deadline, self.everything()
@@ -172,6 +185,7 @@ class Lab:
         return verdict
 
     def everything(self) -> str:
+        """The ends of all logs."""
         return "\n".join(
             f"--- {path.name}\n{tail(path, 40)}" for path in sorted(self.logs.glob("*.log"))
         )
