@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import http.server
 import json
-import ssl
-import threading
-import time
-from email.utils import formatdate
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.tls_server import TlsServer
 from heterotune_flwr.cli import app
 from heterotune_flwr.deploy import certificates, node_check
 from heterotune_flwr.deploy.layout import initialise
 from heterotune_flwr.deploy.node_config import read_node_settings, supernode_command
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response_only(403)
-        self.send_header("Date", formatdate(time.time() + self.server.offset, usegmt=True))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_POST(self):
-        self.send_response_only(self.server.control)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-class TlsServer:
-    """Something that listens with a certificate, tells the time, and answers control routes."""
-
-    def __init__(self, pair, folder, offset=0.0, control=403):
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.offset, self.http.control = offset, control
-        self.port = self.http.server_port
-        if pair is not None:
-            (folder / "s.crt").write_bytes(pair.certificate)
-            (folder / "s.key").write_bytes(pair.key)
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(folder / "s.crt", folder / "s.key")
-            self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture
