@@ -64,7 +64,7 @@ def submit(
         given = [*([config] if config is not None else []), *overrides]
         settled, directory = check_resumable(resume, given, None), resume.expanduser().resolve()
     else:
-        settled, directory = _settle(deployment, config or "demo", overrides)
+        settled, directory = settle(deployment, config or "demo", overrides)
     values = {
         "config": INLINE + to_yaml(settled),
         "overrides": "",
@@ -80,7 +80,8 @@ def submit(
     return Submitted(str(answer["run-id"]), directory)
 
 
-def _settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tuple[Config, Path]:
+def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tuple[Config, Path]:
+    """Return the configuration of a new run of real nodes, and its run directory (ConfigError)."""
     if config in presets():
         patient = OmegaConf.to_container(OmegaConf.load(conf_root() / "server" / "deployment.yaml"))
         assert isinstance(patient, dict)

@@ -98,6 +98,10 @@ LockPersonality=yes
 SystemCallArchitectures=native
 UMask=0077
 """
+_SPARE = """\
+# The ServerApp of a run outlives the SuperExec that started it: a restart must not take it along.
+KillMode=process
+"""
 _SERVER_UNIT = Template(
     """\
 # cp $name.service /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now $name
@@ -112,7 +116,7 @@ User=$user
 ExecStart=$here/$script
 Restart=always
 RestartSec=5
-"""
+${kill}"""
     + _HARDENING
     + """\
 ReadWritePaths=$here/state$runs
@@ -256,7 +260,7 @@ def superlink_unit(here: str, user: str) -> str:
     """Systemd unit of the SuperLink."""
     return _SERVER_UNIT.substitute(
         name="heterotune-superlink", what="SuperLink", after="", here=here, user=user,
-        script="superlink.sh", runs="",
+        script="superlink.sh", runs="", kill="",
     )  # fmt: skip
 
 
@@ -264,7 +268,7 @@ def superexec_unit(here: str, user: str, runs: str) -> str:
     """Systemd unit of the SuperExec; ``runs`` is the folder that runs write to."""
     return _SERVER_UNIT.substitute(
         name="heterotune-superexec", what="SuperExec", after=" heterotune-superlink.service",
-        here=here, user=user, script="superexec.sh", runs=f" {runs}",
+        here=here, user=user, script="superexec.sh", runs=f" {runs}", kill=_SPARE,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from heterotune_flwr.deploy import certificates, templates
 from heterotune_flwr.deploy.files import write_private
 from heterotune_flwr.deploy.keys import key_fingerprint, new_node_key, read_public
 from heterotune_flwr.deploy.layout import Deployment, initialise, parse_server
+from heterotune_flwr.deploy.submit import settle
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
 
@@ -302,3 +303,17 @@ def test_an_expired_certificate_is_refused_by_a_client(tmp_path):
     assert certificates.days_left(certificates.load_certificate(server.certificate, "")) < -7
     context = ssl.create_default_context(cadata=authority.certificate.decode())
     assert context.cert_store_stats()["x509_ca"] == 1
+
+
+def test_a_preset_becomes_a_run_of_real_nodes_in_the_deployments_own_folder(deployment):
+    config, directory = settle(deployment, "demo", ["server.rounds=7"])
+    assert (config.server.rounds, config.server.min_clients) == (7, 2)
+    assert config.server.wait_seconds == 1800
+    assert directory.parent == deployment.folder / "runs"
+    assert config.run.dir == str(directory)
+    with pytest.raises(ConfigError):
+        settle(deployment, "demo", ["strategies.heterotune.nothing=1"])
+    (directory).mkdir()
+    (directory / "results.json").touch()
+    with pytest.raises(ConfigError, match="holds the results"):
+        settle(deployment, "demo", [f"run.dir={directory}"])

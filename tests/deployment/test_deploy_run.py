@@ -19,6 +19,7 @@ from benchmarks.lab_run import (
 )
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.partition import client_examples, local_examples
+from heterotune_flwr.deploy.submit import submit
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.reporting.status import read_status
@@ -54,7 +55,9 @@ def test_code_that_the_nodes_have_not_installed_is_refused_and_harms_nothing(wor
 @pytest.mark.slow
 def test_the_deployed_bank_is_the_simulated_one(world):
     folder, lab, simulated = world
-    run_id = lab.submit(stage_app(folder / "app"), config=configuration(folder / "run"))
+    mine = folder / "mine.yaml"
+    mine.write_text(configuration(folder / "run").removeprefix("yaml:"))
+    run_id = submit(lab.deployment, str(mine), ["run.name=mine"], None).run_id
     assert lab.await_end(run_id) == "finished:completed", lab.everything()
     deployed = final_bank(folder / "run")
     difference = greatest_difference(deployed, simulated)
