@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 import time
@@ -12,6 +13,7 @@ import click
 import typer
 
 from heterotune_flwr import __version__, cli_backbones
+from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.worker.cli import app as worker_app
 
@@ -23,6 +25,8 @@ app = typer.Typer(
     "Start with: heterotune run demo",
 )
 app.add_typer(worker_app, name="worker")
+app.add_typer(deploy_app, name="deploy")
+app.add_typer(node_app, name="node")
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="dotted overrides, like train.learning_rate=1e-3 types.0.clients=8"),
@@ -122,6 +126,18 @@ def report(
     from heterotune_flwr.reporting.tables import load_results, show
 
     show(load_results(directory), directory, personal)
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(help="a run directory")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Show how a run stands: round, time left, and every client with what was last seen of it."""
+    from heterotune_flwr.reporting.status import read_status, render
+
+    found = read_status(directory)
+    typer.echo(json.dumps(found.to_json()) if as_json else render(found))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -126,10 +126,12 @@ def free_gb(device: str) -> float:
     return float(torch.cuda.mem_get_info(device)[0]) / 1e9
 
 
-def needed_gb(source: str, directory: Path) -> dict[str, float]:
-    """GB (10^9 bytes) a client needs at each of :data:`CANDIDATES`: weights and working memory."""
+def needed_gb(
+    source: str, directory: Path, formats: Iterable[str] = CANDIDATES
+) -> dict[str, float]:
+    """GB (10^9 bytes) a client needs at each of ``formats``: weights and working memory."""
     working = WORKING_GB * 1e9 + WORKING_SHARE * weight_bytes(source, directory, "bf16")
-    return {bits: (weight_bytes(source, directory, bits) + working) / 1e9 for bits in CANDIDATES}
+    return {bits: (weight_bytes(source, directory, bits) + working) / 1e9 for bits in formats}
 
 
 def weight_bytes(source: str, directory: Path, bits: str) -> int:

@@ -40,11 +40,17 @@ class DataConfig:
         "`train` is given", "debian_sections"
     )  # fmt: skip
     train: str | None = _help(
-        "path of a .jsonl/.jsonl.gz/.csv file with the clients' pool; for natural_instructions a directory of "
-        "task .json files or a hub id", None
+        "path of a .jsonl/.jsonl.gz/.csv/.parquet file, or a saved `datasets` folder, with the clients' pool; for "
+        "natural_instructions a directory of task .json files or a hub id", None
     )  # fmt: skip
     test: str | None = _help("path of the global test file", None)
-    text_field: str = _help("column that fills {text} of the prompt", "text")
+    format: str | None = _help(
+        "jsonl | csv | parquet | dataset, for `train` and `test`; null: by their names", None
+    )
+    text_field: str = _help(
+        "column that fills {text} of the prompt, or holds chat messages ({role, content} in a list)",
+        "text",
+    )
     label_field: str = _help("column with the answer", "label")
     client_field: str = _help("column that names the natural client", "client")
     references_field: str = _help(

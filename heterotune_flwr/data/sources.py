@@ -1,4 +1,6 @@
-"""Reading texts with their answers: the embedded data set, Natural Instructions, or a user's table file."""
+"""Reading texts with their answers: the embedded data set, Natural Instructions, or a user's file (JSON lines, CSV,
+Parquet, saved ``datasets``).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from typing import Any, TextIO
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.chat import from_chat
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS, read_tasks
+from heterotune_flwr.data.tables import BINARY, binary_rows, form_of, is_saved_dataset
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
 
@@ -29,13 +33,14 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, form: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered rows of a table file."""
-    name = path.name.removesuffix(".gz")
-    if not name.endswith((".jsonl", ".csv")):
-        raise DataError(f"data file {str(path)!r} is neither .jsonl, .jsonl.gz nor .csv")
+    form = form_of(path, form)
+    if form in BINARY:
+        yield from binary_rows(path, form)
+        return
     with _open(path) as stream:
-        if name.endswith(".csv"):
+        if form == "csv":
             yield from enumerate(csv.DictReader(stream), start=2)
             return
         for number, line in enumerate(stream, start=1):
@@ -84,13 +89,15 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
         No such file, unreadable, a column is missing, or there is not one example.
 
     """
-    if not path.is_file():
+    if not path.is_file() and not is_saved_dataset(path):
         reason = "is no file" if path.exists() else "does not exist"
         raise DataError(f"data file {str(path)!r} {reason}")
     examples: list[Example] = []
     try:
-        for number, row in _rows(path):
+        for number, row in _rows(path, data.format):
             where = f"{path}:{number}"
+            if isinstance(messages := row.get(data.text_field), list):
+                row = {**row, **from_chat(messages, data, where)}
             examples.append(
                 Example(
                     text=_column(row, data.text_field, "text_field", where),
@@ -136,18 +143,24 @@ def _path(data: DataConfig, part: str) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def _read(path: Path, stamp: int, fields: tuple[str, str, str, str]) -> tuple[Example, ...]:
+def _read(
+    path: Path, stamp: int, fields: tuple[str, str, str, str], form: str | None
+) -> tuple[Example, ...]:
     text, label, client, references = fields
     columns = DataConfig(
-        text_field=text, label_field=label, client_field=client, references_field=references
+        text_field=text,
+        label_field=label,
+        client_field=client,
+        references_field=references,
+        format=form,
     )
     return tuple(read_examples(path, columns))
 
 
 def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
-    stamp = path.stat().st_mtime_ns if path.is_file() else 0
+    stamp = path.stat().st_mtime_ns if path.exists() else 0
     fields = (data.text_field, data.label_field, data.client_field, data.references_field)
-    return _read(path, stamp, fields)
+    return _read(path, stamp, fields, data.format)
 
 
 @functools.cache

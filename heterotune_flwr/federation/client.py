@@ -253,7 +253,7 @@ def train(message: Message, context: Context) -> RecordDict:
         round=header.round,
         maps_digest=request.maps_digest,
         deltas=feedback.add(deltas, adapter.shapes, header.round),
-        metrics=_train_metrics(report, request.learning_rate),
+        metrics=client.identity.reported(_train_metrics(report, request.learning_rate)),
         predictions=lesson.predictions(header.round + 1) if lesson else None,
         kept=kept,
         code_hash=code_hash(),
@@ -284,7 +284,12 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         if client.identity.data.generate and task.kind == "tokens":
             metrics |= _eval_metrics(scope, client.generation(adapter, scope, header.seed))
     reply = EvaluateReply(
-        client.client_id, client.type_key, header.round, request.maps_digest, metrics, kept
+        client.client_id,
+        client.type_key,
+        header.round,
+        request.maps_digest,
+        client.identity.reported(metrics),
+        kept,
     )
     return reply.to_content()
 

@@ -3,10 +3,11 @@
 In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``text-field`` and ``label-field``
-(and ``worker``, ``worker-idle-minutes``: :mod:`heterotune_flwr.worker`). It takes no path from the
-server, and nothing of its data answers the server: its columns are named here, its labels by the
-run.
+``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field`` and
+``label-field``, ``report``, ``code-hash`` (and ``worker``, ``worker-idle-minutes``:
+:mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the node's file. It takes no
+path from the server, and nothing of its data answers the server: its columns are named here, its
+labels by the run.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from heterotune_flwr.errors import ConfigError
 
 #: What a deployed client must say about itself.
 REQUIRED = ("client-id", "backbone", "data", "state-dir")
+#: How much a deployed client tells beside its update; with the second one only :data:`COUNTED`.
+REPORTS = ("all", "counts-and-loss-only")
+#: What always leaves: the server weighs and checks updates by the first three.
+COUNTED = ("examples", "steps", "learning_rate", "loss")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,17 @@ class Identity:
     anchors: str | None = None
     memory_gb: float | None = None
     slots: str = "all"
+    report: str = "all"
+
+    def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics this client lets go; of tests (``personal_loss``, ...) likewise counts and losses."""
+        if self.report == "all":
+            return dict(metrics)
+        return {
+            name: value
+            for name, value in metrics.items()
+            if name.removeprefix("global_").removeprefix("personal_") in COUNTED
+        }
 
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this client's own anchor file in them.
@@ -153,6 +169,12 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             'flower-supernode --node-config \'client-id="..." backbone="..." bits="..." '
             'data="..." state-dir="..."\''
         )
+    check_code(str(node_config.get("code-hash") or ""))
+    report = str(node_config.get("report") or "all")
+    if report not in REPORTS:
+        raise ConfigError(
+            f"report in the node configuration is {report!r}; choose one of {', '.join(REPORTS)}"
+        )
     test, anchors = node_config.get("test"), node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)
@@ -172,6 +194,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             test=str(test) if test else None,
             text_field=str(node_config.get("text-field", "text")),
             label_field=str(node_config.get("label-field", "label")),
+            format=str(node_config["format"]) if node_config.get("format") else None,
             labels=_public_labels(config.data),
             max_labels=0,
         ),
@@ -180,7 +203,28 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         anchors=str(anchors) if anchors else None,
         memory_gb=memory_gb,
         slots=str(node_config.get("slots") or config.train.slots),
+        report=report,
     )
+
+
+def check_code(accepted: str) -> None:
+    """Refuse to work for a run whose code is not the one this machine's owner has installed.
+
+    Flower hands every client the run's own copy of this package, and that copy asks this question: it keeps an upgrade
+    of the server from changing what nodes run unnoticed, not a hostile server from doing so.
+
+    Raises
+    ------
+    ConfigError
+        ``accepted`` is given and differs from :func:`code_hash`.
+
+    """
+    if accepted and accepted != code_hash():
+        raise ConfigError(
+            f"the run brings heterotune-flwr {heterotune_flwr.__version__} with code {code_hash()}, but this node "
+            f"accepts only code {accepted}, which it has installed; install the server's version on the node and "
+            'restart it (or set accept-code = "any" in its node.toml)'
+        )
 
 
 def _spec(

@@ -1,0 +1,87 @@
+"""A small run whose deployed nodes hold exactly what the clients of its simulation hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lab import Lab
+from client_app.app import app
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.data.partition import client_examples
+from heterotune_flwr.dema.bank import generator
+from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.federation.in_process import InProcessGrid
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.server import run_strategies
+
+#: Simulated client -> its backbone; nodes have the same names.
+NODES = {"client-0000": "tiny-a", "client-0001": "tiny-b", "client-0002": "tiny-a"}
+_RUN = """yaml:
+groups: {types: tiny, data: debian_sections, method: dema, alignment: labels, train: small_data, exchange: fp32,
+  server: deployment}
+strategies: [heterotune]
+types: [{backbone: tiny-a, bits: bf16, clients: 2}, {backbone: tiny-b, bits: bf16, clients: 1}]
+data: {examples_per_client: 24, personal_test_examples: 8}
+method: {latent: 32, inner: 8}
+alignment: {count: 200, components: 64}
+train: {local_steps: 3}
+server: {rounds: ROUNDS, evaluate_every: 0, min_clients: 3, wait_seconds: 600, timeout_seconds: 600}
+run: {name: deployed, dir: DIRECTORY}
+"""
+
+
+def configuration(directory: Path, rounds: int = 2) -> str:
+    """Inline YAML of the run, written to ``directory``."""
+    return _RUN.replace("ROUNDS", str(rounds)).replace("DIRECTORY", str(directory))
+
+
+def shard_file(path: Path, config: Config, partition: int) -> Path:
+    """Write a node's file such that it trains on the simulated client's examples, in their order."""
+    seed = config.run.seeds[0]
+    shard = client_examples(config.data, partition, len(NODES), seed)
+    wanted = [*shard.personal_test, *shard.train]
+    # A deployed client shuffles its file and holds the first examples out: undo that beforehand.
+    order = generator(seed, "data.local").permutation(len(wanted)).tolist()
+    rows = dict(zip(order, wanted, strict=True))
+    texts = [json.dumps({"text": rows[i].text, "label": rows[i].label}) for i in range(len(rows))]
+    path.write_text("".join(text + "\n" for text in texts))
+    return path
+
+
+def simulated_bank(directory: Path, rounds: int = 2) -> tuple[Config, dict[str, Any]]:
+    """The run with virtual clients in this process: its configuration and final bank."""
+    text = configuration(directory, rounds)
+    config = compose(text, "server.wait_seconds=1")
+    nodes = [{"partition-id": i, "num-partitions": len(NODES)} for i in range(len(NODES))]
+    grid = InProcessGrid(app, nodes, {"config": text, "overrides": ""})
+    run_strategies(grid, config, Journal(directory), "simulated-0")
+    return config, final_bank(directory)
+
+
+def final_bank(directory: Path) -> dict[str, Any]:
+    """The final shared tensors of a run with one strategy and seed."""
+    (path,) = (directory / "banks").glob("*.safetensors")
+    return load_tensors(path)
+
+
+def greatest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Largest absolute difference between two banks of the same tensors."""
+    if set(one) != set(other):
+        return float("inf")
+    return max(float(np.max(np.abs(one[name] - other[name]))) for name in one)
+
+
+def join(lab: Lab, config: Config) -> None:
+    """Give every node its settings and data, let it in, start it, and wait until all are online."""
+    for number, (name, backbone) in enumerate(NODES.items()):
+        place = lab.configure(name, client_id=name, backbone=backbone, bits="bf16", threads=1)
+        shard_file(place / "data.jsonl", config, number)
+    lab.register()
+    for name in NODES:
+        lab.start_node(name)
+    lab.await_online(set(NODES))

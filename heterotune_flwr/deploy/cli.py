@@ -1,0 +1,220 @@
+"""``heterotune deploy ...`` on the server and ``heterotune node ...`` on the lab machines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heterotune_flwr.deploy.certificates import SERVER_DAYS
+from heterotune_flwr.errors import ConfigError
+
+deploy_app = typer.Typer(
+    no_args_is_help=True,
+    help="Set up and run a deployment: TLS, node keys, start scripts, systemd units, proxy (docs/deploy.md).",
+)
+node_app = typer.Typer(
+    no_args_is_help=True, help="On a lab machine: make its key, check it, join the federation."
+)
+Folder = Annotated[Path, typer.Argument(help="the deployment folder", metavar="DIR")]
+NodeName = Annotated[str, typer.Argument(help="name of the node", metavar="NAME")]
+Settings = Annotated[Path, typer.Argument(help="the node's settings (or the folder with them)")]
+PublicKeys = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--public-keys",
+        help="NAME.pub of a node that made its own key (heterotune node key NAME): only this half comes here",
+    ),
+]
+
+
+@deploy_app.command()
+def init(
+    folder: Folder,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server",
+            help="HOST[:PORT] where nodes connect [port 8443]; given again: further names of it",
+        ),
+    ] = None,
+    node: Annotated[
+        list[str] | None, typer.Option("--node", help="name of a node, once for each")
+    ] = None,
+    public_keys: PublicKeys = None,
+    days: Annotated[
+        float, typer.Option("--days", min=0.01, help="validity of the server certificate")
+    ] = SERVER_DAYS,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="make a new server certificate (nodes need nothing new)")
+    ] = False,
+    internal_port: Annotated[
+        int | None,
+        typer.Option("--internal-port", help="of the SuperLink on the loopback interface [9093]"),
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", help="user of the systemd services [heterotune]")
+    ] = None,
+    node_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--node-dir", help="where nodes will keep their folder [/opt/heterotune/node]"
+        ),
+    ] = None,
+    node_bin: Annotated[
+        str | None,
+        typer.Option(
+            "--node-bin", help="folder of `heterotune` on nodes [/opt/heterotune/venv/bin]"
+        ),
+    ] = None,
+) -> None:
+    """Make a deployment folder, or bring one up to date; keys that are there are never overwritten."""
+    from heterotune_flwr.deploy.keys import read_public
+    from heterotune_flwr.deploy.layout import initialise
+
+    deployment = initialise(
+        folder, server or [], node or [], {path.stem: read_public(path) for path in public_keys or []},
+        days, renew, internal_port=internal_port, user=user, node_folder=node_folder, node_bin=node_bin,
+    )  # fmt: skip
+    typer.echo(deployment.explain())
+    if renew:
+        typer.echo("the server certificate is new: restart the SuperLink and reload nginx")
+    typer.echo(f"next: start the SuperLink, then: heterotune deploy register {folder}")
+
+
+@deploy_app.command("add-node")
+def add_node(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -> None:
+    """Add a node to a deployment; register it afterwards."""
+    from heterotune_flwr.deploy.keys import read_public
+    from heterotune_flwr.deploy.layout import Deployment
+
+    deployment = Deployment.load(folder)
+    line = read_public(_single(public_keys)) if public_keys else None
+    if not deployment.add_node(name, line):
+        typer.echo(f"node {name} was there already")
+    deployment.write()
+    typer.echo(
+        f"copy {deployment.node(name)} to the node; then: heterotune deploy register {folder}"
+    )
+
+
+@deploy_app.command()
+def register(folder: Folder) -> None:
+    """Let the nodes in that are not registered yet (the SuperLink must run)."""
+    from heterotune_flwr.deploy.layout import Deployment
+    from heterotune_flwr.deploy.registry import register as register_nodes
+
+    deployment = Deployment.load(folder)
+    done = register_nodes(deployment)
+    for name in done:
+        typer.echo(f"registered {name}, node id {deployment.nodes[name].node_id}")
+    if not done:
+        typer.echo("every node is registered")
+
+
+@deploy_app.command("revoke-node")
+def revoke_node(folder: Folder, name: NodeName) -> None:
+    """Bar a node: its key is refused from now on."""
+    from heterotune_flwr.deploy.layout import Deployment
+    from heterotune_flwr.deploy.registry import revoke
+
+    revoke(Deployment.load(folder), name)
+    typer.echo(
+        f"revoked {name}; let it in again, under a new key, with: heterotune deploy rotate-key {folder} {name}"
+    )
+
+
+@deploy_app.command("rotate-key")
+def rotate_key(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -> None:
+    """Give a node a new key: the new one is registered, then the old one barred."""
+    from heterotune_flwr.deploy.layout import Deployment
+    from heterotune_flwr.deploy.registry import rotate_key as rotate
+
+    deployment = Deployment.load(folder)
+    fingerprint = rotate(deployment, name, _single(public_keys) if public_keys else None)
+    typer.echo(f"node {name} is now known by {fingerprint}")
+    if not public_keys:
+        typer.echo(f"copy {deployment.node(name) / 'node.key'} to the node and restart it there")
+
+
+@deploy_app.command("run")
+def run_app(
+    folder: Folder,
+    config: Annotated[
+        str | None, typer.Argument(help="a preset (see `heterotune config`) or a YAML file [demo]")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted overrides")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="go on with the run in this directory")
+    ] = None,
+) -> None:
+    """Start a run on the nodes that are online, with the code installed here; returns at once."""
+    from heterotune_flwr.deploy.layout import Deployment
+    from heterotune_flwr.deploy.submit import submit
+
+    run = submit(Deployment.load(folder), config, overrides or [], resume)
+    typer.echo(f"run {run.run_id} is submitted; it writes to {run.directory}")
+    typer.echo(f"follow it with: heterotune status {run.directory}")
+
+
+@deploy_app.command()
+def show(folder: Folder) -> None:
+    """Explain every file of a deployment folder, and list its nodes."""
+    from heterotune_flwr.deploy.layout import Deployment
+
+    typer.echo(Deployment.load(folder).explain())
+
+
+@node_app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="name of the node")],
+    folder: Annotated[Path, typer.Option("--dir", help="where to put it")] = Path(),
+) -> None:
+    """Make this node's key here; only the public half goes to the operator."""
+    from heterotune_flwr.deploy.files import write_file
+    from heterotune_flwr.deploy.keys import key_fingerprint, new_node_key, read_public
+
+    public = new_node_key(folder, name)
+    line = read_public(public)
+    shared = folder / f"{name}.pub"
+    write_file(shared, line)
+    typer.echo(f"{folder / 'node.key'}: stays on this machine; never send it anywhere")
+    typer.echo(f"{shared}: send it to the operator ({key_fingerprint(line)})")
+
+
+@node_app.command()
+def check(
+    settings: Settings = Path("node.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="leave out what needs the server")
+    ] = False,
+) -> None:
+    """Tell whether this machine is ready to join; exit code 1 if anything is in the way."""
+    from heterotune_flwr.deploy.node_check import check_node, render, to_json
+
+    findings = check_node(settings, offline)
+    typer.echo(to_json(findings) if as_json else render(findings))
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@node_app.command()
+def start(settings: Settings = Path("node.toml")) -> None:
+    """Become the SuperNode of this machine (this process is replaced by flower-supernode)."""
+    from heterotune_flwr.deploy.node_config import read_node_settings, supernode_command
+
+    node = read_node_settings(settings)
+    command = supernode_command(node)
+    os.chdir(
+        node.state_dir
+    )  # a folder without code: it is on the search path of what is started here
+    os.execve(command[0], command, node.environment())
+
+
+def _single(paths: list[Path] | None) -> Path:
+    if not paths or len(paths) != 1:
+        raise ConfigError("give --public-keys once, for this node")
+    return paths[0]

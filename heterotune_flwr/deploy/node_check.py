@@ -1,0 +1,331 @@
+"""``heterotune node check``: everything that can be known about a node before it joins."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.sources import examples_digest, read_examples
+from heterotune_flwr.deploy import certificates
+from heterotune_flwr.deploy.keys import key_fingerprint, public_of
+from heterotune_flwr.deploy.layout import LIBRARIES, NODE_MANIFEST, installed_versions
+from heterotune_flwr.deploy.node_config import NodeSettings, key_trouble, read_node_settings
+from heterotune_flwr.deploy.server_probe import Seen, look
+from heterotune_flwr.errors import FederationError, HeteroTuneError
+from heterotune_flwr.federation.identity import code_hash
+
+State = Literal["ok", "warn", "fail"]
+#: Flower refuses a message signed more than 5 s in the server's future or 305 s in its past.
+AHEAD, BEHIND, CLOSE = 4.0, 300.0, 2.0
+WARN_DAYS = 30.0
+DISK_GB = 1.0
+#: Libraries that must agree to the letter: Flower's wire format is not stable between versions.
+_EXACT = ("flwr",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One checked thing: how it stands, in a line, and how to mend it."""
+
+    name: str
+    state: State
+    message: str
+    mend: str = ""
+
+
+def check_node(path: Path, offline: bool = False) -> list[Finding]:
+    """Check a node's settings and machine; without ``offline`` also the way to its server."""
+    try:
+        settings = read_node_settings(path)
+    except HeteroTuneError as error:
+        return [Finding("settings", "fail", str(error))]
+    findings = [
+        Finding("settings", "ok", f"{settings.path}: client {settings.client['client-id']}")
+    ]
+    with _as_started(settings):
+        parts = [_key, _port, _device, _backbone, _data, _state_dir, _libraries]
+        for part in parts if offline else [*parts, _server]:
+            findings += _guarded(part, settings)
+    return findings
+
+
+def _guarded(
+    part: Callable[[NodeSettings], Iterator[Finding]], settings: NodeSettings
+) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        found.extend(part(settings))
+    except HeteroTuneError as error:
+        found.append(Finding(part.__name__.strip("_").replace("_", " "), "fail", str(error)))
+    return found
+
+
+@contextmanager
+def _as_started(settings: NodeSettings) -> Iterator[None]:
+    """Give the environment that ``node start`` gives, for the length of the check."""
+    before = dict(os.environ)
+    os.environ.update(settings.environment())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _key(settings: NodeSettings) -> Iterator[Finding]:
+    trouble = key_trouble(settings)
+    if trouble is not None:
+        yield Finding("key", "fail", trouble)
+        return
+    line = public_of(settings.key, str(settings.client["client-id"]))
+    yield Finding("key", "ok", f"{key_fingerprint(line)} (must be registered on the server)")
+
+
+def _port(settings: NodeSettings) -> Iterator[Finding]:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", settings.port))
+        except OSError:
+            yield Finding(
+                "port", "warn", f"port {settings.port} of this machine is taken",
+                "by this node, if it runs already; otherwise set another port in [server] of node.toml",
+            )  # fmt: skip
+
+
+def _device(settings: NodeSettings) -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        yield Finding(
+            "device", "ok",
+            f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
+        )  # fmt: skip
+        return
+    if settings.device not in (None, "cpu"):
+        yield Finding(
+            "device", "fail", f"device is {settings.device} but torch sees no GPU",
+            "check nvidia-smi and that torch is a CUDA build, or set device = \"cpu\"",
+        )  # fmt: skip
+        return
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield Finding(
+        "device", "ok",
+        f"CPU, {os.cpu_count()} cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+    )  # fmt: skip
+
+
+def _budget(settings: NodeSettings) -> tuple[float, str]:
+    """GB (10^9 bytes) the client may use, and whose number that is."""
+    import psutil
+    import torch
+
+    given = settings.client.get("memory-gb")
+    if given is not None:
+        return float(given), "memory-gb"
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0]) / 1e9, "free on the GPU"
+    return float(psutil.virtual_memory().available) / 1e9, "free memory"
+
+
+def _backbone(settings: NodeSettings) -> Iterator[Finding]:
+    from heterotune_flwr.backbones.bits import CANDIDATES, needed_gb, resolve_spec
+    from heterotune_flwr.backbones.loading import check_bits
+    from heterotune_flwr.backbones.sources import AUTO, describe_source, resolve_source
+
+    source, bits = str(settings.client["backbone"]), str(settings.client.get("bits", "bf16"))
+    revision = settings.client.get("revision")
+    shape = describe_source(source, revision)
+    directory = resolve_source(source, revision)
+    budget, whose = _budget(settings)
+    if bits == AUTO:
+        # The same choice that the client makes; it raises with the sizes when nothing fits.
+        bits = resolve_spec(source, bits, revision, settings.client.get("memory-gb")).bits
+        chosen = "auto is "
+    else:
+        check_bits(bits)
+        chosen = ""
+    what = f"{source}: {shape.layers} blocks of {shape.hidden}, {chosen}{bits}"
+    needs = needed_gb(source, directory, dict.fromkeys((*CANDIDATES, bits)))
+    need = needs[bits]
+    if need > budget:
+        fitting = [known for known, size in needs.items() if size <= budget]
+        yield Finding(
+            "backbone", "fail", f"{what} needs {need:.2f} GB of {budget:.2f} GB ({whose})",
+            f"set bits = \"{fitting[0]}\"" if fitting else "take a smaller backbone, or free memory",
+        )  # fmt: skip
+        return
+    yield Finding("backbone", "ok", f"{what}, needs {need:.2f} GB of {budget:.2f} GB ({whose})")
+
+
+def _data(settings: NodeSettings) -> Iterator[Finding]:
+    client = settings.client
+    data = DataConfig(
+        format=client.get("format"),
+        text_field=client.get("text-field", "text"),
+        label_field=client.get("label-field", "label"),
+    )
+    examples = read_examples(Path(client["data"]), data)
+    digest = examples_digest(examples)[:12]
+    state: State = "ok" if len(examples) >= 8 else "warn"
+    mend = "" if state == "ok" else "so few examples train little; is it the right file?"
+    answers = len({example.label for example in examples})
+    yield Finding(
+        "data", state,
+        f"{len(examples)} examples, {answers} different answers (digest {digest}); they stay here", mend,
+    )  # fmt: skip
+    if client.get("test"):
+        count = len(read_examples(Path(client["test"]), data))
+        yield Finding("test data", "ok", f"{count} examples")
+
+
+def _state_dir(settings: NodeSettings) -> Iterator[Finding]:
+    folder = settings.state_dir
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free / 1e9
+    except OSError as error:
+        yield Finding(
+            "state dir", "fail", f"{folder} cannot be written: {error.strerror or error}",
+            f"make it writable for this user: chown {os.environ.get('USER', '$USER')} {folder}",
+        )  # fmt: skip
+        return
+    if free < DISK_GB:
+        yield Finding(
+            "state dir", "fail", f"{folder} has {free:.2f} GB free", "make room on its disk"
+        )
+    else:
+        yield Finding("state dir", "ok", f"{folder} is writable, {free:.0f} GB free")
+
+
+def _manifest(settings: NodeSettings) -> dict[str, Any] | None:
+    try:
+        found = json.loads((settings.path.parent / NODE_MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _plain(version: str) -> str:
+    """Drop the build from a version: 2.13.0+cu130 and 2.13.0+cpu agree."""
+    return version.split("+")[0]
+
+
+def _libraries(settings: NodeSettings) -> Iterator[Finding]:
+    here, manifest = installed_versions(), _manifest(settings)
+    shown = ", ".join(f"{name} {here[name]}" for name in LIBRARIES)
+    if manifest is None:
+        yield Finding(
+            "libraries", "warn", shown,
+            f"no {NODE_MANIFEST} beside node.toml to compare with: copy it from the server's node folder",
+        )  # fmt: skip
+        return
+    theirs: dict[str, str] = manifest.get("versions", {})
+    missing = [name for name in LIBRARIES if here[name] == "missing"]
+    other = [
+        name
+        for name in LIBRARIES
+        if name not in missing and _plain(here[name]) != _plain(theirs.get(name, ""))
+    ]
+    if missing or any(name in _EXACT for name in other):
+        wanted = " ".join(f"{name}=={theirs.get(name)}" for name in [*missing, *other])
+        yield Finding(
+            "libraries", "fail", shown, f"install the server's versions: pip install {wanted}"
+        )
+    elif other:
+        differ = ", ".join(f"{name} {theirs.get(name)}" for name in other)
+        yield Finding(
+            "libraries", "warn", shown, f"the server has {differ}; results may differ a little"
+        )
+    else:
+        yield Finding("libraries", "ok", shown)
+    if manifest.get("code_hash") == code_hash():
+        yield Finding("code", "ok", f"{code_hash()}, as on the server")
+    else:
+        yield Finding(
+            "code", "fail" if settings.accept_code == "installed" else "warn",
+            f"heterotune-flwr here has code {code_hash()}, the server {manifest.get('code_hash')} "
+            f"(version {manifest.get('heterotune')})",
+            "install the server's version here, or copy its new manifest.json if this machine's is the newer one",
+        )  # fmt: skip
+
+
+def _server(settings: NodeSettings) -> Iterator[Finding]:
+    try:
+        seen = look(settings.host, settings.server_port, settings.ca)
+    except FederationError as error:
+        yield Finding("server", "fail", str(error))
+        return
+    yield from _certificate(settings, seen)
+    yield from _clock(seen)
+    if seen.control not in (401, 403, 404):
+        yield Finding(
+            "proxy", "warn", f"{settings.address} answers control requests from outside (status {seen.control})",
+            "tell the operator: only /v1/fleet/ should pass, as in the deployment's nginx.conf",
+        )  # fmt: skip
+
+
+def _certificate(settings: NodeSettings, seen: Seen) -> Iterator[Finding]:
+    left = certificates.days_left(seen.certificate)
+    what = f"{settings.address} is the server of {settings.ca.name}; its certificate is good for {left:.0f} days"
+    if left < WARN_DAYS:
+        yield Finding(
+            "server", "warn", what, "on the server, in time: heterotune deploy init DIR --renew"
+        )
+    else:
+        yield Finding("server", "ok", what)
+
+
+def _clock(seen: Seen) -> Iterator[Finding]:
+    ahead = seen.ahead
+    mend = "set this machine's clock: timedatectl set-ntp true"
+    if ahead is None:
+        yield Finding(
+            "clock", "warn", "the server does not tell its time", "compare `date` on both"
+        )
+    elif ahead > AHEAD or ahead < -BEHIND:
+        side = "ahead of" if ahead > 0 else "behind"
+        yield Finding(
+            "clock",
+            "fail",
+            f"{abs(ahead):.0f} s {side} the server: it would refuse this node",
+            mend,
+        )
+    elif abs(ahead) > CLOSE:
+        yield Finding("clock", "warn", f"{ahead:+.0f} s against the server", mend)
+    else:
+        yield Finding("clock", "ok", "within 2 s of the server's")
+
+
+def render(findings: Sequence[Finding]) -> str:
+    """The findings as lines for a terminal, ending with the verdict."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.state:5} {finding.name:10} {finding.message}")
+        if finding.mend:
+            lines.append(f"{'':16} -> {finding.mend}")
+    failed = sum(finding.state == "fail" for finding in findings)
+    lines.append(
+        "ready to join: heterotune node start" if not failed else f"not ready: {failed} to mend"
+    )
+    return "\n".join(lines)
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """The findings as one JSON object: ``ready`` and ``checks``."""
+    ready = all(finding.state != "fail" for finding in findings)
+    return json.dumps({"ready": ready, "checks": [asdict(finding) for finding in findings]})

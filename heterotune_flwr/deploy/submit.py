@@ -1,0 +1,99 @@
+"""``heterotune deploy run``: this installation's code and a configuration, handed to the SuperLink as one run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from heterotune_flwr.config.compose import (
+    INLINE,
+    compose,
+    conf_root,
+    presets,
+    to_yaml,
+    with_absolute_paths,
+)
+from heterotune_flwr.config.schema import Config
+from heterotune_flwr.deploy.layout import Deployment
+from heterotune_flwr.deploy.registry import CONNECTION, flwr
+from heterotune_flwr.federation.launcher import check_directory
+from heterotune_flwr.federation.resume import check_resumable
+from heterotune_flwr.federation.server import check_strategies, run_directory
+from heterotune_flwr.federation.staging import stage_app
+from heterotune_flwr.federation.superlink import toml_string
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that Flower has accepted."""
+
+    run_id: str
+    directory: Path
+
+
+def submit(
+    deployment: Deployment, config: str | None, overrides: Sequence[str], resume: Path | None
+) -> Submitted:
+    """Check a configuration as far as the server can and submit it; returns without waiting for the run.
+
+    Parameters
+    ----------
+    deployment
+        Whose SuperLink.
+    config
+        A preset, which then takes ``conf/server/deployment.yaml`` for its server, or a YAML file, which says all
+        itself. ``types`` are ignored: nodes say what they are.
+    overrides
+        Dotted overrides.
+    resume
+        Run directory to go on with instead; ``overrides`` may then change only what a resumed run may.
+
+    Raises
+    ------
+    ConfigError
+        The configuration is wrong, or the run directory belongs to another run.
+    FederationError
+        The SuperLink does not answer or refuses the run.
+
+    """
+    if resume is not None:
+        given = [*([config] if config is not None else []), *overrides]
+        settled, directory = check_resumable(resume, given, None), resume.expanduser().resolve()
+    else:
+        settled, directory = settle(deployment, config or "demo", overrides)
+    values = {
+        "config": INLINE + to_yaml(settled),
+        "overrides": "",
+        "resume": "" if resume is None else str(directory),
+    }
+    with tempfile.TemporaryDirectory(prefix="heterotune-") as folder:
+        app = stage_app(Path(folder) / "app")
+        settings = Path(folder) / "run.toml"
+        settings.write_text("".join(f"{key} = {toml_string(v)}\n" for key, v in values.items()))
+        answer = flwr(
+            deployment, "run", str(app), CONNECTION, "--run-config", str(settings), named=True
+        )
+    return Submitted(str(answer["run-id"]), directory)
+
+
+def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tuple[Config, Path]:
+    """Return the configuration of a new run of real nodes, and its run directory (ConfigError)."""
+    if config in presets():
+        patient = OmegaConf.to_container(OmegaConf.load(conf_root() / "server" / "deployment.yaml"))
+        assert isinstance(patient, dict)
+        overrides = [f"server.{key}={value}" for key, value in patient["server"].items()] + list(
+            overrides
+        )
+    settled = compose(config, overrides)
+    check_strategies(settled)
+    if settled.run.dir is None:
+        # Where the units let the ServerApp write.
+        settled.run.dir = str(deployment.folder / "runs" / run_directory(settled).name)
+    settled = with_absolute_paths(settled)
+    directory = run_directory(settled)
+    check_directory(directory)
+    return settled, directory

@@ -1,0 +1,161 @@
+"""``heterotune status``: how a run stands, read from its journal while it goes on or after it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.journal import read_events
+
+#: Rounds whose pace tells the time left.
+_RECENT = 5
+#: A running run that has written nothing for so long may be gone.
+QUIET_SECONDS = 900.0
+
+
+@dataclass
+class ClientStanding:
+    """What the journal knows of one client; ``last_seen`` is seconds since 1970, None before its first answer."""
+
+    client_id: str
+    type_key: str = ""
+    bits: str = ""
+    examples: float | None = None
+    last_seen: float | None = None
+    last_round: int | None = None
+    answers: int = 0
+    failures: int = 0
+    last_failure: str = ""
+
+
+@dataclass
+class Standing:
+    """How a run stands. Times are seconds; ``eta`` is what is left of the strategy at work."""
+
+    directory: str
+    state: str
+    reason: str | None = None
+    strategy: str | None = None
+    seed: int | None = None
+    round: int = 0
+    of: int = 0
+    loss: float | None = None
+    eta: float | None = None
+    last_event: float | None = None
+    clients: dict[str, ClientStanding] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def read_status(directory: Path) -> Standing:
+    """Read a run directory (ConfigError when it is none)."""
+    directory = directory.expanduser().absolute()
+    journal = directory / "rounds.jsonl"
+    if not journal.is_file():
+        raise ConfigError(f"{directory} is no run directory: it has no rounds.jsonl")
+    state, reason = _state(directory)
+    return follow(read_events(journal), Standing(str(directory), state, reason))
+
+
+def _state(directory: Path) -> tuple[str, str | None]:
+    try:
+        status = json.loads((directory / "status.json").read_text())
+        return str(status["state"]), status.get("reason")
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown", None
+
+
+def follow(events: Iterable[Mapping[str, Any]], standing: Standing) -> Standing:
+    """Bring a standing up to date with events of the journal, in order."""
+    bits: dict[str, str] = {}
+    ends: list[float] = []
+    for event in events:
+        kind, at = event["event"], float(event.get("time") or 0.0)
+        standing.last_event = at
+        if kind == "describe":
+            bits = {key: str(of.get("bits", "")) for key, of in (event.get("types") or {}).items()}
+        elif kind in ("start", "resumed"):
+            standing.strategy, standing.seed = event.get("strategy"), event.get("seed")
+            standing.round, standing.of = int(event.get("round") or 0), int(event.get("of") or 0)
+            standing.loss, ends = None, [at]
+        elif kind == "round":
+            standing.round, standing.loss = int(event["round"]), event.get("loss")
+            ends.append(at)
+        _of_client(standing.clients, event, at, bits)
+    if standing.state == "running" and len(ends) > 1:
+        recent = ends[-_RECENT - 1 :]
+        pace = (recent[-1] - recent[0]) / (len(recent) - 1)
+        standing.eta = pace * max(0, standing.of - standing.round)
+    return standing
+
+
+def _of_client(
+    clients: dict[str, ClientStanding], event: Mapping[str, Any], at: float, bits: Mapping[str, str]
+) -> None:
+    client_id = event.get("client_id")
+    if client_id is None:
+        return
+    client = clients.setdefault(str(client_id), ClientStanding(str(client_id)))
+    if event.get("type"):
+        client.type_key = str(event["type"])
+        client.bits = bits.get(client.type_key, client.bits)
+    if event["event"] in ("client_failed", "refused"):
+        client.failures += 1
+        client.last_failure = str(event.get("reason") or "")
+    elif event["event"] in ("train_reply", "bytes"):
+        client.last_seen, client.last_round = at, event.get("round")
+        if event["event"] == "train_reply":
+            client.answers += 1
+            client.examples = event.get("examples", client.examples)
+
+
+def ago(seconds: float) -> str:
+    """A length of time in its largest sensible unit."""
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def render(standing: Standing, now: float | None = None) -> str:
+    """The standing as lines for a terminal."""
+    now = time.time() if now is None else now
+    head = f"{standing.directory}: {standing.state}"
+    if standing.reason:
+        head += f" ({standing.reason})"
+    lines = [head]
+    if standing.strategy is not None:
+        line = f"{standing.strategy}, seed {standing.seed}: round {standing.round} of {standing.of}"
+        if standing.loss is not None:
+            line += f", loss {standing.loss:.3f}"
+        if standing.eta is not None:
+            line += f", about {ago(standing.eta)} to go"
+        lines.append(line)
+    if standing.last_event is not None:
+        quiet = now - standing.last_event
+        line = f"last event {ago(quiet)} ago"
+        if standing.state == "running" and quiet > QUIET_SECONDS:
+            line += (
+                f"; is the ServerApp alive? If not: run again with resume = {standing.directory}"
+            )
+        lines.append(line)
+    width = max([len(cid) for cid in standing.clients] + [6])
+    kind = max([len(client.type_key) for client in standing.clients.values()] + [4])
+    if standing.clients:
+        lines.append(f"{'client':{width}}  {'type':{kind}}  {'bits':6} {'examples':>8} {'answers':>7} "
+                     f"{'failures':>8}  last seen")  # fmt: skip
+    for client_id in sorted(standing.clients):
+        client = standing.clients[client_id]
+        seen = "never" if client.last_seen is None else f"{ago(now - client.last_seen)} ago"
+        examples = "" if client.examples is None else f"{client.examples:.0f}"
+        line = (f"{client_id:{width}}  {client.type_key:{kind}}  {client.bits:6} {examples:>8} {client.answers:>7} "
+                f"{client.failures:>8}  {seen}")  # fmt: skip
+        lines.append(line + (f"; {client.last_failure}" if client.last_failure else ""))
+    return "\n".join(lines)
