@@ -306,16 +306,16 @@ class HeteroStrategy(Sharing):
             The federation cannot start, or no update was usable in several rounds in a row.
 
         """
-        self._begin = time.monotonic()
+        self.begin = time.monotonic()
         if num_rounds is not None:
             self.rounds = num_rounds
         self.prepare(grid)
         self.summary()
         result = Result()
-        done, evaluated = self._go_on()
+        done, evaluated = snapshot.go_on(self)
         if not evaluated and self._evaluates(done):
             self._evaluate(done, grid, result)
-            self._save(done, evaluated=True)
+            snapshot.save(self, done, evaluated=True)
         for server_round in range(done + 1, self.rounds + 1):
             messages = list(
                 self.configure_train(
@@ -325,52 +325,24 @@ class HeteroStrategy(Sharing):
             replies = self.courier.collect(grid, messages, TRAIN, server_round)
             _, record = self.aggregate_train(server_round, replies)
             self._check_progress(server_round, record)
-            self._save(server_round, evaluated=False)
+            snapshot.save(self, server_round, evaluated=False)
             if record is not None:
                 result.train_metrics_clientapp[server_round] = record
             if self._evaluates(server_round):
                 self._evaluate(server_round, grid, result)
-                self._save(server_round, evaluated=True)
+                snapshot.save(self, server_round, evaluated=True)
             if evaluate_fn is not None:
                 central = evaluate_fn(server_round, self._arrays())
                 if central is not None:
                     result.evaluate_metrics_serverapp[server_round] = central
         result.arrays = self._arrays()
-        self._finish(self._seconds())
+        self._finish(time.monotonic() - self.begin)
         return result
 
     def _evaluates(self, server_round: int) -> bool:
         every = self.config.server.evaluate_every
         is_first_or_last = server_round in (0, self.rounds)
         return is_first_or_last or (every > 0 and server_round % every == 0)
-
-    def _go_on(self) -> tuple[int, bool]:
-        """Last finished round and whether it was evaluated: (0, False), or those of a resumed run's checkpoint."""
-        session, name, seed = self.context.session, self.context.name, self.context.seed
-        if session.checkpoints is None or not session.resuming:
-            return 0, False
-        checkpoint, damaged = session.checkpoints.latest(name, seed)
-        for reason in damaged:
-            self.courier.event("checkpoint_damaged", reason=reason)
-        if checkpoint is None:
-            return 0, False
-        snapshot.put_back(self, checkpoint.state, checkpoint.round)
-        self._begin -= checkpoint.state["seconds"]
-        evaluated = bool(checkpoint.state["evaluated"])
-        self.courier.event("resumed", round=checkpoint.round, of=self.rounds, evaluated=evaluated)
-        return checkpoint.round, evaluated
-
-    def _save(self, server_round: int, evaluated: bool) -> None:
-        """Write the round's checkpoint, where the run keeps any."""
-        session = self.context.session
-        if session.checkpoints is not None:
-            state = snapshot.take(self, evaluated, self._seconds())
-            session.checkpoints.save(self.context.name, self.context.seed, server_round, state)
-            self.courier.event("checkpoint", round=server_round, evaluated=evaluated)
-
-    def _seconds(self) -> float:
-        """What the strategy has taken so far, before a resume included."""
-        return time.monotonic() - self._begin
 
     def _check_progress(self, server_round: int, record: MetricRecord | None) -> None:
         """Give up when round after round brings nothing: the same error would repeat for ever."""

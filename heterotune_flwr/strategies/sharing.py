@@ -57,7 +57,8 @@ class Sharing(Strategy):
         self._fixed: dict[str, set[str]] = {}
         self._optimizer_states: dict[str, dict[str, State]] = {}
         self._empty_rounds = 0
-        self._begin = 0.0
+        #: When the strategy began (seconds of a clock that only runs forward), an earlier start's time included.
+        self.begin = 0.0
 
     # ------------------------------------------------------------------ what a subclass overrides
 

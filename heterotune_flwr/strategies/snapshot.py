@@ -10,6 +10,7 @@ of seed and round, so there is no generator to save. What clients keep for thems
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,19 +24,46 @@ if TYPE_CHECKING:
     from heterotune_flwr.strategies.base import HeteroStrategy
 
 
-def take(strategy: HeteroStrategy, evaluated: bool, seconds: float) -> State:
-    """The state of a strategy after a round.
+def save(strategy: HeteroStrategy, round: int, evaluated: bool) -> None:
+    """Write the round's checkpoint, where the run keeps any; ``evaluated``: its evaluation, if it has one, is done."""
+    checkpoints = strategy.context.session.checkpoints
+    if checkpoints is not None:
+        checkpoints.save(
+            strategy.context.name, strategy.context.seed, round, _take(strategy, evaluated)
+        )
+        strategy.courier.event("checkpoint", round=round, evaluated=evaluated)
 
-    Parameters
-    ----------
-    strategy
-        A prepared strategy.
-    evaluated
-        Whether the round's evaluation, where it has one, is done.
-    seconds
-        Time the strategy has taken so far.
+
+def go_on(strategy: HeteroStrategy) -> tuple[int, bool]:
+    """Put a prepared strategy where its last checkpoint was, when the run is resumed.
+
+    Returns the last finished round and whether it was evaluated; (0, False) where there is nothing to go on from.
+
+    Raises
+    ------
+    CheckpointError
+        No checkpoint can be read, or it does not fit this run.
 
     """
+    session = strategy.context.session
+    if session.checkpoints is None or not session.resuming:
+        return 0, False
+    checkpoint, damaged = session.checkpoints.latest(strategy.context.name, strategy.context.seed)
+    for reason in damaged:
+        strategy.courier.event("checkpoint_damaged", reason=reason)
+    if checkpoint is None:
+        return 0, False
+    _put_back(strategy, checkpoint.state, checkpoint.round)
+    strategy.begin -= checkpoint.state["seconds"]
+    evaluated = bool(checkpoint.state["evaluated"])
+    strategy.courier.event(
+        "resumed", round=checkpoint.round, of=strategy.rounds, evaluated=evaluated
+    )
+    return checkpoint.round, evaluated
+
+
+def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
+    """Everything the next round depends on."""
     outcome = strategy.outcome
     return {
         "experiment": strategy.context.experiment,
@@ -51,21 +79,12 @@ def take(strategy: HeteroStrategy, evaluated: bool, seconds: float) -> State:
             "skipped": outcome.skipped,
         },
         "evaluated": evaluated,
-        "seconds": seconds,
+        "seconds": time.monotonic() - strategy.begin,
     }
 
 
-def put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
-    """Make a prepared strategy what it was after ``round``.
-
-    Groups of model types that are not there now are kept for when they return.
-
-    Raises
-    ------
-    CheckpointError
-        Tensors have other shapes now, or the maps of a type have changed.
-
-    """
+def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
+    """Make it what it was after ``round``; groups of types that are not there now are kept for when they return."""
     _check_shapes(strategy, state["shared"])
     _check_maps(strategy, state["maps"])
     strategy.state |= state["shared"]
