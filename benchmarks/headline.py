@@ -85,7 +85,7 @@ _KNOWN: Mapping[str, Sequence[float]] = {
     "fedmkt": (1e-3,),
 }
 _SLOW: Mapping[str, Sequence[float]] = {
-    **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3)), "fedit": (1e-3,), "fedmkt": (1e-3,)
+    **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,)
 }  # fmt: skip
 SUITES = {
     "embedded3": Suite("demo", _TINY, 1, method=_DEEP, rates=_BOTH),
