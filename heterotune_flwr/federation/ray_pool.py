@@ -8,12 +8,14 @@ the pool gets a fresh actor instead. The message that was lost is sent once more
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from typing import Any
 
 log = logging.getLogger(__name__)
 
+_SIMULATION = "flwr.simulation.run_simulation"
 _MODULE, _POOL, _METHOD = (
     "flwr.simulation.ray_transport.ray_actor",
     "BasicActorPool",
@@ -24,9 +26,9 @@ _ATTRIBUTES = ("_future_to_actor", "pool", "create_actor_fn")
 
 def mend_actor_pool() -> bool:
     """Replace dead actors from now on; False where this process runs no simulation, or Flower has changed."""
-    module = sys.modules.get(_MODULE)
-    if module is None:
+    if not {_SIMULATION, _MODULE} & set(sys.modules):
         return False
+    module = importlib.import_module(_MODULE)  # the server begins before Flower has loaded it
     pool = getattr(module, _POOL, None)
     method = getattr(pool, _METHOD, None)
     if method is None:
