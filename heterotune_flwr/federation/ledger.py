@@ -40,9 +40,17 @@ class Exchanged:
             content_bytes(request),
             content_bytes(reply),
             payload_bytes(record) if isinstance(record, ArrayRecord) else 0,
-            len(content_to_bytes(request)),
-            len(content_to_bytes(reply)),
+            _wire_bytes(request),
+            _wire_bytes(reply),
         )
+
+
+def _wire_bytes(content: RecordDict) -> int:
+    """Serialised size; of what cannot have come over a wire (a shape no message can say), its logical one."""
+    try:
+        return len(content_to_bytes(content))
+    except (ValueError, TypeError, OverflowError):
+        return content_bytes(content)
 
 
 @dataclass

@@ -13,6 +13,8 @@ PLACES = {"one type": ("client-0001", "client-0004"), "two types": ("client-0003
 #: What travels up, where it is not tensors.
 NO_TENSORS = {"local_only": "", "fedmkt": "values"}
 ROUNDS = 6
+#: Strategies whose clients all have slices of one parent: ten clients of one type.
+ONE_PARENT = ("heterofl", "fedrolex")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ def matrix() -> list[tuple[str, str, str]]:
 @functools.cache
 def without(strategy: str, place: str, since: int, seed: int = 0) -> Ended:
     """The run in which the two do not answer from round ``since`` on."""
-    absent = Hostile(PLACES[place], None, since)
-    return run(toy_spec(strategy), prepare=absent, rounds=ROUNDS, seed=seed)
+    return _run(strategy, Hostile(PLACES[place], None, since), seed)
+
+
+def _run(strategy: str, prepare: Hostile, seed: int) -> Ended:
+    clients = (10,) if strategy in ONE_PARENT else (4, 3, 3)
+    return run(toy_spec(strategy), clients, prepare=prepare, rounds=ROUNDS, seed=seed)
 
 
 def play(strategy: str, fault: str, place: str, seed: int = 0) -> Case:
@@ -57,7 +63,7 @@ def play(strategy: str, fault: str, place: str, seed: int = 0) -> Case:
     kind, hostile = FAULTS[fault], PLACES[place]
     reference = without(strategy, place, kind.since, seed).loss(hostile)
     try:
-        ended = run(toy_spec(strategy), prepare=Hostile(hostile, kind), rounds=ROUNDS, seed=seed)
+        ended = _run(strategy, Hostile(hostile, kind), seed)
     except Exception as error:  # whatever it is, it is what the suite is for
         nothing = float("nan")
         line = f"{type(error).__name__}: {error}"
