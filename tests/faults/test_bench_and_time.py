@@ -250,7 +250,7 @@ def test_a_restored_gate_and_bench_go_on_bit_for_bit(monkeypatch):
     def reborn(self, server_round, arrays, config, grid):
         text = json.dumps(self.courier.safety.state())
         states.append(text)
-        self.courier.safety = Safety.of(self.config.server)
+        self.courier.safety = Safety.of(self.config.server, self.config.exchange)
         self.courier.safety.restore(json.loads(text))
         return configure(self, server_round, arrays, config, grid)
 
