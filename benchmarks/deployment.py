@@ -6,7 +6,8 @@
   same seeds and the same examples per client.
 * *Kills*: SIGKILL of one process of the deployment, while no run goes on (``idle``) or while clients train
   (``train``); what the systemd units would start again is started again after as long as they wait. A run counts as
-  completed when Flower says so and all its rounds are there; after the ServerApp's death it is resumed.
+  completed when Flower says so and all its rounds are there; after the death of the ServerApp, or of the SuperExec
+  (with which Flower ends its ServerApps), it is resumed.
 
 Run: ``python -m benchmarks.deployment`` (about 15 minutes on 2 quiet cores; nginx is used if it is there). Writes
 ``benchmarks/results/deployment.json``.
@@ -23,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import write_results
+from benchmarks.common import read_results, write_results
 from benchmarks.lab import Lab, has_nginx
 from benchmarks.lab_run import (
     NODES,
@@ -118,7 +119,7 @@ def kill_case(
         killed = kill(lab, what)
         restart(lab, what)
     verdict, resumed = lab.await_end(run_id), False
-    if what == "ServerApp" and verdict != "finished:completed":
+    if what in ("ServerApp", "SuperExec") and verdict != "finished:completed":
         resumed = True
         again = lab.submit(app, config=configuration(directory, rounds), resume=str(directory))
         verdict = lab.await_end(again)
@@ -144,11 +145,29 @@ def foreign_code(lab: Lab, folder: Path) -> bool:
     return verdict == "finished:failed" and told and lab.online() == set(NODES)
 
 
+def attacked(lab: Lab, app: Path, folder: Path, simulated: dict[str, Any]) -> dict[str, Any]:
+    """Refusals, then a run and its difference from the simulation."""
+    refused = node_refusals(lab, folder, VICTIM, "stranger")
+    if lab.proxy:
+        refused |= {f"proxy: {path}": ok for path, ok in proxy_refusals(lab).items()}
+    refused["code that is not installed"] = foreign_code(lab, folder)
+    print(refused, flush=True)
+    verdict = lab.await_end(lab.submit(app, config=configuration(folder / "equal")))
+    difference = greatest_difference(final_bank(folder / "equal"), simulated)
+    print(f"equality: {verdict}, greatest difference {difference}", flush=True)
+    return {
+        "refusal_cases": len(refused),
+        "refused": sum(refused.values()),
+        "refusals": refused,
+        "sim_equals_deploy": difference,
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="rounds of the runs with a death")
-    parser.add_argument("--kills", nargs="*", help="only these, like SuperLink-train")
+    parser.add_argument("--kills", nargs="*", help="nothing but these, like SuperLink-train")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="heterotune-lab-") as name:
         folder = Path(name)
@@ -157,34 +176,21 @@ def main(arguments: list[str] | None = None) -> None:
             lab.configure("stranger", client_id="stranger")
             lab.deployment.nodes["stranger"].revoked = True
             join(lab, config)
-            refused = node_refusals(lab, folder, VICTIM, "stranger")
-            if lab.proxy:
-                refused |= {f"proxy: {path}": ok for path, ok in proxy_refusals(lab).items()}
-            refused["code that is not installed"] = foreign_code(lab, folder)
-            print(refused, flush=True)
             app = stage_app(folder / "app")
-            run_id = lab.submit(app, config=configuration(folder / "equal"))
-            verdict = lab.await_end(run_id)
-            difference = greatest_difference(final_bank(folder / "equal"), simulated)
-            print(f"equality: {verdict}, greatest difference {difference}", flush=True)
-            rows = [
-                kill_case(lab, app, folder, what, when, options.rounds)
+            values = {} if options.kills else attacked(lab, app, folder, simulated)
+            rows = {
+                f"{what}-{when}": kill_case(lab, app, folder, what, when, options.rounds)
                 for what, when in KILLS
                 if not options.kills or f"{what}-{when}" in options.kills
-            ]
-    write_results(
-        "deployment",
-        {
-            "proxy": has_nginx(),
-            "refusal_cases": len(refused),
-            "refused": sum(refused.values()),
-            "refusals": refused,
-            "sim_equals_deploy": difference,
-            "kill_cases": len(rows),
-            "completed": sum(row["completed"] for row in rows),
-            "kills": rows,
-        },
-    )
+            }
+    rows = {**read_results("deployment").get("kills", {}), **rows}
+    values |= {
+        "proxy": has_nginx(),
+        "kill_cases": len(rows),
+        "completed": sum(row["completed"] for row in rows.values()),
+        "kills": rows,
+    }
+    write_results("deployment", values)
 
 
 if __name__ == "__main__":

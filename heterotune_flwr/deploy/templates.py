@@ -55,7 +55,7 @@ _SUPEREXEC = Template(
     """\
 #!/bin/sh
 # The SuperExec: starts the ServerApp of every run. A process of its own, so that a restarted SuperLink finds the run
-# still going on.
+# still going on. (Flower ends the ServerApps along with their SuperExec: such a run is resumed.)
 set -eu
 umask 077
 here="$$(CDPATH= cd -- "$$(dirname -- "$$0")" && pwd)"
@@ -98,10 +98,6 @@ LockPersonality=yes
 SystemCallArchitectures=native
 UMask=0077
 """
-_SPARE = """\
-# The ServerApp of a run outlives the SuperExec that started it: a restart must not take it along.
-KillMode=process
-"""
 _SERVER_UNIT = Template(
     """\
 # cp $name.service /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now $name
@@ -116,7 +112,7 @@ User=$user
 ExecStart=$here/$script
 Restart=always
 RestartSec=5
-${kill}"""
+"""
     + _HARDENING
     + """\
 ReadWritePaths=$here/state$runs
@@ -260,7 +256,7 @@ def superlink_unit(here: str, user: str) -> str:
     """Systemd unit of the SuperLink."""
     return _SERVER_UNIT.substitute(
         name="heterotune-superlink", what="SuperLink", after="", here=here, user=user,
-        script="superlink.sh", runs="", kill="",
+        script="superlink.sh", runs="",
     )  # fmt: skip
 
 
@@ -268,7 +264,7 @@ def superexec_unit(here: str, user: str, runs: str) -> str:
     """Systemd unit of the SuperExec; ``runs`` is the folder that runs write to."""
     return _SERVER_UNIT.substitute(
         name="heterotune-superexec", what="SuperExec", after=" heterotune-superlink.service",
-        here=here, user=user, script="superexec.sh", runs=f" {runs}", kill=_SPARE,
+        here=here, user=user, script="superexec.sh", runs=f" {runs}",
     )  # fmt: skip
 
 

@@ -1,0 +1,35 @@
+"""The commands of docs/deploy.md exist, with the options it gives them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import typer.main
+
+from heterotune_flwr.cli import app
+from heterotune_flwr.deploy.node_config import _KEYS
+
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "deploy.md").read_text()
+
+
+def test_every_command_of_the_guide_exists():
+    root = typer.main.get_command(app)
+    lines = re.findall(
+        r"^    (?:\$ )?heterotune ((?:deploy|node|status|report)[^#\n]*)", GUIDE, re.MULTILINE
+    )
+    assert len(lines) > 14
+    for line in lines:
+        words, command = shlex.split(line), root
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        assert not hasattr(command, "commands"), line
+        options = {name for parameter in command.params for name in parameter.opts}
+        given = {word for word in words if word.startswith("--")}
+        assert given <= options, line
+
+
+def test_every_setting_of_a_node_is_in_the_guide():
+    for key in {*_KEYS["client"], "accept-code", "port"}:
+        assert f"`{key}" in GUIDE, key
