@@ -37,6 +37,8 @@ from heterotune_flwr.strategies.build import check_strategy
 
 #: What a method has here beside its shipped preset: ours has its consensus wherever it runs.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"heterotune": {"consensus": {}}}
+#: Methods that are a shipped strategy under another name: HeteroTune without its consensus.
+SHIPPED_AS: Mapping[str, str] = {"bank": "heterotune"}
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
 _TINY = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]
@@ -76,7 +78,7 @@ _DEEP = (
     "method.core_kind=lora", "method.core_rank=16", "method.core_from=0.0", "method.core_scale=2.0",
 )  # fmt: skip
 _BANK, _LORA = (1e-3, 4e-3), (3e-4, 1e-3)
-_BANKED = ("heterotune", "mean", "within_type", "local_only", "fedprox", "fedadam")
+_BANKED = ("heterotune", "bank", "mean", "within_type", "local_only", "fedprox", "fedadam")
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
 _BOTH = dict.fromkeys(_BANKED, (1e-3, 2e-3))
 _KNOWN: Mapping[str, Sequence[float]] = {
@@ -123,10 +125,17 @@ def read_cells() -> dict[str, Any]:
     return cells
 
 
+def shipped(method: str) -> dict[str, Any]:
+    """A method's preset."""
+    path = conf_root() / "strategy" / f"{SHIPPED_AS.get(method, method)}.yaml"
+    entry: dict[str, Any] = yaml.safe_load(path.read_text())
+    return entry
+
+
 def refusal(suite: Suite, method: str) -> str | None:
     """Why a method cannot run on a suite; None where it can."""
     config = compose(suite.preset, suite.overrides())
-    entry = yaml.safe_load((conf_root() / "strategy" / f"{method}.yaml").read_text())
+    entry = shipped(method)
     try:
         check_strategy(method, entry, config)
     except ConfigError as error:
@@ -138,7 +147,7 @@ def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]
     """One real Flower simulation: a method at some learning rates and seeds; returns its cells."""
     suite = SUITES[name]
     preset = yaml.safe_load((conf_root() / f"{suite.preset}.yaml").read_text())
-    entry = yaml.safe_load((conf_root() / "strategy" / f"{method}.yaml").read_text())
+    entry = shipped(method)
     entry |= OPTIONS.get(method, {})
     strategies = {
         f"{method}-{rate:g}": {**entry, "train": {**entry.get("train", {}), "learning_rate": rate}}

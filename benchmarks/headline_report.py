@@ -12,7 +12,7 @@ from heterotune_flwr.exchange.storage import atomic_write_text
 
 OURS = "heterotune"
 #: The bank without CMGA is an ablation of ours, not a rival.
-NO_RIVALS = (OURS, "mean")
+NO_RIVALS = (OURS, "bank", "mean")
 
 
 def accuracies(entry: dict[str, Any], field: str = "global_accuracy") -> dict[Key, float]:
