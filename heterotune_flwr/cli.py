@@ -100,16 +100,19 @@ def run(
     if dry_run:
         typer.echo(to_yaml(resolved))
         return
-    started = time.monotonic()
+    started, began = time.monotonic(), time.time()
     with RunProgress(resolved) as progress:
         outcome = launch(resolved, progress, resuming=resume is not None)
-    if (outcome.directory / "results.json").exists():
+    results = outcome.directory / "results.json"
+    # Of a run that failed only what this start has computed, not an earlier one's.
+    if results.exists() and (not outcome.failed or results.stat().st_mtime >= began):
         show(load_results(outcome.directory), outcome.directory)
     if outcome.failed:
         typer.echo(f"the end of {outcome.directory / 'flower.log'}:", err=True)
         typer.echo(textwrap.indent(outcome.log_tail, "  | "), err=True)
         typer.echo(f"the run failed: {outcome.reason}", err=True)
-        if (outcome.directory / "checkpoints").is_dir():
+        told = outcome.reason or ""  # where the reason says how to mend it, that comes first
+        if (outcome.directory / "checkpoints").is_dir() and "checkpoint" not in told:
             typer.echo(f"go on with it: heterotune run --resume {outcome.directory}", err=True)
         raise typer.Exit(2)
     typer.echo(f"done in {time.monotonic() - started:.0f} s")

@@ -285,6 +285,26 @@ def test_run_settings_survive_toml(text: str) -> None:
     assert tomllib.loads(f"key = {toml_string(text)}")["key"] == text
 
 
+def test_a_directory_with_a_run_in_it_is_refused_to_others(tmp_path: Path) -> None:
+    from heterotune_flwr.federation.resume import FOLLOWER, check_free, run_lock
+
+    config = compose("quick", [f"run.dir={tmp_path}"])
+    (tmp_path / "rounds.jsonl").write_text("{}\n")
+    with run_lock(tmp_path, FOLLOWER):
+        for resuming in (False, True):
+            with pytest.raises(ConfigError, match="a run is still writing"):
+                launch(config, lambda event: None, resuming)
+        with pytest.raises(ConfigError, match="a run is still writing"):
+            check_free(tmp_path)
+    check_free(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(
+        ConfigError, match="a run that is not finished; go on with it: heterotune run --resume"
+    ):
+        launch(config, lambda event: None)
+    assert (tmp_path / "rounds.jsonl").read_text() == "{}\n"
+
+
 def test_results_of_an_earlier_run_are_never_overwritten(tmp_path: Path) -> None:
     config = compose("quick", [f"run.dir={tmp_path}"])
     (tmp_path / "results.json").write_text("{}")

@@ -20,7 +20,7 @@ from heterotune_flwr.federation import checkpoint
 from heterotune_flwr.federation.checkpoint import CheckpointError, Checkpoints
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.resume import check_same, run_lock
+from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock
 from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.flower import Error, Message
 
@@ -337,21 +337,64 @@ def test_a_torn_journal_line_is_closed_and_passed_over(tmp_path):
     assert [e["torn_line"] for e in found if e["event"] == "journal"] == [False, True]
 
 
-def test_changed_clients_and_maps_are_refused(tmp_path):
+def interrupted(tmp_path, at=20):
+    """A run that was killed, its federation and configuration."""
     config = toy_config(tmp_path, (1, 1, 1), {"heterotune": SPECS["heterotune"]}, rounds=4)
     federation = ToyFederation(config)
     with pytest.raises(Killed):
-        run(config, federation, drop=killer(20))
+        run(config, federation, drop=killer(at))
+    return config, federation
+
+
+def test_changed_settings_clients_and_maps_are_refused(tmp_path):
+    config, federation = interrupted(tmp_path)
+    directory = Path(config.run.dir)
     config.method.inner = 5
-    with pytest.raises(CheckpointError, match=r"does not fit: slots\.0\.experts"):
-        run(config, ToyFederation(config), resuming=True)
+    with pytest.raises(
+        CheckpointError, match=r"written with other settings than config\.yaml has now"
+    ):
+        run(config, federation, resuming=True)
     config.method.inner = 6
-    for path in (Path(config.run.dir) / "maps").iterdir():
+    config.server.rounds = 1
+    with pytest.raises(ConfigError, match=r"has done \d rounds already, more than server"):
+        check_rounds(directory, config)
+    config.server.rounds = 4
+    check_rounds(directory, config)
+    (folder,) = (directory / "checkpoints").iterdir()
+    newest = sorted(folder.iterdir())[-1]
+    state = load_state(newest)
+    good = newest.read_bytes()
+    state["shared"]["global"]["slots.0.gate.bias"] = np.zeros(7, np.float32)
+    save_state(newest, state, read_header(newest))
+    with pytest.raises(
+        CheckpointError, match=r"does not fit: slots\.0\.gate\.bias of global is \[7\] there"
+    ):
+        run(config, federation, resuming=True)
+    newest.write_bytes(good)
+    for path in (directory / "maps").iterdir():
         state = load_state(path)
         next(iter(state["tensors"]["small@fp32"].values())).flat[0] += 1
         save_state(path, state)
     with pytest.raises(CheckpointError, match="maps of small@fp32 are not those"):
-        run(config, ToyFederation(config), resuming=True)
+        run(config, federation, resuming=True)
+
+
+def test_damaged_results_are_made_anew_and_those_of_others_stay(tmp_path):
+    specs = {name: SPECS[name] for name in ("heterotune", "local_only")}
+    config = toy_config(tmp_path, (1, 1, 1), specs, rounds=2)
+    federation = ToyFederation(config)
+    whole = comparable(run(config, federation))
+    path = Path(config.run.dir) / "results.json"
+    path.write_text(path.read_text()[:500])
+    assert comparable(run(config, federation, resuming=True)) == whole
+    assert [
+        e for e in read_events(path.parent / "rounds.jsonl") if e["event"] == "results_unreadable"
+    ]
+    config.run.compare, config.run.seeds = ["local_only"], [1]
+    results = run(config, federation, resuming=True)
+    assert [(r["strategy"], r["seed"]) for r in results["runs"]] == [
+        *((r["strategy"], r["seed"]) for r in whole), ("local_only", 1),
+    ]  # fmt: skip
 
 
 def test_what_may_change_and_what_not(tmp_path):

@@ -96,6 +96,8 @@ def check_choices(config: Config) -> None:
         value = _value(config, path)
         if value is not None and not bound < value < float("inf"):
             raise ConfigError(f"{path} is {value}, it must be above {bound} (or null)")
+    if config.server.oversample > 1:
+        raise ConfigError(f"server.oversample is {config.server.oversample}, must be in [0, 1]")
     if config.server.quorum is not None and config.server.quorum > 1:
         raise ConfigError(f"server.quorum is {config.server.quorum}, must be in (0, 1] or null")
     if not 0 < config.server.participation <= 1:

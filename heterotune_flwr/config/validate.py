@@ -15,6 +15,7 @@ from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import label_tokens
 from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
+from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.server import check_strategies
 from heterotune_flwr.tuning.slots import lowest_slot
 
@@ -69,6 +70,12 @@ def preflight(config: Config) -> None:
     load_anchors(config.alignment)
     global_test(config.data)
     total = sum(entry.clients for entry in config.types)
+    asked = sample_size(total, config.server.participation)
+    if config.server.min_results > asked:
+        raise ConfigError(
+            f"server.min_results is {config.server.min_results}, but a round asks {asked} of the {total} clients; no "
+            "round could ever count"
+        )
     for seed in config.run.seeds:
         for partition in range(total):
             client_examples(config.data, partition, total, seed)

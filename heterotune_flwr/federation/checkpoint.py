@@ -8,7 +8,6 @@ flushed, renamed); its checksum is verified when it is read. Nothing in it is pi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +54,7 @@ class Checkpoints:
 
     def _files(self, strategy: str, seed: int) -> list[Path]:
         """Files, newest first; what a crash left half-written has another name."""
-        return sorted(self._folder(strategy, seed).glob("round-*.safetensors"), reverse=True)
+        return sorted(self._folder(strategy, seed).glob("round-[0-9]*.safetensors"), reverse=True)
 
     def save(self, strategy: str, seed: int, round: int, state: State) -> Path:
         """Write the state after ``round``, then forget the oldest.
@@ -126,9 +125,10 @@ class Checkpoints:
             )
         return Checkpoint(int(header["round"]), load_state(path), path)
 
-    def any(self, experiments: Iterable[tuple[str, int]]) -> bool:
-        """Whether any of these (strategy, seed) has a checkpoint."""
-        return any(self._files(strategy, seed) for strategy, seed in experiments)
+    def newest(self, strategy: str, seed: int) -> int:
+        """The last round that has a file, readable or not; 0 where there is none."""
+        files = self._files(strategy, seed)
+        return int(files[0].stem.removeprefix("round-")) if files else 0
 
 
 def _flush_folder(folder: Path) -> None:

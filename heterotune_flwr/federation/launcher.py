@@ -19,6 +19,7 @@ from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.federation.journal import parse_event
+from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
 
@@ -178,6 +179,11 @@ def check_directory(directory: Path) -> None:
         raise ConfigError(
             f"{directory} holds the results of a run already; name another directory with --dir"
         )
+    if (directory / "checkpoints").exists():
+        raise ConfigError(
+            f"{directory} holds a run that is not finished; go on with it: heterotune run --resume {directory}, or "
+            "name another directory with --dir"
+        )
     place = next(parent for parent in (directory, *directory.parents) if parent.exists())
     if not os.access(place, os.W_OK):
         raise ConfigError(f"{place} cannot be written; name a run directory elsewhere with --dir")
@@ -223,7 +229,33 @@ def launch_app(
         Flower could not be started or refused the run. A run that starts and fails is reported in the outcome.
 
     """
-    prepare_directory(directory, resuming)
+    with _following(directory, resuming):
+        prepare_directory(directory, resuming)
+        return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)
+
+
+@contextmanager
+def _following(directory: Path, resuming: bool) -> Iterator[None]:
+    """Keep a run directory for one command, from before anything in it changes to the run's end."""
+    if not resuming:
+        check_directory(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run directory {directory} cannot be written: {error}") from error
+    with run_lock(directory, FOLLOWER):
+        yield
+
+
+def _launch_app(
+    app: Path,
+    run_config: Mapping[str, str],
+    directory: Path,
+    supernodes: int,
+    on_event: OnEvent,
+    resources: Resources | None,
+    resuming: bool,
+) -> RunOutcome:
     reader = EventReader(directory / "rounds.jsonl")
     resources = resources or Resources(1)
     try:
@@ -287,12 +319,13 @@ def launch(config: Config, on_event: OnEvent, resuming: bool = False) -> RunOutc
     if supernodes < 1:
         raise ConfigError("types is empty: name at least one backbone with its bits and clients")
     directory = Path(config.run.dir)
-    prepare_directory(directory, resuming)
-    app = stage_app(directory / "flower" / "app")
     run_config = {
         "config": INLINE + to_yaml(config),
         "overrides": "",
         "resume": str(directory) if resuming else "",
     }
-    resources = plan_resources(config, supernodes)
-    return launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)
+    with _following(directory, resuming):
+        prepare_directory(directory, resuming)
+        app = stage_app(directory / "flower" / "app")
+        resources = plan_resources(config, supernodes)
+        return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)

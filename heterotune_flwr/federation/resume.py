@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +15,13 @@ from filelock import FileLock, Timeout
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.checkpoint import Checkpoints
 
 #: What may differ when a run goes on: how long, how patiently, on how many processes; not what is computed.
 MAY_CHANGE = (
     "run.dir",
+    "run.name",
+    "run.state_dir",
     "run.compare",
     "run.seeds",
     "run.workers",
@@ -30,7 +35,8 @@ MAY_CHANGE = (
     "server.deadline_floor_seconds",
     "server.deadline_factor",
 )
-_LOCK = ".lock"
+#: Held by whoever writes to a run directory, and by the command that started it and follows it.
+_LOCK, FOLLOWER = ".lock", ".follower.lock"
 
 
 def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -42,6 +48,17 @@ def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
+def settings_digest(config: Config, strategy: str) -> str:
+    """SHA-256 (16 hex digits) of everything that decides what a strategy computes: all but :data:`MAY_CHANGE`."""
+    own = f"strategies.{strategy}."
+    chosen = {
+        key: value
+        for key, value in flatten(dataclasses.asdict(config))
+        if key not in MAY_CHANGE and (key.startswith(own) or not key.startswith("strategies"))
+    }
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def saved_config(directory: Path) -> Config:
     """The configuration a run directory was started with (ConfigError: it is none)."""
     path = directory / "config.yaml"
@@ -49,7 +66,12 @@ def saved_config(directory: Path) -> Config:
         raise ConfigError(
             f"{directory} is no run directory (it has no config.yaml); name one with --resume"
         )
-    return compose(str(path))
+    try:
+        return compose(str(path))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} is not the configuration of a run any more: {error}; put it back"
+        ) from error
 
 
 def check_same(saved: Config, config: Config, directory: Path) -> None:
@@ -65,10 +87,22 @@ def check_same(saved: Config, config: Config, directory: Path) -> None:
             )
 
 
+def check_rounds(directory: Path, config: Config) -> None:
+    """Refuse fewer rounds than a strategy has done (ConfigError)."""
+    checkpoints = Checkpoints(directory)
+    for seed in config.run.seeds:
+        for name in config.run.compare:
+            if (done := checkpoints.newest(name, seed)) > config.server.rounds:
+                raise ConfigError(
+                    f"{name}, seed {seed}, has done {done} rounds already, more than "
+                    f"server.rounds={config.server.rounds}; give at least {done}"
+                )
+
+
 @contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
+def run_lock(directory: Path, name: str = _LOCK) -> Iterator[None]:
     """Hold a run directory: two servers must not write to one (ConfigError: another one does)."""
-    lock = FileLock(directory / _LOCK, timeout=0)
+    lock = FileLock(directory / name, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -112,7 +146,15 @@ def check_resumable(directory: Path, overrides: Sequence[str], other: Path | Non
     saved = saved_config(directory)
     config = compose(str(directory / "config.yaml"), list(overrides))
     check_same(saved, config, directory)
+    check_rounds(directory, config)
     config.run.dir = str(directory)
-    with run_lock(directory):
-        pass
+    check_free(directory)
     return config
+
+
+def check_free(directory: Path) -> None:
+    """Refuse a directory that a run is in, or that a command is about to start one in (ConfigError)."""
+    for name in (_LOCK, FOLLOWER):
+        if (directory / name).exists():
+            with run_lock(directory, name):
+                pass

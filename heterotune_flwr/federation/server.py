@@ -16,7 +16,7 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.ray_pool import mend_actor_pool
-from heterotune_flwr.federation.resume import check_same, run_lock, saved_config
+from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock, saved_config
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import Context, Grid
 from heterotune_flwr.reporting.tables import final_table
@@ -53,8 +53,15 @@ def run_strategies(
     keep = config.server.keep_checkpoints
     checkpoints = Checkpoints(journal.directory, keep) if keep else None
     session = Session(grid, config, journal, run_name, checkpoints, resuming)
-    finished = _finished(journal, config) if resuming else {}
-    results: dict[str, Any] = {"config": asdict(config), "runs": []}
+    earlier = _earlier(journal) if resuming else {}
+    finished = {
+        key: run
+        for key, run in earlier.items()
+        if max((entry["round"] for entry in run["rounds"]), default=0) >= config.server.rounds
+    }
+    planned = {(name, seed) for seed in config.run.seeds for name in config.run.compare}
+    others = [run for key, run in earlier.items() if key not in planned]
+    results: dict[str, Any] = {"config": asdict(config), "runs": others}
     for seed in config.run.seeds:
         for name in config.run.compare:
             if (name, seed) in finished:
@@ -73,17 +80,20 @@ def run_strategies(
     return results
 
 
-def _finished(journal: Journal, config: Config) -> dict[tuple[str, int], dict[str, Any]]:
-    """Results of an earlier start of this run that have all their rounds, by (strategy, seed)."""
+def _earlier(journal: Journal) -> dict[tuple[str, int], dict[str, Any]]:
+    """Results of an earlier start of this run, by (strategy, seed); none where the file is damaged.
+
+    Those of strategies that had finished are then made anew from their last checkpoints.
+    """
     path = journal.directory / "results.json"
     if not path.exists():
         return {}
-    runs = json.loads(path.read_text())["runs"]
-    return {
-        (run["strategy"], run["seed"]): run
-        for run in runs
-        if max((entry["round"] for entry in run["rounds"]), default=0) >= config.server.rounds
-    }
+    try:
+        runs = json.loads(path.read_text())["runs"]
+        return {(run["strategy"], run["seed"]): run for run in runs}
+    except (ValueError, KeyError, TypeError) as error:
+        journal.event("results_unreadable", reason=str(error))
+        return {}
 
 
 def run(grid: Grid, context: Context) -> dict[str, Any]:
@@ -105,6 +115,7 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
     directory = Path(resume).expanduser().resolve() if resume else run_directory(config)
     if resume:
         check_same(saved_config(directory), config, directory)
+        check_rounds(directory, config)
     mend_actor_pool()
     with run_lock(directory):
         return _run_in(directory, grid, config, str(context.run_id), bool(resume))

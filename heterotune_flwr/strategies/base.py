@@ -348,7 +348,7 @@ class HeteroStrategy(Sharing):
         """Give up when round after round brings nothing: the same error would repeat for ever."""
         self._empty_rounds = 0 if record is not None else self._empty_rounds + 1
         if self._empty_rounds >= min(_PATIENCE, self.rounds):
-            reason = self.courier.first_failure or "no client was asked"
+            reason = self.courier.first_failure or "nobody failed; too few were asked"
             needed = self.config.server.min_results
             missing = "no usable update" if needed == 1 else f"fewer than {needed} usable updates"
             raise FederationError(

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from heterotune_flwr.exchange.trees import State
-from heterotune_flwr.federation.checkpoint import CheckpointError
+from heterotune_flwr.federation.checkpoint import Checkpoint, CheckpointError
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.outcome import ClientRow
+from heterotune_flwr.federation.resume import MAY_CHANGE, settings_digest
 
 if TYPE_CHECKING:
     from heterotune_flwr.strategies.base import HeteroStrategy
@@ -53,6 +54,7 @@ def go_on(strategy: HeteroStrategy) -> tuple[int, bool]:
         strategy.courier.event("checkpoint_damaged", reason=reason)
     if checkpoint is None:
         return 0, False
+    _check_settings(strategy, checkpoint)
     _put_back(strategy, checkpoint.state, checkpoint.round)
     strategy.begin -= checkpoint.state["seconds"]
     evaluated = bool(checkpoint.state["evaluated"])
@@ -67,6 +69,7 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
     outcome = strategy.outcome
     return {
         "experiment": strategy.context.experiment,
+        "settings": settings_digest(strategy.context.config, strategy.context.name),
         "shared": strategy.state,
         "memory": strategy.memory(),
         "consensus": strategy.consensus.memory() if strategy.consensus else None,
@@ -98,6 +101,16 @@ def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
     outcome.peak_memory_mb = saved["peak_memory_mb"]
     outcome.skipped = saved["skipped"]
     outcome.rounds = _rounds(strategy, round, bool(state["evaluated"]))
+
+
+def _check_settings(strategy: HeteroStrategy, checkpoint: Checkpoint) -> None:
+    """A checkpoint of another run, or of this one with other settings, is not gone on from."""
+    context = strategy.context
+    if checkpoint.state["settings"] != settings_digest(context.config, context.name):
+        raise CheckpointError(
+            f"{checkpoint.path} was written with other settings than config.yaml has now; a resumed run may change "
+            f"only {', '.join(MAY_CHANGE)}: put the others back"
+        )
 
 
 def _check_shapes(strategy: HeteroStrategy, shared: dict[str, dict[str, Any]]) -> None:
