@@ -103,9 +103,15 @@ def rounds_of(directory: Path) -> int:
 
 
 def kill_case(
-    lab: Lab, app: Path, folder: Path, what: str, when: str, rounds: int
+    lab: Lab,
+    app: Path,
+    folder: Path,
+    what: str,
+    when: str,
+    rounds: int,
+    undisturbed: dict[str, Any],
 ) -> dict[str, Any]:
-    """One run with one death: did it complete?"""
+    """One run with one death: did it complete, and how far is its bank from the undisturbed one's?"""
     directory = folder / f"{what}-{when}"
     began = time.monotonic()
     if when == "idle":
@@ -128,6 +134,12 @@ def kill_case(
         "rounds": rounds_of(directory), "seconds": round(time.monotonic() - began),
         "completed": killed and verdict == "finished:completed" and rounds_of(directory) == rounds,
     }  # fmt: skip
+    if row["completed"]:
+        failed = [
+            e for e in read_events(directory / "rounds.jsonl") if e["event"] == "client_failed"
+        ]
+        row["failed_messages"] = len(failed)
+        row["difference"] = greatest_difference(final_bank(directory), undisturbed)
     print(row, flush=True)
     with suppress(AssertionError):  # the next case starts from a whole deployment
         lab.await_online(set(NODES))
@@ -172,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="heterotune-lab-") as name:
         folder = Path(name)
         config, simulated = simulated_bank(folder / "simulated")
+        _, undisturbed = simulated_bank(folder / "undisturbed", options.rounds)
         with Lab(folder, [*NODES, "stranger"], proxy=has_nginx()) as lab:
             lab.configure("stranger", client_id="stranger")
             lab.deployment.nodes["stranger"].revoked = True
@@ -179,7 +192,9 @@ def main(arguments: list[str] | None = None) -> None:
             app = stage_app(folder / "app")
             values = {} if options.kills else attacked(lab, app, folder, simulated)
             rows = {
-                f"{what}-{when}": kill_case(lab, app, folder, what, when, options.rounds)
+                f"{what}-{when}": kill_case(
+                    lab, app, folder, what, when, options.rounds, undisturbed
+                )
                 for what, when in KILLS
                 if not options.kills or f"{what}-{when}" in options.kills
             }
