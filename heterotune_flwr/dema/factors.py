@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.backbones.head import head_scaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
@@ -73,15 +74,7 @@ def _recorded(structure: DecoderStructure, model: nn.Module, slots: int) -> Iter
 
 def _batches(encoded: list[list[int]]) -> Iterator[list[int]]:
     """Indices in batches of about equal length and at most BATCH_TOKENS padded tokens."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(encoded[index]) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    return batches_by_length([len(ids) for ids in encoded], BATCH_TOKENS)
 
 
 def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

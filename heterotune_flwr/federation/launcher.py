@@ -230,13 +230,12 @@ def launch_app(
 
     """
     with _following(directory, resuming):
-        prepare_directory(directory, resuming)
         return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)
 
 
 @contextmanager
 def _following(directory: Path, resuming: bool) -> Iterator[None]:
-    """Keep a run directory for one command, from before anything in it changes to the run's end."""
+    """Keep a run directory for one command, from before anything in it changes to the run's end; prepares it."""
     if not resuming:
         check_directory(directory)
     try:
@@ -244,6 +243,7 @@ def _following(directory: Path, resuming: bool) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"the run directory {directory} cannot be written: {error}") from error
     with run_lock(directory, FOLLOWER):
+        prepare_directory(directory, resuming)
         yield
 
 
@@ -325,7 +325,6 @@ def launch(config: Config, on_event: OnEvent, resuming: bool = False) -> RunOutc
         "resume": str(directory) if resuming else "",
     }
     with _following(directory, resuming):
-        prepare_directory(directory, resuming)
         app = stage_app(directory / "flower" / "app")
         resources = plan_resources(config, supernodes)
         return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)

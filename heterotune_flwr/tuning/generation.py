@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.template import encode_prompt
@@ -68,7 +69,7 @@ def generate_answers(
 
     """
     answers = [""] * len(prompts)
-    for batch in _batches(prompts, limit):
+    for batch in batches_by_length([len(p) + limit for p in prompts], _BATCH_TOKENS):
         texts = _generate(adapter, [prompts[i] for i in batch], limit, stop)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
@@ -92,19 +93,6 @@ def score_generation(
         rouge_l=sum(rouge_l(*pair) for pair in pairs) / count,
         generated=len(pairs),
     )
-
-
-def _batches(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[int]]:
-    """Batches of similar length, at most ``_BATCH_TOKENS`` each: a function of the prompts alone."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(prompts[index]) + limit) * (len(batch) + 1) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 @torch.no_grad()

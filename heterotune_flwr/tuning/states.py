@@ -27,6 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import (
     block_inputs,
@@ -179,16 +180,8 @@ def make_rows(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True)
 
 
 def _batches(encoded: EncodedSet) -> Iterator[list[int]]:
-    """Batches of similar length, at most ``_BATCH_TOKENS`` each: a function of the list alone."""
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded.inputs[i]), i))
-    batch: list[int] = []
-    for index in order:
-        if batch and len(encoded.inputs[index]) * (len(batch) + 1) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    """Batches of similar length: a function of the list alone."""
+    return batches_by_length([len(ids) for ids in encoded.inputs], _BATCH_TOKENS)
 
 
 @torch.no_grad()
