@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heterotune_flwr.cmga import DEFAULT_CHAIN, MEAN_CHAIN, Member, build_chain, make_updates
+from heterotune_flwr.cmga import (
+    DEFAULT_CHAIN,
+    GUARDED_CHAIN,
+    MEAN_CHAIN,
+    Member,
+    build_chain,
+    make_updates,
+)
 from heterotune_flwr.cmga.base import State
 
 _HEAD = [{"transform": "within_type_mean"}, {"transform": "equalise_norms"}]
@@ -16,8 +23,8 @@ _HEAD = [{"transform": "within_type_mean"}, {"transform": "equalise_norms"}]
 CHAINS = {
     "mean chain": MEAN_CHAIN,
     "cmga": DEFAULT_CHAIN,
-    "cmga without guard": [*DEFAULT_CHAIN[:-2], {"transform": "combine", "guard": False}],
-    "equal norms": [*_HEAD, {"transform": "combine", "weights": "equal", "guard": False}],
+    "guarded": GUARDED_CHAIN,
+    "guarded without guard": [*GUARDED_CHAIN[:-2], {"transform": "combine", "guard": False}],
     "dissent": [
         *_HEAD,
         {"transform": "weigh_dissent"},
@@ -34,7 +41,7 @@ CHAINS = {
     "ties": [_HEAD[0], {"transform": "ties"}],
 }
 #: CMGA built up step by step, for the ablation.
-STEPS = ("mean chain", "equal norms", "+ reliability", "cmga without guard", "cmga")
+STEPS = ("mean chain", "cmga", "+ reliability", "guarded without guard", "guarded")
 CHAINS["+ reliability"] = [
     *_HEAD,
     {"transform": "weigh_reliability"},

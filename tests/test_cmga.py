@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from heterotune_flwr.cmga import (
-    DEFAULT_CHAIN,
+    GUARDED_CHAIN,
     MEAN_CHAIN,
     Member,
     build_chain,
@@ -54,8 +54,8 @@ shapes = {"seed": seeds, "types": st.integers(1, 5), "per_type": st.integers(1, 
 def test_order_of_clients_does_not_matter_to_the_last_bit(seed, types, per_type):
     clients = members(seed, types, per_type)
     shuffled = [clients[i] for i in np.random.default_rng(seed).permutation(len(clients))]
-    _, one = run(DEFAULT_CHAIN, [clients, clients])
-    _, other = run(DEFAULT_CHAIN, [shuffled, clients])
+    _, one = run(GUARDED_CHAIN, [clients, clients])
+    _, other = run(GUARDED_CHAIN, [shuffled, clients])
     assert np.array_equal(one.direction, other.direction)
 
 
@@ -72,8 +72,8 @@ def test_scaling_all_updates_of_one_type_keeps_the_direction(seed, types, per_ty
         ]
         for clients in rounds
     ]
-    _, one = run(DEFAULT_CHAIN, rounds)
-    _, other = run(DEFAULT_CHAIN, scaled)
+    _, one = run(GUARDED_CHAIN, rounds)
+    _, other = run(GUARDED_CHAIN, scaled)
     a, b = (v.direction / np.linalg.norm(v.direction) for v in (one, other))
     np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -84,12 +84,12 @@ def test_zero_updates_make_no_nan_and_no_step(seed, types):
     zeros = [
         Member(m.key, m.type_key, np.zeros(DIMENSION), m.examples) for m in members(seed, types, 2)
     ]
-    _, result = run(DEFAULT_CHAIN, [zeros, zeros])
+    _, result = run(GUARDED_CHAIN, [zeros, zeros])
     assert np.array_equal(result.direction, np.zeros(DIMENSION))
     # One silent type among working ones, before and after it worked.
     working = members(seed, types + 1, 2)
     some = [z if z.type_key == "type-0" else w for z, w in zip(zeros[:2], working[:2], strict=True)]
-    _, result = run(DEFAULT_CHAIN, [working, some + working[2:], working])
+    _, result = run(GUARDED_CHAIN, [working, some + working[2:], working])
     assert np.isfinite(result.direction).all()
     assert np.linalg.norm(result.direction) > 0
 
@@ -99,7 +99,7 @@ def test_zero_updates_make_no_nan_and_no_step(seed, types):
 def test_every_type_descends(seed, types, per_type):
     """The guard's claim: after the whole chain <d, g_m> >= 0 for every type m."""
     clients = members(seed, types, per_type, 0.5)
-    _, result = run(DEFAULT_CHAIN, [clients])
+    _, result = run(GUARDED_CHAIN, [clients])
     for member in result.types:
         product = float(result.direction @ member.vector)
         scale = np.linalg.norm(result.direction) * np.linalg.norm(member.vector)
@@ -113,7 +113,7 @@ def test_plain_mean_lacks_that_guarantee_so_the_property_can_fail():
     ]
     _, mean = run(MEAN_CHAIN, [clients])
     assert mean.direction @ clients[1].vector < 0
-    _, aligned = run(DEFAULT_CHAIN, [clients])
+    _, aligned = run(GUARDED_CHAIN, [clients])
     assert aligned.direction @ clients[1].vector >= 0
     assert aligned.direction @ clients[0].vector >= 0
 
@@ -148,7 +148,7 @@ def test_mean_chain_is_the_weighted_mean(seed, types, per_type):
 @settings(max_examples=40, deadline=None)
 def test_one_type_alone_gives_its_weighted_mean(seed, per_type):
     clients = members(seed, 1, per_type)
-    _, result = run(DEFAULT_CHAIN, [clients])
+    _, result = run(GUARDED_CHAIN, [clients])
     np.testing.assert_allclose(result.direction, result.reference, rtol=1e-9, atol=1e-12)
 
 
@@ -158,7 +158,7 @@ def test_without_conflict_the_chain_is_the_mean_of_unit_updates_at_the_mean_norm
         Member("b", "B", np.array([0.0, 5.0, 0.0]), 1.0),
         Member("c", "C", np.array([0.0, 0.0, 1.0]), 2.0),
     ]
-    _, result = run(DEFAULT_CHAIN, [clients])
+    _, result = run(GUARDED_CHAIN, [clients])
     reference = np.linalg.norm(np.array([3.0, 5.0, 2.0]) / 4)
     np.testing.assert_allclose(result.direction, np.ones(3) / np.sqrt(3) * reference)
     assert result.log["conflict_rate"] == 0.0
@@ -167,7 +167,7 @@ def test_without_conflict_the_chain_is_the_mean_of_unit_updates_at_the_mean_norm
 def test_conflicting_pair_is_projected_as_pcgrad_says():
     a, b = np.array([1.0, 0.0]), np.array([-1.0, 1.0]) / np.sqrt(2)
     clients = [Member("a", "A", a, 1.0), Member("b", "B", b, 1.0)]
-    _, result = run(DEFAULT_CHAIN, [clients])
+    _, result = run(GUARDED_CHAIN, [clients])
     step = (a - (a @ b) * b) + (b - (a @ b) * a)
     step *= np.linalg.norm((a + b) / 2) / np.linalg.norm(step)
     np.testing.assert_allclose(result.direction, step, atol=1e-12)
@@ -178,7 +178,7 @@ def test_conflicting_pair_is_projected_as_pcgrad_says():
 def test_exactly_opposite_types_do_not_move():
     vector = np.array([1.0, 2.0])
     clients = [Member("a", "A", vector, 1.0), Member("b", "B", -vector, 1.0)]
-    _, result = run(DEFAULT_CHAIN, [clients])
+    _, result = run(GUARDED_CHAIN, [clients])
     np.testing.assert_allclose(result.direction, 0.0, atol=1e-12)
 
 
@@ -195,7 +195,7 @@ def test_noise_only_type_loses_weight_and_no_type_exceeds_the_cap():
                 found.append(Member(f"{t}-{c}", f"type-{t}", vector, 1.0))
         return found
 
-    _, result = run(DEFAULT_CHAIN, [clients() for _ in range(6)])
+    _, result = run(GUARDED_CHAIN, [clients() for _ in range(6)])
     assert result.weights["type-3"] < 0.5 * result.weights["type-0"]
     assert sum(result.weights.values()) == pytest.approx(1.0)
     assert max(result.weights.values()) <= 0.5
@@ -208,21 +208,21 @@ def test_reliability_against_spearman_brown_and_for_types_without_evidence():
         Member("a2", "A", b, 1.0),
         Member("b1", "B", np.eye(3)[2], 1.0),
     ]
-    _, result = run(DEFAULT_CHAIN, [clients])
+    _, result = run(GUARDED_CHAIN, [clients])
     # Two clients with cosine 0.6: one is worth 0.6, their mean 2 * 0.6 / 1.6.
     assert result.reliability["A"] == pytest.approx(0.75)
     assert result.reliability["B"] == pytest.approx(0.6)  # one client, as good as the others'
     rng = np.random.default_rng(0)
     signal = rng.normal(size=3000)
     many = [Member(str(i), "A", signal + rng.normal(size=3000), 1.0) for i in range(8)]
-    _, result = run(DEFAULT_CHAIN, [many] * 3)
+    _, result = run(GUARDED_CHAIN, [many] * 3)
     assert result.reliability["A"] == pytest.approx(8 * 0.5 / (1 + 7 * 0.5), abs=0.02)
 
 
 def test_absent_type_contributes_nothing_and_returns_with_less_weight():
     both = [Member("a", "A", np.eye(3)[0], 1.0), Member("b", "B", np.eye(3)[1], 1.0)]
     third = [*both, Member("c", "C", np.eye(3)[2], 1.0)]
-    chain = build_chain(DEFAULT_CHAIN)
+    chain = build_chain(GUARDED_CHAIN)
     state, _ = chain.update(chain.init(), make_updates(third, 1))
     for number in range(2, 6):
         state, result = chain.update(state, make_updates(both, number))
@@ -261,7 +261,7 @@ def test_server_optimizers_against_their_formula(kind):
 
 
 def test_state_survives_saving_and_continues_bit_for_bit(tmp_path):
-    spec = [*DEFAULT_CHAIN[:-1], {"transform": "server_opt", "kind": "adam"}]
+    spec = [*GUARDED_CHAIN[:-1], {"transform": "server_opt", "kind": "adam"}]
     chain = build_chain(spec)
     state = chain.init()
     for number in range(1, 4):
@@ -280,7 +280,7 @@ def test_state_survives_saving_and_continues_bit_for_bit(tmp_path):
 @given(seed=seeds)
 @settings(max_examples=30, deadline=None)
 def test_update_is_pure(seed):
-    chain = build_chain(DEFAULT_CHAIN)
+    chain = build_chain(GUARDED_CHAIN)
     inputs = make_updates(members(seed, 3, 2), 1)
     copies = [m.vector.copy() for m in inputs.clients]
     state = chain.init()

@@ -125,6 +125,7 @@ def test_fewer_anchors_than_asked_for_are_all_used(tmp_path):
         ({"anchors": 0}, "whole number from 1"),
         ({"anchors": 2.5}, "whole number"),
         ({"anchors": 30, "pool": 20}, "more than the 20"),
+        ({"batch": -1}, "whole number from 0"),
         ({"weight": -1}, "not negative"),
         ({"weight": float("nan")}, "not negative"),
         ({"trust": True}, "not negative"),
@@ -167,7 +168,14 @@ def test_lessons_travel_as_one_byte_per_probability():
 
 @pytest.mark.parametrize(
     "change",
-    [{"count": 0}, {"count": 2000}, {"weight": -1.0}, {"weight": float("inf")}, {"pool": "many"}],
+    [
+        {"count": 0},
+        {"count": 2000},
+        {"weight": -1.0},
+        {"weight": float("inf")},
+        {"pool": "many"},
+        {"batch": -1},
+    ],
 )
 def test_impossible_lessons_are_refused(change):
     _, config = lesson_content(Lesson("abc", 1024, 256, 1.0))

@@ -38,6 +38,11 @@ SPECS = {
             {"transform": "server_opt", "kind": "momentum"},
         ],
     },
+    "phases": {
+        "_component_": f"{HERE}.HeteroTune",
+        "consensus": {"anchors": 16, "pool": 16},
+        "type_phase": 0.5,
+    },
     "private": {"_component_": f"{HERE}.HeteroTune", "method": {"experts_private": 1}},
     "local_only": {"_component_": f"{HERE}.LocalOnly"},
     "fedit": {

@@ -9,9 +9,8 @@ replaceable alone, named in YAML::
       - transform: within_type_mean
       - transform: equalise_norms
         decay: 0.9
-      - transform: weigh_reliability
-      - transform: deconflict
       - transform: combine
+        weights: equal
       - transform: server_opt
 
 A transform is a pair ``(init, update)`` of pure functions, ``update(state, updates) -> (state,
@@ -21,7 +20,14 @@ updates)``; states are nested dictionaries of numbers, texts and arrays, saved w
 
 from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus, pcgrad, ties
 from heterotune_flwr.cmga.base import Member, Transform, Updates, make_updates
-from heterotune_flwr.cmga.chain import DEFAULT_CHAIN, MEAN_CHAIN, TRANSFORMS, build_chain, chain
+from heterotune_flwr.cmga.chain import (
+    DEFAULT_CHAIN,
+    GUARDED_CHAIN,
+    MEAN_CHAIN,
+    TRANSFORMS,
+    build_chain,
+    chain,
+)
 from heterotune_flwr.cmga.directions import combine, deconflict, min_norm_weights, server_opt
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
@@ -29,6 +35,7 @@ from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, with
 
 __all__ = [
     "DEFAULT_CHAIN",
+    "GUARDED_CHAIN",
     "MEAN_CHAIN",
     "TRANSFORMS",
     "Member",

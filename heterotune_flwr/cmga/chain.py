@@ -37,8 +37,16 @@ COMBINERS = ("combine", "cagrad", "fedmgda_plus", "aligned_mtl", "ties")
 #: Names a user's own transform by dotted path, in the place of ``transform``.
 COMPONENT = "_component_"
 
-#: CMGA as METHOD section 4 defines it.
+#: CMGA: every type pulls equally hard, whatever its backbone's scale and however many clients it has.
 DEFAULT_CHAIN: tuple[Mapping[str, Any], ...] = (
+    {"transform": "within_type_mean"},
+    {"transform": "equalise_norms"},
+    {"transform": "combine", "weights": "equal", "guard": False},
+    {"transform": "server_opt"},
+)
+
+#: CMGA with all its steps: reliable types count more, conflicts are removed, and no type is worked against.
+GUARDED_CHAIN: tuple[Mapping[str, Any], ...] = (
     {"transform": "within_type_mean"},
     {"transform": "equalise_norms"},
     {"transform": "weigh_reliability"},

@@ -89,7 +89,7 @@ class AnchorWork:
             return None
         values = as_probabilities(lesson.targets, lesson.count, len(self.task.labels or ()))
         targets = torch.from_numpy(values).to(self.task.backbone.device)
-        return Distillation(self.rows, self._chosen(round), targets, lesson.weight)
+        return Distillation(self.rows, self._chosen(round), targets, lesson.weight, lesson.batch)
 
     def predictions(self, round: int) -> NDArray[np.float32]:
         """What the model, with the values it now holds, says of a round's anchors (``count x C``)."""

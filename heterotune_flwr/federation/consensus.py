@@ -45,6 +45,8 @@ class Lesson:
     targets
         ``count x C``: the federation's mean predictions on *this* round's anchors, None while there are none. The
         client answers with its own predictions on the *next* round's.
+    batch
+        Anchors in every training step; 0: as many as examples.
 
     """
 
@@ -53,6 +55,7 @@ class Lesson:
     count: int
     weight: float
     targets: Array | None = None
+    batch: int = 0
 
     def add_to(self, content: RecordDict, config: ConfigRecord) -> None:
         """Add the lesson to a request under construction."""
@@ -61,6 +64,7 @@ class Lesson:
             "pool": self.pool,
             "count": self.count,
             "weight": self.weight,
+            "batch": self.batch,
         }
         config[_FIELD] = json.dumps(fields, separators=(",", ":"))
         if self.targets is not None:
@@ -82,14 +86,14 @@ class Lesson:
         if not isinstance(fields, dict):
             raise ExchangeError("field 'consensus' of the message is not a JSON object")
         pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
-        weight = read_field(fields, "weight", float)
-        if not 1 <= count <= pool or not 0 <= weight < float("inf"):
+        weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
+        if not 1 <= count <= pool or not 0 <= weight < float("inf") or batch < 0:
             raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
         tensors = read_tensors(content, CONSENSUS)
         targets = None
         if tensors is not None:
             targets = as_probabilities(tensors.get(_TARGETS), count)
-        return cls(read_field(fields, "digest", str), pool, count, weight, targets)
+        return cls(read_field(fields, "digest", str), pool, count, weight, targets, batch)
 
 
 def add_predictions(content: RecordDict, predictions: Array | None) -> None:

@@ -85,7 +85,9 @@ class HeteroStrategy(Sharing):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per sampled client; ``arrays`` mirrors ``state``, which is what is sent."""
+        self.begin_round(server_round)
         server, train, seed = self.config.server, self.config.train, self.context.seed
+        consensus = self.consensus if self.learns_in(server_round) else None
         bench = self.courier.safety.bench
         for client_id in bench.returned(server_round):
             self.courier.event("returned", round=server_round, client_id=client_id)
@@ -109,7 +111,7 @@ class HeteroStrategy(Sharing):
                 proximal=train.proximal,
                 frozen=sorted(self.frozen(type_key, server_round)),
                 controls=self.controls(type_key),
-                lesson=self.consensus.lesson(server_round) if self.consensus else None,
+                lesson=consensus.lesson(server_round) if consensus else None,
             )
             messages.append(self.courier.message(client_id, request, TRAIN, server_round))
         return messages
@@ -138,7 +140,7 @@ class HeteroStrategy(Sharing):
             self.state[group] |= {n: self.state[group][n] + d for n, d in taken.items()}
         self.courier.safety.gate.learn(admitted.candidates)
         summary = training_summary(admitted.reports)
-        if self.consensus is not None:
+        if self.consensus is not None and self.learns_in(server_round):
             summary["consensus"] = self._hear(self.consensus, server_round, admitted.reports)
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}

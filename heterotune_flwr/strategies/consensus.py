@@ -45,6 +45,8 @@ class ConsensusOptions:
         clients') to this power; 0: every client's is the same.
     balance
         Rounds of :func:`balanced` on the targets; 0: none.
+    batch
+        Anchors in every training step beside the client's examples; 0: as many as examples (``train.batch_size``).
 
     """
 
@@ -53,6 +55,7 @@ class ConsensusOptions:
     weight: float = 1.0
     trust: float = 1.0
     balance: int = 5
+    batch: int = 0
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
@@ -66,7 +69,7 @@ class ConsensusOptions:
             if key not in known:
                 raise ConfigError(f"consensus has no key {key!r}; known: {', '.join(known)}")
             whole, least = (
-                key in ("anchors", "pool", "balance"),
+                key in ("anchors", "pool", "balance", "batch"),
                 1 if key in ("anchors", "pool") else 0,
             )
             wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
@@ -150,7 +153,9 @@ class Consensus:
         """What a client is asked in a round; without targets where nobody predicted on its anchors."""
         options = self.options
         targets = self._targets if self._due == server_round else None
-        return Lesson(self._digest, options.pool, options.anchors, options.weight, targets)
+        return Lesson(
+            self._digest, options.pool, options.anchors, options.weight, targets, options.batch
+        )
 
     def hear(
         self, server_round: int, reports: Sequence[TrainReply], classes: int

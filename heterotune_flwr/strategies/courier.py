@@ -334,7 +334,12 @@ def _one_line(text: str) -> str:
 
 
 def _label(kind: str, content: RecordDict) -> str:
-    """Messages that take equally long: of one kind, testing the same, with or without anchors to fit."""
+    """Messages that take equally long: of one kind, testing the same, with anchors to predict on, to fit, or without.
+
+    The first with anchors can take minutes where the rounds before took seconds: their states are computed.
+    """
     scopes = content[CONFIG].get("scope")
     parts = [kind, *(map(str, scopes) if isinstance(scopes, list) else ())]
-    return "+".join([*parts, "anchors"] if CONSENSUS in content else parts)
+    if CONSENSUS in content[CONFIG]:
+        parts.append("anchors to fit" if CONSENSUS in content else "anchors")
+    return "+".join(parts)

@@ -11,6 +11,7 @@ import numpy as np
 from heterotune_flwr.cmga import DEFAULT_CHAIN, Member, build_chain, make_updates
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.dema.bank import slot_of, tier_of
+from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
@@ -32,7 +33,9 @@ class HeteroTune(HeteroStrategy):
        optimizer, as one chain of small transforms (:mod:`heterotune_flwr.cmga`);
     4. *step*: the direction times the mean ``steps_i * lr_i`` is added to the shared bank;
     5. *consensus* (closed label sets): predictions on public anchors are averaged over all clients, and each client
-       fits them beside its own examples in the next round (:mod:`.consensus`).
+       fits them beside its own examples in the next round (:mod:`.consensus`);
+    6. *type phase*: in the last rounds each type goes on with a bank of its own, averaged inside the type, and what
+       crosses types is the consensus alone: first what all models can share, then what suits one model.
 
     What one type shares (type experts, cores unless ``method.core_scope`` keeps them on their client, and slots whose
     alignment is below the quality threshold) is averaged inside the type; private experts stay on their client. The
@@ -46,19 +49,26 @@ class HeteroTune(HeteroStrategy):
         The CMGA chain as a list of ``{transform: name, option: value}``; null for the default.
     consensus
         Options of :class:`.consensus.ConsensusOptions`; null for none.
+    type_phase
+        Share of the rounds that the type phase takes, 0 to less than 1, rounded down to whole rounds; the consensus
+        is then at work in it alone. 0, or no consensus: there is none, and the consensus is at work in every round.
 
     """
 
     own_server_step = "has server_opt in its chain; set it there"
-    remembered = ("chain_states",)
+    remembered = ("chain_states", "parted")
 
     def __init__(
         self,
         context: StrategyContext,
         chain: Sequence[Mapping[str, Any]] | None = None,
         consensus: Mapping[str, Any] | None = None,
+        type_phase: float = 0.0,
     ) -> None:
         super().__init__(context)
+        self.type_phase = _phase(type_phase)
+        #: Whether types have gone on with banks of their own.
+        self.parted = False
         self.use_consensus(consensus)
         self.chain = build_chain(_with_rule(chain or DEFAULT_CHAIN, context.mean))
         self.chain_states: dict[int, State] = {}
@@ -70,6 +80,42 @@ class HeteroTune(HeteroStrategy):
         build_chain(options.get("chain") or DEFAULT_CHAIN)
         if options.get("consensus") is not None:
             ConsensusOptions.read(options["consensus"])
+        _phase(options.get("type_phase", 0.0))
+
+    @property
+    def shared_rounds(self) -> int:
+        """The last round in which all types share one bank."""
+        phase = self.type_phase if self.consensus is not None else 0.0
+        return self.rounds - int(phase * self.rounds)
+
+    def learns_in(self, server_round: int) -> bool:
+        """From the last shared round on: its predictions are what the type phase begins with."""
+        return (
+            self.parted or self.shared_rounds == self.rounds or server_round >= self.shared_rounds
+        )
+
+    def begin_round(self, server_round: int) -> None:
+        """Give every type its own copy of the shared bank when the type phase begins."""
+        if not self.parted and server_round > self.shared_rounds:
+            self.parted = True
+            self._part_ways()
+            self.courier.event("type_phase", round=server_round)
+
+    def recall(self, memory: State) -> None:
+        """Go on from :meth:`memory`; in the type phase the groups are those of the types."""
+        super().recall(memory)
+        if self.parted:
+            self._part_ways()
+
+    def _part_ways(self) -> None:
+        """Move every global tensor into its types' groups, with the value it has unless the type has its own."""
+        for type_key, groups in self._groups.items():
+            own = f"type/{type_key}"
+            for name in [name for name, group in groups.items() if group == GLOBAL]:
+                groups[name] = own
+                value = self.state[GLOBAL][name]
+                self._shapes.setdefault(own, {})[name] = value.shape
+                self.state.setdefault(own, {}).setdefault(name, value)
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Global experts are for all types, as far as the type's slot is aligned."""
@@ -131,6 +177,15 @@ def _with_rule(chain: Sequence[Mapping[str, Any]], mean: RobustMean) -> Sequence
     if mean.rule == "mean" or "rule" in first or first.get("transform") != "within_type_mean":
         return chain
     return [{**first, **asdict(mean)}, *chain[1:]]
+
+
+def _phase(value: Any) -> float:
+    """Check ``type_phase``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigError(
+            f"type_phase is {value!r}; a share of the rounds from 0 to below 1 is needed"
+        )
+    return float(value)
 
 
 def _flat(update: ClientUpdate, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -121,6 +121,13 @@ class Sharing(Strategy):
         if options is not None:
             self.consensus = Consensus(ConsensusOptions.read(options), self.config.alignment)
 
+    def learns_in(self, server_round: int) -> bool:
+        """Whether clients are asked for predictions on anchors in a round, and taught, where there is a consensus."""
+        return True
+
+    def begin_round(self, server_round: int) -> None:
+        """Prepare a round, before its messages are made."""
+
     def round_log(self) -> dict[str, Any]:
         """Further facts about the last round for the journal; JSON-able."""
         return {}

@@ -1,6 +1,6 @@
 """Learning from what the federation predicts on public anchors, and predicting on them.
 
-Beside its own examples a client fits, in every step, as many anchors as a batch holds: cross-entropy of its label
+Beside its own examples a client fits, in every step, some anchors: cross-entropy of its label
 probabilities against the federation's mean ones (Hinton et al., arXiv 1503.02531; between clients of different models
 FedMD, arXiv 1910.03581, and FedDF, arXiv 2006.07242). An anchor has no label, and no client's label frequencies are
 counted in: neither in the predictions nor in the fit.
@@ -37,6 +37,8 @@ class Distillation:
         ``n x C`` probabilities.
     weight
         Of this loss beside the one on the client's own examples.
+    batch
+        Anchors in every step; 0: as many as a batch holds examples.
 
     """
 
@@ -44,11 +46,13 @@ class Distillation:
     chosen: Sequence[int]
     targets: Tensor
     weight: float
+    batch: int = 0
 
-    def draw(self, size: int, rng: np.random.Generator) -> list[int]:
-        """Positions (in ``chosen``) of one step's anchors."""
+    def draw(self, examples: int, rng: np.random.Generator) -> list[int]:
+        """Positions (in ``chosen``) of the anchors of one step that has so many examples."""
         count = len(self.chosen)
-        return [int(i) for i in rng.choice(count, size=min(size, count), replace=False)]
+        size = min(self.batch or examples, count)
+        return [int(i) for i in rng.choice(count, size=size, replace=False)]
 
     def losses(self, task: Task, positions: Sequence[int]) -> Tensor:
         """Weighted cross-entropy of some anchors (float32, one each)."""

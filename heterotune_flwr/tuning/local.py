@@ -185,7 +185,7 @@ def train_local(
     corrections
         Added to every gradient, by name of the trained tensor (:class:`.terms.GradientTerms`).
     distillation
-        Anchors fitted beside the examples, ``batch_size`` in every step (:mod:`.distill`).
+        Anchors fitted beside the examples in every step (:mod:`.distill`).
 
     Raises
     ------

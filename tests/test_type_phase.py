@@ -1,0 +1,127 @@
+"""The type phase: first one bank for all types, then one per type, taught by what all of them predict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_strategies import events, start
+from toy_federation import ToyFederation, toy_config
+
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import round_trip
+from heterotune_flwr.federation.consensus import Lesson
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.strategies.build import check_strategy
+from heterotune_flwr.strategies.courier import _label
+
+SPEC = {
+    "_component_": "heterotune_flwr.strategies.HeteroTune",
+    "consensus": {"anchors": 12, "pool": 12, "batch": 8},
+    "type_phase": 0.5,
+}
+
+
+def phased(tmp_path, clients=(2, 2, 1), rounds=4, **changes):
+    config = toy_config(tmp_path, clients, rounds=rounds)
+    federation = ToyFederation(config)
+    strategy, _ = start(config, federation, spec={**SPEC, **changes})
+    return strategy, federation, config
+
+
+def of_type(strategy, type_key):
+    return strategy.roster.of_type(type_key)
+
+
+def test_one_bank_for_all_then_one_per_type(tmp_path):
+    strategy, federation, _ = phased(tmp_path)
+    keys = strategy.roster.type_keys
+    name = "slots.0.experts.global.0.up.weight"
+
+    def sent(round):
+        return {
+            key: [federation.received[c, round].tensors[name] for c in of_type(strategy, key)]
+            for key in keys
+        }
+
+    for round in (1, 2, 3):  # what round 3 begins with is the last shared bank
+        values = [value for own in sent(round).values() for value in own]
+        assert all(np.array_equal(values[0], value) for value in values), round
+    last = sent(4)
+    for own in last.values():
+        assert all(np.array_equal(own[0], value) for value in own)
+    assert not np.array_equal(last[keys[0]][0], last[keys[1]][0])
+    assert set(strategy.state) >= {"global", *(f"type/{key}" for key in keys)}
+    for key in keys:  # and the shared bank is kept beside them, as it was
+        assert name in strategy.state[f"type/{key}"]
+    kept = round_trip({name: strategy.state["global"][name]}, "bf16")[name]
+    np.testing.assert_array_equal(kept, sent(3)[keys[0]][0])
+
+
+def test_a_types_step_is_the_mean_of_its_clients_alone(tmp_path):
+    strategy, federation, _ = phased(tmp_path)
+    for key in strategy.roster.type_keys:
+        clients = of_type(strategy, key)
+        weights = [strategy.roster.clients[c].info.train_examples for c in clients]
+        for name, value in strategy.state[f"type/{key}"].items():
+            ends = [federation.answered[c, 4][name] for c in clients]
+            expected = np.average(ends, axis=0, weights=weights)
+            np.testing.assert_allclose(value, expected, atol=0.02 * np.abs(expected).max() + 1e-4)
+
+
+def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
+    strategy, federation, config = phased(tmp_path)
+    client = next(iter(strategy.roster.clients))
+    lessons = [federation.received[client, round].lesson for round in (1, 2, 3, 4)]
+    assert lessons[0] is None
+    assert lessons[1].targets is None
+    assert all(lesson.targets.shape == (12, 6) and lesson.batch == 8 for lesson in lessons[2:])
+    heard = [event.get("consensus", {}).get("clients") for event in events(config, "round")]
+    assert heard == [None, 5, 5, 5]
+    assert [event["round"] for event in events(config, "type_phase")] == [3]
+
+
+def test_without_a_consensus_the_bank_is_shared_to_the_end(tmp_path):
+    strategy, _, config = phased(tmp_path, consensus=None)
+    assert set(strategy.state) == {"global"}
+    assert not events(config, "type_phase")
+
+
+def test_without_a_phase_the_consensus_is_at_work_in_every_round(tmp_path):
+    strategy, federation, _ = phased(tmp_path, type_phase=0)
+    assert set(strategy.state) == {"global"}
+    client = next(iter(strategy.roster.clients))
+    assert all(federation.received[client, round].lesson for round in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "share", "last"), [(10, 0.5, 5), (3, 0.5, 2), (1, 0.9, 1), (4, 0, 4)]
+)
+def test_the_phase_is_whole_rounds_and_leaves_one_shared(tmp_path, rounds, share, last):
+    strategy, _, _ = phased(tmp_path, (1, 1), rounds=1, type_phase=share)
+    strategy.rounds = rounds
+    assert strategy.shared_rounds == last
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5, "half", True, float("nan")])
+def test_a_phase_that_is_no_share_is_refused_before_anything_runs(value):
+    config = compose("demo", "run.compare=[heterotune]")
+    entry = {**config.strategies["heterotune"], "type_phase": value}
+    with pytest.raises(ConfigError, match="type_phase is"):
+        check_strategy("heterotune", entry, config)
+
+
+def test_the_first_round_with_anchors_is_not_hurried():
+    """Each kind of work has deadlines of its own: reply times of rounds without anchors say nothing about it."""
+    labels = []
+    for lesson in (
+        None,
+        Lesson("d", 2, 2, 1.0),
+        Lesson("d", 2, 2, 1.0, np.full((2, 2), 0.5, np.float32)),
+    ):
+        config = ConfigRecord({})
+        content = RecordDict({"config": config})
+        if lesson is not None:
+            lesson.add_to(content, config)
+        labels.append(_label("train", content))
+    assert len(set(labels)) == 3
