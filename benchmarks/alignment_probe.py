@@ -29,14 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.common import write_results
-from benchmarks.probe_federation import (
-    SHARINGS,
-    LatentTask,
-    Schedule,
-    draw_clients,
-    federate,
-    latent_task,
-)
+from benchmarks.probe_clients import LatentTask, Schedule, draw_clients, latent_task
+from benchmarks.probe_consensus import OPTIONS
+from benchmarks.probe_federation import SHARINGS, federate
 from benchmarks.probe_states import Task, TypeStates, load_task, load_type
 from heterotune_flwr.backbones.sources import EMBEDDED, is_present
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig, MethodConfig
@@ -64,6 +59,8 @@ CONTROLS = ("random_down", "random_up", "random_maps", "rotated_basis")
 LABELLED = 600
 #: Not those on which the settings were chosen (0 to 9).
 FIRST_SEED = 100
+#: Anchors a consensus may be about.
+POOL = OPTIONS.pool
 #: The recommended choices, found with this laboratory; everything else is the product's default.
 ALIGNMENT = AlignmentConfig(count=6000, weighting=2.0)
 METHOD = MethodConfig(slots=1, latent=128, inner=32, experts_global=3, gate_scope="global")
@@ -113,7 +110,13 @@ class Laboratory:
 
     def latent_tasks(self, types: list[TypeStates], result: AlignmentResult) -> list[LatentTask]:
         """The task as seen through the maps."""
-        return [latent_task(result.maps[t.name], t.label_rows, t.pool, t.test) for t in types]
+        anchors = ALIGNMENT.anchors
+        return [
+            latent_task(
+                result.maps[t.name], t.label_rows, t.pool, t.test, t.anchors[anchors][:POOL]
+            )
+            for t in types
+        ]
 
     def federated(
         self, types: list[TypeStates], clients: int, seeds: list[int], alignment: AlignmentConfig,

@@ -31,7 +31,8 @@ from benchmarks.alignment_probe import (
 )
 from benchmarks.common import write_results
 from benchmarks.probe_chain import CHAINS
-from benchmarks.probe_federation import LatentTask, Trouble, draw_clients, federate
+from benchmarks.probe_clients import LatentTask, draw_clients
+from benchmarks.probe_federation import Trouble, federate
 from benchmarks.probe_states import load_task, load_type
 
 TROUBLES = ("none", "shuffled", "wrong", "loud")

@@ -18,122 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.probe_chain import CHAINS, ChainServers, Clients
-from heterotune_flwr.config.schema import DataConfig, MethodConfig
-from heterotune_flwr.data.partition import client_examples
-from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
+from benchmarks.probe_clients import Adam, LatentTask, Schedule, initial_bank, mixture
+from benchmarks.probe_consensus import Lessons
+from heterotune_flwr.config.schema import MethodConfig
 
 SHARINGS = ("alone", "within", "across")
-
-
-@dataclass(frozen=True)
-class LatentTask:
-    """One type's view of the task: latents and label logits of pool and test, effect of the outputs.
-
-    ``pool_z`` P x r, ``pool_logits`` P x C, likewise ``test_*``; ``effect`` C x r_out = W_labels U.
-    """
-
-    pool_z: Tensor
-    pool_logits: Tensor
-    test_z: Tensor
-    test_logits: Tensor
-    effect: Tensor
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast clients train, and how the server combines."""
-
-    rounds: int = 30
-    steps: int = 12
-    batch: int = 16
-    rates: tuple[float, ...] = (1e-3,)  # learning rates, all tried at once
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    adjustment: float = 1.0  # share of the client's own log label frequencies the loss discounts
-    smoothing: float = 0.1
-    rule: str = "mean"  # mean | equalised | the name of a chain in probe_chain
-    gate_scope: str = "global"  # global | type | client
-
-
-def latent_task(
-    maps: Mapping[str, NDArray[np.float32]],
-    label_rows: NDArray[np.float32],
-    pool: NDArray[np.float32],
-    test: NDArray[np.float32],
-) -> LatentTask:
-    """Push states through a type's last-slot maps (slot 0 of one)."""
-    down = torch.from_numpy(maps["slots.0.map.down.weight"])
-    offset = torch.from_numpy(maps["slots.0.map.down.bias"])
-    rows, up = torch.from_numpy(label_rows), torch.from_numpy(maps["slots.0.map.up.weight"])
-    p, t = torch.from_numpy(pool), torch.from_numpy(test)
-    return LatentTask(p @ down.T + offset, p @ rows.T, t @ down.T + offset, t @ rows.T, rows @ up)
-
-
-def draw_clients(
-    data: DataConfig, clients: int, seeds: list[int], index: Mapping[str, int]
-) -> list[list[int]]:
-    """Pool indices of every client, seed by seed (the product's own partition)."""
-    return [
-        [index[e.text] for e in client_examples(data, i, clients, seed).train]
-        for seed in seeds
-        for i in range(clients)
-    ]
-
-
-def initial_bank(method: MethodConfig, output: int, seed: int) -> dict[str, Tensor]:
-    """The product's first values, experts stacked: N (E x q x r), b, P (E x r_out x q), G, c."""
-    values = initial_tensors(bank_shapes(method, output), seed)
-
-    def stacked(what: str) -> Tensor:
-        names = [f"slots.0.experts.global.{e}.{what}" for e in range(method.experts_global)]
-        return torch.from_numpy(np.stack([values[name] for name in names]))
-
-    return {
-        "down": stacked("down.weight"), "bias": stacked("down.bias"), "up": stacked("up.weight"),
-        "gate": torch.from_numpy(values["slots.0.gate.weight"]),
-        "gate_bias": torch.from_numpy(values["slots.0.gate.bias"]),
-    }  # fmt: skip
-
-
-def mixture(bank: Mapping[str, Tensor], z: Tensor) -> Tensor:
-    """Output latents (N x B x r_out) of N clients' banks on latents (N x B x r)."""
-    count, experts, inner, rank = bank["down"].shape
-    pre = torch.bmm(z, bank["down"].reshape(count, experts * inner, rank).transpose(1, 2))
-    hidden = functional.silu(pre + bank["bias"].reshape(count, 1, -1))
-    weights = torch.softmax(
-        torch.bmm(z, bank["gate"].transpose(1, 2)) + bank["gate_bias"][:, None], -1
-    )
-    hidden = hidden.reshape(*z.shape[:2], experts, inner) * weights[..., None]
-    joined = bank["up"].permute(0, 1, 3, 2).reshape(count, experts * inner, -1)
-    return torch.bmm(hidden.reshape(*z.shape[:2], -1), joined)
-
-
-class Adam:
-    """AdamW and clipping per client, on tensors whose first axis is the client."""
-
-    def __init__(self, bank: Mapping[str, Tensor], schedule: Schedule, rates: Tensor) -> None:
-        self.schedule = schedule
-        self.rates = rates  # one per client
-        self.first = {k: torch.zeros_like(v) for k, v in bank.items()}
-        self.second = {k: torch.zeros_like(v) for k, v in bank.items()}
-        self.count = 0
-
-    @torch.no_grad()
-    def step(self, bank: dict[str, Tensor], grads: Mapping[str, Tensor]) -> None:
-        """One update in place."""
-        self.count += 1
-        norm = torch.stack([g.flatten(1).pow(2).sum(1) for g in grads.values()]).sum(0).sqrt()
-        factor = (self.schedule.clip / (norm + 1e-6)).clamp(max=1.0)
-        correction = (1 - 0.999**self.count) ** 0.5
-        for key, value in bank.items():
-            shape = (-1, *[1] * (value.dim() - 1))
-            rates = self.rates.reshape(shape)
-            grad = grads[key] * factor.reshape(shape)
-            self.first[key].lerp_(grad, 0.1)
-            self.second[key].lerp_(grad.square(), 0.001)
-            value.mul_(1 - rates * self.schedule.weight_decay)
-            size = self.second[key].sqrt() / correction + 1e-8
-            value.sub_(rates / (1 - 0.9**self.count) * self.first[key] / size)
 
 
 def _averaged(values: Tensor, groups: Tensor) -> Tensor:
@@ -230,6 +119,122 @@ class Trouble:
         return {key: start[key] + longer[key] for key in end}
 
 
+@dataclass
+class _Fleet:
+    """All clients of all runs, learning rates and sharings, one row each."""
+
+    tasks: Sequence[LatentTask]
+    schedule: Schedule
+    types: Tensor
+    runs: Tensor
+    across: Tensor
+    rate: Tensor
+    groups: Groups
+    z: Tensor
+    logits: Tensor
+    wanted: Tensor
+    effect: Tensor
+    orders: int  # clients with batches of their own; the others repeat them
+    lessons: Lessons | None = None
+    parted: bool = False
+
+    def learners(self, bank: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows that share across types."""
+        return {key: value[self.across] for key, value in bank.items()}
+
+    def train(self, bank: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+        """One round's local steps of everybody."""
+        adam, steps = Adam(bank, self.schedule, self.rate), self.schedule.steps
+        total, examples = self.wanted.shape
+        size = min(self.schedule.batch, examples)
+        rows = torch.arange(total)[:, None]
+        drawn = torch.rand(self.orders, -(-steps * size // examples), examples, generator=rng)
+        order = drawn.argsort(-1).flatten(1).repeat(total // self.orders, 1)
+        for step in range(steps):
+            batch = order[:, step * size : (step + 1) * size]
+            leaves = {key: value.requires_grad_(True) for key, value in bank.items()}
+            out = torch.bmm(mixture(leaves, self.z[rows, batch]), self.effect)
+            losses = functional.cross_entropy(
+                (self.logits[rows, batch] + out).flatten(0, 1),
+                self.wanted[rows, batch].flatten(),
+                reduction="sum",
+            )
+            losses = losses / size
+            if self.parted and self.lessons is not None:
+                losses = losses + self.lessons.loss(self.learners(leaves))
+            grads = torch.autograd.grad(losses, list(leaves.values()))
+            bank = {key: value.detach() for key, value in bank.items()}
+            adam.step(bank, dict(zip(bank, grads, strict=True)))
+        return bank
+
+
+class _Guests:
+    """Backbones without data: they take the shared bank and, in the type phase, fit the consensus alone."""
+
+    def __init__(self, fleet: _Fleet, count: int, guests: int, members: int) -> None:
+        self.fleet, self.count, self.guests = fleet, count, guests
+        # one run of ``count`` at a time, in the order the rows that share across types have
+        self.runs = torch.arange(count).repeat_interleave(guests)
+        self.kinds = members + torch.arange(guests).repeat(count)
+        self.first = fleet.across.nonzero().flatten().reshape(count, -1)[:, 0]
+        self.bank: dict[str, Tensor] = {}
+
+    def begin(self, bank: Mapping[str, Tensor]) -> None:
+        """Take the bank of every run."""
+        self.bank = {
+            key: value[self.first].repeat_interleave(self.guests, 0) for key, value in bank.items()
+        }
+
+    def train(self) -> None:
+        """One round's steps on the anchors."""
+        lessons, fleet = self.fleet.lessons, self.fleet
+        assert lessons is not None
+        rates = fleet.rate[self.first].repeat_interleave(self.guests)
+        adam = Adam(self.bank, fleet.schedule, rates)
+        for _ in range(fleet.schedule.steps):
+            leaves = {key: value.requires_grad_(True) for key, value in self.bank.items()}
+            grads = torch.autograd.grad(
+                lessons.loss(leaves, self.kinds, self.runs), list(leaves.values())
+            )
+            self.bank = {key: value.detach() for key, value in self.bank.items()}
+            adam.step(self.bank, dict(zip(self.bank, grads, strict=True)))
+
+
+def _fleet(
+    tasks: list[LatentTask], targets: tuple[Tensor, Tensor], shares: list[list[int]], clients: int,
+    schedule: Schedule, sharings: tuple[str, ...], trouble: Trouble | None,
+) -> _Fleet:  # fmt: skip
+    rates = torch.tensor(schedule.rates)
+    each = len(shares) * len(rates)
+    sharing = torch.tensor([SHARINGS.index(name) for name in sharings]).repeat_interleave(each)
+    copies = len(rates) * len(sharings)
+    types = (torch.arange(each) % clients % len(tasks)).repeat(len(sharings))
+    runs = (torch.arange(each) // clients).repeat(len(sharings))
+    chosen = torch.tensor(shares).repeat(copies, 1)
+    kinds = types.tolist()
+    z = torch.stack([tasks[k].pool_z[rows] for k, rows in zip(kinds, chosen, strict=True)])
+    logits = torch.stack(
+        [tasks[k].pool_logits[rows] for k, rows in zip(kinds, chosen, strict=True)]
+    )
+    wanted = targets[0][chosen]
+    if trouble is not None:
+        wanted = trouble.labels(wanted, types, logits.shape[-1])
+    return _Fleet(
+        tasks=tasks,
+        schedule=schedule,
+        types=types,
+        runs=runs,
+        across=sharing == SHARINGS.index("across"),
+        rate=rates.repeat_interleave(len(shares)).repeat(len(sharings)),
+        groups=Groups.of(sharing, runs, types, schedule.gate_scope),
+        z=z,
+        logits=logits + _log_priors(wanted, logits.shape[-1], schedule)[:, None],
+        wanted=wanted,
+        effect=torch.stack([tasks[k].effect for k in kinds]).transpose(1, 2),
+        orders=len(shares),
+    )
+
+
 def federate(
     tasks: list[LatentTask], targets: tuple[Tensor, Tensor], shares: list[list[int]],
     clients: int, seeds: list[int], method: MethodConfig, schedule: Schedule,
@@ -239,77 +244,62 @@ def federate(
     """Accuracy (sharing -> rates x seeds x clients, percent) on the global test after the last round.
 
     ``guests`` are backbones that take no part: ``guests`` -> rates x seeds x guests is what they reach with the bank
-    that is shared across types, and their own maps. ``trouble`` strikes one type.
+    that is shared across types, and their own maps (and, where there is a type phase, after fitting the predictions of
+    those who take part). ``trouble`` strikes one type.
 
     Client ``i`` of a run is of type ``i mod len(tasks)``, as in the product's simulation. Clients see the
     same batches whatever is shared and however fast they learn: differences are paired.
     """
-    rates = torch.tensor(schedule.rates)
-    clones = len(rates)
-    each = len(shares) * clones
-    kinds = [SHARINGS.index(name) for name in sharings]
-    total = each * len(kinds)
-    types = (torch.arange(each) % clients % len(tasks)).repeat(len(kinds))
-    runs = (torch.arange(each) // clients).repeat(len(kinds))
-    groups = Groups.of(
-        torch.tensor(kinds).repeat_interleave(each), runs, types, schedule.gate_scope
-    )
-    rate = rates.repeat_interleave(len(shares)).repeat(len(kinds))
-    chosen = torch.tensor(shares).repeat(len(kinds) * clones, 1)
-    z = torch.stack([tasks[types[i]].pool_z[chosen[i]] for i in range(total)])
-    logits = torch.stack([tasks[types[i]].pool_logits[chosen[i]] for i in range(total)])
-    wanted = targets[0][chosen]
-    if trouble is not None:
-        wanted = trouble.labels(wanted, types, logits.shape[-1])
-    logits = logits + _log_priors(wanted, logits.shape[-1], schedule)[:, None]
-    effect = torch.stack([tasks[t].effect for t in types.tolist()]).transpose(1, 2)
+    clones = len(schedule.rates)
+    fleet = _fleet(tasks, targets, shares, clients, schedule, sharings, trouble)
+    groups, runs, types = fleet.groups, fleet.runs, fleet.types
     firsts = [initial_bank(method, tasks[0].effect.shape[1], seed) for seed in seeds]
     bank = {k: torch.stack([firsts[int(r) % len(seeds)][k] for r in runs]) for k in firsts[0]}
+    shared = schedule.rounds - int(schedule.type_phase * schedule.rounds)
+    everyone = [*tasks, *guests]
+    if shared < schedule.rounds:
+        fleet.lessons = Lessons(everyone, types[fleet.across], runs[fleet.across])
+    waiting = _Guests(fleet, clones * len(seeds), len(guests), len(tasks)) if guests else None
     rng = torch.Generator().manual_seed(0)
-    rows = torch.arange(total)[:, None]
-    size, scale = min(schedule.batch, chosen.shape[1]), {}
-    servers = ChainServers(schedule.rule) if schedule.rule in CHAINS else ChainServers("mean chain")
-    for _ in range(schedule.rounds):
+    scale: dict[str, Tensor] = {}
+    chain = schedule.rule if schedule.rule in CHAINS else "mean chain"
+    servers = ChainServers(chain)
+    for round in range(1, schedule.rounds + 1):
+        if round == shared + 1:
+            fleet.parted = True
+            groups = Groups(groups.within, groups.within, groups.within)
+            if waiting is not None:
+                waiting.begin(bank)
         start = {key: value.clone() for key, value in bank.items()}
-        adam = Adam(bank, schedule, rate)
-        epochs = -(-schedule.steps * size // chosen.shape[1])
-        drawn = torch.rand(len(shares), epochs, chosen.shape[1], generator=rng)
-        order = drawn.argsort(-1).flatten(1).repeat(len(kinds) * clones, 1)
-        for step in range(schedule.steps):
-            batch = order[:, step * size : (step + 1) * size]
-            leaves = {key: value.requires_grad_(True) for key, value in bank.items()}
-            out = logits[rows, batch] + torch.bmm(mixture(leaves, z[rows, batch]), effect)
-            losses = functional.cross_entropy(
-                out.flatten(0, 1), wanted[rows, batch].flatten(), reduction="sum"
-            )
-            grads = torch.autograd.grad(losses / size, list(leaves.values()))
-            bank = {key: value.detach() for key, value in bank.items()}
-            adam.step(bank, dict(zip(bank, grads, strict=True)))
+        if fleet.parted and waiting is not None:
+            waiting.train()
+        bank = fleet.train(bank, rng)
         if trouble is not None:
             bank = trouble.updates(start, bank, types)
-        if schedule.rule in CHAINS:
-            across = torch.tensor(kinds).repeat_interleave(each) == SHARINGS.index("across")
-            plain = aggregate(start, bank, groups, schedule, scale)
-            length = rate * schedule.steps
-            bank = servers.step(start, bank, plain, Clients(across, runs, types, length))
+        if fleet.lessons is not None and round >= shared:
+            fleet.lessons.hear(fleet.learners(bank))
+        plain = aggregate(start, bank, groups, schedule, scale)
+        if schedule.rule in CHAINS and not fleet.parted:
+            length = fleet.rate * schedule.steps
+            bank = servers.step(start, bank, plain, Clients(fleet.across, runs, types, length))
         else:
-            bank = aggregate(start, bank, groups, schedule, scale)
-    found = _accuracies(bank, tasks, types, effect, targets[1])
-    parts = found.reshape(len(kinds), clones, len(seeds), clients)
+            bank = plain
+    if waiting is not None and not fleet.parted:
+        waiting.begin(bank)
+    return _results(fleet, bank, waiting, everyone, targets[1], sharings, (len(seeds), clients))
+
+
+def _results(
+    fleet: _Fleet, bank: Mapping[str, Tensor], waiting: _Guests | None, everyone: list[LatentTask],
+    wanted: Tensor, sharings: tuple[str, ...], shape: tuple[int, int],
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+    found = _accuracies(bank, everyone, fleet.types, wanted)
+    parts = found.reshape(len(sharings), -1, *shape)
     result = dict(zip(sharings, parts, strict=True))
-    if guests:
-        first = torch.arange(clones * len(seeds)) * clients + sharings.index("across") * each
-        shared = {key: value[first] for key, value in bank.items()}
-        columns = [_guest(shared, guest, targets[1]) for guest in guests]
-        result["guests"] = np.stack(columns, axis=1).reshape(clones, len(seeds), len(guests))
+    if waiting is not None:
+        reached = _accuracies(waiting.bank, everyone, waiting.kinds, wanted)
+        result["guests"] = reached.reshape(-1, shape[0], waiting.guests)
     return result
-
-
-def _guest(bank: Mapping[str, Tensor], task: LatentTask, wanted: Tensor) -> NDArray[np.float64]:
-    """Accuracy of a backbone with each of some banks (percent)."""
-    count = len(bank["down"])
-    effect = task.effect.T[None].repeat(count, 1, 1)
-    return _accuracies(bank, [task], torch.zeros(count, dtype=torch.long), effect, wanted)
 
 
 def _log_priors(wanted: Tensor, labels: int, schedule: Schedule) -> Tensor:
@@ -320,16 +310,12 @@ def _log_priors(wanted: Tensor, labels: int, schedule: Schedule) -> Tensor:
 
 @torch.no_grad()
 def _accuracies(
-    bank: Mapping[str, Tensor],
-    tasks: list[LatentTask],
-    types: Tensor,
-    effect: Tensor,
-    wanted: Tensor,
+    bank: Mapping[str, Tensor], tasks: list[LatentTask], types: Tensor, wanted: Tensor
 ) -> NDArray[np.float64]:
     found = []
     for i, kind in enumerate(types.tolist()):
-        own = {key: value[i : i + 1] for key, value in bank.items()}
-        out = tasks[kind].test_logits + (mixture(own, tasks[kind].test_z[None]) @ effect[i])[0]
+        own, task = {key: value[i : i + 1] for key, value in bank.items()}, tasks[kind]
+        out = task.test_logits + (mixture(own, task.test_z[None]) @ task.effect.T)[0]
         found.append(100 * (out.argmax(-1) == wanted).double().mean().item())
     return np.array(found)
 

@@ -27,7 +27,8 @@ from benchmarks.alignment_probe import (
     present,
 )
 from benchmarks.common import write_results
-from benchmarks.probe_federation import draw_clients, federate, zero_shot
+from benchmarks.probe_clients import draw_clients
+from benchmarks.probe_federation import federate, zero_shot
 from benchmarks.probe_states import load_task, load_type
 
 

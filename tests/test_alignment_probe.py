@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,19 +11,13 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.alignment_probe import read_out, table_row
-from benchmarks.probe_federation import (
-    Groups,
-    LatentTask,
-    Schedule,
-    aggregate,
-    federate,
-    initial_bank,
-    latent_task,
-    mixture,
-)
+from benchmarks.probe_clients import LatentTask, Schedule, initial_bank, latent_task, mixture
+from benchmarks.probe_consensus import Lessons
+from benchmarks.probe_federation import Groups, aggregate, federate
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import DeMALayer
+from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced
 
 METHOD = MethodConfig(latent=6, inner=4, experts_global=3)
 HIDDEN, LABELS, POOL = 10, 3, 40
@@ -47,7 +43,7 @@ def world(seed: int = 0, types: int = 2) -> tuple[list[LatentTask], list[DeMALay
             "slots.0.map.down.bias": maps.down_bias.numpy(),
             "slots.0.map.up.weight": maps.up_weight.numpy(),
         }
-        tasks.append(latent_task(named, head, x, x))
+        tasks.append(latent_task(named, head, x, x, x))
         layers.append(layer)
         states.append(torch.from_numpy(x))
         rows.append(torch.from_numpy(head))
@@ -170,8 +166,8 @@ def test_sharing_helps_when_types_see_the_same_and_not_when_they_do_not():
     z[torch.arange(400), labels] += 2.0
     turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
     blank, effect = torch.zeros(400, LABELS), torch.eye(LABELS)
-    same = LatentTask(z, blank, z, blank, effect)
-    turned = LatentTask(z @ turn, blank, z @ turn, blank, effect)
+    same = LatentTask(z, blank, z, blank, effect, z, blank)
+    turned = LatentTask(z @ turn, blank, z @ turn, blank, effect, z @ turn, blank)
     shares = [list(range(20)), list(range(20, 40))] * 3
     schedule = Schedule(rounds=8, steps=5, batch=8, rates=(0.02,))
     gains = {}
@@ -181,6 +177,46 @@ def test_sharing_helps_when_types_see_the_same_and_not_when_they_do_not():
         gains[name] = (found["across"] - found["within"]).mean()
     assert gains["same"] > 1.0
     assert gains["same"] > gains["turned"] + 2.0
+
+
+def test_in_the_type_phase_predictions_teach_clients_and_guests_without_data():
+    """A guest that sees the world turned has no use for the bank, and learns from what the others say."""
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, LABELS, 400))
+    z = torch.from_numpy(rng.standard_normal((400, 6)).astype(np.float32))
+    z[torch.arange(400), labels] += 2.0
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
+    blank, effect = torch.zeros(400, LABELS), torch.eye(LABELS)
+    own = LatentTask(z, blank, z, blank, effect, z, blank)
+    guest = LatentTask(z @ turn, blank, z @ turn, blank, effect, z @ turn, blank)
+    shares = [list(range(20)), list(range(20, 40))] * 3
+    schedule = Schedule(rounds=8, steps=5, batch=8, rates=(0.02,))
+    found = {}
+    for phase in (0.0, 0.5):
+        found[phase] = federate(
+            [own, own], (labels, labels), shares, 2, [1, 2, 3], METHOD,
+            replace(schedule, type_phase=phase), guests=[guest],
+        )  # fmt: skip
+    for sharing in ("alone", "within"):  # nobody teaches them
+        np.testing.assert_array_equal(found[0.0][sharing], found[0.5][sharing])
+    assert (found[0.0]["across"] != found[0.5]["across"]).any()
+    assert found[0.5]["guests"].mean() > found[0.0]["guests"].mean() + 5
+
+
+def test_lessons_hold_each_runs_mean_prediction_balanced():
+    tasks, *_ = world()
+    banks = {
+        key: torch.stack([value] * 4) for key, value in initial_bank(METHOD, LABELS, 7).items()
+    }
+    kinds, runs = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    options = ConsensusOptions(anchors=POOL, pool=POOL, batch=5, trust=0, balance=3)
+    lessons = Lessons(tasks, kinds, runs, options)
+    lessons.hear(banks)
+    drawn = lessons._chosen
+    said = [torch.softmax(tasks[kind].anchors_logits[drawn], -1) for kind in (0, 1)]
+    mean = torch.stack(said).mean(0).double().numpy()
+    for run in (0, 1):  # the bank's output starts at 0: everybody says what its backbone says
+        np.testing.assert_allclose(lessons._targets[run], balanced(mean, 3), atol=1e-5)
 
 
 def test_read_out_learns_a_separable_task():
