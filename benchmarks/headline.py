@@ -2,13 +2,14 @@
 
 Suites: the embedded family with 3, 6, 12 and 48 clients (1, 2, 4, 16 per type), three real families with 3 and 6
 clients, five types (three widths at mixed bits), three clients of one parent (``parent3``: the one suite on which
-sub-model extraction can run); 10 rounds. HeteroTune has its consensus everywhere; on the embedded family the bank's
+sub-model extraction can run); 10 rounds. On the embedded family the bank's
 methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
-milliseconds. Every method first runs at each of its learning rates with a seed of its own
-(``SWEEP_SEED``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a single rate
-(``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so the command
-goes on where it was stopped. Methods that refuse a suite (dense changes beside 4-bit weights, slices of models
-without a common parent) are listed with why.
+milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
+``predictions`` shares the bank in the first round alone. Every method first runs at each of its learning rates with a
+seed of its own (``SWEEP_SEED``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a
+single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so
+the command goes on where it was stopped. Methods that refuse a suite (dense changes beside 4-bit weights, slices of
+models without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
@@ -35,10 +36,13 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
-#: What a method has here beside its shipped preset: ours has its consensus wherever it runs.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"heterotune": {"consensus": {}}}
-#: Methods that are a shipped strategy under another name: HeteroTune without its consensus.
-SHIPPED_AS: Mapping[str, str] = {"bank": "heterotune"}
+#: What a method has here beside its shipped preset: the halves of ours alone.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "bank": {"consensus": None},
+    "predictions": {"type_phase": 0.95},
+}
+#: Methods that are a shipped strategy under another name.
+SHIPPED_AS: Mapping[str, str] = {"bank": "heterotune", "predictions": "heterotune"}
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
 _TINY = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]
@@ -78,7 +82,16 @@ _DEEP = (
     "method.core_kind=lora", "method.core_rank=16", "method.core_from=0.0", "method.core_scale=2.0",
 )  # fmt: skip
 _BANK, _LORA = (1e-3, 4e-3), (3e-4, 1e-3)
-_BANKED = ("heterotune", "bank", "mean", "within_type", "local_only", "fedprox", "fedadam")
+_BANKED = (
+    "heterotune",
+    "bank",
+    "predictions",
+    "mean",
+    "within_type",
+    "local_only",
+    "fedprox",
+    "fedadam",
+)
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
 _BOTH = dict.fromkeys(_BANKED, (1e-3, 2e-3))
 _KNOWN: Mapping[str, Sequence[float]] = {

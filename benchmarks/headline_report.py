@@ -11,8 +11,8 @@ from benchmarks.common import RESULTS, Key, machine, mean_and_std, paired_gain, 
 from heterotune_flwr.exchange.storage import atomic_write_text
 
 OURS = "heterotune"
-#: The bank without CMGA is an ablation of ours, not a rival.
-NO_RIVALS = (OURS, "bank", "mean")
+#: Parts of ours are ablations, not rivals: the bank alone, without CMGA, and the predictions alone.
+NO_RIVALS = (OURS, "bank", "mean", "predictions")
 
 
 def accuracies(entry: dict[str, Any], field: str = "global_accuracy") -> dict[Key, float]:
