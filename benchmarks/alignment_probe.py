@@ -263,6 +263,10 @@ def read_out_table(
         keep("readout", name, read_out_row(lab, pair, ALIGNMENT, METHOD, seeds) | {"seeds": seeds})
 
 
+#: As in ``conf/strategy/heterotune.yaml``.
+TYPE_PHASE = {"type_phase": 0.5, "rule": "cmga"}
+
+
 def planned_rows(types: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
     """Name -> (types, clients per type, what differs from the recommended settings)."""
     rows: dict[str, tuple[int, int, dict[str, Any]]] = {}
@@ -270,6 +274,7 @@ def planned_rows(types: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
     for kinds, clients in itertools.product(sorted({2, types}), (1, 2, 4)):
         where = f"{kinds} types, {clients} per type"
         rows[f"{where}, labels"] = (kinds, clients, {})
+        rows[f"{where}, labels, type phase"] = (kinds, clients, {"schedule": TYPE_PHASE})
         if clients < 4:
             rows[f"{where}, vocabulary"] = (kinds, clients, vocabulary)
     for clients in (1, 2):

@@ -30,7 +30,7 @@ RUNS = {
                          "train.local_steps=4", "data.global_test_examples=32"]),
     "embedded": ("demo", ["types.0.clients=1", "types.1.clients=1", "types.2.clients=1", "server.rounds=12"]),
 }  # fmt: skip
-COMMON = ["run.compare=[heterotune]", "server.evaluate_every=0", "run.workers=1"]
+COMMON = ["run.compare=[bank]", "server.evaluate_every=0", "run.workers=1"]
 
 
 def prefix(values: dict[str, Any], repeats: int) -> None:
@@ -59,7 +59,7 @@ def bare(values: dict[str, Any], repeats: int) -> None:
             for _ in range(repeats):
                 results = flower_run(preset, asked)
                 clients = len(results["runs"][0]["clients"])
-                flower = round_seconds(results, "heterotune") / clients
+                flower = round_seconds(results, "bank") / clients
                 alone = bare_seconds_per_client_round(preset, cached, 1, overrides)
                 ratios.append(flower / alone)
                 seconds.append((flower, alone))

@@ -66,7 +66,7 @@ def run_demo(exchange: dict[str, Any], seeds: list[int], folder: Path) -> dict[s
     words = [f"exchange.{key}={value}" for key, value in exchange.items()]
     words += [
         f"run.seeds={seeds}".replace(" ", ""),
-        "run.compare=[heterotune]",
+        "run.compare=[bank]",
         f"run.dir={folder}",
     ]
     config = compose("demo", words)
@@ -101,7 +101,7 @@ def open_text_bytes(exchange: ExchangeConfig) -> tuple[int, int]:
 
 def row_of(results: dict[str, Any], exchange: dict[str, Any]) -> dict[str, Any]:
     """Accuracy, bytes and bytes of the open-text bank."""
-    mean, std = mean_and_std(seed_means(client_accuracies(results, "heterotune")))
+    mean, std = mean_and_std(seed_means(client_accuracies(results, "bank")))
     counted = [run["bytes"] for run in results["runs"]]
     down, up = open_text_bytes(ExchangeConfig(**exchange))
     evaluated = np.mean([b["evaluate_down"] for b in counted])
@@ -177,7 +177,7 @@ def main() -> None:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="heterotune-codec-") as folder:
             results = run_demo(exchange, args.seeds, Path(folder))
-        found[name] = client_accuracies(results, "heterotune")
+        found[name] = client_accuracies(results, "bank")
         rows[name] = row_of(results, exchange)
         rows[name]["seconds"] = round(time.monotonic() - begin, 1)
         print(name, rows[name], flush=True)

@@ -92,14 +92,23 @@ def read_results(name: str) -> dict[str, Any]:
 
 
 def tuned_rates(family: str, types: int, clients: int, row: str = "labels") -> dict[str, float]:
-    """Each strategy's best learning rate in a row of the laboratory, whose seeds are not the benchmarks'."""
+    """Each strategy's best learning rate in a row of the laboratory, whose seeds are not the benchmarks'.
+
+    HeteroTune's is that of the row with a type phase, where there is one.
+    """
     known = read_results("alignment_probe")[family]["federated"]
-    rates = known[f"{types} types, {clients} per type, {row}"]["by_rate"]
-    strategies = {"local_only": "alone", "within_type": "within", "heterotune": "across"}
-    return {
-        strategy: float(max(rates[sharing], key=lambda rate: rates[sharing][rate]))
-        for strategy, sharing in strategies.items()
-    }
+    where = f"{types} types, {clients} per type"
+
+    def best(row: str, sharing: str) -> float:
+        rates: dict[str, float] = known[f"{where}, {row}"]["by_rate"][sharing]
+        return float(max(rates, key=lambda rate: rates[rate]))
+
+    phase = f"{row}, type phase"
+    strategies = {"local_only": "alone", "within_type": "within", "bank": "across"}
+    found = {strategy: best(row, sharing) for strategy, sharing in strategies.items()}
+    if f"{where}, {phase}" in known:
+        found["heterotune"] = best(phase, "across")
+    return found
 
 
 def machine() -> str:

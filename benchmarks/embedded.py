@@ -1,6 +1,6 @@
 """The headline on the embedded family, through real Flower simulations.
 
-Accuracy of local-only, within-type averaging, FedIT (LoRA mean inside a type) and HeteroTune with
+Accuracy of local-only, within-type averaging, FedIT (LoRA mean inside a type), HeteroTune and its bank alone with
 1, 2 and 4 clients per type, over several seeds and paired over clients; controls; bytes on the wire;
 seconds per client-round against the same optimizer steps in a bare PyTorch loop. Every method learns at its own
 best rate: the bank's methods at those the laboratory found on other seeds (``alignment_probe.json``), FedIT at the
@@ -74,13 +74,16 @@ def remember(name: str, values: dict[str, Any], clients: int, results: dict[str,
     for rival in sorted(measured.keys() - {"heterotune"}) if "heterotune" in measured else ():
         gain = paired_gain(measured["heterotune"], measured[rival])
         values["accuracy"][str(clients)][f"gain_over_{rival}"] = gain
+    if {"bank", "within_type"} <= measured.keys():
+        gain = paired_gain(measured["bank"], measured["within_type"])
+        values["accuracy"][str(clients)]["bank_gain_over_within_type"] = gain
 
 
 def control_row(results: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies with a broken alignment and what is left of HeteroTune's gain."""
+    """Accuracies with a broken alignment and what is left of the bank's gain (predictions need no alignment)."""
     row: dict[str, Any] = {}
     add_accuracy(row, results)
-    ours, theirs = (client_accuracies(results, name) for name in ("heterotune", "within_type"))
+    ours, theirs = (client_accuracies(results, name) for name in ("bank", "within_type"))
     return row | {"gain_over_within_type": paired_gain(ours, theirs)}
 
 
@@ -108,7 +111,7 @@ def add_bytes(values: dict[str, Any], results: dict[str, Any]) -> None:
 
 def add_overhead(values: dict[str, Any], results: dict[str, Any], clients: int) -> None:
     """Seconds per client-round through Flower over those of the bare loop."""
-    flower = round_seconds(results, "heterotune") * WORKERS / clients
+    flower = round_seconds(results, "bank") * WORKERS / clients
     kept = bare_seconds_per_client_round("demo", cached=True)
     full = bare_seconds_per_client_round("demo", cached=False)
     values["client_round_seconds"] = {
@@ -137,7 +140,7 @@ def control_tables(name: str, preset: str, family: str, types: int, values: dict
     """What is left of the gain when the alignment is broken on purpose: one client per type."""
     for control in CONTROLS:
         rates = tuned_rates(family, types, 1, f"control {control}")
-        pair = {key: rates[key] for key in ("within_type", "heterotune")}
+        pair = {key: rates[key] for key in ("within_type", "bank")}
         words = overrides(1, values["seeds"], pair, types)
         broken = flower_run(preset, [*words, f"alignment.control={control}"])
         values[f"control_{control}"] = {"1": control_row(broken)}
@@ -172,7 +175,7 @@ def main() -> None:
     if "accuracy" in args.tables:
         accuracy_tables(values, args.seeds, args.clients)
     if "overhead" in args.tables:
-        rates = {"heterotune": tuned_rates("tiny", 3, 4)["heterotune"]}
+        rates = {"bank": tuned_rates("tiny", 3, 4)["bank"]}
         add_overhead(values, flower_run("demo", overrides(4, [0], rates)), 12)
         write_results("embedded", values)
     if "controls" in args.tables:

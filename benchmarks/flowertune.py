@@ -280,7 +280,7 @@ def nothing_kept(folder: Path) -> Iterator[None]:
 def whole_command(folder: Path) -> float:
     """Client-rounds per minute of one whole ``heterotune run``, from its start to its last word."""
     started = time.monotonic()
-    ours(folder, "heterotune", ROUNDS)
+    ours(folder, "bank", ROUNDS)
     return 60 * CLIENTS * ROUNDS / (time.monotonic() - started)
 
 
@@ -308,7 +308,7 @@ def summary(found: Mapping[str, list[float]], app: list[dict[str, float]]) -> di
     load, train = (
         statistics.median(row[key] for row in app) for key in ("load_seconds", "train_seconds")
     )
-    main = found["heterotune"]
+    main = found["bank"]
     ratios = [a / b for a, b in zip(main, theirs, strict=True)]
     per_minute = statistics.median(theirs)
     values: dict[str, Any] = {
@@ -351,17 +351,17 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     installed = versions(python)
     words = [f"alignment.count={args.anchors}"] if args.anchors else []
     theirs: list[dict[str, float]] = []
-    found: dict[str, list[float]] = {"heterotune": [], "no_state_cache": []}
+    found: dict[str, list[float]] = {"bank": [], "no_state_cache": []}
     with nothing_kept(work / "cache"):
         if args.anchors is None:  # with fewer, the whole command would not be what a user runs
             found["whole_command"] = [show("ours, whole command", whole_command(work / "whole"))]
         for number in range(args.repeats):
             theirs.append(app_speed(run_app(app, python, work), args.rounds))
             show("FlowerTune", theirs[-1]["per_minute"])
-            rate = ours(work / f"kept-{number}", "heterotune", ROUNDS, *words)
-            found["heterotune"].append(show("ours", rate))
+            rate = ours(work / f"kept-{number}", "bank", ROUNDS, *words)
+            found["bank"].append(show("ours", rate))
             full = ("train.cache_states=false", *words)
-            rate = ours(work / f"full-{number}", "heterotune", 3, *full)
+            rate = ours(work / f"full-{number}", "bank", 3, *full)
             found["no_state_cache"].append(show("ours, no states kept", rate))
         if not args.skip_lora:
             found["lora"] = [show("ours, LoRA", ours(work / "lora", "fedit", 2))]

@@ -36,13 +36,10 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
-#: What a method has here beside its shipped preset: the halves of ours alone.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "bank": {"consensus": None},
-    "predictions": {"type_phase": 0.95},
-}
+#: What a method has here beside its shipped preset.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"predictions": {"type_phase": 0.95}}
 #: Methods that are a shipped strategy under another name.
-SHIPPED_AS: Mapping[str, str] = {"bank": "heterotune", "predictions": "heterotune"}
+SHIPPED_AS: Mapping[str, str] = {"predictions": "heterotune"}
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
 _TINY = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]

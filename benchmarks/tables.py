@@ -15,6 +15,7 @@ TITLES = {
     "local_only": "alone",
     "within_type": "within type",
     "fedit": "FedIT (LoRA r=16, within type)",
+    "bank": "its bank alone",
     "heterotune": "**HeteroTune**",
 }
 
@@ -64,9 +65,9 @@ def bytes_line(results: dict[str, Any]) -> str:
 
 
 def controls(results: dict[str, Any]) -> str:
-    """HeteroTune's gain over within-type with the alignment broken on purpose."""
+    """The bank's gain over within-type with the alignment broken on purpose."""
     lines = [
-        "| alignment | clients per type | within type | HeteroTune | gain (95 %) |",
+        "| alignment | clients per type | within type | bank alone | gain (95 %) |",
         "|---|---|---|---|---|",
     ]
     rows: list[tuple[str, str, dict[str, Any]]] = [
@@ -76,9 +77,9 @@ def controls(results: dict[str, Any]) -> str:
         content = results.get(f"control_{name}", {})
         rows += [(name.replace("_", " "), clients, table) for clients, table in content.items()]
     for name, clients, table in rows:
-        gain = table["gain_over_within_type"]
+        gain = table.get("bank_gain_over_within_type") or table["gain_over_within_type"]
         lines.append(
-            f"| {name} | {clients} | {table['within_type']:.1f} | {table['heterotune']:.1f} | "
+            f"| {name} | {clients} | {table['within_type']:.1f} | {table['bank']:.1f} | "
             f"{gain['gain']:+.1f} ({gain['low']:+.1f} .. {gain['high']:+.1f}) |"
         )
     return "\n".join(lines)
