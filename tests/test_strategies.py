@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from toy_federation import LABELS, ToyFederation, toy_config
 
+from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.journal import Journal
@@ -365,9 +366,20 @@ def test_cmga_is_journalled_every_round(tmp_path):
     for event in (e for e in log if e["event"] == "round"):
         slot = event["cmga"]["slot 0"]
         assert set(slot["norms"]) == {"large@fp32", "middle@fp32", "small@fp32"}
-        assert set(slot["cosine_before"]) == set(slot["cosine_after"])
         assert len(slot["cosine_before"]) == 3
+        assert set(slot["agreement"]) == set(slot["norms"])
+        assert all(-1 <= value <= 1 for value in slot["agreement"].values())
         assert sum(slot["weights"].values()) == pytest.approx(1.0)
+
+
+def test_the_guarded_chain_journals_conflicts_too(tmp_path):
+    config = toy_config(tmp_path)
+    spec = {"_component_": f"{HERE}.HeteroTune", "chain": list(GUARDED_CHAIN)}
+    _, log = start(config, spec=spec)
+    for event in (e for e in log if e["event"] == "round"):
+        slot = event["cmga"]["slot 0"]
+        assert set(slot["cosine_before"]) == set(slot["cosine_after"])
+        assert set(slot["reliability"]) == set(slot["norms"])
         assert 0 <= slot["conflict_rate"] <= 1
 
 

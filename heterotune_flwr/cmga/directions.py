@@ -178,7 +178,8 @@ def combine(weights: str = "reliability", rescale: bool = True, guard: bool = Tr
         coefficients = np.array([shares[member.key] for member in members])
         coefficients = coefficients / coefficients.sum()
         direction = coefficients @ np.stack([member.vector for member in members])
-        log = dict(updates.log)
+        used = zip((member.key for member in members), coefficients.tolist(), strict=True)
+        log = updates.logged(weights=dict(used))
         if guard and len(members) > 1:
             direction, log["guard_blend"] = _guarded(direction, updates.types)
         return state, conclude(updates, direction, rescale, log)
@@ -204,7 +205,18 @@ def server_opt(
 
 
 def conclude(updates: Updates, direction: Vector, rescale: bool, log: dict[str, Any]) -> Updates:
-    """The one combined member, as long as the plain weighted mean where ``rescale`` says so."""
+    """The one combined member, as long as the plain weighted mean where ``rescale`` says so.
+
+    Logged: the cosines between the types' updates before any other step, and of the direction with each of them.
+    """
+    names = [member.key for member in updates.types]
+    stacked = np.stack([*(member.vector for member in updates.types), direction])
+    found = cosines(stacked @ stacked.T)
+    log = {
+        "cosine_before": pairwise(names, found[:-1, :-1]),
+        **log,
+        "agreement": dict(zip(names, found[-1, :-1].tolist(), strict=True)),
+    }
     if rescale:
         norm = float(np.linalg.norm(direction))
         target = float(np.linalg.norm(updates.reference))

@@ -175,6 +175,12 @@ class RunProgress:
     def _on_client_failed(self, event: Event) -> None:
         self._line(f"  {event['client_id']} failed: {event['reason']}", force=True)
 
+    def _on_type_phase(self, event: Event) -> None:
+        self._line(
+            f"  from round {event['round']} on: a bank per type, taught by what all types predict",
+            force=True,
+        )
+
     def _on_skipped(self, event: Event) -> None:
         self._round, self._replies = event["round"], 0
         self._line(
