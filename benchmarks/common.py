@@ -94,7 +94,7 @@ def read_results(name: str) -> dict[str, Any]:
 def tuned_rates(family: str, types: int, clients: int, row: str = "labels") -> dict[str, float]:
     """Each strategy's best learning rate in a row of the laboratory, whose seeds are not the benchmarks'.
 
-    HeteroTune's is that of the row with a type phase, where there is one.
+    HeteroTune's is that of the row with a type phase, where it was measured, else that of its bank alone.
     """
     known = read_results("alignment_probe")[family]["federated"]
     where = f"{types} types, {clients} per type"
@@ -106,9 +106,8 @@ def tuned_rates(family: str, types: int, clients: int, row: str = "labels") -> d
     phase = f"{row}, type phase"
     strategies = {"local_only": "alone", "within_type": "within", "bank": "across"}
     found = {strategy: best(row, sharing) for strategy, sharing in strategies.items()}
-    if f"{where}, {phase}" in known:
-        found["heterotune"] = best(phase, "across")
-    return found
+    measured = f"{where}, {phase}" in known
+    return {**found, "heterotune": best(phase, "across") if measured else found["bank"]}
 
 
 def machine() -> str:
