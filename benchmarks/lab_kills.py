@@ -31,7 +31,9 @@ _WORDS = {
     "SuperNode": "flower-supernode",
     "proxy": "nginx",
 }
-KINDS = ("ClientApp", "SuperNode", "SuperExec", "ServerApp", "SuperLink", "worker", "proxy")
+KINDS = (
+    "ClientApp", "SuperNode", "executor", "SuperExec", "ServerApp", "SuperLink", "worker", "proxy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

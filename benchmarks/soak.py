@@ -1,7 +1,7 @@
 """Half an hour under fire: a random process of a deployment gets SIGKILL about every 30 seconds, the run goes on.
 
 SuperLink, SuperExec, nginx and three nodes with tiny backbones over TLS, one run. What dies is drawn among ClientApp,
-SuperNode, SuperExec, ServerApp, SuperLink, warm worker and proxy, whatever of them is alive; units come back as systemd
+SuperNode, its executor, SuperExec, ServerApp, SuperLink, warm worker and proxy, whatever of them is alive; units come back as systemd
 would bring them (:mod:`benchmarks.lab_kills`), and a run that has ended by a death is resumed, as its operator would.
 Then, for a calm tail, nothing is killed any more; in the end the run is stopped and resumed for its last three rounds.
 

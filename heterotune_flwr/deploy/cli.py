@@ -204,6 +204,7 @@ def check(
 @node_app.command()
 def start(settings: Settings = Path("node.toml")) -> None:
     """Become the SuperNode of this machine (this process is replaced by flower-supernode)."""
+    from heterotune_flwr.deploy import executor_watch
     from heterotune_flwr.deploy.node_config import read_node_settings, supernode_command
 
     node = read_node_settings(settings)
@@ -211,6 +212,7 @@ def start(settings: Settings = Path("node.toml")) -> None:
     os.chdir(
         node.state_dir
     )  # a folder without code: it is on the search path of what is started here
+    executor_watch.start()
     os.execve(command[0], command, node.environment())
 
 
