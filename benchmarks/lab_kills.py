@@ -30,6 +30,7 @@ _WORDS = {
     "SuperExec": "flower-superexec",
     "SuperNode": "flower-supernode",
     "proxy": "nginx",
+    "watch": "executor_watch",
 }
 KINDS = (
     "ClientApp", "SuperNode", "executor", "SuperExec", "ServerApp", "SuperLink", "worker", "proxy",

@@ -22,6 +22,7 @@ import ctypes
 import os
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,7 +80,7 @@ def times(directory: Path) -> dict[str, Any]:
     sent = [e for e in events if e["event"] == "bytes" and e["message_type"] == "train"]
     later = [event for event in sent if event["round"] > 1]
     return {
-        "round_s": [round(b - a, 1) for a, b in zip(ends, ends[1:], strict=False)],
+        "round_s": [round(b - a, 1) for a, b in pairwise(ends)],
         "before_and_first_round_s": round(ends[0] - events[0]["time"], 1),
         "clients": [event["clients"] for event in rounds],
         "bytes_down": round(median(event["wire_down"] for event in later)),

@@ -1,9 +1,10 @@
 """Half an hour under fire: a random process of a deployment gets SIGKILL about every 30 seconds, the run goes on.
 
 SuperLink, SuperExec, nginx and three nodes with tiny backbones over TLS, one run. What dies is drawn among ClientApp,
-SuperNode, its executor, SuperExec, ServerApp, SuperLink, warm worker and proxy, whatever of them is alive; units come back as systemd
-would bring them (:mod:`benchmarks.lab_kills`), and a run that has ended by a death is resumed, as its operator would.
-Then, for a calm tail, nothing is killed any more; in the end the run is stopped and resumed for its last three rounds.
+SuperNode, its executor, SuperExec, ServerApp, SuperLink, warm worker and proxy, whatever of them is alive; units come
+back as systemd would bring them (:mod:`benchmarks.lab_kills`), and a run that has ended by a death is resumed, as its
+operator would. Then, for a calm tail, nothing is killed any more; in the end the run is stopped and resumed for its
+last three rounds.
 
 * *Rounds*: the journal must hold every round once and in order, and count no answer twice
   (:mod:`benchmarks.journal_audit`). A round in which no update was usable counts as lost.
@@ -12,7 +13,7 @@ Then, for a calm tail, nothing is killed any more; in the end the run is stopped
   medians per band, then the median over bands with at least :data:`FEW` samples in both thirds. In the calm tail every
   process that lives through it is fitted by a line, over its last two thirds: the growth is that line's over the time.
 
-Run: ``python -m benchmarks.soak`` (about an hour with the tail). Adds its rows to ``benchmarks/results/deployment.json``.
+Run: ``python -m benchmarks.soak`` (about an hour). Adds its rows to ``benchmarks/results/deployment.json``.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def start(seconds: float = PAUSE_SECONDS) -> None:
 def command_of(process: psutil.Process) -> list[str] | None:
     """How a living executor was started; None if this is none."""
     with suppress(psutil.Error):
-        words = process.cmdline()
+        words = [str(word) for word in process.cmdline()]
         if process.status() != psutil.STATUS_ZOMBIE and any(EXECUTOR in w for w in words[:3]):
             return words
     return None
