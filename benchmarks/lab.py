@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -13,8 +14,6 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-
-import psutil
 
 import heterotune_flwr
 from heterotune_flwr.deploy.layout import Deployment, initialise
@@ -203,17 +202,14 @@ class Lab:
             f"--- {path.name}\n{tail(path, 40)}" for path in sorted(self.logs.glob("*.log"))
         )
 
-    def kill(self, name: str) -> None:
-        """SIGKILL a process and everything below it, as a power cut would."""
-        process = self.processes[name]
-        family = [
-            psutil.Process(process.pid),
-            *psutil.Process(process.pid).children(recursive=True),
-        ]
-        for member in family:
-            with suppress(psutil.Error):
-                member.kill()
-        process.wait()
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C would, so that what it has started and set up goes with it."""
+
+    def end(*_: object) -> None:
+        raise SystemExit("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def has_nginx() -> bool:

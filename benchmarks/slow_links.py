@@ -27,8 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import read_results, write_results
-from benchmarks.lab import Lab
+from benchmarks.common import write_results
+from benchmarks.lab import Lab, end_on_sigterm
 from benchmarks.lab_run import NODES, shard_file
 from benchmarks.slow_network import FAST, SERVER, SLOW, Link, Network, inside
 from heterotune_flwr.config.compose import compose
@@ -38,15 +38,15 @@ from heterotune_flwr.federation.staging import stage_app
 LINKS = {"fast": FAST, "slow": SLOW}
 #: Name in the results -> strategy.
 METHODS = {"heterotune": "heterotune", "lora16": "fedit"}
+_BY = "slow: packets paced, delayed and dropped in user space between TUN devices; fast: tc tbf"
 _CLONE_NEWNET = 0x40000000
 _RUN = """yaml:
 groups: {types: tiny, data: debian_sections, method: dema, alignment: labels, train: small_data, exchange: bf16,
   server: deployment}
-strategies: [STRATEGY]
 types: [{backbone: BACKBONE, bits: BITS, clients: 3}]
 alignment: {cache: false}
 server: {rounds: ROUNDS, evaluate_every: 0, min_clients: 3}
-run: {name: links, dir: DIRECTORY}
+run: {name: links, dir: DIRECTORY, compare: [STRATEGY]}
 """
 
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--congestion", default="cubic", help="TCP's congestion control")
     parser.add_argument("--keep", type=Path, help="folder for logs and run directories")
     options = parser.parse_args(arguments)
-    table = read_results("deployment").get("links", {})
+    end_on_sigterm()
     with (
         tempfile.TemporaryDirectory(prefix="heterotune-links-") as name,
         Network(list(NODES), options.congestion) as network,
@@ -135,17 +135,14 @@ def main(arguments: list[str] | None = None) -> None:
                         directory, METHODS[method], options.rounds, *options.backbone
                     )
                     row = measure(lab, network, app, LINKS[link], method, config, directory)
-                    table[f"{link}.{method}"] = row
-    values: dict[str, Any] = {
-        "links": table,
-        "links_backbone": " ".join(options.backbone),
-        "links_congestion": options.congestion,
-        "links_by": "packets delayed, dropped and paced in user space between TUN devices (no netem in this kernel)",
-    }
-    for place, row in table.items():
-        link, method = place.split(".")
-        values[f"{link}_link_round_s.{method}"] = median(row["round_s"])
-    write_results("deployment", values)
+                    values = {
+                        f"{link}_link_round_s.{method}": median(row["round_s"]),
+                        "links": {f"{link}.{method}": row},
+                        "links_backbone": " ".join(options.backbone),
+                        "links_congestion": options.congestion,
+                        "links_by": _BY,
+                    }
+                    write_results("deployment", values)
 
 
 def settle(lab: Lab, network: Network, config: Any, backbone: str, bits: str) -> None:

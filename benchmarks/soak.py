@@ -37,7 +37,7 @@ import psutil
 from benchmarks import lab_kills
 from benchmarks.common import write_results
 from benchmarks.journal_audit import Audit, audit
-from benchmarks.lab import Lab, has_nginx
+from benchmarks.lab import Lab, end_on_sigterm, has_nginx
 from benchmarks.lab_run import NODES, configuration, join, simulated_bank
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.staging import stage_app
@@ -262,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, help="folder for logs, run directory and samples")
     parser.add_argument("--dry", action="store_true", help="print the rows, write nothing")
     options = parser.parse_args(arguments)
+    end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="heterotune-soak-") as name:
         folder = options.keep or Path(name)
         config, _ = simulated_bank(folder / "simulated")
