@@ -43,7 +43,7 @@ _BRIEFLY = 1.0
 _SENDING, _SENT = "Sending: train", "Sent successfully"
 
 
-def wait_until(condition: Callable[[], object], seconds: float, pause: float = 0.002) -> bool:
+def wait_until(condition: Callable[[], object], seconds: float, pause: float = 0.001) -> bool:
     """Whether a condition came true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -92,15 +92,15 @@ def _aggregates(directory: Path) -> bool:
     return replies == len(NODES)
 
 
-def await_moment(lab: Lab, what: str, when: str, directory: Path) -> psutil.Process | None:
+def await_moment(lab: Lab, what: str, when: str, directory: Path) -> lab_kills.Death | None:
     """Wait for the moment; returns who is to die, None if nobody of this kind lives then."""
     if not wait_until(lambda: rounds_of(directory) >= 1, PATIENCE, 0.1):
         return None
     if when == "train":
         wait_until(lambda: lab_kills.find(lab, "ClientApp", VICTIM), PATIENCE, 0.02)
         wait_until(lambda: victim(lab, what), PATIENCE, 0.02)
-        return victim(lab, what)
-    target = victim(lab, what)
+        return doomed(lab, what)
+    death = doomed(lab, what)
     if when == "upload":
         log = Tail(lab.logs / f"{VICTIM}.log")
         wait_until(lambda: _SENDING in log.text(), PATIENCE)
@@ -108,13 +108,19 @@ def await_moment(lab: Lab, what: str, when: str, directory: Path) -> psutil.Proc
         wait_until(lambda: _aggregates(directory), PATIENCE)
     if what == "ClientApp":  # another one for every message
         wait_until(lambda: victim(lab, what), _BRIEFLY)
-        target = victim(lab, what)
-    return target
+        return doomed(lab, what)
+    return death
 
 
-def strike(lab: Lab, process: psutil.Process, directory: Path) -> dict[str, Any]:
+def doomed(lab: Lab, what: str) -> lab_kills.Death | None:
+    """The victim, ready to be struck; None while there is none."""
+    process = victim(lab, what)
+    return None if process is None else lab_kills.Death(lab, process)
+
+
+def strike(lab: Lab, death: lab_kills.Death, directory: Path) -> dict[str, Any]:
     """Kill it, bring back what its unit would, and say what had been reached."""
-    restart = lab_kills.kill(lab, process)
+    restart = death.strike()
     log = (lab.logs / f"{VICTIM}.log").read_text(errors="replace")
     events = read_events(directory / "rounds.jsonl")
     reached = {
@@ -135,7 +141,7 @@ def kill_case(
     directory = folder / f"{what}-{when}"
     config = configuration(directory, rounds)
     row: dict[str, Any] = {"what": what, "when": when}
-    target = victim(lab, what) if when == "idle" else None
+    target = doomed(lab, what) if when == "idle" else None
     run_id = ""
     if when != "idle":
         run_id = lab.submit(app, config=config)

@@ -110,19 +110,40 @@ class Restart:
     start: Callable[[], object]
 
 
-def kill(lab: Lab, process: psutil.Process) -> Restart | None:
-    """SIGKILL one process; of a unit's main process also the rest of the unit, and how it comes back."""
-    unit = unit_of(lab, process)
-    rest: list[psutil.Process] = []
-    if unit is not None:
-        rest = [found.process for found in processes(lab) if found.unit == unit]
-    for member in (process, *rest):
+class Death:
+    """A process that is to die, with what systemd ends after it; made beforehand, so that it strikes at once.
+
+    Parameters
+    ----------
+    lab, process
+        Whom to kill.
+
+    """
+
+    def __init__(self, lab: Lab, process: psutil.Process) -> None:
+        self._lab, self._process = lab, process
+        self._unit = unit_of(lab, process)
+        self._rest = self._of_unit()  # nginx's workers cannot be told once their master is gone
+
+    def _of_unit(self) -> list[psutil.Process]:
+        if self._unit is None:
+            return []
+        return [found.process for found in processes(self._lab) if found.unit == self._unit]
+
+    def strike(self) -> Restart | None:
+        """SIGKILL it; of a unit's main process then the rest of the unit, too, and how it comes back."""
+        _kill([self._process])
+        if self._unit is None:
+            return None
+        self._lab.processes[self._unit].wait()
+        _kill([*self._rest, *self._of_unit()])
+        return restart_of(self._lab, self._unit)
+
+
+def _kill(members: Iterable[psutil.Process]) -> None:
+    for member in members:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    if unit is None:
-        return None
-    lab.processes[unit].wait()
-    return restart_of(lab, unit)
 
 
 def restart_of(lab: Lab, unit: str) -> Restart:

@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.common import write_results
 from benchmarks.lab import Lab, end_on_sigterm
-from benchmarks.lab_run import NODES, shard_file
+from benchmarks.lab_run import NODES, join
 from benchmarks.slow_network import FAST, SERVER, SLOW, Link, Network, inside
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.federation.journal import read_events
@@ -126,7 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
         enter(network.server)
         some = configuration(folder, "heterotune", 1, *options.backbone)
         with Lab(folder, list(NODES), proxy=True, host=SERVER) as lab:
-            settle(lab, network, compose(some), *options.backbone)
+            brought = dict.fromkeys(NODES, tuple(options.backbone))
+            join(lab, compose(some), brought, lambda name: inside(network.node(name)))
             app = stage_app(folder / "app")
             for link in options.links:
                 for method in options.methods:
@@ -143,17 +144,6 @@ def main(arguments: list[str] | None = None) -> None:
                         "links_by": _BY,
                     }
                     write_results("deployment", values)
-
-
-def settle(lab: Lab, network: Network, config: Any, backbone: str, bits: str) -> None:
-    """Settings and data for every node; all join from their own namespaces."""
-    for number, name in enumerate(NODES):
-        place = lab.configure(name, client_id=name, backbone=backbone, bits=bits, threads=1)
-        shard_file(place / "data.jsonl", config, number)
-    lab.register()
-    for name in NODES:
-        lab.start_node(name, before=inside(network.node(name)))
-    lab.await_online(set(NODES))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Soak:
             if not alive:
                 continue
             victim = self.rng.choice(alive)
-            restart = lab_kills.kill(self.lab, victim)
+            restart = lab_kills.Death(self.lab, victim).strike()
             if restart is not None:
                 self._due.append((self.now + restart.seconds, restart))
             self.kills.append(

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from heterotune_flwr.cli import app
 from heterotune_flwr.deploy import certificates, templates
 from heterotune_flwr.deploy.files import write_private
+from heterotune_flwr.deploy.hosts import parse_server
 from heterotune_flwr.deploy.keys import key_fingerprint, new_node_key, read_public
-from heterotune_flwr.deploy.layout import Deployment, initialise, parse_server
+from heterotune_flwr.deploy.layout import Deployment, initialise
 from heterotune_flwr.deploy.submit import settle
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash

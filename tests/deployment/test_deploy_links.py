@@ -89,7 +89,8 @@ def test_a_round_done_again_after_a_death_is_no_fault():
 
 
 def test_a_checkpoint_whose_line_a_death_took_is_no_fault():
-    book = audit([event("start"), *round_of(1, safe=False), event("start"), event("resumed", 1), *round_of(2)], 2)  # fmt: skip
+    before = [event("start"), *round_of(1, safe=False)]
+    book = audit([*before, event("start"), event("resumed", 1), *round_of(2)], 2)
     assert (book.rounds, book.faults) == ([1, 2], [])
 
 
