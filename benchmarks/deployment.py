@@ -68,7 +68,7 @@ def attacked(lab: Lab, app: Path, folder: Path, simulated: dict[str, Any]) -> di
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the runs with a death")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the runs with a death")
     parser.add_argument("--kills", nargs="*", help="nothing but these, like SuperLink-train")
     options = parser.parse_args(arguments)
     end_on_sigterm()

@@ -5,7 +5,8 @@ The moments of a round, as they can be seen from outside:
 * ``idle``: no run goes on;
 * ``train``: the victim's node works on a message of the second round or a later one (its ClientApp is there);
 * ``upload``: its SuperNode has said that it sends a reply and has not said that it has sent it;
-* ``aggregate``: the journal has the last client's answer of a round, and not yet the round.
+* ``aggregate``: the journal has the last client's answer of a round and not yet its checkpoint: the server combines the
+  updates and writes.
 
 A row tells in ``after`` and ``sent`` what the journal and the SuperNode's log had reached when the process was dead:
 the windows of upload and aggregation are tens of milliseconds long here, and a death may come at their end.
@@ -81,15 +82,15 @@ def rounds_of(directory: Path) -> int:
     return audit(read_events(directory / "rounds.jsonl")).last
 
 
-def _aggregates(directory: Path) -> bool:
-    events = read_events(directory / "rounds.jsonl")
-    replies = 0
-    for event in events:
-        if event["event"] == "train_reply":
-            replies += 1
-        elif event["event"] in ("round", "skipped"):
-            replies = 0
-    return replies == len(NODES)
+def aggregates(journal: str) -> bool:
+    """Whether the end of a journal shows a round that all have answered and that is not safe yet."""
+    since = journal.rpartition('"event": "checkpoint"')[2]
+    return since.count('"event": "train_reply"') >= len(NODES)
+
+
+def over(directory: Path) -> bool:
+    """Whether the run has ended: what has not come by now comes no more."""
+    return '"event": "end"' in (directory / "rounds.jsonl").read_text()
 
 
 def await_moment(lab: Lab, what: str, when: str, directory: Path) -> lab_kills.Death | None:
@@ -101,11 +102,13 @@ def await_moment(lab: Lab, what: str, when: str, directory: Path) -> lab_kills.D
         wait_until(lambda: victim(lab, what), PATIENCE, 0.02)
         return doomed(lab, what)
     death = doomed(lab, what)
+    log, journal = Tail(lab.logs / f"{VICTIM}.log"), Tail(directory / "rounds.jsonl")
     if when == "upload":
-        log = Tail(lab.logs / f"{VICTIM}.log")
-        wait_until(lambda: _SENDING in log.text(), PATIENCE)
+        came = wait_until(lambda: _SENDING in log.text() or over(directory), PATIENCE)
     else:
-        wait_until(lambda: _aggregates(directory), PATIENCE)
+        came = wait_until(lambda: aggregates(journal.text()) or over(directory), PATIENCE)
+    if not came or over(directory):
+        return None
     if what == "ClientApp":  # another one for every message
         wait_until(lambda: victim(lab, what), _BRIEFLY)
         return doomed(lab, what)
