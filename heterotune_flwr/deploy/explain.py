@@ -23,6 +23,7 @@ def explain(deployment: Deployment) -> str:
         "server/superlink.sh   starts the SuperLink on the loopback interface; .service: its systemd unit",
         "server/superexec.sh   starts the SuperExec, which starts the ServerApps; .service: its systemd unit",
         "server/nginx.conf     the proxy that lets nodes, and nothing else, in from outside",
+        "server/nginx-restart.conf  lets systemd start nginx again when it has died",
         "server/public-keys/   the nodes' public keys, as registered",
         "server/state/         the SuperLink's database: registrations and runs; back it up",
         "operator/config.toml  Flower's connection: export FLWR_HOME to this folder",

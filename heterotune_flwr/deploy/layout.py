@@ -250,6 +250,7 @@ class Deployment:
             self.server / "nginx.conf",
             templates.nginx_config(here, self.address, names, self.internal_port),
         )
+        write_file(self.server / "nginx-restart.conf", templates.NGINX_RESTART)
         write_file(
             self.operator / "config.toml",
             templates.flower_config(

@@ -189,6 +189,16 @@ $listen6    server_name $names;
 }
 """
 )
+NGINX_RESTART = """\
+# Debian's nginx.service does not start a killed nginx again, and without it no node gets in. On the server:
+# install -D -m 644 nginx-restart.conf /etc/systemd/system/nginx.service.d/restart.conf && systemctl daemon-reload
+[Unit]
+StartLimitIntervalSec=0
+
+[Service]
+Restart=always
+RestartSec=5
+"""
 _FLOWER_CONFIG = Template(
     """\
 # FLWR_HOME of the operator, on the server: export FLWR_HOME=$home; then: flwr run APP lab --stream
