@@ -8,7 +8,8 @@ keys and nginx; two links (:mod:`benchmarks.slow_network`):
 
 A method runs with its shipped settings at 16 bits per number, 12 steps of 16 examples a round. The time of a round is
 from one ``round`` event of the journal to the next, so that the first, in which backbones are loaded, does not count;
-what comes before it (who is there, alignment, the evaluation before training) is told beside it. Links change under
+what comes before it (who is there, alignment, the evaluation before training) is told beside it, and so is the mean
+client's time for its steps (``training_s``). Links change under
 running nodes: they find the server again by themselves.
 
 Run as root: ``python -m benchmarks.slow_links`` (about an hour; ``--links fast --methods heterotune`` for a part).
@@ -82,6 +83,7 @@ def times(directory: Path) -> dict[str, Any]:
     return {
         "round_s": [round(b - a, 1) for a, b in pairwise(ends)],
         "before_and_first_round_s": round(ends[0] - events[0]["time"], 1),
+        "training_s": [round(event["client_seconds"], 1) for event in rounds[1:]],
         "clients": [event["clients"] for event in rounds],
         "bytes_down": round(median(event["wire_down"] for event in later)),
         "bytes_up": round(median(event["wire_up"] for event in later)),
