@@ -1,4 +1,4 @@
-"""Nodes that are away, or whose process dies, while a run asks who is there: they are asked again, others are not."""
+"""Nodes that are away, or whose process dies: a run asks them again where it needs them, before and in its rounds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.flower import Error, Message
+from heterotune_flwr.strategies import courier
 
 AWAY, DIED, RAISED = 5, 8, 2
 
@@ -39,7 +40,7 @@ class Flickering(InProcessGrid):
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    for module in (roster, maps_service):
+    for module in (roster, maps_service, courier):
         monkeypatch.setattr(module, "AGAIN_SECONDS", 0.05)
 
 
@@ -122,6 +123,46 @@ def test_what_precedes_the_first_round_has_a_patience_of_its_own(tmp_path):
     with pytest.raises(FederationError, match="no reply within 0 s"):
         run_strategies(grid, config, journal, "toy-0")
     assert time.monotonic() - began < 30
+
+
+def train_events(journal, name):
+    return [e for e in read_events(journal.path) if e["event"] == name]
+
+
+def test_a_round_waits_for_nodes_without_which_it_would_be_skipped(tmp_path):
+    grid, config, journal = federation(
+        tmp_path, "train", AWAY, times=4, places=(0, 1, 2), wait_seconds=60.0
+    )
+    run_strategies(grid, config, journal, "toy-0")
+    assert train_events(journal, "skipped") == train_events(journal, "client_failed") == []
+    rounds = train_events(journal, "round")
+    assert [e["clients"] for e in rounds] == [3] * config.server.rounds
+    again = train_events(journal, "sent_again")
+    assert [e["round"] for e in again] == [1] * 12
+    assert {e["message_type"] for e in again} == {"train"}
+
+
+def test_a_round_with_enough_updates_does_not_wait(tmp_path):
+    grid, config, journal = federation(
+        tmp_path, "train", AWAY, times=99, places=(0,), wait_seconds=600.0, bench_after=0
+    )
+    began = time.monotonic()
+    run_strategies(grid, config, journal, "toy-0")
+    assert time.monotonic() - began < 60
+    assert [e["clients"] for e in train_events(journal, "round")] == [2] * config.server.rounds
+    assert train_events(journal, "sent_again") == []
+    assert len(train_events(journal, "client_failed")) == config.server.rounds
+
+
+def test_the_patience_of_a_round_ends(tmp_path):
+    grid, config, journal = federation(
+        tmp_path, "train", AWAY, times=9999, places=(0, 1, 2), wait_seconds=0.5
+    )
+    with pytest.raises(FederationError, match=r"no usable update in 3 rounds; .* error 5"):
+        run_strategies(grid, config, journal, "toy-0")
+    assert len(train_events(journal, "skipped")) == 3
+    assert len(train_events(journal, "client_failed")) == 9
+    assert len(train_events(journal, "sent_again")) > 9
 
 
 @pytest.mark.parametrize(("give_up_after", "rounds"), [(2, 2), (0, 5)])
