@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                     row = measure(lab, network, app, LINKS[link], method, config, directory)
                     values = {
-                        f"{link}_link_round_s.{method}": median(row["round_s"]),
+                        f"{link}_link_round_s.{method}": round(median(row["round_s"]), 1),
                         "links": {f"{link}.{method}": row},
                         "links_backbone": " ".join(options.backbone),
                         "links_congestion": options.congestion,
