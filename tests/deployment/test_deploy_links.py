@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from benchmarks.journal_audit import audit
+from benchmarks.kills import aggregates
+from benchmarks.lab_run import NODES
 from benchmarks.slow_network import QUEUE, SLOW, Link, Pipe
 from benchmarks.soak import Sample, growth_in_calm, growth_under_fire
 
@@ -144,3 +147,15 @@ def test_what_each_restart_starts_with_may_grow_and_is_seen():
         for s in samples(0.0, list(range(0, 1800, 200)))
     ]
     assert growth_under_fire(leaking, 1800)["worker"] > 5
+
+
+def test_the_moment_of_aggregation_is_between_the_last_answer_and_the_checkpoint():
+    def text(*names):
+        return "".join(json.dumps({"event": name, "round": 2}) + "\n" for name in names)
+
+    answered = ("checkpoint", *["train_reply"] * len(NODES))
+    assert aggregates(text(*answered))
+    assert aggregates(text(*answered, "round"))
+    assert not aggregates(text(*answered, "round", "checkpoint"))
+    assert not aggregates(text(*answered[:-1]))
+    assert not aggregates(text(*answered, "checkpoint", "train_reply"))
