@@ -208,19 +208,20 @@ def growth_under_fire(samples: Sequence[Sample], seconds: float) -> dict[str, fl
 
 
 def growth_in_calm(samples: Sequence[Sample], begin: float, end: float) -> dict[str, float]:
-    """Per process that lives through the calm: percent by which a line fitted to its last two thirds has risen."""
+    """Percent by which a line fitted to a process's last two thirds of the calm has risen; of a kind the greatest."""
     start = begin + (end - begin) / 3
     lives: dict[tuple[str, str, int], list[Sample]] = defaultdict(list)
     for sample in samples:
         if start <= sample.time < end:
             lives[sample.kind, sample.unit, sample.pid].append(sample)
-    found = {}
-    for (kind, unit, pid), life in lives.items():
+    found: dict[str, float] = {}
+    for (kind, _, _), life in lives.items():
         span = life[-1].time - life[0].time
         if span < 0.9 * (end - start) or len(life) < FEW:
             continue
         slope, level = np.polyfit([s.time - life[0].time for s in life], [s.rss for s in life], 1)
-        found[f"{kind} {unit} {pid}"] = round(100 * float(slope) * span / float(level), 2)
+        risen = round(100 * float(slope) * span / float(level), 2)
+        found[kind] = max(found.get(kind, risen), risen)
     return found
 
 

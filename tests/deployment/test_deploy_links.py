@@ -138,7 +138,7 @@ def test_growth_over_restarts_is_not_taken_for_a_leak_and_a_leak_in_calm_is_seen
     (grown,) = growth_in_calm(samples(3.0), 0, 1800).values()
     # 3 MB a minute for the last 20 minutes, from 130 MB on.
     assert grown == pytest.approx(100 * 60 / 130, rel=0.01)
-    assert growth_in_calm(samples(0.0), 0, 1800) == {"worker n1 0": 0.0}
+    assert growth_in_calm(samples(0.0), 0, 1800) == {"worker": 0.0}
 
 
 def test_what_each_restart_starts_with_may_grow_and_is_seen():
