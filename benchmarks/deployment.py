@@ -4,12 +4,13 @@
   whose code the nodes have not installed.
 * *Equality*: the final bank of a deployment over TLS with node authentication against that of the simulation with the
   same seeds and the same examples per client.
-* *Kills*: SIGKILL of one process of the deployment, while no run goes on (``idle``) or while clients train
-  (``train``); what the systemd units would start again is started again after as long as they wait. A run counts as
-  completed when Flower says so and all its rounds are there; after the death of the ServerApp, or of the SuperExec
-  (with which Flower ends its ServerApps), it is resumed.
+* *Kills*: SIGKILL of one process of the deployment, while no run goes on or while clients train, upload, or the server
+  aggregates (:mod:`benchmarks.kills`); what the systemd units would start again is started again after as long as they
+  wait. A run counts as completed when Flower says so, all its rounds are there once and in order, and none counts an
+  answer twice; after the death of the ServerApp, or of the SuperExec (with which Flower ends its ServerApps), it is
+  resumed. Where no process of the kind lives at the moment there is no case (``killed`` is false).
 
-Run: ``python -m benchmarks.deployment`` (about 15 minutes on 2 quiet cores; nginx is used if it is there). Writes
+Run: ``python -m benchmarks.deployment`` (about an hour on 2 cores; nginx is used if it is there). Writes
 ``benchmarks/results/deployment.json``.
 """
 
@@ -17,15 +18,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.common import read_results, write_results
-from benchmarks.lab import Lab, has_nginx
+from benchmarks.kills import CASES, VICTIM, kill_case
+from benchmarks.lab import Lab, end_on_sigterm, has_nginx
 from benchmarks.lab_run import (
     NODES,
     configuration,
@@ -35,115 +33,7 @@ from benchmarks.lab_run import (
     simulated_bank,
 )
 from benchmarks.refusals import node_refusals, proxy_refusals
-from heterotune_flwr.deploy.templates import RESTART_SECONDS
-from heterotune_flwr.federation.journal import read_events
-from heterotune_flwr.federation.processes import marked_processes
 from heterotune_flwr.federation.staging import stage_app
-
-#: What is killed, and when.
-KILLS = (
-    ("SuperNode", "idle"), ("SuperExec", "idle"), ("SuperLink", "idle"), ("worker", "idle"),
-    ("ClientApp", "train"), ("SuperNode", "train"), ("SuperExec", "train"), ("SuperLink", "train"),
-    ("worker", "train"), ("ServerApp", "train"),
-)  # fmt: skip
-_MARKS = {
-    "ClientApp": "flwr-clientapp",
-    "ServerApp": "flwr-serverapp",
-    "worker": "heterotune_flwr.worker",
-}
-VICTIM = "client-0001"
-#: RestartSec of the server's units.
-SERVER_RESTART = 5.0
-PATIENCE = 600.0
-
-
-def victim(lab: Lab, what: str) -> int | None:
-    """Process id of a process of the deployment, None while there is none."""
-    if what in ("SuperLink", "SuperExec"):
-        return lab.processes[what.lower()].pid
-    if what == "SuperNode":
-        return lab.processes[VICTIM].pid
-    for process in marked_processes(lab.mark):
-        with suppress(psutil.Error):
-            if any(_MARKS[what] in part for part in process.cmdline()[:4]):
-                return process.pid
-    return None
-
-
-def kill(lab: Lab, what: str) -> bool:
-    """SIGKILL one process, waiting until it is there; whether it was."""
-    deadline = time.monotonic() + PATIENCE
-    while (pid := victim(lab, what)) is None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).kill()
-        return True
-    return False
-
-
-def restart(lab: Lab, what: str) -> None:
-    """Start again what the units would, after as long as they wait."""
-    if what == "SuperNode":
-        time.sleep(RESTART_SECONDS)
-        lab.start_node(VICTIM)
-    elif what == "SuperExec":
-        time.sleep(SERVER_RESTART)
-        lab.start("superexec", lab.deployment.server / "superexec.sh")
-    elif what == "SuperLink":
-        time.sleep(SERVER_RESTART)
-        lab.start_superlink()
-
-
-def rounds_of(directory: Path) -> int:
-    """Last finished round of a run."""
-    events = read_events(directory / "rounds.jsonl")
-    return max((int(event["round"]) for event in events if event["event"] == "round"), default=0)
-
-
-def kill_case(
-    lab: Lab,
-    app: Path,
-    folder: Path,
-    what: str,
-    when: str,
-    rounds: int,
-    undisturbed: dict[str, Any],
-) -> dict[str, Any]:
-    """One run with one death: did it complete, and how far is its bank from the undisturbed one's?"""
-    directory = folder / f"{what}-{when}"
-    began = time.monotonic()
-    if when == "idle":
-        killed = kill(lab, what)
-        restart(lab, what)
-    run_id = lab.submit(app, config=configuration(directory, rounds))
-    if when == "train":
-        deadline = time.monotonic() + PATIENCE
-        while rounds_of(directory) < 1 and time.monotonic() < deadline:
-            time.sleep(0.2)
-        killed = kill(lab, what)
-        restart(lab, what)
-    verdict, resumed = lab.await_end(run_id), False
-    if what in ("ServerApp", "SuperExec") and verdict != "finished:completed":
-        resumed = True
-        again = lab.submit(app, config=configuration(directory, rounds), resume=str(directory))
-        verdict = lab.await_end(again)
-    row = {
-        "what": what, "when": when, "killed": killed, "verdict": verdict, "resumed": resumed,
-        "rounds": rounds_of(directory), "seconds": round(time.monotonic() - began),
-        "completed": killed and verdict == "finished:completed" and rounds_of(directory) == rounds,
-    }  # fmt: skip
-    if row["completed"]:
-        failed = [
-            e for e in read_events(directory / "rounds.jsonl") if e["event"] == "client_failed"
-        ]
-        row["failed_messages"] = len(failed)
-        row["difference"] = greatest_difference(final_bank(directory), undisturbed)
-    print(row, flush=True)
-    with suppress(AssertionError):  # the next case starts from a whole deployment
-        lab.await_online(set(NODES))
-    return row
 
 
 def foreign_code(lab: Lab, folder: Path) -> bool:
@@ -178,9 +68,10 @@ def attacked(lab: Lab, app: Path, folder: Path, simulated: dict[str, Any]) -> di
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of the runs with a death")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the runs with a death")
     parser.add_argument("--kills", nargs="*", help="nothing but these, like SuperLink-train")
     options = parser.parse_args(arguments)
+    end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="heterotune-lab-") as name:
         folder = Path(name)
         config, simulated = simulated_bank(folder / "simulated")
@@ -192,17 +83,17 @@ def main(arguments: list[str] | None = None) -> None:
             app = stage_app(folder / "app")
             values = {} if options.kills else attacked(lab, app, folder, simulated)
             rows = {
-                f"{what}-{when}": kill_case(
-                    lab, app, folder, what, when, options.rounds, undisturbed
-                )
-                for what, when in KILLS
-                if not options.kills or f"{what}-{when}" in options.kills
+                "-".join(case): kill_case(lab, app, folder, case, options.rounds, undisturbed)
+                for case in CASES
+                if not options.kills or "-".join(case) in options.kills
             }
     rows = {**read_results("deployment").get("kills", {}), **rows}
+    counted = [row for row in rows.values() if row["killed"]]
     values |= {
         "proxy": has_nginx(),
-        "kill_cases": len(rows),
-        "completed": sum(row["completed"] for row in rows.values()),
+        "kill_cases": len(counted),
+        "completed": sum(row["completed"] for row in counted),
+        "kill_next_round_s_worst": max(row["next_round_s"] for row in counted if row["completed"]),
         "kills": rows,
     }
     write_results("deployment", values)

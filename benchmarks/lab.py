@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-
-import psutil
 
 import heterotune_flwr
 from heterotune_flwr.deploy.layout import Deployment, initialise
@@ -28,18 +28,22 @@ from heterotune_flwr.federation.superlink import (
 )
 
 BIN = Path(sys.executable).parent
+#: Environment variable that names the unit a process belongs to, as its control group would.
+UNIT = "HETEROTUNE_UNIT"
 
 
 class Lab:
     """SuperLink, SuperExec, (optionally) nginx and nodes of a fresh deployment folder; all end with it."""
 
-    def __init__(self, folder: Path, names: list[str], proxy: bool = False) -> None:
+    def __init__(
+        self, folder: Path, names: list[str], proxy: bool = False, host: str = "127.0.0.1"
+    ) -> None:
         self.logs, self.proxy = folder / "logs", proxy
         self.logs.mkdir(parents=True)
         port = free_port()
         internal = free_port() if proxy else port
         self.deployment: Deployment = initialise(
-            folder / "lab", [f"127.0.0.1:{port}"], names, {}, 90, False, internal_port=internal
+            folder / "lab", [f"{host}:{port}"], names, {}, 90, False, internal_port=internal
         )
         self._temporary = Path(tempfile.mkdtemp(prefix="heterotune-"))
         self.mark = self._temporary.name
@@ -52,6 +56,7 @@ class Lab:
         self.environment.pop("HETEROTUNE_WORKER", None)  # on, as it is by default
         self.environment["HETEROTUNE_RUNTIME_DIR"] = str(self._temporary / "runtime")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, tuple[str | Path, ...]] = {}
         self._guard = start_guard(self.mark, [self._temporary])
 
     def __enter__(self) -> Lab:
@@ -78,12 +83,17 @@ class Lab:
 
     def start(self, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
         """Start a command whose output goes to a log of that name."""
+        self._commands[name] = command
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                list(map(str, command)), env=self.environment, cwd="/", stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, start_new_session=True,
+                list(map(str, command)), env={**self.environment, UNIT: name}, cwd="/", stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         return self.processes[name]
+
+    def start_again(self, name: str) -> subprocess.Popen[bytes]:
+        """Start what has been started under that name, as its unit would; does not wait for it."""
+        return self.start(name, *self._commands[name])
 
     def start_server(self) -> None:
         """Start SuperLink, SuperExec and (if there is one) nginx."""
@@ -130,9 +140,11 @@ class Lab:
         (place / "node.toml").write_text(text)
         return place
 
-    def start_node(self, name: str, place: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start a node from its folder."""
-        return self.start(name, (place or self.deployment.node(name)) / "start.sh")
+    def start_node(
+        self, name: str, place: Path | None = None, before: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start a node from its folder; ``before`` is put before the command, to run it elsewhere."""
+        return self.start(name, *before, (place or self.deployment.node(name)) / "start.sh")
 
     def register(self) -> list[str]:
         """Register what is not registered; returns the names."""
@@ -181,7 +193,7 @@ class Lab:
         deadline = time.monotonic() + seconds
         while (verdict := self.verdict(run_id)) is None:
             assert time.monotonic() < deadline, self.everything()
-            time.sleep(1)
+            time.sleep(3)  # asking costs a second of a core
         return verdict
 
     def everything(self) -> str:
@@ -190,17 +202,14 @@ class Lab:
             f"--- {path.name}\n{tail(path, 40)}" for path in sorted(self.logs.glob("*.log"))
         )
 
-    def kill(self, name: str) -> None:
-        """SIGKILL a process and everything below it, as a power cut would."""
-        process = self.processes[name]
-        family = [
-            psutil.Process(process.pid),
-            *psutil.Process(process.pid).children(recursive=True),
-        ]
-        for member in family:
-            with suppress(psutil.Error):
-                member.kill()
-        process.wait()
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C would, so that what it has started and set up goes with it."""
+
+    def end(*_: object) -> None:
+        raise SystemExit("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def has_nginx() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from heterotune_flwr.federation.server import run_strategies
 
 #: Simulated client -> its backbone; nodes have the same names.
 NODES = {"client-0000": "tiny-a", "client-0001": "tiny-b", "client-0002": "tiny-a"}
+#: Client -> its backbone and bits.
+Brought = Mapping[str, tuple[str, str]]
+TINY: Brought = {name: (backbone, "bf16") for name, backbone in NODES.items()}
+_TYPES = "[{backbone: tiny-a, bits: bf16, clients: 2}, {backbone: tiny-b, bits: bf16, clients: 1}]"
 _RUN = """yaml:
 groups: {types: tiny, data: debian_sections, method: dema, alignment: labels, train: small_data, exchange: fp32,
   server: deployment}
 strategies: [heterotune]
-types: [{backbone: tiny-a, bits: bf16, clients: 2}, {backbone: tiny-b, bits: bf16, clients: 1}]
+types: TYPES
 data: {examples_per_client: 24, personal_test_examples: 8}
 method: {latent: 32, inner: 8}
 alignment: {count: 200, components: 64}
@@ -35,9 +40,10 @@ run: {name: deployed, dir: DIRECTORY}
 """
 
 
-def configuration(directory: Path, rounds: int = 2) -> str:
-    """Inline YAML of the run, written to ``directory``."""
-    return _RUN.replace("ROUNDS", str(rounds)).replace("DIRECTORY", str(directory))
+def configuration(directory: Path, rounds: int = 2, types: str = _TYPES) -> str:
+    """Inline YAML of the run, written to ``directory``; ``types`` as the configuration has them."""
+    text = _RUN.replace("ROUNDS", str(rounds)).replace("TYPES", types)
+    return text.replace("DIRECTORY", str(directory))
 
 
 def shard_file(path: Path, config: Config, partition: int) -> Path:
@@ -53,9 +59,11 @@ def shard_file(path: Path, config: Config, partition: int) -> Path:
     return path
 
 
-def simulated_bank(directory: Path, rounds: int = 2) -> tuple[Config, dict[str, Any]]:
+def simulated_bank(
+    directory: Path, rounds: int = 2, types: str = _TYPES
+) -> tuple[Config, dict[str, Any]]:
     """The run with virtual clients in this process: its configuration and final bank."""
-    text = configuration(directory, rounds)
+    text = configuration(directory, rounds, types)
     config = compose(text, "server.wait_seconds=1")
     nodes = [{"partition-id": i, "num-partitions": len(NODES)} for i in range(len(NODES))]
     grid = InProcessGrid(app, nodes, {"config": text, "overrides": ""})
@@ -76,12 +84,20 @@ def greatest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(float(np.max(np.abs(one[name] - other[name]))) for name in one)
 
 
-def join(lab: Lab, config: Config) -> None:
-    """Give every node its settings and data, let it in, start it, and wait until all are online."""
-    for number, (name, backbone) in enumerate(NODES.items()):
-        place = lab.configure(name, client_id=name, backbone=backbone, bits="bf16", threads=1)
+def join(
+    lab: Lab,
+    config: Config,
+    brought: Brought = TINY,
+    before: Callable[[str], Sequence[str]] = lambda name: (),
+) -> None:
+    """Give every node its settings and data, let it in, start it, and wait until all are online.
+
+    ``before`` gives what is put before a node's command, to run it elsewhere.
+    """
+    for number, (name, (backbone, bits)) in enumerate(brought.items()):
+        place = lab.configure(name, client_id=name, backbone=backbone, bits=bits, threads=1)
         shard_file(place / "data.jsonl", config, number)
     lab.register()
-    for name in NODES:
-        lab.start_node(name)
-    lab.await_online(set(NODES))
+    for name in brought:
+        lab.start_node(name, before=before(name))
+    lab.await_online(set(brought))

@@ -248,3 +248,20 @@ def test_mean_delta_is_example_weighted_and_ignores_order():
         step = mean_delta(order)
         np.testing.assert_allclose(step["x"], [4.0])
         np.testing.assert_allclose(step["y"], [7.0])
+
+
+class Ending(InProcessGrid):
+    """Ends the process the way Flower ends a ServerApp whose SuperExec ends."""
+
+    def get_node_ids(self):
+        raise SystemExit(0)
+
+
+def test_a_server_that_is_told_to_end_says_so(tmp_path):
+    with pytest.raises(SystemExit):
+        run(Ending(echo_app(), [{"partition-id": 0}]), context(inline(tmp_path)))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert (
+        status["reason"] == f"the ServerApp was told to end; go on with --resume {tmp_path / 'run'}"
+    )

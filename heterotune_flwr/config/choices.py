@@ -39,6 +39,7 @@ MINIMA: dict[str, float] = {
     "data.instances_per_task": 1, "data.demonstrations": 0,
     "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
     "server.evaluate_every": 0, "server.keep_checkpoints": 0, "server.min_results": 1, "server.bench_after": 0,
+    "server.give_up_after": 0,
     "server.bench_longest": 1, "server.deadline_floor_seconds": 0, "server.grace_seconds": 0,
     "server.oversample": 0, "alignment.count": 10, "alignment.components": 1,
     "train.logit_adjustment": 0, "train.proximal": 0,
@@ -48,6 +49,7 @@ _NULLABLE = ("exchange.up", "exchange.down")
 #: dotted key -> what a value that is not null must be above
 _ABOVE: dict[str, float] = {
     "server.norm_limit": 1, "server.norm_ceiling": 1, "server.deadline_factor": 1, "server.quorum": 0,
+    "server.query_seconds": 0,
 }  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",

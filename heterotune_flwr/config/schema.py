@@ -249,6 +249,12 @@ class ServerConfig:
     )
     wait_seconds: float = _help("patience for the clients to appear", 300.0)
     timeout_seconds: float = _help("patience for one round's replies", 3600.0)
+    query_seconds: float | None = _help(
+        "patience for the answers before the first round (who is there, alignment); null: timeout_seconds", None
+    )  # fmt: skip
+    give_up_after: int = _help(
+        "rounds in a row without a usable update after which a run ends (it can be resumed); 0: never", 3
+    )  # fmt: skip
     keep_checkpoints: int = _help(
         "checkpoints kept per strategy and seed, one a round (at least 2); 0: none are written, no resume", 2
     )  # fmt: skip

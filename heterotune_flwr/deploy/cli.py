@@ -71,6 +71,7 @@ def init(
     ] = None,
 ) -> None:
     """Make a deployment folder, or bring one up to date; keys that are there are never overwritten."""
+    from heterotune_flwr.deploy.explain import explain
     from heterotune_flwr.deploy.keys import read_public
     from heterotune_flwr.deploy.layout import initialise
 
@@ -78,7 +79,7 @@ def init(
         folder, server or [], node or [], {path.stem: read_public(path) for path in public_keys or []},
         days, renew, internal_port=internal_port, user=user, node_folder=node_folder, node_bin=node_bin,
     )  # fmt: skip
-    typer.echo(deployment.explain())
+    typer.echo(explain(deployment))
     if renew:
         typer.echo("the server certificate is new: restart the SuperLink and reload nginx")
     typer.echo(f"next: start the SuperLink, then: heterotune deploy register {folder}")
@@ -162,9 +163,10 @@ def run_app(
 @deploy_app.command()
 def show(folder: Folder) -> None:
     """Explain every file of a deployment folder, and list its nodes."""
+    from heterotune_flwr.deploy.explain import explain
     from heterotune_flwr.deploy.layout import Deployment
 
-    typer.echo(Deployment.load(folder).explain())
+    typer.echo(explain(Deployment.load(folder)))
 
 
 @node_app.command()
@@ -204,6 +206,7 @@ def check(
 @node_app.command()
 def start(settings: Settings = Path("node.toml")) -> None:
     """Become the SuperNode of this machine (this process is replaced by flower-supernode)."""
+    from heterotune_flwr.deploy import executor_watch
     from heterotune_flwr.deploy.node_config import read_node_settings, supernode_command
 
     node = read_node_settings(settings)
@@ -211,6 +214,7 @@ def start(settings: Settings = Path("node.toml")) -> None:
     os.chdir(
         node.state_dir
     )  # a folder without code: it is on the search path of what is started here
+    executor_watch.start()
     os.execve(command[0], command, node.environment())
 
 

@@ -13,7 +13,6 @@ Keys are made once and never overwritten; everything else is written again by ev
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import secrets
@@ -27,9 +26,10 @@ from typing import Any
 from heterotune_flwr import __version__
 from heterotune_flwr.deploy import certificates, templates
 from heterotune_flwr.deploy.certificates import Pair
+from heterotune_flwr.deploy.explain import explain
 from heterotune_flwr.deploy.files import SCRIPT, make_folder, read_bytes, write_file, write_private
-from heterotune_flwr.deploy.keys import PUBLIC, key_fingerprint, new_node_key, read_public
-from heterotune_flwr.deploy.templates import Address
+from heterotune_flwr.deploy.hosts import Address, is_address, parse_server
+from heterotune_flwr.deploy.keys import PUBLIC, new_node_key, read_public
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
 
@@ -187,7 +187,7 @@ class Deployment:
             write_file(self.public_key(name), node.public_key)
             if not node.revoked:
                 self._node_files(name, authority.certificate)
-        write_file(self.folder / "README.txt", self.explain())
+        write_file(self.folder / "README.txt", explain(self))
         self.save()
 
     def _authority(self) -> Pair:
@@ -245,11 +245,12 @@ class Deployment:
             self.server / "heterotune-superexec.service",
             templates.superexec_unit(here, self.user, str(self.folder / "runs")),
         )
-        names = [host for host in self.hosts if not _is_address(host)]
+        names = [host for host in self.hosts if not is_address(host)]
         write_file(
             self.server / "nginx.conf",
             templates.nginx_config(here, self.address, names, self.internal_port),
         )
+        write_file(self.server / "nginx-restart.conf", templates.NGINX_RESTART)
         write_file(
             self.operator / "config.toml",
             templates.flower_config(
@@ -282,54 +283,6 @@ class Deployment:
             "versions": installed_versions(),
         }
 
-    def explain(self) -> str:
-        """Every file in one line, for the operator."""
-        lines = [
-            f"Deployment of heterotune-flwr; nodes reach it at {self.address}.",
-            "",
-            "ca/ca.crt             the CA certificate: by it nodes recognise the server (public)",
-            "ca/ca.key             SECRET: signs server certificates; keep it off the server, put it back for --renew",
-            "server/server.crt     the server's certificate, for nginx and the SuperLink (public)",
-            "server/server.key     SECRET: the server certificate's key",
-            "server/superexec.secret  SECRET: lets the SuperExec, and no other process, take runs from the SuperLink",
-            "server/superlink.sh   starts the SuperLink on the loopback interface; .service: its systemd unit",
-            "server/superexec.sh   starts the SuperExec, which starts the ServerApps; .service: its systemd unit",
-            "server/nginx.conf     the proxy that lets nodes, and nothing else, in from outside",
-            "server/public-keys/   the nodes' public keys, as registered",
-            "server/state/         the SuperLink's database: registrations and runs; back it up",
-            "operator/config.toml  Flower's connection: export FLWR_HOME to this folder",
-            "runs/                 a place for run directories that the SuperExec may write to",
-            "deployment.json       what these files were made from",
-            "",
-            "nodes/NAME/           copy it to that node, whole (then delete node.key here):",
-            "  node.toml           what the node brings: backbone, memory, data; to be filled in there",
-            "  node.key            SECRET: proves that the node is this node (absent if it made its own)",
-            "  ca.crt              recognises the server",
-            "  manifest.json       the server's code and library versions, for `heterotune node check`",
-            "  start.sh            starts the node; heterotune-node.service: its systemd unit",
-            "",
-            *(f"node {name}: {self._standing(node)}" for name, node in sorted(self.nodes.items())),
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _standing(self, node: Node) -> str:
-        where = (
-            "revoked"
-            if node.revoked
-            else f"id {node.node_id}"
-            if node.node_id
-            else "not registered yet"
-        )
-        return f"{key_fingerprint(node.public_key)}, {where}"
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
 
 def installed_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
     """Versions of libraries in this environment, ``missing`` for those that are not."""
@@ -340,27 +293,6 @@ def installed_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
-
-
-def parse_server(given: str) -> tuple[str, int | None]:
-    """``HOST``, ``HOST:PORT``, ``[IPv6]:PORT`` or a bare IPv6 address as host and port.
-
-    Raises
-    ------
-    ConfigError
-        It is none of them.
-
-    """
-    if _is_address(given):
-        return given, None
-    found = re.fullmatch(r"\[([^\]]+)\](?::(\d+))?|([^:]+)(?::(\d+))?", given)
-    if found is None:
-        raise ConfigError(f"{given!r} is no server; write HOST, HOST:PORT or [IPV6]:PORT")
-    host, port = found[1] or found[3], found[2] or found[4]
-    certificates.alternative_name(host)
-    if port is not None and not 0 < int(port) < 65536:
-        raise ConfigError(f"{given!r}: there is no port {port}")
-    return host, None if port is None else int(port)
 
 
 def initialise(

@@ -36,8 +36,10 @@ _KEYS: dict[str, dict[str, tuple[type, ...]]] = {
 _ENVIRONMENT = ("device", "cache")
 _PATHS = ("data", "test", "anchors", "state-dir", "cache")
 FORMATS = ("jsonl", "csv", "parquet", "dataset")
-#: Anchor sets that are a name and no path.
 ACCEPT = ("installed", "any")
+#: How large the pieces are that a node sends an array in. Flower gives a request 30 s to be sent and then starts it
+#: anew: its own 5 MiB never arrive over 1 Mbit/s.
+PIECE_VARIABLE, PIECE_BYTES = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class NodeSettings:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            PIECE_VARIABLE: os.environ.get(PIECE_VARIABLE, str(PIECE_BYTES)),
             # Below the SuperNode, flwr and Python are looked for by name.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from string import Template
+
+from heterotune_flwr.deploy.hosts import Address
 
 #: Flower's server-side patience with a node it believes online (two missed heartbeats of 30 s): a node that comes
 #: back sooner under the same key is refused (exit code 305), so a restart waits longer.
@@ -11,23 +12,23 @@ RESTART_SECONDS = 75
 NODE_RUNTIME_PORT = 9094
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where nodes find the server."""
-
-    host: str
-    port: int = 8443
-
-    def __str__(self) -> str:
-        """``host:port``, an IPv6 address in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-_ENVIRONMENT = """\
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
-export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+#: Every script: stop at the first error, make files for their owner only, and know the script's folder.
+_BEGIN = """\
+set -eu
+umask 077
+here="$$(CDPATH= cd -- "$$(dirname -- "$$0")" && pwd)"
 export PATH="$${HETEROTUNE_BIN:-$bin}:$$PATH"
 """
+_SERVER_BEGIN = (
+    _BEGIN
+    + """\
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+export FLWR_HOME="$$here/state/flwr"
+mkdir -p "$$here/state"
+cd "$$here/state"  # a folder without code: it is on the search path of what is started here
+"""
+)
 
 _SUPERLINK = Template(
     """\
@@ -35,15 +36,9 @@ _SUPERLINK = Template(
 # The SuperLink: TLS, nodes must prove who they are, runs and registrations survive a restart.
 # It listens on this machine only. Nodes come in through nginx (nginx.conf), which lets the fleet routes pass; the
 # control routes have no password, and whoever reaches them can run code on every node.
-set -eu
-umask 077
-here="$$(CDPATH= cd -- "$$(dirname -- "$$0")" && pwd)"
 """
-    + _ENVIRONMENT
+    + _SERVER_BEGIN
     + """\
-export FLWR_HOME="$$here/state/flwr"
-mkdir -p "$$here/state"
-cd "$$here/state"  # a folder without code: it is on the search path of what is started here
 exec flower-superlink --host 127.0.0.1 --port $port \\
   --ssl-ca-certfile "$$here/ca.crt" --ssl-certfile "$$here/server.crt" --ssl-keyfile "$$here/server.key" \\
   --enable-supernode-auth --database "$$here/state/superlink.db" \\
@@ -56,15 +51,9 @@ _SUPEREXEC = Template(
 #!/bin/sh
 # The SuperExec: starts the ServerApp of every run. A process of its own, so that a restarted SuperLink finds the run
 # still going on. (Flower ends the ServerApps along with their SuperExec: such a run is resumed.)
-set -eu
-umask 077
-here="$$(CDPATH= cd -- "$$(dirname -- "$$0")" && pwd)"
 """
-    + _ENVIRONMENT
+    + _SERVER_BEGIN
     + """\
-export FLWR_HOME="$$here/state/flwr"
-mkdir -p "$$here/state"
-cd "$$here/state"
 exec flower-superexec --runtime-api-address 127.0.0.1:$port --root-certificates "$$here/ca.crt" \\
   --superexec-auth-secret-file "$$here/superexec.secret"
 """
@@ -74,9 +63,9 @@ _NODE_SCRIPT = Template(
 #!/bin/sh
 # Checks node.toml and becomes the SuperNode; without systemd: `until ./start.sh; do sleep $restart; done`
 # (Flower refuses a node that comes back within 60 s of its death).
-set -eu
-here="$$(CDPATH= cd -- "$$(dirname -- "$$0")" && pwd)"
-export PATH="$${HETEROTUNE_BIN:-$bin}:$$PATH"
+"""
+    + _BEGIN
+    + """\
 exec heterotune node start "$$here/node.toml"
 """
 )
@@ -200,6 +189,16 @@ $listen6    server_name $names;
 }
 """
 )
+NGINX_RESTART = """\
+# Debian's nginx.service does not start a killed nginx again, and without it no node gets in. On the server:
+# install -D -m 644 nginx-restart.conf /etc/systemd/system/nginx.service.d/restart.conf && systemctl daemon-reload
+[Unit]
+StartLimitIntervalSec=0
+
+[Service]
+Restart=always
+RestartSec=5
+"""
 _FLOWER_CONFIG = Template(
     """\
 # FLWR_HOME of the operator, on the server: export FLWR_HOME=$home; then: flwr run APP lab --stream

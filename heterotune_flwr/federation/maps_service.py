@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import Config, MethodConfig
+from heterotune_flwr.config.schema import Config, MethodConfig, ServerConfig
 from heterotune_flwr.dema.alignment import align_types, load_anchors, public_words
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
@@ -26,7 +27,7 @@ from heterotune_flwr.federation.journal import Journal, writing
 from heterotune_flwr.federation.messenger import converse, make_message
 from heterotune_flwr.federation.protocol import ALIGN, Header, pack_mask, unpack_mask
 from heterotune_flwr.federation.queries import AlignReply, AlignRequest
-from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.flower import Grid
 
 
@@ -50,6 +51,11 @@ class Maps:
     quality: dict[str, list[float]]
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
+
+
+def query_seconds(server: ServerConfig) -> float:
+    """How long an answer before the first round is waited for."""
+    return server.timeout_seconds if server.query_seconds is None else server.query_seconds
 
 
 class MapsService:
@@ -144,7 +150,11 @@ class MapsService:
         down: dict[str, int],
         up: dict[str, int],
     ) -> dict[str, Tensors]:
-        """Get the factors of some types, each from its first client that can give them."""
+        """Get the factors of some types, each from its first client that can give them.
+
+        Where all of a type failed, those whose process died or whose node was away are asked again while
+        ``server.wait_seconds`` last: they may be restarting.
+        """
         words = self.words()
         masks = [
             unpack_mask(client.info.words_mask, len(words)) for client in roster.clients.values()
@@ -152,11 +162,13 @@ class MapsService:
         shared: NDArray[np.bool_] = np.logical_and.reduce(masks)
         header = Header(f"{self._run_name}-align", seed, method)
         content = AlignRequest(header, method.slots, words, pack_mask(shared)).to_content()
-        timeout = self._config.server.timeout_seconds
+        server = self._config.server
+        timeout, deadline = query_seconds(server), time.monotonic() + server.wait_seconds
         factors: dict[str, Tensors] = {}
         waiting = {key: roster.of_type(key) for key in type_keys}
         reasons: list[str] = []
         by_node = roster.node_to_client()
+        passing: dict[str, list[str]] = {key: [] for key in type_keys}
         while waiting:
             asked = {roster.clients[members[0]].node_id: key for key, members in waiting.items()}
             messages = [make_message(content, node, ALIGN, 0, timeout) for node in asked]
@@ -172,8 +184,12 @@ class MapsService:
                 except HeteroTuneError as error:
                     problems[node] = str(error)
             reasons += [f"{by_node[node]}: {reason}" for node, reason in sorted(problems.items())]
+            for node in replies.passing:
+                passing[asked[node]].append(by_node[node])
             waiting = {key: rest[1:] for key, rest in waiting.items() if key not in factors}
-            for key, rest in waiting.items():
-                if not rest:
+            for key in [key for key, rest in waiting.items() if not rest]:
+                if not passing[key] or time.monotonic() + AGAIN_SECONDS > deadline:
                     raise FederationError(f"no client of {key} could be aligned; {reasons[0]}")
+                time.sleep(AGAIN_SECONDS)
+                waiting[key], passing[key] = passing[key], []
         return factors

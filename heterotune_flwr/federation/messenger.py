@@ -21,6 +21,8 @@ _TTL_SHARE = 0.98
 _LATE_SHARE = 0.95
 #: Flower's codes for a simulation's worker (UNKNOWN) and for a deployed ClientApp (CLIENT_APP_CRASHED) that is gone.
 _DIED = (0, 8)
+#: Flower's code for a node whose heartbeats have stopped (NODE_UNAVAILABLE): it is away, and may well come back.
+_AWAY = 5
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Replies:
         Nodes that were no longer waited for because enough others had answered.
     died
         Nodes whose process died with the message (killed, out of memory): another process may well answer it.
+    away
+        Nodes that Flower had lost sight of, before or after the message; they may well be restarting.
 
     """
 
@@ -51,6 +55,12 @@ class Replies:
     late: set[int] = field(default_factory=set)
     unawaited: set[int] = field(default_factory=set)
     died: set[int] = field(default_factory=set)
+    away: set[int] = field(default_factory=set)
+
+    @property
+    def passing(self) -> set[int]:
+        """Nodes that failed for a reason that may be gone the next time they are asked."""
+        return self.died | self.away
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ class _Conversation:
                 )
             else:
                 self.replies.failures[node_id] = "the message could not be sent"
+                self.replies.away.add(node_id)
         self.started = time.monotonic()
 
     def run(self) -> Replies:
@@ -182,6 +193,8 @@ class _Conversation:
             return
         if reply.error.code in _DIED:
             self.replies.died.add(node_id)
+        elif reply.error.code == _AWAY:
+            self.replies.away.add(node_id)
         lines = str(reply.error.reason or "no reason given").strip().splitlines()
         self.replies.failures[node_id] = f"error {reply.error.code}: {lines[-1]}"
 

@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "server.min_clients",
     "server.wait_seconds",
     "server.timeout_seconds",
+    "server.query_seconds",
+    "server.give_up_after",
     "server.deadline_floor_seconds",
     "server.deadline_factor",
 )

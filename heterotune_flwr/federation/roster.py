@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import content_bytes
-from heterotune_flwr.federation.messenger import converse, make_message, wait_for_nodes
+from heterotune_flwr.federation.messenger import (
+    Replies,
+    converse,
+    make_message,
+    wait_for_nodes,
+)
 from heterotune_flwr.federation.protocol import DESCRIBE, Header
 from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.flower import Grid
@@ -101,6 +107,10 @@ def check_roster(roster: Roster, method: MethodConfig) -> None:
         )
 
 
+#: Seconds between two questions to a node that was away.
+AGAIN_SECONDS = 5.0
+
+
 def describe_clients(
     grid: Grid,
     header: Header,
@@ -110,6 +120,9 @@ def describe_clients(
     timeout: float,
 ) -> Roster:
     """Wait for clients, ask each who it is, and check that they can work together.
+
+    While fewer than ``minimum`` have answered and the wait is not over, those whose process died, or whose node was
+    away (restarting, say), are asked again, and so are nodes that have come since.
 
     Parameters
     ----------
@@ -128,6 +141,7 @@ def describe_clients(
         Too few clients appeared or answered usefully; the first reason is named.
 
     """
+    deadline = time.monotonic() + wait_seconds
     nodes = wait_for_nodes(grid, minimum, wait_seconds)
     if len(nodes) < minimum:
         raise FederationError(
@@ -135,26 +149,21 @@ def describe_clients(
             "more, or lower server.min_clients"
         )
     content = DescribeRequest(header, words).to_content()
-    messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
-    replies = converse(grid, messages, timeout)
     found: dict[str, Client] = {}
     received: dict[str, int] = {}
-    problems = [f"node {node}: {reason}" for node, reason in sorted(replies.failures.items())]
-    for message in replies.messages:
-        node_id = message.metadata.src_node_id
-        try:
-            info = DescribeReply.from_content(message.content)
-        except HeteroTuneError as error:
-            problems.append(str(error))
-            continue
-        if info.client_id in found:
-            raise FederationError(
-                f"two clients call themselves {info.client_id}; give each its own client-id"
-            )
-        found[info.client_id] = Client(node_id, info)
-        received[info.client_id] = content_bytes(message.content)
+    problems: dict[int, str] = {}
+    while nodes:
+        messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
+        replies = converse(grid, messages, timeout)
+        problems |= {node: f"node {node}: {why}" for node, why in replies.failures.items()}
+        _read(replies, found, received, problems)
+        if len(found) >= minimum or time.monotonic() + AGAIN_SECONDS > deadline:
+            break
+        time.sleep(AGAIN_SECONDS)
+        known = {client.node_id for client in found.values()} | set(problems) - replies.passing
+        nodes = sorted(set(grid.get_node_ids()) - known | replies.passing)
     if len(found) < minimum:
-        reason = sorted(problems)[0] if problems else "no reason known"
+        reason = min(problems.values(), default="no reason known")
         raise FederationError(
             f"only {len(found)} of {minimum} clients can take part; first reason: {reason}"
         )
@@ -163,3 +172,26 @@ def describe_clients(
     roster = Roster(ordered, dict.fromkeys(ordered, sent), received)
     check_roster(roster, header.method)
     return roster
+
+
+def _read(
+    replies: Replies,
+    found: dict[str, Client],
+    received: dict[str, int],
+    problems: dict[int, str],
+) -> None:
+    """Take the descriptions that came back, by client id; what is wrong with one goes to ``problems``."""
+    for message in replies.messages:
+        node_id = message.metadata.src_node_id
+        problems.pop(node_id, None)
+        try:
+            info = DescribeReply.from_content(message.content)
+        except HeteroTuneError as error:
+            problems[node_id] = str(error)
+            continue
+        if info.client_id in found:
+            raise FederationError(
+                f"two clients call themselves {info.client_id}; give each its own client-id"
+            )
+        found[info.client_id] = Client(node_id, info)
+        received[info.client_id] = content_bytes(message.content)

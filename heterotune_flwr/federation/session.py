@@ -11,7 +11,7 @@ from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.maps_service import Maps, MapsService
+from heterotune_flwr.federation.maps_service import Maps, MapsService, query_seconds
 from heterotune_flwr.federation.protocol import Header
 from heterotune_flwr.federation.roster import Roster, describe_clients
 from heterotune_flwr.flower import Grid
@@ -53,7 +53,7 @@ class Session:
                 words,
                 self.minimum,
                 self.config.server.wait_seconds,
-                self.config.server.timeout_seconds,
+                query_seconds(self.config.server),
             )
             self._rosters[key] = roster
             self.journal.event(

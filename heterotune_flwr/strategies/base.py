@@ -52,9 +52,6 @@ from heterotune_flwr.strategies.updates import (
 
 __all__ = ["GLOBAL", "HeteroStrategy", "Scope"]
 
-#: Rounds in a row without a single usable update after which a run gives up.
-_PATIENCE = 3
-
 
 class HeteroStrategy(Sharing):
     """Federated training of different model types: rounds, scopes, bookkeeping.
@@ -349,7 +346,8 @@ class HeteroStrategy(Sharing):
     def _check_progress(self, server_round: int, record: MetricRecord | None) -> None:
         """Give up when round after round brings nothing: the same error would repeat for ever."""
         self._empty_rounds = 0 if record is not None else self._empty_rounds + 1
-        if self._empty_rounds >= min(_PATIENCE, self.rounds):
+        patience = self.config.server.give_up_after
+        if patience and self._empty_rounds >= min(patience, self.rounds):
             reason = self.courier.first_failure or "nobody failed; too few were asked"
             needed = self.config.server.min_results
             missing = "no usable update" if needed == 1 else f"fewer than {needed} usable updates"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ from heterotune_flwr.federation.protocol import (
     RemoteError,
     TrainRequest,
 )
-from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.wire import CONSENSUS, read_config, read_metrics
@@ -161,6 +162,8 @@ class Courier:
                     f"the processes of all {len(messages)} clients died, twice: {min(second.failures.values())}"
                 )
             self._note(second, round)
+        if kind == TRAIN:
+            self._await_return(grid, sent, replies, on_reply, round, good)
         self._note(replies, round)
         while lost:  # twice at most: each kind of thing is sent once
             again = [self._with_more(message, missing, kind, round) for message, missing in lost]
@@ -209,6 +212,34 @@ class Courier:
             label, seconds = _label(kind, contents[node]), replies.seconds[node]
             self.safety.times.measured(label, type_key, client_id, seconds)
         return replies
+
+    def _await_return(
+        self,
+        grid: Grid,
+        sent: Mapping[int, Message],
+        replies: Replies,
+        on_reply: Callable[[Message], bool],
+        round: int,
+        good: Sequence[Message],
+    ) -> None:
+        """Wait for nodes that are away, without which a round would be skipped, and give them its message again.
+
+        They may be restarting; and where all are away Flower says so at once, so that a few skipped rounds in a row,
+        after which a run gives up, would pass within a second. The patience is ``server.wait_seconds``.
+        """
+        server = self.context.config.server
+        deadline = time.monotonic() + server.wait_seconds
+        away = set(replies.away)
+        while away and len(good) < server.min_results and time.monotonic() < deadline:
+            back = away & set(grid.get_node_ids())
+            again = [self._once_more(sent[node], replies, TRAIN, round) for node in sorted(back)]
+            second = self._converse(grid, again, TRAIN, on_reply)
+            replies.failures |= second.failures
+            replies.late |= second.late
+            replies.seconds |= second.seconds
+            away = away - back | second.away
+            if away and len(good) < server.min_results:
+                time.sleep(min(AGAIN_SECONDS, server.wait_seconds))
 
     def _note(self, replies: Replies, round: int) -> None:
         """Remember every failure and who was late; journal a round that closed early."""

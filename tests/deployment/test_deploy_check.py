@@ -12,7 +12,12 @@ from benchmarks.tls_server import TlsServer
 from heterotune_flwr.cli import app
 from heterotune_flwr.deploy import certificates, node_check
 from heterotune_flwr.deploy.layout import initialise
-from heterotune_flwr.deploy.node_config import read_node_settings, supernode_command
+from heterotune_flwr.deploy.node_config import (
+    PIECE_BYTES,
+    PIECE_VARIABLE,
+    read_node_settings,
+    supernode_command,
+)
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
 
@@ -181,6 +186,7 @@ def test_what_the_supernode_is_started_with(node):
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert environment["OMP_NUM_THREADS"] == "2"
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    assert environment[PIECE_VARIABLE] == str(PIECE_BYTES)
     edit(node, '# accept-code = "any"', 'accept-code = "any"')
     assert "code-hash" not in read_node_settings(node).node_config()
     (node / "node.key").chmod(0o640)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import shutil
 import ssl
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 from heterotune_flwr.cli import app
 from heterotune_flwr.deploy import certificates, templates
 from heterotune_flwr.deploy.files import write_private
+from heterotune_flwr.deploy.hosts import parse_server
 from heterotune_flwr.deploy.keys import key_fingerprint, new_node_key, read_public
-from heterotune_flwr.deploy.layout import Deployment, initialise, parse_server
+from heterotune_flwr.deploy.layout import Deployment, initialise
 from heterotune_flwr.deploy.submit import settle
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
@@ -265,21 +267,50 @@ def test_units_keep_the_gpu_and_wait_beyond_flowers_window(deployment):
         "ProcSubset",
     )
     assert not [line for line in settings if line.startswith(lost)]
-    if shutil.which("systemd-analyze") is None:
-        return
+
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
+)
+
+
+def complaints(unit, search=None):
+    """What systemd has against a unit itself; this machine has neither its user nor the node's folder."""
+    more = {"SYSTEMD_UNIT_PATH": f"{search}:"} if search else {}
+    done = subprocess.run(
+        ["systemd-analyze", "verify", unit], capture_output=True, text=True, env={**os.environ, **more}
+    )  # fmt: skip
+    return [
+        line for line in done.stderr.splitlines()
+        if str(unit.parent) in line and "not executable" not in line and "No such file" not in line
+    ]  # fmt: skip
+
+
+@needs_systemd
+def test_systemd_accepts_the_units(deployment, tmp_path):
     units = [
         *deployment.server.glob("*.service"),
         deployment.node("clinic-a") / "heterotune-node.service",
     ]
     assert len(units) == 3
     for unit in units:
-        # Only what the unit itself says: this machine has neither its user nor the node's folder.
-        done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
-        complaints = [
-            line for line in done.stderr.splitlines()
-            if unit.name in line and "not executable" not in line and "No such file" not in line
-        ]  # fmt: skip
-        assert not complaints
+        assert complaints(unit) == []
+        misspelt = tmp_path / unit.name
+        misspelt.write_text(unit.read_text().replace("PrivateTmp=", "PrivateTemp="))
+        assert "PrivateTemp" in complaints(misspelt)[0]
+
+
+@needs_systemd
+def test_systemd_accepts_the_restart_of_nginx(deployment, tmp_path):
+    unit = tmp_path / "nginx.service"
+    unit.write_text("[Service]\nType=forking\nExecStart=/bin/true\n")
+    folder = tmp_path / "nginx.service.d"
+    folder.mkdir()
+    text = (deployment.server / "nginx-restart.conf").read_text()
+    (folder / "restart.conf").write_text(text)
+    assert complaints(unit, tmp_path) == []
+    (folder / "restart.conf").write_text(text.replace("RestartSec", "RestartSecs"))
+    assert "RestartSecs" in complaints(unit, tmp_path)[0]
 
 
 def test_nginx_accepts_its_configuration_and_lets_only_the_fleet_in(deployment, tmp_path):
