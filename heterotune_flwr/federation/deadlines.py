@@ -21,7 +21,8 @@ class ReplyTimes:
 
     ``deadline = min(timeout, max(floor, factor * max(median of the client's type, the client's own last time)))`` for a
     client that has answered a message of this kind before, else ``timeout``. A client slower than its type is given its
-    own measure: it would otherwise never answer in time again.
+    own measure: it would otherwise never answer in time again. One that did not answer its last message is given
+    no more for a variant it has not done yet (``train+anchors``) than for the plain kind (``train``).
 
     Attributes
     ----------
@@ -37,9 +38,12 @@ class ReplyTimes:
     factor: float | None = 3.0
     _times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     _own: dict[str, dict[str, float]] = field(default_factory=dict)
+    _silent: set[str] = field(default_factory=set)
 
     def deadline(self, kind: str, type_key: str, client_id: str) -> float:
         """Seconds to wait for a client's answer to a message of a kind."""
+        if client_id in self._silent and client_id not in self._own.get(kind, {}):
+            kind = kind.partition("+")[0]
         own = self._own.get(kind, {}).get(client_id)
         if self.factor is None or own is None:
             return self.timeout
@@ -48,10 +52,15 @@ class ReplyTimes:
 
     def measured(self, kind: str, type_key: str, client_id: str, seconds: float) -> None:
         """Take down how long an answer took, from sending to arrival."""
+        self._silent.discard(client_id)
         times = self._times.setdefault(kind, {}).setdefault(type_key, [])
         times.append(float(seconds))
         del times[:-_KEPT]
         self._own.setdefault(kind, {})[client_id] = float(seconds)
+
+    def missed(self, client_id: str) -> None:
+        """Take down that a client did not answer in time."""
+        self._silent.add(client_id)
 
     def state(self) -> dict[str, Any]:
         """Everything it remembers; JSON-able."""

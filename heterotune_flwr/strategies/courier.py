@@ -244,6 +244,8 @@ class Courier:
     def _note(self, replies: Replies, round: int) -> None:
         """Remember every failure and who was late; journal a round that closed early."""
         self._waited |= {self._by_node[node]: replies.seconds[node] for node in replies.late}
+        for node in replies.late:
+            self.safety.times.missed(self._by_node[node])
         if replies.unawaited:
             names = sorted(self._by_node[node] for node in replies.unawaited)
             self.event("round_closed", round=round, unawaited=names)

@@ -173,6 +173,11 @@ def test_deadlines_follow_the_type_once_a_client_has_answered():
     times.measured("train", "c", "v", 5000.0)
     assert times.deadline("train", "c", "v") == 3600
     assert ReplyTimes(3600, 60, None).deadline("train", "a", "x") == 3600
+    assert times.deadline("train+anchors", "a", "x") == 3600
+    times.missed("x")  # a node that may be dead holds nobody up for an hour again
+    assert times.deadline("train+anchors", "a", "x") == 360
+    times.measured("evaluate", "a", "x", 100.0)
+    assert times.deadline("train+anchors", "a", "x") == 3600
     warm, cold = ReplyTimes(3600), ReplyTimes(3600)
     state = json.loads(json.dumps(times.state()))
     warm.restore(state, warm=True)
@@ -197,7 +202,7 @@ def first_node():
 def test_a_node_that_died_costs_no_more_than_its_deadline():
     started = time.monotonic()
     ended = run(
-        toy_spec("heterotune"), drop=dead(first_node()), rounds=4, timeout_seconds=30.0,
+        toy_spec("bank"), drop=dead(first_node()), rounds=4, timeout_seconds=30.0,
         deadline_floor_seconds=0.3, bench_after=0,
     )  # fmt: skip
     assert time.monotonic() - started < 15
