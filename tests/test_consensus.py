@@ -47,7 +47,11 @@ TRAINING = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.01)
 
 #: The shipped strategy with a consensus, made small.
 DEEP = "heterotune_deep"
-FEW = f"strategies.{DEEP}.consensus.anchors=16 strategies.{DEEP}.method.core_rank=2"
+#: A consensus in every round, on few anchors.
+FEW = (
+    f"strategies.{DEEP}.type_phase=0 strategies.{DEEP}.consensus.anchors=16 "
+    f"strategies.{DEEP}.consensus.batch=0 strategies.{DEEP}.method.core_rank=2"
+)
 
 
 def probabilities(rng, n=20, classes=3, sharpness=2.0):
