@@ -78,8 +78,9 @@ def controls(results: dict[str, Any]) -> str:
         rows += [(name.replace("_", " "), clients, table) for clients, table in content.items()]
     for name, clients, table in rows:
         gain = table.get("bank_gain_over_within_type") or table["gain_over_within_type"]
+        bank = table.get("bank", table.get("heterotune"))  # before the bank had a name of its own
         lines.append(
-            f"| {name} | {clients} | {table['within_type']:.1f} | {table['bank']:.1f} | "
+            f"| {name} | {clients} | {table['within_type']:.1f} | {bank:.1f} | "
             f"{gain['gain']:+.1f} ({gain['low']:+.1f} .. {gain['high']:+.1f}) |"
         )
     return "\n".join(lines)
