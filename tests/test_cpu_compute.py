@@ -83,3 +83,50 @@ def test_nothing_is_copied(tmp_path):
     before = {name: value.data_ptr() for name, value in model.named_parameters()}
     compute_in_float32(model)
     assert {name: value.data_ptr() for name, value in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_trained_in_float32_and_frozen_passes_stay_as_they_were(
+    tmp_path, masked, monkeypatch
+):
+    model = load_backbone(BackboneSpec(str(save_backbone(tmp_path / "a", layers=2)), "bf16")).model
+    ids = torch.arange(5, 45).view(2, 20)
+    mask = torch.ones_like(ids)
+    if masked:
+        mask[1, 12:] = 0
+    attend, used = functional.scaled_dot_product_attention, set()
+
+    def spy(query, *rest, **options):
+        used.add(query.dtype)
+        return attend(query, *rest, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+
+    def frozen():
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask).logits
+
+    def gradient():
+        states = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=states, attention_mask=mask).logits
+        assert logits.dtype == torch.bfloat16
+        logits[mask.bool()].float().logsumexp(-1).sum().backward()
+        return states.grad.float()
+
+    ours = frozen()
+    assert used == {torch.bfloat16}
+    used.clear()
+    trained = gradient()
+    assert used == {torch.float32}
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(ours, frozen())
+    plain = gradient()
+    assert (trained - plain).norm() < 0.05 * plain.norm()
+
+
+def test_other_attention_is_left_alone(tmp_path):
+    directory = save_backbone(tmp_path / "a", layers=2)
+    model = copy.deepcopy(load_backbone(BackboneSpec(str(directory), "bf16")).model)
+    model.set_attn_implementation("eager")
+    cpu_compute.train_attention_in_float32(model)
+    assert model.config._attn_implementation == "eager"

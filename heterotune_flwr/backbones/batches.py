@@ -25,3 +25,41 @@ def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def parts_by_length(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:
+    """Split one batch into the parts whose passes cost least: little padding, and not too many passes.
+
+    A part of n positions costs ``overhead + n * (its longest)``; the split is the cheapest of all into
+    runs of the sorted lengths (dynamic programming, O(n^2)).
+
+    Parameters
+    ----------
+    lengths
+        Tokens each position takes.
+    most
+        Positions in one part.
+    overhead
+        What a pass costs beside its tokens, in tokens.
+
+    Returns
+    -------
+    The parts, shortest first; a function of the arguments alone. Equal lengths are never split but by ``most``.
+
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    least, starts = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        costs = {
+            start: least[start] + overhead + (end - start) * longest
+            for start in range(max(0, end - most), end)
+        }
+        best = min(costs, key=lambda start: (costs[start], start))
+        least.append(costs[best])
+        starts.append(best)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[starts[end] : end])
+        end = starts[end]
+    return parts[::-1]

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from heterotune_flwr.backbones.cpu_compute import compute_in_float32, slow_bfloat16
+from heterotune_flwr.backbones.cpu_compute import (
+    compute_in_float32,
+    slow_bfloat16,
+    train_attention_in_float32,
+)
 from heterotune_flwr.backbones.cpu_memory import return_freed_memory
 from heterotune_flwr.backbones.headers import damaged_json, mend_hint, tensor_headers
 from heterotune_flwr.backbones.sources import (
@@ -255,8 +259,10 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
 
     stored = functools.partial(_from_stored, spec, device)
     model = shared_model(spec, directory, device, Loader(direct, stored, count_parameters))
-    if device == "cpu" and slow_bfloat16():
-        compute_in_float32(model)
+    if device == "cpu":
+        train_attention_in_float32(model)
+        if slow_bfloat16():
+            compute_in_float32(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:

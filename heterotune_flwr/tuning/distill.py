@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
 
-_BATCH = 64
+#: Tokens of one batch of predictions, padding included.
+_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Distillation:
         size = min(self.batch or examples, count)
         return [int(i) for i in rng.choice(count, size=size, replace=False)]
 
+    def length(self, position: int) -> int:
+        """Count the tokens of an anchor that a step has to run; 1 where none is run."""
+        return self.rows.length(self.chosen[position])
+
     def losses(self, task: Task, positions: Sequence[int]) -> Tensor:
         """Weighted cross-entropy of some anchors (float32, one each)."""
         states, _, _ = self.rows.rows([self.chosen[p] for p in positions])
@@ -65,8 +71,10 @@ class Distillation:
 @torch.no_grad()
 def predict(task: Task, rows: Rows, chosen: Sequence[int]) -> NDArray[np.float32]:
     """Label probabilities ``n x C`` of some rows, with the values the adapter holds."""
+    order: list[int] = []
     parts = []
-    for start in range(0, len(chosen), _BATCH):
-        states, _, _ = rows.rows(chosen[start : start + _BATCH])
+    for batch in batches_by_length([rows.length(index) for index in chosen], _BATCH_TOKENS):
+        states, _, _ = rows.rows([chosen[position] for position in batch])
         parts.append(functional.softmax(task.label_logits(states), dim=-1).cpu())
-    return np.asarray(torch.cat(parts).numpy(), dtype=np.float32)
+        order += batch
+    return np.asarray(torch.cat(parts)[np.argsort(order)].numpy(), dtype=np.float32)

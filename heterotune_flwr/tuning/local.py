@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from heterotune_flwr.backbones.batches import parts_by_length
 from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.tuning.adapters import AttachedAdapter
@@ -24,6 +25,11 @@ from heterotune_flwr.tuning.task import Task
 from heterotune_flwr.tuning.terms import GradientTerms, make_optimizer
 
 log = logging.getLogger(__name__)
+
+#: What a forward and backward pass costs beside its tokens, in tokens, by kind of device: a CPU has little to
+#: prepare, a GPU would idle between small passes.
+_OVERHEAD = {"cpu": 64}
+_OVERHEAD_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)
@@ -136,20 +142,26 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros_like(self.totals)
         count = self.rows.count(chosen)
-        for start in range(0, len(chosen), self.micro_batch):
-            part = chosen[start : start + self.micro_batch]
+        for part in self._parts(self.rows, chosen, self.micro_batch):
             states, targets, owners = self.rows.rows(part)
             losses, correct = self.task.losses(states, targets, self.prior)
             loss = losses.sum() / count
             loss.backward()  # type: ignore[no-untyped-call]
             totals[0] += loss.detach()
             totals[1] += examples_correct(correct, owners, len(part)).sum() / len(chosen)
-        size = min(self.micro_batch, self.anchor_batch)
-        for start in range(0, len(anchors), size):
-            assert self.distillation is not None
-            anchored = self.distillation.losses(self.task, anchors[start : start + size])
-            (anchored.sum() / len(anchors)).backward()  # type: ignore[no-untyped-call]
+        if self.distillation is not None:
+            size = min(self.micro_batch, self.anchor_batch)
+            for part in self._parts(self.distillation, anchors, size):
+                anchored = self.distillation.losses(self.task, part)
+                (anchored.sum() / len(anchors)).backward()  # type: ignore[no-untyped-call]
         return totals
+
+    def _parts(self, of: Rows | Distillation, chosen: list[int], most: int) -> list[list[int]]:
+        """Split a batch into passes of similar length: the gradient is the whole batch's."""
+        kind = self.adapter.backbone.device.type
+        lengths = [of.length(index) for index in chosen]
+        found = parts_by_length(lengths, most, _OVERHEAD.get(kind, _OVERHEAD_ELSEWHERE))
+        return [[chosen[position] for position in part] for part in found]
 
 
 def train_local(
