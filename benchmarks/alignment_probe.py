@@ -264,7 +264,7 @@ def read_out_table(
 
 
 #: As in ``conf/strategy/heterotune.yaml``.
-TYPE_PHASE = {"type_phase": 0.5, "rule": "cmga"}
+TYPE_PHASE = {"type_phase": 0.5, "rule": "cmga", "mixing": 0.2}
 
 
 def planned_rows(types: int) -> dict[str, tuple[int, int, dict[str, Any]]]:

@@ -5,7 +5,7 @@ round), three real families with 3 and 6 clients, five types (three widths at mi
 (``parent3``: the one suite on which sub-model extraction can run); 10 rounds. On the embedded family the bank's
 methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
 milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
-``predictions`` shares the bank in the first round alone. Every method first runs at each of its learning rates with a
+``predictions`` shares the bank in the first round alone and mixes nothing. Every method first runs at each of its learning rates with a
 seed of its own (``SWEEP_SEED``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a
 single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so
 the command goes on where it was stopped. Methods that refuse a suite (dense changes beside 4-bit weights, slices of
@@ -37,7 +37,7 @@ from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
 #: What a method has here beside its shipped preset.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"predictions": {"type_phase": 0.95}}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"predictions": {"type_phase": 0.95, "mixing": 0.0}}
 #: Methods that are a shipped strategy under another name.
 SHIPPED_AS: Mapping[str, str] = {"predictions": "heterotune"}
 CELLS = RESULTS / "headline_cells.json"
@@ -224,6 +224,16 @@ def plan(suites: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
                 yield _keep(measure(name, method, [rate], left))
 
 
+def forget(suites: Sequence[str], methods: Sequence[str]) -> None:
+    """Drop the cells of some methods on some suites: those of a method that has changed."""
+    left = {
+        name: cell
+        for name, cell in read_cells().items()
+        if name.split("|")[0] not in suites or name.split("|")[1] not in methods
+    }
+    atomic_write_text(CELLS, json.dumps(left, indent=1) + "\n")
+
+
 def _keep(new: dict[str, Any]) -> str:
     RESULTS.mkdir(exist_ok=True)
     atomic_write_text(CELLS, json.dumps({**read_cells(), **new}, indent=1) + "\n")
@@ -262,7 +272,12 @@ def main() -> None:
     parser.add_argument(
         "--report", action="store_true", help="only write the tables of what is there"
     )
+    parser.add_argument(
+        "--again", action="store_true", help="forget these suites' and methods' cells first"
+    )
     args = parser.parse_args()
+    if args.again:
+        forget(args.suites, args.methods)
     bank_alone = [name for name, suite in SUITES.items() if not suite.method]
     if not args.report:
         for line in plan(args.suites, args.methods, args.seeds):

@@ -53,6 +53,7 @@ class Schedule:
     type_phase: float = (
         0.0  # share of the rounds in which types go their own ways, taught by the consensus
     )
+    mixing: float = 0.0  # of the mean of all clients' experts, after every round of the type phase
 
 
 def latent_task(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.probe_clients import LatentTask, mixture
-from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced, voices
+from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced, heard, voices
 
 #: Of ``conf/strategy/heterotune.yaml``.
 OPTIONS = ConsensusOptions(anchors=512, pool=1024, batch=64)
@@ -65,8 +65,9 @@ class Lessons:
         found = []
         for run in range(int(self._runs.max()) + 1):
             own = said[(self._runs == run).numpy()]
-            mean = np.average(own, axis=0, weights=voices(list(own), self._options.trust))
-            found.append(balanced(mean.astype(np.float64), self._options.balance))
+            shares = voices(list(own), self._options.trust)
+            mean, _ = heard(list(own), shares, self._options.confidence)
+            found.append(balanced(mean, self._options.balance))
         self._targets = torch.from_numpy(np.stack(found)).float()
 
     def loss(

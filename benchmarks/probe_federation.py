@@ -87,6 +87,14 @@ def aggregate(
     return {key: start[key] + (mean | gates)[key] for key in end}
 
 
+def _mixed(bank: Mapping[str, Tensor], groups: Tensor, share: float) -> dict[str, Tensor]:
+    """Every expert a little nearer to the mean of those it was shared with."""
+    return {
+        key: value if key.startswith("gate") else value.lerp(_averaged(value, groups), share)
+        for key, value in bank.items()
+    }
+
+
 @dataclass(frozen=True)
 class Trouble:
     """What goes wrong in the clients of one type (its index), in training alone.
@@ -283,7 +291,7 @@ def federate(
             length = fleet.rate * schedule.steps
             bank = servers.step(start, bank, plain, Clients(fleet.across, runs, types, length))
         else:
-            bank = plain
+            bank = _mixed(plain, fleet.groups.bank, schedule.mixing) if fleet.parted else plain
     if waiting is not None and not fleet.parted:
         waiting.begin(bank)
     return _results(fleet, bank, waiting, everyone, targets[1], sharings, (len(seeds), clients))

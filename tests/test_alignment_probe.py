@@ -209,7 +209,7 @@ def test_lessons_hold_each_runs_mean_prediction_balanced():
         key: torch.stack([value] * 4) for key, value in initial_bank(METHOD, LABELS, 7).items()
     }
     kinds, runs = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
-    options = ConsensusOptions(anchors=POOL, pool=POOL, batch=5, trust=0, balance=3)
+    options = ConsensusOptions(anchors=POOL, pool=POOL, batch=5, trust=0, confidence=0, balance=3)
     lessons = Lessons(tasks, kinds, runs, options)
     lessons.hear(banks)
     drawn = lessons._chosen

@@ -36,7 +36,13 @@ from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ConfigRecord, RecordDict
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy
-from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions, balanced, voices
+from heterotune_flwr.strategies.consensus import (
+    Consensus,
+    ConsensusOptions,
+    balanced,
+    heard,
+    voices,
+)
 from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import make_rows
@@ -91,10 +97,25 @@ def test_balanced_targets_stay_probabilities_and_lose_the_labels_frequencies(raw
     np.testing.assert_array_equal(balanced(targets, 0), targets)
 
 
+def test_who_is_sure_speaks_louder_on_that_anchor():
+    sure, unsure = [0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]
+    predictions = np.array([[sure, unsure], [unsure, sure[::-1]]], np.float32)
+    mean, shares = heard(predictions, [0.5, 0.5], 1.0)
+    entropy = -sum(p * np.log(p) for p in sure)
+    louder = np.exp(-entropy) / (np.exp(-entropy) + 0.25)  # the entropy of the unsure is ln 4
+    np.testing.assert_allclose(mean[0], louder * np.array(sure) + (1 - louder) / 4, rtol=1e-6)
+    np.testing.assert_allclose(mean[1], mean[0][::-1], rtol=1e-6)
+    assert shares == pytest.approx([0.5, 0.5])
+    even, shares = heard(predictions, [0.2, 0.8], 0.0)
+    expected = 0.2 * predictions[0].astype(float) + 0.8 * predictions[1].astype(float)
+    np.testing.assert_allclose(even, expected, rtol=1e-6)
+    assert shares == pytest.approx([0.2, 0.8])
+
+
 def test_the_mean_of_what_clients_say_is_the_next_rounds_lesson(tmp_path):
     path = tmp_path / "anchors.txt"
     path.write_text("".join(f"text {n}\n" for n in range(30)))
-    options = ConsensusOptions(anchors=20, pool=25, trust=0.0, balance=0)
+    options = ConsensusOptions(anchors=20, pool=25, trust=0.0, confidence=0.0, balance=0)
     consensus = Consensus(options, AlignmentConfig(anchors=str(path)))
     assert consensus.lesson(1).targets is None
     rng = np.random.default_rng(1)

@@ -23,6 +23,7 @@ SPEC = {
 
 
 def phased(tmp_path, clients=(2, 2, 1), rounds=4, **changes):
+    tmp_path.mkdir(exist_ok=True)
     config = toy_config(tmp_path, clients, rounds=rounds)
     federation = ToyFederation(config)
     strategy, _ = start(config, federation, spec={**SPEC, **changes})
@@ -69,6 +70,23 @@ def test_a_types_step_is_the_mean_of_its_clients_alone(tmp_path):
             np.testing.assert_allclose(value, expected, atol=0.02 * np.abs(expected).max() + 1e-4)
 
 
+def test_mixing_moves_every_types_experts_towards_the_mean_and_no_gate(tmp_path):
+    alone, _, _ = phased(tmp_path / "alone", rounds=3)
+    mixed, _, _ = phased(tmp_path / "mixed", rounds=3, mixing=0.25)
+    groups = [f"type/{key}" for key in mixed.roster.type_keys]
+    for name in alone.state["global"]:
+        own = [alone.state[group][name] for group in groups]
+        mean = np.mean(own, axis=0)
+        for group, value in zip(groups, own, strict=True):
+            expected = value if "gate" in name else 0.75 * value + 0.25 * mean
+            np.testing.assert_allclose(mixed.state[group][name], expected, rtol=1e-5, atol=1e-7)
+            np.testing.assert_array_equal(mixed.state["global"][name], alone.state["global"][name])
+    same, _, _ = phased(tmp_path / "same", rounds=3, mixing=1)
+    name = "slots.0.experts.global.0.up.weight"
+    first, *others = [same.state[group][name] for group in groups]
+    assert all(np.array_equal(first, other) for other in others)
+
+
 def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
     strategy, federation, config = phased(tmp_path)
     client = next(iter(strategy.roster.clients))
@@ -103,11 +121,15 @@ def test_the_phase_is_whole_rounds_and_leaves_one_shared(tmp_path, rounds, share
     assert strategy.shared_rounds == last
 
 
-@pytest.mark.parametrize("value", [-0.1, 1, 1.5, "half", True, float("nan")])
-def test_a_phase_that_is_no_share_is_refused_before_anything_runs(value):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("type_phase", 1)]
+    + [(o, v) for o in ("type_phase", "mixing") for v in (-0.1, 1.5, "half", True, float("nan"))],
+)
+def test_what_is_no_share_is_refused_before_anything_runs(option, value):
     config = compose("demo", "run.compare=[heterotune]")
-    entry = {**config.strategies["heterotune"], "type_phase": value}
-    with pytest.raises(ConfigError, match="type_phase is"):
+    entry = {**config.strategies["heterotune"], option: value}
+    with pytest.raises(ConfigError, match=f"{option} is"):
         check_strategy("heterotune", entry, config)
 
 

@@ -136,7 +136,8 @@ def _attention(
 
     narrow = query.dtype
     if narrow != torch.bfloat16 or not (torch.is_grad_enabled() and query.requires_grad):
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        plain: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return plain, None
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
     output, _ = sdpa_attention_forward(

@@ -135,6 +135,7 @@ class HeteroStrategy(Sharing):
         for group, step in steps.items():
             taken = self._optimized(group, step)
             self.state[group] |= {n: self.state[group][n] + d for n, d in taken.items()}
+        self.settle(server_round)
         self.courier.safety.gate.learn(admitted.candidates)
         summary = training_summary(admitted.reports)
         if self.consensus is not None and self.learns_in(server_round):

@@ -43,6 +43,9 @@ class ConsensusOptions:
     trust
         A client's voice is its agreement with the others (correlation of its predictions with the mean of the other
         clients') to this power; 0: every client's is the same.
+    confidence
+        On each anchor a client's voice is multiplied by ``exp(-confidence x entropy of what it predicts there)``: who
+        knows speaks. 0: no difference; at 1 the surest is heard at most C times as loud as one that has no idea.
     balance
         Rounds of :func:`balanced` on the targets; 0: none.
     batch
@@ -54,6 +57,7 @@ class ConsensusOptions:
     pool: int = 1024
     weight: float = 1.0
     trust: float = 1.0
+    confidence: float = 1.0
     balance: int = 5
     batch: int = 0
 
@@ -102,6 +106,22 @@ def voices(predictions: Sequence[Array], trust: float) -> list[float]:
         agreement = float((own * others).sum()) / scale if scale > 0 else 0.0
         weights.append(max(agreement, _FLOOR) ** trust)
     return [weight / sum(weights) for weight in weights]
+
+
+def heard(
+    predictions: Sequence[Array], shares: Sequence[float], confidence: float
+) -> tuple[NDArray[np.float64], list[float]]:
+    """Average label probabilities (``n x C`` each), louder where a client is sure of itself.
+
+    ``w_i(n) ~ shares_i exp(-confidence H(p_i(n)))`` with H the entropy in nats, normalised on every anchor n.
+    Returns the mean (``n x C``) and every client's share in it, averaged over anchors.
+    """
+    said = np.asarray(predictions, np.float64)
+    entropy = -(said * np.log(np.maximum(said, 1e-12))).sum(axis=-1)
+    weights = np.asarray(shares)[:, None] * np.exp(-confidence * entropy)
+    weights = weights / weights.sum(axis=0)
+    mean: NDArray[np.float64] = np.einsum("in,inc->nc", weights, said)
+    return mean, [float(share) for share in weights.mean(axis=1)]
 
 
 def balanced(targets: NDArray[np.float64], iterations: int) -> NDArray[np.float64]:
@@ -177,10 +197,9 @@ class Consensus:
         self._targets, self._due = None, server_round + 1
         if not usable:
             return {}, refused
-        weights = voices(list(usable.values()), self.options.trust)
-        mean = np.zeros((self.options.anchors, classes))
-        for weight, own in zip(weights, usable.values(), strict=True):
-            mean += weight * own
+        predictions = list(usable.values())
+        shares_of_all = voices(predictions, self.options.trust)
+        mean, weights = heard(predictions, shares_of_all, self.options.confidence)
         self._targets = balanced(mean, self.options.balance).astype(np.float32)
         types = {report.client_id: report.type_key for report in reports}
         shares: dict[str, float] = {}

@@ -34,8 +34,9 @@ class HeteroTune(HeteroStrategy):
     4. *step*: the direction times the mean ``steps_i * lr_i`` is added to the shared bank;
     5. *consensus* (closed label sets): predictions on public anchors are averaged over all clients, and each client
        fits them beside its own examples in the next round (:mod:`.consensus`);
-    6. *type phase*: in the last rounds each type goes on with a bank of its own, averaged inside the type, and what
-       crosses types is the consensus alone: first what all models can share, then what suits one model.
+    6. *type phase*: in the last rounds each type goes on with a bank of its own, averaged inside the type. What
+       crosses types then is the consensus, and every round a little of the mean of all types' banks (``mixing``):
+       first what all models can share, then what suits one model.
 
     What one type shares (type experts, cores unless ``method.core_scope`` keeps them on their client, and slots whose
     alignment is below the quality threshold) is averaged inside the type; private experts stay on their client. The
@@ -52,6 +53,8 @@ class HeteroTune(HeteroStrategy):
     type_phase
         Share of the rounds that the type phase takes, 0 to less than 1, rounded down to whole rounds; the consensus
         is then at work in it alone. 0, or no consensus: there is none, and the consensus is at work in every round.
+    mixing
+        Share of the mean over types, 0 to 1, that every type's experts take after every round of the type phase.
 
     """
 
@@ -64,9 +67,11 @@ class HeteroTune(HeteroStrategy):
         chain: Sequence[Mapping[str, Any]] | None = None,
         consensus: Mapping[str, Any] | None = None,
         type_phase: float = 0.0,
+        mixing: float = 0.0,
     ) -> None:
         super().__init__(context)
-        self.type_phase = _phase(type_phase)
+        self.type_phase = _share("type_phase", type_phase, below_one=True)
+        self.mixing = _share("mixing", mixing)
         #: Whether types have gone on with banks of their own.
         self.parted = False
         self.use_consensus(consensus)
@@ -80,7 +85,8 @@ class HeteroTune(HeteroStrategy):
         build_chain(options.get("chain") or DEFAULT_CHAIN)
         if options.get("consensus") is not None:
             ConsensusOptions.read(options["consensus"])
-        _phase(options.get("type_phase", 0.0))
+        _share("type_phase", options.get("type_phase", 0.0), below_one=True)
+        _share("mixing", options.get("mixing", 0.0))
 
     @property
     def shared_rounds(self) -> int:
@@ -116,6 +122,24 @@ class HeteroTune(HeteroStrategy):
                 value = self.state[GLOBAL][name]
                 self._shapes.setdefault(own, {})[name] = value.shape
                 self.state.setdefault(own, {}).setdefault(name, value)
+
+    def settle(self, server_round: int) -> None:
+        """In the type phase, move every type's experts a little towards the mean over types."""
+        if not self.parted or not self.mixing:
+            return
+        for name in self.state[GLOBAL]:
+            groups = [
+                f"type/{key}"
+                for key in self._groups
+                if tier_of(name) == "global" and self.shares(key, slot_of(name))
+            ]
+            if len(groups) < 2:
+                continue
+            own = [self.state[group][name] for group in groups]
+            mean = np.mean(own, axis=0)
+            for group, value in zip(groups, own, strict=True):
+                mixed = (1 - self.mixing) * value + self.mixing * mean
+                self.state[group][name] = mixed.astype(np.float32)
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Global experts are for all types, as far as the type's slot is aligned."""
@@ -179,12 +203,12 @@ def _with_rule(chain: Sequence[Mapping[str, Any]], mean: RobustMean) -> Sequence
     return [{**first, **asdict(mean)}, *chain[1:]]
 
 
-def _phase(value: Any) -> float:
-    """Check ``type_phase``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(
-            f"type_phase is {value!r}; a share of the rounds from 0 to below 1 is needed"
-        )
+def _share(name: str, value: Any, below_one: bool = False) -> float:
+    """Check an option that is a share."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or (below_one and value == 1):
+        upper = "below 1" if below_one else "1"
+        raise ConfigError(f"{name} is {value!r}; a share from 0 to {upper} is needed")
     return float(value)
 
 

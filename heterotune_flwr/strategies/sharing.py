@@ -128,6 +128,9 @@ class Sharing(Strategy):
     def begin_round(self, server_round: int) -> None:
         """Prepare a round, before its messages are made."""
 
+    def settle(self, server_round: int) -> None:
+        """Change ``state`` once all groups have taken a round's steps, before anything is kept or sent."""
+
     def round_log(self) -> dict[str, Any]:
         """Further facts about the last round for the journal; JSON-able."""
         return {}
