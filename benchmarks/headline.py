@@ -5,11 +5,11 @@ round), three real families with 3 and 6 clients, five types (three widths at mi
 (``parent3``: the one suite on which sub-model extraction can run); 10 rounds. On the embedded family the bank's
 methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
 milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
-``predictions`` shares the bank in the first round alone and mixes nothing. Every method first runs at each of its learning rates with a
-seed of its own (``SWEEP_SEED``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a
-single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so
-the command goes on where it was stopped. Methods that refuse a suite (dense changes beside 4-bit weights, slices of
-models without a common parent) are listed with why.
+``predictions`` shares the bank in the first round alone and mixes nothing. Every method first runs at each of its
+learning rates with a seed of its own (``SWEEP_SEED``), then at its best one with ``SEEDS``; where a sweep would take
+an hour there is a single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as
+they are done, so the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that
+refuse a suite (dense changes beside 4-bit weights, slices of models without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
