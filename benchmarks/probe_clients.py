@@ -44,6 +44,7 @@ class Schedule:
     steps: int = 12
     batch: int = 16
     rates: tuple[float, ...] = (1e-3,)  # learning rates, all tried at once
+    gate_rate: float = 0.1  # of the learning rate
     weight_decay: float = 0.0
     clip: float = 1.0
     adjustment: float = 1.0  # share of the client's own log label frequencies the loss discounts
@@ -133,6 +134,8 @@ class Adam:
         for key, value in bank.items():
             shape = (-1, *[1] * (value.dim() - 1))
             rates = self.rates.reshape(shape)
+            if key.startswith("gate"):
+                rates = rates * self.schedule.gate_rate
             grad = grads[key] * factor.reshape(shape)
             self.first[key].lerp_(grad, 0.1)
             self.second[key].lerp_(grad.square(), 0.001)

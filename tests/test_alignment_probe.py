@@ -14,10 +14,11 @@ from benchmarks.alignment_probe import read_out, table_row
 from benchmarks.probe_clients import LatentTask, Schedule, initial_bank, latent_task, mixture
 from benchmarks.probe_consensus import Lessons
 from benchmarks.probe_federation import Groups, aggregate, federate
-from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.config.schema import MethodConfig, TrainConfig
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import DeMALayer
 from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced
+from heterotune_flwr.tuning.terms import make_optimizer
 
 METHOD = MethodConfig(latent=6, inner=4, experts_global=3)
 HIDDEN, LABELS, POOL = 10, 3, 40
@@ -88,9 +89,14 @@ def train_naively(layer: DeMALayer, x: torch.Tensor, head: torch.Tensor, y: torc
     prior = schedule.adjustment * torch.log(
         counts / len(share) / (1 + LABELS * schedule.smoothing / len(share))
     )
-    parameters = list(layer.trainable("default").values())
+    trained = {
+        f"slots.0.{'gate' if 'gate' in name else 'experts.global.0'}.{name}": value
+        for name, value in layer.trainable("default").items()
+    }
+    parameters = list(trained.values())
+    config = TrainConfig(gate_rate=schedule.gate_rate)
     for order in orders:
-        optimizer = torch.optim.AdamW(parameters, lr=schedule.rates[0], weight_decay=0.0)
+        optimizer = make_optimizer(trained, config, schedule.rates[0])
         for step in range(schedule.steps):
             picked = torch.tensor(share)[order[step * schedule.batch : (step + 1) * schedule.batch]]
             loss = functional.cross_entropy(layer(x[picked]) @ head.T + prior, y[picked])
@@ -103,7 +109,7 @@ def train_naively(layer: DeMALayer, x: torch.Tensor, head: torch.Tensor, y: torc
 
 def test_training_alone_equals_the_products_loop(monkeypatch: pytest.MonkeyPatch):
     tasks, layers, states, rows, targets = world()
-    schedule = Schedule(rounds=3, steps=4, batch=4, rates=(0.03,), clip=0.5)
+    schedule = Schedule(rounds=3, steps=4, batch=4, rates=(0.03,), clip=0.5, gate_rate=0.3)
     shares = [list(range(0, 16)), list(range(20, 36))]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.rand(2, 1, 16, generator=generator).argsort(-1).flatten(1) for _ in range(3)]

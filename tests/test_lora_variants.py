@@ -23,6 +23,7 @@ from heterotune_flwr.tuning.local import batches, train_local
 from heterotune_flwr.tuning.lora import dense_weight
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
+from heterotune_flwr.tuning.terms import make_optimizer
 
 CORE = replace(LORA, lora_core=True, lora_rank=4)
 DENSE = replace(LORA, lora_residual=True)
@@ -130,6 +131,21 @@ def test_gradient_terms_against_a_loop_by_hand(directory, data):  # noqa: F811
                     value -= config.learning_rate * factor * total[name]
     for name, value in adapter.read().items():
         np.testing.assert_allclose(found[name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_gates_learn_at_their_own_share_of_the_rate(share):
+    """AdamW's first step moves every number by its rate, whatever the gradient."""
+    names = ["slots.0.experts.global.0.up.weight", "slots.0.gate.weight", "slots.1.gate.bias"]
+    trained = {name: torch.nn.Parameter(torch.zeros(3)) for name in names}
+    optimizer = make_optimizer(trained, replace(TRAIN, gate_rate=share), 0.01)
+    for value in trained.values():
+        value.grad = torch.tensor([5.0, -1e-3, 2.0])
+    optimizer.step()
+    for name, value in trained.items():
+        rate = 0.01 * (share if "gate" in name else 1.0)
+        expected = rate * torch.tensor([-1.0, 1.0, -1.0])
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-4, atol=1e-9)
 
 
 def run(world, name, rounds=2, overrides=""):  # noqa: F811

@@ -42,7 +42,7 @@ MINIMA: dict[str, float] = {
     "server.give_up_after": 0,
     "server.bench_longest": 1, "server.deadline_floor_seconds": 0, "server.grace_seconds": 0,
     "server.oversample": 0, "alignment.count": 10, "alignment.components": 1,
-    "train.logit_adjustment": 0, "train.proximal": 0,
+    "train.logit_adjustment": 0, "train.proximal": 0, "train.gate_rate": 0,
     "run.worker_threads": 1,
 }  # fmt: skip
 _NULLABLE = ("exchange.up", "exchange.down")

@@ -187,6 +187,9 @@ class TrainConfig:
     local_steps: int = _help("optimizer steps per round", 12)
     batch_size: int = _help("examples per step", 16)
     learning_rate: float = _help("AdamW learning rate", 2e-3)
+    gate_rate: float = _help(
+        "AdamW: gates learn at this share of learning_rate; 0: they stay uniform", 0.1
+    )
     optimizer: str = _help("local optimizer: adamw | sgd", "adamw")
     weight_decay: float = _help("AdamW weight decay", 0.0)
     proximal: float = _help(

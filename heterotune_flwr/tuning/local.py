@@ -209,7 +209,7 @@ def train_local(
     rate = config.learning_rate if learning_rate is None else learning_rate
     device, checkpoint = adapter.backbone.device, config.gradient_checkpointing
     size = choose_micro_batch(adapter, task, rows, config.batch_size, memory_gb, checkpoint)
-    optimizer = make_optimizer(adapter.trained.values(), config, rate)
+    optimizer = make_optimizer(adapter.trained, config, rate)
     terms = GradientTerms(adapter.trained, config.proximal, corrections)
     anchor_batch = size
     if distillation is not None:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from heterotune_flwr.config.schema import TrainConfig
+from heterotune_flwr.dema.bank import tier_of
 
 OPTIMIZERS = ("adamw", "sgd")
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float
+    trained: Mapping[str, nn.Parameter], config: TrainConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Local optimizer of ``train.optimizer``; plain SGD without momentum is what theory speaks of."""
+    """Local optimizer of ``train.optimizer``; plain SGD without momentum is what theory speaks of.
+
+    AdamW moves every number by about the rate, however small its gradient: gates, whose gradient is, have a rate of
+    their own (``train.gate_rate``).
+    """
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate)
+        return torch.optim.SGD(trained.values(), lr=learning_rate)
+    gates = [p for name, p in trained.items() if tier_of(name) == "gate"]
+    others = [p for name, p in trained.items() if tier_of(name) != "gate"]
+    rates = ((others, learning_rate), (gates, config.gate_rate * learning_rate))
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+        [{"params": group, "lr": rate} for group, rate in rates if group],
+        lr=learning_rate, weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
 
 
 class GradientTerms:
