@@ -1,8 +1,9 @@
 """Where sharing across types pays and where it does not: a map over clients, examples, skew and types.
 
 In the laboratory (:mod:`.alignment_probe`: frozen last-slot states, the product's arithmetic), one dial at a time
-around the demonstration (2 clients per type, 96 examples each, Dirichlet 0.3), each sharing at its own best learning
-rate, chosen on other seeds. Gains are paired, with their standard error over seeds.
+around the demonstration (2 clients per type, 96 examples each, Dirichlet 0.3), 10 rounds as in the headline, each
+sharing at its own best learning rate, chosen on other seeds. Across types: the bank, then the type phase. Gains are
+paired, with their standard error over seeds.
 
 Run: ``python -m benchmarks.sweep`` (minutes per backbone once, for the states; then about 10 minutes per family).
 Writes ``benchmarks/results/sweep.json``.
@@ -23,6 +24,7 @@ from benchmarks.alignment_probe import (
     FIRST_SEED,
     METHOD,
     SCHEDULE,
+    TYPE_PHASE,
     Laboratory,
     present,
 )
@@ -32,6 +34,7 @@ from benchmarks.probe_states import load_task, load_type
 CLIENTS = (1, 2, 4, 8)
 EXAMPLES = (16, 32, 96, 256, 512)
 ALPHAS = (0.05, 0.1, 0.3, 1.0, 10.0)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def points(types: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
@@ -50,7 +53,7 @@ def points(types: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--families", nargs="+", choices=sorted(FAMILIES), default=["tiny_five", "real_mixed"]
+        "--families", nargs="+", choices=sorted(FAMILIES), default=["real_mixed", "tiny_five"]
     )
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()
@@ -58,6 +61,7 @@ def main() -> None:
     seeds = list(range(FIRST_SEED, FIRST_SEED + args.seeds))
     task = load_task()
     values: dict[str, Any] = {"seeds": seeds}
+    schedule = replace(SCHEDULE, rounds=10, rates=RATES, **TYPE_PHASE)
     for family in args.families:
         here = present(family)
         if len(here) < 2:
@@ -71,7 +75,7 @@ def main() -> None:
                 seeds,
                 ALIGNMENT,
                 METHOD,
-                SCHEDULE,
+                schedule,
                 replace(task.data, **data),
             )
             table[name] = {
