@@ -87,6 +87,24 @@ def test_mixing_moves_every_types_experts_towards_the_mean_and_no_gate(tmp_path)
     assert all(np.array_equal(first, other) for other in others)
 
 
+def test_a_type_that_runs_away_takes_no_other_with_it(tmp_path):
+    strategy, _, _ = phased(tmp_path, rounds=3, mixing=0.5)
+    near, middle, far = (f"type/{key}" for key in strategy.roster.type_keys)
+    shared = strategy.state["global"]
+    experts = [name for name in shared if "experts" in name]
+    start = {}
+    for factor, group in ((1.0, near), (1.0, middle), (100.0, far)):
+        for name in experts:
+            strategy.state[group][name] = shared[name] + np.float32(factor)
+            start[group, name] = strategy.state[group][name].copy()
+    strategy.settle(3)
+    for name in experts:
+        mean = shared[name] + (1 + 1 + 2) / 3  # the far one counts as twice the median
+        for group in (near, middle, far):
+            expected = 0.5 * start[group, name] + 0.5 * mean
+            np.testing.assert_allclose(strategy.state[group][name], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
     strategy, federation, config = phased(tmp_path)
     client = next(iter(strategy.roster.clients))

@@ -19,6 +19,9 @@ from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
 from heterotune_flwr.strategies.consensus import ConsensusOptions
 from heterotune_flwr.strategies.updates import ClientUpdate
 
+#: How far from the last shared bank a type may be that is mixed into the others', in medians over types.
+_FARTHEST = 2.0
+
 
 class HeteroTune(HeteroStrategy):
     """HeteroTune (arXiv 2411.16796): DeMA experts in one latent space, aggregated with CMGA.
@@ -54,7 +57,8 @@ class HeteroTune(HeteroStrategy):
         Share of the rounds that the type phase takes, 0 to less than 1, rounded down to whole rounds; the consensus
         is then at work in it alone. 0, or no consensus: there is none, and the consensus is at work in every round.
     mixing
-        Share of the mean over types, 0 to 1, that every type's experts take after every round of the type phase.
+        Share of the mean over types, 0 to 1, that every type's experts take after every round of the type phase; in
+        it a type counts as at most twice as far from the last shared bank as the median type.
 
     """
 
@@ -127,18 +131,24 @@ class HeteroTune(HeteroStrategy):
         """In the type phase, move every type's experts a little towards the mean over types."""
         if not self.parted or not self.mixing:
             return
-        for name in self.state[GLOBAL]:
-            groups = [
-                f"type/{key}"
-                for key in self._groups
-                if tier_of(name) == "global" and self.shares(key, slot_of(name))
-            ]
-            if len(groups) < 2:
-                continue
-            own = [self.state[group][name] for group in groups]
-            mean = np.mean(own, axis=0)
-            for group, value in zip(groups, own, strict=True):
-                mixed = (1 - self.mixing) * value + self.mixing * mean
+        experts = [name for name in self.state[GLOBAL] if tier_of(name) == "global"]
+        for slot in sorted({slot_of(name) for name in experts}):
+            groups = [f"type/{key}" for key in self._groups if self.shares(key, slot)]
+            if len(groups) > 1:
+                self._mix([name for name in experts if slot_of(name) == slot], groups)
+
+    def _mix(self, names: Sequence[str], groups: Sequence[str]) -> None:
+        """Mix one slot; a type that has gone far more than the others counts as far as :data:`_FARTHEST` lets it."""
+        shared = self.state[GLOBAL]
+        moved = [{n: self.state[group][n] - shared[n] for n in names} for group in groups]
+        lengths = [np.sqrt(sum(float(np.square(v).sum()) for v in own.values())) for own in moved]
+        farthest = _FARTHEST * float(np.median(lengths))
+        scales = [min(1.0, farthest / length) if length > 0 else 1.0 for length in lengths]
+        for name in names:
+            steps = [scale * own[name] for scale, own in zip(scales, moved, strict=True)]
+            mean = shared[name] + np.mean(steps, axis=0)
+            for group in groups:
+                mixed = (1 - self.mixing) * self.state[group][name] + self.mixing * mean
                 self.state[group][name] = mixed.astype(np.float32)
 
     def scope(self, name: str, type_key: str) -> Scope:
