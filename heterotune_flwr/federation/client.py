@@ -27,6 +27,7 @@ from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.federation.anchor_work import AnchorWork
+from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
@@ -368,8 +369,8 @@ HANDLERS: dict[str, Handler] = {
 def respond(message: Message, context: Context, handler: Handler) -> Message:
     """Run a handler; an error becomes a one-line reply, never a dead worker.
 
-    A problem that a user can mend travels as its own line; anything else is a fault of this
-    program: its traceback goes to the client's log.
+    A problem that a user can mend travels as its own line (of a deployed client without what is its own:
+    :mod:`.discretion`); anything else is a fault of this program: its traceback goes to the client's log.
     """
     try:
         content = handler(message, context)
@@ -377,10 +378,11 @@ def respond(message: Message, context: Context, handler: Handler) -> Message:
         content = error_content(str(error), error.kind)
     except HeteroTuneError as error:
         log.error("%s: %s", message.metadata.message_type, error)
-        content = error_content(str(error))
+        content = error_content(told(error, context.node_config))
     except Exception as error:
         log.exception("%s failed", message.metadata.message_type)
         # Of a deployed client the text stays at home: it may quote private data.
-        detail = str(error) if is_simulated(context.node_config) else "see this client's log"
+        stays = not is_simulated(context.node_config)
+        detail = f"see this client's log ({LOG})" if stays else str(error)
         content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED)
     return Message(content, reply_to=message)
