@@ -372,17 +372,18 @@ def respond(message: Message, context: Context, handler: Handler) -> Message:
     A problem that a user can mend travels as its own line (of a deployed client without what is its own:
     :mod:`.discretion`); anything else is a fault of this program: its traceback goes to the client's log.
     """
+    client_id = str(context.node_config.get("client-id") or "")
     try:
         content = handler(message, context)
     except RemoteError as error:
-        content = error_content(str(error), error.kind)
+        content = error_content(str(error), error.kind, client_id)
     except HeteroTuneError as error:
         log.error("%s: %s", message.metadata.message_type, error)
-        content = error_content(told(error, context.node_config))
+        content = error_content(told(error, context.node_config), client_id=client_id)
     except Exception as error:
         log.exception("%s failed", message.metadata.message_type)
         # Of a deployed client the text stays at home: it may quote private data.
         stays = not is_simulated(context.node_config)
         detail = f"see this client's log ({LOG})" if stays else str(error)
-        content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED)
+        content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED, client_id)
     return Message(content, reply_to=message)

@@ -38,7 +38,9 @@ def answer(message: Message, context: Context) -> Message:
             return _here(message, context)
     except HeteroTuneError as error:
         log.error("%s: %s", message.metadata.message_type, error)
-        return Message(error_content(told(error, context.node_config)), reply_to=message)
+        name = str(context.node_config.get("client-id") or "")
+        content = error_content(told(error, context.node_config), client_id=name)
+        return Message(content, reply_to=message)
 
 
 def uses_worker(node_config: Mapping[str, Any]) -> bool:
