@@ -31,5 +31,9 @@ class ExchangeError(HeteroTuneError):
     """A message or stored tensor tree is malformed."""
 
 
+class LeftRunningError(HeteroTuneError):
+    """Interrupted while something may have been handed over that goes on without this process."""
+
+
 class FederationError(HeteroTuneError):
     """A round, a client or the federation as a whole failed."""

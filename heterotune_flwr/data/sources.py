@@ -179,9 +179,9 @@ def _read(
 
 
 def _table(data: DataConfig, part: str) -> tuple[Example, ...]:
-    """Examples of a part: of the user's own file, with its columns, or of the shipped one, with the package's."""
-    own = (data.train if part == "train" else data.test) is not None
-    return _cached(_path(data, part), data if own else _SHIPPED)
+    """Examples of a part. Columns named for a file of one's own are not those of the shipped test beside it."""
+    mixed = part == "test" and data.test is None and data.train is not None
+    return _cached(_path(data, part), _SHIPPED if mixed else data)
 
 
 def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:

@@ -65,7 +65,10 @@ def read_status(directory: Path) -> Standing:
     journal = directory / "rounds.jsonl"
     try:
         if not journal.is_file():
-            raise ConfigError(f"{directory} is no run directory: it has no rounds.jsonl")
+            raise ConfigError(
+                f"{directory} is no run directory: it has no rounds.jsonl (a run makes it when it begins; why one did "
+                "not begin is in its log: flwr log)"
+            )
         events = read_events(journal)
     except OSError as error:
         raise ConfigError(
