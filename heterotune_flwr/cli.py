@@ -14,7 +14,7 @@ import typer
 
 from heterotune_flwr import __version__, cli_backbones
 from heterotune_flwr.deploy.cli import deploy_app, node_app
-from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
 from heterotune_flwr.worker.cli import app as worker_app
 
 app = typer.Typer(
@@ -196,6 +196,9 @@ def main() -> None:
     """Entry point: user errors become one line, Ctrl-C a quiet end."""
     try:
         code = app(standalone_mode=False)
+    except LeftRunningError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(130)
     except HeteroTuneError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
@@ -205,7 +208,11 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     if code == 130:
-        typer.echo("interrupted; everything that was started has been stopped", err=True)
+        # Only `run` starts processes of its own, and has stopped them by now.
+        stopped = (
+            "; everything that was started has been stopped" if sys.argv[1:2] == ["run"] else ""
+        )
+        typer.echo(f"interrupted{stopped}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -16,11 +16,23 @@ class BackboneError(HeteroTuneError):
 
 
 class DataError(HeteroTuneError):
-    """A data set is missing, malformed or too small for the requested split."""
+    """A data set is missing, malformed or too small for the requested split.
+
+    The message names files and columns for whoever owns them. ``told`` is what a deployed client tells the server
+    instead: nothing that depends on its own data.
+    """
+
+    def __init__(self, message: str, told: str = "its data cannot be used") -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class ExchangeError(HeteroTuneError):
     """A message or stored tensor tree is malformed."""
+
+
+class LeftRunningError(HeteroTuneError):
+    """Interrupted while something may have been handed over that goes on without this process."""
 
 
 class FederationError(HeteroTuneError):

@@ -103,3 +103,17 @@ def test_states_are_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "1 tables, 0.002 of 20 GB" in _heterotune("states").stdout
     assert "removed 0.002 GB" in _heterotune("states", "--clear").stdout
     assert not kept.exists()
+
+
+def test_ctrl_c_while_the_command_is_imported_is_a_quiet_end() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from heterotune_flwr.entry import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

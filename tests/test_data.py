@@ -58,7 +58,9 @@ def test_the_three_formats_agree(tmp_path, data):
 
 
 def test_errors_name_file_column_and_setting(tmp_path, data):
-    with pytest.raises(DataError, match=r"no column 'answer' \(data.label_field\).*client, label"):
+    with pytest.raises(
+        DataError, match=r"no column 'answer' \(data.label_field; label-field in.*client, label"
+    ):
         training_pool(replace(data, label_field="answer"))
     with pytest.raises(DataError, match="does not exist"):
         training_pool(replace(data, train=str(tmp_path / "none.jsonl")))
@@ -101,6 +103,33 @@ def test_odd_files_are_read_or_refused_with_their_line(tmp_path, data):
     (tmp_path / "one.jsonl").write_text('{"text": "a", "label": "b"}\n' * 3)
     with pytest.raises(DataError, match="nothing to learn"):
         label_set(replace(data, train=str(tmp_path / "one.jsonl")))
+
+
+def test_own_columns_are_not_those_of_the_shipped_test(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "kind": "games"}\n')
+    mine = DataConfig(
+        train=str(tmp_path / "mine.jsonl"), text_field="prompt", label_field="kind", format="jsonl"
+    )
+    mine = replace(mine, labels=label_set(DataConfig()), client_field="x", references_field="y")
+    assert training_pool(mine) == (Example("a", "games"),)
+    assert global_test(mine) == global_test(DataConfig())
+    own_test = replace(mine, test=mine.train)
+    assert global_test(own_test) == [Example("a", "games")]
+
+
+def test_what_is_no_text_is_refused_when_it_is_read(tmp_path, data):
+    cases = {
+        '{"text": "a \\ud800", "label": "b"}': "holds half a character",
+        '{"text": "a", "label": "\\udfff"}': "holds half a character",
+        '{"text": "a", "label": "b", "references": ["\\ud800"]}': "holds half a character",
+        '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}": "nested too deep",
+        '{"text": ' + "7" * 5000 + "}": "too many digits",
+    }
+    for number, (row, reason) in enumerate(cases.items()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(row)
+        with pytest.raises(DataError, match=f"{number}.jsonl.*{reason}"):
+            training_pool(replace(data, train=str(path)))
 
 
 def test_open_text_when_there_are_many_answers(data):

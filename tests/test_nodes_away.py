@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from typing import ClassVar
 
 import pytest
 from toy_federation import ToyFederation, toy_config
@@ -13,6 +15,7 @@ from heterotune_flwr.federation import maps_service, roster
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.federation.wire import error_content
 from heterotune_flwr.flower import Error, Message
 from heterotune_flwr.strategies import courier
 
@@ -77,6 +80,57 @@ def test_nobody_waits_for_a_node_that_is_away_when_there_are_enough(tmp_path):
     run_strategies(grid, config, journal, "toy-0")
     assert time.monotonic() - began < 60
     assert len(grid.asked) == 3
+
+
+class Namesakes(ToyFederation):
+    """``names``: client id -> what it calls itself; ``mute``: client ids that answer with an error."""
+
+    names: ClassVar[dict[str, str]] = {}
+    mute: ClassVar[set[str]] = set()
+
+    def who(self, context):
+        client_id, *rest = super().who(context)
+        return self.names.get(client_id, client_id), *rest
+
+    def describe(self, message, context):
+        client_id = self.who(context)[0]
+        if client_id in self.mute:
+            return Message(
+                error_content("its data\x1b is gone", client_id=client_id), reply_to=message
+            )
+        return super().describe(message, context)
+
+
+def namesakes(tmp_path, reverse=False, minimum=2, **faults):
+    spec = {"_component_": "heterotune_flwr.strategies.heterotune.HeteroTune"}
+    config = toy_config(tmp_path, (2, 1, 0), {"heterotune": spec}, min_clients=minimum)
+    toy = type("Toy", (Namesakes,), faults)(config)
+    journal = Journal(tmp_path / "run")
+    try:
+        run_strategies(toy.grid(reverse=reverse), config, journal, "toy-0")
+    finally:
+        events = read_events(journal.path)
+    left = [e for e in events if e["event"] == "left_out"]
+    return left, next(e for e in events if e["event"] == "describe")
+
+
+def test_a_node_that_answers_with_an_error_is_on_record(tmp_path):
+    left, told = namesakes(tmp_path, mute={"client-0002"})
+    assert [(e["client_id"], e["reason"]) for e in left] == [("client-0002", "its data? is gone")]
+    assert sorted(told["members"]) == ["client-0000", "client-0001"]
+    with pytest.raises(FederationError, match=r"first reason: node \d+ \(client-0002\): its data"):
+        namesakes(tmp_path, minimum=3, mute={"client-0002"})
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_second_node_of_one_name_does_not_stop_the_others(tmp_path, reverse):
+    left, told = namesakes(tmp_path, reverse, names={"client-0002": "client-0000"})
+    assert sorted(told["members"]) == ["client-0000", "client-0001"]
+    (one,) = left
+    assert one["client_id"] == "client-0000"
+    nodes = [int(n) for n in re.findall(r"\d{2,}", one["reason"].replace("client-0000", ""))]
+    assert int(one["node_id"]) == max(nodes)
+    assert f"{min(nodes)} takes part" in one["reason"]
 
 
 def test_patience_with_those_that_are_away_ends(tmp_path):

@@ -55,6 +55,12 @@ def test_means_are_over_clients_then_seeds() -> None:
     assert mean_accuracy(RESULTS, "fedit") is None
 
 
+def test_a_run_that_evaluated_nothing_says_so(tmp_path: Path) -> None:
+    text = final_table({"runs": [_run("heterotune", 0, {})]}, tmp_path)
+    assert "Nothing was evaluated" in text
+    assert "Bytes on the wire" in text
+
+
 def test_the_final_table_holds_accuracies_gains_bytes_and_the_directory(tmp_path: Path) -> None:
     text = final_table(RESULTS, tmp_path)
     assert "35.0 ± 7.1" in text

@@ -49,7 +49,7 @@ _NULLABLE = ("exchange.up", "exchange.down")
 #: dotted key -> what a value that is not null must be above
 _ABOVE: dict[str, float] = {
     "server.norm_limit": 1, "server.norm_ceiling": 1, "server.deadline_factor": 1, "server.quorum": 0,
-    "server.query_seconds": 0,
+    "server.query_seconds": 0, "server.min_clients": 0,
 }  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
@@ -94,6 +94,9 @@ def check_choices(config: Config) -> None:
         if not (value := _value(config, path)) > 0:  # NaN neither
             raise ConfigError(f"{path} is {value}, it must be above 0")
     check_directions(config.exchange)
+    labels = config.data.labels
+    if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
+        raise ConfigError(f"data.labels is {labels}; name at least two answers, each once")
     for path, bound in _ABOVE.items():
         value = _value(config, path)
         if value is not None and not bound < value < float("inf"):

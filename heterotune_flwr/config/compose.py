@@ -81,7 +81,12 @@ def _find_preset(config: str) -> dict[str, Any]:
     path = Path(config).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
-            return _read(path)
+            content = _read(path)
+            if not content:
+                raise ConfigError(
+                    f"configuration file {config} is empty; name a preset, or write a run into it"
+                )
+            return content
         named = conf_root() / path.name
         if named.is_file():
             return _read(named)

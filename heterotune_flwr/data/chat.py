@@ -29,7 +29,7 @@ def from_chat(messages: Sequence[Any], data: DataConfig, where: str) -> dict[str
     Raises
     ------
     DataError
-        A message lacks role or content, or there is no reply with something before it. Contents are never quoted.
+        A message lacks role or content, or there is no reply, or nothing before it. Contents are never quoted.
 
     """
     turns: list[tuple[str, str]] = []
@@ -46,7 +46,11 @@ def from_chat(messages: Sequence[Any], data: DataConfig, where: str) -> dict[str
         raise DataError(
             f"{where}: the conversation in {data.text_field!r} has no reply of the assistant after another message"
         )
+    if not turns[last][1].strip():
+        raise DataError(f"{where}: the last reply of the assistant in {data.text_field!r} is empty")
     before = turns[:last]
+    if not any(text.strip() for _, text in before):
+        raise DataError(f"{where}: nothing is said in {data.text_field!r} before the last reply")
     said = (
         before[0][1] if len(before) == 1 else "\n".join(f"{role}: {text}" for role, text in before)
     )

@@ -25,6 +25,10 @@ from heterotune_flwr.plugins import load_plugin, plugin_names
 
 #: Data sets shipped with the package.
 EMBEDDED = ("debian_sections",)
+#: Told of an answer that is not among the labels.
+OUTSIDE = "an answer in its data is not among the labels of the run (data.labels)"
+#: Columns and form of the files that ship with the package, whatever those of a user's own files are.
+_SHIPPED = DataConfig()
 
 
 def _open(path: Path) -> TextIO:
@@ -47,23 +51,37 @@ def _rows(path: Path, form: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number} is not valid JSON: {error.msg}") from error
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(
+                        error, "msg", "nested too deep, or a number of too many digits"
+                    )
+                    raise DataError(f"{path}:{number} is not valid JSON: {reason}") from error
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number} is not a JSON object")
                 yield number, row
 
 
 def _column(row: dict[str, Any], key: str, setting: str, where: str) -> str:
-    if key in row and row[key] is None:
-        raise DataError(f"{where} has an empty {key!r} (data.{setting})")
+    named = f"{key!r} (data.{setting}; {setting.replace('_', '-')} in a node's settings)"
     if key not in row:
         raise DataError(
-            f"{where} has no column {key!r} (data.{setting}); columns present: "
+            f"{where} has no column {named}; columns present: "
             f"{', '.join(sorted(str(name) for name in row if name))}"
         )
-    if not (text := str(row[key])).strip():
-        raise DataError(f"{where} has an empty {key!r} (data.{setting})")
+    if row[key] is None or not (text := str(row[key])).strip():
+        raise DataError(f"{where} has an empty {named}")
+    return _sound(text, key, where)
+
+
+def _sound(text: str, key: str, where: str) -> str:
+    """The text, unless it is one that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {key!r} holds half a character (an escape like \\ud83d without its second half); write the file "
+            "anew, or leave this row out"
+        ) from error
     return text
 
 
@@ -75,7 +93,7 @@ def _references(value: Any, where: str, data: DataConfig) -> tuple[str, ...]:
         raise DataError(
             f"{where}: {data.references_field!r} (data.references_field) holds something that is no text"
         )
-    return tuple(value)
+    return tuple(_sound(item, data.references_field, where) for item in value)
 
 
 def read_examples(path: Path, data: DataConfig) -> list[Example]:
@@ -112,6 +130,8 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
         raise DataError(
             f"data file {str(path)!r} is not UTF-8 text; save it as UTF-8 ({error})"
         ) from error
+    except RecursionError as error:
+        raise DataError(f"data file {str(path)!r} has a column that is nested too deep") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(f"data file {str(path)!r} cannot be read: {error}") from error
     if not examples:
@@ -131,7 +151,8 @@ def _path(data: DataConfig, part: str) -> Path:
     if data.name not in EMBEDDED:
         raise DataError(
             f"data.{part} is not set and {data.name!r} is no embedded data set "
-            f"({', '.join((*EMBEDDED, *plugin_names('data')))}); give data.train and data.test"
+            f"({', '.join((*EMBEDDED, *plugin_names('data')))}); give data.train and data.test",
+            f"there is no {part} data for this run on it (test in a node's settings)",
         )
     found = asset_path(f"{data.name}/{part}.jsonl.gz")
     if found is None:
@@ -155,6 +176,12 @@ def _read(
         format=form,
     )
     return tuple(read_examples(path, columns))
+
+
+def _table(data: DataConfig, part: str) -> tuple[Example, ...]:
+    """Examples of a part. Columns named for a file of one's own are not those of the shipped test beside it."""
+    mixed = part == "test" and data.test is None and data.train is not None
+    return _cached(_path(data, part), _SHIPPED if mixed else data)
 
 
 def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
@@ -185,7 +212,7 @@ def training_pool(data: DataConfig) -> tuple[Example, ...]:
         return read_tasks(data.train, data, None if data.test is not None else "train")
     if _is_plugin(data):
         return _from_plugin(data.name, "train")
-    return _cached(_path(data, "train"), data)
+    return _table(data, "train")
 
 
 def global_test(data: DataConfig) -> list[Example]:
@@ -203,8 +230,7 @@ def global_test(data: DataConfig) -> list[Example]:
         where = str(data.test or data.train)
         found = read_tasks(where, data, None if data.test is not None else "test")
     else:
-        path = _path(data, "test")
-        where, found = str(path), _cached(path, data)
+        where, found = str(_path(data, "test")), _table(data, "test")
     examples = list(found[: data.global_test_examples])
     check_labels(examples, label_set(data), where)
     return examples
@@ -233,7 +259,8 @@ def check_labels(examples: Iterable[Example], labels: Sequence[str] | None, wher
         if example.label not in known:  # the answer itself may be private
             raise DataError(
                 f"{where}: the answer of example {number} is not in the label set "
-                f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}); set data.labels"
+                f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}); set data.labels",
+                OUTSIDE,
             )
 
 

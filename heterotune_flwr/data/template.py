@@ -35,7 +35,9 @@ def render_prompt(prompt: str, text: str) -> str:
 
     """
     if "{text}" not in prompt:
-        raise DataError(f"data.prompt {prompt!r} has no {{text}} to fill")
+        raise DataError(
+            f"data.prompt {prompt!r} has no {{text}} to fill", "data.prompt has no {text} to fill"
+        )
     return prompt.replace("{text}", text)
 
 
@@ -92,11 +94,12 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], prompt: str) -> list[int
     for label in labels:
         token = answer_ids(tokenizer, rendered, label)[0]
         if token in owners:
-            raise DataError(
+            problem = (
                 f"labels {owners[token]!r} and {label!r} begin with the same token "
                 f"{tokenizer.convert_ids_to_tokens(token)!r} of this backbone; rename one of them "
                 "or set train.loss=tokens and alignment.output=vocabulary"
             )
+            raise DataError(problem, problem)  # the labels are the run's own
         owners[token] = label
     return list(owners)
 
@@ -126,7 +129,8 @@ def encode_example(
     if room < 1:
         raise DataError(
             f"an answer of {len(answer)} tokens leaves no room for its prompt in "
-            f"data.max_length={max_length}"
+            f"data.max_length={max_length}",
+            "an answer in its data leaves no room for a prompt (data.max_length)",
         )
     return EncodedExample(
         truncate_prompt(tokenizer, encode_text(tokenizer, rendered), room), answer

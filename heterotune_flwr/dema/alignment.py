@@ -13,7 +13,7 @@ from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, public_words
 from heterotune_flwr.dema.maps import AlignmentResult, compute_maps, join_type
-from heterotune_flwr.errors import ExchangeError, FederationError
+from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
@@ -23,6 +23,7 @@ __all__ = [
     "align_types",
     "compute_maps",
     "factors_path",
+    "join_known",
     "join_type",
     "load_anchors",
     "public_words",
@@ -96,27 +97,68 @@ def align_types(
         For the held-out split and the controls.
 
     """
-    factors: dict[str, Tensors] = {}
     paths = {key: factors_path(fingerprints, key, config, method, labels) for key in fingerprints}
-    if config.alignment.cache:
-        for key, path in paths.items():
-            if path.exists():
-                try:
-                    factors[key] = load_tensors(path)
-                except ExchangeError:
-                    path.unlink(missing_ok=True)
-    missing = [key for key in sorted(fingerprints) if key not in factors]
+    factors, asked = _gather(paths, config.alignment.cache, ask)
+    result = compute_maps(factors, config.alignment, method, labels, seed)
+    _remember(paths, factors, asked if config.alignment.cache else [])
+    return result
+
+
+def join_known(
+    known: AlignmentResult,
+    type_key: str,
+    fingerprint: str,
+    config: Config,
+    method: MethodConfig,
+    labels: Sequence[str] | None,
+    ask: Ask,
+) -> tuple[Tensors, list[float]]:
+    """Maps and quality of one type that comes when the others' maps are settled (:func:`.maps.join_type`).
+
+    Raises
+    ------
+    ConfigError
+        The type cannot be fitted to what is known.
+
+    """
+    alignment = config.alignment
+    if alignment.control != "none":
+        raise ConfigError(f"alignment.control={alignment.control} is drawn for all types at once")
+    path = {type_key: factors_path({type_key: fingerprint}, type_key, config, method, labels)}
+    # Factors over words are for the words that this very set of types shares.
+    caching = alignment.cache and alignment.output == "labels"
+    factors, asked = _gather(path, caching, ask)
+    joined = join_type(known, factors[type_key], method)
+    _remember(path, factors, asked if caching else [])
+    return joined
+
+
+def _gather(
+    paths: Mapping[str, Path], caching: bool, ask: Ask
+) -> tuple[dict[str, Tensors], list[str]]:
+    """Factors of the types, in order, and which of them had to be asked for."""
+    factors: dict[str, Tensors] = {}
+    for key, path in paths.items():
+        if caching and path.exists():
+            try:
+                factors[key] = load_tensors(path)
+            except ExchangeError:
+                path.unlink(missing_ok=True)
+    missing = [key for key in sorted(paths) if key not in factors]
     if missing:
         fresh = ask(missing)
         for key in missing:
             _check_finite(fresh[key], key)
         factors |= {key: fresh[key] for key in missing}
-    ordered = {key: factors[key] for key in sorted(factors)}
-    result = compute_maps(ordered, config.alignment, method, labels, seed)
-    if config.alignment.cache:  # only what has been of use
-        for key in missing:
-            save_tensors(paths[key], factors[key])
-    return result
+    return {key: factors[key] for key in sorted(factors)}, missing
+
+
+def _remember(
+    paths: Mapping[str, Path], factors: Mapping[str, Tensors], keys: Sequence[str]
+) -> None:
+    """Put factors that have been of use into the cache."""
+    for key in keys:
+        save_tensors(paths[key], factors[key])
 
 
 def _check_finite(factors: Tensors, key: str) -> None:

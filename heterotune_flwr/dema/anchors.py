@@ -17,6 +17,7 @@ from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 
 SHIPPED = ("debian-other", "wordnet")
+_TOLD = "its anchors cannot be used"
 _WORD = re.compile(r"[A-Za-z][a-z]+")
 
 
@@ -26,7 +27,7 @@ def _read(path: Path) -> list[str]:
         with opener(path, "rt", encoding="utf-8-sig") as stream:  # type: ignore[operator]
             lines = [line.rstrip("\n") for line in stream]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"the anchors {path} cannot be read: {error}") from error
+        raise DataError(f"the anchors {path} cannot be read: {error}", _TOLD) from error
     if path.name.removesuffix(".gz").endswith(".txt"):
         return [line for line in lines if line.strip()]
     texts = []
@@ -37,7 +38,7 @@ def _read(path: Path) -> list[str]:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}, line {number}: every anchor must be a JSON object with a 'text'"
+                f"{path}, line {number}: every anchor must be a JSON object with a 'text'", _TOLD
             ) from error
         texts.append(str(text))
     return texts
@@ -58,11 +59,14 @@ def load_anchors(alignment: AlignmentConfig) -> list[str]:
         path = asset_path(f"anchors/{name}.jsonl.gz")
     if path is None or not path.is_file():
         raise DataError(
-            f"alignment.anchors is {name!r}: neither a shipped set ({', '.join(SHIPPED)}) nor a file"
+            f"alignment.anchors is {name!r}: neither a shipped set ({', '.join(SHIPPED)}) nor a file",
+            _TOLD,
         )
     texts = _read(path)[: alignment.count]
     if len(texts) < 10:
-        raise DataError(f"{name} has {len(texts)} anchors; thousands are needed to align models")
+        raise DataError(
+            f"{name} has {len(texts)} anchors; thousands are needed to align models", _TOLD
+        )
     return texts
 
 

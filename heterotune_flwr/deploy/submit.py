@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from omegaconf import OmegaConf
 
 from heterotune_flwr.config.compose import (
@@ -20,6 +21,7 @@ from heterotune_flwr.config.compose import (
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
+from heterotune_flwr.errors import ConfigError, LeftRunningError
 from heterotune_flwr.federation.launcher import check_directory
 from heterotune_flwr.federation.resume import check_resumable
 from heterotune_flwr.federation.server import check_strategies, run_directory
@@ -74,10 +76,24 @@ def submit(
         app = stage_app(Path(folder) / "app")
         settings = Path(folder) / "run.toml"
         settings.write_text("".join(f"{key} = {toml_string(v)}\n" for key, v in values.items()))
-        answer = flwr(
-            deployment, "run", str(app), CONNECTION, "--run-config", str(settings), named=True
-        )
-    return Submitted(str(answer["run-id"]), directory)
+        try:
+            answer = flwr(
+                deployment, "run", str(app), CONNECTION, "--run-config", str(settings), named=True
+            )
+        except KeyboardInterrupt as error:
+            words = _flwr_words(deployment)
+            raise LeftRunningError(
+                "interrupted while the run was handed to the SuperLink: it may have it, and then the run goes on; "
+                f"look with `{words} list {CONNECTION}`, end it with `{words} stop RUN_ID {CONNECTION}`"
+            ) from error
+    run_id = str(answer["run-id"])
+    typer.echo(f"its log: {_flwr_words(deployment)} log {run_id} {CONNECTION}", err=True)
+    return Submitted(run_id, directory)
+
+
+def _flwr_words(deployment: Deployment) -> str:
+    """How an operator calls Flower's own command."""
+    return f"FLWR_HOME={deployment.operator} flwr"
 
 
 def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tuple[Config, Path]:
@@ -96,4 +112,25 @@ def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tup
     settled = with_absolute_paths(settled)
     directory = run_directory(settled)
     check_directory(directory)
+    _check_place(directory, deployment)
     return settled, directory
+
+
+def _check_place(directory: Path, deployment: Deployment) -> None:
+    """Refuse a place where no folder can be made; say of one that the systemd units keep closed that they do."""
+    place = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".heterotune-", dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir is {directory}, and no folder can be made in {place} ({error.strerror or error}); leave run.dir "
+            f"out for one in {deployment.folder / 'runs'}"
+        ) from error
+    open_to_units = (deployment.folder / "runs", deployment.server / "state")
+    if not any(directory.is_relative_to(folder.resolve()) for folder in open_to_units):
+        typer.echo(
+            f"note: {directory} is outside {open_to_units[0]}: a SuperExec started by its systemd unit cannot write "
+            "there (ReadWritePaths)",
+            err=True,
+        )

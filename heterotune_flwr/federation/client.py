@@ -27,6 +27,7 @@ from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.federation.anchor_work import AnchorWork
+from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
@@ -368,19 +369,21 @@ HANDLERS: dict[str, Handler] = {
 def respond(message: Message, context: Context, handler: Handler) -> Message:
     """Run a handler; an error becomes a one-line reply, never a dead worker.
 
-    A problem that a user can mend travels as its own line; anything else is a fault of this
-    program: its traceback goes to the client's log.
+    A problem that a user can mend travels as its own line (of a deployed client without what is its own:
+    :mod:`.discretion`); anything else is a fault of this program: its traceback goes to the client's log.
     """
+    client_id = str(context.node_config.get("client-id") or "")
     try:
         content = handler(message, context)
     except RemoteError as error:
-        content = error_content(str(error), error.kind)
+        content = error_content(str(error), error.kind, client_id)
     except HeteroTuneError as error:
         log.error("%s: %s", message.metadata.message_type, error)
-        content = error_content(str(error))
+        content = error_content(told(error, context.node_config), client_id=client_id)
     except Exception as error:
         log.exception("%s failed", message.metadata.message_type)
         # Of a deployed client the text stays at home: it may quote private data.
-        detail = str(error) if is_simulated(context.node_config) else "see this client's log"
-        content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED)
+        stays = not is_simulated(context.node_config)
+        detail = f"see this client's log ({LOG})" if stays else str(error)
+        content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED, client_id)
     return Message(content, reply_to=message)

@@ -75,7 +75,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     """One line of a journal, None for one that is empty or torn."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and "event" in event else None
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import Config, MethodConfig, ServerConfig
-from heterotune_flwr.dema.alignment import align_types, load_anchors, public_words
-from heterotune_flwr.errors import FederationError, HeteroTuneError
+from heterotune_flwr.dema.alignment import align_types, join_known, load_anchors, public_words
+from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import (
     Tensors,
@@ -22,12 +22,12 @@ from heterotune_flwr.exchange.packing import (
     round_trip,
     tensor_digest,
 )
-from heterotune_flwr.exchange.trees import load_state, save_state
 from heterotune_flwr.federation.journal import Journal, writing
+from heterotune_flwr.federation.kept_maps import KeptMaps
 from heterotune_flwr.federation.messenger import converse, make_message
 from heterotune_flwr.federation.protocol import ALIGN, Header, pack_mask, unpack_mask
 from heterotune_flwr.federation.queries import AlignReply, AlignRequest
-from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
+from heterotune_flwr.federation.roster import AGAIN_SECONDS, Client, Roster
 from heterotune_flwr.flower import Grid
 
 
@@ -58,6 +58,23 @@ def query_seconds(server: ServerConfig) -> float:
     return server.timeout_seconds if server.query_seconds is None else server.query_seconds
 
 
+def _fingerprints(roster: Roster) -> dict[str, str]:
+    return {
+        key: roster.clients[roster.of_type(key)[0]].info.fingerprint for key in roster.type_keys
+    }
+
+
+def _check_weights(roster: Roster, kept: KeptMaps) -> None:
+    """Refuse a known type with other weights: its maps, and what it has learnt, are of the old ones."""
+    for key, fingerprint in _fingerprints(roster).items():
+        if kept.fingerprints.get(key, fingerprint) != fingerprint:
+            members = ", ".join(roster.of_type(key))
+            raise FederationError(
+                f"{members} would bring {key} with other weights than this run was trained with; give back the "
+                f"backbone file or revision it had, or stop {members} and resume, or start a new run"
+            )
+
+
 class MapsService:
     """Computes the maps of a run's types, once for all its strategies."""
 
@@ -69,6 +86,7 @@ class MapsService:
         self._factors: dict[tuple[str, int], Tensors] = {}
         self._done: dict[str, Maps] = {}
         self._words: list[str] | None = None
+        self._unsaved: dict[Path, KeptMaps] = {}
 
     def words(self) -> list[str]:
         """Public word list every client marks its single-token words in; empty when not needed."""
@@ -87,59 +105,106 @@ class MapsService:
             self._done[key] = self._compute(roster, method, seed)
         return self._done[key]
 
+    def keep(self) -> None:
+        """Save what is new in the run directory: once it is certain that the run goes on with it."""
+        for path, kept in self._unsaved.items():
+            with writing(path.parent):
+                kept.save(path)
+        self._unsaved = {}
+
     def _compute(self, roster: Roster, method: MethodConfig, seed: int) -> Maps:
         down: dict[str, int] = {}
         up: dict[str, int] = {}
-        infos = {key: roster.clients[roster.of_type(key)[0]].info for key in roster.type_keys}
-        fingerprints = {key: info.fingerprint for key, info in infos.items()}
+        path = KeptMaps.path(self._journal.directory, method, seed)
+        kept = self._unsaved.get(path) or KeptMaps.load(path)
+        joined: list[str] = []
+        shrinkage: list[float] = []
+        if kept is None:
+            kept = self._align(roster, method, seed, down, up)
+            self._unsaved[path], shrinkage = kept, kept.shrinkage
+        else:
+            _check_weights(roster, kept)
+            joined = [key for key in roster.type_keys if key not in kept.tensors]
+            for type_key in joined:
+                kept = self._join(kept, type_key, roster, method, seed, down, up)
+                self._unsaved[path] = kept
+        tensors, quality = kept.of(roster.type_keys)
+        self._journal.event(
+            "align",
+            seed=seed,
+            quality=quality,
+            shrinkage=shrinkage,
+            cached=not up,
+            bytes_up=sum(up.values()),
+            joined=joined,
+        )
+        digests = {key: tensor_digest(value) for key, value in tensors.items()}
+        return Maps(tensors, digests, quality, down, up)
 
-        kept = self._kept_path(method, seed)
-        if (known := self._kept(kept, fingerprints)) is not None:
-            self._journal.event(
-                "align", seed=seed, quality=known.quality, shrinkage={}, cached=True, bytes_up=0
-            )
-            return known
+    def _align(
+        self,
+        roster: Roster,
+        method: MethodConfig,
+        seed: int,
+        down: dict[str, int],
+        up: dict[str, int],
+    ) -> KeptMaps:
+        """Align all types of a roster with each other."""
+        fingerprints = _fingerprints(roster)
+        shared = self._shared_words(roster.clients.values())
 
         def ask(type_keys: list[str]) -> dict[str, Tensors]:
             missing = [key for key in type_keys if (key, method.slots) not in self._factors]
-            fresh = self._ask(roster, missing, method, seed, down, up)
+            fresh = self._ask(roster, missing, method, seed, shared, down, up)
             self._factors |= {(key, method.slots): value for key, value in fresh.items()}
             return {key: self._factors[key, method.slots] for key in type_keys}
 
         result = align_types(fingerprints, self._config, method, roster.labels, ask, seed)
         codec = exact_codec(self._config.exchange)
         tensors = {key: round_trip(result.maps[key], codec) for key in roster.type_keys}
-        digests = {key: tensor_digest(value) for key, value in tensors.items()}
-        self._journal.event(
-            "align",
-            seed=seed,
-            quality=result.quality,
-            shrinkage=result.shrinkage,
-            cached=not up,
-            bytes_up=sum(up.values()),
+        return KeptMaps(
+            tensors, result.quality, fingerprints, result.shrinkage, result.anchor_latents, shared
         )
-        state = {"tensors": tensors, "quality": result.quality, "fingerprints": fingerprints}
-        with writing(kept.parent):
-            save_state(kept, state)
-        return Maps(tensors, digests, result.quality, down, up)
 
-    def _kept_path(self, method: MethodConfig, seed: int) -> Path:
-        """Where the run directory keeps the maps: a resumed run must go on in the same latent space."""
-        text = json.dumps([dataclasses.asdict(method), seed], sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self._journal.directory / "maps" / f"{name}.safetensors"
+    def _join(
+        self,
+        kept: KeptMaps,
+        type_key: str,
+        roster: Roster,
+        method: MethodConfig,
+        seed: int,
+        down: dict[str, int],
+        up: dict[str, int],
+    ) -> KeptMaps:
+        """Fit a type that this run does not know yet to the known latents; the others' maps stay as they are."""
+        members = roster.of_type(type_key)
+        fingerprint = roster.clients[members[0]].info.fingerprint
+        shared = self._shared_words(roster.clients[cid] for cid in members)
+        try:
+            if not kept.latents:
+                raise ConfigError(
+                    "the run was begun by an older program, which did not keep what a new type is fitted to"
+                )
+            if len(kept.words):
+                shared &= kept.words
+            maps, quality = join_known(
+                kept.known(shared), type_key, fingerprint, self._config, method, roster.labels,
+                lambda keys: self._ask(roster, keys, method, seed, shared, down, up),
+            )  # fmt: skip
+        except HeteroTuneError as error:
+            raise FederationError(
+                f"{', '.join(members)} would bring a new type, {type_key}, into this run, and that cannot be: {error}; "
+                f"nothing of the run has changed: stop {', '.join(members)} and resume it, or start a new run"
+            ) from error
+        maps = round_trip(maps, exact_codec(self._config.exchange))
+        return kept.with_type(type_key, maps, quality, fingerprint)
 
-    def _kept(self, path: Path, fingerprints: dict[str, str]) -> Maps | None:
-        """Maps that this run has computed before, None unless they are of these very backbones."""
-        if not path.exists():
-            return None
-        state = load_state(path)
-        if any(state["fingerprints"].get(key) != value for key, value in fingerprints.items()):
-            return None
-        tensors = {key: state["tensors"][key] for key in fingerprints}
-        quality = {key: state["quality"][key] for key in fingerprints}
-        digests = {key: tensor_digest(value) for key, value in tensors.items()}
-        return Maps(tensors, digests, quality, {}, {})
+    def _shared_words(self, clients: Iterable[Client]) -> NDArray[np.bool_]:
+        """Which public words are known to all of these."""
+        count = len(self.words())
+        masks = [unpack_mask(client.info.words_mask, count) for client in clients]
+        shared: NDArray[np.bool_] = np.logical_and.reduce(masks)
+        return shared
 
     def _ask(
         self,
@@ -147,6 +212,7 @@ class MapsService:
         type_keys: list[str],
         method: MethodConfig,
         seed: int,
+        shared: NDArray[np.bool_],
         down: dict[str, int],
         up: dict[str, int],
     ) -> dict[str, Tensors]:
@@ -156,10 +222,6 @@ class MapsService:
         ``server.wait_seconds`` last: they may be restarting.
         """
         words = self.words()
-        masks = [
-            unpack_mask(client.info.words_mask, len(words)) for client in roster.clients.values()
-        ]
-        shared: NDArray[np.bool_] = np.logical_and.reduce(masks)
         header = Header(f"{self._run_name}-align", seed, method)
         content = AlignRequest(header, method.slots, words, pack_mask(shared)).to_content()
         server = self._config.server

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from heterotune_flwr.config.schema import MethodConfig
@@ -17,6 +17,7 @@ from heterotune_flwr.federation.messenger import (
 )
 from heterotune_flwr.federation.protocol import DESCRIBE, Header
 from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.federation.wire import RemoteError, one_line
 from heterotune_flwr.flower import Grid
 
 
@@ -69,6 +70,20 @@ class Roster:
         }
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A node that does not take part, and why; ``client_id`` is what it calls itself, empty where it did not say."""
+
+    node_id: int
+    client_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One line."""
+        name = f" ({self.client_id})" if self.client_id else ""
+        return f"node {self.node_id}{name}: {self.reason}"
+
+
 def _same(clients: Mapping[str, Client], field: str, what: str, mend: str) -> None:
     """Refuse clients that differ in ``field``, naming two of them."""
     first_id, first = next(iter(clients.items()))
@@ -118,6 +133,7 @@ def describe_clients(
     minimum: int,
     wait_seconds: float,
     timeout: float,
+    tell: Callable[[LeftOut], None],
 ) -> Roster:
     """Wait for clients, ask each who it is, and check that they can work together.
 
@@ -134,6 +150,8 @@ def describe_clients(
         How many clients are needed and how long to wait for them.
     timeout
         Seconds to wait for the answers.
+    tell
+        Called with every node that does not take part.
 
     Raises
     ------
@@ -151,19 +169,22 @@ def describe_clients(
     content = DescribeRequest(header, words).to_content()
     found: dict[str, Client] = {}
     received: dict[str, int] = {}
-    problems: dict[int, str] = {}
+    problems: dict[int, LeftOut] = {}
     while nodes:
         messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
         replies = converse(grid, messages, timeout)
-        problems |= {node: f"node {node}: {why}" for node, why in replies.failures.items()}
+        problems |= {node: LeftOut(node, "", why) for node, why in replies.failures.items()}
         _read(replies, found, received, problems)
         if len(found) >= minimum or time.monotonic() + AGAIN_SECONDS > deadline:
             break
         time.sleep(AGAIN_SECONDS)
         known = {client.node_id for client in found.values()} | set(problems) - replies.passing
         nodes = sorted(set(grid.get_node_ids()) - known | replies.passing)
+    left_out = [problems[node] for node in sorted(problems)]
+    for one in left_out:
+        tell(one)
     if len(found) < minimum:
-        reason = min(problems.values(), default="no reason known")
+        reason = left_out[0] if left_out else "no reason known"
         raise FederationError(
             f"only {len(found)} of {minimum} clients can take part; first reason: {reason}"
         )
@@ -178,20 +199,32 @@ def _read(
     replies: Replies,
     found: dict[str, Client],
     received: dict[str, int],
-    problems: dict[int, str],
+    problems: dict[int, LeftOut],
 ) -> None:
-    """Take the descriptions that came back, by client id; what is wrong with one goes to ``problems``."""
+    """Take the descriptions that came back, by client id; what is wrong with one goes to ``problems``.
+
+    Of two nodes with one client id the one with the smaller node id is kept, whoever answers first: a node must not be
+    able to stop the run of the others by taking the name of one of them.
+    """
     for message in replies.messages:
         node_id = message.metadata.src_node_id
         problems.pop(node_id, None)
         try:
             info = DescribeReply.from_content(message.content)
         except HeteroTuneError as error:
-            problems[node_id] = str(error)
+            name = error.client_id if isinstance(error, RemoteError) else ""
+            problems[node_id] = LeftOut(node_id, one_line(name), one_line(str(error)))
             continue
-        if info.client_id in found:
-            raise FederationError(
-                f"two clients call themselves {info.client_id}; give each its own client-id"
+        client_id = info.client_id
+        if client_id in found:
+            other = found[client_id].node_id
+            kept, refused = min(node_id, other), max(node_id, other)
+            reason = (
+                f"nodes {kept} and {refused} both call themselves {client_id}; {kept} takes part; give each its own "
+                "client-id"
             )
-        found[info.client_id] = Client(node_id, info)
-        received[info.client_id] = content_bytes(message.content)
+            problems[refused] = LeftOut(refused, one_line(client_id), one_line(reason))
+            if kept == other:
+                continue
+        found[client_id] = Client(node_id, info)
+        received[client_id] = content_bytes(message.content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,10 +14,12 @@ from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.maps_service import Maps, MapsService, query_seconds
 from heterotune_flwr.federation.protocol import Header
-from heterotune_flwr.federation.roster import Roster, describe_clients
+from heterotune_flwr.federation.roster import LeftOut, Roster, describe_clients
 from heterotune_flwr.flower import Grid
 
 __all__ = ["Maps", "Session", "StrategyContext"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Session:
         key = json.dumps([asdict(method), seed], sort_keys=True)
         if key not in self._rosters:
             words = self.maps.words() if method.kind == "dema" else []
+            self.journal.event("asking", seed=seed, needed=self.minimum)
             roster = describe_clients(
                 self.grid,
                 Header(f"{self.run_name}-describe", seed, method),
@@ -54,12 +58,14 @@ class Session:
                 self.minimum,
                 self.config.server.wait_seconds,
                 query_seconds(self.config.server),
+                self._left_out,
             )
             self._rosters[key] = roster
             self.journal.event(
                 "describe",
                 clients=len(roster.clients),
                 seed=seed,
+                members={cid: client.info.type_key for cid, client in roster.clients.items()},
                 types={
                     type_key: {
                         "clients": len(roster.of_type(type_key)),
@@ -69,6 +75,13 @@ class Session:
                 },
             )
         return self._rosters[key]
+
+    def _left_out(self, node: LeftOut) -> None:
+        """Put a node that does not take part on record, in the server's log too."""
+        log.warning("left out: %s", node)
+        self.journal.event(
+            "left_out", node_id=str(node.node_id), client_id=node.client_id, reason=node.reason
+        )
 
     @property
     def maps(self) -> MapsService:

@@ -28,6 +28,8 @@ ERROR_FAILED, ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING = (
     "tensors_missing",
 )
 
+#: Letters of a client's own words that are kept.
+_LONGEST_REASON = 300
 T = TypeVar("T")
 
 
@@ -38,12 +40,15 @@ class RemoteError(FederationError):
     ----------
     kind
         ``failed``, or ``maps_missing`` or ``tensors_missing`` when the client lacks what the request names.
+    client_id
+        How the client calls itself, where it says so: before it has described itself nobody else knows.
 
     """
 
-    def __init__(self, message: str, kind: str = ERROR_FAILED) -> None:
+    def __init__(self, message: str, kind: str = ERROR_FAILED, client_id: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.client_id = client_id
 
 
 def read_config(content: RecordDict) -> ConfigRecord:
@@ -53,7 +58,7 @@ def read_config(content: RecordDict) -> ConfigRecord:
         raise ExchangeError("the message has no 'config' record")
     if "error" in record:
         kind = record.get("error_kind", ERROR_FAILED)
-        raise RemoteError(str(record["error"]), str(kind))
+        raise RemoteError(str(record["error"]), str(kind), str(record.get("client_id", "")))
     return record
 
 
@@ -123,10 +128,20 @@ def unpack_mask(data: bytes, length: int) -> NDArray[np.bool_]:
     return bits.astype(bool)
 
 
-def error_content(message: str, kind: str = ERROR_FAILED) -> RecordDict:
+def error_content(message: str, kind: str = ERROR_FAILED, client_id: str = "") -> RecordDict:
     """Content of a reply that says in one line why there is no result."""
     line = " ".join(message.split()) or "unknown error"
-    return RecordDict({CONFIG: ConfigRecord({"error": line, "error_kind": kind})})
+    record = ConfigRecord({"error": line, "error_kind": kind})
+    if client_id:
+        record["client_id"] = client_id
+    return RecordDict({CONFIG: record})
+
+
+def one_line(text: str) -> str:
+    """A client's words as a terminal and a journal can bear them."""
+    line = " ".join(text.split())
+    shown = "".join(char if char.isprintable() else "?" for char in line[:_LONGEST_REASON])
+    return shown if len(line) <= _LONGEST_REASON else f"{shown} ..."
 
 
 def add_tensors(

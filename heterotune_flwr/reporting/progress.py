@@ -109,6 +109,10 @@ class RunProgress:
         types = ", ".join(f"{facts['clients']} x {key}" for key, facts in event["types"].items())
         self._line(f"{event['clients']} clients: {types}", force=True)
 
+    def _on_left_out(self, event: Event) -> None:
+        name = event["client_id"] or f"node {event['node_id']}"
+        self._line(f"  {name} does not take part: {event['reason']}", force=True)
+
     def _on_align(self, event: Event) -> None:
         quality = ", ".join(
             f"{key} {sum(values) / len(values):.2f}" for key, values in event["quality"].items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -35,7 +36,10 @@ class ClientStanding:
 
 @dataclass
 class Standing:
-    """How a run stands. Times are seconds; ``eta`` is what is left of the strategy at work."""
+    """How a run stands.
+
+    Times are seconds; ``eta`` is what is left of the strategy at work, ``phase`` what is done before its first round.
+    """
 
     directory: str
     state: str
@@ -47,6 +51,7 @@ class Standing:
     loss: float | None = None
     eta: float | None = None
     last_event: float | None = None
+    phase: str | None = None
     clients: dict[str, ClientStanding] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -58,10 +63,19 @@ def read_status(directory: Path) -> Standing:
     """Read a run directory (ConfigError when it is none)."""
     directory = directory.expanduser().absolute()
     journal = directory / "rounds.jsonl"
-    if not journal.is_file():
-        raise ConfigError(f"{directory} is no run directory: it has no rounds.jsonl")
+    try:
+        if not journal.is_file():
+            raise ConfigError(
+                f"{directory} is no run directory: it has no rounds.jsonl (a run makes it when it begins; why one did "
+                "not begin is in its log: flwr log)"
+            )
+        events = read_events(journal)
+    except OSError as error:
+        raise ConfigError(
+            f"{journal} cannot be read: {error.strerror or error}; ask as the user whose run it is"
+        ) from error
     state, reason = _state(directory)
-    return follow(read_events(journal), Standing(str(directory), state, reason))
+    return follow(events, Standing(str(directory), state, reason))
 
 
 def _state(directory: Path) -> tuple[str, str | None]:
@@ -72,22 +86,50 @@ def _state(directory: Path) -> tuple[str, str | None]:
         return "unknown", None
 
 
+def _number(value: Any) -> float | None:
+    """A field that should be a number: None for anything else, for a journal may be damaged, or of another program."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _whole(value: Any, otherwise: int = 0) -> int:
+    number = _number(value)
+    return otherwise if number is None else int(number)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def follow(events: Iterable[Mapping[str, Any]], standing: Standing) -> Standing:
-    """Bring a standing up to date with events of the journal, in order."""
+    """Bring a standing up to date with events of the journal, in order; what is malformed in them is passed over."""
     bits: dict[str, str] = {}
     ends: list[float] = []
     for event in events:
-        kind, at = event["event"], float(event.get("time") or 0.0)
+        kind, at = event["event"], _number(event.get("time"))
+        at = standing.last_event if at is None else at
         standing.last_event = at
+        standing.phase = _phase(event, standing.phase)
         if kind == "describe":
-            bits = {key: str(of.get("bits", "")) for key, of in (event.get("types") or {}).items()}
+            types = _mapping(event.get("types"))
+            bits = {key: str(_mapping(of).get("bits", "")) for key, of in types.items()}
+            for client_id, type_key in _mapping(event.get("members")).items():
+                _of_client(
+                    standing.clients, {**event, "client_id": client_id, "type": type_key}, at, bits
+                )
         elif kind in ("start", "resumed"):
             standing.strategy, standing.seed = event.get("strategy"), event.get("seed")
-            standing.round, standing.of = int(event.get("round") or 0), int(event.get("of") or 0)
-            standing.loss, ends = None, [at]
+            standing.round, standing.of = _whole(event.get("round")), _whole(event.get("of"))
+            standing.loss, ends = None, [] if at is None else [at]
         elif kind == "round":
-            standing.round, standing.loss = int(event["round"]), event.get("loss")
-            ends.append(at)
+            standing.round = _whole(event.get("round"), standing.round)
+            standing.loss = _number(event.get("loss"))
+            ends += [] if at is None else [at]
         _of_client(standing.clients, event, at, bits)
     if standing.state == "running" and len(ends) > 1:
         recent = ends[-_RECENT - 1 :]
@@ -96,24 +138,49 @@ def follow(events: Iterable[Mapping[str, Any]], standing: Standing) -> Standing:
     return standing
 
 
+def _phase(event: Mapping[str, Any], before: str | None) -> str | None:
+    """What a run is at before its first round; None once rounds are told."""
+    kind = event["event"]
+    if kind == "asking":
+        return f"waiting for clients and asking who they are ({_whole(event.get('needed'))} are needed)"
+    phases: dict[str, str | None] = {
+        "journal": "starting",
+        "describe": "making the maps of the clients' types",
+        "align": "the maps are there",
+        "start": "testing the models before the first round",
+        "evaluate": None,
+        "train_reply": None,
+        "round": None,
+    }
+    return phases.get(kind, before) if isinstance(kind, str) else before
+
+
 def _of_client(
-    clients: dict[str, ClientStanding], event: Mapping[str, Any], at: float, bits: Mapping[str, str]
+    clients: dict[str, ClientStanding],
+    event: Mapping[str, Any],
+    at: float | None,
+    bits: Mapping[str, str],
 ) -> None:
     client_id = event.get("client_id")
+    if event["event"] == "left_out" and not client_id:
+        client_id = f"node {event.get('node_id')}"
     if client_id is None:
         return
     client = clients.setdefault(str(client_id), ClientStanding(str(client_id)))
     if event.get("type"):
         client.type_key = str(event["type"])
         client.bits = bits.get(client.type_key, client.bits)
-    if event["event"] in ("client_failed", "refused"):
+    if event["event"] in ("client_failed", "refused", "left_out"):
         client.failures += 1
         client.last_failure = str(event.get("reason") or "")
     elif event["event"] in ("train_reply", "bytes"):
-        client.last_seen, client.last_round = at, event.get("round")
+        client.last_seen, client.last_round = at, _whole(event.get("round"))
         if event["event"] == "train_reply":
             client.answers += 1
-            client.examples = event.get("examples", client.examples)
+            examples = _number(event.get("examples"))
+            client.examples = client.examples if examples is None else examples
+    elif event["event"] == "describe":
+        client.last_seen = at
 
 
 def ago(seconds: float) -> str:
@@ -131,6 +198,8 @@ def render(standing: Standing, now: float | None = None) -> str:
     if standing.reason:
         head += f" ({standing.reason})"
     lines = [head]
+    if standing.phase is not None and standing.state == "running":
+        lines.append(standing.phase)
     if standing.strategy is not None:
         line = f"{standing.strategy}, seed {standing.seed}: round {standing.round} of {standing.of}"
         if standing.loss is not None:

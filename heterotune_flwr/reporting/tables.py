@@ -281,8 +281,13 @@ def _print(
     console: Console, results: Mapping[str, Any], directory: Path, metrics: Sequence[str]
 ) -> None:
     if results["runs"]:
-        for metric in metrics:
-            console.print(accuracy_table(results, metric))
+        if _types(results):
+            for metric in metrics:
+                console.print(accuracy_table(results, metric))
+        else:
+            console.print(
+                "Nothing was evaluated: no client answered a test (rounds.jsonl says why: client_failed).\n"
+            )
         console.print(bytes_table(results))
         for line in faults(results):
             console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -313,6 +313,7 @@ class HeteroStrategy(Sharing):
         self.summary()
         result = Result()
         done, evaluated = snapshot.go_on(self)
+        self.context.session.maps.keep()
         if not evaluated and self._evaluates(done):
             self._evaluate(done, grid, result)
             snapshot.save(self, done, evaluated=True)

@@ -29,7 +29,7 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.federation.wire import CONSENSUS, read_config, read_metrics
+from heterotune_flwr.federation.wire import CONSENSUS, one_line, read_config, read_metrics
 from heterotune_flwr.flower import Grid, Message, RecordDict
 from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
@@ -37,8 +37,6 @@ from heterotune_flwr.strategies.safety import Safety
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
-#: Letters of a client's own words that are kept.
-_LONGEST_REASON = 300
 
 
 class Courier:
@@ -282,7 +280,7 @@ class Courier:
         self, client_id: str, round: int, reason: str, event: str = "refused", **fields: Any
     ) -> None:
         """Journal that a client's answer is not used, and why (in one printable line, whatever the client wrote)."""
-        reason = _one_line(reason)
+        reason = one_line(reason)
         self._failed.setdefault(client_id, reason)
         self.event(event, round=round, client_id=client_id, reason=reason, **fields)
 
@@ -357,13 +355,6 @@ def _can_send_more(request: Message, missing: str) -> bool:
     if missing == ERROR_TENSORS_MISSING:
         return bool(Held.from_config(read_config(request.content)).names)
     return missing == ERROR_MAPS_MISSING and MAPS not in request.content
-
-
-def _one_line(text: str) -> str:
-    """A client's words as a terminal and a journal can bear them."""
-    line = " ".join(text.split())
-    shown = "".join(char if char.isprintable() else "?" for char in line[:_LONGEST_REASON])
-    return shown if len(line) <= _LONGEST_REASON else f"{shown} ..."
 
 
 def _label(kind: str, content: RecordDict) -> str:

@@ -211,6 +211,10 @@ class Sharing(Strategy):
             for type_key in self.roster.type_keys
         )
 
+    def holders(self, group: str, name: str) -> set[str]:
+        """Types that work with a group's tensor."""
+        return {key for key, groups in self._groups.items() if groups.get(name) == group}
+
     def slice(self, type_key: str) -> Tensors:
         """All shared tensors a client of this type works with."""
         return {name: self.state[group][name] for name, group in self._groups[type_key].items()}

@@ -75,6 +75,7 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
         "consensus": strategy.consensus.memory() if strategy.consensus else None,
         "courier": strategy.courier.memory(),
         "maps": dict(strategy.maps.digests) if strategy.maps else {},
+        "types": strategy.roster.type_keys,
         "outcome": {
             "rows": [dataclasses.asdict(row) for row in outcome.rows],
             "before": [dataclasses.asdict(row) for row in outcome.before],
@@ -88,9 +89,12 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
 
 def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
     """Make it what it was after ``round``; groups of types that are not there now are kept for when they return."""
-    _check_shapes(strategy, state["shared"])
+    # Checkpoints of older programs name no types; the maps' are those, where the method has maps.
+    known = set(state["types"] if "types" in state else state["maps"])
+    _check_shapes(strategy, state["shared"], known)
     _check_maps(strategy, state["maps"])
-    strategy.state |= state["shared"]
+    for group, tensors in state["shared"].items():
+        strategy.state[group] = {**strategy.state.get(group, {}), **tensors}
     strategy.recall(state["memory"])
     if strategy.consensus is not None:
         strategy.consensus.recall(state["consensus"])
@@ -113,11 +117,16 @@ def _check_settings(strategy: HeteroStrategy, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_shapes(strategy: HeteroStrategy, shared: dict[str, dict[str, Any]]) -> None:
+def _check_shapes(
+    strategy: HeteroStrategy, shared: dict[str, dict[str, Any]], known: set[str]
+) -> None:
+    """Refuse tensors that the known types do not have as the checkpoint does; new types may bring more."""
     for group, tensors in strategy.state.items():
         for name, value in tensors.items():
             held = shared.get(group, {}).get(name)
-            if group in shared and (held is None or held.shape != np.shape(value)):
+            if held is None and (group not in shared or not strategy.holders(group, name) & known):
+                continue
+            if held is None or held.shape != np.shape(value):
                 has = "is missing" if held is None else f"is {list(held.shape)}"
                 raise CheckpointError(
                     f"the checkpoint does not fit: {name} of {group} {has} there, {list(np.shape(value))} now; the "
@@ -130,9 +139,11 @@ def _check_maps(strategy: HeteroStrategy, digests: dict[str, str]) -> None:
     for type_key, digest in digests.items():
         now = strategy.maps.digests.get(type_key) if strategy.maps else None
         if now is not None and now != digest:
+            others = ", ".join(sorted(digests))
             raise CheckpointError(
-                f"the frozen maps of {type_key} are not those this run was trained with; restore the folder maps/ "
-                "of the run directory, or start a new run"
+                f"the frozen maps of {type_key} are not those this run was trained with; restore the folder maps/ of "
+                f"the run directory, or remove it and resume with clients of {others} alone (the maps are then made "
+                "as at first), or start a new run"
             )
 
 

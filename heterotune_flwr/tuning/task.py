@@ -25,6 +25,7 @@ from heterotune_flwr.backbones.head import HeadScaling, head_scaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import DataConfig, TrainConfig
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.sources import OUTSIDE
 from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
 from heterotune_flwr.errors import ConfigError, DataError
 
@@ -88,7 +89,8 @@ class Task:
                 ids = encode_prompt(tokenizer, self.prompt, example.text, self.max_length)
                 if example.label not in self._index:
                     raise DataError(
-                        f"the answer of example {number} is not in the label set; set data.labels"
+                        f"the answer of example {number} is not in the label set; set data.labels",
+                        OUTSIDE,
                     )
                 positions, targets = [len(ids) - 1], [self._index[example.label]]
             else:

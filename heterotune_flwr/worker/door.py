@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
+from heterotune_flwr.federation.discretion import told
 from heterotune_flwr.federation.identity import is_simulated
 from heterotune_flwr.federation.wire import error_content
 from heterotune_flwr.flower import Context, Message, content_from_bytes, content_to_bytes
@@ -37,7 +38,9 @@ def answer(message: Message, context: Context) -> Message:
             return _here(message, context)
     except HeteroTuneError as error:
         log.error("%s: %s", message.metadata.message_type, error)
-        return Message(error_content(str(error)), reply_to=message)
+        name = str(context.node_config.get("client-id") or "")
+        content = error_content(told(error, context.node_config), client_id=name)
+        return Message(content, reply_to=message)
 
 
 def uses_worker(node_config: Mapping[str, Any]) -> bool:

@@ -66,6 +66,22 @@ def test_a_name_that_does_not_tell_the_form(tmp_path):
         pairs(path, format="xml")
 
 
+def test_an_empty_turn_is_told_of_the_column_that_is_there(tmp_path):
+    cases = {"hello": " ", " ": "good day"}
+    for said, reply in cases.items():
+        turns = [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
+        path = save([{"messages": turns}], "jsonl", tmp_path)
+        with pytest.raises(DataError, match=r"'messages'") as caught:
+            pairs(path, text_field="messages", label_field="response")
+        assert "response" not in str(caught.value)
+
+
+def test_a_missing_column_is_told_with_the_nodes_own_setting(tmp_path):
+    path = save(ROWS[:1], "jsonl", tmp_path)
+    with pytest.raises(DataError, match=r"data\.text_field; text-field in a node's settings"):
+        pairs(path, text_field="other")
+
+
 def test_errors_never_quote_the_data(tmp_path):
     secret = "SECRET-4711"
     cases = {

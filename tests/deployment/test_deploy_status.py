@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,64 @@ def test_eta_and_silence_of_a_run_that_goes_on(directory):
     assert standing.eta == pytest.approx(60.0)
     assert "about 60 s to go" in render(standing, now=standing.last_event + 5)
     assert "is the ServerApp alive" in render(standing, now=standing.last_event + 10_000)
+
+
+@pytest.mark.parametrize(
+    ("upto", "phase"),
+    [("journal", "starting"), ("asking", "4 are needed"), ("describe", "making the maps"), ("start", "testing")],
+)  # fmt: skip
+def test_before_the_first_round_it_says_what_is_done_and_who_is_there(directory, upto, phase):
+    events = read_events(directory / "rounds.jsonl")
+    end = [event["event"] for event in events].index(upto)
+    standing = follow(events[: end + 1], Standing("/run", "running"))
+    assert phase in render(standing)
+    there = upto in ("describe", "start")
+    assert len(standing.clients) == (4 if there else 0)
+    assert all(c.bits == "fp32" and c.last_seen for c in standing.clients.values())
+    assert follow(events, Standing("/run", "running")).phase is None
+
+
+def test_nodes_that_are_left_out_are_listed():
+    events = [
+        {"event": "left_out", "time": 1.0, "node_id": "7", "client_id": "n3", "reason": "its data"},
+        {"event": "left_out", "time": 1.0, "node_id": "8", "client_id": "", "reason": "error 5"},
+    ]
+    text = render(follow(events, Standing("/run", "running")))
+    assert re.search(r"n3 .*never; its data", text)
+    assert re.search(r"node 8 .*never; error 5", text)
+
+
+ODD = [None, "soon", [], {}, True, float("nan"), 10**400]
+
+
+KINDS = ("round", "start", "resumed", "describe", "train_reply", "asking", "bytes", "left_out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_journal_is_read_as_far_as_it_goes(directory, kind):
+    good = read_events(directory / "rounds.jsonl")
+    odd = [
+        dict.fromkeys(
+            ("time", "round", "of", "loss", "types", "members", "client_id", "type", "examples", "needed", "reason"),
+            value,
+        )
+        for value in ODD
+    ]  # fmt: skip
+    events = [*good, {"event": kind}, *({"event": kind, **fields} for fields in odd)]
+    events += [{"event": kind, "types": {"a": 3}}, {"event": []}, {"event": kind, "seed": []}]
+    assert render(follow(events, Standing("/run", "running")))
+
+
+def test_a_run_of_another_user(directory, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("heterotune_flwr.reporting.status.read_events", closed)
+    with pytest.raises(ConfigError, match="Permission denied; ask as the user"):
+        read_status(directory)
+    monkeypatch.setattr(Path, "is_file", closed)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        read_status(directory)
 
 
 def test_no_run_directory(tmp_path):
