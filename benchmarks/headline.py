@@ -89,6 +89,7 @@ _BANKED = (
     "predictions",
     "mean",
     "within_type",
+    "within_consensus",
     "local_only",
     "fedprox",
     "fedadam",

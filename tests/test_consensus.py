@@ -117,7 +117,7 @@ def test_the_mean_of_what_clients_say_is_the_next_rounds_lesson(tmp_path):
     path.write_text("".join(f"text {n}\n" for n in range(30)))
     options = ConsensusOptions(anchors=20, pool=25, trust=0.0, confidence=0.0, balance=0)
     consensus = Consensus(options, AlignmentConfig(anchors=str(path)))
-    assert consensus.lesson(1).targets is None
+    assert consensus.lesson(1, "t").targets is None
     rng = np.random.default_rng(1)
     said = [probabilities(rng) for _ in range(2)]
     replies = [TrainReply(f"c{i}", "t", 1, "", {}, {}, p) for i, p in enumerate(said)]
@@ -130,16 +130,36 @@ def test_the_mean_of_what_clients_say_is_the_next_rounds_lesson(tmp_path):
     log, refused = consensus.hear(1, [*replies, *bad], classes=3)
     assert set(refused) == {"c2", "c3", "c4", "c5"}
     assert log["clients"] == 2
-    np.testing.assert_allclose(consensus.lesson(2).targets, np.mean(said, axis=0), atol=1e-6)
-    assert consensus.lesson(3).targets is None  # they were about round 2's anchors
+    np.testing.assert_allclose(consensus.lesson(2, "t").targets, np.mean(said, axis=0), atol=1e-6)
+    assert consensus.lesson(3, "t").targets is None  # they were about round 2's anchors
     assert consensus.hear(2, bad[:1], classes=3)[0] == {}
-    assert consensus.lesson(3).targets is None
+    assert consensus.lesson(3, "t").targets is None
+
+
+def test_with_the_scope_of_a_type_nothing_crosses(tmp_path):
+    path = tmp_path / "anchors.txt"
+    path.write_text("".join(f"text {n}\n" for n in range(20)))
+    options = ConsensusOptions(anchors=20, pool=20, confidence=0.0, balance=0, scope="type")
+    consensus = Consensus(options, AlignmentConfig(anchors=str(path)))
+    rng = np.random.default_rng(1)
+    said = [probabilities(rng, n=20) for _ in range(3)]
+    reply = [TrainReply(f"c{i}", "ab"[i // 2], 1, "", {}, {}, p) for i, p in enumerate(said)]
+    happened, _ = consensus.hear(1, reply, said[0].shape[1])
+    np.testing.assert_allclose(
+        consensus.lesson(2, "a").targets, np.mean(said[:2], axis=0), atol=1e-6
+    )
+    np.testing.assert_allclose(consensus.lesson(2, "b").targets, said[2], atol=1e-6)
+    assert consensus.lesson(2, "c").targets is None
+    assert happened["clients"] == 3
+    again = Consensus(options, AlignmentConfig(anchors=str(path)))
+    again.recall(consensus.memory())
+    np.testing.assert_array_equal(again.lesson(2, "b").targets, consensus.lesson(2, "b").targets)
 
 
 def test_fewer_anchors_than_asked_for_are_all_used(tmp_path):
     path = tmp_path / "anchors.txt"
     path.write_text("".join(f"text {n}\n" for n in range(30)))
-    lesson = Consensus(ConsensusOptions(), AlignmentConfig(anchors=str(path))).lesson(1)
+    lesson = Consensus(ConsensusOptions(), AlignmentConfig(anchors=str(path))).lesson(1, "t")
     assert (lesson.pool, lesson.count) == (30, 30)
 
 
@@ -154,6 +174,7 @@ def test_fewer_anchors_than_asked_for_are_all_used(tmp_path):
         ({"weight": -1}, "not negative"),
         ({"weight": float("nan")}, "not negative"),
         ({"trust": True}, "not negative"),
+        ({"scope": "everybody"}, "all or type"),
         ("yes", "key: value"),
     ],
 )

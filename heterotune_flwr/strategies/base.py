@@ -108,7 +108,7 @@ class HeteroStrategy(Sharing):
                 proximal=train.proximal,
                 frozen=sorted(self.frozen(type_key, server_round)),
                 controls=self.controls(type_key),
-                lesson=consensus.lesson(server_round) if consensus else None,
+                lesson=consensus.lesson(server_round, type_key) if consensus else None,
             )
             messages.append(self.courier.message(client_id, request, TRAIN, server_round))
         return messages

@@ -24,6 +24,7 @@ from heterotune_flwr.federation.protocol import TrainReply
 
 Array = NDArray[np.float32]
 
+SCOPES = ("all", "type")
 #: A client whose predictions have nothing to do with the others' still gets this much of a voice.
 _FLOOR = 0.02
 
@@ -50,6 +51,8 @@ class ConsensusOptions:
         Rounds of :func:`balanced` on the targets; 0: none.
     batch
         Anchors in every training step beside the client's examples; 0: as many as examples (``train.batch_size``).
+    scope
+        Whose predictions are averaged for a client: ``all``, or those of its own ``type``, where nothing crosses types.
 
     """
 
@@ -60,6 +63,7 @@ class ConsensusOptions:
     confidence: float = 1.0
     balance: int = 5
     batch: int = 0
+    scope: str = "all"
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
@@ -72,6 +76,12 @@ class ConsensusOptions:
         for key, value in given.items():
             if key not in known:
                 raise ConfigError(f"consensus has no key {key!r}; known: {', '.join(known)}")
+            if key == "scope":
+                if value not in SCOPES:
+                    raise ConfigError(
+                        f"consensus.scope is {value!r}; {' or '.join(SCOPES)} is needed"
+                    )
+                continue
             whole, least = (
                 key in ("anchors", "pool", "balance", "batch"),
                 1 if key in ("anchors", "pool") else 0,
@@ -158,7 +168,8 @@ class Consensus:
         pool = len(texts)
         self.options = dataclasses.replace(options, pool=pool, anchors=min(options.anchors, pool))
         self._digest = anchor_digest(texts)
-        self._targets: Array | None = None
+        #: By type; under "" where all learn from the same.
+        self._targets: dict[str, Array] = {}
         self._due = 0
 
     def memory(self) -> State:
@@ -167,12 +178,16 @@ class Consensus:
 
     def recall(self, memory: State) -> None:
         """Go on from :meth:`memory`."""
-        self._targets, self._due = memory["targets"], memory["due"]
+        self._targets, self._due = dict(memory["targets"]), memory["due"]
 
-    def lesson(self, server_round: int) -> Lesson:
-        """What a client is asked in a round; without targets where nobody predicted on its anchors."""
+    def _group(self, type_key: str) -> str:
+        return type_key if self.options.scope == "type" else ""
+
+    def lesson(self, server_round: int, type_key: str) -> Lesson:
+        """What a client is asked in a round; without targets where nobody it learns from predicted on its anchors."""
         options = self.options
-        targets = self._targets if self._due == server_round else None
+        due = self._due == server_round
+        targets = self._targets.get(self._group(type_key)) if due else None
         return Lesson(
             self._digest, options.pool, options.anchors, options.weight, targets, options.batch
         )
@@ -194,16 +209,23 @@ class Consensus:
                 )
             except ExchangeError as error:
                 refused[report.client_id] = str(error)
-        self._targets, self._due = None, server_round + 1
+        self._targets, self._due = {}, server_round + 1
         if not usable:
             return {}, refused
-        predictions = list(usable.values())
-        shares_of_all = voices(predictions, self.options.trust)
-        mean, weights = heard(predictions, shares_of_all, self.options.confidence)
-        self._targets = balanced(mean, self.options.balance).astype(np.float32)
         types = {report.client_id: report.type_key for report in reports}
+        groups: dict[str, list[str]] = {}
+        for client_id in usable:
+            groups.setdefault(self._group(types[client_id]), []).append(client_id)
         shares: dict[str, float] = {}
-        for client_id, weight in zip(usable, weights, strict=True):
-            shares[types[client_id]] = shares.get(types[client_id], 0.0) + weight
-        entropy = float(-(mean * np.log(np.maximum(mean, 1e-12))).sum(axis=1).mean())
+        means = []
+        for group, members in groups.items():
+            predictions = [usable[client_id] for client_id in members]
+            voices_of = voices(predictions, self.options.trust)
+            mean, weights = heard(predictions, voices_of, self.options.confidence)
+            self._targets[group] = balanced(mean, self.options.balance).astype(np.float32)
+            means.append(mean)
+            for client_id, weight in zip(members, weights, strict=True):
+                shares[types[client_id]] = shares.get(types[client_id], 0.0) + weight
+        said = np.stack(means)
+        entropy = float(-(said * np.log(np.maximum(said, 1e-12))).sum(axis=-1).mean())
         return {"voices": shares, "entropy": entropy, "clients": len(usable)}, refused

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from heterotune_flwr.dema.bank import tier_of
+from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy, Scope
+from heterotune_flwr.strategies.consensus import ConsensusOptions
 
 
 class WithinType(HeteroStrategy):
@@ -12,7 +17,28 @@ class WithinType(HeteroStrategy):
     The rival HeteroTune has to beat: equal adapter, equal maps, equal bytes, but one bank per type.
     Everything except private experts (and private cores) has scope ``type``; :meth:`combine` is the base class's
     example-weighted mean.
+
+    Parameters
+    ----------
+    context
+        See :class:`StrategyContext`.
+    consensus
+        Options of :class:`.consensus.ConsensusOptions`; null for none. With ``scope: type`` nothing crosses types, and
+        what HeteroTune gains beyond it is not what public texts teach a type by itself.
+
     """
+
+    def __init__(
+        self, context: StrategyContext, consensus: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(context)
+        self.use_consensus(consensus)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Read the consensus' options, for their errors."""
+        if options.get("consensus") is not None:
+            ConsensusOptions.read(options["consensus"])
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Share with the own type only."""
