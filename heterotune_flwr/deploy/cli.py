@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
+from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.certificates import SERVER_DAYS
 from heterotune_flwr.errors import ConfigError
 
-deploy_app = typer.Typer(
+deploy_app = App(
     no_args_is_help=True,
     help="Set up and run a deployment: TLS, node keys, start scripts, systemd units, proxy (docs/deploy.md).",
 )
-node_app = typer.Typer(
+node_app = App(
     no_args_is_help=True, help="On a lab machine: make its key, check it, join the federation."
 )
 Folder = Annotated[Path, typer.Argument(help="the deployment folder", metavar="DIR")]
