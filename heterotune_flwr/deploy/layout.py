@@ -57,6 +57,7 @@ _LOCK, LOCK_SECONDS = ".lock", 300.0
 NODE_MANIFEST = "manifest.json"
 #: Port of the SuperLink itself, on the server's loopback interface.
 INTERNAL_PORT = 9093
+MISSING = "missing"
 #: Libraries whose versions a node compares with the server's.
 LIBRARIES = ("flwr", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -330,13 +331,13 @@ class Deployment:
 
 
 def installed_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Versions of libraries in this environment, ``missing`` for those that are not."""
+    """Versions of libraries in this environment, :data:`MISSING` for those that are not."""
     found = {}
     for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "missing"
+            found[name] = MISSING
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer.main
 
 from heterotune_flwr.cli import app
-from heterotune_flwr.deploy.node_config import _KEYS
+from heterotune_flwr.deploy.node_values import KEYS
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "deploy.md").read_text()
 
@@ -31,5 +31,5 @@ def test_every_command_of_the_guide_exists():
 
 
 def test_every_setting_of_a_node_is_in_the_guide():
-    for key in {*_KEYS["client"], "accept-code", "port"}:
+    for key in {*KEYS["client"], "accept-code", "port"}:
         assert f"`{key}" in GUIDE, key
