@@ -16,10 +16,9 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from heterotune_flwr.deploy.keys import (
     read_public,
 )
 from heterotune_flwr.deploy.values import check_days, check_path, check_ports, check_user
+from heterotune_flwr.deploy.versions import installed_versions
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
 
@@ -57,9 +57,6 @@ _LOCK, LOCK_SECONDS = ".lock", 300.0
 NODE_MANIFEST = "manifest.json"
 #: Port of the SuperLink itself, on the server's loopback interface.
 INTERNAL_PORT = 9093
-MISSING = "missing"
-#: Libraries whose versions a node compares with the server's.
-LIBRARIES = ("flwr", "torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass
@@ -328,17 +325,6 @@ class Deployment:
             "code_hash": code_hash(),
             "versions": installed_versions(),
         }
-
-
-def installed_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Versions of libraries in this environment, :data:`MISSING` for those that are not."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = MISSING
-    return found
 
 
 def initialise(

@@ -19,7 +19,7 @@ from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.deploy import certificates
 from heterotune_flwr.deploy.files import make_folder, present, read_bytes, unwritten
 from heterotune_flwr.deploy.keys import key_fingerprint, public_of
-from heterotune_flwr.deploy.layout import LIBRARIES, MISSING, NODE_MANIFEST, installed_versions
+from heterotune_flwr.deploy.layout import NODE_MANIFEST
 from heterotune_flwr.deploy.node_config import (
     NodeSettings,
     check_ca,
@@ -27,6 +27,7 @@ from heterotune_flwr.deploy.node_config import (
     read_node_settings,
 )
 from heterotune_flwr.deploy.server_probe import Seen, look
+from heterotune_flwr.deploy.versions import LIBRARIES, MISSING, installed_versions
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.federation.identity import code_hash
 
