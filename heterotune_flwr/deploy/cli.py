@@ -196,7 +196,8 @@ def key(
         read_public,
     )
 
-    shared = make_folder(folder) / f"{check_node_name(name)}.pub"
+    check_node_name(name)
+    shared = make_folder(folder) / f"{name}.pub"
     # A key without its public half is of a call that was cut short; any other is in use.
     make = new_node_key if present(shared, "the public key") else node_key
     line = read_public(make(folder, name))

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,7 @@ from heterotune_flwr.errors import ConfigError
 
 PRIVATE_FILE, PUBLIC_FILE, SCRIPT, FOLDER = 0o600, 0o644, 0o755, 0o700
 #: What a file is called while it is written: the process is in its name, so that what a killed one left can be told.
-_UNFINISHED = re.compile(r"\..+\.([0-9]+)")
+_UNFINISHED = re.compile(r"\..+\.([0-9]{1,9})")
 
 
 def make_folder(path: Path) -> Path:
@@ -111,14 +111,28 @@ def _written_aside(path: Path, data: bytes, mode: int) -> Iterator[Path]:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """Files of a folder that processes were writing which have died since: copies of secrets among them."""
-    found = []
-    with suppress(FileNotFoundError):
-        for path in folder.iterdir():
-            named = _UNFINISHED.fullmatch(path.name)
-            if named and path.is_file() and not psutil.pid_exists(int(named[1])):
-                found.append(path)
-    return found
+    """Files of a folder that processes were writing which have died since: copies of secrets among them.
+
+    Raises
+    ------
+    ConfigError
+        The folder is closed.
+
+    """
+    writers = {
+        path: found[1] for path in contents(folder) if (found := _UNFINISHED.fullmatch(path.name))
+    }
+    return [path for path, pid in writers.items() if not psutil.pid_exists(int(pid))]
+
+
+def contents(folder: Path) -> list[Path]:
+    """What lies in a folder, nothing if there is none (ConfigError)."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(_unread("folder", folder, error)) from error
 
 
 def present(path: Path, what: str) -> bool:

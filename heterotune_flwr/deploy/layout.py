@@ -29,6 +29,7 @@ from heterotune_flwr.deploy import certificates, pairs, templates
 from heterotune_flwr.deploy.explain import explain
 from heterotune_flwr.deploy.files import (
     SCRIPT,
+    contents,
     make_folder,
     own_folder,
     present,
@@ -394,13 +395,6 @@ def _existing_or_new(
         return deployment
     if not servers:
         raise ConfigError("say where nodes will find the server: --server HOST[:PORT]")
-    if folder.exists() and set(_contents(folder)) - {*unfinished(folder)}:
+    if {*contents(folder)} - {*unfinished(folder)}:
         raise ConfigError(f"{folder} is not empty and no deployment; give a new folder")
     return Deployment(folder, hosts, servers[0][1] or 8443, **settings)
-
-
-def _contents(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise ConfigError(f"{folder} is no folder that can be used: {error.strerror}") from error

@@ -111,7 +111,7 @@ def read_node_settings(path: Path) -> NodeSettings:
 
     """
     path = path.expanduser().absolute()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, no error where a folder is closed
         path /= "node.toml"
     raw = read_bytes(path, "the node's settings", "give the path of node.toml")
     try:

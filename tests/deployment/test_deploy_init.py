@@ -1,4 +1,4 @@
-"""``deploy init``: what is refused changes nothing, what was cut short is taken up, what files cannot hold is refused."""
+"""``deploy init``: what is refused changes nothing, what was cut short is taken up, damage is called so."""
 
 from __future__ import annotations
 
