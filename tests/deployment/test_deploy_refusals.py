@@ -55,6 +55,7 @@ def test_only_the_registered_key_over_tls_gets_in(lab, tmp_path):
     findings = {finding.name: finding for finding in check_node(lab.deployment.node("inside"))}
     assert findings["server"].state == findings["clock"].state == "ok"
     assert findings["port"].state == "warn"  # the node itself has it
+    assert "superlink" not in findings  # the nodes' route is answered
     open_to_all = "proxy" in findings  # without nginx the check warns of the control routes
     assert open_to_all != lab.proxy
 
