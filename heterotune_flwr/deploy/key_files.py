@@ -36,10 +36,10 @@ def finish(folder: Path, name: str, node: Node) -> None:
 
 
 def discard(folder: Path, name: str, node: Node) -> None:
-    """Remove private keys that are barred, or never came to be used, from a node's folder here (ConfigError)."""
-    barred = node.keys if node.revoked else node.keys - {key_body(node.public_key)}
+    """Remove private keys that were replaced, or never came to be used, from a node's folder here (ConfigError)."""
+    replaced = node.keys - {key_body(node.public_key)}
     for path in (folder / file for file in _PRIVATE_FILES):
-        if present(path, "the private key") and key_body(public_of(path, name)) in barred:
+        if present(path, "the private key") and key_body(public_of(path, name)) in replaced:
             remove(path)
             remove(folder / path.name.replace(".key", ".pub"))
     remove(folder / COMING)
