@@ -13,11 +13,12 @@ import click
 import typer
 
 from heterotune_flwr import __version__, cli_backbones
+from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
 from heterotune_flwr.worker.cli import app as worker_app
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

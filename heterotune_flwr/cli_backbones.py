@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
+from heterotune_flwr.cli_help import App
+
+app = App(
     help="The backbones of this machine: list, fetch, verify, prune.\n\n"
     "A backbone comes from a source (embedded, fetched, a directory, a hub id) and is brought to its "
     "bits once: that copy is kept in the store and shared by all processes. Alone, this command "

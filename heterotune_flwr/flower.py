@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from flwr.supercore.task_identity import TaskIdentity
 
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ExchangeError, FederationError
 
 __all__ = [
     "Array",
@@ -39,6 +39,7 @@ __all__ = [
     "content_from_bytes",
     "content_to_bytes",
     "identify_process",
+    "registered_keys",
     "select_multikrum",
 ]
 
@@ -52,6 +53,41 @@ def identify_process() -> None:
     for field, value in (("_run_id", 0), ("_task_id", 0), ("_node_id", 1)):
         if getattr(TaskIdentity, field) is None:
             setattr(TaskIdentity, field, value)
+
+
+def registered_keys(address: str, ca: bytes) -> list[tuple[str, bytes, bool]]:
+    """Ask a SuperLink for its nodes: (node id, public key as PEM, whether it is let in), as ``flwr supernode list``.
+
+    That command shows no keys, and without them a registration whose answer was lost belongs to nobody.
+
+    Raises
+    ------
+    FederationError
+        It does not answer, or refuses.
+
+    """
+    import httpx
+    from flwr.proto.control_pb2 import ListNodesRequest
+    from flwr.supercore.constant import NodeStatus
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+    try:
+        client = ControlHttpClient.from_server_address(
+            address, False, ca, [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
+        )
+        try:
+            listed = client.ListNodes(ListNodesRequest()).nodes_info
+        finally:
+            client.close()
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise FederationError(
+            f"the SuperLink at {address} does not answer ({str(error) or type(error).__name__})"
+        ) from error
+    return [
+        (str(node.node_id), node.public_key, node.status != NodeStatus.UNREGISTERED)
+        for node in listed
+    ]
 
 
 def content_to_bytes(content: RecordDict) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -80,9 +81,33 @@ def _builder(
     )
 
 
-def new_authority(name: str, days: float = CA_DAYS) -> Pair:
-    """Make a certificate authority that can sign server certificates and no further authority."""
-    key = ec.generate_private_key(ec.SECP384R1())
+def new_key() -> bytes:
+    """Make a private key of a certificate (PEM)."""
+    return _key_pem(ec.generate_private_key(ec.SECP384R1()))
+
+
+def load_key(pem: bytes, what: str) -> ec.EllipticCurvePrivateKey:
+    """Parse the private key of a certificate (ConfigError when it is none)."""
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{what} is not a PEM private key without a passphrase") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{what} is no elliptic-curve key")
+    return key
+
+
+def belong_together(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> bool:
+    """Whether a certificate is about a private key's public half."""
+    return certificate.public_key() == key.public_key()
+
+
+def new_authority(name: str, days: float = CA_DAYS, key_pem: bytes | None = None) -> Pair:
+    """Make a certificate authority that can sign server certificates and no further authority.
+
+    ``key_pem``: the key it is made from, where there is one already.
+    """
+    key = load_key(key_pem or new_key(), "the CA's key")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"heterotune CA of {name}"[:64])])
     certificate = (
         _builder(subject, subject, key.public_key(), days, _now())
@@ -137,8 +162,7 @@ def issue_server(
 
     """
     signer = load_certificate(authority.certificate, "the CA certificate")
-    signer_key = serialization.load_pem_private_key(authority.key, None)
-    assert isinstance(signer_key, ec.EllipticCurvePrivateKey)
+    signer_key = load_key(authority.key, "the CA's key")
     key = ec.generate_private_key(ec.SECP384R1())
     start = start or _now()
     days = min(days, (signer.not_valid_after_utc - start).total_seconds() / 86400)

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
+from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.certificates import SERVER_DAYS
 from heterotune_flwr.errors import ConfigError
 
-deploy_app = typer.Typer(
+deploy_app = App(
     no_args_is_help=True,
     help="Set up and run a deployment: TLS, node keys, start scripts, systemd units, proxy (docs/deploy.md).",
 )
-node_app = typer.Typer(
+node_app = App(
     no_args_is_help=True, help="On a lab machine: make its key, check it, join the federation."
 )
 Folder = Annotated[Path, typer.Argument(help="the deployment folder", metavar="DIR")]
@@ -91,11 +92,17 @@ def add_node(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -> 
     from heterotune_flwr.deploy.keys import read_public
     from heterotune_flwr.deploy.layout import Deployment
 
-    deployment = Deployment.load(folder)
     line = read_public(_single(public_keys)) if public_keys else None
-    if not deployment.add_node(name, line):
+    with Deployment.change(folder) as deployment:
+        added = deployment.add_node(name, line)
+        if not added and deployment.nodes[name].revoked:
+            raise ConfigError(
+                f"node {name} is revoked; let it in again under a new key with: heterotune deploy rotate-key "
+                f"{folder} {name}"
+            )
+        deployment.write()
+    if not added:
         typer.echo(f"node {name} was there already")
-    deployment.write()
     typer.echo(
         f"copy {deployment.node(name)} to the node; then: heterotune deploy register {folder}"
     )
@@ -103,16 +110,20 @@ def add_node(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -> 
 
 @deploy_app.command()
 def register(folder: Folder) -> None:
-    """Let the nodes in that are not registered yet (the SuperLink must run)."""
-    from heterotune_flwr.deploy.layout import Deployment
-    from heterotune_flwr.deploy.registry import register as register_nodes
+    """Let the nodes in that are not registered yet, and mend what does not agree (the SuperLink must run).
 
-    deployment = Deployment.load(folder)
-    done = register_nodes(deployment)
-    for name in done:
-        typer.echo(f"registered {name}, node id {deployment.nodes[name].node_id}")
-    if not done:
-        typer.echo("every node is registered")
+    Bars keys that have been rotated or revoked and are still let in; says which nodes Flower lets in that are not of
+    this deployment.
+    """
+    from heterotune_flwr.deploy.explain import describe
+    from heterotune_flwr.deploy.layout import Deployment
+    from heterotune_flwr.deploy.registry import reconcile
+
+    with Deployment.change(folder) as deployment:
+        outcome = reconcile(deployment)
+    typer.echo(describe(deployment, outcome))
+    if outcome.troubles:
+        raise typer.Exit(1)
 
 
 @deploy_app.command("revoke-node")
@@ -121,7 +132,8 @@ def revoke_node(folder: Folder, name: NodeName) -> None:
     from heterotune_flwr.deploy.layout import Deployment
     from heterotune_flwr.deploy.registry import revoke
 
-    revoke(Deployment.load(folder), name)
+    with Deployment.change(folder) as deployment:
+        revoke(deployment, name)
     typer.echo(
         f"revoked {name}; let it in again, under a new key, with: heterotune deploy rotate-key {folder} {name}"
     )
@@ -131,10 +143,10 @@ def revoke_node(folder: Folder, name: NodeName) -> None:
 def rotate_key(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -> None:
     """Give a node a new key: the new one is registered, then the old one barred."""
     from heterotune_flwr.deploy.layout import Deployment
-    from heterotune_flwr.deploy.registry import rotate_key as rotate
+    from heterotune_flwr.deploy.rotation import rotate_key as rotate
 
-    deployment = Deployment.load(folder)
-    fingerprint = rotate(deployment, name, _single(public_keys) if public_keys else None)
+    with Deployment.change(folder) as deployment:
+        fingerprint = rotate(deployment, name, _single(public_keys) if public_keys else None)
     typer.echo(f"node {name} is now known by {fingerprint}")
     if not public_keys:
         typer.echo(f"copy {deployment.node(name) / 'node.key'} to the node and restart it there")
@@ -175,12 +187,20 @@ def key(
     folder: Annotated[Path, typer.Option("--dir", help="where to put it")] = Path(),
 ) -> None:
     """Make this node's key here; only the public half goes to the operator."""
-    from heterotune_flwr.deploy.files import write_file
-    from heterotune_flwr.deploy.keys import key_fingerprint, new_node_key, read_public
+    from heterotune_flwr.deploy.files import make_folder, present, write_file
+    from heterotune_flwr.deploy.keys import (
+        check_node_name,
+        key_fingerprint,
+        new_node_key,
+        node_key,
+        read_public,
+    )
 
-    public = new_node_key(folder, name)
-    line = read_public(public)
-    shared = folder / f"{name}.pub"
+    check_node_name(name)
+    shared = make_folder(folder) / f"{name}.pub"
+    # A key without its public half is of a call that was cut short; any other is in use.
+    make = new_node_key if present(shared, "the public key") else node_key
+    line = read_public(make(folder, name))
     write_file(shared, line)
     typer.echo(f"{folder / 'node.key'}: stays on this machine; never send it anywhere")
     typer.echo(f"{shared}: send it to the operator ({key_fingerprint(line)})")

@@ -8,6 +8,7 @@ from heterotune_flwr.deploy.keys import key_fingerprint
 
 if TYPE_CHECKING:
     from heterotune_flwr.deploy.layout import Deployment, Node
+    from heterotune_flwr.deploy.registry import Outcome
 
 
 def explain(deployment: Deployment) -> str:
@@ -46,3 +47,33 @@ def _standing(node: Node) -> str:
     known = f"id {node.node_id}" if node.node_id else "not registered yet"
     where = "revoked" if node.revoked else known
     return f"{key_fingerprint(node.public_key)}, {where}"
+
+
+def describe(deployment: Deployment, outcome: Outcome) -> str:
+    """What a registration has done, and what is left for the operator."""
+    folder, nodes = deployment.folder, deployment.nodes
+    again = f"heterotune deploy rotate-key {folder} NAME"
+    revoked = sorted(name for name, node in nodes.items() if node.revoked)
+    lines = [
+        *(f"registered {name}, node id {nodes[name].node_id}" for name in outcome.registered),
+        *(
+            f"{name} was registered already, node id {nodes[name].node_id}"
+            for name in outcome.found
+        ),
+        *(f"barred a key of {name} that may not be used any more" for name in outcome.barred),
+        *(
+            f"the key of {name} has been barred with flwr: it is revoked now"
+            for name in outcome.lost
+        ),
+        *(f"error: {name}: {trouble}" for name, trouble in outcome.troubles.items()),
+        *(
+            f"WARNING: Flower also lets in node id {node_id}, which is not of this deployment; bar it with: "
+            f"FLWR_HOME={deployment.operator} flwr supernode unregister {node_id} lab"
+            for node_id in outcome.strangers
+        ),
+    ]
+    if revoked:
+        lines.append(f"revoked: {', '.join(revoked)} (let in again under a new key with: {again})")
+    if len(revoked) < len(nodes) and not (outcome.registered or outcome.found or outcome.troubles):
+        lines.append("every other node is registered" if revoked else "every node is registered")
+    return "\n".join(lines or ["there is no node yet: heterotune deploy add-node"])

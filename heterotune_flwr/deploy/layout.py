@@ -14,42 +14,69 @@ Keys are made once and never overwritten; everything else is written again by ev
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from heterotune_flwr import __version__
-from heterotune_flwr.deploy import certificates, templates
-from heterotune_flwr.deploy.certificates import Pair
+from heterotune_flwr.deploy import certificates, pairs, templates
 from heterotune_flwr.deploy.explain import explain
-from heterotune_flwr.deploy.files import SCRIPT, make_folder, read_bytes, write_file, write_private
+from heterotune_flwr.deploy.files import (
+    SCRIPT,
+    contents,
+    make_folder,
+    own_folder,
+    present,
+    read_bytes,
+    remove,
+    unfinished,
+    unwritten,
+    write_file,
+    write_private,
+)
 from heterotune_flwr.deploy.hosts import Address, is_address, parse_server
-from heterotune_flwr.deploy.keys import PUBLIC, new_node_key, read_public
+from heterotune_flwr.deploy.keys import (
+    check_node_name,
+    check_public,
+    key_body,
+    node_key,
+    read_public,
+)
+from heterotune_flwr.deploy.values import check_days, check_path, check_ports, check_user
+from heterotune_flwr.deploy.versions import installed_versions
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
 
 MANIFEST = "deployment.json"
+_LOCK, LOCK_SECONDS = ".lock", 300.0
 NODE_MANIFEST = "manifest.json"
 #: Port of the SuperLink itself, on the server's loopback interface.
 INTERNAL_PORT = 9093
-#: Libraries whose versions a node compares with the server's.
-LIBRARIES = ("flwr", "torch", "transformers", "peft", "bitsandbytes")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass
 class Node:
-    """A node as the server knows it: its public key, Flower's id once registered, whether it is barred."""
+    """A node as the server knows it: its public key, Flower's id once registered, whether it is barred.
+
+    ``former`` are the public keys it had before. They are kept for ever: whatever is cut short, and even when the
+    SuperLink's database comes back from a backup, they are known and are barred again.
+    """
 
     public_key: str
     node_id: str | None = None
     revoked: bool = False
+    former: list[str] = field(default_factory=list)
+
+    @property
+    def keys(self) -> set[str]:
+        """Every public key it has or had, as :func:`.keys.key_body` writes them."""
+        return {key_body(line) for line in (self.public_key, *self.former)}
 
 
 @dataclass
@@ -88,6 +115,14 @@ class Deployment:
         """The server's copy of a node's public key."""
         return self.server / "public-keys" / f"{name}.pub"
 
+    def check(self) -> None:
+        """Refuse settings that the written files could not hold (ConfigError)."""
+        check_path(str(self.folder), "the deployment folder")
+        check_path(self.node_folder, "--node-dir")
+        check_path(self.node_bin, "--node-bin")
+        check_user(self.user)
+        check_ports(self.hosts[0], self.port, self.internal_port)
+
     def known(self, name: str) -> Node:
         """Return a node by name (ConfigError naming those that exist)."""
         if name not in self.nodes:
@@ -107,9 +142,34 @@ class Deployment:
             fields = json.loads(raw)
             fields.pop("version", None)
             nodes = {name: Node(**node) for name, node in fields.pop("nodes").items()}
-            return cls(folder=folder, nodes=nodes, **fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{folder / MANIFEST} is damaged: {error}") from error
+            loaded = cls(folder=folder, nodes=nodes, **fields)
+            if not loaded.hosts:
+                raise ValueError("it names no host of the server")
+            for name, node in nodes.items():
+                for line in (node.public_key, *node.former):
+                    check_public(line, f"a key of node {name!r}")
+            return loaded
+        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+            raise ConfigError(
+                f"{folder / MANIFEST} is damaged: {error}; put it back from a backup"
+            ) from error
+
+    @classmethod
+    @contextmanager
+    def change(cls, folder: Path) -> Iterator[Deployment]:
+        """Load for a change: another command waits, so that none writes over what the other has recorded."""
+        cls.load(folder)
+        try:
+            lock = FileLock(folder.expanduser() / _LOCK, timeout=LOCK_SECONDS)
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(f"another command is changing {folder}; try again later") from error
+        except OSError as error:
+            raise ConfigError(unwritten("the lock", folder.absolute() / _LOCK, error)) from error
+        try:
+            yield cls.load(folder)
+        finally:
+            lock.release()
 
     def save(self) -> None:
         """Write ``deployment.json``."""
@@ -123,38 +183,49 @@ class Deployment:
         Raises
         ------
         ConfigError
-            A name that cannot be a folder or host, or one that has another key.
+            As :meth:`has_node`.
 
         """
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"{name!r} is no name for a node: letters, digits, '-', '_', '.', at most 40, a letter or digit first"
-            )
-        if name in self.nodes:
-            if (
-                public_key is not None
-                and self.nodes[name].public_key.split()[:2] != public_key.split()[:2]
-            ):
-                raise ConfigError(
-                    f"node {name!r} has another key; change it with: heterotune deploy rotate-key {self.folder} {name}"
-                )
+        if self.has_node(name, public_key):
             return False
         if public_key is None:
-            place = make_folder(self.node(name))
-            # A key that is there belongs to a call that was cut short.
-            public = place / PUBLIC if (place / PUBLIC).exists() else new_node_key(place, name)
-            public_key = read_public(public)
-        self.refuse_double(name, public_key)
+            public_key = read_public(node_key(make_folder(self.node(name)), name))
+            self.refuse_double(name, public_key)
         self.nodes[name] = Node(public_key)
         return True
 
+    def has_node(self, name: str, public_key: str | None = None) -> bool:
+        """Whether there is a node of that name and, if one is given, with that key.
+
+        Raises
+        ------
+        ConfigError
+            A name that cannot be a folder, one that has another key, or a key that another node has.
+
+        """
+        check_node_name(name)
+        node = self.nodes.get(name)
+        if node is None and public_key is not None:
+            self.refuse_double(name, public_key)
+        if node and public_key and key_body(node.public_key) != key_body(public_key):
+            raise ConfigError(
+                f"node {name!r} has another key; change it with: heterotune deploy rotate-key {self.folder} {name}"
+            )
+        return node is not None
+
     def refuse_double(self, name: str, public_key: str) -> None:
-        """Refuse a public key that a node has already (ConfigError)."""
+        """Refuse a public key that a node has or had: Flower takes no key twice (ConfigError)."""
         for other, node in self.nodes.items():
-            if node.public_key.split()[:2] == public_key.split()[:2]:
+            if key_body(public_key) not in node.keys:
+                continue
+            if other == name:
                 raise ConfigError(
-                    f"{name!r} has the public key of node {other!r}; every node needs its own"
+                    f"this is a key that {name!r} has, or had, already; a new one is wanted: heterotune node key "
+                    f"{name} --dir NEW-FOLDER"
                 )
+            raise ConfigError(
+                f"{name!r} has the public key of node {other!r}; every node needs its own"
+            )
 
     def write(self, days: float = certificates.SERVER_DAYS, renew: bool = False) -> None:
         """Make what is missing and write again what holds no key.
@@ -167,63 +238,37 @@ class Deployment:
             Make a new server certificate (and key) although one is there; the CA stays, so nodes need nothing new.
 
         """
-        for folder in (
+        self._tidy_folders()
+        ca = pairs.authority(self.folder / "ca", self.server, self.hosts[0])
+        pairs.server_pair(self.server, ca, self.hosts, days, renew)
+        secret = self.server / "superexec.secret"
+        if not present(secret, "the SuperExec's secret"):
+            write_private(secret, secrets.token_hex(32).encode())
+        self._server_files(ca.certificate)
+        for name, node in self.nodes.items():
+            write_file(self.public_key(name), node.public_key)
+            if not node.revoked:
+                self._node_files(name, ca.certificate)
+        write_file(self.folder / "README.txt", explain(self))
+        self.save()
+
+    def _tidy_folders(self) -> None:
+        """Make the folders, close them to others, and remove what killed calls have left in them."""
+        closed = [
             self.folder,
             self.folder / "ca",
             self.server,
             self.operator,
             self.folder / "nodes",
-        ):
+        ]
+        nodes = [self.node(name) for name, node in self.nodes.items() if not node.revoked]
+        for folder in (*closed, *nodes):
+            own_folder(folder)
+        for folder in (self.server / "state", self.folder / "runs"):
             make_folder(folder)
-            folder.chmod(0o700)
-        authority = self._authority()
-        self._server_certificate(authority, days, renew)
-        if not (secret := self.server / "superexec.secret").exists():
-            write_private(secret, secrets.token_hex(32).encode())
-        make_folder(self.server / "state")
-        make_folder(self.folder / "runs")
-        self._server_files(authority.certificate)
-        for name, node in self.nodes.items():
-            write_file(self.public_key(name), node.public_key)
-            if not node.revoked:
-                self._node_files(name, authority.certificate)
-        write_file(self.folder / "README.txt", explain(self))
-        self.save()
-
-    def _authority(self) -> Pair:
-        certificate, key = self.folder / "ca" / "ca.crt", self.folder / "ca" / "ca.key"
-        if not certificate.exists():
-            if key.exists():
-                raise ConfigError(
-                    f"{key} has no certificate beside it; restore ca.crt, or start in a new folder"
-                )
-            made = certificates.new_authority(self.hosts[0])
-            write_private(key, made.key)
-            write_file(certificate, made.certificate)
-        if not key.exists():  # kept elsewhere, as it should be
-            return Pair(certificate.read_bytes(), b"")
-        return Pair(certificate.read_bytes(), key.read_bytes())
-
-    def _server_certificate(self, authority: Pair, days: float, renew: bool) -> None:
-        certificate, key = self.server / "server.crt", self.server / "server.key"
-        if certificate.exists() and key.exists() and not renew:
-            names = certificates.names_of(
-                certificates.load_certificate(certificate.read_bytes(), str(certificate))
-            )
-            if missing := sorted(set(self.hosts) - set(names)):
-                raise ConfigError(
-                    f"the server certificate does not name {', '.join(missing)}; add --renew"
-                )
-            return
-        if not authority.key:
-            raise ConfigError(
-                f"a server certificate needs the CA's key; put it back: {self.folder / 'ca' / 'ca.key'}"
-            )
-        made = certificates.issue_server(authority, [*self.hosts, *_LOOPBACK], days)
-        if key.exists():
-            key.rename(key.with_suffix(".key.old"))
-        write_private(key, made.key)
-        write_file(certificate, made.certificate)
+        for folder in (*closed, *nodes, self.server / "public-keys"):
+            for path in unfinished(folder):
+                remove(path)
 
     def _server_files(self, ca: bytes) -> None:
         here, local = str(self.server), str(Path(sys.executable).parent)
@@ -259,8 +304,7 @@ class Deployment:
         )
 
     def _node_files(self, name: str, ca: bytes) -> None:
-        place = make_folder(self.node(name))
-        place.chmod(0o700)
+        place = self.node(name)
         write_file(place / "ca.crt", ca)
         write_file(place / NODE_MANIFEST, json.dumps(self.manifest(ca), indent=2) + "\n")
         write_file(place / "start.sh", templates.node_script(self.node_bin), SCRIPT)
@@ -268,7 +312,7 @@ class Deployment:
             place / "heterotune-node.service",
             templates.node_unit(self.node_folder, name, self.user),
         )
-        if not (place / "node.toml").exists():  # its owner's from then on
+        if not present(place / "node.toml", "the settings"):  # its owner's from then on
             write_file(place / "node.toml", templates.node_toml(self.address, name))
 
     def manifest(self, ca: bytes) -> dict[str, Any]:
@@ -282,17 +326,6 @@ class Deployment:
             "code_hash": code_hash(),
             "versions": installed_versions(),
         }
-
-
-def installed_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Versions of libraries in this environment, ``missing`` for those that are not."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
 
 
 def initialise(
@@ -329,25 +362,39 @@ def initialise(
     """
     folder = folder.expanduser().absolute()
     given = {key: value for key, value in settings.items() if value is not None}
-    parsed = [parse_server(server) for server in servers]
-    if (folder / MANIFEST).exists():
-        deployment = Deployment.load(folder)
-        for key, value in given.items():
-            setattr(deployment, key, value)
-        if parsed:
-            deployment.hosts = [host for host, _ in parsed]
-            deployment.port = parsed[0][1] or deployment.port
-    else:
-        if not parsed:
-            raise ConfigError("say where nodes will find the server: --server HOST[:PORT]")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and no deployment; give a new folder")
-        deployment = Deployment(folder, [host for host, _ in parsed], parsed[0][1] or 8443, **given)
+    deployment = _existing_or_new(folder, [parse_server(server) for server in servers], given)
+    deployment.check()
+    check_days(days)
+    for name in (*names, *public_keys):
+        deployment.has_node(name, public_keys.get(name))
+    if not renew and (missing := pairs.missing_names(deployment.server, deployment.hosts)):
+        raise ConfigError(
+            f"the server certificate does not name {', '.join(missing)}; add --renew to make one that does"
+        )
     make_folder(folder)
-    deployment.save()  # a call that is cut short can be given again
+    # Not before everything was checked: what is refused changes nothing. And before anything else is made: a call
+    # that is cut short can be given again.
+    deployment.save()
     for name in names:
         deployment.add_node(name)
     for name, line in public_keys.items():
         deployment.add_node(name, line)
     deployment.write(days, renew)
     return deployment
+
+
+def _existing_or_new(
+    folder: Path, servers: Sequence[tuple[str, int | None]], settings: Mapping[str, Any]
+) -> Deployment:
+    """The deployment of a folder with changed settings, nothing of it written yet (ConfigError)."""
+    hosts = [host for host, _ in servers]
+    if present(folder / MANIFEST, "the deployment"):
+        deployment = replace(Deployment.load(folder), **settings)
+        if servers:
+            deployment.hosts, deployment.port = hosts, servers[0][1] or deployment.port
+        return deployment
+    if not servers:
+        raise ConfigError("say where nodes will find the server: --server HOST[:PORT]")
+    if {*contents(folder)} - {*unfinished(folder)}:
+        raise ConfigError(f"{folder} is not empty and no deployment; give a new folder")
+    return Deployment(folder, hosts, servers[0][1] or 8443, **settings)

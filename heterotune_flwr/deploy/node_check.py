@@ -13,14 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.data.sources import examples_digest, read_examples
+from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.deploy import certificates
+from heterotune_flwr.deploy.files import make_folder, present, read_bytes, unwritten
 from heterotune_flwr.deploy.keys import key_fingerprint, public_of
-from heterotune_flwr.deploy.layout import LIBRARIES, NODE_MANIFEST, installed_versions
-from heterotune_flwr.deploy.node_config import NodeSettings, key_trouble, read_node_settings
+from heterotune_flwr.deploy.layout import NODE_MANIFEST
+from heterotune_flwr.deploy.node_config import (
+    NodeSettings,
+    check_ca,
+    key_trouble,
+    read_node_settings,
+)
 from heterotune_flwr.deploy.server_probe import Seen, look
-from heterotune_flwr.errors import FederationError, HeteroTuneError
+from heterotune_flwr.deploy.versions import LIBRARIES, MISSING, installed_versions
+from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.federation.identity import code_hash
 
 State = Literal["ok", "warn", "fail"]
@@ -52,8 +60,8 @@ def check_node(path: Path, offline: bool = False) -> list[Finding]:
         Finding("settings", "ok", f"{settings.path}: client {settings.client['client-id']}")
     ]
     with _as_started(settings):
-        parts = [_key, _port, _device, _backbone, _data, _state_dir, _libraries]
-        for part in parts if offline else [*parts, _server]:
+        parts = [_key, _port, _device, _backbone, _data, _anchors, _state_dir, _cache, _libraries]
+        for part in (*parts, _ca if offline else _server):
             findings += _guarded(part, settings)
     return findings
 
@@ -177,6 +185,9 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
         text_field=client.get("text-field", "text"),
         label_field=client.get("label-field", "label"),
     )
+    for key in ("data", "test"):
+        if client.get(key):
+            present(Path(client[key]), key)  # says whose a closed folder is
     examples = read_examples(Path(client["data"]), data)
     digest = examples_digest(examples)[:12]
     state: State = "ok" if len(examples) >= 8 else "warn"
@@ -191,33 +202,62 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
         yield Finding("test data", "ok", f"{count} examples")
 
 
+def _anchors(settings: NodeSettings) -> Iterator[Finding]:
+    from heterotune_flwr.dema.anchors import load_anchors
+
+    if given := settings.client.get("anchors"):
+        if given not in SHIPPED and not present(Path(given), "the anchors"):
+            yield Finding(
+                "anchors", "fail", f"there is no file {given}", f"a file, or one of: {', '.join(SHIPPED)}"
+            )  # fmt: skip
+            return
+        count = len(load_anchors(AlignmentConfig(anchors=given)))
+        yield Finding("anchors", "ok", f"{count} anchors")
+
+
 def _state_dir(settings: NodeSettings) -> Iterator[Finding]:
-    folder = settings.state_dir
+    yield from _written_folder("state dir", settings.state_dir)
+
+
+def _cache(settings: NodeSettings) -> Iterator[Finding]:
+    if "cache" in settings.client:
+        yield from _written_folder("cache", Path(settings.client["cache"]))
+
+
+def _written_folder(name: str, folder: Path) -> Iterator[Finding]:
+    make_folder(folder)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         free = shutil.disk_usage(folder).free / 1e9
     except OSError as error:
-        yield Finding(
-            "state dir", "fail", f"{folder} cannot be written: {error.strerror or error}",
-            f"make it writable for this user: chown {os.environ.get('USER', '$USER')} {folder}",
-        )  # fmt: skip
-        return
+        raise ConfigError(unwritten("folder", folder, error)) from error
     if free < DISK_GB:
-        yield Finding(
-            "state dir", "fail", f"{folder} has {free:.2f} GB free", "make room on its disk"
-        )
+        yield Finding(name, "fail", f"{folder} has {free:.2f} GB free", "make room on its disk")
     else:
-        yield Finding("state dir", "ok", f"{folder} is writable, {free:.0f} GB free")
+        yield Finding(name, "ok", f"{folder} is writable, {free:.0f} GB free")
 
 
 def _manifest(settings: NodeSettings) -> dict[str, Any] | None:
-    try:
-        found = json.loads((settings.path.parent / NODE_MANIFEST).read_text())
-    except (OSError, ValueError):
+    """What the server has installed; None where the file is missing.
+
+    Raises
+    ------
+    ConfigError
+        It is damaged.
+
+    """
+    path = settings.path.parent / NODE_MANIFEST
+    if not present(path, NODE_MANIFEST):
         return None
-    return found if isinstance(found, dict) else None
+    again = "copy it again from the server's node folder"
+    try:
+        found = json.loads(read_bytes(path, NODE_MANIFEST, again))
+        if not isinstance(found.get("versions", {}), dict):
+            raise ValueError("its versions are no table")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); {again}") from error
+    return dict(found)
 
 
 def _plain(version: str) -> str:
@@ -234,20 +274,27 @@ def _libraries(settings: NodeSettings) -> Iterator[Finding]:
             f"no {NODE_MANIFEST} beside node.toml to compare with: copy it from the server's node folder",
         )  # fmt: skip
         return
-    theirs: dict[str, str] = manifest.get("versions", {})
-    missing = [name for name in LIBRARIES if here[name] == "missing"]
+    # What the server does without, a node cannot differ from: a server needs no torch.
+    theirs = {
+        name: str(version)
+        for name, version in manifest.get("versions", {}).items()
+        if version != MISSING
+    }
+    missing = [name for name in LIBRARIES if here[name] == MISSING]
     other = [
         name
         for name in LIBRARIES
-        if name not in missing and _plain(here[name]) != _plain(theirs.get(name, ""))
+        if name in theirs and name not in missing and _plain(here[name]) != _plain(theirs[name])
     ]
     if missing or any(name in _EXACT for name in other):
-        wanted = " ".join(f"{name}=={theirs.get(name)}" for name in [*missing, *other])
+        wanted = " ".join(
+            f"{name}=={theirs[name]}" if name in theirs else name for name in [*missing, *other]
+        )
         yield Finding(
             "libraries", "fail", shown, f"install the server's versions: pip install {wanted}"
         )
     elif other:
-        differ = ", ".join(f"{name} {theirs.get(name)}" for name in other)
+        differ = ", ".join(f"{name} {theirs[name]}" for name in other)
         yield Finding(
             "libraries", "warn", shown, f"the server has {differ}; results may differ a little"
         )
@@ -264,13 +311,20 @@ def _libraries(settings: NodeSettings) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _ca(settings: NodeSettings) -> Iterator[Finding]:
+    check_ca(settings)
+    yield from ()
+
+
 def _server(settings: NodeSettings) -> Iterator[Finding]:
-    try:
-        seen = look(settings.host, settings.server_port, settings.ca)
-    except FederationError as error:
-        yield Finding("server", "fail", str(error))
-        return
+    seen = look(settings.host, settings.server_port, settings.ca, check_ca(settings))
     yield from _certificate(settings, seen)
+    if seen.fleet == 0 or seen.fleet >= 500:
+        yield Finding(
+            "superlink", "fail",
+            f"{settings.address} answers, but the SuperLink behind it does not (status {seen.fleet})",
+            "tell the operator: start the SuperLink, look at its log and nginx's",
+        )  # fmt: skip
     yield from _clock(seen)
     if seen.control not in (401, 403, 404):
         yield Finding(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import tomllib
@@ -11,32 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.backbones.sources import AUTO, BITS
-from heterotune_flwr.deploy.files import make_folder, open_to_others, write_private
+from heterotune_flwr.dema.anchors import SHIPPED
+from heterotune_flwr.deploy.certificates import load_certificate
+from heterotune_flwr.deploy.files import (
+    make_folder,
+    open_to_others,
+    present,
+    read_bytes,
+    remove,
+    unfinished,
+    write_private,
+)
+from heterotune_flwr.deploy.keys import how_to_make, public_of
+from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
 from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.identity import REPORTS, REQUIRED, code_hash
+from heterotune_flwr.federation.identity import REQUIRED, code_hash
 from heterotune_flwr.federation.superlink import toml_string
 
-#: Keys of the file: table -> key -> type of its value.
-_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
-    "server": {"address": (str,), "ca": (str,), "key": (str,), "port": (int,), "accept-code": (str,)},
-    "client": {
-        **dict.fromkeys(
-            ("client-id", "backbone", "bits", "revision", "data", "format", "test", "anchors", "state-dir", "cache",
-             "text-field", "label-field", "slots", "report", "device", "worker"),
-            (str,),
-        ),
-        "memory-gb": (int, float),
-        "threads": (int,),
-        "worker-idle-minutes": (int, float),
-    },
-}  # fmt: skip
 #: Settings of the client that ``node start`` turns into environment variables of the process.
 _ENVIRONMENT = ("device", "cache")
+_COPY_CA = "copy the server's ca.crt there"
 _PATHS = ("data", "test", "anchors", "state-dir", "cache")
-FORMATS = ("jsonl", "csv", "parquet", "dataset")
-ACCEPT = ("installed", "any")
 #: How large the pieces are that a node sends an array in. Flower gives a request 30 s to be sent and then starts it
 #: anew: its own 5 MiB never arrive over 1 Mbit/s.
 PIECE_VARIABLE, PIECE_BYTES = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 256 * 1024
@@ -116,25 +111,24 @@ def read_node_settings(path: Path) -> NodeSettings:
 
     """
     path = path.expanduser().absolute()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, no error where a folder is closed
         path /= "node.toml"
+    raw = read_bytes(path, "the node's settings", "give the path of node.toml")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"the node's settings {path} cannot be read ({error.strerror or error}); give the path of node.toml"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(raw.decode("utf-8-sig"))  # editors on Windows begin it with a mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8 ({error})") from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _check_keys(path, tables)
+    check_keys(path, tables)
     server, client = dict(tables.get("server", {})), dict(tables.get("client", {}))
     for table, key in [("server", "address"), *(("client", key) for key in REQUIRED)]:
         if not tables.get(table, {}).get(key):
             raise ConfigError(f"{path}: [{table}] lacks {key}")
-    _check_values(path, server, client)
+    check_values(path, server, client)
     folder = path.parent
     for key in _PATHS:
-        if key in client and not (key == "anchors" and "/" not in client[key]):
+        if key in client and not (key == "anchors" and client[key] in SHIPPED):
             client[key] = str(_absolute(folder, client[key]))
     return NodeSettings(
         path=path,
@@ -151,58 +145,27 @@ def _absolute(folder: Path, given: str) -> Path:
     return Path(os.path.normpath(folder / Path(given).expanduser()))
 
 
-def _check_keys(path: Path, tables: Mapping[str, Any]) -> None:
-    for table, entries in tables.items():
-        if table not in _KEYS or not isinstance(entries, dict):
-            raise ConfigError(
-                f"{path}: {table!r} is not known; there are the tables [server] and [client]"
-            )
-        for key, value in entries.items():
-            if key not in _KEYS[table]:
-                near = difflib.get_close_matches(key, _KEYS[table], n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KEYS[table])}"
-                raise ConfigError(f"{path}: [{table}] has no key {key!r}; {hint}")
-            kinds = _KEYS[table][key]
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                kind = "a text in quotation marks" if kinds == (str,) else "a number"
-                raise ConfigError(f"{path}: [{table}] {key} is {value!r}; it must be {kind}")
-
-
-def _check_values(path: Path, server: Mapping[str, Any], client: Mapping[str, Any]) -> None:
-    host, _, port = str(server["address"]).rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(
-            f"{path}: [server] address is {server['address']!r}; write it as host:port"
-        )
-    choices = (
-        ("bits", client.get("bits"), (*BITS, AUTO)),
-        ("format", client.get("format"), FORMATS),
-        ("report", client.get("report"), REPORTS),
-        ("accept-code", server.get("accept-code"), ACCEPT),
-    )
-    for key, value, known in choices:
-        if value is not None and value not in known:
-            raise ConfigError(f"{path}: {key} is {value!r}; choose one of {', '.join(known)}")
-    for key in ("memory-gb", "threads", "worker-idle-minutes"):
-        if key in client and not 0 < client[key] < float("inf"):
-            raise ConfigError(f"{path}: {key} is {client[key]}; it must be above 0")
-    device = client.get("device")
-    if device is not None and device not in ("cpu", "cuda"):
-        kind, _, number = device.partition(":")
-        if kind != "cuda" or not number.isdigit():
-            raise ConfigError(f"{path}: device is {device!r}; write cpu, cuda or cuda:0")
-
-
 def key_trouble(settings: NodeSettings) -> str | None:
-    """Why the private key is not fit for use, None when it is."""
-    if not settings.key.is_file():
-        return (
-            f"the private key {settings.key} is missing; make one with: heterotune node key "
-            f"{settings.key.parent}, and give node.pub to the operator"
-        )
-    if open_to_others(settings.key):
-        return f"the private key {settings.key} is open to others; run: chmod 600 {settings.key}"
+    """Why the private key is not fit for use, None when it is (ConfigError where it cannot be seen)."""
+    key, name = settings.key, str(settings.client["client-id"])
+    if not present(key, "the private key"):
+        return f"the private key {key} is missing; {how_to_make(key.parent, name)}"
+    public_of(key, name)
+    if open_to_others(key):
+        return f"the private key {key} is open to others; run: chmod 600 {key}"
     return None
+
+
+def check_ca(settings: NodeSettings) -> bytes:
+    """The CA certificate by which the server is recognised (ConfigError when there is none)."""
+    if not present(settings.ca, "the CA certificate"):
+        raise ConfigError(f"the CA certificate {settings.ca} is missing; {_COPY_CA}")
+    pem = read_bytes(settings.ca, "the CA certificate", _COPY_CA)
+    try:
+        load_certificate(pem, str(settings.ca))
+    except ConfigError as error:
+        raise ConfigError(f"{settings.ca} is no CA certificate; {_COPY_CA}") from error
+    return pem
 
 
 def supernode_command(settings: NodeSettings) -> list[str]:
@@ -211,20 +174,19 @@ def supernode_command(settings: NodeSettings) -> list[str]:
     Raises
     ------
     ConfigError
-        The key is missing or open to others, there is no CA certificate, or the state folder cannot be made.
+        The key is missing, no key, or open to others, there is no CA certificate, or the state folder cannot be
+        made and written.
 
     """
     trouble = key_trouble(settings)
     if trouble is not None:
         raise ConfigError(trouble)
-    if not settings.ca.is_file():
-        raise ConfigError(
-            f"the CA certificate {settings.ca} is missing; copy the server's ca.crt there"
-        )
+    check_ca(settings)
     make_folder(settings.state_dir)
     # A file, not an argument: arguments are seen by everybody on the machine and cannot quote every path.
     written = settings.state_dir / "node-config.toml"
-    written.unlink(missing_ok=True)
+    for old in (written, *unfinished(settings.state_dir)):
+        remove(old)
     lines = [f"{key} = {_toml(value)}\n" for key, value in settings.node_config().items()]
     write_private(written, "".join(lines).encode())
     return [

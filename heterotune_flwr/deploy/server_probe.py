@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import socket
 import ssl
@@ -19,6 +18,7 @@ from heterotune_flwr.errors import FederationError
 SECONDS = 10.0
 #: OpenSSL's verification results (x509_vfy.h) that a user can do something about.
 _NOT_YET, _EXPIRED, _HOST, _ADDRESS = 9, 10, 62, 64
+_CONTROL, _FLEET = "/v1/control/list-runs", "/v1/fleet/activate-node"
 _UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
 
 
@@ -27,16 +27,24 @@ class Seen:
     """A TLS server that proved who it is.
 
     ``ahead`` is how many seconds this machine's clock is ahead of the server's (None where the server does not tell);
-    ``control`` is the status that a control route answered with.
+    ``control`` and ``fleet`` are the statuses that a control route and the nodes' own route answered with, 0: nothing.
     """
 
     certificate: x509.Certificate
     ahead: float | None
     control: int
+    fleet: int
 
 
-def look(host: str, port: int, ca: Path) -> Seen:
+def look(host: str, port: int, ca: Path, pem: bytes) -> Seen:
     """Connect, check the certificate against the CA and the host's name, ask for the time.
+
+    Parameters
+    ----------
+    host, port
+        Of the server.
+    ca, pem
+        File of the CA certificate, and what is in it.
 
     Raises
     ------
@@ -46,8 +54,8 @@ def look(host: str, port: int, ca: Path) -> Seen:
     """
     where = f"{host}:{port}"
     try:
-        context = ssl.create_default_context(cafile=str(ca))
-    except (OSError, ssl.SSLError) as error:
+        context = ssl.create_default_context(cadata=pem.decode("ascii", "replace"))
+    except (OSError, ValueError) as error:
         raise FederationError(
             f"{ca} is no CA certificate; copy the server's ca.crt again"
         ) from error
@@ -59,7 +67,8 @@ def look(host: str, port: int, ca: Path) -> Seen:
         assert raw is not None
         certificate = load_certificate(ssl.DER_cert_to_PEM_cert(raw).encode(), where)
         ahead = _clock(connection)
-        return Seen(certificate, ahead, _control(connection))
+        control, fleet = (_asked(connection, route) for route in (_CONTROL, _FLEET))
+        return Seen(certificate, ahead, control, fleet)
     except ssl.SSLCertVerificationError as error:
         raise FederationError(_mistrust(where, host, ca, error)) from error
     except ssl.SSLError as error:
@@ -97,15 +106,16 @@ def _clock(connection: http.client.HTTPSConnection) -> float | None:
     return (before + after) / 2 - (told + 0.5)
 
 
-def _control(connection: http.client.HTTPSConnection) -> int:
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        connection.request(
-            "POST", "/v1/control/list-runs", b"", {"content-type": "application/x-protobuf"}
-        )
+def _asked(connection: http.client.HTTPSConnection, route: str) -> int:
+    """Status of the answer to an empty request, 0 without one."""
+    try:
+        connection.request("POST", route, b"", {"content-type": "application/x-protobuf"})
         answer = connection.getresponse()
         answer.read()
-        return answer.status
-    return 0
+    except (OSError, http.client.HTTPException):
+        connection.close()  # the next request connects again
+        return 0
+    return answer.status
 
 
 def _mistrust(where: str, host: str, ca: Path, error: ssl.SSLCertVerificationError) -> str:

@@ -90,6 +90,7 @@ UMask=0077
 _SERVER_UNIT = Template(
     """\
 # cp $name.service /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now $name
+# The whole deployment folder must belong to the user below: chown -R $user: DIR
 [Unit]
 Description=heterotune: $what
 Wants=network-online.target
@@ -115,7 +116,8 @@ WantedBy=multi-user.target
 )
 _NODE_UNIT = Template(
     """\
-# On the node: change the paths if this folder does not lie in $here, then
+# On the node: change the paths if this folder does not lie in $here, make the user below if there is none
+# (useradd --system --user-group --no-create-home $user), give it the folder (chown -R $user: $here), then
 # cp heterotune-node.service /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now heterotune-node
 [Unit]
 Description=heterotune: node $node

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from heterotune_flwr.cli_help import App
 from heterotune_flwr.errors import FederationError
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     help="Keep the backbones of a deployed client loaded between messages.\n\n"
     "Flower starts a new process for every message; the worker of a client's state directory "

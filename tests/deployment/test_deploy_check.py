@@ -76,7 +76,7 @@ def test_troubles_of_the_machine_have_a_remedy_each(node):
         "key": "chmod 600",
         "backbone": "did you mean 'tiny-",
         "data": "columns present: label, text",
-        "state dir": "make it writable",
+        "state dir": "is a file where a folder should be",
         "libraries": "pip install flwr==1.40.0",
         "code": "install the server's version here",
     }
@@ -113,6 +113,7 @@ def past(days):
         ("ends soon", "server", "warn", "--renew"),
         ("ahead", "clock", "fail", "ahead of the server"),
         ("open", "proxy", "warn", "tell the operator"),
+        ("no SuperLink", "superlink", "fail", "the SuperLink behind it does not (status 502)"),
     ],
 )
 def test_troubles_with_the_server(node, tmp_path, case, name, state, words):
@@ -131,12 +132,14 @@ def test_troubles_with_the_server(node, tmp_path, case, name, state, words):
         options = {"offset": -60.0}
     elif case == "open":
         options = {"control": 200}
+    elif case == "no SuperLink":  # nginx, whose upstream is down
+        options = {"control": 502}
     pair = None if case == "plain" else certificates.issue_server(maker, hosts, **settings)
     with TlsServer(pair, tmp_path, **options) as server:
         if case != "nobody":
             edit(node, "127.0.0.1:1", f"127.0.0.1:{server.port}")
         settings_read = read_node_settings(node)
-        finding = found(node_check._server(settings_read))[name]
+        finding = found(node_check._guarded(node_check._server, settings_read))[name]
     assert finding.state == state
     assert words in finding.message + finding.mend
 

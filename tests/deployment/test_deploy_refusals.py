@@ -6,9 +6,10 @@ import pytest
 
 from benchmarks.lab import Lab, has_nginx
 from benchmarks.refusals import CLOSED, copied, is_refused, node_refusals, proxy_refusals
-from heterotune_flwr.deploy.keys import new_node_key
+from heterotune_flwr.deploy.keys import key_body, new_node_key, read_public
 from heterotune_flwr.deploy.node_check import check_node
-from heterotune_flwr.deploy.registry import revoke, rotate_key
+from heterotune_flwr.deploy.registry import listed, reconcile, revoke
+from heterotune_flwr.deploy.rotation import rotate_key
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,29 @@ def lab(tmp_path_factory):
         yield lab
 
 
+def test_flower_tells_which_keys_it_knows(lab, tmp_path):
+    """Registrations are found by their keys; a rotation cut short is ended, and its old key can be barred."""
+    deployment = lab.deployment
+    inside = deployment.nodes["inside"]
+    assert set(listed(deployment)) == inside.keys
+    known = inside.node_id
+    inside.node_id = None  # as when the answer to a registration was lost
+    outcome = reconcile(deployment)
+    assert (outcome.found, inside.node_id) == (["inside"], known)
+    deployment.add_node("passing", read_public(new_node_key(tmp_path / "first", "passing")))
+    assert reconcile(deployment).registered == ["passing"]
+    passing = deployment.nodes["passing"]
+    old, new = passing.public_key, read_public(new_node_key(tmp_path / "second", "passing"))
+    passing.former, passing.public_key, passing.node_id = [old], new, None
+    deployment.save()  # so far a rotation had come
+    outcome = reconcile(deployment)
+    assert (outcome.registered, outcome.barred) == (["passing"], ["passing"])
+    revoke(deployment, "passing")
+    live = {body for body, entry in listed(deployment).items() if entry.live}
+    assert live == inside.keys
+    assert {key_body(old), key_body(new)} <= set(listed(deployment)) - live
+
+
 def test_only_the_registered_key_over_tls_gets_in(lab, tmp_path):
     lab.start_node("inside")
     refused = node_refusals(lab, tmp_path, "inside", "stranger")
@@ -31,6 +55,7 @@ def test_only_the_registered_key_over_tls_gets_in(lab, tmp_path):
     findings = {finding.name: finding for finding in check_node(lab.deployment.node("inside"))}
     assert findings["server"].state == findings["clock"].state == "ok"
     assert findings["port"].state == "warn"  # the node itself has it
+    assert "superlink" not in findings  # the nodes' route is answered
     open_to_all = "proxy" in findings  # without nginx the check warns of the control routes
     assert open_to_all != lab.proxy
 
