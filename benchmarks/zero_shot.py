@@ -2,8 +2,8 @@
 
 In the laboratory (:mod:`.alignment_probe`: frozen last-slot states, the product's arithmetic). Every type in turn stays
 out: the others train the shared bank (CMGA, the headline's 10 rounds), the one left out only computes its maps from
-public texts. Its share of its own federated gain is ``(zero-shot - bare) / (taking part - bare)``, all at the learning rate that is best for those who
-train.
+public texts. Its share of its own federated gain is ``(zero-shot - bare) / (taking part - bare)``, all at the learning
+rate that is best for those who train.
 
 Run: ``python -m benchmarks.zero_shot`` (minutes per backbone once, for the states; then a minute per family).
 Writes ``benchmarks/results/zero_shot.json``.
@@ -31,7 +31,6 @@ from benchmarks.common import write_results
 from benchmarks.probe_clients import draw_clients
 from benchmarks.probe_federation import federate, zero_shot
 from benchmarks.probe_states import load_task, load_type
-
 
 _SCHEDULE = replace(SCHEDULE, rounds=10, rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), rule="cmga")
 
