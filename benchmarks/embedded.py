@@ -47,6 +47,7 @@ def overrides(clients: int, seeds: list[int], rates: dict[str, float], types: in
         *(f"strategies.{name}.train.learning_rate={rate}" for name, rate in rates.items()),
         f"run.seeds={seeds}".replace(" ", ""),
         f"run.compare=[{','.join(strategies)}]",
+        "server.rounds=30",
         "server.evaluate_every=0",
     ]
 
