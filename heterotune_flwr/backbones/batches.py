@@ -48,6 +48,8 @@ def parts_by_length(lengths: Sequence[int], most: int, overhead: int) -> list[li
 
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    if len(set(lengths)) == 1 and len(order) <= most:  # every step on kept states: nothing to weigh
+        return [order]
     least, starts = [0.0], [0]
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]

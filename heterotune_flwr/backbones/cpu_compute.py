@@ -135,12 +135,9 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     narrow = query.dtype
-    if narrow != torch.bfloat16 or not (torch.is_grad_enabled() and query.requires_grad):
-        plain: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-        return plain, None
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    output, _ = sdpa_attention_forward(
-        module, query.float(), key.float(), value.float(), mask, **options
-    )
+    if narrow == torch.bfloat16 and torch.is_grad_enabled() and query.requires_grad:
+        query, key, value = query.float(), key.float(), value.float()
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
     return output.to(narrow), None

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,17 @@ def _check_weights(roster: Roster, kept: KeptMaps) -> None:
             )
 
 
+@dataclass
+class _Inquiry:
+    """One computation of maps: for whom, and what asking clients for it has cost (client id -> bytes)."""
+
+    roster: Roster
+    method: MethodConfig
+    seed: int
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+
+
 class MapsService:
     """Computes the maps of a run's types, once for all its strategies."""
 
@@ -113,20 +124,19 @@ class MapsService:
         self._unsaved = {}
 
     def _compute(self, roster: Roster, method: MethodConfig, seed: int) -> Maps:
-        down: dict[str, int] = {}
-        up: dict[str, int] = {}
+        inquiry = _Inquiry(roster, method, seed)
         path = KeptMaps.path(self._journal.directory, method, seed)
         kept = self._unsaved.get(path) or KeptMaps.load(path)
         joined: list[str] = []
         shrinkage: list[float] = []
         if kept is None:
-            kept = self._align(roster, method, seed, down, up)
+            kept = self._align(inquiry)
             self._unsaved[path], shrinkage = kept, kept.shrinkage
         else:
             _check_weights(roster, kept)
             joined = [key for key in roster.type_keys if key not in kept.tensors]
             for type_key in joined:
-                kept = self._join(kept, type_key, roster, method, seed, down, up)
+                kept = self._join(kept, type_key, inquiry)
                 self._unsaved[path] = kept
         tensors, quality = kept.of(roster.type_keys)
         self._journal.event(
@@ -134,51 +144,36 @@ class MapsService:
             seed=seed,
             quality=quality,
             shrinkage=shrinkage,
-            cached=not up,
-            bytes_up=sum(up.values()),
+            cached=not inquiry.up,
+            bytes_up=sum(inquiry.up.values()),
             joined=joined,
         )
         digests = {key: tensor_digest(value) for key, value in tensors.items()}
-        return Maps(tensors, digests, quality, down, up)
+        return Maps(tensors, digests, quality, inquiry.down, inquiry.up)
 
-    def _align(
-        self,
-        roster: Roster,
-        method: MethodConfig,
-        seed: int,
-        down: dict[str, int],
-        up: dict[str, int],
-    ) -> KeptMaps:
+    def _align(self, inquiry: _Inquiry) -> KeptMaps:
         """Align all types of a roster with each other."""
+        roster, method = inquiry.roster, inquiry.method
         fingerprints = _fingerprints(roster)
         shared = self._shared_words(roster.clients.values())
 
         def ask(type_keys: list[str]) -> dict[str, Tensors]:
             missing = [key for key in type_keys if (key, method.slots) not in self._factors]
-            fresh = self._ask(roster, missing, method, seed, shared, down, up)
+            fresh = self._ask(inquiry, missing, shared)
             self._factors |= {(key, method.slots): value for key, value in fresh.items()}
             return {key: self._factors[key, method.slots] for key in type_keys}
 
-        result = align_types(fingerprints, self._config, method, roster.labels, ask, seed)
+        result = align_types(fingerprints, self._config, method, roster.labels, ask, inquiry.seed)
         codec = exact_codec(self._config.exchange)
         tensors = {key: round_trip(result.maps[key], codec) for key in roster.type_keys}
         return KeptMaps(
             tensors, result.quality, fingerprints, result.shrinkage, result.anchor_latents, shared
         )
 
-    def _join(
-        self,
-        kept: KeptMaps,
-        type_key: str,
-        roster: Roster,
-        method: MethodConfig,
-        seed: int,
-        down: dict[str, int],
-        up: dict[str, int],
-    ) -> KeptMaps:
+    def _join(self, kept: KeptMaps, type_key: str, inquiry: _Inquiry) -> KeptMaps:
         """Fit a type that this run does not know yet to the known latents; the others' maps stay as they are."""
-        members = roster.of_type(type_key)
-        fingerprint = roster.clients[members[0]].info.fingerprint
+        roster = inquiry.roster
+        members, fingerprint = roster.of_type(type_key), _fingerprints(roster)[type_key]
         shared = self._shared_words(roster.clients[cid] for cid in members)
         try:
             if not kept.latents:
@@ -188,8 +183,8 @@ class MapsService:
             if len(kept.words):
                 shared &= kept.words
             maps, quality = join_known(
-                kept.known(shared), type_key, fingerprint, self._config, method, roster.labels,
-                lambda keys: self._ask(roster, keys, method, seed, shared, down, up),
+                kept.known(shared), type_key, fingerprint, self._config, inquiry.method, roster.labels,
+                lambda keys: self._ask(inquiry, keys, shared),
             )  # fmt: skip
         except HeteroTuneError as error:
             raise FederationError(
@@ -207,23 +202,16 @@ class MapsService:
         return shared
 
     def _ask(
-        self,
-        roster: Roster,
-        type_keys: list[str],
-        method: MethodConfig,
-        seed: int,
-        shared: NDArray[np.bool_],
-        down: dict[str, int],
-        up: dict[str, int],
+        self, inquiry: _Inquiry, type_keys: list[str], shared: NDArray[np.bool_]
     ) -> dict[str, Tensors]:
         """Get the factors of some types, each from its first client that can give them.
 
         Where all of a type failed, those whose process died or whose node was away are asked again while
         ``server.wait_seconds`` last: they may be restarting.
         """
-        words = self.words()
-        header = Header(f"{self._run_name}-align", seed, method)
-        content = AlignRequest(header, method.slots, words, pack_mask(shared)).to_content()
+        roster, slots = inquiry.roster, inquiry.method.slots
+        header = Header(f"{self._run_name}-align", inquiry.seed, inquiry.method)
+        content = AlignRequest(header, slots, self.words(), pack_mask(shared)).to_content()
         server = self._config.server
         timeout, deadline = query_seconds(server), time.monotonic() + server.wait_seconds
         factors: dict[str, Tensors] = {}
@@ -241,8 +229,8 @@ class MapsService:
                 try:
                     reply = AlignReply.from_content(message.content)
                     factors[asked[node]] = reply.factors
-                    down[by_node[node]] = content_bytes(content)
-                    up[by_node[node]] = content_bytes(message.content)
+                    inquiry.down[by_node[node]] = content_bytes(content)
+                    inquiry.up[by_node[node]] = content_bytes(message.content)
                 except HeteroTuneError as error:
                     problems[node] = str(error)
             reasons += [f"{by_node[node]}: {reason}" for node, reason in sorted(problems.items())]

@@ -97,6 +97,11 @@ class ConsensusOptions:
             )
         return options
 
+    @classmethod
+    def optional(cls, given: Mapping[str, Any] | None) -> ConsensusOptions | None:
+        """The same of an entry that may be null, for none."""
+        return None if given is None else cls.read(given)
+
 
 def voices(predictions: Sequence[Array], trust: float) -> list[float]:
     """Share of every client in the mean, from how much it agrees with the mean of the others.

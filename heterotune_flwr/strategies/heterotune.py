@@ -87,8 +87,7 @@ class HeteroTune(HeteroStrategy):
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Build the chain once, and read the consensus' options, for their errors."""
         build_chain(options.get("chain") or DEFAULT_CHAIN)
-        if options.get("consensus") is not None:
-            ConsensusOptions.read(options["consensus"])
+        ConsensusOptions.optional(options.get("consensus"))
         _share("type_phase", options.get("type_phase", 0.0), below_one=True)
         _share("mixing", options.get("mixing", 0.0))
 

@@ -118,8 +118,8 @@ class Sharing(Strategy):
 
     def use_consensus(self, options: Mapping[str, Any] | None) -> None:
         """Let clients learn from each other's predictions on anchors (call in ``__init__``); null: not."""
-        if options is not None:
-            self.consensus = Consensus(ConsensusOptions.read(options), self.config.alignment)
+        if (found := ConsensusOptions.optional(options)) is not None:
+            self.consensus = Consensus(found, self.config.alignment)
 
     def learns_in(self, server_round: int) -> bool:
         """Whether clients are asked for predictions on anchors in a round, and taught, where there is a consensus."""

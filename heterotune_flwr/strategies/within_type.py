@@ -37,8 +37,7 @@ class WithinType(HeteroStrategy):
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Read the consensus' options, for their errors."""
-        if options.get("consensus") is not None:
-            ConsensusOptions.read(options["consensus"])
+        ConsensusOptions.optional(options.get("consensus"))
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Share with the own type only."""

@@ -26,10 +26,9 @@ from heterotune_flwr.tuning.terms import GradientTerms, make_optimizer
 
 log = logging.getLogger(__name__)
 
-#: What a forward and backward pass costs beside its tokens, in tokens, by kind of device: a CPU has little to
-#: prepare, a GPU would idle between small passes.
-_OVERHEAD = {"cpu": 64}
-_OVERHEAD_ELSEWHERE = 4096
+#: What a forward and backward pass costs beside its tokens, in tokens: a CPU has little to prepare, a GPU would idle
+#: between small passes.
+_OVERHEAD_CPU, _OVERHEAD_GPU = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,9 @@ class _Loop:
 
     def _parts(self, of: Rows | Distillation, chosen: list[int], most: int) -> list[list[int]]:
         """Split a batch into passes of similar length: the gradient is the whole batch's."""
-        kind = self.adapter.backbone.device.type
+        on_cpu = self.adapter.backbone.device.type == "cpu"
         lengths = [of.length(index) for index in chosen]
-        found = parts_by_length(lengths, most, _OVERHEAD.get(kind, _OVERHEAD_ELSEWHERE))
+        found = parts_by_length(lengths, most, _OVERHEAD_CPU if on_cpu else _OVERHEAD_GPU)
         return [[chosen[position] for position in part] for part in found]
 
 
