@@ -98,6 +98,7 @@ _BANKED = (
 _BOTH = dict.fromkeys(_BANKED, (1e-3, 2e-3))
 _KNOWN: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3,)),
+    "heterotune": (2e-3,),
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
 }

@@ -1,25 +1,47 @@
-"""A lesson on a client: which texts it is about, what the client fits, what it answers (see :mod:`.consensus`)."""
+"""A lesson on a client: which texts it is about, what the client fits, what it says (see :mod:`.consensus`)."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import AlignmentConfig, Config
+from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
-from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.consensus import Lesson, as_probabilities
+from heterotune_flwr.dema.bank import generator
+from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.federation.consensus import LONGEST_ANSWER, Lesson, as_probabilities
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity
+from heterotune_flwr.federation.own_words import OwnWords
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.distill import Distillation, predict
+from heterotune_flwr.tuning.generation import answer_prompts, draw_answers
 from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import EncodedSet, Task
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a client says of a round's anchors: label probabilities ``n x C``, or answers and sureness ``n x 1``."""
+
+    predictions: NDArray[np.float32] | None = None
+    answers: list[str] | None = None
+
+
+class AnchorWork(Protocol):
+    """One client's work on the anchors in one round."""
+
+    def distillation(self, round: int) -> Distillation | None:
+        """What to fit in a round; None where there is nothing."""
+
+    def says(self, round: int) -> Said:
+        """What the model, with the values it now holds, says of a round's anchors."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -27,14 +49,18 @@ def _texts(anchors: str, count: int) -> list[str]:
     return load_anchors(AlignmentConfig(anchors=anchors, count=count))
 
 
-def _encoded(lesson: Lesson, alignment: AlignmentConfig, task: Task) -> EncodedSet:
-    """Token ids of the anchors; ConfigError where this client's are not the server's."""
-    texts = _texts(alignment.anchors, alignment.count)
+def _known_texts(lesson: Lesson, alignment: AlignmentConfig) -> list[str]:
+    """The anchors; ConfigError where this client's are not the server's."""
+    texts = _texts(alignment.anchors, lesson.pool)
     if anchor_digest(texts) != lesson.digest:
         raise ConfigError(
             f"the anchors {alignment.anchors} here are not those of the server; they must be the same texts in the "
             "same order"
         )
+    return texts
+
+
+def _encoded(lesson: Lesson, texts: list[str], task: Task) -> EncodedSet:
     assert task.labels is not None
     unknown = task.labels[0]  # an anchor has no label; encoding wants one
     return encodings.encoded(
@@ -42,48 +68,51 @@ def _encoded(lesson: Lesson, alignment: AlignmentConfig, task: Task) -> EncodedS
     )
 
 
+def anchor_work(
+    lesson: Lesson | None,
+    identity: Identity,
+    config: Config,
+    task: Task,
+    adapter: AttachedAdapter,
+    seed: int,
+) -> AnchorWork | None:
+    """Prepare a lesson; None where there is none.
+
+    Raises
+    ------
+    ConfigError
+        The lesson is in words and the label set closed, or the other way round; or this client reads other anchors than
+        the server.
+
+    """
+    if lesson is None:
+        return None
+    if lesson.words != (task.kind == "tokens"):
+        raise ConfigError(
+            "answers on anchors need an open-text task, predictions a closed label set (data.labels, train.loss)"
+        )
+    texts = _known_texts(lesson, identity.alignment(config))
+    cache = config.train.cache_states
+    if lesson.words:
+        return _Answering(lesson, task, adapter, texts, identity, seed, cache)
+    rows = make_rows(adapter, _encoded(lesson, texts, task), cache)
+    return _Predicting(lesson, task, rows, seed)
+
+
 @dataclass(frozen=True)
-class AnchorWork:
-    """One client's work on the anchors in one round; ``rows`` are those of the whole pool."""
+class _Predicting:
+    """Label probabilities of a closed set; ``rows`` are those of the whole pool."""
 
     lesson: Lesson
     task: Task
     rows: Rows
     seed: int
 
-    @classmethod
-    def of(
-        cls,
-        lesson: Lesson | None,
-        identity: Identity,
-        config: Config,
-        task: Task,
-        adapter: AttachedAdapter,
-        seed: int,
-    ) -> AnchorWork | None:
-        """Prepare a lesson; None where there is none.
-
-        Raises
-        ------
-        ConfigError
-            The task has no closed label set, or this client reads other anchors than the server.
-
-        """
-        if lesson is None:
-            return None
-        if task.kind != "labels":
-            raise ConfigError(
-                "predictions on anchors need a closed label set (data.labels, train.loss)"
-            )
-        alignment = replace(identity.alignment(config), count=lesson.pool)
-        encoded = _encoded(lesson, alignment, task)
-        return cls(lesson, task, make_rows(adapter, encoded, config.train.cache_states), seed)
-
     def _chosen(self, round: int) -> list[int]:
         return round_anchors(self.lesson.pool, self.lesson.count, self.seed, round)
 
     def distillation(self, round: int) -> Distillation | None:
-        """What to fit in a round; None where nobody has predicted on its anchors (ExchangeError: other labels)."""
+        """Fit the federation's mean; None where nobody has predicted (ExchangeError: other labels)."""
         lesson = self.lesson
         if lesson.targets is None or not lesson.weight:
             return None
@@ -91,6 +120,59 @@ class AnchorWork:
         targets = torch.from_numpy(values).to(self.task.backbone.device)
         return Distillation(self.rows, self._chosen(round), targets, lesson.weight, lesson.batch)
 
-    def predictions(self, round: int) -> NDArray[np.float32]:
-        """What the model, with the values it now holds, says of a round's anchors (``count x C``)."""
-        return predict(self.task, self.rows, self._chosen(round))
+    def says(self, round: int) -> Said:
+        """Predict."""
+        return Said(predict(self.task, self.rows, self._chosen(round)))
+
+
+@dataclass(frozen=True)
+class _Answering:
+    """Answers in words."""
+
+    lesson: Lesson
+    task: Task
+    adapter: AttachedAdapter
+    texts: list[str]
+    identity: Identity
+    seed: int
+    cache: bool
+
+    @property
+    def _data(self) -> DataConfig:
+        return self.identity.data
+
+    def _chosen(self, round: int) -> list[str]:
+        chosen = round_anchors(self.lesson.pool, self.lesson.count, self.seed, round)
+        return [self.texts[index] for index in chosen]
+
+    def distillation(self, round: int) -> Distillation | None:
+        """Fit the drawn answers, token by token; those too long for this backbone's tokens are left out."""
+        lesson = self.lesson
+        if lesson.answers is None or not lesson.weight:
+            return None
+        encoded = EncodedSet([], [], [])
+        for text, answer in zip(self._chosen(round), lesson.answers, strict=True):
+            try:
+                one = self.task.encode([Example(text, answer)] if answer else [])
+            except DataError:
+                continue
+            encoded.inputs.extend(one.inputs)
+            encoded.positions.extend(one.positions)
+            encoded.targets.extend(one.targets)
+        if not len(encoded):
+            return None
+        rows = make_rows(self.adapter, encoded, self.cache, on_disk=False)
+        return Distillation(rows, range(len(rows)), None, lesson.weight, lesson.batch)
+
+    def says(self, round: int) -> Said:
+        """Draw an answer to every anchor; those that repeat the client's own texts are kept back."""
+        data, texts = self._data, self._chosen(round)
+        prompts = answer_prompts(self.adapter, self.task, texts, data)
+        name = f"answers.{self.identity.client_id}.{round}"
+        draw = int(generator(self.seed, name).integers(2**62))
+        answers, sureness = draw_answers(
+            self.adapter, prompts, data.max_answer_tokens, data.stop, draw
+        )
+        own = OwnWords(self.identity.examples(self.seed))
+        told = ["" if own.repeated_in(answer) else answer[:LONGEST_ANSWER] for answer in answers]
+        return Said(sureness[:, None], told)

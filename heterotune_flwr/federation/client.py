@@ -26,7 +26,7 @@ from heterotune_flwr.data.sources import examples_digest, global_test, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
-from heterotune_flwr.federation.anchor_work import AnchorWork
+from heterotune_flwr.federation.anchor_work import Said, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
@@ -226,7 +226,7 @@ def train(message: Message, context: Context) -> RecordDict:
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
     task = adapter.reads(client.task())
-    lesson = AnchorWork.of(request.lesson, client.identity, config, task, adapter, header.seed)
+    lesson = anchor_work(request.lesson, client.identity, config, task, adapter, header.seed)
     report = train_local(
         adapter,
         task,
@@ -248,6 +248,7 @@ def train(message: Message, context: Context) -> RecordDict:
     if own:
         store.save(own, header.round)
     feedback = Feedback.of(config.exchange, store)
+    said = lesson.says(header.round + 1) if lesson else Said()
     reply = TrainReply(
         client_id=client.client_id,
         type_key=client.type_key,
@@ -255,9 +256,10 @@ def train(message: Message, context: Context) -> RecordDict:
         maps_digest=request.maps_digest,
         deltas=feedback.add(deltas, adapter.shapes, header.round),
         metrics=client.identity.reported(_train_metrics(report, request.learning_rate)),
-        predictions=lesson.predictions(header.round + 1) if lesson else None,
+        predictions=said.predictions,
         kept=kept,
         code_hash=code_hash(),
+        answers=said.answers,
     )
     return reply.to_content(feedback.codec)
 

@@ -1,12 +1,14 @@
-"""Predictions on public anchors, on the wire: what clients of different models can compare and learn from.
+"""What is said of public anchors, on the wire: what clients of different models can compare and learn from.
 
-Which anchors a round is about follows from the seed (:func:`..dema.anchors.round_anchors`), so only numbers travel:
-``n x C`` probabilities, one byte each, with no tokenizer, width or depth in them. No torch here.
+Which anchors a round is about follows from the seed (:func:`..dema.anchors.round_anchors`), so only predictions travel:
+``n x C`` probabilities, one byte each, or, on open text, ``n`` answers in words. There is no tokenizer, width or depth
+in either. No torch here.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +24,15 @@ from heterotune_flwr.federation.wire import (
     read_field,
     read_json,
     read_tensors,
+    read_texts,
 )
 from heterotune_flwr.flower import ConfigRecord, RecordDict
 
 Array = NDArray[np.float32]
 
-_FIELD, _TARGETS = "consensus", "targets"
+_FIELD, _TARGETS, _ANSWERS = "consensus", "targets", "answers"
+#: Letters of one answer.
+LONGEST_ANSWER = 4000
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class Lesson:
         client answers with its own predictions on the *next* round's.
     batch
         Anchors in every training step; 0: as many as examples.
+    words
+        Whether the client answers in words (open text) instead of label probabilities.
+    answers
+        With ``words``, in the place of ``targets``: what to answer on each anchor, "" where nothing.
 
     """
 
@@ -56,6 +65,8 @@ class Lesson:
     weight: float
     targets: Array | None = None
     batch: int = 0
+    words: bool = False
+    answers: list[str] | None = None
 
     def add_to(self, content: RecordDict, config: ConfigRecord) -> None:
         """Add the lesson to a request under construction."""
@@ -65,10 +76,12 @@ class Lesson:
             "count": self.count,
             "weight": self.weight,
             "batch": self.batch,
+            "words": self.words,
         }
         config[_FIELD] = json.dumps(fields, separators=(",", ":"))
         if self.targets is not None:
             content[CONSENSUS] = pack({_TARGETS: self.targets}, UNIT8)
+        add_answers(config, self.answers)
 
     @classmethod
     def read(cls, content: RecordDict, config: ConfigRecord) -> Lesson | None:
@@ -87,13 +100,18 @@ class Lesson:
             raise ExchangeError("field 'consensus' of the message is not a JSON object")
         pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
         weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
+        words = read_field(fields, "words", bool)
         if not 1 <= count <= pool or not 0 <= weight < float("inf") or batch < 0:
             raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
         tensors = read_tensors(content, CONSENSUS)
         targets = None
         if tensors is not None:
             targets = as_probabilities(tensors.get(_TARGETS), count)
-        return cls(read_field(fields, "digest", str), pool, count, weight, targets, batch)
+        answers = read_answers(config)
+        if answers is not None:
+            answers = as_answers(answers, count)
+        digest = read_field(fields, "digest", str)
+        return cls(digest, pool, count, weight, targets, batch, words, answers)
 
 
 def add_predictions(content: RecordDict, predictions: Array | None) -> None:
@@ -110,6 +128,29 @@ def read_predictions(content: RecordDict) -> Array | None:
     if set(tensors) != {PREDICTIONS}:
         raise ExchangeError(f"record 'predictions' holds {sorted(tensors)}")
     return tensors[PREDICTIONS]
+
+
+def add_answers(config: ConfigRecord, answers: Sequence[str] | None) -> None:
+    """Add answers in words to a request or reply under construction."""
+    if answers is not None:
+        config[_ANSWERS] = list(answers)
+
+
+def read_answers(config: ConfigRecord) -> list[str] | None:
+    """Read the answers of a message as they came, None where there are none (see :func:`as_answers`)."""
+    return read_texts(config, _ANSWERS) if _ANSWERS in config else None
+
+
+def as_answers(answers: list[str] | None, count: int) -> list[str]:
+    """Check ``count`` answers (ExchangeError: missing, another number, or one longer than ``LONGEST_ANSWER``)."""
+    if answers is None or len(answers) != count:
+        found = "nothing" if answers is None else f"{len(answers)} texts"
+        raise ExchangeError(f"answers on anchors are {found}, expected {count} texts")
+    if (longest := max(map(len, answers))) > LONGEST_ANSWER:
+        raise ExchangeError(
+            f"an answer on an anchor has {longest} letters, {LONGEST_ANSWER} at most"
+        )
+    return answers
 
 
 def as_probabilities(values: Array | None, count: int, classes: int | None = None) -> Array:

@@ -29,7 +29,14 @@ from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import precise
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
-from heterotune_flwr.federation.consensus import Array, Lesson, add_predictions, read_predictions
+from heterotune_flwr.federation.consensus import (
+    Array,
+    Lesson,
+    add_answers,
+    add_predictions,
+    read_answers,
+    read_predictions,
+)
 from heterotune_flwr.federation.held import KEPT, Held, read_kept
 from heterotune_flwr.federation.wire import (
     CONFIG,
@@ -209,7 +216,8 @@ class TrainReply:
 
     ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
     ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
-    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson.
+    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson;
+    on open text ``answers`` (n) do, and ``predictions`` (n x 1) say how sure each is, 0 to 1.
     ``kept`` confirms which tensors the client now holds (:mod:`.held`), ``code_hash`` is that of the program which
     trained.
     """
@@ -223,6 +231,7 @@ class TrainReply:
     predictions: Array | None = None
     kept: str = ""
     code_hash: str = ""
+    answers: list[str] | None = None
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
@@ -241,6 +250,7 @@ class TrainReply:
         if self.deltas:
             content[DELTAS] = pack(self.deltas, codec)
         add_predictions(content, self.predictions)
+        add_answers(config, self.answers)
         return content
 
     @classmethod
@@ -257,6 +267,7 @@ class TrainReply:
             predictions=read_predictions(content),
             kept=read_kept(record),
             code_hash=read_field(record, "code_hash", str),
+            answers=read_answers(record),
         )
 
 

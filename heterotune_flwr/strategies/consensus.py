@@ -53,6 +53,9 @@ class ConsensusOptions:
         Anchors in every training step beside the client's examples; 0: as many as examples (``train.batch_size``).
     scope
         Whose predictions are averaged for a client: ``all``, or those of its own ``type``, where nothing crosses types.
+    answers
+        Whether clients of an open-text task exchange answers in words (:mod:`.answers`); without it there is no
+        consensus there. A closed label set exchanges probabilities, whatever it says.
 
     """
 
@@ -64,6 +67,7 @@ class ConsensusOptions:
     balance: int = 5
     batch: int = 0
     scope: str = "all"
+    answers: bool = False
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
@@ -81,6 +85,10 @@ class ConsensusOptions:
                     raise ConfigError(
                         f"consensus.scope is {value!r}; {' or '.join(SCOPES)} is needed"
                     )
+                continue
+            if key == "answers":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"consensus.answers is {value!r}; true or false is needed")
                 continue
             whole, least = (
                 key in ("anchors", "pool", "balance", "batch"),
@@ -190,12 +198,22 @@ class Consensus:
 
     def lesson(self, server_round: int, type_key: str) -> Lesson:
         """What a client is asked in a round; without targets where nobody it learns from predicted on its anchors."""
-        options = self.options
         due = self._due == server_round
         targets = self._targets.get(self._group(type_key)) if due else None
+        return dataclasses.replace(self._asked(), targets=targets)
+
+    def _asked(self) -> Lesson:
+        options = self.options
         return Lesson(
-            self._digest, options.pool, options.anchors, options.weight, targets, options.batch
+            self._digest, options.pool, options.anchors, options.weight, batch=options.batch
         )
+
+    def _groups(self, client_ids: Sequence[str], types: Mapping[str, str]) -> dict[str, list[str]]:
+        """Clients that learn from each other."""
+        groups: dict[str, list[str]] = {}
+        for client_id in client_ids:
+            groups.setdefault(self._group(types[client_id]), []).append(client_id)
+        return groups
 
     def hear(
         self, server_round: int, reports: Sequence[TrainReply], classes: int
@@ -218,12 +236,9 @@ class Consensus:
         if not usable:
             return {}, refused
         types = {report.client_id: report.type_key for report in reports}
-        groups: dict[str, list[str]] = {}
-        for client_id in usable:
-            groups.setdefault(self._group(types[client_id]), []).append(client_id)
         shares: dict[str, float] = {}
         means = []
-        for group, members in groups.items():
+        for group, members in self._groups(list(usable), types).items():
             predictions = [usable[client_id] for client_id in members]
             voices_of = voices(predictions, self.options.trust)
             mean, weights = heard(predictions, voices_of, self.options.confidence)

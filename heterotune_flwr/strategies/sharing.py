@@ -19,6 +19,7 @@ from heterotune_flwr.federation.protocol import resolve_output
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.flower import Grid, Strategy
+from heterotune_flwr.strategies.answers import AnswerConsensus
 from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
 from heterotune_flwr.strategies.courier import Courier
 from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
@@ -185,11 +186,14 @@ class Sharing(Strategy):
         self.state = {group: self.first_values(group) for group in sorted(shapes)}
 
     def _check_consensus(self) -> None:
-        """Predictions are over a closed label set: on open text there is no consensus."""
+        """Predictions are over a closed label set: on open text there are answers in words, or no consensus."""
         closed = bool(self.roster.labels) and self.config.train.loss != "tokens"
         if self.consensus is None or closed:
             return
-        reason = "the task has no closed label set (data.labels, train.loss)"
+        if self.consensus.options.answers:
+            self.consensus = AnswerConsensus(self.consensus, self.context.seed)
+            return
+        reason = "the task has no closed label set (data.labels, train.loss), and consensus.answers is false"
         if self.needs_consensus:
             raise ConfigError(f"strategy {self.context.name} shares predictions, but {reason}")
         self.consensus = None

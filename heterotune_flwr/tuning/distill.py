@@ -3,7 +3,8 @@
 Beside its own examples a client fits, in every step, some anchors: cross-entropy of its label
 probabilities against the federation's mean ones (Hinton et al., arXiv 1503.02531; between clients of different models
 FedMD, arXiv 1910.03581, and FedDF, arXiv 2006.07242). An anchor has no label, and no client's label frequencies are
-counted in: neither in the predictions nor in the fit.
+counted in: neither in the predictions nor in the fit. On open text the target is an answer in words, fitted token by
+token (sequence-level distillation, arXiv 1606.07947).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Distillation:
     chosen
         Which of them have targets, in the order of ``targets``.
     targets
-        ``n x C`` probabilities.
+        ``n x C`` probabilities; None: the tokens of the rows themselves.
     weight
         Of this loss beside the one on the client's own examples.
     batch
@@ -46,7 +47,7 @@ class Distillation:
 
     rows: Rows
     chosen: Sequence[int]
-    targets: Tensor
+    targets: Tensor | None
     weight: float
     batch: int = 0
 
@@ -62,7 +63,11 @@ class Distillation:
 
     def losses(self, task: Task, positions: Sequence[int]) -> Tensor:
         """Weighted cross-entropy of some anchors (float32, one each)."""
-        states, _, _ = self.rows.rows([self.chosen[p] for p in positions])
+        states, tokens, owners = self.rows.rows([self.chosen[p] for p in positions])
+        if self.targets is None:
+            losses, _ = task.losses(states, tokens)
+            total = torch.zeros(len(positions), device=losses.device).index_add(0, owners, losses)
+            return self.weight * total / torch.bincount(owners, minlength=len(positions))
         wanted = self.targets[list(positions)]
         logs = functional.log_softmax(task.label_logits(states), dim=-1)
         return -self.weight * (wanted * logs).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Greedy answers of an attached adapter, and how near they are to the right ones.
+"""Answers of an attached adapter: greedy ones and how near they are to the right ones, and drawn ones.
 
 The decoding is ``transformers``' own ``generate`` on the backbone's model, in which whatever is attached (DeMA at any
 slot, cores, LoRA) takes part: all of it acts on one position at a time, so the key-value cache stays valid.
@@ -12,9 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from torch.nn import functional
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.config.schema import DataConfig
@@ -26,6 +35,8 @@ from heterotune_flwr.tuning.text_metrics import exact_match, rouge_l
 
 #: Tokens of one batch, padding and answers included.
 _BATCH_TOKENS = 4096
+#: Drawn tokens are among the likeliest that have this much of the probability: the tail of a small model is noise.
+_NUCLEUS = 0.95
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,24 @@ class _StopText(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
 
 
+class _Entropies(LogitsProcessor):  # type: ignore[misc]
+    """Notes the entropy of every next token (nats), before anything is cut off, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logs = functional.log_softmax(scores.float(), dim=-1)
+        self.steps.append(-(logs.exp() * logs).nan_to_num(0.0).sum(dim=-1).cpu())
+        return scores
+
+    def means(self, counts: Sequence[int]) -> Tensor:
+        """Mean over the first ``counts[row]`` tokens of every row."""
+        table = torch.stack(self.steps, dim=1)
+        means = [table[row, : max(1, count)].mean() for row, count in enumerate(counts)]
+        return torch.stack(means)
+
+
 def generate_answers(
     adapter: AttachedAdapter, prompts: Sequence[Sequence[int]], limit: int, stop: str | None
 ) -> list[str]:
@@ -70,10 +99,44 @@ def generate_answers(
     """
     answers = [""] * len(prompts)
     for batch in batches_by_length([len(p) + limit for p in prompts], _BATCH_TOKENS):
-        texts = _generate(adapter, [prompts[i] for i in batch], limit, stop)
+        texts, _ = _generate(adapter, [prompts[i] for i in batch], limit, stop)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
     return answers
+
+
+def draw_answers(
+    adapter: AttachedAdapter,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    stop: str | None,
+    seed: int,
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Answers drawn from the model's distribution (temperature 1, nucleus 0.95; arXiv 1904.09751), and how sure it is.
+
+    Parameters as :func:`generate_answers`; ``seed`` decides the draws. Sureness (``n``, 0 to 1) is
+    ``exp(-mean entropy of the answer's tokens)``, the end among them.
+    """
+    answers, sureness = [""] * len(prompts), np.zeros(len(prompts), np.float32)
+    device = adapter.backbone.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed % 2**63)
+        for batch in batches_by_length([len(p) + limit for p in prompts], _BATCH_TOKENS):
+            noted = _Entropies()
+            texts, counts = _generate(adapter, [prompts[i] for i in batch], limit, stop, noted)
+            sureness[batch] = torch.exp(-noted.means(counts)).numpy()
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+    return answers, sureness
+
+
+def answer_prompts(
+    adapter: AttachedAdapter, task: Task, texts: Sequence[str], data: DataConfig
+) -> list[list[int]]:
+    """Token ids of prompts, with the answer's place in ``data.max_length`` left free, as in training."""
+    room = max(1, task.max_length - data.max_answer_tokens)
+    tokenizer = adapter.backbone.tokenizer
+    return [encode_prompt(tokenizer, task.prompt, text, room) for text in texts]
 
 
 def score_generation(
@@ -81,10 +144,7 @@ def score_generation(
 ) -> GenerationReport:
     """Generate the answers of the first ``data.generate`` examples and compare them with the right ones."""
     chosen = examples[: data.generate]
-    # The answer needs its place in data.max_length, as in training.
-    room = max(1, task.max_length - data.max_answer_tokens)
-    tokenizer = adapter.backbone.tokenizer
-    prompts = [encode_prompt(tokenizer, task.prompt, example.text, room) for example in chosen]
+    prompts = answer_prompts(adapter, task, [example.text for example in chosen], data)
     answers = generate_answers(adapter, prompts, data.max_answer_tokens, data.stop)
     pairs = list(zip(answers, (example.answers for example in chosen), strict=True))
     count = max(len(pairs), 1)
@@ -97,13 +157,17 @@ def score_generation(
 
 @torch.no_grad()
 def _generate(
-    adapter: AttachedAdapter, prompts: Sequence[Sequence[int]], limit: int, stop: str | None
-) -> list[str]:
-    """Answers of one batch, padded on the left."""
+    adapter: AttachedAdapter,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    stop: str | None,
+    drawn: _Entropies | None = None,
+) -> tuple[list[str], list[int]]:
+    """Answers of one batch, padded on the left, and how many tokens each took, its end included."""
     backbone = adapter.backbone
     model, tokenizer = backbone.model, backbone.tokenizer
     longest = max(len(ids) for ids in prompts)
-    settings = _greedy(model, tokenizer, limit)
+    settings = _settings(model, tokenizer, limit, drawn is not None)
     ids = torch.full((len(prompts), longest), int(settings.pad_token_id), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -115,6 +179,7 @@ def _generate(
             input_ids=ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),
             stopping_criteria=StoppingCriteriaList(criteria),
+            logits_processor=LogitsProcessorList([drawn] if drawn else []),
         )
     # Not left to the tokenizer: some do not know their end-of-text token as a special one.
     ends = set(settings.eos_token_id or ())
@@ -123,17 +188,19 @@ def _generate(
         for row in output[:, longest:].tolist()
     ]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts]
+    counts = [min(len(row) + 1, output.shape[1] - longest) for row in kept]
+    return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts], counts
 
 
-def _greedy(model: Any, tokenizer: Any, limit: int) -> GenerationConfig:
-    """Plain greedy decoding that ends at the token training teaches, or at one the model's makers named."""
+def _settings(model: Any, tokenizer: Any, limit: int, drawn: bool) -> GenerationConfig:
+    """Plain decoding, greedy or drawn, that ends at the token training teaches, or at one the model's makers named."""
     ends = {tokenizer.eos_token_id}
     named = getattr(model.generation_config, "eos_token_id", None)
     ends |= set(named) if isinstance(named, list) else {named}
     return GenerationConfig(
-        do_sample=False,
+        do_sample=drawn,
         num_beams=1,
+        **({"temperature": 1.0, "top_k": 0, "top_p": _NUCLEUS} if drawn else {}),
         max_new_tokens=limit,
         pad_token_id=int(tokenizer.pad_token_id),
         eos_token_id=sorted(int(end) for end in ends if end is not None) or None,

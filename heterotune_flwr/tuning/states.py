@@ -125,10 +125,12 @@ class FullRows:
 class PrefixRows(FullRows):
     """The middle route: kept states enter the lowest trained slot's block, the blocks above are run."""
 
-    def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet, block: int) -> None:
+    def __init__(
+        self, adapter: AttachedAdapter, encoded: EncodedSet, block: int, on_disk: bool = True
+    ) -> None:
         super().__init__(adapter, encoded)
         self._block = block
-        self._table = frozen_states(adapter, encoded, block)
+        self._table = frozen_states(adapter, encoded, block, on_disk)
         self._starts = [0]
         for ids in encoded.inputs:
             self._starts.append(self._starts[-1] + len(ids))
@@ -144,10 +146,10 @@ class PrefixRows(FullRows):
 class CachedRows:
     """The short route: kept final states through the last slot alone."""
 
-    def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet) -> None:
+    def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet, on_disk: bool = True) -> None:
         self._adapter = adapter
         self._layout = _Layout.of(encoded, adapter.backbone.device)
-        self._states = frozen_states(adapter, encoded)
+        self._states = frozen_states(adapter, encoded, on_disk=on_disk)
 
     def __len__(self) -> int:
         return len(self._layout.offsets) - 1
@@ -167,16 +169,21 @@ class CachedRows:
         return self._adapter.last_slot(states), self._layout.targets[chosen], owners
 
 
-def make_rows(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Rows:
-    """Rows of encoded examples by the shortest route (``cache``: keep states where possible)."""
+def make_rows(
+    adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True, on_disk: bool = True
+) -> Rows:
+    """Rows of encoded examples by the shortest route.
+
+    ``cache``: keep states where possible; ``on_disk``: in files too, which examples of one round are not worth.
+    """
     block = first_block(adapter)
     if not cache or block == 0:
         return FullRows(adapter, encoded)
     if block is None:
-        return CachedRows(adapter, encoded)
+        return CachedRows(adapter, encoded, on_disk)
     if not can_start_at(adapter, encoded, block):
         return FullRows(adapter, encoded)
-    return PrefixRows(adapter, encoded, block)
+    return PrefixRows(adapter, encoded, block, on_disk)
 
 
 def _batches(encoded: EncodedSet) -> Iterator[list[int]]:
@@ -230,7 +237,7 @@ def states_key(adapter: AttachedAdapter, encoded: EncodedSet, block: int | None 
 
 
 def frozen_states(
-    adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None
+    adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None, on_disk: bool = True
 ) -> Tensor:
     """The table of :func:`compute_states`, kept (see :mod:`.state_cache`)."""
     lines = encoded.positions if block is None else encoded.inputs
@@ -241,5 +248,5 @@ def frozen_states(
         adapter.backbone.device,
         lambda: compute_states(adapter, encoded, block),
         # What slots below add changes with every round: not worth a file.
-        on_disk=not adapter.frozen_digest(),
+        on_disk=on_disk and not adapter.frozen_digest(),
     )
