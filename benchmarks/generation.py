@@ -2,17 +2,18 @@
 
 Tasks, from the shipped Debian data: ``names`` (a package's name from its description) and ``sections`` (its section,
 as text, over the whole vocabulary). Families: the embedded one (2 clients of each of 3 types, or 1), real ones. Alone,
-inside each type and across types; every method first at each learning rate with a seed of its own (``SWEEP_SEED``; the
-rate with the best ROUGE-L on the global test is taken), then at that rate with ``SEEDS``; last, both ways of sharing
-with random maps, as a control: what averaging gives without any alignment. Token losses know no
-discount of label frequencies, so some of any averaging's gain is that it averages the clients' skews away.
+inside each type and across types (the bank alone, and with a consensus in words); every method first at each of its
+learning rates with a seed of its own (``SWEEP_SEED``; the rate with the best ROUGE-L on the global test is taken), then
+at that rate with ``SEEDS``; last, both ways of averaging with random maps, as a control: what averaging gives without
+any alignment. Token losses know no discount of label frequencies, so some of any averaging's gain is that it averages
+the clients' skews away.
 
 Measured on the global test: exact match and ROUGE-L of the greedy answers (the first ``GENERATED`` examples), and the
 cross-entropy per answer token (all examples), which needs far fewer examples to tell two methods apart.
 
-Run: ``python -m benchmarks.generation`` (about 20 minutes per row of the embedded family on 2 busy cores, hours for
-the real one, which needs ``--instructions``), or ``--rows`` of it. A row that is done is not
-done again. Writes ``benchmarks/results/generation.json``.
+Run: ``python -m benchmarks.generation`` (about half an hour per row of the embedded family on 2 cores, hours for
+the real one, which needs ``--instructions``), or ``--rows`` of it. A row that is done is not done again, unless
+``--again``. Writes ``benchmarks/results/generation.json``.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    RESULTS,
     Key,
     flower_run,
     mean_and_std,
@@ -36,11 +38,18 @@ from benchmarks.common import (
     seed_means,
     write_results,
 )
+from heterotune_flwr.exchange.storage import atomic_write_text
 
-SEEDS = [20, 21]
+SEEDS = [20, 21, 22]
 SWEEP_SEED = 9
 GENERATED = 320
-STRATEGIES = ("local_only", "within_type", "heterotune")
+#: Tried where a row does not say otherwise; the more clients share, the higher.
+RATES: Mapping[str, Sequence[float]] = {
+    "local_only": (0.001, 0.003),
+    "within_type": (0.001, 0.003, 0.01),
+    "heterotune": (0.003, 0.01),
+    "heterotune_answers": (0.003, 0.01),
+}
 MEASURES = ("loss", "rouge_l", "exact_match")
 #: Losses are reported as they are, shares in percent.
 SCALE = {"loss": 1.0, "rouge_l": 100.0, "exact_match": 100.0}
@@ -53,7 +62,7 @@ class Row:
     preset: str = "open_text"
     tasks: Sequence[str] = ()
     overrides: Sequence[str] = ()
-    rates: Sequence[float] = (0.001, 0.003, 0.01)
+    rates: Mapping[str, Sequence[float]] = field(default_factory=lambda: RATES)
     rounds: int = 15
 
 
@@ -75,12 +84,12 @@ ROWS: Mapping[str, Row] = {
     "tiny, sections": Row(),
     "tiny, sections, words": Row(overrides=("alignment.positions=words",)),
     "tiny, sections, one client each": Row(overrides=[f"types.{n}.clients=1" for n in range(3)]),
-    "tiny, names": Row(overrides=NAMES, rates=(0.0003, 0.001, 0.003)),
+    "tiny, names": Row(overrides=NAMES, rates=dict.fromkeys(RATES, (0.0003, 0.001, 0.003))),
     "real, instructions": Row(
         "instructions",
         TASKS,
         (*SMOLLM2, "data.generate=64"),
-        (0.001, 0.003),
+        dict.fromkeys(RATES, (0.001, 0.003)),
         6,
     ),
 }
@@ -124,10 +133,12 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         table[f"{strategy}.personal_rouge_l"] = mean_and_std([100 * value for value in own])[0]
     before = results["runs"][0]["before"]["overall"]
     table["before"] = {n: round(SCALE[n] * before[f"global_{n}_mean"], 2) for n in MEASURES}
-    for rival in [r for r in ("local_only", "within_type") if f"{r}.loss" in table]:
-        table[f"gain_over_{rival}"] = {
-            n: paired_gain(measure(results, "heterotune", n), measure(results, rival, n)) for n in MEASURES
-        }  # fmt: skip
+    ran = [name for name in RATES if f"{name}.loss" in table]
+    for ours in [name for name in ran if name.startswith("heterotune")]:
+        for rival in ran[: ran.index(ours)]:
+            table[f"{ours}.gain_over_{rival}"] = {
+                n: paired_gain(measure(results, ours, n), measure(results, rival, n)) for n in MEASURES
+            }  # fmt: skip
     return table
 
 
@@ -149,18 +160,37 @@ def sweep(name: str, row: Row) -> dict[str, float]:
     found: dict[str, dict[str, dict[str, float]]] = (
         read_results("generation").get(name, {}).get("sweep", {})
     )
-    for rate in [rate for rate in row.rates if f"{rate:g}" not in found.get("heterotune", {})]:
-        results = run_row(row, [SWEEP_SEED], dict.fromkeys(STRATEGIES, rate))
-        for strategy in STRATEGIES:
+    for rate in sorted({rate for rates in row.rates.values() for rate in rates}):
+        missing = [
+            strategy
+            for strategy, rates in row.rates.items()
+            if rate in rates and f"{rate:g}" not in found.get(strategy, {})
+        ]
+        if not missing:
+            continue
+        results = run_row(row, [SWEEP_SEED], dict.fromkeys(missing, rate))
+        for strategy in missing:
             found.setdefault(strategy, {})[f"{rate:g}"] = {
                 measured: round(seed_means(measure(results, strategy, measured))[0], 2)
                 for measured in MEASURES
             }
-        write_results("generation", {"seeds": SEEDS, name: {"sweep": found}})
+        write_results("generation", {name: {"sweep": found}})
     return {
         strategy: float(max(rates, key=lambda rate: rates[rate]["rouge_l"]))
         for strategy, rates in found.items()
     }
+
+
+def forget(rows: Sequence[str]) -> None:
+    """Drop some rows' results: those of a method that has changed. Rows that stay keep the seeds they were run with."""
+    known = read_results("generation")
+    seeds = known.pop("seeds", None)
+    for name in ROWS:
+        if name in rows:
+            known.pop(name, None)
+        elif name in known and seeds is not None:
+            known[name].setdefault("seeds", seeds)
+    atomic_write_text(RESULTS / "generation.json", json.dumps(known, indent=2) + "\n")
 
 
 def main() -> None:
@@ -171,7 +201,10 @@ def main() -> None:
         type=Path,
         help="extract of Natural Instructions (.jsonl.gz: task, instruction, input, output, refs)",
     )
+    parser.add_argument("--again", action="store_true", help="forget the rows' results first")
     args = parser.parse_args()
+    if args.again:
+        forget(args.rows)
     for name in args.rows:
         row = ROWS[name]
         if row.tasks:
@@ -183,13 +216,13 @@ def main() -> None:
         if "control_random_maps" in read_results("generation").get(name, {}):
             continue
         rates = sweep(name, row)
-        values: dict[str, Any] = {"rounds": row.rounds, "learning_rates": rates}
+        values: dict[str, Any] = {"seeds": SEEDS, "rounds": row.rounds, "learning_rates": rates}
         values |= summary(run_row(row, SEEDS, rates))
-        write_results("generation", {"seeds": SEEDS, name: values})
+        write_results("generation", {name: values})
         print(name, json.dumps(values), flush=True)
-        pair = {key: rates[key] for key in STRATEGIES[1:]}
+        pair = {key: rates[key] for key in ("within_type", "heterotune")}
         control = summary(run_row(row, SEEDS, pair, ["alignment.control=random_maps"]))
-        write_results("generation", {"seeds": SEEDS, name: {"control_random_maps": control}})
+        write_results("generation", {name: {"control_random_maps": control}})
 
 
 if __name__ == "__main__":
