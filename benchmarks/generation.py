@@ -28,6 +28,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from benchmarks.common import (
     RESULTS,
     Key,
@@ -176,21 +178,23 @@ def sweep(name: str, row: Row) -> dict[str, float]:
             }
         write_results("generation", {name: {"sweep": found}})
     return {
-        strategy: float(max(rates, key=lambda rate: rates[rate]["rouge_l"]))
-        for strategy, rates in found.items()
+        strategy: float(max(found[strategy], key=lambda rate: found[strategy][rate]["rouge_l"]))
+        for strategy in row.rates
     }
 
 
 def forget(rows: Sequence[str]) -> None:
     """Drop some rows' results: those of a method that has changed. Rows that stay keep the seeds they were run with."""
-    known = read_results("generation")
-    seeds = known.pop("seeds", None)
-    for name in ROWS:
-        if name in rows:
-            known.pop(name, None)
-        elif name in known and seeds is not None:
-            known[name].setdefault("seeds", seeds)
-    atomic_write_text(RESULTS / "generation.json", json.dumps(known, indent=2) + "\n")
+    path = RESULTS / "generation.json"
+    with FileLock(path.with_suffix(".lock")):
+        known = read_results("generation")
+        seeds = known.pop("seeds", None)
+        for name in ROWS:
+            if name in rows:
+                known.pop(name, None)
+            elif name in known and seeds is not None:
+                known[name].setdefault("seeds", seeds)
+        atomic_write_text(path, json.dumps(known, indent=2) + "\n")
 
 
 def main() -> None:
@@ -204,7 +208,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="forget the rows' results first")
     args = parser.parse_args()
     if args.again:
-        forget(args.rows)
+        forget([n for n in args.rows if args.instructions is not None or not ROWS[n].tasks])
     for name in args.rows:
         row = ROWS[name]
         if row.tasks:

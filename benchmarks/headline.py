@@ -102,6 +102,8 @@ _KNOWN: Mapping[str, Sequence[float]] = {
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
 }
+#: The rivals inside a type, who may want another rate where they are more.
+_BOTH_RIVALS = {**_KNOWN, "within_type": (1e-3, 2e-3), "fedit": (1e-3, 2e-3)}
 _SLOW: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,)
 }  # fmt: skip
@@ -109,7 +111,7 @@ _SLOW: Mapping[str, Sequence[float]] = {
 _QUARTER = "server.participation=0.25"
 SUITES = {
     "embedded3": Suite("demo", _TINY, 1, method=_DEEP, rates=_BOTH),
-    "embedded6": Suite("demo", _TINY, 2, method=_DEEP, rates=_KNOWN),
+    "embedded6": Suite("demo", _TINY, 2, method=_DEEP, rates=_BOTH_RIVALS),
     "embedded12": Suite("demo", _TINY, 4, method=_DEEP, rates=_KNOWN),
     "embedded48": Suite("demo", _TINY, 16, method=(*_DEEP, _QUARTER), rates=_KNOWN),
     "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),

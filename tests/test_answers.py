@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,17 @@ from test_tuning import METHOD, data, directory  # noqa: F401
 
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.config.schema import AlignmentConfig, TrainConfig
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import AlignmentConfig, DataConfig, TrainConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.trees import load_state, save_state
+from heterotune_flwr.federation.anchor_work import _Answering
 from heterotune_flwr.federation.consensus import LONGEST_ANSWER, Lesson, as_answers
-from heterotune_flwr.federation.own_words import OwnWords
+from heterotune_flwr.federation.identity import identify
+from heterotune_flwr.federation.own_words import repeating
 from heterotune_flwr.federation.protocol import (
     TRAIN,
     Header,
@@ -34,6 +39,8 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.flower import ConfigRecord, RecordDict
 from heterotune_flwr.strategies.answers import AnswerConsensus, bags, evened
 from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
+from heterotune_flwr.strategies.courier import _label
+from heterotune_flwr.tuning import generation
 from heterotune_flwr.tuning.distill import Distillation
 from heterotune_flwr.tuning.generation import draw_answers, generate_answers
 from heterotune_flwr.tuning.local import train_local
@@ -132,7 +139,8 @@ def test_with_the_scope_of_a_type_nothing_crosses_and_memory_keeps_the_answers(t
     said = [reply("c0", ["web"] * 20), reply("c1", ["games"] * 20, type_key="b")]
     consensus.hear(1, said, 0)
     again = consensus_of(tmp_path, scope="type")
-    again.recall(consensus.memory())
+    save_state(tmp_path / "memory", consensus.memory())
+    again.recall(load_state(tmp_path / "memory"))
     for one in (consensus, again):
         assert one.lesson(2, "a").answers == ["web"] * 20
         assert one.lesson(2, "b").answers == ["games"] * 20
@@ -169,10 +177,29 @@ def test_frequent_answers_become_equally_frequent_where_clients_leave_a_choice(a
     assert spread(found) <= spread(weights) + 1e-6
 
 
-def test_free_text_is_not_evened():
-    answers = [[f"answer {client} {n}" for n in range(200)] for client in range(3)]
-    weights = np.random.default_rng(0).dirichlet(np.ones(3), size=200).T
+@pytest.mark.parametrize("anchors", [16, 64, 200])
+def test_free_text_is_not_evened(anchors):
+    answers = [[f"answer {client} {n}" for n in range(anchors)] for client in range(3)]
+    weights = np.random.default_rng(0).dirichlet(np.ones(3), size=anchors).T
     np.testing.assert_allclose(evened(weights, answers, 5), weights)
+
+
+def test_who_invents_an_answer_and_is_sure_of_it_is_not_lifted_above_its_voice(tmp_path):
+    rng = np.random.default_rng(0)
+    words = np.array(["web", "games", "fonts", "mail"])
+    truth = words[rng.integers(4, size=256)]
+
+    def honest():
+        return np.where(rng.random(256) < 0.7, truth, words[rng.integers(4, size=256)]).tolist()
+
+    said = [reply(f"c{i}", honest(), 0.1) for i in range(8)]
+    consensus = consensus_of(tmp_path, 256)
+    consensus.hear(1, [*said, reply("c9", ["evil"] * 256, 1.0)], 0)
+    answers = consensus.lesson(2, "a").answers
+    assert answers.count("evil") < 0.12 * 256
+    # The others' answers are evened all the same.
+    counts = [answers.count(word) for word in words]
+    assert max(counts) < 1.6 * min(counts)
 
 
 def test_bags_compare_words_not_letters():
@@ -284,15 +311,111 @@ def test_a_client_learns_the_answers(directory, data, method):  # noqa: F811
     assert trained(4.0) < trained(0.0) - 0.3
 
 
-def test_a_client_keeps_its_own_texts_to_itself():
-    text = "The quick brown fox jumps over the lazy dog every single day."
-    own = OwnWords(ClientData([Example(text, "animals")], [Example("other", text.upper())]))
-    assert own.repeated_in("He says: quick brown fox, jumps over the lazy dog!")
-    assert own.repeated_in("the QUICK brown fox jumps over the lazy")
-    assert not own.repeated_in("quick brown fox jumps over the lazy")  # seven words
-    assert not own.repeated_in("a quick red fox jumps over the lazy dog now and then")
-    assert not own.repeated_in("animals")
-    assert not own.repeated_in("")
+TEXT = "The quick brown fox jumps over the lazy dog every single day."
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept_back"),
+    [
+        ("He says: quick brown fox, jumps over the lazy dog!", True),
+        ("the QUICK brown fox jumps over the lazy", True),
+        ("quick brown fox jumps over the lazy", False),  # seven words
+        ("a quick red fox jumps over the lazy dog now and then", False),
+        ("animals", False),
+        ("", False),
+        ("x cafe\u0301 am See wo\u0308lf Uhr kalter Wind", True),  # accents written apart
+        ("他说患者今年五十三岁住院", True),  # no spaces between words
+        ("今年五十三岁", False),
+    ],
+)
+def test_a_client_keeps_its_own_texts_to_itself(answer, kept_back):
+    train = [Example(TEXT, "animals"), Example("Im X Café am See, wölf Uhr, kalter Wind", "")]
+    own = ClientData(train, [Example("患者今年五十三岁", TEXT.upper())])
+    assert repeating(["web", answer], own) == ({1} if kept_back else set())
+
+
+def answering(adapter, task, texts, own, lesson=None, **options):
+    """The client's side of a lesson with a real adapter; data and owner's choice as given."""
+    identity = SimpleNamespace(
+        client_id="c0", answers=True, data=DataConfig(max_answer_tokens=90, stop=None),
+        examples=lambda seed: ClientData(own, []),
+    )  # fmt: skip
+    vars(identity).update(options)
+    lesson = lesson or Lesson("", len(texts), len(texts), 1.0, words=True)
+    return _Answering(lesson, task, adapter, texts, identity, 0, True)
+
+
+def test_what_stands_in_its_own_texts_stays_at_home(directory, data):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, None, TOKENS)
+    adapter = prepared(directory, METHOD)
+    texts = [f"text {n}" for n in range(4)]
+    loose = answering(adapter, task, texts, [Example("another", "text")]).says(1)
+    assert all(loose.answers)
+    assert (loose.predictions > 0).all()
+    # The draws are the same; now one of them is what the client's own example says.
+    strict = answering(adapter, task, texts, [Example("its own", loose.answers[2])]).says(1)
+    assert strict.answers == [*loose.answers[:2], "", loose.answers[3]]
+    assert strict.predictions[2] == 0
+    np.testing.assert_array_equal(strict.predictions[:2], loose.predictions[:2])
+    closed = answering(adapter, task, texts, [], answers=False).says(1)
+    assert closed.answers == [""] * 4
+    assert not closed.predictions.any()
+
+
+def test_answers_that_no_client_can_have_drawn_are_not_learnt(directory, data):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, None, TOKENS)
+    adapter, end = prepared(directory, METHOD), backbone.tokenizer.eos_token
+    texts = [f"text {n}" for n in range(4)]
+    words = DataConfig(max_answer_tokens=6)
+
+    def learnt(*answers):
+        lesson = Lesson("", 4, 4, 1.0, words=True, answers=list(answers))
+        found = answering(adapter, task, texts, [], lesson, data=words).distillation(1)
+        return found and len(found.rows)
+
+    assert learnt("red", "blue", "", "red") == 3
+    assert learnt("red", "red " * 40, f"red{end}blue", "") == 1
+    assert learnt("", "", "red " * 400, "") is None
+
+
+def test_sureness_ends_with_the_answer_whatever_the_batch_holds(directory, monkeypatch):  # noqa: F811
+    adapter = prepared(directory, METHOD)
+    prompts = prompts_of(adapter.backbone.tokenizer)[:4]
+    letters = {letter for text in generate_answers(adapter, prompts, 6, None) for letter in text}
+    settings = generation._settings  # greedy here, so that answers do not depend on batch mates
+
+    def greedy(model, tokenizer, limit, drawn):
+        return settings(model, tokenizer, limit, False)
+
+    monkeypatch.setattr(generation, "_settings", greedy)
+    for stop in sorted(letters)[:6]:
+        _, together = draw_answers(adapter, prompts, 6, stop, seed=1)
+        alone = [draw_answers(adapter, [prompt], 6, stop, seed=1)[1][0] for prompt in prompts]
+        np.testing.assert_allclose(together, alone, rtol=1e-3)
+
+
+def test_a_deployed_node_answers_in_words_only_where_its_owner_says_so(tmp_path):
+    node = {"client-id": "n", "backbone": "tiny-a", "data": "d.jsonl", "state-dir": str(tmp_path)}
+    config = compose("open_text")
+    assert not identify(config, node).answers
+    assert identify(config, {**node, "answers": "yes"}).answers
+    with pytest.raises(ConfigError, match="choose one of no, yes"):
+        identify(config, {**node, "answers": "maybe"})
+    assert identify(config, {"partition-id": 0, "num-partitions": 6}).answers
+
+
+def test_rounds_in_which_answers_are_fitted_have_their_own_times():
+    def label(lesson):
+        config = ConfigRecord({})
+        content = RecordDict({"config": config})
+        lesson.add_to(content, config)
+        return _label(TRAIN, content)
+
+    asked = Lesson("abc", 40, 2, 1.0, words=True)
+    assert label(asked) == "train+anchors"
+    assert label(replace(asked, answers=["web", ""])) == "train+anchors to fit"
 
 
 def test_every_client_answers_every_round_and_learns(world):  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig
+from heterotune_flwr.config.schema import AlignmentConfig, Config
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.dema.bank import generator
@@ -18,12 +19,14 @@ from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.federation.consensus import LONGEST_ANSWER, Lesson, as_probabilities
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity
-from heterotune_flwr.federation.own_words import OwnWords
+from heterotune_flwr.federation.own_words import repeating
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.generation import answer_prompts, draw_answers
 from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import EncodedSet, Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,42 +140,56 @@ class _Answering:
     seed: int
     cache: bool
 
-    @property
-    def _data(self) -> DataConfig:
-        return self.identity.data
-
     def _chosen(self, round: int) -> list[str]:
         chosen = round_anchors(self.lesson.pool, self.lesson.count, self.seed, round)
         return [self.texts[index] for index in chosen]
 
     def distillation(self, round: int) -> Distillation | None:
-        """Fit the drawn answers, token by token; those too long for this backbone's tokens are left out."""
+        """Fit the drawn answers, token by token."""
         lesson = self.lesson
         if lesson.answers is None or not lesson.weight:
             return None
         encoded = EncodedSet([], [], [])
         for text, answer in zip(self._chosen(round), lesson.answers, strict=True):
-            try:
-                one = self.task.encode([Example(text, answer)] if answer else [])
-            except DataError:
-                continue
-            encoded.inputs.extend(one.inputs)
-            encoded.positions.extend(one.positions)
-            encoded.targets.extend(one.targets)
+            if (one := self._encode(text, answer)) is not None:
+                encoded.inputs.extend(one.inputs)
+                encoded.positions.extend(one.positions)
+                encoded.targets.extend(one.targets)
         if not len(encoded):
             return None
         rows = make_rows(self.adapter, encoded, self.cache, on_disk=False)
         return Distillation(rows, range(len(rows)), None, lesson.weight, lesson.batch)
 
+    def _encode(self, text: str, answer: str) -> EncodedSet | None:
+        """One answer; None for what no client can have drawn: nothing, too many tokens, an end in its midst."""
+        if not answer:
+            return None
+        try:
+            one = self.task.encode([Example(text, answer)])
+        except DataError:  # no room for a prompt
+            return None
+        tokenizer, tokens = self.task.backbone.tokenizer, one.targets[0]
+        special = set(tokenizer.all_special_ids)
+        if len(tokens) > self.identity.data.max_answer_tokens + 1 or special & set(tokens[:-1]):
+            return None
+        return one
+
     def says(self, round: int) -> Said:
-        """Draw an answer to every anchor; those that repeat the client's own texts are kept back."""
-        data, texts = self._data, self._chosen(round)
+        """Draw an answer to every anchor; nothing where it repeats the client's own texts, or its owner forbids."""
+        count = self.lesson.count
+        if not self.identity.answers:
+            log.info("this node's owner lets no answers in words go (answers in node.toml)")
+            return Said(np.zeros((count, 1), np.float32), [""] * count)
+        data, texts = self.identity.data, self._chosen(round)
         prompts = answer_prompts(self.adapter, self.task, texts, data)
         name = f"answers.{self.identity.client_id}.{round}"
         draw = int(generator(self.seed, name).integers(2**62))
         answers, sureness = draw_answers(
             self.adapter, prompts, data.max_answer_tokens, data.stop, draw
         )
-        own = OwnWords(self.identity.examples(self.seed))
-        told = ["" if own.repeated_in(answer) else answer[:LONGEST_ANSWER] for answer in answers]
-        return Said(sureness[:, None], told)
+        answers = [answer[:LONGEST_ANSWER] for answer in answers]
+        for number in repeating(answers, self.identity.examples(self.seed)):
+            answers[number] = ""
+        # One that is kept back looks like one that was drawn empty.
+        said = np.array([bool(answer) for answer in answers])
+        return Said((sureness * said)[:, None].astype(np.float32), answers)

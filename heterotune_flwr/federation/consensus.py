@@ -19,6 +19,7 @@ from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import UNIT8
 from heterotune_flwr.exchange.packing import pack
 from heterotune_flwr.federation.wire import (
+    ANSWERS,
     CONSENSUS,
     PREDICTIONS,
     read_field,
@@ -30,9 +31,9 @@ from heterotune_flwr.flower import ConfigRecord, RecordDict
 
 Array = NDArray[np.float32]
 
-_FIELD, _TARGETS, _ANSWERS = "consensus", "targets", "answers"
+_FIELD, _TARGETS = "consensus", "targets"
 #: Letters of one answer.
-LONGEST_ANSWER = 4000
+LONGEST_ANSWER = 2000
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,15 @@ class Lesson:
 
     def add_to(self, content: RecordDict, config: ConfigRecord) -> None:
         """Add the lesson to a request under construction."""
-        fields = {
+        fields: dict[str, Any] = {
             "digest": self.digest,
             "pool": self.pool,
             "count": self.count,
             "weight": self.weight,
             "batch": self.batch,
-            "words": self.words,
         }
+        if self.words:
+            fields["words"] = True
         config[_FIELD] = json.dumps(fields, separators=(",", ":"))
         if self.targets is not None:
             content[CONSENSUS] = pack({_TARGETS: self.targets}, UNIT8)
@@ -100,7 +102,7 @@ class Lesson:
             raise ExchangeError("field 'consensus' of the message is not a JSON object")
         pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
         weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
-        words = read_field(fields, "words", bool)
+        words = "words" in fields and read_field(fields, "words", bool)
         if not 1 <= count <= pool or not 0 <= weight < float("inf") or batch < 0:
             raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
         tensors = read_tensors(content, CONSENSUS)
@@ -133,12 +135,12 @@ def read_predictions(content: RecordDict) -> Array | None:
 def add_answers(config: ConfigRecord, answers: Sequence[str] | None) -> None:
     """Add answers in words to a request or reply under construction."""
     if answers is not None:
-        config[_ANSWERS] = list(answers)
+        config[ANSWERS] = list(answers)
 
 
 def read_answers(config: ConfigRecord) -> list[str] | None:
     """Read the answers of a message as they came, None where there are none (see :func:`as_answers`)."""
-    return read_texts(config, _ANSWERS) if _ANSWERS in config else None
+    return read_texts(config, ANSWERS) if ANSWERS in config else None
 
 
 def as_answers(answers: list[str] | None, count: int) -> list[str]:

@@ -4,7 +4,7 @@ In a simulation a node knows only its partition; the run's configuration says th
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
 ``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field`` and
-``label-field``, ``report``, ``code-hash`` (and ``worker``, ``worker-idle-minutes``:
+``label-field``, ``report``, ``answers``, ``code-hash`` (and ``worker``, ``worker-idle-minutes``:
 :mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the node's file. It takes no
 path from the server, and nothing of its data answers the server: its columns are named here, its
 labels by the run.
@@ -35,6 +35,8 @@ from heterotune_flwr.errors import ConfigError
 REQUIRED = ("client-id", "backbone", "data", "state-dir")
 #: How much a deployed client tells beside its update; with the second one only :data:`COUNTED`.
 REPORTS = ("all", "counts-and-loss-only")
+#: Whether answers that a deployed client's model writes on public prompts may leave it.
+ANSWERS = ("no", "yes")
 #: What always leaves: the server weighs and checks updates by the first three.
 COUNTED = ("examples", "steps", "learning_rate", "loss")
 
@@ -44,7 +46,8 @@ class Identity:
     """A client of a run.
 
     ``data`` is the run's data configuration with this client's own files in it; ``partition`` is
-    (partition id, number of partitions) in a simulation, None in a deployment.
+    (partition id, number of partitions) in a simulation, None in a deployment. ``answers``: whether what its model
+    writes on public prompts may leave it; a deployed client's owner must say so.
     """
 
     client_id: str
@@ -57,6 +60,7 @@ class Identity:
     memory_gb: float | None = None
     slots: str = "all"
     report: str = "all"
+    answers: bool = True
 
     def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics this client lets go; of tests (``personal_loss``, ...) likewise counts and losses."""
@@ -175,6 +179,11 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         raise ConfigError(
             f"report in the node configuration is {report!r}; choose one of {', '.join(REPORTS)}"
         )
+    answers = str(node_config.get("answers") or "no")
+    if answers not in ANSWERS:
+        raise ConfigError(
+            f"answers in the node configuration is {answers!r}; choose one of {', '.join(ANSWERS)}"
+        )
     test, anchors = node_config.get("test"), node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)
@@ -204,6 +213,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         memory_gb=memory_gb,
         slots=str(node_config.get("slots") or config.train.slots),
         report=report,
+        answers=answers == "yes",
     )
 
 

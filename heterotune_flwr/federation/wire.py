@@ -18,7 +18,7 @@ from heterotune_flwr.flower import ArrayRecord, ConfigRecord, MetricRecord, Reco
 CONFIG, METRICS = "config", "metrics"
 TENSORS, MAPS, FACTORS, DELTAS = "tensors", "maps", "factors", "deltas"
 CONTROLS = "controls"
-CONSENSUS, PREDICTIONS = "consensus", "predictions"
+CONSENSUS, PREDICTIONS, ANSWERS = "consensus", "predictions", "answers"
 
 #: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again, ``tensors_missing`` all
 #: tensors.

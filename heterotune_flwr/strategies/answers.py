@@ -2,15 +2,16 @@
 
 Label probabilities need a closed label set; words every model can read. Each client *samples* an answer to every
 anchor, and of all answers to an anchor one is drawn, by the clients' voices, for all to learn in the next round. A
-drawn sample is a target whose expectation is the mean of the clients' distributions (sequence-level distillation, arXiv
-1606.07947, with samples instead of the most likely answer, which would teach the crowd's bias). Answers are text that a
-model trained on private data has written: docs/generation.md says what keeps private text out of them.
+drawn sample is a target whose expectation is the mean of the clients' distributions, but for their tails and the
+balance (sequence-level distillation, arXiv 1606.07947, with samples instead of the most likely answer, which would
+teach the crowd's bias). Answers are text that a model trained on private data has written: docs/generation.md says what
+keeps private text out of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import re
 import zlib
 from collections.abc import Sequence
@@ -30,8 +31,10 @@ Matrix = NDArray[np.float64]
 
 #: Words of answers are counted in so many bins, to compare clients.
 _BINS = 256
-#: Answers given to at least this share of the anchors are made equally frequent.
+#: Answers given to at least this share of the anchors, and to two of them by two clients, are made equally frequent.
 _FREQUENT = 0.01
+#: How many times as sure as the median client one may be of an answer: sureness is its own word.
+_SUREST = 4.0
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -49,7 +52,8 @@ def evened(weights: Matrix, answers: Sequence[Sequence[str]], iterations: int) -
     """Make frequent answers equally frequent, as :func:`.consensus.balanced` does with labels.
 
     ``weights`` (clients x n) sum to 1 on every anchor that somebody answered. Answers whose weights add up to less than
-    a hundredth of the anchors stay as they are, so free text, where every answer is another, is left alone.
+    a hundredth of the anchors stay as they are, so free text, where every answer is another, is left alone; so do those
+    that one client alone gives, who would be lifted above its voice by whatever it invents.
     """
     names: dict[str, int] = {}
     index = np.array(
@@ -58,9 +62,14 @@ def evened(weights: Matrix, answers: Sequence[Sequence[str]], iterations: int) -
             for own in answers
         ]
     )
+    least = max(2.0, _FREQUENT * weights.shape[1])
+    speakers = np.zeros(len(names))
+    for own in index:
+        speakers[np.unique(own)] += 1
+    known = speakers >= min(2, len(answers))
     for _ in range(iterations):
         mass = np.bincount(index.ravel(), weights.ravel(), minlength=len(names))
-        frequent = mass >= _FREQUENT * weights.shape[1]
+        frequent = known & (mass >= least)
         if not frequent.any():
             return weights
         factors = np.where(frequent, mass[frequent].mean() / np.maximum(mass, 1e-12), 1.0)
@@ -88,7 +97,7 @@ class AnswerConsensus(Consensus):
 
     def __init__(self, consensus: Consensus, seed: int) -> None:
         self.options = consensus.options
-        self._digest = consensus._digest
+        self.digest = consensus.digest
         self._seed = seed
         #: By type; under "" where all learn from the same.
         self._answers: dict[str, list[str]] = {}
@@ -96,11 +105,14 @@ class AnswerConsensus(Consensus):
 
     def memory(self) -> State:
         """The next round's answers."""
-        return {"answers": self._answers, "due": self._due}
+        texts = {key: json.dumps(answers).encode() for key, answers in self._answers.items()}
+        arrays = {key: np.frombuffer(text, dtype=np.uint8) for key, text in texts.items()}
+        return {"answers": arrays, "due": self._due}
 
     def recall(self, memory: State) -> None:
         """Go on from :meth:`memory`."""
-        self._answers, self._due = dict(memory["answers"]), memory["due"]
+        self._answers = {key: json.loads(a.tobytes()) for key, a in memory["answers"].items()}
+        self._due = memory["due"]
 
     def lesson(self, server_round: int, type_key: str) -> Lesson:
         """What a client is asked in a round; without answers where nobody it learns from has answered."""
@@ -138,7 +150,7 @@ class AnswerConsensus(Consensus):
         distinct = len({answer for answers in self._answers.values() for answer in answers})
         return {
             "voices": shares,
-            "entropy": -math.log(sureness),
+            "sureness": sureness,
             "clients": len(usable),
             "answers": distinct,
         }, refused
@@ -149,7 +161,8 @@ class AnswerConsensus(Consensus):
         # Bins in which nobody has a word tell nothing, and centred words of agreeing clients correlate as labels do.
         loud = voices([bags(answers).astype(np.float32) for answers, _ in said], options.trust)
         spoken = np.array([[bool(answer) for answer in answers] for answers, _ in said], float)
-        sure = np.stack([sureness for _, sureness in said]) ** options.confidence
+        sure = np.stack([sureness for _, sureness in said])
+        sure = np.minimum(sure, _SUREST * np.median(sure, axis=0)) ** options.confidence
         weights = _shares(np.asarray(loud)[:, None] * sure * spoken)
         return evened(weights, [answers for answers, _ in said], options.balance)
 

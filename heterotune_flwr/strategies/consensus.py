@@ -180,7 +180,7 @@ class Consensus:
         texts = load_anchors(dataclasses.replace(alignment, count=options.pool))
         pool = len(texts)
         self.options = dataclasses.replace(options, pool=pool, anchors=min(options.anchors, pool))
-        self._digest = anchor_digest(texts)
+        self.digest = anchor_digest(texts)
         #: By type; under "" where all learn from the same.
         self._targets: dict[str, Array] = {}
         self._due = 0
@@ -205,7 +205,7 @@ class Consensus:
     def _asked(self) -> Lesson:
         options = self.options
         return Lesson(
-            self._digest, options.pool, options.anchors, options.weight, batch=options.batch
+            self.digest, options.pool, options.anchors, options.weight, batch=options.batch
         )
 
     def _groups(self, client_ids: Sequence[str], types: Mapping[str, str]) -> dict[str, list[str]]:

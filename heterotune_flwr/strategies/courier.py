@@ -29,7 +29,7 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.federation.wire import CONSENSUS, one_line, read_config, read_metrics
+from heterotune_flwr.federation.wire import ANSWERS, CONSENSUS, one_line, read_config, read_metrics
 from heterotune_flwr.flower import Grid, Message, RecordDict
 from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
@@ -365,5 +365,6 @@ def _label(kind: str, content: RecordDict) -> str:
     scopes = content[CONFIG].get("scope")
     parts = [kind, *(map(str, scopes) if isinstance(scopes, list) else ())]
     if CONSENSUS in content[CONFIG]:
-        parts.append("anchors to fit" if CONSENSUS in content else "anchors")
+        taught = CONSENSUS in content or ANSWERS in content[CONFIG]
+        parts.append("anchors to fit" if taught else "anchors")
     return "+".join(parts)

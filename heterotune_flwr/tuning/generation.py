@@ -29,6 +29,7 @@ from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.template import encode_prompt
+from heterotune_flwr.errors import FederationError
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.task import Task
 from heterotune_flwr.tuning.text_metrics import exact_match, rouge_l
@@ -37,6 +38,8 @@ from heterotune_flwr.tuning.text_metrics import exact_match, rouge_l
 _BATCH_TOKENS = 4096
 #: Drawn tokens are among the likeliest that have this much of the probability: the tail of a small model is noise.
 _NUCLEUS = 0.95
+#: Logits of a step of drawing, which needs several tables of their size (32 MB each in float32).
+_LOGITS_AT_A_TIME = 2**23
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,18 @@ class _StopText(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Entropies(LogitsProcessor):  # type: ignore[misc]
-    """Notes the entropy of every next token (nats), before anything is cut off, and changes nothing."""
+    """Notes the entropy of every next token (nats), before anything is cut off, and changes nothing.
+
+    A model that predicts nothing (NaN) is a FederationError: drawing from it would end the process on a GPU.
+    """
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logs = functional.log_softmax(scores.float(), dim=-1)
+        if logs.isnan().any():
+            raise FederationError("the model predicts NaN; lower train.learning_rate")
         self.steps.append(-(logs.exp() * logs).nan_to_num(0.0).sum(dim=-1).cpu())
         return scores
 
@@ -121,7 +129,10 @@ def draw_answers(
     device = adapter.backbone.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed % 2**63)
-        for batch in batches_by_length([len(p) + limit for p in prompts], _BATCH_TOKENS):
+        vocabulary = adapter.backbone.model.get_output_embeddings().weight.shape[0]
+        most = max(1, _LOGITS_AT_A_TIME // int(vocabulary))
+        batches = batches_by_length([len(p) + limit for p in prompts], _BATCH_TOKENS)
+        for batch in [b[i : i + most] for b in batches for i in range(0, len(b), most)]:
             noted = _Entropies()
             texts, counts = _generate(adapter, [prompts[i] for i in batch], limit, stop, noted)
             sureness[batch] = torch.exp(-noted.means(counts)).numpy()
@@ -182,13 +193,16 @@ def _generate(
             logits_processor=LogitsProcessorList([drawn] if drawn else []),
         )
     # Not left to the tokenizer: some do not know their end-of-text token as a special one.
-    ends = set(settings.eos_token_id or ())
+    ends, padding = set(settings.eos_token_id or ()), int(settings.pad_token_id)
     kept = [
         list(itertools.takewhile(lambda token: token not in ends, row))
         for row in output[:, longest:].tolist()
     ]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    counts = [min(len(row) + 1, output.shape[1] - longest) for row in kept]
+    counts = [
+        next((n + (t in ends) for n, t in enumerate(row) if t in ends or t == padding), len(row))
+        for row in output[:, longest:].tolist()
+    ]
     return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts], counts
 
 
