@@ -1,19 +1,20 @@
 """Does sharing across types help where answers are generated? Open text through Flower, all at their own best rates.
 
 Tasks, from the shipped Debian data: ``names`` (a package's name from its description) and ``sections`` (its section,
-as text, over the whole vocabulary). Families: the embedded one (2 clients of each of 3 types, or 1), real ones. Alone,
-inside each type and across types (the bank alone, and with a consensus in words); every method first at each of its
-learning rates with a seed of its own (``SWEEP_SEED``; the rate with the best ROUGE-L on the global test is taken), then
-at that rate with ``SEEDS``; last, both ways of averaging with random maps, as a control: what averaging gives without
-any alignment. Token losses know no discount of label frequencies, so some of any averaging's gain is that it averages
-the clients' skews away.
+as text, over the whole vocabulary). Families: the embedded one (2 clients of each of 3 types, or 1), real ones. Alone;
+inside each type; the same, and each type learns from its own answers to public prompts (``within_consensus``); across
+types the bank alone (``heterotune``), and with a consensus in words (``heterotune_answers``). Every method first at
+each of its learning rates with a seed of its own (``SWEEP_SEED``; the rate with the best ROUGE-L on the global test is
+taken), then at that rate with ``SEEDS``; last, both ways of averaging with random maps, as a control: what averaging
+gives without any alignment. Token losses know no discount of label frequencies, so some of any averaging's gain is that
+it averages the clients' skews away.
 
 Measured on the global test: exact match and ROUGE-L of the greedy answers (the first ``GENERATED`` examples), and the
 cross-entropy per answer token (all examples), which needs far fewer examples to tell two methods apart.
 
-Run: ``python -m benchmarks.generation`` (about half an hour per row of the embedded family on 2 cores, hours for
-the real one, which needs ``--instructions``), or ``--rows`` of it. A row that is done is not done again, unless
-``--again``. Writes ``benchmarks/results/generation.json``.
+Run: ``python -m benchmarks.generation`` (a quarter of an hour to an hour per row of the embedded family on 2 cores,
+hours for the real one, which needs ``--instructions``), or ``--rows`` of it. A row that is done is not done again,
+unless ``--again``. Writes ``benchmarks/results/generation.json``.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ GENERATED = 320
 RATES: Mapping[str, Sequence[float]] = {
     "local_only": (0.001, 0.003),
     "within_type": (0.001, 0.003, 0.01),
+    "within_consensus": (0.001, 0.003, 0.01),
     "heterotune": (0.003, 0.01),
     "heterotune_answers": (0.003, 0.01),
 }
