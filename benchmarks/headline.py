@@ -5,10 +5,11 @@ round), three real families with 3 and 6 clients, five types (three widths at mi
 (``parent3``: the one suite on which sub-model extraction can run); 10 rounds. On the embedded family the bank's
 methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
 milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
-``predictions`` shares the bank in the first round alone and mixes nothing. Every method first runs at each of its
-learning rates with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would take
-an hour there is a single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as
-they are done, so the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that
+``predictions`` shares the bank in the first round alone and mixes nothing. ``fedmkt64`` is FedMKT-style transfer with
+as many anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first runs at each of
+its learning rates with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would
+take an hour there is a single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json``
+as they are done, so the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that
 refuse a suite (dense changes beside 4-bit weights, slices of models without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
@@ -38,9 +39,12 @@ from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
 #: What a method has here beside its shipped preset.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"predictions": {"type_phase": 0.95, "mixing": 0.0}}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "predictions": {"type_phase": 0.95, "mixing": 0.0},
+    "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
+}
 #: Methods that are a shipped strategy under another name.
-SHIPPED_AS: Mapping[str, str] = {"predictions": "heterotune"}
+SHIPPED_AS: Mapping[str, str] = {"predictions": "heterotune", "fedmkt64": "fedmkt"}
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
 #: Where a run takes seconds, a rate is chosen on three seeds: one alone chooses by luck.
@@ -95,12 +99,13 @@ _BANKED = (
     "fedadam",
 )
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
-_BOTH = dict.fromkeys(_BANKED, (1e-3, 2e-3))
+_BOTH = dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3))
 _KNOWN: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3,)),
     "heterotune": (2e-3,),
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
+    "fedmkt64": (1e-3,),
 }
 #: The rivals inside a type, who may want another rate where they are more.
 _BOTH_RIVALS = {
@@ -108,7 +113,8 @@ _BOTH_RIVALS = {
     **dict.fromkeys(("within_type", "within_consensus", "fedit"), (1e-3, 2e-3)),
 }
 _SLOW: Mapping[str, Sequence[float]] = {
-    **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,)
+    **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,),
+    "fedmkt64": (1e-3,),
 }  # fmt: skip
 #: Of 48 clients a quarter take part in each round.
 _QUARTER = "server.participation=0.25"
@@ -126,7 +132,17 @@ SUITES = {
 RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, _BANK),
     **dict.fromkeys(
-        ("fedit", "fedmkt", "ffa_lora", "rolora", "hetlora", "flexlora", "fedex_lora", "flora"),
+        (
+            "fedit",
+            "fedmkt",
+            "fedmkt64",
+            "ffa_lora",
+            "rolora",
+            "hetlora",
+            "flexlora",
+            "fedex_lora",
+            "flora",
+        ),
         _LORA,
     ),
     "co_lora": (1e-3, 2e-3, 4e-3),
