@@ -11,7 +11,7 @@ import ctypes
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
 
 #: FlowerTune LLM's adapter: rank, alpha, dropout; PEFT's default layers (queries and values).
-LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 32, 64, 0.075
+FLOWERTUNE = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.075}
+#: QLoRA's: every linear layer, at the rank all savings of bytes are measured against.
+ALL_LINEAR = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SLOTS = 4
 
 
@@ -65,8 +67,8 @@ def long_texts(backbone: Backbone, batch: int, length: int) -> EncodedSet:
     )
 
 
-def lora_step(backbone: Backbone, encoded: EncodedSet, checkpoint: bool) -> Callable[[], None]:
-    """A step as FlowerTune LLM does it: PEFT's preparation and LoRA, the model's own loss, AdamW."""
+def lora_model(backbone: Backbone, checkpoint: bool, lora: Mapping[str, Any] = FLOWERTUNE) -> Any:
+    """The backbone as PEFT prepares it, with LoRA."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     model = backbone.model
@@ -79,16 +81,19 @@ def lora_step(backbone: Backbone, encoded: EncodedSet, checkpoint: bool) -> Call
     elif checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    config = LoraConfig(
-        r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, config).train()
+    return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM")).train()
+
+
+def lora_step(model: Any, encoded: EncodedSet) -> Callable[[], None]:
+    """A step as FlowerTune LLM does it: the model's own loss, AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.tensor(encoded.inputs)
+    device = model.device
+    ids = torch.tensor(encoded.inputs, device=device)
+    # As its trainer with bf16, where this device can; elsewhere in float32, the app's own default.
+    mixed = device.type == "cuda" or not slow_bfloat16()
 
     def step() -> None:
-        # As its trainer with bf16, where this CPU can; elsewhere in float32, the app's own default.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not slow_bfloat16()):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -116,7 +121,8 @@ def our_step(
 
 def make_step(args: argparse.Namespace) -> tuple[Backbone, Callable[[], None]]:
     """The backbone and the step the arguments name."""
-    backbone = load_backbone(BackboneSpec(args.backbone, args.bits))
+    # On the CPU whatever the machine has: these peaks are resident bytes (benchmarks/gpu.py has the GPU's).
+    backbone = load_backbone(BackboneSpec(args.backbone, args.bits), "cpu")
     data = compose("real").data
     config = TrainConfig(
         batch_size=args.batch, gradient_checkpointing=args.checkpoint, loss=args.loss
@@ -128,7 +134,7 @@ def make_step(args: argparse.Namespace) -> tuple[Backbone, Callable[[], None]]:
     else:
         encoded = task.encode(client_examples(data, 0, 4, 0).train)
     if args.kind == "lora":
-        return backbone, lora_step(backbone, encoded, args.checkpoint)
+        return backbone, lora_step(lora_model(backbone, args.checkpoint), encoded)
     return backbone, our_step(task, encoded, args.slots, args.kept, config, args.steps)
 
 
