@@ -9,6 +9,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+# The same arithmetic on every machine. HETEROTUNE_TESTS_ON=gpu runs them on the first GPU.
+if os.environ.get("HETEROTUNE_TESTS_ON", "cpu") != "gpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # How long an example takes says how busy the machine is, nothing about the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

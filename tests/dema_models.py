@@ -139,8 +139,8 @@ def naive_logits(
     def hook_of(slot: int) -> Any:
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
             x = output if slot == config.slots - 1 else inputs[0]
-            added = naive_delta(x.numpy(), slot, config, values, maps)
-            return output + torch.from_numpy(added).float()
+            added = naive_delta(x.cpu().numpy(), slot, config, values, maps)
+            return output + torch.from_numpy(added).float().to(output)
 
         return hook
 
@@ -149,7 +149,7 @@ def naive_logits(
         for slot, name in enumerate(where)
     ]
     try:
-        return bare(ids).logits
+        return bare(ids.to(bare.device)).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -159,7 +159,7 @@ def naive_logits(
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits in evaluation mode, float32."""
     was_training = model.training
-    result = model.eval()(ids).logits.float()
+    result = model.eval()(ids.to(model.device)).logits.float()
     model.train(was_training)
     return result
 

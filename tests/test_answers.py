@@ -242,7 +242,9 @@ def test_draws_follow_the_models_distribution_and_say_how_sure_it_is(directory):
     adapter = prepared(directory, METHOD)
     prompt = prompts_of(adapter.backbone.tokenizer)[0]
     with torch.no_grad():
-        logits = adapter.model(torch.tensor([prompt])).logits[0, -1].float()
+        logits = (
+            adapter.model(torch.tensor([prompt], device=adapter.model.device)).logits[0, -1].float()
+        )
     chances = logits.softmax(-1)
     answers, sureness = draw_answers(adapter, [prompt] * 400, 1, None, seed=1)
     entropy = float(-(chances * chances.log()).sum())
@@ -284,7 +286,8 @@ def test_the_loss_of_answers_is_the_mean_over_their_tokens(directory, data):  # 
     losses = Distillation(rows, range(2), None, 0.5).losses(task, [1, 0]).tolist()
     for found, number in zip(losses, (1, 0), strict=True):
         with torch.no_grad():
-            logits = adapter.model(torch.tensor([encoded.inputs[number]])).logits[0].float()
+            ids = torch.tensor([encoded.inputs[number]], device=backbone.device)
+            logits = adapter.model(ids).logits[0].float().cpu()
         each = torch.nn.functional.cross_entropy(
             logits[encoded.positions[number]], torch.tensor(encoded.targets[number])
         )

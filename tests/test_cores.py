@@ -83,7 +83,7 @@ def test_a_core_adds_the_change_its_formula_says(directory):  # noqa: F811
         if name.startswith("cores."):
             layer = backbone.model.get_submodule(name.removeprefix("cores.").removesuffix(".R"))
             left, right = singular_vectors(dense_weight(layer), 4)
-            changes[layer] = 2.0 * left @ torch.from_numpy(value) @ right
+            changes[layer] = 2.0 * left @ torch.from_numpy(value).to(left) @ right
     try:
         for layer, change in changes.items():
             layer.weight.data += change
@@ -159,7 +159,7 @@ def test_lora_cores_are_lora(directory, data):  # noqa: F811
     after = adapter.read()
     assert all(not np.array_equal(after[f"{name}.{p}"], values[f"{name}.{p}"]) for p in "AB")
     detach(backbone)
-    change = 2.0 * torch.from_numpy(values[f"{name}.B"] @ values[f"{name}.A"])
+    change = 2.0 * torch.from_numpy(values[f"{name}.B"] @ values[f"{name}.A"]).to(backbone.device)
     layer.weight.data += change
     try:
         torch.testing.assert_close(found, logits(backbone.model), rtol=1e-3, atol=1e-3)

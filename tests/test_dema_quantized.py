@@ -56,7 +56,7 @@ def test_identical_logits_then_training(base: Path, bits: str, slots: int) -> No
     losses = []
     for _ in range(12):
         logits(model, tokens())  # evaluate in between, as every federated client does
-        loss = model(tokens(), labels=tokens()).loss
+        loss = model(tokens().to(model.device), labels=tokens().to(model.device)).loss
         optimizer.zero_grad()
         loss.backward()
         for parameter in trainable_tensors(model).values():
@@ -90,7 +90,7 @@ def test_checkpointing_and_generation(base: Path, bits: str) -> None:
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        model(tokens(), labels=tokens()).loss.backward()
+        model(tokens().to(model.device), labels=tokens().to(model.device)).loss.backward()
         return {name: p.grad.clone() for name, p in trainable_tensors(model).items()}
 
     model.train()
@@ -103,7 +103,7 @@ def test_checkpointing_and_generation(base: Path, bits: str) -> None:
     for name, grad in plain.items():
         torch.testing.assert_close(lean[name], grad, rtol=1e-3, atol=1e-5)
     model.eval()
-    prompt = tokens(2, 5)
+    prompt = tokens(2, 5).to(model.device)
     written = model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6,
         do_sample=False, eos_token_id=None,
@@ -115,9 +115,9 @@ def test_checkpointing_and_generation(base: Path, bits: str) -> None:
 def test_kept_states_equal_the_full_forward(base: Path, bits: str) -> None:
     bare = load(base, bits)
     with torch.no_grad():
-        frozen = bare.model(tokens()).last_hidden_state
+        frozen = bare.model(tokens().to(bare.device)).last_hidden_state
         model = get_peft_model(bare, dema_config(slots=1))
         randomize(model)
-        full = bare.model(tokens()).last_hidden_state
+        full = bare.model(tokens().to(bare.device)).last_hidden_state
     assert torch.equal(apply_last_slot(model, frozen), full)
     assert slot_layers(model)[0].base_layer.weight.dtype == torch.bfloat16

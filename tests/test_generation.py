@@ -62,7 +62,9 @@ def oracle(adapter, prompt, limit, ends=()):
     """Greedy ids, the whole sequence forward for every token, no padding and no cache."""
     ids = list(prompt)
     for _ in range(limit):
-        logits = adapter.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        logits = adapter.model(
+            torch.tensor([ids], device=adapter.model.device), use_cache=False
+        ).logits[0, -1]
         ids.append(int(logits.argmax()))
         if ids[-1] in ends:
             break

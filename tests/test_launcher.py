@@ -40,6 +40,7 @@ from heterotune_flwr.federation.processes import (
 )
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, flower_environment, tail, toml_string
+from heterotune_flwr.programs import program
 
 # The config value holds both kinds of quotes, a line break and an emoji: they must arrive unharmed.
 SETTINGS = 'yaml:prompt: "it\'s {text}" \n# \U0001f600 = "x"'
@@ -396,3 +397,14 @@ def test_the_checkout_itself_is_an_app_flower_accepts(tmp_path: Path) -> None:
     same = {p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()}
     assert same - names == set()  # a checkout and an installed wheel ship the same app
     assert not [name for name in names if name.endswith(("tokenizer.json", ".safetensors"))]
+
+
+def test_flowers_programs_are_found_beside_python_or_on_the_path(tmp_path, monkeypatch):
+    """``pip install --target`` and ``--user`` put them elsewhere than where Python is."""
+    assert Path(program("flwr")) == Path(sys.executable).parent / "flwr"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "elsewhere" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FederationError, match=r"flwr is neither in .*elsewhere nor on the PATH"):
+        program("flwr")
+    (tmp_path / "flwr").touch(mode=0o755)
+    assert program("flwr") == str(tmp_path / "flwr")

@@ -32,7 +32,7 @@ IDS = torch.tensor([[4, 9, 30, 7, 12]])
 
 def logits(model):
     with torch.no_grad():
-        return model(IDS).logits.float()
+        return model(IDS.to(model.device)).logits.float()
 
 
 @pytest.mark.parametrize("bits", ["nf4", "int8", "bf16", "fp32"])
@@ -68,13 +68,13 @@ def test_a_variant_is_the_dense_change_its_formula_says(directory, method):  # n
     for name in {n.rpartition(".")[0] for n in values}:
         layer = backbone.model.get_submodule(name.removeprefix("lora."))
         if method.lora_core:
-            core = torch.from_numpy(values[f"{name}.R"])
+            core = torch.from_numpy(values[f"{name}.R"]).to(backbone.device)
             change = layer.lora_B["default"].weight @ core @ layer.lora_A["default"].weight
         else:
-            change = torch.from_numpy(values[f"{name}.B"] @ values[f"{name}.A"])
+            change = torch.from_numpy(values[f"{name}.B"] @ values[f"{name}.A"]).to(found)
         changes[name] = scale * change.detach()
         if method.lora_residual:
-            changes[name] = changes[name] + torch.from_numpy(values[f"{name}.residual"])
+            changes[name] = changes[name] + torch.from_numpy(values[f"{name}.residual"]).to(found)
     detach(backbone)
     try:
         for name, change in changes.items():
@@ -112,12 +112,12 @@ def test_gradient_terms_against_a_loop_by_hand(directory, data):  # noqa: F811
     config = replace(TRAIN, optimizer="sgd", proximal=0.7, clip_norm=0.5)
     task = make_task(backbone, data, list(LABELS), config)
     adapter = prepared(backbone)
-    start = {n: torch.from_numpy(v) for n, v in adapter.read().items()}
+    start = {n: torch.from_numpy(v).to(backbone.device) for n, v in adapter.read().items()}
     corrections = {n: 0.05 * torch.ones_like(v) for n, v in start.items()}
     rows = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=True)
     train_local(adapter, task, rows, config, seed=3, local_steps=3, corrections=corrections)
     found = adapter.read()
-    adapter.load({n: v.numpy() for n, v in start.items()})
+    adapter.load({n: v.cpu().numpy() for n, v in start.items()})
     with adapter.training():
         for chosen in batches(8, config.batch_size, 3, np.random.default_rng(3)):
             _, grads = gradients(adapter, task, rows, chosen)

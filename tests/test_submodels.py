@@ -251,7 +251,7 @@ def test_a_slice_is_the_model_cut_by_hand(directory, bits, width, first):  # noq
     with torch.no_grad():
         for name, value in by_hand.named_parameters():
             change = changes["sub." + name.removesuffix(".weight")]
-            value += torch.from_numpy(change).reshape(value.shape)
+            value += torch.from_numpy(change).to(value).reshape(value.shape)
     torch.testing.assert_close(logits(adapter.model), logits(by_hand), rtol=1e-3, atol=1e-4)
     assert (np.abs(logits(by_hand) - bare).max() > 1e-2).all()
     detach(backbone)
@@ -277,7 +277,7 @@ def test_the_slices_tensors_fit_the_servers_windows(directory):  # noqa: F811
     names = list(parent.shapes)
     rng = np.random.default_rng(2)
     changes = {n: rng.normal(size=parent.shapes[n]).astype(np.float32) / 20 for n in names}
-    whole = {n: torch.from_numpy(v) for n, v in changes.items()}
+    whole = {n: torch.from_numpy(v).to(backbone.device) for n, v in changes.items()}
     hand = slice_by_hand(backbone.model, 1.0, 0)
     with torch.no_grad():
         for name, value in hand.named_parameters():

@@ -76,7 +76,7 @@ def naive_states(adapter, encoded):
     states, logits = [], []
     model = adapter.model
     for ids, positions in zip(encoded.inputs, encoded.positions, strict=True):
-        output = model(torch.tensor([ids]), output_hidden_states=True)
+        output = model(torch.tensor([ids], device=model.device), output_hidden_states=True)
         states.append(output.hidden_states[-1][0, positions])
         logits.append(output.logits[0, positions])
     return torch.cat(states), torch.cat(logits)
@@ -96,7 +96,7 @@ def gradients(adapter, task, rows, indices):
 @pytest.mark.parametrize("bits", ["nf4", "int8", "bf16"])
 def test_a_new_adapter_leaves_the_backbone_as_it_is(directory, bits, method):
     backbone = load_backbone(BackboneSpec(str(directory), bits))
-    ids = torch.tensor([[4, 9, 30, 7]])
+    ids = torch.tensor([[4, 9, 30, 7]], device=backbone.device)
     with torch.no_grad():
         bare = backbone.model(ids).logits
     adapter = attach(backbone, method, 3)
@@ -121,7 +121,7 @@ def test_a_new_adapter_leaves_the_backbone_as_it_is(directory, bits, method):
 
 def test_adapters_replace_each_other_on_one_backbone(directory):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
-    ids = torch.tensor([[4, 9, 30, 7]])
+    ids = torch.tensor([[4, 9, 30, 7]], device=backbone.device)
     first = prepared(backbone)
     with torch.no_grad():
         before = first.model(ids).logits
@@ -354,7 +354,7 @@ def test_a_clients_label_frequencies_are_counted_smoothed_and_scaled(directory, 
     encoded = EncodedSet([[1]] * 4, [[0]] * 4, [[0], [0], [2], [0]])
     prior = task.log_prior(encoded, replace(TRAIN, logit_adjustment=0.5, prior_smoothing=0.5))
     expected = 0.5 * torch.log(torch.tensor([3.5, 0.5, 1.5]) / 5.5)
-    torch.testing.assert_close(prior, expected)
+    torch.testing.assert_close(prior.cpu(), expected)
     assert task.log_prior(encoded, replace(TRAIN, logit_adjustment=0.0)) is None
     tokens = make_task(backbone, data, LABELS, replace(TRAIN, loss="tokens"))
     assert tokens.log_prior(encoded, TRAIN) is None
@@ -432,7 +432,7 @@ def test_exact_match_is_what_greedy_generation_gives(directory, data):
     for ids, positions, targets in zip(
         encoded.inputs, encoded.positions, encoded.targets, strict=True
     ):
-        prompt = torch.tensor([ids[: positions[0] + 1]])
+        prompt = torch.tensor([ids[: positions[0] + 1]], device=backbone.device)
         made = adapter.model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
             max_new_tokens=len(targets),

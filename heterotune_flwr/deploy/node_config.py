@@ -27,6 +27,7 @@ from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import REQUIRED, code_hash
 from heterotune_flwr.federation.superlink import toml_string
+from heterotune_flwr.programs import program
 
 #: Settings of the client that ``node start`` turns into environment variables of the process.
 _ENVIRONMENT = ("device", "cache")
@@ -190,7 +191,7 @@ def supernode_command(settings: NodeSettings) -> list[str]:
     lines = [f"{key} = {_toml(value)}\n" for key, value in settings.node_config().items()]
     write_private(written, "".join(lines).encode())
     return [
-        str(Path(sys.executable).parent / "flower-supernode"),
+        program("flower-supernode"),
         "--root-certificates", str(settings.ca),
         "--superlink", settings.address,
         "--host", "127.0.0.1", "--port", str(settings.port),

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.deploy.files import read_bytes, write_file
@@ -20,6 +18,7 @@ from heterotune_flwr.deploy.keys import body_of_pem, key_body
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.federation.superlink import COMMAND_SECONDS, _parse_json
+from heterotune_flwr.programs import program
 
 CONNECTION = "lab"
 
@@ -41,7 +40,7 @@ def flwr(deployment: Deployment, *arguments: str, named: bool = False) -> dict[s
         "NO_COLOR": "1",
     }
     connection = () if named else (CONNECTION,)
-    command = [_flwr(), *arguments, *connection, "--format", "json"]
+    command = [program("flwr"), *arguments, *connection, "--format", "json"]
     with tempfile.TemporaryDirectory() as neutral:
         try:
             done = subprocess.run(
@@ -69,10 +68,6 @@ def _is_it_on(deployment: Deployment) -> str:
         f" (does the SuperLink of {deployment.server} run on this machine? start it with superlink.sh or its "
         "systemd unit)"
     )
-
-
-def _flwr() -> str:
-    return str(Path(sys.executable).parent / "flwr")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import psutil
 
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation.processes import MARK, clean_up, start_guard
+from heterotune_flwr.programs import program
 
 START_SECONDS = 60.0
 COMMAND_SECONDS = 120.0
@@ -150,7 +151,7 @@ class SuperLink:
             f'[superlink]\ndefault = "run"\n\n[superlink.run]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         command = [
-            _script("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
+            program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
             "--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port", str(port),
         ]  # fmt: skip
         with self.log.open("ab") as log:
@@ -183,7 +184,7 @@ class SuperLink:
         """Run ``flwr`` with these arguments against this SuperLink."""
         try:
             return subprocess.run(
-                [_script("flwr"), *arguments], env=self.environment, cwd=self.cwd,
+                [program("flwr"), *arguments], env=self.environment, cwd=self.cwd,
                 capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
@@ -215,7 +216,7 @@ class SuperLink:
         """
         with self.log.open("ab") as log:
             self._streamer = subprocess.Popen(
-                [_script("flwr"), "log", run_id, "run", "--stream"],
+                [program("flwr"), "log", run_id, "run", "--stream"],
                 env=self.environment, cwd=self.cwd, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
@@ -247,10 +248,6 @@ class SuperLink:
                     if any(_SIMULATION in part for part in child.cmdline()[:3]):
                         return bool(child.status() != psutil.STATUS_ZOMBIE)
         return False
-
-
-def _script(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
 
 
 def _healthy(port: int) -> bool:

@@ -1,0 +1,93 @@
+"""What holds on a GPU and nowhere else: ``HETEROTUNE_TESTS_ON=gpu pytest -m gpu``; without ``-m gpu``, everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_cores import CORES, with_maps
+from test_generation import prompts_of
+from test_tuning import _cache, data, directory, prepared  # noqa: F401
+from tiny_backbones import LABELS
+
+from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
+from heterotune_flwr.config.schema import MethodConfig, TrainConfig
+from heterotune_flwr.data import training_pool
+from heterotune_flwr.tuning.adapters import attach
+from heterotune_flwr.tuning.generation import generate_answers
+from heterotune_flwr.tuning.local import peak_memory_mb, train_local
+from heterotune_flwr.tuning.states import make_rows
+from heterotune_flwr.tuning.task import make_task
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs an NVIDIA GPU and HETEROTUNE_TESTS_ON=gpu"
+    ),
+]
+DEEP = MethodConfig(latent=8, inner=4, slots=3, experts_global=2)
+TRAIN = TrainConfig(batch_size=4, learning_rate=0.01)
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    """No TensorFloat-32: the CPU has none."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+    clear_backbones()
+
+
+def with_values(backbone, method):
+    """An adapter that changes every logit, with random maps where it has any."""
+    return with_maps(attach(backbone, method, 3)) if method is CORES else prepared(backbone, method)
+
+
+@pytest.mark.parametrize("method", [DEEP, CORES, MethodConfig(kind="lora", lora_rank=2)])
+@pytest.mark.parametrize("kept", [True, False])
+def test_training_there_is_training_here(directory, data, method, kept):  # noqa: F811
+    """The same client, seed and values: after six steps the same adapter, to rounding."""
+    after = {}
+    for device in ("cpu", "cuda"):
+        backbone = load_backbone(BackboneSpec(str(directory), "fp32"), device)
+        task = make_task(backbone, data, list(LABELS), TRAIN)
+        adapter = with_values(backbone, method)
+        rows = make_rows(adapter, task.encode(training_pool(data)[:12]), cache=kept)
+        before = adapter.read()
+        train_local(adapter, task, rows, TRAIN, seed=0, local_steps=6)
+        after[device] = adapter.read()
+    whole = {
+        d: np.concatenate([after[d][n].ravel() - before[n].ravel() for n in before]) for d in after
+    }
+    moved = float(np.linalg.norm(whole["cpu"]))
+    assert moved > 0.1
+    assert np.linalg.norm(whole["cuda"] - whole["cpu"]) < 0.01 * moved
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8", "bf16"])
+def test_a_quantized_client_learns_within_its_memory(directory, data, bits):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), bits), "cuda")
+    assert backbone.device.type == "cuda"
+    config = replace(TRAIN, gradient_checkpointing=True)
+    task = make_task(backbone, data, list(LABELS), config)
+    adapter = with_values(backbone, CORES)
+    rows = make_rows(adapter, task.encode(training_pool(data)), cache=False)
+    losses = [
+        train_local(adapter, task, rows, config, seed=s, local_steps=15, memory_gb=1.0).loss
+        for s in range(3)
+    ]
+    assert losses[-1] < 0.8 * losses[0]
+    assert 0 < peak_memory_mb(backbone.device) < 1000
+
+
+def test_answers_there_are_answers_here(directory):  # noqa: F811
+    found = {}
+    for device in ("cpu", "cuda"):
+        backbone = load_backbone(BackboneSpec(str(directory), "fp32"), device)
+        adapter = prepared(backbone, DEEP)
+        found[device] = generate_answers(adapter, prompts_of(backbone.tokenizer), 8, None)
+    assert found["cpu"] == found["cuda"]
+    assert any(found["cpu"])
