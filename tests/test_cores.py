@@ -104,7 +104,9 @@ def test_states_below_the_first_core_are_kept_and_change_nothing(directory, data
     assert type(full) is FullRows
     for indices in ([0, 3], [5]):
         one, two = gradients(adapter, task, kept, indices), gradients(adapter, task, full, indices)
-        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-3)
+        # A GPU multiplies one row by 4-bit weights with another kernel than many.
+        loose = 10 if bits == "nf4" and backbone.device.type == "cuda" else 1
+        torch.testing.assert_close(one, two, rtol=2e-2 * loose, atol=2e-3 * loose)
     before = adapter.read()
     train_local(adapter, task, kept, TRAIN, seed=0, local_steps=2)
     moved = {n for n, v in adapter.read().items() if not np.array_equal(v, before[n])}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cores import CORES, with_maps
 from test_generation import prompts_of
-from test_tuning import _cache, data, directory, prepared  # noqa: F401
+from test_tuning import _cache, data, directory, prepared, random_values  # noqa: F401
 from tiny_backbones import LABELS
 
 from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
@@ -42,8 +42,17 @@ def _exact():
 
 
 def with_values(backbone, method):
-    """An adapter that changes every logit, with random maps where it has any."""
-    return with_maps(attach(backbone, method, 3)) if method is CORES else prepared(backbone, method)
+    """An adapter that changes every logit, with random maps where it has any.
+
+    LoRA in small values: large ones saturate attention, and what AdamW makes of a gradient that is all rounding
+    differs between any two orders of summation.
+    """
+    if method is CORES:
+        return with_maps(attach(backbone, method, 3))
+    adapter = prepared(backbone, method)
+    if method.kind == "lora":
+        adapter.load(random_values(adapter.shapes, scale=0.06))
+    return adapter
 
 
 @pytest.mark.parametrize("method", [DEEP, CORES, MethodConfig(kind="lora", lora_rank=2)])
@@ -63,7 +72,7 @@ def test_training_there_is_training_here(directory, data, method, kept):  # noqa
         d: np.concatenate([after[d][n].ravel() - before[n].ravel() for n in before]) for d in after
     }
     moved = float(np.linalg.norm(whole["cpu"]))
-    assert moved > 0.1
+    assert moved > 0.05
     assert np.linalg.norm(whole["cuda"] - whole["cpu"]) < 0.01 * moved
 
 
