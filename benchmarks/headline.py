@@ -106,14 +106,13 @@ _KNOWN: Mapping[str, Sequence[float]] = {
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
+    "within_consensus": (2e-3,),  # of embedded6
 }
 #: The rivals inside a type, who may want another rate where they are more.
 _BOTH_RIVALS = {
     **_KNOWN,
     **dict.fromkeys(("within_type", "within_consensus", "fedit"), (1e-3, 2e-3)),
 }
-#: The best rival of ``embedded6``, at the best of its rates there.
-_AS_KNOWN = {**_KNOWN, "within_consensus": (2e-3,)}
 _SLOW: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
@@ -127,7 +126,7 @@ SUITES = {
     "embedded48": Suite("demo", _TINY, 16, method=(*_DEEP, _QUARTER), rates=_KNOWN),
     "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3x2": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
-    "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_AS_KNOWN),
+    "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),
     "parent3": Suite("demo", [("tiny-c", "bf16")], 3, method=_DEEP, rates=_KNOWN),
 }
 #: Learning rates tried for every method.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
 from heterotune_flwr.errors import FederationError
+
+
+def search_path() -> str:
+    """The PATH with this Python's own folder first: where Flower's programs and Python itself are looked for."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def program(name: str) -> str:
@@ -18,11 +24,11 @@ def program(name: str) -> str:
         It is in neither place.
 
     """
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+    found = shutil.which(name, path=search_path())
     if found is None:
         raise FederationError(
-            f"{name} is neither in {beside.parent} nor on the PATH; it comes with flwr: install heterotune-flwr into "
-            "an environment of its own (python -m venv), or put the folder pip wrote its programs to on the PATH"
+            f"{name} is neither in {Path(sys.executable).parent} nor on the PATH; it comes with flwr: install "
+            "heterotune-flwr into an environment of its own (python -m venv), or put the folder pip wrote its "
+            "programs to on the PATH"
         )
     return found

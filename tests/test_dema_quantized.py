@@ -56,7 +56,8 @@ def test_identical_logits_then_training(base: Path, bits: str, slots: int) -> No
     losses = []
     for _ in range(12):
         logits(model, tokens())  # evaluate in between, as every federated client does
-        loss = model(tokens().to(model.device), labels=tokens().to(model.device)).loss
+        ids = tokens().to(model.device)
+        loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         for parameter in trainable_tensors(model).values():
@@ -90,7 +91,8 @@ def test_checkpointing_and_generation(base: Path, bits: str) -> None:
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        model(tokens().to(model.device), labels=tokens().to(model.device)).loss.backward()
+        ids = tokens().to(model.device)
+        model(ids, labels=ids).loss.backward()
         return {name: p.grad.clone() for name, p in trainable_tensors(model).items()}
 
     model.train()
@@ -114,10 +116,11 @@ def test_checkpointing_and_generation(base: Path, bits: str) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_kept_states_equal_the_full_forward(base: Path, bits: str) -> None:
     bare = load(base, bits)
+    ids = tokens().to(bare.device)
     with torch.no_grad():
-        frozen = bare.model(tokens().to(bare.device)).last_hidden_state
+        frozen = bare.model(ids).last_hidden_state
         model = get_peft_model(bare, dema_config(slots=1))
         randomize(model)
-        full = bare.model(tokens().to(bare.device)).last_hidden_state
+        full = bare.model(ids).last_hidden_state
     assert torch.equal(apply_last_slot(model, frozen), full)
     assert slot_layers(model)[0].base_layer.weight.dtype == torch.bfloat16

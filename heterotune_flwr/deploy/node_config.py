@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import REQUIRED, code_hash
 from heterotune_flwr.federation.superlink import toml_string
-from heterotune_flwr.programs import program
+from heterotune_flwr.programs import program, search_path
 
 #: Settings of the client that ``node start`` turns into environment variables of the process.
 _ENVIRONMENT = ("device", "cache")
@@ -88,7 +87,7 @@ class NodeSettings:
             "TOKENIZERS_PARALLELISM": "false",
             PIECE_VARIABLE: os.environ.get(PIECE_VARIABLE, str(PIECE_BYTES)),
             # Below the SuperNode, flwr and Python are looked for by name.
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "PATH": search_path(),
         }
         if "threads" in self.client:
             environment["OMP_NUM_THREADS"] = str(self.client["threads"])

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +27,7 @@ import psutil
 
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation.processes import MARK, clean_up, start_guard
-from heterotune_flwr.programs import program
+from heterotune_flwr.programs import program, search_path
 
 START_SECONDS = 60.0
 COMMAND_SECONDS = 120.0
@@ -70,7 +69,7 @@ def flower_environment(home: Path, temporary: Path, mark: str, threads: int = 1)
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PATH": search_path(),
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",
         "HETEROTUNE_ASSETS": os.pathsep.join(
