@@ -5,11 +5,12 @@ round), three real families with 3 and 6 clients, five types (three widths at mi
 (``parent3``: the one suite on which sub-model extraction can run); 10 rounds. On the embedded family the bank's
 methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
 milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
-``predictions`` shares the bank in the first round alone and mixes nothing. ``fedmkt64`` is FedMKT-style transfer with
-as many anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first runs at each of
-its learning rates with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would
-take an hour there is a single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json``
-as they are done, so the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that
+``predictions`` shares the bank in the first round alone and mixes nothing; ``lora_at_home`` shares both,
+while LoRA never leaves its client. ``fedmkt64`` is FedMKT-style transfer with as many anchors as HeteroTune (512 a
+round, 64 a step; ``fedmkt`` has 256 and 16). Every method first runs at each of its learning rates with seeds of
+their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a single
+rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so the
+command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that
 refuse a suite (dense changes beside 4-bit weights, slices of models without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
@@ -41,10 +42,15 @@ from heterotune_flwr.strategies.build import check_strategy
 #: What a method has here beside its shipped preset.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "predictions": {"type_phase": 0.95, "mixing": 0.0},
+    "lora_at_home": {"method": {"core_scope": "client"}},
     "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
 }
 #: Methods that are a shipped strategy under another name.
-SHIPPED_AS: Mapping[str, str] = {"predictions": "heterotune", "fedmkt64": "fedmkt"}
+SHIPPED_AS: Mapping[str, str] = {
+    "predictions": "heterotune",
+    "lora_at_home": "heterotune",
+    "fedmkt64": "fedmkt",
+}
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
 #: Where a run takes seconds, a rate is chosen on three seeds: one alone chooses by luck.
@@ -91,6 +97,7 @@ _BANKED = (
     "heterotune",
     "bank",
     "predictions",
+    "lora_at_home",
     "mean",
     "within_type",
     "within_consensus",
@@ -99,10 +106,14 @@ _BANKED = (
     "fedadam",
 )
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
-_BOTH = dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3))
+_BOTH = {
+    **dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3)),
+    "lora_at_home": (2e-3,),  # HeteroTune's
+}
 _KNOWN: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3,)),
     "heterotune": (2e-3,),
+    "lora_at_home": (2e-3,),
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),

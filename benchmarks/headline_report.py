@@ -12,7 +12,7 @@ from heterotune_flwr.exchange.storage import atomic_write_text
 
 OURS = "heterotune"
 #: Parts of ours are ablations, not rivals: the bank alone, without CMGA, and the predictions alone.
-NO_RIVALS = (OURS, "bank", "mean", "predictions")
+NO_RIVALS = (OURS, "bank", "mean", "predictions", "lora_at_home")
 
 
 def accuracies(entry: dict[str, Any], field: str = "global_accuracy") -> dict[Key, float]:
