@@ -55,7 +55,7 @@ def summary(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_ratio(methods: dict[str, Any], bank_alone: bool) -> dict[str, Any]:
-    """Peak memory against LoRA r=16: of a step where the bank trains alone, else of a whole simulation worker."""
+    """Peak memory against LoRA: of a step where the bank trains alone, else of a whole simulation worker."""
     if bank_alone:
         memory = read_results("memory")
         ratios = [memory[name] for name in memory if name.startswith("peak_ratio.")]
