@@ -461,11 +461,12 @@ def test_a_signal_ends_a_worker_in_its_job_and_the_message_is_done_by_the_next(n
     with ThreadPoolExecutor() as pool:
         result = pool.submit(node.train, 1, LONG)
         pid = node.await_running()
+        started = time.monotonic()
         gone = threading.Thread(target=psutil.Process(pid).wait)
         gone.start()
         os.kill(pid, signal.SIGTERM)
-        gone.join(60)
-        assert not gone.is_alive()
+        gone.join(10)
+        assert time.monotonic() - started < 6
         assert not result.done()  # it did not finish the job first
         assert result.result(120).metrics["steps"] == LONG
     assert node.workers() != [pid]
