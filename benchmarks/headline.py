@@ -97,7 +97,6 @@ _BANKED = (
     "heterotune",
     "bank",
     "predictions",
-    "lora_at_home",
     "mean",
     "within_type",
     "within_consensus",
@@ -106,14 +105,10 @@ _BANKED = (
     "fedadam",
 )
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
-_BOTH = {
-    **dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3)),
-    "lora_at_home": (2e-3,),  # HeteroTune's
-}
+_BOTH = dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3))
 _KNOWN: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3,)),
     "heterotune": (2e-3,),
-    "lora_at_home": (2e-3,),
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
@@ -143,6 +138,7 @@ SUITES = {
 #: Learning rates tried for every method.
 RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, _BANK),
+    "lora_at_home": (2e-3,),  # HeteroTune's best where LoRA trains
     **dict.fromkeys(
         (
             "fedit",

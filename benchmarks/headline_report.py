@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from benchmarks.common import RESULTS, Key, machine, mean_and_std, paired_gain, read_results
+from benchmarks.common import RESULTS, Key, mean_and_std, paired_gain, read_results
 from heterotune_flwr.exchange.storage import atomic_write_text
 
 OURS = "heterotune"
-#: Parts of ours are ablations, not rivals: the bank alone, without CMGA, and the predictions alone.
+#: Parts of ours are ablations, not rivals: the bank alone, without CMGA, the predictions alone, LoRA at home.
 NO_RIVALS = (OURS, "bank", "mean", "predictions", "lora_at_home")
 
 
@@ -161,7 +161,11 @@ def write_report(found: dict[str, Any], seeds: Sequence[int], bank_alone: Collec
     suites = {name: values for name, values in suites.items() if values["methods"]}
     if not suites:
         return
-    head = {"command": "python -m benchmarks.headline", "machine": machine(), "seeds": list(seeds)}
+    # Of the cells: the machine that writes the tables need not have measured them.
+    measured = (entry for methods in found.values() for entry in methods.values())
+    cells = (cell for entry in measured for cell in entry.get("cells", {}).values())
+    machines = "; ".join(sorted({cell["machine"] for cell in cells}))
+    head = {"command": "python -m benchmarks.headline", "machine": machines, "seeds": list(seeds)}
     atomic_write_text(RESULTS / "headline.json", json.dumps({**head, **suites}, indent=2) + "\n")
     atomic_write_text(RESULTS / "headline.md", markdown(suites))
     plot(suites)
