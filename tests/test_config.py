@@ -114,6 +114,8 @@ def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
         ("run.compare=[mean,mean]", "entry twice"),
         ("'run.name=my run'", "file name"),
         ("train.learning_rate=nan", "above 0"),
+        ("train.last_rate=0", "above 0"),
+        ("train.last_rate=1.5", r"must be in \(0, 1\]"),
         ("method.experts_global=0", "no experts"),
         ("server.timeout_seconds=0", "above 0"),
         ("data.prompt='x", "cannot be split"),

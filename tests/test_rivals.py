@@ -167,6 +167,17 @@ def test_fedprox_and_the_optimizer_reach_the_clients(tmp_path):
     assert (request.proximal, request.optimizer) == (0.25, "sgd")
 
 
+def test_the_rate_follows_half_a_cosine_over_the_rounds(tmp_path):
+    train = {"learning_rate": 0.02, "last_rate": 0.1}
+    _, federation, ids = run(tmp_path, "WithinType", rounds=3, train=train)
+    rates = [federation.received[ids[0], round].learning_rate for round in (1, 2, 3)]
+    assert rates == pytest.approx([0.02, 0.011, 0.002])
+    constant, single, last = {"learning_rate": 0.02}, {**train}, {**train, "last_rate": 1.0}
+    for options, rounds in ((constant, 2), (single, 1), (last, 2)):
+        _, federation, ids = run(tmp_path, "WithinType", rounds=rounds, train=options)
+        assert federation.received[ids[0], rounds].learning_rate == 0.02
+
+
 @pytest.mark.parametrize("kind", ["momentum", "adam", "yogi", "adagrad"])
 def test_any_strategy_takes_a_server_optimizer(tmp_path, kind):
     optimizer = {"kind": kind, "learning_rate": 0.1}

@@ -53,6 +53,7 @@ _ABOVE: dict[str, float] = {
 }  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
+    "train.last_rate",
     "train.prior_smoothing", "method.lora_alpha", "method.core_scale",
 )  # fmt: skip
 
@@ -93,6 +94,8 @@ def check_choices(config: Config) -> None:
     for path in _POSITIVE:
         if not (value := _value(config, path)) > 0:  # NaN neither
             raise ConfigError(f"{path} is {value}, it must be above 0")
+    if config.train.last_rate > 1:
+        raise ConfigError(f"train.last_rate is {config.train.last_rate}, must be in (0, 1]")
     check_directions(config.exchange)
     labels = config.data.labels
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):

@@ -187,6 +187,10 @@ class TrainConfig:
     local_steps: int = _help("optimizer steps per round", 12)
     batch_size: int = _help("examples per step", 16)
     learning_rate: float = _help("AdamW learning rate", 2e-3)
+    last_rate: float = _help(
+        "share of learning_rate in the last round; from round to round it follows half a cosine (arXiv 1608.03983). "
+        "1: the rate stays", 1.0
+    )  # fmt: skip
     gate_rate: float = _help(
         "AdamW: gates learn at this share of learning_rate; 0: they stay uniform", 0.1
     )

@@ -103,7 +103,7 @@ class HeteroStrategy(Sharing):
                 maps=maps,
                 expected=sorted(self._trained_by(client_id, server_round)),
                 local_steps=train.local_steps,
-                learning_rate=train.learning_rate,
+                learning_rate=self.learning_rate(server_round),
                 optimizer=train.optimizer,
                 proximal=train.proximal,
                 frozen=sorted(self.frozen(type_key, server_round)),
@@ -192,7 +192,7 @@ class HeteroStrategy(Sharing):
         def asked(client_id: str) -> Asked:
             shapes, info = self.client_shapes(client_id), self.roster.clients[client_id].info
             work = Work(
-                info.train_examples, train.local_steps, train.learning_rate,
+                info.train_examples, train.local_steps, self.learning_rate(server_round),
                 train.optimizer, train.clip_norm,
             )  # fmt: skip
             trained = {n: shapes[n] for n in self._trained_by(client_id, server_round)}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -100,6 +101,15 @@ class Sharing(Strategy):
     def row_type(self, client_id: str) -> str:
         """Under which type a client's tests are reported."""
         return self.roster.clients[client_id].info.type_key
+
+    def learning_rate(self, server_round: int) -> float:
+        """What clients train at in a round, 1 to T: ``last + (1 - last) (1 + cos(pi (t - 1) / (T - 1))) / 2`` of it.
+
+        Cosine annealing (arXiv 1608.03983) over the rounds; ``last`` is ``train.last_rate``, 1 for a constant rate.
+        """
+        train, done = self.config.train, (server_round - 1) / max(self.rounds - 1, 1)
+        share = train.last_rate + (1 - train.last_rate) * (1 + math.cos(math.pi * done)) / 2
+        return train.learning_rate * share
 
     def controls(self, type_key: str) -> Tensors | None:
         """SCAFFOLD's control variate for clients of a type."""
