@@ -43,6 +43,23 @@ def test_a_product_is_the_float32_one_rounded_once(at_a_time, bias, monkeypatch)
     torch.testing.assert_close(inputs.grad, wide.grad.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("onednn", "has", "slow"),
+    [
+        (False, {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        (True, {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        (True, {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, False),
+        (True, {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, False),
+        (True, {"architecture": "arm64", "bf16": True}, False),
+        (True, {}, False),
+    ],
+)
+def test_bfloat16_is_slow_without_instructions_for_it(onednn, has, slow, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert cpu_compute.slow_bfloat16.__wrapped__() is slow
+
+
 def test_other_dtypes_and_trained_weights_are_left_alone():
     narrow = nn.Linear(8, 4)
     compute_in_float32(narrow)

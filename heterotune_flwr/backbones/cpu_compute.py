@@ -1,9 +1,10 @@
 """Computing in float32 on CPUs where bfloat16 is slower: products without bfloat16 arithmetic, attention in training.
 
 Without AVX-512 (or its successors) PyTorch multiplies bfloat16 matrices with scalar loops: on an AVX2 machine the
-backward pass of a layer took a hundred times as long as in float32. Weights and states stay as they are; a product's
-operands are widened for the product alone, in bounded parts of the weights, and its result is rounded back, which is
-what bfloat16 hardware computes too. Processors with bfloat16 support and GPUs are left alone.
+backward pass of a layer took a hundred times as long as in float32. With AVX-512 but no bfloat16 arithmetic oneDNN
+emulates it: four times as long (training through a backbone: about twice). Weights and states stay as they are; a
+product's operands are widened for the product alone, in bounded parts of the weights, and its result is rounded back,
+which is what bfloat16 hardware computes too. Processors with bfloat16 support and GPUs are left alone.
 
 The backward pass of PyTorch's fused attention (2.13.0) took 4 to 5 times as long in bfloat16 as in float32 even on a
 processor with bfloat16 support; so attention that is trained through runs in float32, and frozen passes as ever.
@@ -24,11 +25,14 @@ _WEIGHTS_AT_A_TIME = 2**22
 
 @functools.cache
 def slow_bfloat16() -> bool:
-    """Whether bfloat16 products on this CPU run without vector instructions for them."""
+    """Whether this CPU multiplies bfloat16 matrices more slowly than float32 ones."""
     try:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return True
     except (AttributeError, RuntimeError):  # a build without oneDNN has no fast product either
         return True
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not say
+    return has.get("architecture") == "x86_64" and not (has["avx512_bf16"] or has["amx_bf16"])
 
 
 class _Product(torch.autograd.Function):
