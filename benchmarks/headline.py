@@ -6,12 +6,15 @@ round), three real families with 3 and 6 clients, five types (three widths at mi
 methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
 milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
 ``predictions`` shares the bank in the first round alone and mixes nothing; ``lora_at_home`` shares both,
-while LoRA never leaves its client. ``fedmkt64`` is FedMKT-style transfer with as many anchors as HeteroTune (512 a
-round, 64 a step; ``fedmkt`` has 256 and 16). Every method first runs at each of its learning rates with seeds of
-their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would take an hour there is a single
-rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done, so the
-command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that
-refuse a suite (dense changes beside 4-bit weights, slices of models without a common parent) are listed with why.
+while LoRA never leaves its client. Where LoRA trains, ``heterotune_deep`` is the shipped strategy: a learning rate that
+sinks over the rounds, a longer type phase, more anchors; ``heterotune`` there is the same without the three, and the
+rows that end in ``_annealed`` are its strongest rivals with all of it that they can have. ``fedmkt64`` is FedMKT-style
+transfer with as many anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first
+runs at each of its learning rates with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where
+a sweep would take an hour there is a single rate (``Suite.rates``). All cells are kept in
+``benchmarks/results/headline_cells.json`` as they are done, so the command goes on where it was stopped (``--again``
+forgets the chosen ones first). Methods that refuse a suite (dense changes beside 4-bit weights, slices of models
+without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
@@ -39,18 +42,36 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
+_ANNEALED: Mapping[str, Any] = {"train": {"last_rate": 0.05}}
 #: What a method has here beside its shipped preset.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "predictions": {"type_phase": 0.95, "mixing": 0.0},
     "lora_at_home": {"method": {"core_scope": "client"}},
     "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
-}
+    "within_consensus_annealed": {
+        "consensus": {"anchors": 768, "pool": 6000, "batch": 64, "scope": "type"}, **_ANNEALED
+    },
+    "fedmkt64_annealed": {
+        "consensus": {"anchors": 768, "pool": 6000, "batch": 64, "confidence": 0.0}, **_ANNEALED
+    },
+    "fedit_annealed": _ANNEALED,
+}  # fmt: skip
 #: Methods that are a shipped strategy under another name.
 SHIPPED_AS: Mapping[str, str] = {
     "predictions": "heterotune",
     "lora_at_home": "heterotune",
     "fedmkt64": "fedmkt",
+    "within_consensus_annealed": "within_consensus",
+    "fedmkt64_annealed": "fedmkt",
+    "fedit_annealed": "fedit",
 }
+#: Rows of the suites on which LoRA trains in every method.
+WITH_LORA = (
+    "heterotune_deep",
+    "within_consensus_annealed",
+    "fedmkt64_annealed",
+    "fedit_annealed",
+)
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
 #: Where a run takes seconds, a rate is chosen on three seeds: one alone chooses by luck.
@@ -139,6 +160,10 @@ SUITES = {
 RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, _BANK),
     "lora_at_home": (2e-3,),  # HeteroTune's best where LoRA trains
+    "heterotune_deep": (8e-3,),  # of 2, 4 and 8e-3 on embedded12's tuning seed
+    "within_consensus_annealed": (8e-3,),  # of 4 and 8e-3 there
+    "fedmkt64_annealed": (2e-3, 4e-3),
+    "fedit_annealed": (1e-3, 2e-3, 4e-3),
     **dict.fromkeys(
         (
             "fedit",
@@ -179,6 +204,11 @@ def shipped(method: str) -> dict[str, Any]:
     return entry
 
 
+def not_here(name: str, method: str) -> bool:
+    """Whether a row belongs to other suites."""
+    return method in WITH_LORA and not SUITES[name].method
+
+
 def refusal(suite: Suite, method: str) -> str | None:
     """Why a method cannot run on a suite; None where it can."""
     config = compose(suite.preset, suite.overrides())
@@ -195,7 +225,8 @@ def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]
     suite = SUITES[name]
     preset = yaml.safe_load((conf_root() / f"{suite.preset}.yaml").read_text())
     entry = shipped(method)
-    entry |= OPTIONS.get(method, {})
+    extra = OPTIONS.get(method, {})
+    entry |= {**extra, "train": {**entry.get("train", {}), **extra.get("train", {})}}
     strategies = {
         f"{method}-{rate:g}": {**entry, "train": {**entry.get("train", {}), "learning_rate": rate}}
         for rate in rates
@@ -250,7 +281,7 @@ def plan(suites: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
     """Measure what is missing, cell by cell; yields a line after each."""
     for name in suites:
         for method in methods:
-            if refusal(SUITES[name], method):
+            if not_here(name, method) or refusal(SUITES[name], method):
                 continue
             cells = read_cells()
             rates = SUITES[name].rates_of(method)
@@ -286,6 +317,8 @@ def table(suites: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in suites:
         for method in RATES:
+            if not_here(name, method):
+                continue
             rate = best_rate(name, method, cells)
             if rate is None:
                 if reason := refusal(SUITES[name], method):

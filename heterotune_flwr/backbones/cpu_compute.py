@@ -31,7 +31,9 @@ def slow_bfloat16() -> bool:
             return True
     except (AttributeError, RuntimeError):  # a build without oneDNN has no fast product either
         return True
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not say
+    has: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an older PyTorch does not say
     return has.get("architecture") == "x86_64" and not (has["avx512_bf16"] or has["amx_bf16"])
 
 
