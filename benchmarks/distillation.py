@@ -1,0 +1,230 @@
+"""How much of what all types know together reaches each: teacher and students of ``heterotune_deep`` on ``embedded12``.
+
+One real Flower run (tuning seed 9). Then, from its last checkpoints, the last round's training is done once more here,
+and the clients' predictions on the global test are combined as the server combines those on anchors: that is the
+teacher nobody holds as one model. ``students``: the models of the run's end. ``more_anchors``: the smallest type, which
+is the cheapest to train, goes on with the teacher's predictions on all 6000 anchors alone.
+
+Run: ``python -m benchmarks.distillation`` (a quarter of an hour; ``--run DIR``: of a run that is there). Writes
+``benchmarks/results/distillation.json``: accuracies on the global test in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from benchmarks.common import flower_run, write_results
+from benchmarks.headline import SUITES, SWEEP_SEED, shipped
+from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.sources import global_test
+from heterotune_flwr.dema.anchors import anchor_digest, load_anchors
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.exchange.trees import State, load_state
+from heterotune_flwr.federation.anchor_work import anchor_work
+from heterotune_flwr.federation.client import Client
+from heterotune_flwr.federation.consensus import Lesson
+from heterotune_flwr.flower import Context
+from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced, heard, voices
+from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.client_state import ClientStore
+from heterotune_flwr.tuning.distill import Distillation, predict
+from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.states import Rows, make_rows
+from heterotune_flwr.tuning.task import Task
+
+_SUITE, _METHOD = SUITES["embedded12"], "heterotune_deep"
+_MORE_STEPS, _MORE_RATE = 300, 2e-3
+Array = NDArray[np.float32]
+
+
+def federated(folder: Path) -> None:
+    """The run itself, kept in ``folder``."""
+    preset = yaml.safe_load((conf_root() / f"{_SUITE.preset}.yaml").read_text())
+    preset |= {"strategies": {_METHOD: shipped(_METHOD)}}
+    preset["run"] = {"name": "distillation", "compare": [_METHOD], "seeds": [SWEEP_SEED]}
+    path = folder / "preset.yaml"
+    path.write_text(yaml.safe_dump(preset))
+    flower_run(str(path), _SUITE.overrides(), folder / "run")
+
+
+class Again:
+    """Clients of a finished run, in this process."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.config = run, compose(str(run / "config.yaml"))
+        rounds = self.config.server.rounds
+        self.before, self.end = (self._state(number) for number in (rounds - 1, rounds))
+        total = sum(entry.clients for entry in self.config.types)
+        self.clients = [self._client(number, total) for number in range(total)]
+        self.options = ConsensusOptions.read(shipped(_METHOD)["consensus"])
+        self.texts = load_anchors(AlignmentConfig(self.config.alignment.anchors, self.options.pool))
+
+    def _state(self, number: int) -> State:
+        folder = self.run / "checkpoints" / f"{_METHOD}-seed{SWEEP_SEED}"
+        return load_state(folder / f"round-{number:06d}.safetensors")
+
+    def _client(self, number: int, total: int) -> Client:
+        context = SimpleNamespace(
+            run_config={"config": str(self.run / "config.yaml")}, run_id=0,
+            node_config={"partition-id": number, "num-partitions": total},
+        )  # fmt: skip
+        return Client.of(cast(Context, context))
+
+    def adapter(self, client: Client, state: State) -> AttachedAdapter:
+        """A client's adapter with its type's values and maps."""
+        adapter, digest = client.adapter(self.config.method), state["maps"][client.type_key]
+        maps = ClientStore(self.run / "state", "distillation", client.client_id).load_maps(digest)
+        assert maps is not None, "the run directory lacks its maps"
+        adapter.load_maps(maps, digest)
+        sent = state["shared"][f"type/{client.type_key}"]
+        adapter.load({**initial_tensors(adapter.shapes, SWEEP_SEED), **sent})
+        return adapter
+
+    def lesson(self) -> Lesson:
+        """What the last round taught."""
+        options, known = self.options, self.before["consensus"]
+        lesson = Lesson(
+            anchor_digest(self.texts), options.pool, options.anchors, options.weight, batch=options.batch
+        )  # fmt: skip
+        return replace(lesson, targets=known["targets"][""])
+
+    def rows(self, client: Client, adapter: AttachedAdapter, task: Task) -> tuple[Rows, Rows]:
+        """The global test's and all anchors'."""
+        assert task.labels is not None
+        anchors = task.encode([Example(text, task.labels[0]) for text in self.texts])
+        test = client.encoded("global", SWEEP_SEED)
+        return make_rows(adapter, test, cache=False), make_rows(adapter, anchors, cache=False)
+
+    def trained(self, client: Client) -> tuple[Array, Array]:
+        """What a client predicts after the last round's training, on the global test and on all anchors."""
+        adapter = self.adapter(client, self.before)
+        task = adapter.reads(client.task())
+        work = anchor_work(
+            self.lesson(), client.identity, self.config, task, adapter, SWEEP_SEED
+        )  # fmt: skip
+        assert work is not None
+        entry, rounds = shipped(_METHOD)["train"], self.config.server.rounds
+        train_local(
+            adapter,
+            task,
+            make_rows(adapter, client.encoded("train", SWEEP_SEED), cache=False),
+            self.config.train,
+            seed=int(client.client_id[-4:]),
+            learning_rate=entry["learning_rate"] * entry["last_rate"],
+            prior=client.prior(SWEEP_SEED),
+            distillation=work.distillation(rounds),
+        )
+        test, anchors = self.rows(client, adapter, task)
+        return predict(task, test, range(len(test))), predict(task, anchors, range(len(anchors)))
+
+    def student(self, client: Client) -> Array:
+        """What the model of a client's type predicts on the global test at the end."""
+        adapter = self.adapter(client, self.end)
+        task = adapter.reads(client.task())
+        test = make_rows(adapter, client.encoded("global", SWEEP_SEED), cache=False)
+        return predict(task, test, range(len(test)))
+
+    def taught_further(self, client: Client, targets: Array) -> Array:
+        """The same after more steps on anchors alone, half a cosine down to 0."""
+        adapter = self.adapter(client, self.end)
+        task = adapter.reads(client.task())
+        test, anchors = self.rows(client, adapter, task)
+        lesson = Distillation(anchors, range(len(anchors)), torch.from_numpy(targets), 1.0)
+        rng = np.random.default_rng(0)
+        optimizer = torch.optim.AdamW(adapter.trained.values(), _MORE_RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _MORE_STEPS)
+        with adapter.training(), torch.enable_grad():
+            for _ in range(_MORE_STEPS):
+                optimizer.zero_grad()
+                chosen = lesson.draw(self.options.batch, rng)
+                lesson.losses(task, chosen).mean().backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(adapter.trained.values(), 1.0)
+                optimizer.step()
+                schedule.step()
+        return predict(task, test, range(len(test)))
+
+
+def percent_right(predictions: Array, truth: NDArray[np.int64]) -> float:
+    """Accuracy in percent."""
+    return round(100 * float((predictions.argmax(axis=1) == truth).mean()), 1)
+
+
+def combined(
+    predictions: list[Array], shares: list[float], options: ConsensusOptions
+) -> NDArray[np.float32]:
+    """As the server combines them."""
+    mean, _ = heard(predictions, shares, options.confidence)
+    return balanced(mean, options.balance).astype(np.float32)
+
+
+def measure(run: Path) -> dict[str, Any]:
+    """All accuracies."""
+    again = Again(run)
+    labels = again.clients[0].task().labels or []
+    examples = global_test(again.config.data)
+    truth = np.array([labels.index(example.label) for example in examples])
+    said: dict[str, tuple[Array, Array]] = {}
+    for client in again.clients:
+        said[client.client_id] = again.trained(client)
+        found = percent_right(said[client.client_id][0], truth)
+        print(f"{client.client_id} ({client.type_key}) after its training: {found} %", flush=True)
+    tests, anchors = [s[0] for s in said.values()], [s[1] for s in said.values()]
+    shares = voices(anchors, again.options.trust)
+    options = again.options
+    values: dict[str, Any] = {
+        "seeds": [SWEEP_SEED],
+        "clients": round(float(np.mean([percent_right(test, truth) for test in tests])), 1),
+        "teacher": percent_right(combined(tests, shares, options), truth),
+    }
+    kinds = {client.type_key: client for client in again.clients}
+    students = {kind: again.student(client) for kind, client in kinds.items()}
+    for kind, student in students.items():
+        own = [said[c.client_id][0] for c in again.clients if c.type_key == kind]
+        values[f"student.{kind}"] = percent_right(student, truth)
+        values[f"teacher.{kind}"] = percent_right(
+            combined(own, [1 / len(own)] * len(own), options), truth
+        )
+    values["students"] = round(
+        float(np.mean([percent_right(s, truth) for s in students.values()])), 1
+    )
+    smallest = min(kinds, key=lambda kind: kinds[kind].backbone.parameters)
+    further = again.taught_further(kinds[smallest], combined(anchors, shares, options))
+    return values | {
+        "more_anchors.type": smallest,
+        "more_anchors.steps": _MORE_STEPS,
+        "more_anchors": percent_right(further, truth),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="directory this command's run was kept in")
+    run = parser.parse_args().run
+    if run is None:
+        folder = Path(mkdtemp(prefix="heterotune-distillation-"))
+        federated(folder)
+        run = folder / "run"
+        print(f"the run is kept in {run}", flush=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    values = measure(run)
+    print(values)
+    write_results("distillation", values)
+
+
+if __name__ == "__main__":
+    main()
