@@ -11,17 +11,16 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import json
 import statistics
 import time
+from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import write_results
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.cpu_compute import slow_bfloat16
 from heterotune_flwr.backbones.loading import BackboneSpec
-from heterotune_flwr.exchange.storage import atomic_write_text
 
 _BACKBONES = (("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4"))
 _TEXTS, _TOKENS, _REPEATS = 64, 24, 7
@@ -44,9 +43,8 @@ def seconds(spec: BackboneSpec, wide: bool) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    values: dict[str, object] = {
-        "command": "python -m benchmarks.cpu_products", "machine": machine(), "float32_is_taken": slow_bfloat16(),
-        "texts": _TEXTS, "tokens": _TOKENS, "repeats": _REPEATS,
+    values: dict[str, Any] = {
+        "float32_is_taken": slow_bfloat16(), "texts": _TEXTS, "tokens": _TOKENS, "repeats": _REPEATS,
     }  # fmt: skip
     for source, bits in _BACKBONES:
         spec = BackboneSpec(source, bits)
@@ -55,7 +53,7 @@ def main() -> None:
             "float32_seconds": round(wide, 3), "bfloat16_seconds": round(narrow, 3), "ratio": round(narrow / wide, 2),
         }  # fmt: skip
         print(f"{source}@{bits}: float32 {wide:.2f} s, bfloat16 {narrow:.2f} s", flush=True)
-    atomic_write_text(RESULTS / "cpu_products.json", json.dumps(values, indent=1) + "\n")
+    write_results("cpu_products", values)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +25,22 @@ from numpy.typing import NDArray
 
 from benchmarks.common import flower_run, write_results
 from benchmarks.headline import SUITES, SWEEP_SEED, shipped
-from heterotune_flwr.config.compose import compose, conf_root
-from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import global_test
-from heterotune_flwr.dema.anchors import anchor_digest, load_anchors
+from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.trees import State, load_state
 from heterotune_flwr.federation.anchor_work import anchor_work
 from heterotune_flwr.federation.client import Client
-from heterotune_flwr.federation.consensus import Lesson
-from heterotune_flwr.flower import Context
-from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced, heard, voices
+from heterotune_flwr.flower import Context, RecordDict
+from heterotune_flwr.strategies.consensus import (
+    Consensus,
+    ConsensusOptions,
+    balanced,
+    heard,
+    voices,
+)
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.distill import Distillation, predict
@@ -52,9 +55,7 @@ Array = NDArray[np.float32]
 
 def federated(folder: Path) -> None:
     """The run itself, kept in ``folder``."""
-    preset = yaml.safe_load((conf_root() / f"{_SUITE.preset}.yaml").read_text())
-    preset |= {"strategies": {_METHOD: shipped(_METHOD)}}
-    preset["run"] = {"name": "distillation", "compare": [_METHOD], "seeds": [SWEEP_SEED]}
+    preset = _SUITE.compared("distillation", {_METHOD: shipped(_METHOD)}, [SWEEP_SEED])
     path = folder / "preset.yaml"
     path.write_text(yaml.safe_dump(preset))
     flower_run(str(path), _SUITE.overrides(), folder / "run")
@@ -70,18 +71,18 @@ class Again:
         total = sum(entry.clients for entry in self.config.types)
         self.clients = [self._client(number, total) for number in range(total)]
         self.options = ConsensusOptions.read(shipped(_METHOD)["consensus"])
-        self.texts = load_anchors(AlignmentConfig(self.config.alignment.anchors, self.options.pool))
+        self.consensus = Consensus(self.options, self.config.alignment)
+        self.consensus.recall(self.before["consensus"])
+        self.texts = load_anchors(replace(self.config.alignment, count=self.options.pool))
 
     def _state(self, number: int) -> State:
         folder = self.run / "checkpoints" / f"{_METHOD}-seed{SWEEP_SEED}"
         return load_state(folder / f"round-{number:06d}.safetensors")
 
     def _client(self, number: int, total: int) -> Client:
-        context = SimpleNamespace(
-            run_config={"config": str(self.run / "config.yaml")}, run_id=0,
-            node_config={"partition-id": number, "num-partitions": total},
-        )  # fmt: skip
-        return Client.of(cast(Context, context))
+        node = {"partition-id": number, "num-partitions": total}
+        run = {"config": str(self.run / "config.yaml")}
+        return Client.of(Context(0, number, node, RecordDict(), run))  # type: ignore[arg-type]
 
     def adapter(self, client: Client, state: State) -> AttachedAdapter:
         """A client's adapter with its type's values and maps."""
@@ -92,14 +93,6 @@ class Again:
         sent = state["shared"][f"type/{client.type_key}"]
         adapter.load({**initial_tensors(adapter.shapes, SWEEP_SEED), **sent})
         return adapter
-
-    def lesson(self) -> Lesson:
-        """What the last round taught."""
-        options, known = self.options, self.before["consensus"]
-        lesson = Lesson(
-            anchor_digest(self.texts), options.pool, options.anchors, options.weight, batch=options.batch
-        )  # fmt: skip
-        return replace(lesson, targets=known["targets"][""])
 
     def rows(self, client: Client, adapter: AttachedAdapter, task: Task) -> tuple[Rows, Rows]:
         """The global test's and all anchors'."""
@@ -112,11 +105,11 @@ class Again:
         """What a client predicts after the last round's training, on the global test and on all anchors."""
         adapter = self.adapter(client, self.before)
         task = adapter.reads(client.task())
-        work = anchor_work(
-            self.lesson(), client.identity, self.config, task, adapter, SWEEP_SEED
-        )  # fmt: skip
+        rounds = self.config.server.rounds
+        lesson = self.consensus.lesson(rounds, client.type_key)
+        work = anchor_work(lesson, client.identity, self.config, task, adapter, SWEEP_SEED)
         assert work is not None
-        entry, rounds = shipped(_METHOD)["train"], self.config.server.rounds
+        entry = shipped(_METHOD)["train"]
         train_local(
             adapter,
             task,

@@ -97,6 +97,14 @@ class Suite:
         """Learning rates tried for a method here; a single one is not swept."""
         return self.rates.get(method, RATES[method])
 
+    def compared(
+        self, name: str, strategies: Mapping[str, Any], seeds: Sequence[int]
+    ) -> dict[str, Any]:
+        """The preset of a run of these strategies here."""
+        preset: dict[str, Any] = yaml.safe_load((conf_root() / f"{self.preset}.yaml").read_text())
+        run = {"name": name, "compare": list(strategies), "seeds": list(seeds)}
+        return {**preset, "strategies": dict(strategies), "run": run}
+
     def overrides(self) -> list[str]:
         """Overrides that make the preset's federation this one."""
         entries = [
@@ -160,7 +168,7 @@ SUITES = {
 RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, _BANK),
     "lora_at_home": (2e-3,),  # HeteroTune's best where LoRA trains
-    "heterotune_deep": (8e-3,),  # of 2, 4 and 8e-3 on embedded12's tuning seed
+    "heterotune_deep": (8e-3,),  # of 4 and 8e-3 on embedded12's tuning seed
     "within_consensus_annealed": (8e-3,),  # of 4 and 8e-3 there
     "fedmkt64_annealed": (2e-3, 4e-3),
     "fedit_annealed": (1e-3, 2e-3, 4e-3),
@@ -223,7 +231,6 @@ def refusal(suite: Suite, method: str) -> str | None:
 def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
     """One real Flower simulation: a method at some learning rates and seeds; returns its cells."""
     suite = SUITES[name]
-    preset = yaml.safe_load((conf_root() / f"{suite.preset}.yaml").read_text())
     entry = shipped(method)
     extra = OPTIONS.get(method, {})
     entry |= {**extra, "train": {**entry.get("train", {}), **extra.get("train", {})}}
@@ -231,8 +238,7 @@ def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]
         f"{method}-{rate:g}": {**entry, "train": {**entry.get("train", {}), "learning_rate": rate}}
         for rate in rates
     }
-    preset |= {"strategies": strategies}
-    preset["run"] = {"name": name, "compare": list(strategies), "seeds": list(seeds)}
+    preset = suite.compared(name, strategies, seeds)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(preset, file)
         file.flush()

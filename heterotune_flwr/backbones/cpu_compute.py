@@ -13,6 +13,7 @@ processor with bfloat16 support; so attention that is trained through runs in fl
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ def slow_bfloat16() -> bool:
             return True
     except (AttributeError, RuntimeError):  # a build without oneDNN has no fast product either
         return True
-    has: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # an older PyTorch does not say
+    # An older PyTorch does not say.
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return has.get("architecture") == "x86_64" and not (has["avx512_bf16"] or has["amx_bf16"])
 
 

@@ -53,8 +53,7 @@ _ABOVE: dict[str, float] = {
 }  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
-    "train.last_rate",
-    "train.prior_smoothing", "method.lora_alpha", "method.core_scale",
+    "train.last_rate", "train.prior_smoothing", "method.lora_alpha", "method.core_scale",
 )  # fmt: skip
 
 
