@@ -23,7 +23,7 @@ from heterotune_flwr.tuning.local import batches, train_local
 from heterotune_flwr.tuning.lora import dense_weight
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
-from heterotune_flwr.tuning.terms import make_optimizer
+from heterotune_flwr.tuning.terms import make_optimizer, warm_up
 
 CORE = replace(LORA, lora_core=True, lora_rank=4)
 DENSE = replace(LORA, lora_residual=True)
@@ -106,20 +106,27 @@ def test_frozen_tensors_act_and_stay(directory, data, method):  # noqa: F811
     adapter.train_from(0)
 
 
-def test_gradient_terms_against_a_loop_by_hand(directory, data):  # noqa: F811
-    """SGD with FedProx's pull and SCAFFOLD's correction, clipped after both."""
+@pytest.mark.parametrize(
+    ("warmup", "shares"), [(0.0, (1, 1, 1)), (0.5, (2 / 3, 1, 1)), (1.0, (1 / 3, 2 / 3, 1))]
+)
+def test_gradient_terms_against_a_loop_by_hand(directory, data, warmup, shares):  # noqa: F811
+    """SGD with FedProx's pull and SCAFFOLD's correction, clipped after both, at a rate that warms up."""
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
-    config = replace(TRAIN, optimizer="sgd", proximal=0.7, clip_norm=0.5)
+    config = replace(TRAIN, optimizer="sgd", proximal=0.7, clip_norm=0.5, warmup_ratio=warmup)
     task = make_task(backbone, data, list(LABELS), config)
     adapter = prepared(backbone)
     start = {n: torch.from_numpy(v).to(backbone.device) for n, v in adapter.read().items()}
     corrections = {n: 0.05 * torch.ones_like(v) for n, v in start.items()}
     rows = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=True)
-    train_local(adapter, task, rows, config, seed=3, local_steps=3, corrections=corrections)
+    report = train_local(
+        adapter, task, rows, config, seed=3, local_steps=3, corrections=corrections
+    )
+    assert report.rate_sum == pytest.approx(config.learning_rate * sum(shares))
     found = adapter.read()
     adapter.load({n: v.cpu().numpy() for n, v in start.items()})
     with adapter.training():
-        for chosen in batches(8, config.batch_size, 3, np.random.default_rng(3)):
+        drawn = batches(8, config.batch_size, 3, np.random.default_rng(3))
+        for share, chosen in zip(shares, drawn, strict=True):
             _, grads = gradients(adapter, task, rows, chosen)
             total = {}
             for (name, value), grad in zip(adapter.parameters.items(), grads, strict=True):
@@ -128,7 +135,7 @@ def test_gradient_terms_against_a_loop_by_hand(directory, data):  # noqa: F811
             factor = min(1.0, 0.5 / (float(norm) + 1e-6))
             with torch.no_grad():
                 for name, value in adapter.parameters.items():
-                    value -= config.learning_rate * factor * total[name]
+                    value -= share * config.learning_rate * factor * total[name]
     for name, value in adapter.read().items():
         np.testing.assert_allclose(found[name], value, atol=1e-6)
 
@@ -139,11 +146,12 @@ def test_gates_learn_at_their_own_share_of_the_rate(share):
     names = ["slots.0.experts.global.0.up.weight", "slots.0.gate.weight", "slots.1.gate.bias"]
     trained = {name: torch.nn.Parameter(torch.zeros(3)) for name in names}
     optimizer = make_optimizer(trained, replace(TRAIN, gate_rate=share), 0.01)
+    warm_up(optimizer, 4)
     for value in trained.values():
         value.grad = torch.tensor([5.0, -1e-3, 2.0])
     optimizer.step()
     for name, value in trained.items():
-        rate = 0.01 * (share if "gate" in name else 1.0)
+        rate = 0.01 / 4 * (share if "gate" in name else 1.0)
         expected = rate * torch.tensor([-1.0, 1.0, -1.0])
         torch.testing.assert_close(value.detach(), expected, rtol=1e-4, atol=1e-9)
 

@@ -161,10 +161,10 @@ def test_scaffold_control_variates(tmp_path):
 
 
 def test_fedprox_and_the_optimizer_reach_the_clients(tmp_path):
-    train = {"proximal": 0.25, "optimizer": "sgd"}
+    train = {"proximal": 0.25, "optimizer": "sgd", "warmup_ratio": 0.5}
     _, federation, ids = run(tmp_path, "WithinType", train=train)
     request = federation.received[ids[0], 1]
-    assert (request.proximal, request.optimizer) == (0.25, "sgd")
+    assert (request.proximal, request.optimizer, request.warmup_ratio) == (0.25, "sgd", 0.5)
 
 
 def test_the_rate_follows_half_a_cosine_over_the_rounds(tmp_path):

@@ -43,6 +43,7 @@ MINIMA: dict[str, float] = {
     "server.bench_longest": 1, "server.deadline_floor_seconds": 0, "server.grace_seconds": 0,
     "server.oversample": 0, "alignment.count": 10, "alignment.components": 1,
     "train.logit_adjustment": 0, "train.proximal": 0, "train.gate_rate": 0,
+    "train.warmup_ratio": 0,
     "run.worker_threads": 1,
 }  # fmt: skip
 _NULLABLE = ("exchange.up", "exchange.down")
@@ -88,13 +89,15 @@ def check_choices(config: Config) -> None:
         if entry.memory_gb is not None and not 0.0 < entry.memory_gb < float("inf"):
             raise ConfigError(f"types.{index}.memory_gb is {entry.memory_gb}, it must be above 0")
     for path, minimum in MINIMA.items():
-        if (value := _value(config, path)) < minimum:
+        if not (value := _value(config, path)) >= minimum:  # NaN neither
             raise ConfigError(f"{path} is {value}, it must be at least {minimum}")
     for path in _POSITIVE:
         if not (value := _value(config, path)) > 0:  # NaN neither
             raise ConfigError(f"{path} is {value}, it must be above 0")
     if config.train.last_rate > 1:
         raise ConfigError(f"train.last_rate is {config.train.last_rate}, must be in (0, 1]")
+    if config.train.warmup_ratio > 1:
+        raise ConfigError(f"train.warmup_ratio is {config.train.warmup_ratio}, must be in [0, 1]")
     check_directions(config.exchange)
     labels = config.data.labels
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):

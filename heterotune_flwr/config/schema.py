@@ -191,6 +191,10 @@ class TrainConfig:
         "share of learning_rate in the last round; from round to round it follows half a cosine (arXiv 1608.03983). "
         "1: the rate stays", 1.0
     )  # fmt: skip
+    warmup_ratio: float = _help(
+        "share of every round's steps in which the rate rises to learning_rate, by equal amounts: the optimizer "
+        "starts anew every round, and its first steps are its boldest. 0: none", 0.0
+    )  # fmt: skip
     gate_rate: float = _help(
         "AdamW: gates learn at this share of learning_rate; 0: they stay uniform", 0.1
     )

@@ -231,7 +231,12 @@ def train(message: Message, context: Context) -> RecordDict:
         adapter,
         task,
         make_rows(adapter, encoded, config.train.cache_states),
-        replace(config.train, optimizer=request.optimizer, proximal=request.proximal),
+        replace(
+            config.train,
+            optimizer=request.optimizer,
+            proximal=request.proximal,
+            warmup_ratio=request.warmup_ratio,
+        ),
         seed=_step_seed(header, client.client_id),
         local_steps=request.local_steps,
         learning_rate=request.learning_rate,
@@ -244,7 +249,7 @@ def train(message: Message, context: Context) -> RecordDict:
     deltas = {name: trained[name] - start[name] for name in request.expected}
     not_own = {*request.expected, *request.tensors, *adapter.frozen}
     own = {name: value for name, value in trained.items() if name not in not_own}
-    own |= controls.after(deltas, report.steps, request.learning_rate)
+    own |= controls.after(deltas, report.rate_sum)
     if own:
         store.save(own, header.round)
     feedback = Feedback.of(config.exchange, store)

@@ -170,6 +170,7 @@ class TrainRequest:
     learning_rate: float
     optimizer: str = "adamw"
     proximal: float = 0.0
+    warmup_ratio: float = 0.0
     frozen: list[str] = field(default_factory=list)
     controls: Tensors | None = None
     lesson: Lesson | None = None
@@ -178,7 +179,8 @@ class TrainRequest:
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
         """Build the message content; what must stay exact is written with ``exact`` (:func:`.wire.add_tensors`)."""
         names = [
-            "maps_digest", "expected", "local_steps", "learning_rate", "optimizer", "proximal", "frozen",
+            "maps_digest", "expected", "local_steps", "learning_rate", "optimizer", "proximal",
+            "warmup_ratio", "frozen",
         ]  # fmt: skip
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         config = ConfigRecord({**self.header.to_config(), **fields, **self.held.to_config()})
@@ -203,6 +205,7 @@ class TrainRequest:
             learning_rate=read_field(record, "learning_rate", float),
             optimizer=read_field(record, "optimizer", str),
             proximal=read_field(record, "proximal", float),
+            warmup_ratio=read_field(record, "warmup_ratio", float),
             frozen=read_texts(record, "frozen"),
             controls=read_tensors(content, CONTROLS),
             lesson=Lesson.read(content, record),

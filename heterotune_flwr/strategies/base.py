@@ -106,6 +106,7 @@ class HeteroStrategy(Sharing):
                 learning_rate=self.learning_rate(server_round),
                 optimizer=train.optimizer,
                 proximal=train.proximal,
+                warmup_ratio=train.warmup_ratio,
                 frozen=sorted(self.frozen(type_key, server_round)),
                 controls=self.controls(type_key),
                 lesson=consensus.lesson(server_round, type_key) if consensus else None,

@@ -19,7 +19,7 @@ from heterotune_flwr.strategies.base import HeteroStrategy
 from heterotune_flwr.strategies.heterotune import HeteroTune
 
 #: Training settings a strategy may have of its own; the others are the clients'.
-_TRAIN_KEYS = ("local_steps", "learning_rate", "last_rate", "optimizer", "proximal")
+_TRAIN_KEYS = ("local_steps", "learning_rate", "last_rate", "warmup_ratio", "optimizer", "proximal")
 _ConfigPart = TypeVar("_ConfigPart")
 
 

@@ -22,7 +22,7 @@ from heterotune_flwr.tuning.distill import Distillation
 from heterotune_flwr.tuning.memory import checkpointing, choose_micro_batch, is_out_of_memory
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
-from heterotune_flwr.tuning.terms import GradientTerms, make_optimizer
+from heterotune_flwr.tuning.terms import GradientTerms, make_optimizer, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ _OVERHEAD_CPU, _OVERHEAD_GPU = 64, 4096
 class TrainReport:
     """What a client's training gave.
 
-    ``loss`` and ``accuracy`` are means over the steps' batches, before each step; ``seconds``
-    is the time of the steps alone. ``peak_memory_mb`` (MiB): on CPU the process's largest
+    ``loss`` and ``accuracy`` are means over the steps' batches, before each step; ``rate_sum`` adds up the steps'
+    learning rates; ``seconds`` is the time of the steps alone. ``peak_memory_mb`` (MiB): on CPU the process's largest
     resident set so far, everything included; on GPU the largest allocation during these steps.
     """
 
@@ -44,6 +44,7 @@ class TrainReport:
     steps: int
     loss: float
     accuracy: float
+    rate_sum: float
     seconds: float
     peak_memory_mb: float
     gate_mass: dict[str, float] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class _Loop:
     task: Task
     rows: Rows
     optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
     clip_norm: float
     prior: torch.Tensor | None
     micro_batch: int
@@ -89,6 +91,7 @@ class _Loop:
     distillation: Distillation | None
     anchor_batch: int
     halved: bool = False
+    rate_sum: float = 0.0
 
     def __post_init__(self) -> None:
         self.totals = torch.zeros(2, device=self.adapter.backbone.device)
@@ -105,7 +108,9 @@ class _Loop:
             totals = self._again(chosen, anchors)
         self.terms.add()
         torch.nn.utils.clip_grad_norm_(self.adapter.trained.values(), self.clip_norm)
+        self.rate_sum += float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        self.schedule.step()
         self.totals += totals
 
     def _again(self, chosen: list[int], anchors: list[int]) -> torch.Tensor:
@@ -183,7 +188,7 @@ def train_local(
     adapter, task, rows
         The adapter, the loss, and the client's examples (:func:`.states.make_rows`).
     config
-        Batch size, optimizer, proximal term, clipping, gradient checkpointing; steps and rate where not given.
+        Batch size, optimizer, warm-up, proximal term, clipping, gradient checkpointing; steps and rate where not given.
     seed
         Of the batches and the dropout of private experts; equal seeds give equal results on CPU.
     local_steps, learning_rate
@@ -220,6 +225,7 @@ def train_local(
         task,
         rows,
         optimizer,
+        warm_up(optimizer, config.warmup_ratio * steps),
         config.clip_norm,
         prior,
         size,
@@ -253,6 +259,7 @@ def train_local(
         steps=steps,
         loss=mean_loss,
         accuracy=accuracy,
+        rate_sum=loop.rate_sum,
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(device),
         gate_mass=adapter.gate_mass(),

@@ -32,6 +32,13 @@ def make_optimizer(
     )  # fmt: skip
 
 
+def warm_up(optimizer: torch.optim.Optimizer, steps: float) -> torch.optim.lr_scheduler.LRScheduler:
+    """Schedule of ``train.warmup_ratio``: step ``i`` of a round, from 1, at ``min(1, i / steps)`` of the rate."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1.0, (done + 1) / max(steps, 1.0))
+    )
+
+
 class GradientTerms:
     """Terms added to every step's gradient, before it is clipped.
 
