@@ -7,7 +7,7 @@ methods also train LoRA in every layer (as ``heterotune_deep``), on the real one
 milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
 ``predictions`` shares the bank in the first round alone and mixes nothing; ``lora_at_home`` shares both,
 while LoRA never leaves its client. Where LoRA trains, ``heterotune_deep`` is the shipped strategy: a learning rate that
-sinks over the rounds, a longer type phase, more anchors; ``heterotune`` there is the same without the three, and the
+sinks over the rounds and rises within each, a longer type phase, more anchors; ``heterotune`` there is the same without the three, and the
 rows that end in ``_annealed`` are its strongest rivals with all of it that they can have. ``fedmkt64`` is FedMKT-style
 transfer with as many anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first
 runs at each of its learning rates with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where
@@ -42,7 +42,7 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
-_ANNEALED: Mapping[str, Any] = {"train": {"last_rate": 0.05}}
+_ANNEALED: Mapping[str, Any] = {"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}
 #: What a method has here beside its shipped preset.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "predictions": {"type_phase": 0.95, "mixing": 0.0},
@@ -134,7 +134,11 @@ _BANKED = (
     "fedadam",
 )
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
-_BOTH = dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3))
+_BOTH = {
+    **dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3)),
+    "heterotune_deep": (4e-3, 8e-3),
+    "fedmkt64_annealed": (2e-3, 4e-3, 8e-3),
+}
 _KNOWN: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3,)),
     "heterotune": (2e-3,),
