@@ -1,20 +1,21 @@
 """The headline table: every method that can run, tuned, on the same clients, data, rounds and steps.
 
 Suites: the embedded family with 3, 6, 12 and 48 clients (1, 2, 4, 16 per type; of the 48 a quarter take part in each
-round), three real families with 3 and 6 clients, five types (three widths at mixed bits), three clients of one parent
-(``parent3``: the one suite on which sub-model extraction can run); 10 rounds. On the embedded family the bank's
-methods also train LoRA in every layer (as ``heterotune_deep``), on the real ones the bank alone, whose steps cost
-milliseconds. Two rows show HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions,
-``predictions`` shares the bank in the first round alone and mixes nothing; ``lora_at_home`` shares both,
-while LoRA never leaves its client. Where LoRA trains, ``heterotune_deep`` is the shipped strategy: a learning rate that
-sinks over the rounds and rises within each, a longer type phase, more anchors; ``heterotune`` there is the same without the three, and the
-rows that end in ``_annealed`` are its strongest rivals with all of it that they can have. ``fedmkt64`` is FedMKT-style
-transfer with as many anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first
-runs at each of its learning rates with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where
-a sweep would take an hour there is a single rate (``Suite.rates``). All cells are kept in
-``benchmarks/results/headline_cells.json`` as they are done, so the command goes on where it was stopped (``--again``
-forgets the chosen ones first). Methods that refuse a suite (dense changes beside 4-bit weights, slices of models
-without a common parent) are listed with why.
+round), the same with 3, 6 and 12 clients and public texts of the task's own kind (``near3``, ``near6``, ``near12``:
+2,000 unlabelled texts that no client owns instead of 6,000 about other things), three real families with 3 and 6
+clients, five types (three widths at mixed bits), three clients of one parent (``parent3``: the one suite on which
+sub-model extraction can run); 10 rounds. On the embedded family the bank's methods also train LoRA in every layer (as
+``heterotune_deep``), on the real ones the bank alone, whose steps cost milliseconds. Two rows show HeteroTune's
+halves: ``bank`` shares the bank in all rounds and no predictions, ``predictions`` shares the bank in the first round
+alone and mixes nothing; ``lora_at_home`` shares both, while LoRA never leaves its client. Where LoRA trains,
+``heterotune_deep`` is the shipped strategy: a learning rate that sinks over the rounds and rises within each, a longer
+type phase, more anchors; ``heterotune`` there is the same without all that, and the rows that end in ``_annealed`` are
+its strongest rivals with all of it that they can have. ``fedmkt64`` is FedMKT-style transfer with as many anchors as
+HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first runs at each of its learning rates
+with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would take an hour there
+is a single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done,
+so the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that refuse a suite
+(dense changes beside 4-bit weights, slices of models without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
@@ -29,7 +30,8 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ import yaml
 from benchmarks.common import RESULTS, SEEDS, flower_run, machine
 from benchmarks.headline_report import write_report
 from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
@@ -74,6 +78,8 @@ WITH_LORA = (
 )
 CELLS = RESULTS / "headline_cells.json"
 SWEEP_SEED = 9
+#: Public texts of the task's kind in the ``near`` suites (clients draw from the other 3,036).
+NEAR_TEXTS = 2000
 #: Where a run takes seconds, a rate is chosen on three seeds: one alone chooses by luck.
 SWEEP_SEEDS = (7, 8, 9)
 _TINY = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]
@@ -92,6 +98,7 @@ class Suite:
     method: Sequence[str] = ()
     rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
     sweep: Sequence[int] = (SWEEP_SEED,)
+    near_texts: bool = False
 
     def rates_of(self, method: str) -> Sequence[float]:
         """Learning rates tried for a method here; a single one is not swept."""
@@ -113,8 +120,21 @@ class Suite:
         ]
         return [
             f"types=[{', '.join(entries)}]", "server.evaluate_every=0", f"server.rounds={self.rounds}",
-            *self.method,
+            *self.method, *(near_texts() if self.near_texts else ()),
         ]  # fmt: skip
+
+
+def near_texts() -> list[str]:
+    """Overrides for public texts of the task's own kind: some of its texts, without labels, that no client owns."""
+    pool = [asdict(example) for example in training_pool(DataConfig())]
+    public = np.random.default_rng(0).permutation(len(pool))[:NEAR_TEXTS].tolist()
+    owned = [row for index, row in enumerate(pool) if index not in set(public)]
+    folder = Path(tempfile.gettempdir()) / "heterotune-near-texts"
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("anchors", [{"text": pool[i]["text"]} for i in public]), ("train", owned)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        atomic_write_text(folder / f"{name}.jsonl", lines)
+    return [f"data.train={folder}/train.jsonl", f"alignment.anchors={folder}/anchors.jsonl"]
 
 
 #: LoRA beside the bank, averaged inside a type; where a step through a real backbone takes seconds, the bank alone.
@@ -156,6 +176,10 @@ _SLOW: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
 }  # fmt: skip
+#: Where HeteroTune has its shipped rate, FedMKT may want another than on far texts.
+_NEAR: Mapping[str, Sequence[float]] = {
+    **_KNOWN, "heterotune_deep": (8e-3,), "fedmkt64_annealed": (4e-3, 8e-3)
+}  # fmt: skip
 #: Of 48 clients a quarter take part in each round.
 _QUARTER = "server.participation=0.25"
 SUITES = {
@@ -166,6 +190,9 @@ SUITES = {
     "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3x2": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
     "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),
+    "near3": Suite("demo", _TINY, 1, method=_DEEP, rates=_NEAR, near_texts=True),
+    "near6": Suite("demo", _TINY, 2, method=_DEEP, rates=_NEAR, near_texts=True),
+    "near12": Suite("demo", _TINY, 4, method=_DEEP, rates=_NEAR, near_texts=True),
     "parent3": Suite("demo", [("tiny-c", "bf16")], 3, method=_DEEP, rates=_KNOWN),
 }
 #: Learning rates tried for every method.
