@@ -41,7 +41,7 @@ from benchmarks.common import RESULTS, SEEDS, flower_run, machine
 from benchmarks.headline_report import write_report
 from heterotune_flwr.config.compose import compose, conf_root
 from heterotune_flwr.config.schema import DataConfig
-from heterotune_flwr.data.sources import training_pool
+from heterotune_flwr.data.sources import global_test, training_pool
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
@@ -131,10 +131,13 @@ def near_texts() -> list[str]:
     owned = [row for index, row in enumerate(pool) if index not in set(public)]
     folder = Path(tempfile.gettempdir()) / "heterotune-near-texts"
     folder.mkdir(exist_ok=True)
-    for name, rows in (("anchors", [{"text": pool[i]["text"]} for i in public]), ("train", owned)):
+    test = [asdict(example) for example in global_test(DataConfig())]
+    anchors = [{"text": pool[index]["text"]} for index in public]
+    for name, rows in (("anchors", anchors), ("train", owned), ("test", test)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write_text(folder / f"{name}.jsonl", lines)
-    return [f"data.train={folder}/train.jsonl", f"alignment.anchors={folder}/anchors.jsonl"]
+    files = [f"data.{name}={folder}/{name}.jsonl" for name in ("train", "test")]
+    return [*files, f"alignment.anchors={folder}/anchors.jsonl"]
 
 
 #: LoRA beside the bank, averaged inside a type; where a step through a real backbone takes seconds, the bank alone.
