@@ -152,7 +152,8 @@ class AlignmentConfig:
     """How the frozen maps D, U of every type are computed (METHOD section 3)."""
 
     anchors: str = _help(
-        "shipped set (debian-other | wordnet) or path of a .jsonl(.gz)/.txt", "debian-other"
+        "shipped set (debian-other | wordnet | debian-near) or path of a .jsonl(.gz)/.txt",
+        "debian-other",
     )
     count: int = _help("number of anchors used", 6000)
     positions: str = _help(

@@ -16,7 +16,7 @@ from heterotune_flwr.config.schema import AlignmentConfig
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 
-SHIPPED = ("debian-other", "wordnet")
+SHIPPED = ("debian-other", "wordnet", "debian-near")
 _TOLD = "its anchors cannot be used"
 _WORD = re.compile(r"[A-Za-z][a-z]+")
 

@@ -9,8 +9,11 @@ rebuilt on any Debian machine (``apt-get update`` with ``Acquire::Languages "en"
 
 The three outputs never overlap: the *source packages* drawn for the task (16 sections) appear
 neither among the anchors nor in the pre-training corpus, whatever binary packages they build.
+There are three sets of anchors: descriptions of packages of *other* sections (``debian-other``), the same after
+those of the task's own sections that are left over (``debian-near``), and dictionary glosses (``wordnet``).
 
-Run: ``python -m heterotune_flwr.backbones.embedded.corpus --work DIR --assets DIR``.
+Run: ``python -m heterotune_flwr.backbones.embedded.corpus --work DIR --assets DIR`` (``--only-near``: ``debian-near``
+alone, from the other files in DIR).
 """
 
 from __future__ import annotations
@@ -173,6 +176,31 @@ def split_task(
     return rows(train), rows(test)
 
 
+def near_anchors(
+    packages: list[Package], task: list[dict[str, str]], far: list[str], rng: random.Random
+) -> list[str]:
+    """``ANCHORS`` texts: first packages of the task's sections that the task left over, then ``far`` ones.
+
+    Without their sections, at most ``PER_CLASS`` of one, and none that the task (its rows, training and test) has.
+    Half of the sections have none left.
+    """
+    taken, seen = {row["id"] for row in task}, {row["text"].lower() for row in task}
+    by_section: dict[str, list[str]] = defaultdict(list)
+    for package in packages:
+        text = package.short
+        if package.source not in taken and len(text) > 12 and text.lower() not in seen:
+            seen.add(text.lower())
+            by_section[package.section].append(text)
+    near = [
+        text
+        for section in TASK_SECTIONS
+        for text in rng.sample(by_section[section], min(PER_CLASS, len(by_section[section])))
+    ]
+    rng.shuffle(near)
+    known = {text.lower() for text in near}
+    return [*near, *(text for text in far if text.lower() not in known)][:ANCHORS]
+
+
 def package_documents(packages: list[Package], taken: set[str]) -> Iterator[str]:
     """The index as plain text and as attribute questions in the task's prompt form.
 
@@ -207,15 +235,35 @@ def dictionary_documents(wordnet: list[str], foldoc: list[str]) -> Iterator[str]
             yield from [f"{PROMPT.format(text=text)} {subject[1]}"] * 3
 
 
+def _read_jsonl(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def write_near(assets: Path, packages: list[Package], seed: int) -> None:
+    """Write ``debian-near`` beside the task and ``debian-other``."""
+    task = [
+        row
+        for part in ("train", "test")
+        for row in _read_jsonl(assets / f"debian_sections/{part}.jsonl.gz")
+    ]
+    far = [row["text"] for row in _read_jsonl(assets / "anchors/debian-other.jsonl.gz")]
+    texts = near_anchors(packages, task, far, random.Random(seed))
+    _write_jsonl(assets / "anchors/debian-near.jsonl.gz", ({"text": text} for text in texts))
+
+
 def main() -> None:
     """Writes the task, the anchors and ``corpus.jsonl.gz``; prints what it wrote."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--work", type=Path, required=True, help="where the corpus goes")
     parser.add_argument("--assets", type=Path, required=True, help="where shipped files go")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-near", action="store_true", help="write debian-near alone")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     packages = read_packages()
+    if args.only_near:
+        write_near(args.assets, packages, args.seed)
+        return
     train, test = split_task(packages, rng)
     taken = {row["id"] for row in train + test}
     others = [
@@ -232,6 +280,7 @@ def main() -> None:
     for name, pool in (("debian-other", shorts), ("wordnet", glosses)):
         rows = [{"text": text} for text in rng.sample(pool, ANCHORS)]
         _write_jsonl(args.assets / f"anchors/{name}.jsonl.gz", rows)
+    write_near(args.assets, packages, args.seed)
     documents = list(package_documents(packages, taken))
     documents += dictionary_documents(wordnet, dictionary_texts(args.work, "dict-foldoc"))
     rng.shuffle(documents)
