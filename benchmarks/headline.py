@@ -10,12 +10,13 @@ halves: ``bank`` shares the bank in all rounds and no predictions, ``predictions
 alone and mixes nothing; ``lora_at_home`` shares both, while LoRA never leaves its client. Where LoRA trains,
 ``heterotune_deep`` is the shipped strategy: a learning rate that sinks over the rounds and rises within each, a longer
 type phase, more anchors; ``heterotune`` there is the same without all that, and the rows that end in ``_annealed`` are
-its strongest rivals with all of it that they can have. ``fedmkt64`` is FedMKT-style transfer with as many anchors as
-HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first runs at each of its learning rates
-with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would take an hour there
-is a single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as they are done,
-so the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that refuse a suite
-(dense changes beside 4-bit weights, slices of models without a common parent) are listed with why.
+its strongest rivals with all of it that they can have. Those that end in ``_cold`` have no warm-up. ``fedmkt64`` is
+FedMKT-style transfer with as many anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every
+method first runs at each of its learning rates with seeds of their own (``Suite.sweep``), then at its best one with
+``SEEDS``; where a sweep would take an hour there is a single rate (``Suite.rates``). All cells are kept in
+``benchmarks/results/headline_cells.json`` as they are done, so the command goes on where it was stopped (``--again``
+forgets the chosen ones first). Methods that refuse a suite (dense changes beside 4-bit weights, slices of models
+without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
@@ -47,17 +48,20 @@ from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.strategies.build import check_strategy
 
 _ANNEALED: Mapping[str, Any] = {"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}
+#: The same without warm-up, as measured before there was one.
+_COLD: Mapping[str, Any] = {"train": {"last_rate": 0.05, "warmup_ratio": 0.0}}
+#: HeteroTune's anchors.
+_MORE: Mapping[str, Any] = {"anchors": 768, "pool": 6000, "batch": 64}
 #: What a method has here beside its shipped preset.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "predictions": {"type_phase": 0.95, "mixing": 0.0},
     "lora_at_home": {"method": {"core_scope": "client"}},
     "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
-    "within_consensus_annealed": {
-        "consensus": {"anchors": 768, "pool": 6000, "batch": 64, "scope": "type"}, **_ANNEALED
-    },
-    "fedmkt64_annealed": {
-        "consensus": {"anchors": 768, "pool": 6000, "batch": 64, "confidence": 0.0}, **_ANNEALED
-    },
+    "heterotune_deep_cold": _COLD,
+    "within_consensus_annealed": {"consensus": {**_MORE, "scope": "type"}, **_ANNEALED},
+    "within_consensus_cold": {"consensus": {**_MORE, "scope": "type"}, **_COLD},
+    "fedmkt64_annealed": {"consensus": {**_MORE, "confidence": 0.0}, **_ANNEALED},
+    "fedmkt64_cold": {"consensus": {**_MORE, "confidence": 0.0}, **_COLD},
     "fedit_annealed": _ANNEALED,
 }  # fmt: skip
 #: Methods that are a shipped strategy under another name.
@@ -65,15 +69,21 @@ SHIPPED_AS: Mapping[str, str] = {
     "predictions": "heterotune",
     "lora_at_home": "heterotune",
     "fedmkt64": "fedmkt",
+    "heterotune_deep_cold": "heterotune_deep",
     "within_consensus_annealed": "within_consensus",
+    "within_consensus_cold": "within_consensus",
     "fedmkt64_annealed": "fedmkt",
+    "fedmkt64_cold": "fedmkt",
     "fedit_annealed": "fedit",
 }
 #: Rows of the suites on which LoRA trains in every method.
 WITH_LORA = (
     "heterotune_deep",
+    "heterotune_deep_cold",
     "within_consensus_annealed",
+    "within_consensus_cold",
     "fedmkt64_annealed",
+    "fedmkt64_cold",
     "fedit_annealed",
 )
 CELLS = RESULTS / "headline_cells.json"
@@ -159,8 +169,8 @@ _BANKED = (
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
 _BOTH = {
     **dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3)),
-    "heterotune_deep": (4e-3, 8e-3),
-    "fedmkt64_annealed": (2e-3, 4e-3, 8e-3),
+    **dict.fromkeys(("heterotune_deep", "heterotune_deep_cold"), (4e-3, 8e-3)),
+    **dict.fromkeys(("fedmkt64_annealed", "fedmkt64_cold"), (2e-3, 4e-3, 8e-3)),
 }
 _KNOWN: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3,)),
@@ -202,9 +212,10 @@ SUITES = {
 RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, _BANK),
     "lora_at_home": (2e-3,),  # HeteroTune's best where LoRA trains
-    "heterotune_deep": (8e-3,),  # of 4 and 8e-3 on embedded12's tuning seed
-    "within_consensus_annealed": (8e-3,),  # of 4 and 8e-3 there
-    "fedmkt64_annealed": (2e-3, 4e-3),
+    # of 4 and 8e-3 on embedded12's tuning seed, without warm-up
+    **dict.fromkeys(("heterotune_deep", "heterotune_deep_cold"), (8e-3,)),
+    **dict.fromkeys(("within_consensus_annealed", "within_consensus_cold"), (8e-3,)),
+    **dict.fromkeys(("fedmkt64_annealed", "fedmkt64_cold"), (2e-3, 4e-3)),
     "fedit_annealed": (1e-3, 2e-3, 4e-3),
     **dict.fromkeys(
         (
