@@ -24,7 +24,7 @@ import yaml
 from numpy.typing import NDArray
 
 from benchmarks.common import flower_run, write_results
-from benchmarks.headline import SUITES, SWEEP_SEED, shipped
+from benchmarks.headline_suites import SUITES, SWEEP_SEED, shipped
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import global_test
