@@ -158,9 +158,9 @@ _SLOW: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
 }  # fmt: skip
-#: Where HeteroTune has its shipped rate, FedMKT may want another than on far texts.
+#: Rates of the ``near`` suites: FedMKT's is the best of 4 and 8e-3 on ``near3``.
 _NEAR: Mapping[str, Sequence[float]] = {
-    **_KNOWN, "heterotune_deep": (8e-3,), "fedmkt64_annealed": (4e-3, 8e-3)
+    **_KNOWN, "heterotune_deep": (8e-3,), "fedmkt64_annealed": (4e-3,)
 }  # fmt: skip
 #: Of 48 clients a quarter take part in each round.
 _QUARTER = "server.participation=0.25"
@@ -172,7 +172,14 @@ SUITES = {
     "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3x2": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
     "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),
-    "near3": Suite("demo", _TINY, 1, method=_DEEP, rates=_NEAR, near_texts=True),
+    "near3": Suite(
+        "demo",
+        _TINY,
+        1,
+        method=_DEEP,
+        rates={**_NEAR, "fedmkt64_annealed": (4e-3, 8e-3)},
+        near_texts=True,
+    ),
     "near6": Suite("demo", _TINY, 2, method=_DEEP, rates=_NEAR, near_texts=True),
     "near12": Suite("demo", _TINY, 4, method=_DEEP, rates=_NEAR, near_texts=True),
     "parent3": Suite("demo", [("tiny-c", "bf16")], 3, method=_DEEP, rates=_KNOWN),
