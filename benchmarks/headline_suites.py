@@ -148,6 +148,7 @@ _KNOWN: Mapping[str, Sequence[float]] = {
     "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
     "within_consensus": (2e-3,),  # of embedded6
+    "fedmkt64_annealed": (2e-3,),  # of embedded3, without warm-up
 }
 #: The rivals inside a type, who may want another rate where they are more.
 _BOTH_RIVALS = {
