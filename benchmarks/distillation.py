@@ -34,6 +34,7 @@ from heterotune_flwr.exchange.trees import State, load_state
 from heterotune_flwr.federation.anchor_work import anchor_work
 from heterotune_flwr.federation.client import Client
 from heterotune_flwr.flower import Context, RecordDict
+from heterotune_flwr.strategies.build import strategy_config
 from heterotune_flwr.strategies.consensus import (
     Consensus,
     ConsensusOptions,
@@ -114,7 +115,7 @@ class Again:
             adapter,
             task,
             make_rows(adapter, client.encoded("train", SWEEP_SEED), cache=False),
-            self.config.train,
+            strategy_config(_METHOD, shipped(_METHOD), self.config).train,
             seed=int(client.client_id[-4:]),
             learning_rate=entry["learning_rate"] * entry["last_rate"],
             prior=client.prior(SWEEP_SEED),

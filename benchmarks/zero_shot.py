@@ -85,6 +85,8 @@ def main() -> None:
     seeds = list(range(FIRST_SEED, FIRST_SEED + args.seeds))
     task = load_task()
     values: dict[str, Any] = {"seeds": seeds, "clients_per_type": args.clients}
+    if read_results("zero_shot").get("clients_per_type", args.clients) != args.clients:
+        parser.error("zero_shot.json holds other --clients; remove it first")
     for family, anchors in product(args.families, args.anchors):
         here = present(family)
         if len(here) < 2:

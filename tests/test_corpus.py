@@ -6,9 +6,8 @@ import pytest
 
 from heterotune_flwr.backbones.embedded import corpus
 from heterotune_flwr.backbones.embedded.corpus import Package, near_anchors, split_task, write_near
-from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
-from heterotune_flwr.data.sources import global_test, training_pool
-from heterotune_flwr.dema.anchors import SHIPPED, load_anchors
+from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.dema.anchors import load_anchors
 
 
 def packages(section, count, start=0):
@@ -59,11 +58,3 @@ def test_the_set_is_written_beside_the_task(index, tmp_path):
     before = path.read_bytes()
     write_near(tmp_path, index, 3)
     assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_no_shipped_anchor_is_among_the_examples(name):
-    anchors = load_anchors(AlignmentConfig(anchors=name))
-    examples = {e.text.lower() for e in (*training_pool(DataConfig()), *global_test(DataConfig()))}
-    assert len(anchors) == 6000
-    assert not {text.lower() for text in anchors} & examples

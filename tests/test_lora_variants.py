@@ -118,10 +118,7 @@ def test_gradient_terms_against_a_loop_by_hand(directory, data, warmup, shares):
     start = {n: torch.from_numpy(v).to(backbone.device) for n, v in adapter.read().items()}
     corrections = {n: 0.05 * torch.ones_like(v) for n, v in start.items()}
     rows = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=True)
-    report = train_local(
-        adapter, task, rows, config, seed=3, local_steps=3, corrections=corrections
-    )
-    assert report.rate_sum == pytest.approx(config.learning_rate * sum(shares))
+    train_local(adapter, task, rows, config, seed=3, local_steps=3, corrections=corrections)
     found = adapter.read()
     adapter.load({n: v.cpu().numpy() for n, v in start.items()})
     with adapter.training():
@@ -195,9 +192,11 @@ def test_every_shipped_strategy_runs_and_moves_what_it_shares(world, name):  # n
     assert bool(strategy.state) == (name not in ("local_only", "fedmkt"))
 
 
-def test_server_and_clients_agree_on_scaffolds_control_variates(world):  # noqa: F811
+@pytest.mark.parametrize("warmup", [0.0, 0.8])
+def test_server_and_clients_agree_on_scaffolds_control_variates(world, warmup):  # noqa: F811
     """With everybody taking part, c is the mean of the clients' own c_i, each kept in its client's file."""
-    strategy = run(world, "scaffold", rounds=3)
+    overrides = f"strategies.scaffold.train.warmup_ratio={warmup}"
+    strategy = run(world, "scaffold", rounds=3, overrides=overrides)
     for type_key in strategy.roster.type_keys:
         members = [int(cid.split("-")[1]) for cid in strategy.roster.of_type(type_key)]
         kept = [world.state(client, strategy.context.experiment) for client in members]

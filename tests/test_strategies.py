@@ -210,6 +210,17 @@ def test_work_that_was_not_asked_of_a_client_is_refused(claim, message):
     assert as_update(honest, "a", Work(48, 5, 0.01)).examples == 48
 
 
+@pytest.mark.parametrize(
+    ("steps", "warmup", "length"),
+    [(5, 0.0, 5.0), (5, 0.2, 5.0), (5, 0.8, 3.5), (5, 1.0, 3.0), (4, 0.5, 3.5), (1, 1.0, 1.0), (0.3, 0.0, 1.0)],
+)  # fmt: skip
+def test_the_path_of_an_update_is_the_sum_of_its_rates(steps, warmup, length):
+    metrics = {"examples": 48.0, "steps": steps, "learning_rate": 0.01}
+    asked = Work(48, 5, 0.01, warmup_ratio=warmup)
+    found = as_update(TrainReply("client-0000", "a", 1, "", {}, metrics), "a", asked)
+    assert found.path_length == pytest.approx(0.01 * length)
+
+
 def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
     class Careless(HeteroTune):
         def combine(self, group, round, updates):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import examples_digest, global_test, label_set
@@ -249,7 +250,9 @@ def train(message: Message, context: Context) -> RecordDict:
     deltas = {name: trained[name] - start[name] for name in request.expected}
     not_own = {*request.expected, *request.tensors, *adapter.frozen}
     own = {name: value for name, value in trained.items() if name not in not_own}
-    own |= controls.after(deltas, report.rate_sum)
+    own |= controls.after(
+        deltas, path_length(report.steps, request.learning_rate, request.warmup_ratio)
+    )
     if own:
         store.save(own, header.round)
     feedback = Feedback.of(config.exchange, store)

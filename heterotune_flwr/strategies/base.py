@@ -194,7 +194,7 @@ class HeteroStrategy(Sharing):
             shapes, info = self.client_shapes(client_id), self.roster.clients[client_id].info
             work = Work(
                 info.train_examples, train.local_steps, self.learning_rate(server_round),
-                train.optimizer, train.clip_norm,
+                train.optimizer, train.clip_norm, train.warmup_ratio,
             )  # fmt: skip
             trained = {n: shapes[n] for n in self._trained_by(client_id, server_round)}
             return Asked(

@@ -16,8 +16,8 @@ Checks, in this order; the first that fails names the refusal (docs/reliability.
 ==============  =================================================================================================
 
 **Size.** AdamW moves every number by about the learning rate a step whatever the gradient's scale, so the root mean
-square of an update over ``steps * learning_rate`` is at most about 1 and nearly the same in models of any size. Plain
-SGD, whose gradients are clipped, goes no further than ``steps * learning_rate * clip_norm`` in Euclidean norm. An
+square of an update over the sum of its steps' rates is at most about 1 and nearly the same in models of any size. Plain
+SGD, whose gradients are clipped, goes no further than that sum times ``clip_norm`` in Euclidean norm. An
 update's *reach* is its length in these units. Refused is a reach above the ceiling, or above ``limit`` times the usual
 one: the round's median, each type being measured from its own level in past rounds. Few updates of a kind seen for the
 first time have no usual reach: for them the ceiling alone acts.

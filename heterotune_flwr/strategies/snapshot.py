@@ -112,8 +112,9 @@ def _check_settings(strategy: HeteroStrategy, checkpoint: Checkpoint) -> None:
     context = strategy.context
     if checkpoint.state["settings"] != settings_digest(context.config, context.name):
         raise CheckpointError(
-            f"{checkpoint.path} was written with other settings than config.yaml has now; a resumed run may change "
-            f"only {', '.join(MAY_CHANGE)}: put the others back"
+            f"{checkpoint.path} was written with other settings than config.yaml has now, or by a version of "
+            f"heterotune-flwr that has other settings; a resumed run may change only {', '.join(MAY_CHANGE)}: "
+            "put the others back"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.cmga.robust import RobustMean
+from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.protocol import TrainReply
@@ -22,7 +24,8 @@ _NOT_AVERAGED = {"examples", "steps", "learning_rate", "seconds", "peak_memory_m
 class Work:
     """What was asked of a client: at most these examples and steps, at this learning rate, with this optimizer.
 
-    ``clip_norm`` limits the norm of a step's gradient.
+    The rate is the one after the warm-up, which takes ``warmup_ratio`` of the steps. ``clip_norm`` limits the norm of
+    a step's gradient.
     """
 
     examples: int
@@ -30,6 +33,7 @@ class Work:
     learning_rate: float
     optimizer: str = "adamw"
     clip_norm: float = 1.0
+    warmup_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,12 @@ class ClientUpdate:
     steps: float
     learning_rate: float
     deltas: Tensors
+    warmup_ratio: float = 0.0
 
     @property
     def path_length(self) -> float:
-        """Steps times learning rate: what turns a pseudo-gradient back into a change of weights."""
-        return self.steps * self.learning_rate
+        """Sum of the steps' learning rates."""
+        return path_length(math.ceil(self.steps), self.learning_rate, self.warmup_ratio)
 
     def only(self, names: Iterable[str]) -> ClientUpdate:
         """The same update restricted to some tensors."""
@@ -76,7 +81,13 @@ def as_update(reply: TrainReply, type_key: str, asked: Work) -> ClientUpdate:
     for name, limit in (("examples", asked.examples), ("steps", asked.steps)):
         if weights[name] > limit:
             raise FederationError(f"reports {name} = {weights[name]}, more than its {limit}")
-    return ClientUpdate(reply.client_id, type_key, **weights, deltas=reply.deltas)
+    return ClientUpdate(
+        reply.client_id,
+        type_key,
+        **weights,
+        deltas=reply.deltas,
+        warmup_ratio=asked.warmup_ratio,
+    )
 
 
 def norm_of(deltas: Mapping[str, NDArray[np.float32]]) -> float:

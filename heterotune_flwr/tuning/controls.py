@@ -37,9 +37,9 @@ class ClientControls:
         """``c - c_i``, added to every local gradient."""
         return {name: torch.from_numpy(self.server[name] - self.own[name]) for name in self.server}
 
-    def after(self, deltas: Mapping[str, NDArray[np.float32]], rate_sum: float) -> Tensors:
+    def after(self, deltas: Mapping[str, NDArray[np.float32]], path_length: float) -> Tensors:
         """``c_i - c - delta / (sum of the steps' rates)`` (the paper's option II), under the names it is kept by."""
         return {
-            _PREFIX + name: self.own[name] - self.server[name] - deltas[name] / rate_sum
+            _PREFIX + name: self.own[name] - self.server[name] - deltas[name] / path_length
             for name in self.server
         }

@@ -35,8 +35,8 @@ _OVERHEAD_CPU, _OVERHEAD_GPU = 64, 4096
 class TrainReport:
     """What a client's training gave.
 
-    ``loss`` and ``accuracy`` are means over the steps' batches, before each step; ``rate_sum`` adds up the steps'
-    learning rates; ``seconds`` is the time of the steps alone. ``peak_memory_mb`` (MiB): on CPU the process's largest
+    ``loss`` and ``accuracy`` are means over the steps' batches, before each step; ``seconds``
+    is the time of the steps alone. ``peak_memory_mb`` (MiB): on CPU the process's largest
     resident set so far, everything included; on GPU the largest allocation during these steps.
     """
 
@@ -44,7 +44,6 @@ class TrainReport:
     steps: int
     loss: float
     accuracy: float
-    rate_sum: float
     seconds: float
     peak_memory_mb: float
     gate_mass: dict[str, float] = field(default_factory=dict)
@@ -91,7 +90,6 @@ class _Loop:
     distillation: Distillation | None
     anchor_batch: int
     halved: bool = False
-    rate_sum: float = 0.0
 
     def __post_init__(self) -> None:
         self.totals = torch.zeros(2, device=self.adapter.backbone.device)
@@ -108,7 +106,6 @@ class _Loop:
             totals = self._again(chosen, anchors)
         self.terms.add()
         torch.nn.utils.clip_grad_norm_(self.adapter.trained.values(), self.clip_norm)
-        self.rate_sum += float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
         self.totals += totals
@@ -259,7 +256,6 @@ def train_local(
         steps=steps,
         loss=mean_loss,
         accuracy=accuracy,
-        rate_sum=loop.rate_sum,
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(device),
         gate_mass=adapter.gate_mass(),

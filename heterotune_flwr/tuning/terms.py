@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from heterotune_flwr.config.rates import warm_up_share
 from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.dema.bank import tier_of
 
@@ -34,9 +35,7 @@ def make_optimizer(
 
 def warm_up(optimizer: torch.optim.Optimizer, steps: float) -> torch.optim.lr_scheduler.LRScheduler:
     """Schedule of ``train.warmup_ratio``: step ``i`` of a round, from 1, at ``min(1, i / steps)`` of the rate."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min(1.0, (done + 1) / max(steps, 1.0))
-    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: warm_up_share(done, steps))
 
 
 class GradientTerms:

@@ -7,7 +7,7 @@ rebuilt on any Debian machine (``apt-get update`` with ``Acquire::Languages "en"
 * WordNet 3.0 glosses (package ``dict-wn``, WordNet licence),
 * the Free On-line Dictionary of Computing (package ``dict-foldoc``, GFDL).
 
-The three outputs never overlap: the *source packages* drawn for the task (16 sections) appear
+The task overlaps with nothing: the *source packages* drawn for it (16 sections) appear
 neither among the anchors nor in the pre-training corpus, whatever binary packages they build.
 There are three sets of anchors: descriptions of packages of *other* sections (``debian-other``), the same after
 those of the task's own sections that are left over (``debian-near``), and dictionary glosses (``wordnet``).
@@ -182,7 +182,7 @@ def near_anchors(
     """``ANCHORS`` texts: first packages of the task's sections that the task left over, then ``far`` ones.
 
     Without their sections, at most ``PER_CLASS`` of one, and none that the task (its rows, training and test) has.
-    Half of the sections have none left.
+    Nine of the sixteen sections have none left.
     """
     taken, seen = {row["id"] for row in task}, {row["text"].lower() for row in task}
     by_section: dict[str, list[str]] = defaultdict(list)
