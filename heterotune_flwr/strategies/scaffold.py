@@ -18,8 +18,9 @@ class Scaffold(WithinType):
 
     A client adds ``c - c_i`` to every gradient and keeps ``c_i <- c_i - c - delta_i / (steps rate)``, with a warm-up
     the sum of the steps' rates; the server adds the mean change of the c_i over *all* N clients of the type to c. It
-    can tell that change from delta_i, so nothing more travels up; c travels down beside the bank. Derived for SGD: ``train.optimizer`` must be ``sgd``
-    (conf/strategy/scaffold.yaml sets it). Heterogeneity: any model types (each a federation of its own), any bits.
+    can tell that change from delta_i, so nothing more travels up; c travels down beside the bank. Derived for SGD:
+    ``train.optimizer`` must be ``sgd`` (conf/strategy/scaffold.yaml sets it). Heterogeneity: any model types (each a
+    federation of its own), any bits.
     """
 
     remembered = ("_controls",)
