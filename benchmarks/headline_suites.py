@@ -154,6 +154,7 @@ _KNOWN: Mapping[str, Sequence[float]] = {
 _BOTH_RIVALS = {
     **_KNOWN,
     **dict.fromkeys(("within_type", "within_consensus", "fedit"), (1e-3, 2e-3)),
+    "within_consensus_annealed": (4e-3, 8e-3),
 }
 _SLOW: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,),
