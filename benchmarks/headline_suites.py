@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -104,7 +105,8 @@ class Suite:
         ]  # fmt: skip
 
 
-def near_texts() -> list[str]:
+@functools.cache
+def near_texts() -> tuple[str, ...]:
     """Overrides for public texts of the task's own kind: some of its texts, without labels, that no client owns."""
     pool = [asdict(example) for example in training_pool(DataConfig())]
     order = np.random.default_rng(0).permutation(len(pool)).tolist()
@@ -117,7 +119,7 @@ def near_texts() -> list[str]:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write_text(folder / f"{name}.jsonl", lines)
     files = [f"data.{name}={folder}/{name}.jsonl" for name in ("train", "test")]
-    return [*files, f"alignment.anchors={folder}/anchors.jsonl"]
+    return (*files, f"alignment.anchors={folder}/anchors.jsonl")
 
 
 #: LoRA beside the bank, averaged inside a type; where a step through a real backbone takes seconds, the bank alone.

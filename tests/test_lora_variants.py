@@ -137,18 +137,19 @@ def test_gradient_terms_against_a_loop_by_hand(directory, data, warmup, shares):
         np.testing.assert_allclose(found[name], value, atol=1e-6)
 
 
+@pytest.mark.parametrize("warm", [1, 4])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_gates_learn_at_their_own_share_of_the_rate(share):
+def test_gates_learn_at_their_own_share_of_the_rate(share, warm):
     """AdamW's first step moves every number by its rate, whatever the gradient."""
     names = ["slots.0.experts.global.0.up.weight", "slots.0.gate.weight", "slots.1.gate.bias"]
     trained = {name: torch.nn.Parameter(torch.zeros(3)) for name in names}
     optimizer = make_optimizer(trained, replace(TRAIN, gate_rate=share), 0.01)
-    warm_up(optimizer, 4)
+    warm_up(optimizer, warm)
     for value in trained.values():
         value.grad = torch.tensor([5.0, -1e-3, 2.0])
     optimizer.step()
     for name, value in trained.items():
-        rate = 0.01 / 4 * (share if "gate" in name else 1.0)
+        rate = 0.01 / warm * (share if "gate" in name else 1.0)
         expected = rate * torch.tensor([-1.0, 1.0, -1.0])
         torch.testing.assert_close(value.detach(), expected, rtol=1e-4, atol=1e-9)
 
