@@ -56,9 +56,9 @@ def seed_means(accuracies: Mapping[Key, float]) -> list[float]:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value), rounded to 0.01."""
+    """Mean and sample standard deviation (0 for a single value), rounded to 0.001."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return round(statistics.fmean(values), 2), round(spread, 2)
+    return round(statistics.fmean(values), 3), round(spread, 3)
 
 
 def paired_gain(
@@ -77,9 +77,9 @@ def paired_gain(
     drawn = (rng.choices(list(cells.values()), k=len(cells)) for _ in range(draws))
     means = sorted(statistics.fmean(v for cell in cells for v in cell) for cells in drawn)
     return {
-        "gain": round(statistics.fmean(differences), 2),
-        "low": round(means[int(0.025 * draws)], 2),
-        "high": round(means[int(0.975 * draws)], 2),
+        "gain": round(statistics.fmean(differences), 3),
+        "low": round(means[int(0.025 * draws)], 3),
+        "high": round(means[int(0.975 * draws)], 3),
         "clients_helped": round(sum(d > 0 for d in differences) / len(differences), 3),
     }
 
