@@ -145,6 +145,7 @@ def plot(suites: dict[str, Any]) -> str:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "headline"  # else equal results give another file
     from matplotlib import pyplot
 
     shown = {name: values for name, values in suites.items() if values["methods"]}
