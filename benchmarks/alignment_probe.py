@@ -108,9 +108,10 @@ class Laboratory:
                 factors[own.name] |= self._word_factors(own, types, alignment.output_components)
         return compute_maps(factors, alignment, method, self.task.labels, seed)
 
-    def latent_tasks(self, types: list[TypeStates], result: AlignmentResult) -> list[LatentTask]:
-        """The task as seen through the maps."""
-        anchors = ALIGNMENT.anchors
+    def latent_tasks(
+        self, types: list[TypeStates], result: AlignmentResult, anchors: str = ALIGNMENT.anchors
+    ) -> list[LatentTask]:
+        """The task as seen through the maps, and what a consensus is about."""
         return [
             latent_task(
                 result.maps[t.name], t.label_rows, t.pool, t.test, t.anchors[anchors][:POOL]

@@ -1,7 +1,8 @@
 """The type phase in the laboratory: what all clients of a run predict on public anchors teaches each of them.
 
 The product's own rules (:mod:`heterotune_flwr.strategies.consensus`) on latents instead of backbones. Only clients
-that share across types take part; so may backbones without any data ("guests"), which fit the predictions alone.
+that share across types take part. Backbones without any data ("guests") fit the predictions on all anchors after the
+last round (:mod:`heterotune_flwr.strategies.guests`).
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ class Lessons:
         return functional.log_softmax(self._logits[rows, drawn] + moved, dim=-1)
 
     @torch.no_grad()
-    def hear(self, bank: Mapping[str, Tensor]) -> None:
-        """Average what clients predict on newly drawn anchors, run by run."""
-        pool, count = self._z.shape[1], min(self._options.anchors, self._z.shape[1])
+    def hear(self, bank: Mapping[str, Tensor], everything: bool = False) -> None:
+        """Average what clients predict on newly drawn anchors (or on ``everything``), run by run."""
+        pool = self._z.shape[1]
+        count = pool if everything else min(self._options.anchors, pool)
         self._chosen = torch.randperm(pool, generator=self._rng)[:count]
         drawn = self._chosen.repeat(len(self._kinds), 1)
         said = self._logs(bank, self._kinds, drawn).exp().numpy()

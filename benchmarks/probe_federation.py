@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from benchmarks.probe_chain import CHAINS, ChainServers, Clients
 from benchmarks.probe_clients import Adam, LatentTask, Schedule, initial_bank, mixture
-from benchmarks.probe_consensus import Lessons
+from benchmarks.probe_consensus import OPTIONS, Lessons
 from heterotune_flwr.config.schema import MethodConfig
 
 SHARINGS = ("alone", "within", "across")
@@ -177,29 +177,29 @@ class _Fleet:
 
 
 class _Guests:
-    """Backbones without data: they take the shared bank and, in the type phase, fit the consensus alone."""
+    """Backbones without data: they take the mean of the types' banks and fit the consensus on all anchors."""
 
     def __init__(self, fleet: _Fleet, count: int, guests: int, members: int) -> None:
-        self.fleet, self.count, self.guests = fleet, count, guests
+        self.fleet, self.guests = fleet, guests
         # one run of ``count`` at a time, in the order the rows that share across types have
         self.runs = torch.arange(count).repeat_interleave(guests)
         self.kinds = members + torch.arange(guests).repeat(count)
-        self.first = fleet.across.nonzero().flatten().reshape(count, -1)[:, 0]
+        self.teachers = fleet.across.nonzero().flatten().reshape(count, -1)
         self.bank: dict[str, Tensor] = {}
 
-    def begin(self, bank: Mapping[str, Tensor]) -> None:
-        """Take the bank of every run."""
+    def learn(self, bank: Mapping[str, Tensor]) -> None:
+        """Take the bank of every run and, where there is a consensus, fit it."""
         self.bank = {
-            key: value[self.first].repeat_interleave(self.guests, 0) for key, value in bank.items()
+            key: value[self.teachers].mean(1).repeat_interleave(self.guests, 0)
+            for key, value in bank.items()
         }
-
-    def train(self) -> None:
-        """One round's steps on the anchors."""
         lessons, fleet = self.fleet.lessons, self.fleet
-        assert lessons is not None
-        rates = fleet.rate[self.first].repeat_interleave(self.guests)
-        adam = Adam(self.bank, fleet.schedule, rates)
-        for _ in range(fleet.schedule.steps):
+        if lessons is None:
+            return
+        rates = fleet.rate[self.teachers[:, 0]].repeat_interleave(self.guests)
+        adam, steps = Adam(self.bank, fleet.schedule, rates), OPTIONS.guest_steps
+        for step in range(steps):
+            adam.rates = rates * (1 + np.cos(np.pi * step / steps)) / 2
             leaves = {key: value.requires_grad_(True) for key, value in self.bank.items()}
             grads = torch.autograd.grad(
                 lessons.loss(leaves, self.kinds, self.runs), list(leaves.values())
@@ -252,8 +252,8 @@ def federate(
     """Accuracy (sharing -> rates x seeds x clients, percent) on the global test after the last round.
 
     ``guests`` are backbones that take no part: ``guests`` -> rates x seeds x guests is what they reach with the bank
-    that is shared across types, and their own maps (and, where there is a type phase, after fitting the predictions of
-    those who take part). ``trouble`` strikes one type.
+    that is shared across types, and their own maps (and, where there is a type phase, after fitting what those who take
+    part predict after the last round). ``trouble`` strikes one type.
 
     Client ``i`` of a run is of type ``i mod len(tasks)``, as in the product's simulation. Clients see the
     same batches whatever is shared and however fast they learn: differences are paired.
@@ -276,24 +276,21 @@ def federate(
         if round == shared + 1:
             fleet.parted = True
             groups = Groups(groups.within, groups.within, groups.within)
-            if waiting is not None:
-                waiting.begin(bank)
         start = {key: value.clone() for key, value in bank.items()}
-        if fleet.parted and waiting is not None:
-            waiting.train()
         bank = fleet.train(bank, rng)
         if trouble is not None:
             bank = trouble.updates(start, bank, types)
         if fleet.lessons is not None and round >= shared:
-            fleet.lessons.hear(fleet.learners(bank))
+            last = waiting is not None and round == schedule.rounds
+            fleet.lessons.hear(fleet.learners(bank), everything=last)
         plain = aggregate(start, bank, groups, schedule, scale)
         if schedule.rule in CHAINS and not fleet.parted:
             length = fleet.rate * schedule.steps
             bank = servers.step(start, bank, plain, Clients(fleet.across, runs, types, length))
         else:
             bank = _mixed(plain, fleet.groups.bank, schedule.mixing) if fleet.parted else plain
-    if waiting is not None and not fleet.parted:
-        waiting.begin(bank)
+    if waiting is not None:
+        waiting.learn(bank)
     return _results(fleet, bank, waiting, everyone, targets[1], sharings, (len(seeds), clients))
 
 

@@ -90,18 +90,18 @@ def _cache_file(kind: str, parts: object) -> Path:
     return cache_dir() / "probe" / f"{kind}-{digest}.safetensors"
 
 
-def load_type(spec: str, task: Task) -> TypeStates:
-    """States of one type, ``source[@bits]``; minutes the first time, then from the cache."""
+def load_type(spec: str, task: Task, anchors: Sequence[str] = SHIPPED) -> TypeStates:
+    """States of one type, ``source[@bits]``, and of some anchor sets; minutes the first time, then from the cache."""
     from heterotune_flwr.backbones.sources import BackboneSpec, fingerprint, resolve_source
 
     source, bits = _parse(spec)
     backbone_spec = BackboneSpec(source, bits)
     identity = fingerprint(resolve_source(source), bits)
-    texts = {name: load_anchors(AlignmentConfig(anchors=name, count=ANCHORS)) for name in SHIPPED}
-    texts |= {"pool": task.pool, "test": task.test}
-    words = public_words(texts[SHIPPED[0]] + texts[SHIPPED[1]], 4096)
+    sets = {name: load_anchors(AlignmentConfig(anchors=name, count=ANCHORS)) for name in SHIPPED}
+    words = public_words(sets[SHIPPED[0]] + sets[SHIPPED[1]], 4096)
     kept: dict[str, Array] = {}
-    for name, rows in texts.items():
+    wanted = {name: sets[name] for name in anchors}
+    for name, rows in {**wanted, "pool": task.pool, "test": task.test}.items():
         parts = [VERSION, identity, anchor_digest(rows), task.data.prompt, task.data.max_length]
         path = _cache_file(name, parts)
         if not path.exists():
@@ -115,7 +115,7 @@ def load_type(spec: str, task: Task) -> TypeStates:
     head = load_tensors(path)
     return TypeStates(
         backbone_spec.type_key,
-        {name: kept[name] for name in SHIPPED},
+        {name: kept[name] for name in anchors},
         kept["pool"],
         kept["test"],
         head["labels"],

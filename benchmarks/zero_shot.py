@@ -1,14 +1,16 @@
-"""Zero-shot transfer: the bank that some model types trained, in a backbone that never took part.
+"""Zero-shot transfer: what some model types learnt, in a backbone that never took part.
 
 In the laboratory (:mod:`.alignment_probe`: frozen last-slot states, the product's arithmetic). Every type in turn stays
-out: the others train the shared bank (CMGA, the headline's 10 rounds), the one left out only computes its maps from
-public texts. Its share of its own federated gain is ``(zero-shot - bare) / (taking part - bare)``, all at the learning
-rate that is best for those who train. ``--anchors``: which public texts the maps are computed from; ``debian-near``
+out (``types.*.guest`` of a run): the others train as the strategy ``heterotune`` (the headline's 10 rounds), the one
+left out only computes its maps from public texts, takes the bank, and fits what the others predict of public texts.
+``bank``: the bank alone, shared to the end, without any predictions, for those who take part as well. The share of its
+own federated gain is ``(zero-shot - bare) / (taking part - bare)``, each at the learning rate that is best for those
+who train. ``--anchors``: which public texts the maps are computed from; ``debian-near``
 holds texts of the task's kind, ``debian-other``, the default of a run, does not.
 
 Run: ``python -m benchmarks.zero_shot`` (minutes per backbone once, for the states; then minutes per family).
 Writes ``benchmarks/results/zero_shot.json``: ``share_of_own_gain`` is the lowest of the families' means with
-``debian-other``; those with other anchors are ``share_of_own_gain.<family>.<anchors>``.
+``debian-other``; those with other anchors, or of the bank alone, are ``share_of_own_gain.<family>.<anchors or bank>``.
 """
 
 from __future__ import annotations
@@ -27,25 +29,27 @@ from benchmarks.alignment_probe import (
     FIRST_SEED,
     METHOD,
     SCHEDULE,
+    TYPE_PHASE,
     Laboratory,
     present,
 )
 from benchmarks.common import read_results, write_results
-from benchmarks.probe_clients import draw_clients
+from benchmarks.probe_clients import Schedule, draw_clients
 from benchmarks.probe_federation import federate, zero_shot
 from benchmarks.probe_states import load_task, load_type
 from heterotune_flwr.dema.anchors import SHIPPED
 
 _ANCHORS = ("debian-other", "debian-near")
-_SCHEDULE = replace(SCHEDULE, rounds=10, rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), rule="cmga")
+_BANK = replace(SCHEDULE, rounds=10, rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), rule="cmga")
+_SCHEDULES = {"heterotune": replace(_BANK, **TYPE_PHASE), "bank": _BANK}
 
 
 def leave_out(
-    lab: Laboratory, out: int, clients: int, seeds: list[int], anchors: str
+    lab: Laboratory, out: int, clients: int, seeds: list[int], anchors: str, schedule: Schedule
 ) -> dict[str, float]:
     """Accuracies of one type: bare, with the others' bank, and taking part (means over seeds, percent)."""
     alignment = replace(ALIGNMENT, anchors=anchors)
-    tasks = lab.latent_tasks(lab.types, lab.align(lab.types, alignment, METHOD))
+    tasks = lab.latent_tasks(lab.types, lab.align(lab.types, alignment, METHOD), anchors)
     found: dict[str, float] = {"bare": zero_shot([tasks[out]], lab.targets[1])[0]}
     others = [task for index, task in enumerate(tasks) if index != out]
     for name, members, guests in (
@@ -55,7 +59,7 @@ def leave_out(
         total = clients * len(members)
         shares = draw_clients(lab.task.data, total, seeds, lab.index)
         results = federate(
-            members, lab.targets, shares, total, seeds, METHOD, _SCHEDULE, ("across",), guests
+            members, lab.targets, shares, total, seeds, METHOD, schedule, ("across",), guests
         )
         rate = int(results["across"].mean(axis=(1, 2)).argmax())
         reached = (
@@ -80,6 +84,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4, help="per type")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--anchors", nargs="+", choices=SHIPPED, default=[*_ANCHORS])
+    parser.add_argument("--methods", nargs="+", choices=sorted(_SCHEDULES), default=[*_SCHEDULES])
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds = list(range(FIRST_SEED, FIRST_SEED + args.seeds))
@@ -87,15 +92,17 @@ def main() -> None:
     values: dict[str, Any] = {"seeds": seeds, "clients_per_type": args.clients}
     if read_results("zero_shot").get("clients_per_type", args.clients) != args.clients:
         parser.error("zero_shot.json holds other --clients; remove it first")
-    for family, anchors in product(args.families, args.anchors):
+    for family, anchors, method in product(args.families, args.anchors, args.methods):
         here = present(family)
         if len(here) < 2:
             continue
-        lab = Laboratory(task, [load_type(name, task) for name in here])
+        lab = Laboratory(task, [load_type(name, task, args.anchors) for name in here])
         rows = {
-            name: leave_out(lab, i, args.clients, seeds, anchors) for i, name in enumerate(here)
+            name: leave_out(lab, i, args.clients, seeds, anchors, _SCHEDULES[method])
+            for i, name in enumerate(here)
         }
         name = family if anchors == _ANCHORS[0] else f"{family}.{anchors}"
+        name += "" if method == "heterotune" else f".{method}"
         mean = round(float(np.mean([row["share_of_own_gain"] for row in rows.values()])), 3)
         print(name, mean, rows, flush=True)
         write_results("zero_shot", {**values, name: rows, f"share_of_own_gain.{name}": mean})

@@ -23,7 +23,7 @@ from heterotune_flwr.tuning.local import batches, train_local
 from heterotune_flwr.tuning.lora import dense_weight
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
-from heterotune_flwr.tuning.terms import make_optimizer, warm_up
+from heterotune_flwr.tuning.terms import make_optimizer, rate_schedule
 
 CORE = replace(LORA, lora_core=True, lora_rank=4)
 DENSE = replace(LORA, lora_residual=True)
@@ -144,7 +144,7 @@ def test_gates_learn_at_their_own_share_of_the_rate(share, warm):
     names = ["slots.0.experts.global.0.up.weight", "slots.0.gate.weight", "slots.1.gate.bias"]
     trained = {name: torch.nn.Parameter(torch.zeros(3)) for name in names}
     optimizer = make_optimizer(trained, replace(TRAIN, gate_rate=share), 0.01)
-    warm_up(optimizer, warm)
+    rate_schedule(optimizer, warm)
     for value in trained.values():
         value.grad = torch.tensor([5.0, -1e-3, 2.0])
     optimizer.step()

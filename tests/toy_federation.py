@@ -159,10 +159,10 @@ def fixed_factors(backbone, rank):
     return left[:, :rank], right[:rank]
 
 
-def anchor_meanings(lesson, seed, round):
-    """The public texts of a round's lesson, as their meanings."""
+def anchor_meanings(lesson, count, seed, round):
+    """``count`` public texts of a round's lesson, as their meanings."""
     pool = np.random.default_rng(98).normal(size=(lesson.pool, MEANING)) * 1.5
-    return pool[round_anchors(lesson.pool, lesson.count, seed, round)]
+    return pool[round_anchors(lesson.pool, count, seed, round)]
 
 
 def expert_order(name):
@@ -213,10 +213,14 @@ def train_toy(tensors, request, maps, backbone, states, labels, corrections, rng
     first = {n: np.zeros_like(v) for n, v in tensors.items()}
     second = {n: np.zeros_like(v) for n, v in tensors.items()}
     for step in range(1, request.local_steps + 1):
-        chosen = rng.choice(len(labels), size=16, replace=False)
-        loss, grads = gradients(tensors, maps, backbone, states[chosen], labels[chosen])
+        loss, grads = 0.0, {n: np.zeros_like(v) for n, v in tensors.items()}
+        if len(labels):
+            chosen = rng.choice(len(labels), size=16, replace=False)
+            loss, grads = gradients(tensors, maps, backbone, states[chosen], labels[chosen])
         if lesson is not None and lesson.targets is not None:
-            anchors = backbone.states(anchor_meanings(lesson, header.seed, header.round))
+            anchors = backbone.states(
+                anchor_meanings(lesson, lesson.count, header.seed, header.round)
+            )
             _, extra = gradients(tensors, maps, backbone, anchors, lesson.targets.astype(float))
             grads = {n: g + lesson.weight * extra[n] for n, g in grads.items()}
         grads = {n: g for n, g in grads.items() if n not in request.frozen}
@@ -284,6 +288,11 @@ class ToyFederation:
         name = self.type_of(partition)
         return f"client-{partition:04d}", f"{name}@fp32", Backbone(name), partition
 
+    def examples_of(self, partition):
+        """How many examples a client trains on: none where its type is a guest."""
+        guests = {item.backbone for item in self.config.types if item.guest}
+        return 0 if self.type_of(partition) in guests else 48
+
     def data(self, partition, seed, salt, count):
         mixture = np.random.default_rng([seed, partition, 1]).dirichlet([self.skew] * len(LABELS))
         return examples([seed, partition, salt], count, mixture)
@@ -322,11 +331,11 @@ class ToyFederation:
 
     def describe(self, message, context):
         request = DescribeRequest.from_content(message.content)
-        client_id, type_key, backbone, _ = self.who(context)
+        client_id, type_key, backbone, partition = self.who(context)
         method = resolve_output(request.header.method, self.config.alignment, LABELS)
         reply = DescribeReply(
             client_id, type_key, f"weights-of-{type_key}", "fp32", backbone.width, 2, 1000, 2000,
-            500, 48, 20, self.labels.get(client_id, LABELS), self.shapes(method, backbone),
+            500, self.examples_of(partition), 20, self.labels.get(client_id, LABELS), self.shapes(method, backbone),
             self.code.get(client_id, "abc"), pack_mask(np.ones(len(request.words), bool)),
         )  # fmt: skip
         return Message(reply.to_content(), reply_to=message)
@@ -355,7 +364,8 @@ class ToyFederation:
         if header.method.kind == "submodel":
             backbone = backbone.cut(header.method)
         tensors = {name: value.astype(np.float64) for name, value in start.items()}
-        meaning, labels = self.data(partition, header.seed, 2, 48)
+        count = self.examples_of(partition)
+        meaning, labels = self.data(partition, header.seed, 2, count)
         states = backbone.states(meaning)
         rng = np.random.default_rng([header.seed, partition, header.round])
         past = self.controls.setdefault((header.experiment, client_id), {})
@@ -373,8 +383,9 @@ class ToyFederation:
             if n in deltas
         }
         predictions = None
-        if request.lesson is not None and not self.silent:
-            anchors = anchor_meanings(request.lesson, header.seed, header.round + 1)
+        lesson = request.lesson
+        if lesson is not None and lesson.wanted and not self.silent:
+            anchors = anchor_meanings(lesson, lesson.wanted, header.seed, header.round + 1)
             logits, _ = forward(tensors, maps, backbone, backbone.states(anchors))
             predictions = softmax(logits).astype(np.float32)
         self.own_state.setdefault((header.experiment, client_id), {})[header.round] = {
@@ -386,7 +397,8 @@ class ToyFederation:
             next(iter(deltas.values())).flat[0] = np.nan
         self.answered[client_id, header.round] = {n: start[n] + d for n, d in deltas.items()}
         metrics = {
-            **self.extra_metrics, "examples": 48, "steps": request.local_steps, "learning_rate": request.learning_rate,
+            **self.extra_metrics, "examples": count or lesson.count,
+            "steps": request.local_steps, "learning_rate": request.learning_rate,
             "loss": float(loss), "seconds": 0.01, "peak_memory_mb": 10.0 + partition,
         }  # fmt: skip
         reply = TrainReply(

@@ -29,6 +29,10 @@ class TypeConfig:
         "memory a client of this type may use (GB), weights included; null: no limit", None
     )
     slots: str | None = _help("depth slots its clients train; null: train.slots", None)
+    guest: bool = _help(
+        "its clients have no labelled examples: they learn after the last round, from what the others predict",
+        False,
+    )
 
 
 @dataclass

@@ -70,11 +70,16 @@ def preflight(config: Config) -> None:
     load_anchors(config.alignment)
     global_test(config.data)
     total = sum(entry.clients for entry in config.types)
-    asked = sample_size(total, config.server.participation)
+    learners = sum(entry.clients for entry in config.types if not entry.guest)
+    if not learners:
+        raise ConfigError(
+            "every type is a guest: somebody must train; set types.*.guest=false of one"
+        )
+    asked = sample_size(learners, config.server.participation)
     if config.server.min_results > asked:
         raise ConfigError(
-            f"server.min_results is {config.server.min_results}, but a round asks {asked} of the {total} clients; no "
-            "round could ever count"
+            f"server.min_results is {config.server.min_results}, but a round asks {asked} of the {learners} clients "
+            "that train; no round could ever count"
         )
     for seed in config.run.seeds:
         for partition in range(total):

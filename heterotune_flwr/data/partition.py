@@ -250,14 +250,18 @@ def client_examples(
     return ClientData([pool[i] for i in train], [pool[i] for i in personal])
 
 
-def local_examples(data: DataConfig, path: str, seed: int) -> ClientData:
+def local_examples(
+    data: DataConfig, path: str, seed: int, all_held_out: bool = False
+) -> ClientData:
     """Examples of a deployed client: its own whole file, a random part of it held out.
 
-    Held out are ``personal_test_examples``, but never more than a quarter of the file.
+    Held out are ``personal_test_examples``, but never more than a quarter of the file; or ``all_held_out``: the file.
     """
     own = dataclasses.replace(data, train=path)
     pool = training_pool(own)
     check_labels(pool, label_set(own), f"data file {path!r}")
     order = generator(seed, "data.local").permutation(len(pool)).tolist()
     held = min(data.personal_test_examples, int(len(pool) * _HELD_OUT))
+    if all_held_out:
+        held = len(pool)
     return ClientData([pool[i] for i in order[held:]], [pool[i] for i in order[:held]])

@@ -78,9 +78,12 @@ def anchor_digest(texts: Sequence[str]) -> str:
 def round_anchors(pool: int, count: int, seed: int, round: int) -> list[int]:
     """Indices of the ``count`` anchors, out of the first ``pool``, that a round's predictions are about.
 
-    A function of the run's seed and the round, so that server and clients agree without a message.
+    A function of the run's seed and the round, so that server and clients agree without a message; all of them in
+    their order where as many are wanted.
     """
-    drawn = generator(seed, f"consensus.{round}").choice(pool, size=min(count, pool), replace=False)
+    if count >= pool:
+        return list(range(pool))
+    drawn = generator(seed, f"consensus.{round}").choice(pool, size=count, replace=False)
     return [int(index) for index in drawn]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import examples_digest, read_examples
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.deploy import certificates
@@ -188,18 +189,24 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
     for key in ("data", "test"):
         if client.get(key):
             present(Path(client[key]), key)  # says whose a closed folder is
-    examples = read_examples(Path(client["data"]), data)
-    digest = examples_digest(examples)[:12]
-    state: State = "ok" if len(examples) >= 8 else "warn"
-    mend = "" if state == "ok" else "so few examples train little; is it the right file?"
-    answers = len({example.label for example in examples})
-    yield Finding(
-        "data", state,
-        f"{len(examples)} examples, {answers} different answers (digest {digest}); they stay here", mend,
-    )  # fmt: skip
+    guest = client.get("guest") == "yes"
+    if client.get("data"):
+        yield _own_examples(read_examples(Path(client["data"]), data), guest)
+    else:
+        yield Finding("data", "ok", "none: a guest, who learns from what the others predict")
     if client.get("test"):
         count = len(read_examples(Path(client["test"]), data))
         yield Finding("test data", "ok", f"{count} examples")
+
+
+def _own_examples(examples: Sequence[Example], guest: bool) -> Finding:
+    digest = examples_digest(examples)[:12]
+    state: State = "ok" if guest or len(examples) >= 8 else "warn"
+    mend = "" if state == "ok" else "so few examples train little; is it the right file?"
+    answers = len({example.label for example in examples})
+    use = "; a guest's, for its own test alone" if guest else ""
+    text = f"{len(examples)} examples, {answers} different answers (digest {digest}){use}; they stay here"
+    return Finding("data", state, text, mend)
 
 
 def _anchors(settings: NodeSettings) -> Iterator[Finding]:

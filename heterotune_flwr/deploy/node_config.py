@@ -24,7 +24,7 @@ from heterotune_flwr.deploy.keys import how_to_make, public_of
 from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
 from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.identity import REQUIRED, code_hash
+from heterotune_flwr.federation.identity import code_hash, required_of
 from heterotune_flwr.federation.superlink import toml_string
 from heterotune_flwr.programs import program, search_path
 
@@ -122,7 +122,8 @@ def read_node_settings(path: Path) -> NodeSettings:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     check_keys(path, tables)
     server, client = dict(tables.get("server", {})), dict(tables.get("client", {}))
-    for table, key in [("server", "address"), *(("client", key) for key in REQUIRED)]:
+    needed = required_of(tables.get("client", {}).get("guest") == "yes")
+    for table, key in [("server", "address"), *(("client", key) for key in needed)]:
         if not tables.get(table, {}).get(key):
             raise ConfigError(f"{path}: [{table}] lacks {key}")
     check_values(path, server, client)

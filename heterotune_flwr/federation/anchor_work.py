@@ -111,21 +111,23 @@ class _Predicting:
     rows: Rows
     seed: int
 
-    def _chosen(self, round: int) -> list[int]:
-        return round_anchors(self.lesson.pool, self.lesson.count, self.seed, round)
-
     def distillation(self, round: int) -> Distillation | None:
         """Fit the federation's mean; None where nobody has predicted (ExchangeError: other labels)."""
         lesson = self.lesson
-        if lesson.targets is None or not lesson.weight:
+        if lesson.targets is None or lesson.is_empty:
             return None
         values = as_probabilities(lesson.targets, lesson.count, len(self.task.labels or ()))
         targets = torch.from_numpy(values).to(self.task.backbone.device)
-        return Distillation(self.rows, self._chosen(round), targets, lesson.weight, lesson.batch)
+        chosen = round_anchors(lesson.pool, lesson.count, self.seed, round)
+        return Distillation(self.rows, chosen, targets, lesson.weight, lesson.batch)
 
     def says(self, round: int) -> Said:
         """Predict."""
-        return Said(predict(self.task, self.rows, self._chosen(round)))
+        lesson = self.lesson
+        if not lesson.wanted:
+            return Said()
+        chosen = round_anchors(lesson.pool, lesson.wanted, self.seed, round)
+        return Said(predict(self.task, self.rows, chosen))
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,18 @@ class _Answering:
     seed: int
     cache: bool
 
-    def _chosen(self, round: int) -> list[str]:
-        chosen = round_anchors(self.lesson.pool, self.lesson.count, self.seed, round)
+    def _chosen(self, count: int, round: int) -> list[str]:
+        chosen = round_anchors(self.lesson.pool, count, self.seed, round)
         return [self.texts[index] for index in chosen]
 
     def distillation(self, round: int) -> Distillation | None:
         """Fit the drawn answers, token by token."""
         lesson = self.lesson
-        if lesson.answers is None or not lesson.weight:
+        if lesson.answers is None or lesson.is_empty:
             return None
         encoded = EncodedSet([], [], [])
-        for text, answer in zip(self._chosen(round), lesson.answers, strict=True):
+        texts = self._chosen(lesson.count, round)
+        for text, answer in zip(texts, lesson.answers, strict=True):
             if (one := self._encode(text, answer)) is not None:
                 encoded.inputs.extend(one.inputs)
                 encoded.positions.extend(one.positions)
@@ -176,11 +179,13 @@ class _Answering:
 
     def says(self, round: int) -> Said:
         """Draw an answer to every anchor; nothing where it repeats the client's own texts, or its owner forbids."""
-        count = self.lesson.count
+        count = self.lesson.wanted
+        if not count:
+            return Said()
         if not self.identity.answers:
             log.info("this node's owner lets no answers in words go (answers in node.toml)")
             return Said(np.zeros((count, 1), np.float32), [""] * count)
-        data, texts = self.identity.data, self._chosen(round)
+        data, texts = self.identity.data, self._chosen(count, round)
         prompts = answer_prompts(self.adapter, self.task, texts, data)
         name = f"answers.{self.identity.client_id}.{round}"
         draw = int(generator(self.seed, name).integers(2**62))

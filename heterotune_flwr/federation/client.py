@@ -139,8 +139,9 @@ class Client:
         return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
 
     def prior(self, seed: int) -> Tensor | None:
-        """Log label frequencies of the training examples; they never leave the client."""
-        return self.task().log_prior(self.encoded("train", seed), self.config.train)
+        """Log label frequencies of the training examples; they never leave the client. None where it has none."""
+        encoded = self.encoded("train", seed)
+        return self.task().log_prior(encoded, self.config.train) if len(encoded) else None
 
     def adapter(self, method: MethodConfig, frozen: Sequence[str] = ()) -> AttachedAdapter:
         """Return the adapter of a method on this backbone, values undefined; ``frozen`` names stay fixed."""
@@ -358,7 +359,7 @@ def _step_seed(header: Header, client_id: str) -> int:
 def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float]:
     fields: dict[str, Any] = asdict(report)
     mass: dict[str, float] = fields.pop("gate_mass")
-    metrics = {name: float(value) for name, value in fields.items()}
+    metrics = {name: float(value) for name, value in fields.items() if value is not None}
     metrics["learning_rate"] = learning_rate
     return metrics | {f"gate_mass_{tier}": value for tier, value in mass.items()}
 

@@ -45,18 +45,19 @@ class Lesson:
     digest
         Identity of the anchor list (:func:`..dema.anchors.anchor_digest`): both sides must read the same texts.
     pool, count
-        Anchors in use, and how many of them a round is about.
+        Anchors in use, and how many of them this round is about.
     weight
         Of the distillation loss beside the loss on the client's own examples.
     targets
-        ``count x C``: the federation's mean predictions on *this* round's anchors, None while there are none. The
-        client answers with its own predictions on the *next* round's.
+        ``count x C``: the federation's mean predictions on *this* round's anchors, None while there are none.
     batch
         Anchors in every training step; 0: as many as examples.
     words
         Whether the client answers in words (open text) instead of label probabilities.
     answers
         With ``words``, in the place of ``targets``: what to answer on each anchor, "" where nothing.
+    asked
+        How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's.
 
     """
 
@@ -68,6 +69,17 @@ class Lesson:
     batch: int = 0
     words: bool = False
     answers: list[str] | None = None
+    asked: int | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many of the next round's anchors the client predicts on."""
+        return self.count if self.asked is None else self.asked
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to learn from it."""
+        return not self.weight or (self.targets is None and self.answers is None)
 
     def add_to(self, content: RecordDict, config: ConfigRecord) -> None:
         """Add the lesson to a request under construction."""
@@ -80,6 +92,8 @@ class Lesson:
         }
         if self.words:
             fields["words"] = True
+        if self.wanted != self.count:
+            fields["asked"] = self.wanted
         config[_FIELD] = json.dumps(fields, separators=(",", ":"))
         if self.targets is not None:
             content[CONSENSUS] = pack({_TARGETS: self.targets}, UNIT8)
@@ -102,8 +116,10 @@ class Lesson:
             raise ExchangeError("field 'consensus' of the message is not a JSON object")
         pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
         weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
+        asked = read_field(fields, "asked", int) if "asked" in fields else None
         words = "words" in fields and read_field(fields, "words", bool)
-        if not 1 <= count <= pool or not 0 <= weight < float("inf") or batch < 0:
+        sizes = 1 <= count <= pool and 0 <= (asked or 0) <= pool and batch >= 0
+        if not sizes or not 0 <= weight < float("inf"):
             raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
         tensors = read_tensors(content, CONSENSUS)
         targets = None
@@ -113,7 +129,7 @@ class Lesson:
         if answers is not None:
             answers = as_answers(answers, count)
         digest = read_field(fields, "digest", str)
-        return cls(digest, pool, count, weight, targets, batch, words, answers)
+        return cls(digest, pool, count, weight, targets, batch, words, answers, asked)
 
 
 def add_predictions(content: RecordDict, predictions: Array | None) -> None:

@@ -4,7 +4,7 @@ In a simulation a node knows only its partition; the run's configuration says th
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
 ``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field`` and
-``label-field``, ``report``, ``answers``, ``code-hash`` (and ``worker``, ``worker-idle-minutes``:
+``label-field``, ``report``, ``answers``, ``guest``, ``code-hash`` (and ``worker``, ``worker-idle-minutes``:
 :mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the node's file. It takes no
 path from the server, and nothing of its data answers the server: its columns are named here, its
 labels by the run.
@@ -37,6 +37,8 @@ REQUIRED = ("client-id", "backbone", "data", "state-dir")
 REPORTS = ("all", "counts-and-loss-only")
 #: Whether answers that a deployed client's model writes on public prompts may leave it.
 ANSWERS = ("no", "yes")
+#: Whether a deployed client has no labelled examples, or keeps them all for its own test.
+GUEST = ("no", "yes")
 #: What always leaves: the server weighs and checks updates by the first three.
 COUNTED = ("examples", "steps", "learning_rate", "loss")
 
@@ -47,7 +49,8 @@ class Identity:
 
     ``data`` is the run's data configuration with this client's own files in it; ``partition`` is
     (partition id, number of partitions) in a simulation, None in a deployment. ``answers``: whether what its model
-    writes on public prompts may leave it; a deployed client's owner must say so.
+    writes on public prompts may leave it; a deployed client's owner must say so. ``guest``: it trains on no example of
+    its own.
     """
 
     client_id: str
@@ -61,6 +64,7 @@ class Identity:
     slots: str = "all"
     report: str = "all"
     answers: bool = True
+    guest: bool = False
 
     def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics this client lets go; of tests (``personal_loss``, ...) likewise counts and losses."""
@@ -91,11 +95,17 @@ class Identity:
         return config.alignment
 
     def examples(self, seed: int) -> ClientData:
-        """Return the client's own examples for a run's seed (DataError as in :mod:`..data`)."""
+        """Return the client's own examples for a run's seed (DataError as in :mod:`..data`).
+
+        A guest trains on none: in a simulation those it would have lie idle, so that the others' are the same with and
+        without it; a deployed one's file, where it has any, is its own test.
+        """
         if self.partition is not None:
-            return client_examples(self.data, *self.partition, seed)
-        assert self.data.train is not None
-        return local_examples(self.data, self.data.train, seed)
+            found = client_examples(self.data, *self.partition, seed)
+            return ClientData([], found.personal_test) if self.guest else found
+        if self.data.train is None:
+            return ClientData([], [])
+        return local_examples(self.data, self.data.train, seed, all_held_out=self.guest)
 
 
 def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
@@ -147,6 +157,7 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
         threads=config.run.worker_threads,
         memory_gb=mine.memory_gb,
         slots=mine.slots or config.train.slots,
+        guest=mine.guest,
     )
 
 
@@ -166,7 +177,8 @@ def _public_labels(data: DataConfig) -> list[str] | None:
 
 
 def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str) -> Identity:
-    missing = [key for key in REQUIRED if not node_config.get(key)]
+    guest = _choice(node_config, "guest", GUEST) == "yes"
+    missing = [key for key in required_of(guest) if not node_config.get(key)]
     if missing:
         raise ConfigError(
             f"the node configuration lacks {', '.join(missing)}; start the client with "
@@ -174,16 +186,8 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             'data="..." state-dir="..."\''
         )
     check_code(str(node_config.get("code-hash") or ""))
-    report = str(node_config.get("report") or "all")
-    if report not in REPORTS:
-        raise ConfigError(
-            f"report in the node configuration is {report!r}; choose one of {', '.join(REPORTS)}"
-        )
-    answers = str(node_config.get("answers") or "no")
-    if answers not in ANSWERS:
-        raise ConfigError(
-            f"answers in the node configuration is {answers!r}; choose one of {', '.join(ANSWERS)}"
-        )
+    report = _choice(node_config, "report", REPORTS)
+    answers = _choice(node_config, "answers", ANSWERS)
     test, anchors = node_config.get("test"), node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)
@@ -199,7 +203,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         ),
         data=dataclasses.replace(
             config.data,
-            train=str(node_config["data"]),
+            train=str(node_config["data"]) if node_config.get("data") else None,
             test=str(test) if test else None,
             text_field=str(node_config.get("text-field", "text")),
             label_field=str(node_config.get("label-field", "label")),
@@ -214,7 +218,23 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         slots=str(node_config.get("slots") or config.train.slots),
         report=report,
         answers=answers == "yes",
+        guest=guest,
     )
+
+
+def required_of(guest: bool) -> tuple[str, ...]:
+    """What a deployed client must say: a guest needs no data."""
+    return tuple(key for key in REQUIRED if key != "data" or not guest)
+
+
+def _choice(node_config: Mapping[str, Any], key: str, choices: Sequence[str]) -> str:
+    """Return a value of a deployed client's configuration, the first choice by default."""
+    value = str(node_config.get(key) or choices[0])
+    if value not in choices:
+        raise ConfigError(
+            f"{key} in the node configuration is {value!r}; choose one of {', '.join(choices)}"
+        )
+    return value
 
 
 def check_code(accepted: str) -> None:

@@ -49,6 +49,17 @@ class Roster:
         """Ids of the clients of one type, sorted."""
         return [cid for cid, client in self.clients.items() if client.info.type_key == type_key]
 
+    @property
+    def learners(self) -> list[str]:
+        """Ids of the clients that have examples to train on, sorted; the others are guests."""
+        return [cid for cid, client in self.clients.items() if client.info.train_examples > 0]
+
+    @property
+    def guest_types(self) -> list[str]:
+        """Types none of whose clients has examples to train on, sorted."""
+        taught = {self.clients[client_id].info.type_key for client_id in self.learners}
+        return [key for key in self.type_keys if key not in taught]
+
     def shapes(self, type_key: str) -> dict[str, tuple[int, ...]]:
         """Trainable tensors of one type."""
         return self.clients[self.of_type(type_key)[0]].info.shapes
@@ -99,12 +110,16 @@ def check_roster(roster: Roster, method: MethodConfig) -> None:
     ------
     FederationError
         Clients run different versions of the code, know different labels, or own different
-        weights or tensors under one type name.
+        weights or tensors under one type name; or all are guests.
     ConfigError
         More slots than the shallowest backbone has blocks.
 
     """
     clients = roster.clients
+    if not roster.learners:
+        raise FederationError(
+            "every client is a guest: somebody must have examples to train on (types.*.guest, guest in node.toml)"
+        )
     _same(clients, "code_hash", "their version of this program", "install the same one everywhere")
     _same(clients, "labels", "their labels", "set data.labels to the full list of answers")
     for type_key in roster.type_keys:

@@ -33,7 +33,10 @@ class RunProgress:
         self.console = console or Console()
         self.experiments = len(config.run.seeds) * len(config.run.compare)
         self.rounds = config.server.rounds
-        self.clients = sum(entry.clients for entry in config.types) * config.server.participation
+        self.clients = (
+            sum(entry.clients for entry in config.types if not entry.guest)
+            * config.server.participation
+        )
         self._finished = 0
         self._round = 0
         self._replies = 0
@@ -184,6 +187,14 @@ class RunProgress:
             f"  from round {event['round']} on: a bank per type, taught by what all types predict",
             force=True,
         )
+
+    def _on_guests(self, event: Event) -> None:
+        names, loss = ", ".join(event["types"]), event.get("loss")
+        text = f"  guests ({names}) take the bank"
+        if event["clients"]:
+            text += f" and fit what the others predict: {event['clients']} clients"
+        text += f", loss {loss:.3f}" if isinstance(loss, float) else ""
+        self._line(text, force=True)
 
     def _on_skipped(self, event: Event) -> None:
         self._round, self._replies = event["round"], 0

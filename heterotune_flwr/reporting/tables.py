@@ -90,6 +90,12 @@ def _types(results: Mapping[str, Any]) -> list[str]:
     return sorted({client["type"] for run in results["runs"] for client in run["clients"]})
 
 
+def _guest_types(results: Mapping[str, Any]) -> set[str]:
+    """Types none of whose clients has examples to train on."""
+    clients = [client for run in results["runs"] for client in run["clients"]]
+    return {c["type"] for c in clients} - {c["type"] for c in clients if c["examples"]}
+
+
 def _cell(value: tuple[float, float] | None, seeds: int) -> str:
     if value is None:
         return "-"
@@ -162,11 +168,12 @@ def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") 
         table.add_column(
             f"gain over {_title(rival)}", justify="right", min_width=12 if seeds > 1 else None
         )
-    types = _types(results)
+    types, guests = _types(results), _guest_types(results)
     for type_key in [*types, OVERALL]:
         style = "bold" if type_key == OVERALL else None
         cells = _row(results, strategies, rivals, type_key, metric, seeds)
-        table.add_row(type_key, *cells, style=style, end_section=type_key in (types[-1], OVERALL))
+        label = f"{type_key} (guest)" if type_key in guests else type_key
+        table.add_row(label, *cells, style=style, end_section=type_key in (types[-1], OVERALL))
     personal = f"personal_{measure}"
     if scope == "global" and has_measure(results, personal):
         # What a shared bank gains on the global test it may lose on a skewed client's own data: say so.

@@ -102,6 +102,7 @@ class AnswerConsensus(Consensus):
         #: By type; under "" where all learn from the same.
         self._answers: dict[str, list[str]] = {}
         self._due = 0
+        self.closes_after = consensus.closes_after
 
     def memory(self) -> State:
         """The next round's answers."""
@@ -118,7 +119,8 @@ class AnswerConsensus(Consensus):
         """What a client is asked in a round; without answers where nobody it learns from has answered."""
         due = self._due == server_round
         answers = self._answers.get(self._group(type_key)) if due else None
-        return dataclasses.replace(self._asked(), words=True, answers=answers)
+        lesson = self._lesson(server_round, answers)
+        return dataclasses.replace(lesson, words=True, answers=answers)
 
     def hear(
         self, server_round: int, reports: Sequence[TrainReply], classes: int
@@ -131,7 +133,7 @@ class AnswerConsensus(Consensus):
         refused: dict[str, str] = {}
         for report in sorted(reports, key=lambda report: report.client_id):
             try:
-                usable[report.client_id] = _checked(report, self.options.anchors)
+                usable[report.client_id] = _checked(report, self.asked(server_round))
             except ExchangeError as error:
                 refused[report.client_id] = str(error)
         self._answers, self._due = {}, server_round + 1

@@ -38,11 +38,11 @@ from heterotune_flwr.flower import (
     MetricRecord,
     Result,
 )
-from heterotune_flwr.strategies import evaluation, snapshot
+from heterotune_flwr.strategies import evaluation, guests, snapshot
 from heterotune_flwr.strategies.admission import admit, read_evaluations
 from heterotune_flwr.strategies.consensus import Consensus
 from heterotune_flwr.strategies.gate import Asked
-from heterotune_flwr.strategies.sharing import GLOBAL, Scope, Sharing
+from heterotune_flwr.strategies.sharing import GLOBAL, Assignment, Scope, Sharing
 from heterotune_flwr.strategies.updates import (
     ClientUpdate,
     Work,
@@ -83,36 +83,51 @@ class HeteroStrategy(Sharing):
     ) -> Iterable[Message]:
         """One message per sampled client; ``arrays`` mirrors ``state``, which is what is sent."""
         self.begin_round(server_round)
-        server, train, seed = self.config.server, self.config.train, self.context.seed
-        consensus = self.consensus if self.learns_in(server_round) else None
+        server, seed = self.config.server, self.context.seed
         bench = self.courier.safety.bench
         for client_id in bench.returned(server_round):
             self.courier.event("returned", round=server_round, client_id=client_id)
         sampled = sample_clients(
-            self.roster.clients, server.participation, seed, server_round,
+            self.roster.learners, server.participation, seed, server_round,
             bench.benched(server_round), server.oversample,
         )  # fmt: skip
-        messages = []
-        for client_id in sampled:
-            type_key = self.roster.clients[client_id].info.type_key
-            digest, maps = self.courier.maps_for(client_id)
-            request = TrainRequest(
-                header=self._header(server_round, client_id),
-                tensors=self.outgoing(client_id),
-                maps_digest=digest,
-                maps=maps,
-                expected=sorted(self._trained_by(client_id, server_round)),
-                local_steps=train.local_steps,
-                learning_rate=self.learning_rate(server_round),
-                optimizer=train.optimizer,
-                proximal=train.proximal,
-                warmup_ratio=train.warmup_ratio,
-                frozen=sorted(self.frozen(type_key, server_round)),
-                controls=self.controls(type_key),
-                lesson=consensus.lesson(server_round, type_key) if consensus else None,
-            )
-            messages.append(self.courier.message(client_id, request, TRAIN, server_round))
-        return messages
+        return [
+            self.train_message(client_id, server_round, self._assignment(server_round, client_id))
+            for client_id in sampled
+        ]
+
+    def _assignment(self, server_round: int, client_id: str) -> Assignment:
+        """What a client is asked for in a round."""
+        info = self.roster.clients[client_id].info
+        consensus = self.consensus if self.learns_in(server_round) else None
+        return Assignment(
+            steps=self.config.train.local_steps,
+            learning_rate=self.learning_rate(server_round),
+            lesson=consensus.lesson(server_round, info.type_key) if consensus else None,
+            examples=info.train_examples,
+        )
+
+    def train_message(self, client_id: str, server_round: int, work: Assignment) -> Message:
+        """Build one client's training message."""
+        train = self.config.train
+        type_key = self.roster.clients[client_id].info.type_key
+        digest, maps = self.courier.maps_for(client_id)
+        request = TrainRequest(
+            header=self._header(server_round, client_id),
+            tensors=self.outgoing(client_id),
+            maps_digest=digest,
+            maps=maps,
+            expected=sorted(self._trained_by(client_id, server_round)),
+            local_steps=work.steps,
+            learning_rate=work.learning_rate,
+            optimizer=train.optimizer,
+            proximal=train.proximal,
+            warmup_ratio=train.warmup_ratio,
+            frozen=sorted(self.frozen(type_key, server_round)),
+            controls=self.controls(type_key),
+            lesson=work.lesson,
+        )
+        return self.courier.message(client_id, request, TRAIN, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -122,13 +137,16 @@ class HeteroStrategy(Sharing):
         With fewer usable updates than ``server.min_results`` the round is skipped: None, and nothing has changed but
         who is counted and benched.
         """
-        admitted = admit(self.courier, server_round, replies, self._asked_of(server_round))
+        admitted = admit(
+            self.courier, server_round, replies,
+            lambda cid: self.asked_of(cid, server_round, self._assignment(server_round, cid)),
+        )  # fmt: skip
         self._bench(server_round, admitted.candidates)
         if len(admitted.candidates) < self.config.server.min_results:
             return self._skip(server_round, len(admitted.candidates))
         steps: dict[str, Tensors] = {}
         for group in self.state:
-            members = [self._part(update, group) for update in admitted.updates]
+            members = [self.part_of(update, group) for update in admitted.updates]
             members = [update for update in members if update.deltas]
             if members:
                 steps[group] = self.combine(group, server_round, members)
@@ -148,7 +166,7 @@ class HeteroStrategy(Sharing):
     def _bench(self, server_round: int, fine: Collection[str]) -> None:
         """Give every client that failed in this round a strike; journal whom it benches."""
         failed = set(self.courier.failed) - set(fine)
-        newly = self.courier.safety.bench.record(server_round, fine, failed, self.roster.clients)
+        newly = self.courier.safety.bench.record(server_round, fine, failed, self.roster.learners)
         for client_id, until in newly.items():
             self.courier.event("benched", round=server_round, client_id=client_id, until=until)
 
@@ -176,7 +194,8 @@ class HeteroStrategy(Sharing):
             taken[name] = new.astype(np.float32)
         return taken
 
-    def _part(self, update: ClientUpdate, group: str) -> ClientUpdate:
+    def part_of(self, update: ClientUpdate, group: str) -> ClientUpdate:
+        """The tensors of an update that belong to a group."""
         groups = self._groups[update.type_key]
         return update.only(name for name in update.deltas if groups[name] == group)
 
@@ -187,28 +206,24 @@ class HeteroStrategy(Sharing):
         names = self._groups[info.type_key]
         return [n for n in names if slot_of(n) >= info.lowest_slot and n not in held]
 
-    def _asked_of(self, server_round: int) -> Callable[[str], Asked]:
-        train = self.config.train
-
-        def asked(client_id: str) -> Asked:
-            shapes, info = self.client_shapes(client_id), self.roster.clients[client_id].info
-            work = Work(
-                info.train_examples, train.local_steps, self.learning_rate(server_round),
+    def asked_of(self, client_id: str, server_round: int, assignment: Assignment) -> Asked:
+        """Against what a client's answer is checked."""
+        train, info = self.config.train, self.roster.clients[client_id].info
+        shapes = self.client_shapes(client_id)
+        trained = {n: shapes[n] for n in self._trained_by(client_id, server_round)}
+        return Asked(
+            client_id=client_id,
+            type_key=info.type_key,
+            round=server_round,
+            code_hash=info.code_hash,
+            maps_digest=self.courier.maps_for(client_id)[0],
+            shapes=trained,
+            work=Work(
+                assignment.examples, assignment.steps, assignment.learning_rate,
                 train.optimizer, train.clip_norm, train.warmup_ratio,
-            )  # fmt: skip
-            trained = {n: shapes[n] for n in self._trained_by(client_id, server_round)}
-            return Asked(
-                client_id=client_id,
-                type_key=info.type_key,
-                round=server_round,
-                code_hash=info.code_hash,
-                maps_digest=self.courier.maps_for(client_id)[0],
-                shapes=trained,
-                work=work,
-                expected=self.courier.expected(trained),
-            )
-
-        return asked
+            ),
+            expected=self.courier.expected(trained),
+        )  # fmt: skip
 
     def _journal_round(self, server_round: int, summary: Mapping[str, Any]) -> None:
         ledger = self.courier.ledger
@@ -315,9 +330,8 @@ class HeteroStrategy(Sharing):
         result = Result()
         done, evaluated = snapshot.go_on(self)
         self.context.session.maps.keep()
-        if not evaluated and self._evaluates(done):
-            self._evaluate(done, grid, result)
-            snapshot.save(self, done, evaluated=True)
+        if not evaluated:
+            self._close(done, grid, result)
         for server_round in range(done + 1, self.rounds + 1):
             messages = list(
                 self.configure_train(
@@ -330,9 +344,7 @@ class HeteroStrategy(Sharing):
             snapshot.save(self, server_round, evaluated=False)
             if record is not None:
                 result.train_metrics_clientapp[server_round] = record
-            if self._evaluates(server_round):
-                self._evaluate(server_round, grid, result)
-                snapshot.save(self, server_round, evaluated=True)
+            self._close(server_round, grid, result)
             if evaluate_fn is not None:
                 central = evaluate_fn(server_round, self._arrays())
                 if central is not None:
@@ -340,6 +352,14 @@ class HeteroStrategy(Sharing):
         result.arrays = self._arrays()
         self._finish(time.monotonic() - self.begin)
         return result
+
+    def _close(self, server_round: int, grid: Grid, result: Result) -> None:
+        """What follows a round: guests after the last one, and a test where one is due."""
+        if server_round == self.rounds:
+            guests.teach(self, grid)
+        if self._evaluates(server_round):
+            self._evaluate(server_round, grid, result)
+            snapshot.save(self, server_round, evaluated=True)
 
     def _evaluates(self, server_round: int) -> bool:
         every = self.config.server.evaluate_every

@@ -8,7 +8,7 @@ private number is in them but through what was learnt.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class ConsensusOptions:
     answers
         Whether clients of an open-text task exchange answers in words (:mod:`.answers`); without it there is no
         consensus there. A closed label set exchanges probabilities, whatever it says.
+    guest_steps
+        Steps on the anchors that guests (clients without examples) take after the last round.
 
     """
 
@@ -68,6 +70,7 @@ class ConsensusOptions:
     batch: int = 0
     scope: str = "all"
     answers: bool = False
+    guest_steps: int = 240
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
@@ -90,10 +93,8 @@ class ConsensusOptions:
                 if not isinstance(value, bool):
                     raise ConfigError(f"consensus.answers is {value!r}; true or false is needed")
                 continue
-            whole, least = (
-                key in ("anchors", "pool", "balance", "batch"),
-                1 if key in ("anchors", "pool") else 0,
-            )
+            counted = ("anchors", "pool", "guest_steps")
+            whole, least = key in (*counted, "balance", "batch"), 1 if key in counted else 0
             wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
             if wrong or not least <= value < float("inf"):
                 kind = f"a whole number from {least}" if whole else "a number that is not negative"
@@ -184,6 +185,12 @@ class Consensus:
         #: By type; under "" where all learn from the same.
         self._targets: dict[str, Array] = {}
         self._due = 0
+        #: The last round, where guests learn after it.
+        self.closes_after: int | None = None
+
+    def asked(self, server_round: int) -> int:
+        """Anchors that clients predict on in a round: all in the last one, where guests learn from them."""
+        return self.options.pool if server_round == self.closes_after else self.options.anchors
 
     def memory(self) -> State:
         """The next round's targets."""
@@ -200,12 +207,14 @@ class Consensus:
         """What a client is asked in a round; without targets where nobody it learns from predicted on its anchors."""
         due = self._due == server_round
         targets = self._targets.get(self._group(type_key)) if due else None
-        return dataclasses.replace(self._asked(), targets=targets)
+        return dataclasses.replace(self._lesson(server_round, targets), targets=targets)
 
-    def _asked(self) -> Lesson:
-        options = self.options
+    def _lesson(self, server_round: int, taught: Sized | None) -> Lesson:
+        """Make a lesson about as many anchors as ``taught`` says something of."""
+        options, asked = self.options, self.asked(server_round)
+        count = options.anchors if taught is None else len(taught)
         return Lesson(
-            self.digest, options.pool, options.anchors, options.weight, batch=options.batch
+            self.digest, options.pool, count, options.weight, batch=options.batch, asked=asked
         )
 
     def _groups(self, client_ids: Sequence[str], types: Mapping[str, str]) -> dict[str, list[str]]:
@@ -228,7 +237,7 @@ class Consensus:
         for report in sorted(reports, key=lambda report: report.client_id):
             try:
                 usable[report.client_id] = as_probabilities(
-                    report.predictions, self.options.anchors, classes
+                    report.predictions, self.asked(server_round), classes
                 )
             except ExchangeError as error:
                 refused[report.client_id] = str(error)

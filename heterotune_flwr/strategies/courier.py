@@ -254,7 +254,7 @@ class Courier:
         server = self.context.config.server
         if server.quorum is None and not server.oversample:
             return None
-        needed = sample_size(len(self.roster.clients), server.participation)
+        needed = sample_size(len(self.roster.learners), server.participation)
         quorum = None
         if server.quorum is not None:
             quorum = max(math.ceil(server.quorum * min(asked, needed)), server.min_results)

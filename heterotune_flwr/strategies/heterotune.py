@@ -107,24 +107,14 @@ class HeteroTune(HeteroStrategy):
         """Give every type its own copy of the shared bank when the type phase begins."""
         if not self.parted and server_round > self.shared_rounds:
             self.parted = True
-            self._part_ways()
+            self.own_copies(self._groups)
             self.courier.event("type_phase", round=server_round)
 
     def recall(self, memory: State) -> None:
         """Go on from :meth:`memory`; in the type phase the groups are those of the types."""
         super().recall(memory)
         if self.parted:
-            self._part_ways()
-
-    def _part_ways(self) -> None:
-        """Move every global tensor into its types' groups, with the value it has unless the type has its own."""
-        for type_key, groups in self._groups.items():
-            own = f"type/{type_key}"
-            for name in [name for name, group in groups.items() if group == GLOBAL]:
-                groups[name] = own
-                value = self.state[GLOBAL][name]
-                self._shapes.setdefault(own, {})[name] = value.shape
-                self.state.setdefault(own, {}).setdefault(name, value)
+            self.own_copies(self._groups)
 
     def settle(self, server_round: int) -> None:
         """In the type phase, move every type's experts a little towards the mean over types."""
@@ -132,9 +122,26 @@ class HeteroTune(HeteroStrategy):
             return
         experts = [name for name in self.state[GLOBAL] if tier_of(name) == "global"]
         for slot in sorted({slot_of(name) for name in experts}):
-            groups = [f"type/{key}" for key in self._groups if self.shares(key, slot)]
+            groups = self._sharing_types(slot)
             if len(groups) > 1:
                 self._mix([name for name in experts if slot_of(name) == slot], groups)
+
+    def _sharing_types(self, slot: int) -> list[str]:
+        """Groups of the types that train a slot and share it."""
+        guests = self.roster.guest_types
+        keys = [key for key in self._groups if key not in guests and self.shares(key, slot)]
+        return [f"type/{key}" for key in keys]
+
+    def for_guests(self) -> Tensors:
+        """After a type phase, the mean over the types that went through it."""
+        shared = dict(super().for_guests())
+        if self.parted:
+            for name in shared:
+                groups = [g for g in self._sharing_types(slot_of(name)) if name in self.state[g]]
+                if groups:
+                    values = np.stack([self.state[group][name] for group in groups])
+                    shared[name] = values.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return shared
 
     def _mix(self, names: Sequence[str], groups: Sequence[str]) -> None:
         """Mix one slot; a type that has gone far more than the others counts as far as :data:`_FARTHEST` lets it."""

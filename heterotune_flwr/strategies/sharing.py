@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from heterotune_flwr.config.schema import MethodConfig, TypeConfig
@@ -15,6 +16,7 @@ from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation.consensus import Lesson
 from heterotune_flwr.federation.outcome import Outcome
 from heterotune_flwr.federation.protocol import resolve_output
 from heterotune_flwr.federation.roster import Roster
@@ -31,6 +33,16 @@ Shapes = dict[str, tuple[int, ...]]
 GLOBAL = "global"
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What one message asks a client to train: steps, rate, the lesson beside its examples, texts in use at most."""
+
+    steps: int
+    learning_rate: float
+    lesson: Lesson | None
+    examples: int
+
+
 class Sharing(Strategy):
     """One copy of every group of shared tensors: ``global`` for all clients, ``type/<key>`` for those of a type."""
 
@@ -40,7 +52,7 @@ class Sharing(Strategy):
     own_server_step: ClassVar[str] = ""
     #: Attributes that later rounds depend on, besides the shared tensors: they go into checkpoints. A subclass names
     #: its own; its bases' are added.
-    remembered: ClassVar[tuple[str, ...]] = ("_optimizer_states", "_empty_rounds")
+    remembered: ClassVar[tuple[str, ...]] = ("_optimizer_states", "_empty_rounds", "taught")
 
     def __init__(self, context: StrategyContext) -> None:
         self.context = context
@@ -59,6 +71,8 @@ class Sharing(Strategy):
         self._fixed: dict[str, set[str]] = {}
         self._optimizer_states: dict[str, dict[str, State]] = {}
         self._empty_rounds = 0
+        #: After which round guests were taught; 0: not yet.
+        self.taught = 0
         #: When the strategy began (seconds of a clock that only runs forward), an earlier start's time included.
         self.begin = 0.0
 
@@ -142,6 +156,10 @@ class Sharing(Strategy):
     def settle(self, server_round: int) -> None:
         """Change ``state`` once all groups have taken a round's steps, before anything is kept or sent."""
 
+    def for_guests(self) -> Tensors:
+        """What types without examples take of the tensors that all types share, after the last round."""
+        return self.state.get(GLOBAL, {})
+
     def round_log(self) -> dict[str, Any]:
         """Further facts about the last round for the journal; JSON-able."""
         return {}
@@ -157,6 +175,8 @@ class Sharing(Strategy):
         """Go on from :meth:`memory` (called after :meth:`prepare`)."""
         for name in self._remembered():
             setattr(self, name, memory[name])
+        if self.taught:
+            self.own_copies(self.roster.guest_types)
 
     def _remembered(self) -> list[str]:
         return sorted(
@@ -175,6 +195,8 @@ class Sharing(Strategy):
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
         self._check_consensus()
+        if self.consensus is not None and self.roster.guest_types:
+            self.consensus.closes_after = self.rounds
         shapes: dict[str, Shapes] = {}
         for type_key in self.roster.type_keys:
             self._groups[type_key], self._fixed[type_key] = {}, set()
@@ -212,6 +234,16 @@ class Sharing(Strategy):
     def first_values(self, group: str) -> Tensors:
         """What a group's tensors are before round 1: a function of the run's seed."""
         return initial_tensors(self._shapes[group], self.context.seed)
+
+    def own_copies(self, types: Iterable[str]) -> None:
+        """Move every global tensor into the groups of some types, with the value it has unless the type has its own."""
+        for type_key in types:
+            groups, own = self._groups[type_key], f"type/{type_key}"
+            for name in [name for name, group in groups.items() if group == GLOBAL]:
+                groups[name] = own
+                value = self.state[GLOBAL][name]
+                self._shapes.setdefault(own, {})[name] = value.shape
+                self.state.setdefault(own, {}).setdefault(name, value)
 
     def _bits(self, type_key: str) -> str:
         return self.roster.clients[self.roster.of_type(type_key)[0]].info.bits

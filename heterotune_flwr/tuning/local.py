@@ -22,7 +22,7 @@ from heterotune_flwr.tuning.distill import Distillation
 from heterotune_flwr.tuning.memory import checkpointing, choose_micro_batch, is_out_of_memory
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
-from heterotune_flwr.tuning.terms import GradientTerms, make_optimizer, warm_up
+from heterotune_flwr.tuning.terms import GradientTerms, make_optimizer, rate_schedule
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ _OVERHEAD_CPU, _OVERHEAD_GPU = 64, 4096
 class TrainReport:
     """What a client's training gave.
 
-    ``loss`` and ``accuracy`` are means over the steps' batches, before each step; ``seconds``
+    ``loss`` and ``accuracy`` are means over the steps' batches, before each step; of a client without examples
+    ``examples`` and ``loss`` are those of the anchors, and there is no accuracy. ``seconds``
     is the time of the steps alone. ``peak_memory_mb`` (MiB): on CPU the process's largest
     resident set so far, everything included; on GPU the largest allocation during these steps.
     """
@@ -43,7 +44,7 @@ class TrainReport:
     examples: int
     steps: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     seconds: float
     peak_memory_mb: float
     gate_mass: dict[str, float] = field(default_factory=dict)
@@ -139,7 +140,10 @@ class _Loop:
             torch.cuda.empty_cache()
 
     def _gradients(self, chosen: list[int], anchors: list[int]) -> torch.Tensor:
-        """Gradient of the mean loss over a batch's rows, in parts; returns (mean loss, accuracy)."""
+        """Gradient of the mean loss over a batch's rows, in parts; returns (mean loss, accuracy).
+
+        Without examples the loss is that of the anchors.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros_like(self.totals)
         count = self.rows.count(chosen)
@@ -153,8 +157,10 @@ class _Loop:
         if self.distillation is not None:
             size = min(self.micro_batch, self.anchor_batch)
             for part in self._parts(self.distillation, anchors, size):
-                anchored = self.distillation.losses(self.task, part)
-                (anchored.sum() / len(anchors)).backward()  # type: ignore[no-untyped-call]
+                anchored = self.distillation.losses(self.task, part).sum() / len(anchors)
+                anchored.backward()  # type: ignore[no-untyped-call]
+                if not chosen:
+                    totals[0] += anchored.detach()
         return totals
 
     def _parts(self, of: Rows | Distillation, chosen: list[int], most: int) -> list[list[int]]:
@@ -198,18 +204,24 @@ def train_local(
     corrections
         Added to every gradient, by name of the trained tensor (:class:`.terms.GradientTerms`).
     distillation
-        Anchors fitted beside the examples in every step (:mod:`.distill`).
+        Anchors fitted beside the examples in every step (:mod:`.distill`), or alone where there are no examples; the
+        rate then sinks to nothing over the steps, as no other round follows.
 
     Raises
     ------
     FederationError
-        The loss is not finite, or memory ran out twice: nothing should be kept of this training.
+        The loss is not finite, or memory ran out twice: nothing should be kept of this training. Or there are neither
+        examples nor anchors.
 
     """
+    if not len(rows) and distillation is None:
+        raise FederationError("there are no examples to train on, and no predictions to fit")
     steps = config.local_steps if local_steps is None else local_steps
     rate = config.learning_rate if learning_rate is None else learning_rate
     device, checkpoint = adapter.backbone.device, config.gradient_checkpointing
-    size = choose_micro_batch(adapter, task, rows, config.batch_size, memory_gb, checkpoint)
+    size = config.batch_size
+    if len(rows):
+        size = choose_micro_batch(adapter, task, rows, size, memory_gb, checkpoint)
     optimizer = make_optimizer(adapter.trained, config, rate)
     terms = GradientTerms(adapter.trained, config.proximal, corrections)
     anchor_batch = size
@@ -222,7 +234,7 @@ def train_local(
         task,
         rows,
         optimizer,
-        warm_up(optimizer, config.warmup_ratio * steps),
+        rate_schedule(optimizer, config.warmup_ratio * steps, None if len(rows) else steps),
         config.clip_norm,
         prior,
         size,
@@ -251,11 +263,12 @@ def train_local(
             f"local training on {adapter.backbone.type_key} diverged (loss {mean_loss}); lower "
             "train.learning_rate"
         )
+    anchors_alone = not len(rows)
     return TrainReport(
-        examples=len(rows),
+        examples=len(distillation.chosen) if anchors_alone and distillation else len(rows),
         steps=steps,
         loss=mean_loss,
-        accuracy=accuracy,
+        accuracy=None if anchors_alone else accuracy,
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(device),
         gate_mass=adapter.gate_mass(),

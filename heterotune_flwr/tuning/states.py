@@ -177,7 +177,7 @@ def make_rows(
     ``cache``: keep states where possible; ``on_disk``: in files too, which examples of one round are not worth.
     """
     block = first_block(adapter)
-    if not cache or block == 0:
+    if not cache or block == 0 or not len(encoded):
         return FullRows(adapter, encoded)
     if block is None:
         return CachedRows(adapter, encoded, on_disk)

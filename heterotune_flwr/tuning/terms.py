@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -33,9 +34,19 @@ def make_optimizer(
     )  # fmt: skip
 
 
-def warm_up(optimizer: torch.optim.Optimizer, steps: float) -> torch.optim.lr_scheduler.LRScheduler:
-    """Schedule of ``train.warmup_ratio``: step ``i`` of a round, from 1, at ``min(1, i / steps)`` of the rate."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: warm_up_share(done, steps))
+def rate_schedule(
+    optimizer: torch.optim.Optimizer, warm: float, sinks_over: int | None = None
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Schedule of ``train.warmup_ratio``: step ``i`` of a round, from 1, at ``min(1, i / warm)`` of the rate.
+
+    ``sinks_over``: so many steps in all, over which the rate besides sinks to nothing, as half a cosine.
+    """
+
+    def share(done: int) -> float:
+        sunk = 1.0 if sinks_over is None else (1 + math.cos(math.pi * done / sinks_over)) / 2
+        return warm_up_share(done, warm) * sunk
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 class GradientTerms:

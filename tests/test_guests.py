@@ -1,0 +1,282 @@
+"""Guests: clients without examples learn after the last round, from what the others predict; nobody from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_client import LABELS
+from test_consensus import TRAINING
+from test_strategies import config_dir, events, start
+from test_tuning import data, directory, prepared  # noqa: F401
+from toy_federation import ToyFederation, toy_config
+
+from heterotune_flwr.backbones.loading import load_backbone
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.validate import preflight
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.exchange.packing import round_trip
+from heterotune_flwr.federation.identity import identify
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.reporting.tables import final_table
+from heterotune_flwr.tuning.distill import Distillation
+from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.states import make_rows
+from heterotune_flwr.tuning.task import make_task
+from heterotune_flwr.tuning.terms import rate_schedule
+
+COMPONENT = "heterotune_flwr.strategies"
+SPEC = {
+    "_component_": f"{COMPONENT}.HeteroTune",
+    "consensus": {"anchors": 8, "pool": 12, "batch": 8, "guest_steps": 40},
+    "type_phase": 0.5,
+    "mixing": 0.2,
+}
+LARGE = "large@fp32"
+NAME = "slots.0.experts.global.0.up.weight"
+
+
+def with_guest(tmp_path, clients=(2, 2, 2), rounds=4, spec=None, guest=True, **server):
+    """A run in which the last type is a guest."""
+    tmp_path.mkdir(exist_ok=True)
+    config = toy_config(tmp_path, clients, rounds=rounds, **server)
+    config.types[-1].guest = guest
+    federation = ToyFederation(config)
+    strategy, _ = start(config, federation, spec=spec or SPEC)
+    return strategy, federation, config
+
+
+def trained(federation):
+    return {(client, round) for client, round in federation.received}
+
+
+def test_guests_are_asked_once_after_the_last_round_about_all_anchors(tmp_path):
+    strategy, federation, config = with_guest(tmp_path)
+    guests = strategy.roster.of_type(LARGE)
+    assert {(c, r) for c, r in trained(federation) if c in guests} == {(c, 4) for c in guests}
+    request = federation.received[guests[0], 4]
+    assert request.local_steps == 40
+    assert request.lesson.targets.shape == (12, 6)
+    assert (request.lesson.wanted, request.lesson.batch) == (0, 8)
+    learner = strategy.roster.learners[0]
+    wanted = [federation.received[learner, round].lesson.wanted for round in (2, 3, 4)]
+    assert wanted == [8, 8, 12]  # in the last round on all, for the guests
+    (event,) = events(config, "guests")
+    assert (event["round"], event["types"], event["clients"]) == (4, [LARGE], 2)
+
+
+def test_without_guests_the_last_round_is_like_the_others(tmp_path):
+    strategy, federation, config = with_guest(tmp_path, guest=False)
+    lessons = [federation.received[c, 4].lesson for c in strategy.roster.clients]
+    assert {lesson.wanted for lesson in lessons} == {8}
+    assert not events(config, "guests")
+
+
+def test_a_guest_starts_from_the_mean_of_the_types_banks(tmp_path):
+    strategy, federation, _ = with_guest(tmp_path)
+    (first, *_), keys = strategy.roster.of_type(LARGE), ("small@fp32", "middle@fp32")
+    sent = federation.received[first, 4].tensors[NAME]
+    mean = np.mean([strategy.state[f"type/{key}"][NAME] for key in keys], axis=0)
+    np.testing.assert_array_equal(sent, round_trip({NAME: mean}, "bf16")[NAME])
+    ends = [federation.answered[c, 4][NAME] for c in strategy.roster.of_type(LARGE)]
+    got = strategy.state[f"type/{LARGE}"][NAME]
+    np.testing.assert_allclose(got, np.mean(ends, axis=0), rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.5])
+def test_nothing_a_guest_computes_reaches_the_others(tmp_path, phase):
+    spec = {**SPEC, "type_phase": phase}
+    calm, _, _ = with_guest(tmp_path / "calm", spec=spec)
+    wild_config = toy_config((tmp_path / "calm"), (2, 2, 2), rounds=4)
+    wild_config.types[-1].guest = True
+    wild_config.run.dir = str(tmp_path / "wild")
+    federation = ToyFederation(wild_config)
+    federation.nan = {(c, 4) for c in calm.roster.of_type(LARGE)}
+    wild, _ = start(wild_config, federation, spec=spec)
+    for group, tensors in calm.state.items():
+        if group == f"type/{LARGE}":
+            continue
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(value, wild.state[group][name])
+    refused = events(wild_config, "refused")
+    assert {event["client_id"] for event in refused} == set(calm.roster.of_type(LARGE))
+
+
+def guest_accuracy(rows):
+    return next(row.global_accuracy for row in rows if row.type_key == LARGE)
+
+
+def taught(tmp_path, **spec):
+    """Before and after, of a guest that 64 anchors teach."""
+    config = toy_config(tmp_path, (4, 4, 1), rounds=6)
+    Path(config.alignment.anchors).write_text("\n".join(f"public text {i}" for i in range(64)))
+    config.types[-1].guest = True
+    consensus = {"anchors": 64, "pool": 64, "guest_steps": 20}
+    strategy, _ = start(config, ToyFederation(config), spec={**spec, "consensus": consensus})
+    return guest_accuracy(strategy.outcome.before), guest_accuracy(strategy.outcome.rows)
+
+
+def test_a_guest_learns_what_the_others_know(tmp_path):
+    bare, reached = taught(tmp_path, **SPEC)
+    assert reached > bare + 0.3
+
+
+def test_predictions_alone_teach_a_guest_too(tmp_path):
+    lora = {"kind": "lora", "lora_rank": 4}
+    bare, reached = taught(tmp_path, _component_=f"{COMPONENT}.FedMKT", method=lora)
+    assert reached > bare + 0.2
+
+
+def test_where_there_is_no_consensus_a_guest_takes_the_bank_and_is_asked_nothing(tmp_path):
+    strategy, federation, config = with_guest(tmp_path, spec={**SPEC, "consensus": None})
+    assert not [c for c, _ in trained(federation) if c in strategy.roster.of_type(LARGE)]
+    state = strategy.state
+    np.testing.assert_array_equal(state[f"type/{LARGE}"][NAME], state["global"][NAME])
+    (event,) = events(config, "guests")
+    assert event["clients"] == 0
+
+
+def test_what_is_kept_at_home_is_learnt_there(tmp_path):
+    spec = {
+        "_component_": f"{COMPONENT}.FedMKT",
+        "method": {"kind": "lora", "lora_rank": 4},
+        "consensus": {"anchors": 12, "pool": 12, "guest_steps": 60},
+    }
+    strategy, federation, _ = with_guest(tmp_path, rounds=3, spec=spec)
+    row = next(row for row in strategy.outcome.rows if row.type_key == LARGE)
+    before = next(row for row in strategy.outcome.before if row.type_key == LARGE)
+    assert row.global_loss != before.global_loss  # its own file was read after the lesson
+    (client, *_), kept = strategy.roster.of_type(LARGE), federation.own_state
+    assert [list(rounds) for (_, owner), rounds in kept.items() if owner == client] == [[3]]
+
+
+def test_a_guest_whose_type_trains_takes_what_the_type_has_learnt(tmp_path):
+    tmp_path.mkdir(exist_ok=True)
+    config = toy_config(tmp_path, (2, 2, 2), rounds=3)
+    federation = ToyFederation(config)
+    federation.examples_of = lambda partition: 0 if partition == 5 else 48
+    strategy, _ = start(config, federation, spec=SPEC)
+    assert strategy.roster.guest_types == []
+    assert ("client-0005", 3) not in federation.received
+    rows = {row.client_id: row for row in strategy.outcome.rows}
+    assert rows["client-0005"].global_accuracy == rows["client-0002"].global_accuracy
+
+
+def test_a_run_that_goes_on_teaches_its_guests_again(tmp_path):
+    config = toy_config(tmp_path, (2, 1, 1), {"heterotune": SPEC}, rounds=3)
+    config.types[-1].guest = True
+    config.run.compare = ["heterotune"]
+    federation = ToyFederation(config)
+    journal = Journal(config_dir(config))
+    run_strategies(federation.grid(), config, journal, "toy-0")
+    config.server.rounds = 5
+    journal = Journal(config_dir(config))
+    results = run_strategies(federation.grid(), config, journal, "toy-0", True)
+    guest = "client-0002"
+    assert {round for client, round in trained(federation) if client == guest} == {3, 5}
+    assert federation.received["client-0000", 4].lesson.targets.shape == (12, 6)
+    assert federation.received["client-0000", 5].lesson.targets.shape == (8, 6)
+    assert "large@fp32 (guest)" in final_table(results, tmp_path)
+
+
+def test_a_crash_before_the_last_test_changes_nothing(tmp_path):
+    whole, _, _ = with_guest(tmp_path / "whole")
+    config = toy_config(tmp_path / "whole", (2, 2, 2), {"heterotune": SPEC}, rounds=4)
+    config.types[-1].guest = True
+    config.run.compare, config.run.dir = ["heterotune"], str(tmp_path / "cut")
+    federation = ToyFederation(config)
+    evaluate = federation.evaluate
+
+    def dies(message, context):
+        if message.metadata.group_id == "4":
+            raise KeyboardInterrupt
+        return evaluate(message, context)
+
+    federation.evaluate = dies
+    with pytest.raises(KeyboardInterrupt):
+        run_strategies(federation.grid(), config, Journal(config_dir(config)), "toy-0")
+    federation.evaluate = evaluate
+    results = run_strategies(federation.grid(), config, Journal(config_dir(config)), "toy-0", True)
+    (run,) = results["runs"]
+    assert [c["global_loss"] for c in run["clients"]] == [r.global_loss for r in whole.outcome.rows]
+
+
+def test_a_federation_of_guests_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"every type is a guest.*types\.\*\.guest=false"):
+        preflight(compose("demo", [f"types.{i}.guest=true" for i in range(3)]))
+    config = toy_config(tmp_path, (1, 1))
+    federation = ToyFederation(config)
+    federation.examples_of = lambda partition: 0
+    with pytest.raises(FederationError, match="every client is a guest"):
+        start(config, federation)
+    with pytest.raises(ConfigError, match="a round asks 8 of the 8 clients that train"):
+        preflight(compose("demo", ["types.2.guest=true", "server.min_results=9"]))
+
+
+def test_a_simulated_guest_leaves_the_others_data_alone(tmp_path):
+    plain = compose("demo")
+    guest = compose("demo", ["types.2.guest=true"])
+    for partition in range(4):
+        node = {"partition-id": partition, "num-partitions": 12}
+        own, other = (identify(c, node).examples(7) for c in (plain, guest))
+        assert own.personal_test == other.personal_test
+        assert other.train == ([] if partition % 3 == 2 else own.train)
+
+
+def node(tmp_path, **changes):
+    return {
+        "client-id": "lab", "backbone": "tiny-a", "state-dir": str(tmp_path / "state"), **changes,
+    }  # fmt: skip
+
+
+def test_a_deployed_guest_needs_no_data_and_trains_on_none(tmp_path):
+    config = compose("demo")
+    assert identify(config, node(tmp_path, guest="yes")).examples(0) == identify(
+        config, node(tmp_path, guest="yes")
+    ).examples(1)
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "a web server", "label": "web"}\n' * 3)
+    found = identify(config, node(tmp_path, guest="yes", data=str(own))).examples(0)
+    assert (len(found.train), len(found.personal_test)) == (0, 3)
+    with pytest.raises(ConfigError, match="lacks data"):
+        identify(config, node(tmp_path))
+    with pytest.raises(ConfigError, match="guest in the node configuration is 'maybe'"):
+        identify(config, node(tmp_path, guest="maybe"))
+
+
+def test_the_rate_sinks_where_there_are_no_examples(directory, data):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, list(LABELS), TRAINING)
+    adapter = prepared(backbone)
+    texts = task.encode([Example(f"public words {n}", LABELS[0]) for n in range(4)])
+    none = make_rows(adapter, task.encode([]))
+    wanted = torch.eye(3)[[0, 1, 2, 0]]
+    distillation = Distillation(make_rows(adapter, texts), range(4), wanted, 1.0, 4)
+    before = distillation.losses(task, range(4)).mean()
+    report = train_local(
+        adapter, task, none, TRAINING, 0, local_steps=30, learning_rate=0.02, distillation=distillation
+    )  # fmt: skip
+    after = distillation.losses(task, range(4)).mean()
+    assert (report.examples, report.steps, report.accuracy) == (4, 30, None)
+    assert after < before - 0.1
+    assert after < report.loss < before
+    with pytest.raises(FederationError, match="no examples to train on, and no predictions"):
+        train_local(adapter, task, none, TRAINING, 0)
+
+
+def test_half_a_cosine_after_the_warm_up():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = rate_schedule(optimizer, 2, sinks_over=4)
+    rates = []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    cosine = (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
+    np.testing.assert_allclose(rates, cosine * [0.5, 1, 1, 1])
