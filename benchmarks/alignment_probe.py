@@ -59,8 +59,8 @@ CONTROLS = ("random_down", "random_up", "random_maps", "rotated_basis")
 LABELLED = 600
 #: Not those on which the settings were chosen (0 to 9).
 FIRST_SEED = 100
-#: Anchors a consensus may be about.
-POOL = OPTIONS.pool
+#: Anchors a consensus may be about, in the end for guests.
+POOL = OPTIONS.guest_anchors
 #: The recommended choices, found with this laboratory; everything else is the product's default.
 ALIGNMENT = AlignmentConfig(count=6000, weighting=2.0)
 METHOD = MethodConfig(slots=1, latent=128, inner=32, experts_global=3, gate_scope="global")

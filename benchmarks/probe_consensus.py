@@ -18,7 +18,7 @@ from benchmarks.probe_clients import LatentTask, mixture
 from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced, heard, voices
 
 #: Of ``conf/strategy/heterotune.yaml``.
-OPTIONS = ConsensusOptions(anchors=512, pool=1024, batch=64)
+OPTIONS = ConsensusOptions(anchors=512, pool=1024, batch=64, guest_anchors=6000)
 
 
 class Lessons:
@@ -42,8 +42,8 @@ class Lessons:
         runs: Tensor,
         options: ConsensusOptions = OPTIONS,
     ) -> None:
-        self._z = torch.stack([task.anchors_z[: options.pool] for task in tasks])
-        self._logits = torch.stack([task.anchors_logits[: options.pool] for task in tasks])
+        self._z = torch.stack([task.anchors_z for task in tasks])
+        self._logits = torch.stack([task.anchors_logits for task in tasks])
         self._effects = torch.stack([task.effect.T for task in tasks])
         self._kinds, self._runs, self._options = kinds, runs, options
         self._rng = torch.Generator().manual_seed(1)
@@ -59,7 +59,7 @@ class Lessons:
     @torch.no_grad()
     def hear(self, bank: Mapping[str, Tensor], everything: bool = False) -> None:
         """Average what clients predict on newly drawn anchors (or on ``everything``), run by run."""
-        pool = self._z.shape[1]
+        pool = len(self._z[0]) if everything else min(self._options.pool, len(self._z[0]))
         count = pool if everything else min(self._options.anchors, pool)
         self._chosen = torch.randperm(pool, generator=self._rng)[:count]
         drawn = self._chosen.repeat(len(self._kinds), 1)

@@ -21,6 +21,7 @@ from benchmarks.probe_chain import CHAINS, ChainServers, Clients
 from benchmarks.probe_clients import Adam, LatentTask, Schedule, initial_bank, mixture
 from benchmarks.probe_consensus import OPTIONS, Lessons
 from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.strategies.guests import RATE_SHARE
 
 SHARINGS = ("alone", "within", "across")
 
@@ -196,7 +197,7 @@ class _Guests:
         lessons, fleet = self.fleet.lessons, self.fleet
         if lessons is None:
             return
-        rates = fleet.rate[self.teachers[:, 0]].repeat_interleave(self.guests)
+        rates = RATE_SHARE * fleet.rate[self.teachers[:, 0]].repeat_interleave(self.guests)
         adam, steps = Adam(self.bank, fleet.schedule, rates), OPTIONS.guest_steps
         for step in range(steps):
             adam.rates = rates * (1 + np.cos(np.pi * step / steps)) / 2

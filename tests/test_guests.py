@@ -18,6 +18,7 @@ from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.validate import preflight
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.dema.anchors import round_anchors
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import round_trip
 from heterotune_flwr.federation.identity import identify
@@ -33,7 +34,7 @@ from heterotune_flwr.tuning.terms import rate_schedule
 COMPONENT = "heterotune_flwr.strategies"
 SPEC = {
     "_component_": f"{COMPONENT}.HeteroTune",
-    "consensus": {"anchors": 8, "pool": 12, "batch": 8, "guest_steps": 40},
+    "consensus": {"anchors": 8, "pool": 10, "batch": 8, "guest_anchors": 12, "guest_steps": 40},
     "type_phase": 0.5,
     "mixing": 0.2,
 }
@@ -179,8 +180,11 @@ def test_a_run_that_goes_on_teaches_its_guests_again(tmp_path):
     results = run_strategies(federation.grid(), config, journal, "toy-0", True)
     guest = "client-0002"
     assert {round for client, round in trained(federation) if client == guest} == {3, 5}
-    assert federation.received["client-0000", 4].lesson.targets.shape == (12, 6)
-    assert federation.received["client-0000", 5].lesson.targets.shape == (8, 6)
+    lessons = [federation.received["client-0000", round].lesson for round in (4, 5)]
+    assert [lesson.targets.shape for lesson in lessons] == [(8, 6), (8, 6)]
+    first = federation.received[guest, 3].lesson.targets
+    chosen = round_anchors(10, 8, 0, 4)  # the round's own, out of all that was predicted for guests
+    np.testing.assert_array_equal(lessons[0].targets, first[chosen])
     assert "large@fp32 (guest)" in final_table(results, tmp_path)
 
 

@@ -161,8 +161,9 @@ def fixed_factors(backbone, rank):
 
 def anchor_meanings(lesson, count, seed, round):
     """``count`` public texts of a round's lesson, as their meanings."""
-    pool = np.random.default_rng(98).normal(size=(lesson.pool, MEANING)) * 1.5
-    return pool[round_anchors(lesson.pool, count, seed, round)]
+    pool = max(lesson.pool, count)
+    meanings = np.random.default_rng(98).normal(size=(pool, MEANING)) * 1.5
+    return meanings[round_anchors(pool, count, seed, round)]
 
 
 def expert_order(name):

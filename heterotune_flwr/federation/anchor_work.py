@@ -54,13 +54,18 @@ def _texts(anchors: str, count: int) -> list[str]:
 
 def _known_texts(lesson: Lesson, alignment: AlignmentConfig) -> list[str]:
     """The anchors; ConfigError where this client's are not the server's."""
-    texts = _texts(alignment.anchors, lesson.pool)
+    texts = _texts(alignment.anchors, lesson.extent)
     if anchor_digest(texts) != lesson.digest:
         raise ConfigError(
             f"the anchors {alignment.anchors} here are not those of the server; they must be the same texts in the "
             "same order"
         )
     return texts
+
+
+def _drawn(lesson: Lesson, count: int, seed: int, round: int) -> list[int]:
+    """The anchors of a round: out of the pool, or all of the list where they are more."""
+    return round_anchors(max(lesson.pool, count), count, seed, round)
 
 
 def _encoded(lesson: Lesson, texts: list[str], task: Task) -> EncodedSet:
@@ -118,7 +123,7 @@ class _Predicting:
             return None
         values = as_probabilities(lesson.targets, lesson.count, len(self.task.labels or ()))
         targets = torch.from_numpy(values).to(self.task.backbone.device)
-        chosen = round_anchors(lesson.pool, lesson.count, self.seed, round)
+        chosen = _drawn(lesson, lesson.count, self.seed, round)
         return Distillation(self.rows, chosen, targets, lesson.weight, lesson.batch)
 
     def says(self, round: int) -> Said:
@@ -126,7 +131,7 @@ class _Predicting:
         lesson = self.lesson
         if not lesson.wanted:
             return Said()
-        chosen = round_anchors(lesson.pool, lesson.wanted, self.seed, round)
+        chosen = _drawn(lesson, lesson.wanted, self.seed, round)
         return Said(predict(self.task, self.rows, chosen))
 
 
@@ -143,7 +148,7 @@ class _Answering:
     cache: bool
 
     def _chosen(self, count: int, round: int) -> list[str]:
-        chosen = round_anchors(self.lesson.pool, count, self.seed, round)
+        chosen = _drawn(self.lesson, count, self.seed, round)
         return [self.texts[index] for index in chosen]
 
     def distillation(self, round: int) -> Distillation | None:

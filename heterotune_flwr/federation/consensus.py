@@ -43,7 +43,8 @@ class Lesson:
     Attributes
     ----------
     digest
-        Identity of the anchor list (:func:`..dema.anchors.anchor_digest`): both sides must read the same texts.
+        Identity of the anchors read (:func:`..dema.anchors.anchor_digest`), the first ``extent`` of the list: both
+        sides must read the same texts.
     pool, count
         Anchors in use, and how many of them this round is about.
     weight
@@ -57,7 +58,8 @@ class Lesson:
     answers
         With ``words``, in the place of ``targets``: what to answer on each anchor, "" where nothing.
     asked
-        How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's.
+        How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's. More
+        than the pool: so many of the whole list.
 
     """
 
@@ -75,6 +77,11 @@ class Lesson:
     def wanted(self) -> int:
         """How many of the next round's anchors the client predicts on."""
         return self.count if self.asked is None else self.asked
+
+    @property
+    def extent(self) -> int:
+        """How many anchors of the list the client reads."""
+        return max(self.pool, self.wanted)
 
     @property
     def is_empty(self) -> bool:
@@ -118,7 +125,7 @@ class Lesson:
         weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
         asked = read_field(fields, "asked", int) if "asked" in fields else None
         words = "words" in fields and read_field(fields, "words", bool)
-        sizes = 1 <= count <= pool and 0 <= (asked or 0) <= pool and batch >= 0
+        sizes = 1 <= count <= pool and (asked or 0) >= 0 and batch >= 0
         if not sizes or not 0 <= weight < float("inf"):
             raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
         tensors = read_tensors(content, CONSENSUS)

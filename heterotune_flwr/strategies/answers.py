@@ -96,9 +96,11 @@ class AnswerConsensus(Consensus):
     """
 
     def __init__(self, consensus: Consensus, seed: int) -> None:
-        self.options = consensus.options
-        self.digest = consensus.digest
-        self._seed = seed
+        self.seed = seed
+        options = consensus.options
+        # Answers are written word by word: guests learn from those of the pool.
+        self.options = dataclasses.replace(options, guest_anchors=options.pool)
+        self.digests = consensus.digests
         #: By type; under "" where all learn from the same.
         self._answers: dict[str, list[str]] = {}
         self._due = 0
@@ -117,10 +119,15 @@ class AnswerConsensus(Consensus):
 
     def lesson(self, server_round: int, type_key: str) -> Lesson:
         """What a client is asked in a round; without answers where nobody it learns from has answered."""
-        due = self._due == server_round
-        answers = self._answers.get(self._group(type_key)) if due else None
-        lesson = self._lesson(server_round, answers)
-        return dataclasses.replace(lesson, words=True, answers=answers)
+        answers = self._due_for(server_round, type_key, self._answers)
+        if answers is not None:
+            answers = [answers[place] for place in self._places(server_round, answers)]
+        return dataclasses.replace(self._lesson(server_round), words=True, answers=answers)
+
+    def guest_lesson(self, server_round: int, type_key: str) -> Lesson:
+        """As :meth:`.consensus.Consensus.guest_lesson`."""
+        answers = self._due_for(server_round, type_key, self._answers)
+        return dataclasses.replace(self._lesson_for_guests(answers), words=True, answers=answers)
 
     def hear(
         self, server_round: int, reports: Sequence[TrainReply], classes: int
@@ -142,7 +149,7 @@ class AnswerConsensus(Consensus):
         for group, members in self._groups(list(usable), types).items():
             said = [usable[client_id] for client_id in members]
             weights = self._weigh(said)
-            rng = generator(self._seed, f"answers.{server_round}.{group}")
+            rng = generator(self.seed, f"answers.{server_round}.{group}")
             self._answers[group] = _draw(weights, [answers for answers, _ in said], rng)
             for client_id, share in zip(members, weights.mean(axis=1), strict=True):
                 shares[types[client_id]] = shares.get(types[client_id], 0.0) + float(share)

@@ -10,19 +10,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import AlignmentConfig
-from heterotune_flwr.dema.anchors import anchor_digest, load_anchors
+from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.consensus import Lesson, as_probabilities
 from heterotune_flwr.federation.protocol import TrainReply
 
 Array = NDArray[np.float32]
+T = TypeVar("T")
 
 SCOPES = ("all", "type")
 #: A client whose predictions have nothing to do with the others' still gets this much of a voice.
@@ -56,8 +57,11 @@ class ConsensusOptions:
     answers
         Whether clients of an open-text task exchange answers in words (:mod:`.answers`); without it there is no
         consensus there. A closed label set exchanges probabilities, whatever it says.
+    guest_anchors
+        Where there are guests (clients without examples), how many anchors everybody predicts on in the last round, for
+        them to learn from: more than the pool, or 0 for as many.
     guest_steps
-        Steps on the anchors that guests (clients without examples) take after the last round.
+        Steps on these anchors that guests take after the last round.
 
     """
 
@@ -70,7 +74,8 @@ class ConsensusOptions:
     batch: int = 0
     scope: str = "all"
     answers: bool = False
-    guest_steps: int = 240
+    guest_anchors: int = 0
+    guest_steps: int = 480
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
@@ -94,7 +99,8 @@ class ConsensusOptions:
                     raise ConfigError(f"consensus.answers is {value!r}; true or false is needed")
                 continue
             counted = ("anchors", "pool", "guest_steps")
-            whole, least = key in (*counted, "balance", "batch"), 1 if key in counted else 0
+            whole = key in (*counted, "balance", "batch", "guest_anchors")
+            least = 1 if key in counted else 0
             wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
             if wrong or not least <= value < float("inf"):
                 kind = f"a whole number from {least}" if whole else "a number that is not negative"
@@ -169,6 +175,8 @@ class Consensus:
         See :class:`ConsensusOptions`.
     alignment
         Names the anchors.
+    seed
+        The run's, of the anchors of every round.
 
     Raises
     ------
@@ -177,11 +185,18 @@ class Consensus:
 
     """
 
-    def __init__(self, options: ConsensusOptions, alignment: AlignmentConfig) -> None:
-        texts = load_anchors(dataclasses.replace(alignment, count=options.pool))
-        pool = len(texts)
-        self.options = dataclasses.replace(options, pool=pool, anchors=min(options.anchors, pool))
-        self.digest = anchor_digest(texts)
+    def __init__(
+        self, options: ConsensusOptions, alignment: AlignmentConfig, seed: int = 0
+    ) -> None:
+        most = max(options.pool, options.guest_anchors)
+        texts = load_anchors(dataclasses.replace(alignment, count=most))
+        pool = min(options.pool, len(texts))
+        self.options = dataclasses.replace(
+            options, pool=pool, anchors=min(options.anchors, pool), guest_anchors=len(texts)
+        )
+        self.seed = seed
+        #: Identity of the pool, and of all anchors that guests learn from.
+        self.digests = {pool: anchor_digest(texts[:pool]), len(texts): anchor_digest(texts)}
         #: By type; under "" where all learn from the same.
         self._targets: dict[str, Array] = {}
         self._due = 0
@@ -189,8 +204,9 @@ class Consensus:
         self.closes_after: int | None = None
 
     def asked(self, server_round: int) -> int:
-        """Anchors that clients predict on in a round: all in the last one, where guests learn from them."""
-        return self.options.pool if server_round == self.closes_after else self.options.anchors
+        """Anchors that clients predict on in a round: more in the last one, where guests learn from them."""
+        options = self.options
+        return options.guest_anchors if server_round == self.closes_after else options.anchors
 
     def memory(self) -> State:
         """The next round's targets."""
@@ -205,17 +221,40 @@ class Consensus:
 
     def lesson(self, server_round: int, type_key: str) -> Lesson:
         """What a client is asked in a round; without targets where nobody it learns from predicted on its anchors."""
-        due = self._due == server_round
-        targets = self._targets.get(self._group(type_key)) if due else None
-        return dataclasses.replace(self._lesson(server_round, targets), targets=targets)
+        targets = self._due_for(server_round, type_key, self._targets)
+        if targets is not None:
+            targets = targets[self._places(server_round, targets)]
+        return dataclasses.replace(self._lesson(server_round), targets=targets)
 
-    def _lesson(self, server_round: int, taught: Sized | None) -> Lesson:
-        """Make a lesson about as many anchors as ``taught`` says something of."""
-        options, asked = self.options, self.asked(server_round)
-        count = options.anchors if taught is None else len(taught)
-        return Lesson(
-            self.digest, options.pool, count, options.weight, batch=options.batch, asked=asked
-        )
+    def guest_lesson(self, server_round: int, type_key: str) -> Lesson:
+        """What a guest fits after the last round, the one before ``server_round``: all that was predicted for it."""
+        targets = self._due_for(server_round, type_key, self._targets)
+        return dataclasses.replace(self._lesson_for_guests(targets), targets=targets)
+
+    def _due_for(self, server_round: int, type_key: str, what: Mapping[str, T]) -> T | None:
+        """What a client of a type may learn in a round."""
+        return what.get(self._group(type_key)) if self._due == server_round else None
+
+    def _places(self, server_round: int, taught: Sized) -> list[int]:
+        """Where the round's anchors lie in what was predicted: a run that goes on has it of more, for its guests."""
+        options, count = self.options, len(taught)
+        if count <= options.anchors:
+            return list(range(count))
+        return round_anchors(options.pool, options.anchors, self.seed, server_round)
+
+    def _lesson(self, server_round: int) -> Lesson:
+        options = self.options
+        lesson = Lesson(
+            "", options.pool, options.anchors, options.weight, batch=options.batch,
+            asked=self.asked(server_round),
+        )  # fmt: skip
+        return dataclasses.replace(lesson, digest=self.digests[lesson.extent])
+
+    def _lesson_for_guests(self, taught: Sized | None) -> Lesson:
+        """A lesson that asks for nothing, about as many anchors as ``taught`` says something of."""
+        options, count = self.options, 1 if taught is None else len(taught)
+        digest = self.digests.get(count, "")
+        return Lesson(digest, count, count, options.weight, batch=options.batch, asked=0)
 
     def _groups(self, client_ids: Sequence[str], types: Mapping[str, str]) -> dict[str, list[str]]:
         """Clients that learn from each other."""

@@ -9,7 +9,6 @@ its type has learnt instead.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from heterotune_flwr.federation.protocol import TRAIN
@@ -20,6 +19,9 @@ from heterotune_flwr.strategies.updates import check_step, mean_delta, training_
 
 if TYPE_CHECKING:
     from heterotune_flwr.strategies.base import HeteroStrategy
+
+#: Share of the strategy's learning rate that a guest begins with: what suits many short rounds is much for a long one.
+RATE_SHARE = 0.5
 
 
 def teach(strategy: HeteroStrategy, grid: Grid) -> None:
@@ -66,13 +68,13 @@ def _assignments(strategy: HeteroStrategy, types: list[str]) -> dict[str, Assign
         return {}
     options, found = strategy.consensus.options, {}
     for key in types:
-        lesson = strategy.consensus.lesson(strategy.rounds + 1, key)
+        lesson = strategy.consensus.guest_lesson(strategy.rounds + 1, key)
         if lesson.is_empty:
             continue
         found[key] = Assignment(
             steps=options.guest_steps,
-            learning_rate=strategy.config.train.learning_rate,
-            lesson=dataclasses.replace(lesson, asked=0),
+            learning_rate=RATE_SHARE * strategy.config.train.learning_rate,
+            lesson=lesson,
             examples=lesson.count,
         )
     return found

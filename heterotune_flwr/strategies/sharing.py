@@ -144,7 +144,7 @@ class Sharing(Strategy):
     def use_consensus(self, options: Mapping[str, Any] | None) -> None:
         """Let clients learn from each other's predictions on anchors (call in ``__init__``); null: not."""
         if (found := ConsensusOptions.optional(options)) is not None:
-            self.consensus = Consensus(found, self.config.alignment)
+            self.consensus = Consensus(found, self.config.alignment, self.context.seed)
 
     def learns_in(self, server_round: int) -> bool:
         """Whether clients are asked for predictions on anchors in a round, and taught, where there is a consensus."""
