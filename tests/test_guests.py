@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_client import LABELS
-from test_consensus import TRAINING
+from test_client import LABELS, LORA, World, folder, world  # noqa: F401
+from test_consensus import TRAINING, ask
 from test_strategies import config_dir, events, start
 from test_tuning import data, directory, prepared  # noqa: F401
 from toy_federation import ToyFederation, toy_config
@@ -16,13 +16,25 @@ from toy_federation import ToyFederation, toy_config
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import AlignmentConfig
 from heterotune_flwr.config.validate import preflight
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.dema.anchors import round_anchors
+from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.deploy.node_check import check_node
+from heterotune_flwr.deploy.node_config import read_node_settings
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import round_trip
+from heterotune_flwr.federation.consensus import Lesson
 from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.protocol import (
+    TRAIN,
+    Header,
+    RemoteError,
+    TrainReply,
+    TrainRequest,
+)
 from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.tuning.distill import Distillation
@@ -210,6 +222,95 @@ def test_a_crash_before_the_last_test_changes_nothing(tmp_path):
     assert [c["global_loss"] for c in run["clients"]] == [r.global_loss for r in whole.outcome.rows]
 
 
+def test_a_lesson_is_no_round(tmp_path):
+    """No quorum closes it, dead guests do not end the run, and its time is measured apart."""
+    config = toy_config(tmp_path, (2, 1, 3), rounds=2, quorum=0.5, grace_seconds=0.0)
+    config.types[-1].guest = True
+    federation = ToyFederation(config)
+    died = []
+
+    def train(message, context):
+        if message.metadata.dst_node_id in guests and lesson_of(message).targets is not None:
+            died.append(message.metadata.dst_node_id)
+            raise MemoryError
+        return original(message, context)
+
+    original, federation.train = federation.train, train
+    guests = {1000 + index * 7919 for index in (2, 4, 5)}
+    strategy, _ = start(config, federation, spec={**SPEC, "type_phase": 0.0})
+    assert set(died) == guests
+    failed = {e["client_id"] for e in events(config, "client_failed")}
+    assert failed == set(strategy.roster.of_type(LARGE))
+    assert strategy.outcome.rows
+    assert not events(config, "round_closed")
+    times = strategy.courier.safety.times.state()["own"]
+    last = times["train+anchors to fit+for guests"]
+    assert set(last) == set(strategy.roster.learners)
+    assert "train+anchors" in times
+
+
+def lesson_of(message):
+    return TrainRequest.from_content(message.content).lesson
+
+
+def test_a_run_that_is_ended_early_gives_its_guests_the_bank(tmp_path):
+    config = toy_config(tmp_path, (2, 1, 1), {"heterotune": SPEC}, rounds=6)
+    config.types[-1].guest = True
+    config.run.compare = ["heterotune"]
+    federation = ToyFederation(config)
+    federation.fail = {(f"client-000{c}", 5) for c in range(4)}
+    config.server.give_up_after = 1
+    with pytest.raises(FederationError):
+        run_strategies(federation.grid(), config, Journal(config_dir(config)), "toy-0")
+    config.server.rounds = 4
+    (run,) = run_strategies(federation.grid(), config, Journal(config_dir(config)), "toy-0", True)[
+        "runs"
+    ]
+    (event,) = events(config, "guests")
+    assert (event["round"], event["clients"]) == (4, 0)
+    assert not [c for c, _ in trained(federation) if c == "client-0002"]
+    before = run["before"]["types"][LARGE]["global_accuracy_mean"]
+    assert run["types"][LARGE]["global_accuracy_mean"] > before
+
+
+def test_empty_answers_teach_nothing():
+    assert Lesson("", 3, 3, 1.0, words=True, answers=["", "", ""]).is_empty
+    assert not Lesson("", 3, 3, 1.0, words=True, answers=["", "web", ""]).is_empty
+    assert Lesson("", 3, 3, 0.0, words=True, answers=["web"] * 3).is_empty
+
+
+def test_a_server_cannot_ask_for_more_anchors_than_there_are(world, folder):  # noqa: F811
+    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=4000))
+    lesson = Lesson(anchor_digest(texts), 8, 8, 1.0, asked=10**10)
+    with pytest.raises(RemoteError, match="not those of the server"):
+        ask(world, lesson)
+
+
+@pytest.mark.parametrize("codec", ["topk", "int8"])
+def test_a_real_client_without_examples_learns_and_sends_all_of_it(world, folder, codec):  # noqa: F811
+    """Through the real client, with a codec that would hold some of an ordinary update back."""
+    guest = World(world.path, overrides=f"types.0.guest=true exchange.up={codec}")
+    told = guest.describe(0, LORA)
+    assert (told.train_examples, told.personal_examples) == (0, 4)
+    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
+    targets = np.tile(np.float32([[0.8, 0.1, 0.1]]), (40, 1))
+    lesson = Lesson(anchor_digest(texts), 40, 40, 1.0, targets, batch=8, asked=0)
+    header, names = Header("run", 0, LORA, 1), sorted(told.shapes)
+    request = TrainRequest(header, {}, "", None, names, 30, 0.05, lesson=lesson)
+    reply = TrainReply.from_content(guest.ask(0, TRAIN, request.to_content("fp32")))
+    assert (reply.metrics["examples"], reply.metrics["steps"]) == (40, 30)
+    assert "accuracy" not in reply.metrics
+    assert reply.predictions is None
+    share = np.mean([np.count_nonzero(delta) / delta.size for delta in reply.deltas.values()])
+    assert share > 0.9  # topk would send a tenth
+    start = initial_tensors(told.shapes, 0)
+    trained = {name: start[name] + delta for name, delta in reply.deltas.items()}
+    after = guest.evaluate(0, trained, method=LORA)
+    assert after["global_examples"] == 30
+    ordinary = World(world.path, overrides=f"exchange.up={codec}")
+    assert ordinary.describe(0, LORA).train_examples == 16
+
+
 def test_a_federation_of_guests_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"every type is a guest.*types\.\*\.guest=false"):
         preflight(compose("demo", [f"types.{i}.guest=true" for i in range(3)]))
@@ -284,3 +385,20 @@ def test_half_a_cosine_after_the_warm_up():
         schedule.step()
     cosine = (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
     np.testing.assert_allclose(rates, cosine * [0.5, 1, 1, 1])
+
+
+def test_a_nodes_file_says_that_it_is_a_guest(tmp_path):
+    path = tmp_path / "node.toml"
+    lines = '[server]\naddress = "a:1"\n[client]\nclient-id = "c"\nbackbone = "tiny-a"\nstate-dir = "s"\n'
+    path.write_text(lines + 'guest = "yes"\n')
+    settings = read_node_settings(path)
+    assert settings.node_config()["guest"] == "yes"
+    assert "data" not in settings.client
+    (found,) = [finding for finding in check_node(path, offline=True) if finding.name == "data"]
+    assert (found.state, "guest" in found.message) == ("ok", True)
+    path.write_text(lines + 'guest = "perhaps"\n')
+    with pytest.raises(ConfigError, match="guest is 'perhaps'; choose one of no, yes"):
+        read_node_settings(path)
+    path.write_text(lines)
+    with pytest.raises(ConfigError, match="lacks data"):
+        read_node_settings(path)

@@ -122,7 +122,8 @@ def read_node_settings(path: Path) -> NodeSettings:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     check_keys(path, tables)
     server, client = dict(tables.get("server", {})), dict(tables.get("client", {}))
-    needed = required_of(tables.get("client", {}).get("guest") == "yes")
+    guest = tables.get("client", {}).get("guest", "no") != "no"  # another value is refused below
+    needed = required_of(guest)
     for table, key in [("server", "address"), *(("client", key) for key in needed)]:
         if not tables.get(table, {}).get(key):
             raise ConfigError(f"{path}: [{table}] lacks {key}")

@@ -55,7 +55,7 @@ def _texts(anchors: str, count: int) -> list[str]:
 def _known_texts(lesson: Lesson, alignment: AlignmentConfig) -> list[str]:
     """The anchors; ConfigError where this client's are not the server's."""
     texts = _texts(alignment.anchors, lesson.extent)
-    if anchor_digest(texts) != lesson.digest:
+    if len(texts) < lesson.extent or anchor_digest(texts) != lesson.digest:
         raise ConfigError(
             f"the anchors {alignment.anchors} here are not those of the server; they must be the same texts in the "
             "same order"

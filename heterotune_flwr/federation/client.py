@@ -123,7 +123,8 @@ class Client:
         task = self.task()
         if part == "global":
             return encodings.encoded(task, ("global",), lambda: global_test(self.identity.data))
-        key = (part, self.client_id, repr(self.identity.partition), str(seed))
+        who = self.identity
+        key = (part, who.client_id, repr(who.partition), str(seed), str(who.guest))
         if part == "train":
             return encodings.encoded(task, key, lambda: self.data(seed).train)
         return encodings.encoded(task, key, lambda: self.data(seed).personal_test)
@@ -256,7 +257,7 @@ def train(message: Message, context: Context) -> RecordDict:
     )
     if own:
         store.save(own, header.round)
-    feedback = Feedback.of(config.exchange, store)
+    feedback = Feedback.of(config.exchange, store, once=not len(encoded))
     said = lesson.says(header.round + 1) if lesson else Said()
     reply = TrainReply(
         client_id=client.client_id,

@@ -22,6 +22,7 @@ from heterotune_flwr.federation.wire import (
     ANSWERS,
     CONSENSUS,
     PREDICTIONS,
+    read_config,
     read_field,
     read_json,
     read_tensors,
@@ -86,7 +87,7 @@ class Lesson:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to learn from it."""
-        return not self.weight or (self.targets is None and self.answers is None)
+        return not self.weight or (self.targets is None and not any(self.answers or ()))
 
     def add_to(self, content: RecordDict, config: ConfigRecord) -> None:
         """Add the lesson to a request under construction."""
@@ -137,6 +138,12 @@ class Lesson:
             answers = as_answers(answers, count)
         digest = read_field(fields, "digest", str)
         return cls(digest, pool, count, weight, targets, batch, words, answers, asked)
+
+
+def asks_otherwise(content: RecordDict) -> bool:
+    """Whether a request's lesson asks for predictions on more or fewer anchors than it is about."""
+    config = read_config(content)
+    return _FIELD in config and "asked" in read_json(config, _FIELD)
 
 
 def add_predictions(content: RecordDict, predictions: Array | None) -> None:

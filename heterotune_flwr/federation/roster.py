@@ -152,8 +152,8 @@ def describe_clients(
 ) -> Roster:
     """Wait for clients, ask each who it is, and check that they can work together.
 
-    While fewer than ``minimum`` have answered and the wait is not over, those whose process died, or whose node was
-    away (restarting, say), are asked again, and so are nodes that have come since.
+    While fewer than ``minimum`` have answered, or guests alone, and the wait is not over, those whose process died, or
+    whose node was away (restarting, say), are asked again, and so are nodes that have come since.
 
     Parameters
     ----------
@@ -185,12 +185,16 @@ def describe_clients(
     found: dict[str, Client] = {}
     received: dict[str, int] = {}
     problems: dict[int, LeftOut] = {}
-    while nodes:
+    while True:
         messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
         replies = converse(grid, messages, timeout)
         problems |= {node: LeftOut(node, "", why) for node, why in replies.failures.items()}
         _read(replies, found, received, problems)
-        if len(found) >= minimum or time.monotonic() + AGAIN_SECONDS > deadline:
+        short = len(found) < minimum
+        only_guests = not any(client.info.train_examples > 0 for client in found.values())
+        if not (short or only_guests) or time.monotonic() + AGAIN_SECONDS > deadline:
+            break
+        if short and not nodes:  # nobody is left to ask
             break
         time.sleep(AGAIN_SECONDS)
         known = {client.node_id for client in found.values()} | set(problems) - replies.passing

@@ -190,7 +190,7 @@ class RunProgress:
 
     def _on_guests(self, event: Event) -> None:
         names, loss = ", ".join(event["types"]), event.get("loss")
-        text = f"  guests ({names}) take the bank"
+        text = f"  guests ({names}) take what all types share"
         if event["clients"]:
             text += f" and fit what the others predict: {event['clients']} clients"
         text += f", loss {loss:.3f}" if isinstance(loss, float) else ""

@@ -330,7 +330,7 @@ class HeteroStrategy(Sharing):
         result = Result()
         done, evaluated = snapshot.go_on(self)
         self.context.session.maps.keep()
-        if not evaluated:
+        if not evaluated or (done == self.rounds and guests.waiting(self)):
             self._close(done, grid, result)
         for server_round in range(done + 1, self.rounds + 1):
             messages = list(

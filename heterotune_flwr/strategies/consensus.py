@@ -227,8 +227,13 @@ class Consensus:
         return dataclasses.replace(self._lesson(server_round), targets=targets)
 
     def guest_lesson(self, server_round: int, type_key: str) -> Lesson:
-        """What a guest fits after the last round, the one before ``server_round``: all that was predicted for it."""
+        """What a guest fits after the last round, the one before ``server_round``: all that was predicted for it.
+
+        Nothing, where nobody knew that it was the last round, and predictions are of an ordinary one's anchors.
+        """
         targets = self._due_for(server_round, type_key, self._targets)
+        if targets is not None and len(targets) not in self.digests:
+            targets = None
         return dataclasses.replace(self._lesson_for_guests(targets), targets=targets)
 
     def _due_for(self, server_round: int, type_key: str, what: Mapping[str, T]) -> T | None:

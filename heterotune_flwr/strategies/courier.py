@@ -13,6 +13,7 @@ from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_code
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation.consensus import asks_otherwise
 from heterotune_flwr.federation.held import Held, read_kept
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
 from heterotune_flwr.federation.messenger import Enough, Replies, converse, make_message
@@ -102,14 +103,20 @@ class Courier:
         return self._by_node.get(message.metadata.src_node_id)
 
     def collect(
-        self, grid: Grid, messages: Sequence[Message], kind: str, round: int
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        kind: str,
+        round: int,
+        is_round: bool = True,
     ) -> list[Message]:
         """Send, wait, and return the replies that carry a result.
 
         Every reply is journalled when it arrives. A client that lost its maps, or tensors that were not
         sent again (a wiped disk), is sent them once. A message whose process died is sent once more: training is a
         function of the message and the client's state before the round, so doing it twice changes nothing. Failures
-        end up in the journal as ``client_failed``.
+        end up in the journal as ``client_failed``. ``is_round``: whether these are a round, with its quorum, its
+        patience with nodes that are away and its verdict when all processes die; guests' lessons are none.
 
         Raises
         ------
@@ -148,19 +155,19 @@ class Courier:
             good.append(reply)
             return True
 
-        enough = self._enough(len(messages)) if kind == TRAIN else None
+        enough = self._enough(len(messages)) if kind == TRAIN and is_round else None
         replies = self._converse(grid, messages, kind, on_reply, enough)
         if replies.died:
             again = [
                 self._once_more(sent[node], replies, kind, round) for node in sorted(replies.died)
             ]
             second = self._converse(grid, again, kind, on_reply)
-            if len(second.died) == len(messages) > 1:
+            if is_round and len(second.died) == len(messages) > 1:
                 raise FederationError(
                     f"the processes of all {len(messages)} clients died, twice: {min(second.failures.values())}"
                 )
             self._note(second, round)
-        if kind == TRAIN:
+        if kind == TRAIN and is_round:
             self._await_return(grid, sent, replies, on_reply, round, good)
         self._note(replies, round)
         while lost:  # twice at most: each kind of thing is sent once
@@ -360,6 +367,8 @@ def _can_send_more(request: Message, missing: str) -> bool:
 def _label(kind: str, content: RecordDict) -> str:
     """Messages that take equally long: of one kind, testing the same, with anchors to predict on, to fit, or without.
 
+    Apart from them are those of the last round, with more anchors to predict on, and guests' lessons.
+
     The first with anchors can take minutes where the rounds before took seconds: their states are computed.
     """
     scopes = content[CONFIG].get("scope")
@@ -367,4 +376,6 @@ def _label(kind: str, content: RecordDict) -> str:
     if CONSENSUS in content[CONFIG]:
         taught = CONSENSUS in content or ANSWERS in content[CONFIG]
         parts.append("anchors to fit" if taught else "anchors")
+        if asks_otherwise(content):
+            parts.append("for guests")
     return "+".join(parts)

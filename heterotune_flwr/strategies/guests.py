@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 RATE_SHARE = 0.5
 
 
+def waiting(strategy: HeteroStrategy) -> bool:
+    """Whether there are types of guests alone that have not been taught after the last round."""
+    return bool(strategy.roster.guest_types) and strategy.taught != strategy.rounds
+
+
 def teach(strategy: HeteroStrategy, grid: Grid) -> None:
     """Give the types of guests alone what the others have learnt; once after a strategy's last round."""
     types, last = strategy.roster.guest_types, strategy.rounds
-    if not types or strategy.taught == last:
+    if not waiting(strategy):
         return
     _take_bank(strategy, types)
     strategy.taught = last
@@ -38,7 +43,7 @@ def teach(strategy: HeteroStrategy, grid: Grid) -> None:
         return
     type_of = {cid: strategy.roster.clients[cid].info.type_key for cid in pupils}
     messages = [strategy.train_message(cid, last, work[type_of[cid]]) for cid in pupils]
-    replies = strategy.courier.collect(grid, messages, TRAIN, last)
+    replies = strategy.courier.collect(grid, messages, TRAIN, last, is_round=False)
     admitted = admit(
         strategy.courier,
         last,

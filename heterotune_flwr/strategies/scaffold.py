@@ -43,7 +43,8 @@ class Scaffold(WithinType):
     def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
         """FedAvg's step; c moves by the clients' changes."""
         type_key = updates[0].type_key
-        old, count = self.controls(type_key), len(self.roster.of_type(type_key))
+        old = self.controls(type_key)
+        count = len(set(self.roster.of_type(type_key)) & set(self.roster.learners))
         new = {name: value.astype(np.float64) for name, value in old.items()}
         for update in updates:
             for name, delta in update.deltas.items():

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from heterotune_flwr.config.schema import ExchangeConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import find_codec
-from heterotune_flwr.exchange.directions import up_codec
+from heterotune_flwr.exchange.directions import exact_codec, up_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
 from heterotune_flwr.tuning.client_state import ClientStore
 
@@ -47,8 +47,13 @@ class Feedback:
     store: ClientStore | None
 
     @classmethod
-    def of(cls, exchange: ExchangeConfig, store: ClientStore) -> Feedback:
-        """For a run's settings, beside the client's own state in ``store``."""
+    def of(cls, exchange: ExchangeConfig, store: ClientStore, once: bool = False) -> Feedback:
+        """For a run's settings, beside the client's own state in ``store``.
+
+        ``once``: no later update could bring what the codec drops of this one, so it is sent exactly.
+        """
+        if once:
+            return cls(exact_codec(exchange), None)
         codec = up_codec(exchange)
         active = exchange.error_feedback and find_codec(codec).lossy
         return cls(codec, store.part("residual") if active else None)

@@ -229,6 +229,8 @@ def train_local(
         anchor_batch = choose_micro_batch(
             adapter, task, distillation.rows, size, memory_gb, checkpoint
         )
+    if not len(rows):
+        size = anchor_batch
     loop = _Loop(
         adapter,
         task,
