@@ -3,8 +3,8 @@
 What a federation knows is in its bank and in what its clients predict. A guest takes the bank behind its own maps, and,
 where the strategy has a consensus, then fits the predictions that everybody else made of *all* public anchors in the
 last round, with whatever the strategy trains (distillation, arXiv 1503.02531). No private example is involved at any
-time, and nothing that a guest computes reaches another type. A guest whose type has clients with examples takes what
-its type has learnt instead.
+time, and nothing that a guest learns reaches another type. A guest whose type has clients with examples takes what
+its type shares instead.
 """
 
 from __future__ import annotations
