@@ -93,7 +93,7 @@ def _types(results: Mapping[str, Any]) -> list[str]:
 def _guest_types(results: Mapping[str, Any]) -> set[str]:
     """Types none of whose clients has examples to train on."""
     clients = [client for run in results["runs"] for client in run["clients"]]
-    return {c["type"] for c in clients} - {c["type"] for c in clients if c["examples"]}
+    return {c["type"] for c in clients} - {c["type"] for c in clients if c.get("examples", 1)}
 
 
 def _cell(value: tuple[float, float] | None, seeds: int) -> str:
