@@ -20,6 +20,7 @@ from torch.nn import functional
 from benchmarks.probe_chain import CHAINS, ChainServers, Clients
 from benchmarks.probe_clients import Adam, LatentTask, Schedule, initial_bank, mixture
 from benchmarks.probe_consensus import OPTIONS, Lessons
+from heterotune_flwr.config.rates import sinking_share
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.strategies.guests import RATE_SHARE
 
@@ -200,7 +201,7 @@ class _Guests:
         rates = RATE_SHARE * fleet.rate[self.teachers[:, 0]].repeat_interleave(self.guests)
         adam, steps = Adam(self.bank, fleet.schedule, rates), OPTIONS.guest_steps
         for step in range(steps):
-            adam.rates = rates * (1 + np.cos(np.pi * step / steps)) / 2
+            adam.rates = rates * sinking_share(step / steps)
             leaves = {key: value.requires_grad_(True) for key, value in self.bank.items()}
             grads = torch.autograd.grad(
                 lessons.loss(leaves, self.kinds, self.runs), list(leaves.values())

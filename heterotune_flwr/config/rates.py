@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+
+def sinking_share(done: float) -> float:
+    """Share of the rate after a share ``done`` of the way, 1 to 0 as half a cosine (arXiv 1608.03983)."""
+    return (1 + math.cos(math.pi * done)) / 2
+
 
 def warm_up_share(done: int, warm: float) -> float:
     """Share of the rate in the step after ``done`` steps, of which the first ``warm`` warm up."""

@@ -126,9 +126,7 @@ class AnswerConsensus(Consensus):
 
     def guest_lesson(self, server_round: int, type_key: str) -> Lesson:
         """As :meth:`.consensus.Consensus.guest_lesson`."""
-        answers = self._due_for(server_round, type_key, self._answers)
-        if answers is not None and len(answers) not in self.digests:
-            answers = None
+        answers = self._due_for_guests(server_round, type_key, self._answers)
         return dataclasses.replace(self._lesson_for_guests(answers), words=True, answers=answers)
 
     def hear(

@@ -24,6 +24,7 @@ from heterotune_flwr.federation.protocol import TrainReply
 
 Array = NDArray[np.float32]
 T = TypeVar("T")
+S = TypeVar("S", bound=Sized)
 
 SCOPES = ("all", "type")
 #: A client whose predictions have nothing to do with the others' still gets this much of a voice.
@@ -231,10 +232,13 @@ class Consensus:
 
         Nothing, where nobody knew that it was the last round, and predictions are of an ordinary one's anchors.
         """
-        targets = self._due_for(server_round, type_key, self._targets)
-        if targets is not None and len(targets) not in self.digests:
-            targets = None
+        targets = self._due_for_guests(server_round, type_key, self._targets)
         return dataclasses.replace(self._lesson_for_guests(targets), targets=targets)
+
+    def _due_for_guests(self, server_round: int, type_key: str, what: Mapping[str, S]) -> S | None:
+        """The same of a guest, which learns from all anchors or none."""
+        found = self._due_for(server_round, type_key, what)
+        return found if found is not None and len(found) in self.digests else None
 
     def _due_for(self, server_round: int, type_key: str, what: Mapping[str, T]) -> T | None:
         """What a client of a type may learn in a round."""

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from heterotune_flwr.config.rates import sinking_share
 from heterotune_flwr.config.schema import MethodConfig, TypeConfig
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
@@ -122,7 +122,7 @@ class Sharing(Strategy):
         Cosine annealing (arXiv 1608.03983) over the rounds; ``last`` is ``train.last_rate``, 1 for a constant rate.
         """
         train, done = self.config.train, (server_round - 1) / max(self.rounds - 1, 1)
-        share = train.last_rate + (1 - train.last_rate) * (1 + math.cos(math.pi * done)) / 2
+        share = train.last_rate + (1 - train.last_rate) * sinking_share(done)
         return train.learning_rate * share
 
     def controls(self, type_key: str) -> Tensors | None:

@@ -214,14 +214,15 @@ def train_local(
         examples nor anchors.
 
     """
-    if not len(rows) and distillation is None:
-        raise FederationError("there are no examples to train on, and no predictions to fit")
+    trained_on = rows
+    if not len(rows):
+        if distillation is None:
+            raise FederationError("there are no examples to train on, and no predictions to fit")
+        trained_on = distillation.rows
     steps = config.local_steps if local_steps is None else local_steps
     rate = config.learning_rate if learning_rate is None else learning_rate
     device, checkpoint = adapter.backbone.device, config.gradient_checkpointing
-    size = config.batch_size
-    if len(rows):
-        size = choose_micro_batch(adapter, task, rows, size, memory_gb, checkpoint)
+    size = choose_micro_batch(adapter, task, trained_on, config.batch_size, memory_gb, checkpoint)
     optimizer = make_optimizer(adapter.trained, config, rate)
     terms = GradientTerms(adapter.trained, config.proximal, corrections)
     anchor_batch = size
@@ -229,8 +230,6 @@ def train_local(
         anchor_batch = choose_micro_batch(
             adapter, task, distillation.rows, size, memory_gb, checkpoint
         )
-    if not len(rows):
-        size = anchor_batch
     loop = _Loop(
         adapter,
         task,

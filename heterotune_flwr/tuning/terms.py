@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from heterotune_flwr.config.rates import warm_up_share
+from heterotune_flwr.config.rates import sinking_share, warm_up_share
 from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.dema.bank import tier_of
 
@@ -43,7 +42,7 @@ def rate_schedule(
     """
 
     def share(done: int) -> float:
-        sunk = 1.0 if sinks_over is None else (1 + math.cos(math.pi * done / sinks_over)) / 2
+        sunk = 1.0 if sinks_over is None else sinking_share(done / sinks_over)
         return warm_up_share(done, warm) * sunk
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
