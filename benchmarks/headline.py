@@ -1,7 +1,7 @@
 """The headline table: every method that can run, tuned, on the same clients, data, rounds and steps.
 
 Suites: the embedded family with 3, 6, 12 and 48 clients (1, 2, 4, 16 per type; of the 48 a quarter take part in each
-round), the same with 3, 6 and 12 clients and public texts of the task's own kind (``near3``, ``near6``, ``near12``:
+round), the same with 3, 6, 12 and 48 clients and public texts of the task's own kind (``near3`` to ``near48``:
 2,000 unlabelled texts that no client owns instead of 6,000 about other things), with 12 and the anchors ``debian-near``
 (``sections12``), three real families with 3 and 6 clients, five types (three widths at mixed bits), three clients of
 one parent (``parent3``: the one suite on which sub-model extraction can run); 10 rounds. On the embedded family the

@@ -189,6 +189,7 @@ SUITES = {
     ),
     "near6": Suite("demo", _TINY, 2, method=_DEEP, rates=_NEAR, near_texts=True),
     "near12": Suite("demo", _TINY, 4, method=_DEEP, rates=_NEAR, near_texts=True),
+    "near48": Suite("demo", _TINY, 16, method=(*_DEEP, _QUARTER), rates=_NEAR, near_texts=True),
     "parent3": Suite("demo", [("tiny-c", "bf16")], 3, method=_DEEP, rates=_KNOWN),
 }
 #: Learning rates tried for every method.
