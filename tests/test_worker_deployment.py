@@ -1,4 +1,4 @@
-"""A real deployment: SuperLink, two SuperNodes, a fresh ClientApp process for every message."""
+"""A real deployment: SuperLink, three SuperNodes (one a guest), a fresh ClientApp process for every message."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ import pytest
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.federation import superlink as superlinks
+from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
+from heterotune_flwr.programs import program
 from heterotune_flwr.worker.cli import ask_status
 from heterotune_flwr.worker.places import Place
 
 RUN = """yaml:
 groups: {{types: tiny, data: debian_sections, method: dema, alignment: labels, train: small_data,
   exchange: bf16, server: deployment}}
-strategies: [heterotune]
+strategies:
+  - heterotune:
+      consensus: {{anchors: 16, pool: 32, batch: 8, guest_anchors: 64, guest_steps: 8}}
 types: [{{backbone: tiny-a, bits: bf16, clients: 1}}, {{backbone: tiny-b, bits: bf16, clients: 1}}]
 data: {{personal_test_examples: 8, global_test_examples: 32}}
 method: {{latent: 32, inner: 8}}
 alignment: {{count: 200, components: 64}}
 train: {{local_steps: 3}}
-server: {{rounds: 2, evaluate_every: 1}}
+server: {{rounds: 2, evaluate_every: 1, min_clients: 3}}
 run: {{name: deployed, dir: {directory}}}
 """
 
@@ -60,7 +64,7 @@ class Deployment(SuperLink):
     def start(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [superlinks._script(command), *arguments], env=self.environment, cwd=self.cwd,
+                [program(command), *arguments], env=self.environment, cwd=self.cwd,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -90,13 +94,19 @@ def test_every_backbone_of_a_deployment_is_loaded_once(tmp_path, monkeypatch):
     rows = [{"text": e.text, "label": e.label} for e in training_pool(DataConfig())[:48]]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     app = stage_app(tmp_path / "app")
-    states = {name: tmp_path / name for name in ("tiny-a", "tiny-b")}
+    own = {"data": str(tmp_path / "data.jsonl")}
+    nodes = {
+        ("tiny-a", "bf16"): own,
+        ("tiny-b", "bf16"): own,
+        ("tiny-a", "int8"): {"guest": "yes"},  # a model, and nothing else
+    }
+    states = {node: tmp_path / "-".join(node) for node in nodes}
     try:
         with Deployment(tmp_path / "flower", tmp_path / "flower.log") as deployment:
-            for name, state in states.items():
+            for (name, bits), more in nodes.items():
                 deployment.add_node(
-                    {"client-id": f"of-{name}", "backbone": name, "bits": "bf16",
-                     "data": str(tmp_path / "data.jsonl"), "state-dir": str(state)}
+                    {"client-id": f"of-{name}-{bits}", "backbone": name, "bits": bits,
+                     "state-dir": str(states[name, bits]), **more}
                 )  # fmt: skip
             run_id = deployment.run_app(app, RUN.format(directory=tmp_path / "run"))
             deadline = time.monotonic() + 400
@@ -104,16 +114,25 @@ def test_every_backbone_of_a_deployment_is_loaded_once(tmp_path, monkeypatch):
                 assert time.monotonic() < deadline, tail(deployment.log, 60)
                 time.sleep(1)
             assert verdict == "finished:completed", tail(deployment.log, 60)
-            statuses = {name: ask_status(Place.of(state)) for name, state in states.items()}
-        for name, status in statuses.items():
+            statuses = {node: ask_status(Place.of(state)) for node, state in states.items()}
+        for node, status in statuses.items():
             assert status is not None
-            assert status["loads"][f"{name}@bf16"]["loads"] == 1
+            assert status["loads"]["@".join(node)]["loads"] == 1
             assert status["jobs_failed"] == 0
-            assert status["jobs_done"] >= 6  # describe, align, 2 x train, 2 x evaluate
-            assert (states[name] / "worker.log").read_text().count("ready, pid") == 1
+            # describe, align, 2 x train (a guest: its lesson), 2 x evaluate
+            assert status["jobs_done"] >= (5 if "guest" in nodes[node] else 6)
+            assert (states[node] / "worker.log").read_text().count("ready, pid") == 1
             with suppress(psutil.NoSuchProcess):  # ended with the deployment's other processes
                 psutil.Process(status["pid"]).wait(10)
         (run,) = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
-        assert len(run["clients"]) == 2
+        assert len(run["clients"]) == 3
+        (taught,) = [
+            e for e in read_events(tmp_path / "run" / "rounds.jsonl") if e["event"] == "guests"
+        ]
+        assert (taught["types"], taught["clients"]) == (["tiny-a@int8"], 1)
+        before, after = (
+            r["types"]["tiny-a@int8"]["global_loss_mean"] for r in (run["before"], run)
+        )
+        assert after != before
     finally:
         shutil.rmtree(runtime)
