@@ -2,8 +2,9 @@
 
 One real Flower run (tuning seed 9). Then, from its last checkpoints, the last round's training is done once more here,
 and the clients' predictions on the global test are combined as the server combines those on anchors: that is the
-teacher nobody holds as one model. ``students``: the models of the run's end. ``more_anchors``: the smallest type and
-the largest go on with the teacher's predictions on all 6000 anchors alone.
+teacher nobody holds as one model. ``students``: the models of the run's end. ``entropy``: of the teacher's predictions
+in nats, quartiles. ``more_anchors``: the smallest type, which is the cheapest to train, goes on with the teacher's
+predictions on all 6000 anchors alone, drawn alike, or (``focused``) more often where they say something.
 
 Run: ``python -m benchmarks.distillation`` (a quarter of an hour; ``--run DIR``: of a run that is there). Writes
 ``benchmarks/results/distillation.json``: accuracies on the global test in percent.
@@ -131,12 +132,13 @@ class Again:
         test = make_rows(adapter, client.encoded("global", SWEEP_SEED), cache=False)
         return predict(task, test, range(len(test)))
 
-    def taught_further(self, client: Client, targets: Array) -> Array:
+    def taught_further(self, client: Client, targets: Array, focus: float) -> Array:
         """The same after more steps on anchors alone, half a cosine down to 0."""
         adapter = self.adapter(client, self.end)
         task = adapter.reads(client.task())
         test, anchors = self.rows(client, adapter, task)
-        lesson = Distillation(anchors, range(len(anchors)), torch.from_numpy(targets), 1.0)
+        fitted = torch.from_numpy(targets)
+        lesson = Distillation(anchors, range(len(anchors)), fitted, 1.0, focus=focus)
         rng = np.random.default_rng(0)
         optimizer = torch.optim.AdamW(adapter.trained.values(), _MORE_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _MORE_STEPS)
@@ -154,6 +156,12 @@ class Again:
 def percent_right(predictions: Array, truth: NDArray[np.int64]) -> float:
     """Accuracy in percent."""
     return round(100 * float((predictions.argmax(axis=1) == truth).mean()), 1)
+
+
+def entropy_quartiles(predictions: Array) -> list[float]:
+    """Of the predictions' entropies, in nats."""
+    entropies = -(predictions * np.log(np.maximum(predictions, 1e-12))).sum(axis=1)
+    return [round(float(value), 2) for value in np.quantile(entropies, (0.25, 0.5, 0.75))]
 
 
 def combined(
@@ -194,12 +202,14 @@ def measure(run: Path) -> dict[str, Any]:
     values["students"] = round(
         float(np.mean([percent_right(s, truth) for s in students.values()])), 1
     )
-    values["more_anchors.steps"] = _MORE_STEPS
     targets = combined(anchors, shares, options)
-    for pick in (min, max):
-        kind = pick(kinds, key=lambda kind: kinds[kind].backbone.parameters)
-        further = again.taught_further(kinds[kind], targets)
-        values[f"more_anchors.{kind}"] = percent_right(further, truth)
+    values["entropy.anchors"] = entropy_quartiles(targets)
+    values["entropy.test"] = entropy_quartiles(combined(tests, shares, options))
+    smallest = min(kinds, key=lambda kind: kinds[kind].backbone.parameters)
+    values |= {"more_anchors.type": smallest, "more_anchors.steps": _MORE_STEPS}
+    for name, focus in (("more_anchors", 0.0), ("more_anchors.focused", 1.0)):
+        further = again.taught_further(kinds[smallest], targets, focus)
+        values[name] = percent_right(further, truth)
     return values
 
 

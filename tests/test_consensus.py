@@ -174,6 +174,8 @@ def test_fewer_anchors_than_asked_for_are_all_used(tmp_path):
         ({"weight": -1}, "not negative"),
         ({"weight": float("nan")}, "not negative"),
         ({"trust": True}, "not negative"),
+        ({"focus": -1}, "not negative"),
+        ({"focus": 20}, "focus is 20; 8 at most"),
         ({"scope": "everybody"}, "all or type"),
         ("yes", "key: value"),
     ],
@@ -209,6 +211,8 @@ def test_lessons_travel_as_one_byte_per_probability():
     np.testing.assert_allclose(read.targets.sum(1), 1, atol=1e-6)
     content, config = lesson_content(Lesson("abc", 1024, 256, 1.0))
     assert Lesson.read(content, config).targets is None
+    assert Lesson.read(content, config).focus == 0
+    assert Lesson.read(*lesson_content(Lesson("abc", 9, 9, 1.0, focus=1.5))).focus == 1.5
     assert Lesson.read(RecordDict({}), ConfigRecord({})) is None
 
 
@@ -221,6 +225,9 @@ def test_lessons_travel_as_one_byte_per_probability():
         {"weight": float("inf")},
         {"pool": "many"},
         {"batch": -1},
+        {"focus": -1.0},
+        {"focus": 9.0},
+        {"focus": float("nan")},
     ],
 )
 def test_impossible_lessons_are_refused(change):
@@ -297,6 +304,38 @@ def test_the_anchors_gradient_is_their_cross_entropys(directory, data):  # noqa:
     logits = head(states)[:, tokens].float()
     expected = -0.5 * (wanted[[2, 0]] * logits.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_anchors_are_drawn_as_often_as_their_targets_say_something():
+    """Chances ~ (log C - H)^focus, of single draws."""
+    wanted = torch.tensor(
+        [[0.97, 0.01, 0.01, 0.01], [0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]
+    )
+    told = [np.log(4) + 0.97 * np.log(0.97) + 0.03 * np.log(0.01), np.log(2), 1e-3]
+
+    def shares(focus, targets=wanted, draws=4000):
+        lesson = Distillation(None, [7, 8, 9], targets, 1.0, batch=1, focus=focus)
+        rng = np.random.default_rng(0)
+        drawn = [lesson.draw(16, rng) for _ in range(draws)]
+        assert {len(positions) for positions in drawn} == {1}
+        return np.bincount([position for (position,) in drawn], minlength=3) / draws
+
+    for focus in (0.5, 1.0, 2.0):
+        expected = np.power(told, focus)
+        np.testing.assert_allclose(shares(focus), expected / expected.sum(), atol=0.02)
+    np.testing.assert_allclose(shares(0.0), np.full(3, 1 / 3), atol=0.03)
+    np.testing.assert_allclose(shares(1.0, targets=None), np.full(3, 1 / 3), atol=0.03)
+
+
+def test_a_step_never_draws_an_anchor_twice_however_sharp_the_focus():
+    wanted = torch.from_numpy(
+        probabilities(np.random.default_rng(3), n=12, classes=4, sharpness=9.0)
+    )
+    lesson = Distillation(None, range(12), wanted, 1.0, batch=9, focus=8.0)
+    rng = np.random.default_rng(0)
+    assert all(len(set(lesson.draw(4, rng))) == 9 for _ in range(50))
+    whole = Distillation(None, range(12), torch.full((12, 4), 0.25), 1.0, batch=12, focus=8.0)
+    assert sorted(whole.draw(4, rng)) == list(range(12))
 
 
 def ask(world, lesson, round=1):  # noqa: F811

@@ -124,7 +124,7 @@ class _Predicting:
         values = as_probabilities(lesson.targets, lesson.count, len(self.task.labels or ()))
         targets = torch.from_numpy(values).to(self.task.backbone.device)
         chosen = _drawn(lesson, lesson.count, self.seed, round)
-        return Distillation(self.rows, chosen, targets, lesson.weight, lesson.batch)
+        return Distillation(self.rows, chosen, targets, lesson.weight, lesson.batch, lesson.focus)
 
     def says(self, round: int) -> Said:
         """Predict."""

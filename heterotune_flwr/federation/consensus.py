@@ -35,6 +35,8 @@ Array = NDArray[np.float32]
 _FIELD, _TARGETS = "consensus", "targets"
 #: Letters of one answer.
 LONGEST_ANSWER = 2000
+#: Above it chances would be all or nothing.
+MOST_FOCUS = 8.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Lesson:
         Anchors in every training step; 0: as many as examples.
     words
         Whether the client answers in words (open text) instead of label probabilities.
+    focus
+        How much more often the client draws anchors whose targets say something (:mod:`..tuning.distill`).
     answers
         With ``words``, in the place of ``targets``: what to answer on each anchor, "" where nothing.
     asked
@@ -73,6 +77,7 @@ class Lesson:
     words: bool = False
     answers: list[str] | None = None
     asked: int | None = None
+    focus: float = 0.0
 
     @property
     def wanted(self) -> int:
@@ -102,6 +107,8 @@ class Lesson:
             fields["words"] = True
         if self.wanted != self.count:
             fields["asked"] = self.wanted
+        if self.focus:
+            fields["focus"] = self.focus
         config[_FIELD] = json.dumps(fields, separators=(",", ":"))
         if self.targets is not None:
             content[CONSENSUS] = pack({_TARGETS: self.targets}, UNIT8)
@@ -125,9 +132,10 @@ class Lesson:
         pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
         weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
         asked = read_field(fields, "asked", int) if "asked" in fields else None
+        focus = read_field(fields, "focus", float) if "focus" in fields else 0.0
         words = "words" in fields and read_field(fields, "words", bool)
         sizes = 1 <= count <= pool and (asked or 0) >= 0 and batch >= 0
-        if not sizes or not 0 <= weight < float("inf"):
+        if not sizes or not 0 <= weight < float("inf") or not 0 <= focus <= MOST_FOCUS:
             raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
         tensors = read_tensors(content, CONSENSUS)
         targets = None
@@ -137,7 +145,7 @@ class Lesson:
         if answers is not None:
             answers = as_answers(answers, count)
         digest = read_field(fields, "digest", str)
-        return cls(digest, pool, count, weight, targets, batch, words, answers, asked)
+        return cls(digest, pool, count, weight, targets, batch, words, answers, asked, focus)
 
 
 def asks_otherwise(content: RecordDict) -> bool:

@@ -19,7 +19,7 @@ from heterotune_flwr.config.schema import AlignmentConfig
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import State
-from heterotune_flwr.federation.consensus import Lesson, as_probabilities
+from heterotune_flwr.federation.consensus import MOST_FOCUS, Lesson, as_probabilities
 from heterotune_flwr.federation.protocol import TrainReply
 
 Array = NDArray[np.float32]
@@ -53,6 +53,9 @@ class ConsensusOptions:
         Rounds of :func:`balanced` on the targets; 0: none.
     batch
         Anchors in every training step beside the client's examples; 0: as many as examples (``train.batch_size``).
+    focus
+        Clients draw the anchors of a step with chances ``~ (log C - entropy of the target)^focus``, in nats: what
+        nobody knows teaches nothing. 0: all alike.
     scope
         Whose predictions are averaged for a client: ``all``, or those of its own ``type``, where nothing crosses types.
     answers
@@ -73,6 +76,7 @@ class ConsensusOptions:
     confidence: float = 1.0
     balance: int = 5
     batch: int = 0
+    focus: float = 0.0
     scope: str = "all"
     answers: bool = False
     guest_anchors: int = 0
@@ -103,6 +107,8 @@ class ConsensusOptions:
             whole = key in (*counted, "balance", "batch", "guest_anchors")
             least = 1 if key in counted else 0
             wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+            if key == "focus" and not wrong and value > MOST_FOCUS:
+                raise ConfigError(f"consensus.focus is {value!r}; {MOST_FOCUS:g} at most")
             if wrong or not least <= value < float("inf"):
                 kind = f"a whole number from {least}" if whole else "a number that is not negative"
                 raise ConfigError(f"consensus.{key} is {value!r}; {kind} is needed")
@@ -255,7 +261,7 @@ class Consensus:
         options = self.options
         lesson = Lesson(
             "", options.pool, options.anchors, options.weight, batch=options.batch,
-            asked=self.asked(server_round),
+            asked=self.asked(server_round), focus=options.focus,
         )  # fmt: skip
         return dataclasses.replace(lesson, digest=self.digests[lesson.extent])
 
@@ -263,7 +269,9 @@ class Consensus:
         """A lesson that asks for nothing, about as many anchors as ``taught`` says something of."""
         options, count = self.options, 1 if taught is None else len(taught)
         digest = self.digests.get(count, "")
-        return Lesson(digest, count, count, options.weight, batch=options.batch, asked=0)
+        return Lesson(
+            digest, count, count, options.weight, batch=options.batch, asked=0, focus=options.focus
+        )
 
     def _groups(self, client_ids: Sequence[str], types: Mapping[str, str]) -> dict[str, list[str]]:
         """Clients that learn from each other."""

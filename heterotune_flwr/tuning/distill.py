@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from heterotune_flwr.tuning.task import Task
 
 #: Tokens of one batch of predictions, padding included.
 _BATCH_TOKENS = 2048
+#: What a target tells at least, in nats: one that says nothing may still be drawn.
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Distillation:
         Of this loss beside the one on the client's own examples.
     batch
         Anchors in every step; 0: as many as a batch holds examples.
+    focus
+        Anchors are drawn with chances ``~ (log C - H)^focus``, H the entropy of their targets in nats: more often where
+        the targets say something. 0: all alike, as where the targets are tokens.
 
     """
 
@@ -50,12 +56,24 @@ class Distillation:
     targets: Tensor | None
     weight: float
     batch: int = 0
+    focus: float = 0.0
+
+    @cached_property
+    def chances(self) -> NDArray[np.float64] | None:
+        """Chance of every anchor to be drawn next, None where they are alike."""
+        if not self.focus or self.targets is None:
+            return None
+        said = self.targets.double().cpu().numpy()
+        told = np.log(said.shape[1]) + (said * np.log(np.maximum(said, 1e-12))).sum(axis=1)
+        weights = np.maximum(told, _LEAST) ** self.focus
+        chances: NDArray[np.float64] = weights / weights.sum()
+        return chances
 
     def draw(self, examples: int, rng: np.random.Generator) -> list[int]:
         """Positions (in ``chosen``) of the anchors of one step that has so many examples."""
         count = len(self.chosen)
         size = min(self.batch or examples, count)
-        return [int(i) for i in rng.choice(count, size=size, replace=False)]
+        return [int(i) for i in rng.choice(count, size=size, replace=False, p=self.chances)]
 
     def length(self, position: int) -> int:
         """Count the tokens of an anchor that a step has to run; 1 where none is run."""
