@@ -338,6 +338,34 @@ def test_a_step_never_draws_an_anchor_twice_however_sharp_the_focus():
     assert sorted(whole.draw(4, rng)) == list(range(12))
 
 
+def test_the_options_focus_is_every_lessons(tmp_path):
+    path = tmp_path / "anchors.txt"
+    path.write_text("".join(f"text {n}\n" for n in range(30)))
+    consensus = Consensus(ConsensusOptions(focus=1.5), AlignmentConfig(anchors=str(path)))
+    assert consensus.lesson(1, "t").focus == consensus.guest_lesson(1, "t").focus == 1.5
+
+
+def test_a_client_draws_as_its_lesson_says(world, folder):  # noqa: F811
+    """The first eight anchors are certain, the others say nothing: with focus they alone are learnt."""
+    told = world.describe(0, LORA)
+    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=24))
+    targets = np.full((24, 3), 1 / 3, np.float32)
+    targets[:8] = [1.0, 0.0, 0.0]
+
+    def deltas(focus, targets):
+        lesson = Lesson(anchor_digest(texts), 24, 24, 1.0, targets, batch=4, asked=0, focus=focus)
+        header, names = Header("run", 0, LORA, 1), sorted(told.shapes)
+        request = TrainRequest(header, {}, "", None, names, 3, 0.05, lesson=lesson)
+        return TrainReply.from_content(world.ask(0, TRAIN, request.to_content("fp32"))).deltas
+
+    other = targets.copy()
+    other[8:] = [0.4, 0.3, 0.3]  # says something, but little
+    focused, alike = ([deltas(focus, t) for t in (targets, other)] for focus in (8.0, 0.0))
+    for name in focused[0]:
+        np.testing.assert_array_equal(focused[0][name], focused[1][name])
+    assert any((alike[0][name] != alike[1][name]).any() for name in alike[0])
+
+
 def ask(world, lesson, round=1):  # noqa: F811
     header = Header("run", 0, LORA, round)
     request = TrainRequest(header, {}, "", None, [], 2, 0.01, lesson=lesson)
