@@ -29,7 +29,7 @@ from benchmarks.headline_suites import SUITES, SWEEP_SEED, shipped
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import global_test
-from heterotune_flwr.dema.anchors import load_anchors
+from heterotune_flwr.dema.anchors import entropies, load_anchors
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.trees import State, load_state
 from heterotune_flwr.federation.anchor_work import anchor_work
@@ -160,8 +160,8 @@ def percent_right(predictions: Array, truth: NDArray[np.int64]) -> float:
 
 def entropy_quartiles(predictions: Array) -> list[float]:
     """Of the predictions' entropies, in nats."""
-    entropies = -(predictions * np.log(np.maximum(predictions, 1e-12))).sum(axis=1)
-    return [round(float(value), 2) for value in np.quantile(entropies, (0.25, 0.5, 0.75))]
+    quartiles = np.quantile(entropies(predictions), (0.25, 0.5, 0.75))
+    return [round(float(value), 2) for value in quartiles]
 
 
 def combined(
@@ -186,10 +186,13 @@ def measure(run: Path) -> dict[str, Any]:
     tests, anchors = [s[0] for s in said.values()], [s[1] for s in said.values()]
     shares = voices(anchors, again.options.trust)
     options = again.options
+    teacher, targets = (combined(said_of, shares, options) for said_of in (tests, anchors))
     values: dict[str, Any] = {
         "seeds": [SWEEP_SEED],
         "clients": round(float(np.mean([percent_right(test, truth) for test in tests])), 1),
-        "teacher": percent_right(combined(tests, shares, options), truth),
+        "teacher": percent_right(teacher, truth),
+        "entropy.anchors": entropy_quartiles(targets),
+        "entropy.test": entropy_quartiles(teacher),
     }
     kinds = {client.type_key: client for client in again.clients}
     students = {kind: again.student(client) for kind, client in kinds.items()}
@@ -202,9 +205,6 @@ def measure(run: Path) -> dict[str, Any]:
     values["students"] = round(
         float(np.mean([percent_right(s, truth) for s in students.values()])), 1
     )
-    targets = combined(anchors, shares, options)
-    values["entropy.anchors"] = entropy_quartiles(targets)
-    values["entropy.test"] = entropy_quartiles(combined(tests, shares, options))
     smallest = min(kinds, key=lambda kind: kinds[kind].backbone.parameters)
     values |= {"more_anchors.type": smallest, "more_anchors.steps": _MORE_STEPS}
     for name, focus in (("more_anchors", 0.0), ("more_anchors.focused", 1.0)):

@@ -10,6 +10,10 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import AlignmentConfig
@@ -85,6 +89,12 @@ def round_anchors(pool: int, count: int, seed: int, round: int) -> list[int]:
         return list(range(pool))
     drawn = generator(seed, f"consensus.{round}").choice(pool, size=count, replace=False)
     return [int(index) for index in drawn]
+
+
+def entropies(predictions: NDArray[Any]) -> NDArray[Any]:
+    """Entropy, in nats, of the label probabilities (``... x C``) on every anchor."""
+    found: NDArray[Any] = -(predictions * np.log(np.maximum(predictions, 1e-12))).sum(axis=-1)
+    return found
 
 
 def public_words(texts: Sequence[str], count: int) -> list[str]:

@@ -58,13 +58,13 @@ class Lesson:
         Anchors in every training step; 0: as many as examples.
     words
         Whether the client answers in words (open text) instead of label probabilities.
-    focus
-        How much more often the client draws anchors whose targets say something (:mod:`..tuning.distill`).
     answers
         With ``words``, in the place of ``targets``: what to answer on each anchor, "" where nothing.
     asked
         How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's. More
         than the pool: so many of the whole list.
+    focus
+        How much more often the client draws anchors whose targets say something (:mod:`..tuning.distill`).
 
     """
 

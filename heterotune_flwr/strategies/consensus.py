@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import AlignmentConfig
-from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
+from heterotune_flwr.dema.anchors import anchor_digest, entropies, load_anchors, round_anchors
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.consensus import MOST_FOCUS, Lesson, as_probabilities
@@ -107,12 +107,12 @@ class ConsensusOptions:
             whole = key in (*counted, "balance", "batch", "guest_anchors")
             least = 1 if key in counted else 0
             wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-            if key == "focus" and not wrong and value > MOST_FOCUS:
-                raise ConfigError(f"consensus.focus is {value!r}; {MOST_FOCUS:g} at most")
             if wrong or not least <= value < float("inf"):
                 kind = f"a whole number from {least}" if whole else "a number that is not negative"
                 raise ConfigError(f"consensus.{key} is {value!r}; {kind} is needed")
         options = cls(**given)
+        if options.focus > MOST_FOCUS:
+            raise ConfigError(f"consensus.focus is {options.focus!r}; {MOST_FOCUS:g} at most")
         if options.anchors > options.pool:
             raise ConfigError(
                 f"consensus.anchors is {options.anchors}, more than the {options.pool} of consensus.pool"
@@ -154,8 +154,7 @@ def heard(
     Returns the mean (``n x C``) and every client's share in it, averaged over anchors.
     """
     said = np.asarray(predictions, np.float64)
-    entropy = -(said * np.log(np.maximum(said, 1e-12))).sum(axis=-1)
-    weights = np.asarray(shares)[:, None] * np.exp(-confidence * entropy)
+    weights = np.asarray(shares)[:, None] * np.exp(-confidence * entropies(said))
     weights = weights / weights.sum(axis=0)
     mean: NDArray[np.float64] = np.einsum("in,inc->nc", weights, said)
     return mean, [float(share) for share in weights.mean(axis=1)]
@@ -259,19 +258,20 @@ class Consensus:
 
     def _lesson(self, server_round: int) -> Lesson:
         options = self.options
-        lesson = Lesson(
-            "", options.pool, options.anchors, options.weight, batch=options.batch,
-            asked=self.asked(server_round), focus=options.focus,
-        )  # fmt: skip
-        return dataclasses.replace(lesson, digest=self.digests[lesson.extent])
+        return self._about(options.pool, options.anchors, self.asked(server_round))
 
     def _lesson_for_guests(self, taught: Sized | None) -> Lesson:
         """A lesson that asks for nothing, about as many anchors as ``taught`` says something of."""
-        options, count = self.options, 1 if taught is None else len(taught)
-        digest = self.digests.get(count, "")
-        return Lesson(
-            digest, count, count, options.weight, batch=options.batch, asked=0, focus=options.focus
+        count = 1 if taught is None else len(taught)
+        return self._about(count, count, asked=0)
+
+    def _about(self, pool: int, count: int, asked: int) -> Lesson:
+        """A lesson as the options say, without targets; one about a list that is none of ours has no digest."""
+        options = self.options
+        lesson = Lesson(
+            "", pool, count, options.weight, batch=options.batch, asked=asked, focus=options.focus
         )
+        return dataclasses.replace(lesson, digest=self.digests.get(lesson.extent, ""))
 
     def _groups(self, client_ids: Sequence[str], types: Mapping[str, str]) -> dict[str, list[str]]:
         """Clients that learn from each other."""
@@ -311,6 +311,5 @@ class Consensus:
             means.append(mean)
             for client_id, weight in zip(members, weights, strict=True):
                 shares[types[client_id]] = shares.get(types[client_id], 0.0) + weight
-        said = np.stack(means)
-        entropy = float(-(said * np.log(np.maximum(said, 1e-12))).sum(axis=-1).mean())
+        entropy = float(entropies(np.stack(means)).mean())
         return {"voices": shares, "entropy": entropy, "clients": len(usable)}, refused

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from heterotune_flwr.backbones.batches import batches_by_length
+from heterotune_flwr.dema.anchors import entropies
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
 
@@ -64,7 +65,7 @@ class Distillation:
         if not self.focus or self.targets is None:
             return None
         said = self.targets.double().cpu().numpy()
-        told = np.log(said.shape[1]) + (said * np.log(np.maximum(said, 1e-12))).sum(axis=1)
+        told = np.log(said.shape[1]) - entropies(said)
         weights = np.maximum(told, _LEAST) ** self.focus
         chances: NDArray[np.float64] = weights / weights.sum()
         return chances
