@@ -11,7 +11,7 @@ from benchmarks.common import RESULTS, Key, mean_and_std, paired_gain, read_resu
 from heterotune_flwr.exchange.storage import atomic_write_text
 
 #: Ours: the first of these that is measured on a suite.
-OURS = ("heterotune_deep", "heterotune_deep_cold", "heterotune")
+OURS = ("heterotune_focused", "heterotune_deep", "heterotune_deep_cold", "heterotune")
 #: Parts of ours are ablations, not rivals: the bank alone, without CMGA, the predictions alone, LoRA at home.
 NO_RIVALS = (*OURS, "bank", "mean", "predictions", "lora_at_home")
 
@@ -116,8 +116,8 @@ def markdown(suites: dict[str, Any]) -> str:
         "# Headline",
         "",
         "Written by `python -m benchmarks.headline`. Accuracy in percent; gain: ours (the first measured of "
-        "`heterotune_deep`, `heterotune_deep_cold`, `heterotune`) minus the row, paired, 95 % bootstrap over (seed, "
-        "type) cells; kB: up, per client-round.",
+        f"{', '.join(f'`{name}`' for name in OURS)}) minus the row, paired, 95 % bootstrap over (seed, type) cells; "
+        "kB: up, per client-round.",
         "",
     ]
     head = "method | rate | global | own tests | worst 10 % | min | gain | kB | % of LoRA r=16 | s"

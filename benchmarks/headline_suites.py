@@ -27,6 +27,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "predictions": {"type_phase": 0.95, "mixing": 0.0},
     "lora_at_home": {"method": {"core_scope": "client"}},
     "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
+    "heterotune_focused": {"consensus": {"focus": 1.0}},
     "heterotune_deep_cold": _COLD,
     "within_consensus_annealed": {"consensus": {**_MORE, "scope": "type"}, **_ANNEALED},
     "within_consensus_cold": {"consensus": {**_MORE, "scope": "type"}, **_COLD},
@@ -39,6 +40,7 @@ SHIPPED_AS: Mapping[str, str] = {
     "predictions": "heterotune",
     "lora_at_home": "heterotune",
     "fedmkt64": "fedmkt",
+    "heterotune_focused": "heterotune_deep",
     "heterotune_deep_cold": "heterotune_deep",
     "within_consensus_annealed": "within_consensus",
     "within_consensus_cold": "within_consensus",
@@ -49,6 +51,7 @@ SHIPPED_AS: Mapping[str, str] = {
 #: Rows of the suites on which LoRA trains in every method.
 WITH_LORA = (
     "heterotune_deep",
+    "heterotune_focused",
     "heterotune_deep_cold",
     "within_consensus_annealed",
     "within_consensus_cold",
@@ -175,6 +178,13 @@ SUITES = {
     "embedded6": Suite("demo", _TINY, 2, method=_DEEP, rates=_BOTH_RIVALS),
     "embedded12": Suite("demo", _TINY, 4, method=_DEEP, rates=_KNOWN),
     "embedded48": Suite("demo", _TINY, 16, method=(*_DEEP, _QUARTER), rates=_KNOWN),
+    "sections3": Suite(
+        "demo",
+        _TINY,
+        1,
+        method=(*_DEEP, _NEARER),
+        rates={**_KNOWN, "fedmkt64_annealed": (2e-3, 4e-3, 8e-3)},
+    ),
     "sections12": Suite("demo", _TINY, 4, method=(*_DEEP, _NEARER), rates=_KNOWN),
     "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3x2": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
@@ -197,7 +207,7 @@ RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, _BANK),
     "lora_at_home": (2e-3,),  # HeteroTune's best where LoRA trains
     # of 4 and 8e-3 on embedded12's tuning seed, without warm-up
-    **dict.fromkeys(("heterotune_deep", "heterotune_deep_cold"), (8e-3,)),
+    **dict.fromkeys(("heterotune_deep", "heterotune_focused", "heterotune_deep_cold"), (8e-3,)),
     **dict.fromkeys(("within_consensus_annealed", "within_consensus_cold"), (8e-3,)),
     **dict.fromkeys(("fedmkt64_annealed", "fedmkt64_cold"), (2e-3, 4e-3)),
     "fedit_annealed": (1e-3, 2e-3, 4e-3),
