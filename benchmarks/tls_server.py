@@ -12,7 +12,14 @@ from pathlib import Path
 from heterotune_flwr.deploy.certificates import Pair
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    offset: float
+    control: int
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
+    server: _Server
+
     def do_GET(self) -> None:
         """Tell the time and refuse."""
         self.send_response_only(403)
@@ -36,7 +43,7 @@ class TlsServer:
     def __init__(
         self, pair: Pair | None, folder: Path, offset: float = 0.0, control: int = 403
     ) -> None:
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self.http = _Server(("127.0.0.1", 0), _Handler)
         self.http.offset, self.http.control = offset, control
         self.port = self.http.server_port
         if pair is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_backbones import LABELS, save_backbone
 
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
 from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, MethodConfig
@@ -25,7 +26,6 @@ from heterotune_flwr.dema.factors import (
 from heterotune_flwr.dema.structure import find_structure, slot_blocks
 from heterotune_flwr.errors import BackboneError, DataError
 from heterotune_flwr.exchange.packing import Tensors
-from tests.tiny_backbones import LABELS, save_backbone
 
 DATA = DataConfig(prompt="Package: {text}\nSection:", max_length=64)
 TEXTS = [

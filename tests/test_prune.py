@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_backbones import TEXTS, save_backbone, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from heterotune_flwr.backbones.prune import (
@@ -16,7 +17,6 @@ from heterotune_flwr.backbones.prune import (
     prune_and_heal,
 )
 from heterotune_flwr.errors import BackboneError
-from tests.tiny_backbones import TEXTS, save_backbone, save_tokenizer
 
 
 @pytest.fixture(scope="module")

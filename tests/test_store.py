@@ -107,6 +107,7 @@ def test_gradients_through_stored_weights_survive_an_evaluation(directory, bits)
         embedded = model.get_input_embeddings()(IDS) + shift.to(model.dtype)
         model(inputs_embeds=embedded, labels=IDS).loss.backward()
         model.eval()
+        assert shift.grad is not None
         return shift.grad.clone()
 
     before = gradient()

@@ -31,6 +31,7 @@ from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import FullRows, make_rows
+from heterotune_flwr.tuning.submodel import SliceTask
 from heterotune_flwr.tuning.task import make_task
 
 HEAD, SMALL = "sub.head", "type/small@fp32"
@@ -307,6 +308,7 @@ def test_training_moves_all_of_a_slice_its_unembedding_too(directory, data, loss
     read = {token for ids in encoded.inputs for token in ids}
     if loss == "labels":
         # Rows of label words that no prompt holds learn from the unembedding alone.
+        assert isinstance(task, SliceTask)
         unread = [token for token in task.tokens if token not in read]
         assert unread
         assert all(adapter.read()["sub.model.embed_tokens"][token].any() for token in unread)

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -122,7 +122,7 @@ class SuperLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._streamer: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> SuperLink:
+    def __enter__(self) -> Self:
         """Start it and wait until it answers (FederationError with the log's end if it does not)."""
         try:
             self._guard = start_guard(self.mark, self._folders)

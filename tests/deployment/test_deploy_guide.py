@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import typer.main
 
@@ -22,7 +23,8 @@ def test_every_command_of_the_guide_exists():
     )
     assert len(lines) > 14
     for line in lines:
-        words, command = shlex.split(line), root
+        words: list[str] = shlex.split(line)
+        command: Any = root
         while words and words[0] in getattr(command, "commands", {}):
             command = command.commands[words.pop(0)]
         assert not hasattr(command, "commands"), line

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -49,7 +50,7 @@ def toy_spec(name: str) -> dict:
 class Ended:
     """What is left of a run: the strategy, its journal, and the clients' final losses on the global test."""
 
-    strategy: object
+    strategy: Any
     events: list = field(default_factory=list)
 
     def loss(self, without=()):
