@@ -50,6 +50,7 @@ SHIPPED_AS: Mapping[str, str] = {
 }
 #: Rows of the suites on which LoRA trains in every method.
 WITH_LORA = (
+    "lora_at_home",
     "heterotune_deep",
     "heterotune_focused",
     "heterotune_deep_cold",

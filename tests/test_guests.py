@@ -36,6 +36,7 @@ from heterotune_flwr.federation.protocol import (
     TrainRequest,
 )
 from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.reporting.status import read_status
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.tuning.distill import Distillation
 from heterotune_flwr.tuning.local import train_local
@@ -81,6 +82,14 @@ def test_guests_are_asked_once_after_the_last_round_about_all_anchors(tmp_path):
     assert wanted == [8, 8, 12]  # in the last round on all, for the guests
     (event,) = events(config, "guests")
     assert (event["round"], event["types"], event["clients"]) == (4, [LARGE], 2)
+
+
+def test_status_counts_no_examples_of_a_guest(tmp_path):
+    strategy, _, config = with_guest(tmp_path)
+    clients = read_status(Path(config.run.dir)).clients
+    examples = {client_id: client.examples for client_id, client in clients.items()}
+    assert all(examples[client_id] == 0 for client_id in strategy.roster.of_type(LARGE))
+    assert all(examples[client_id] > 0 for client_id in strategy.roster.learners)
 
 
 def test_without_guests_the_last_round_is_like_the_others(tmp_path):

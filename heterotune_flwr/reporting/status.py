@@ -130,6 +130,8 @@ def follow(events: Iterable[Mapping[str, Any]], standing: Standing) -> Standing:
             standing.round = _whole(event.get("round"), standing.round)
             standing.loss = _number(event.get("loss"))
             ends += [] if at is None else [at]
+        elif kind == "guests":
+            _mark_guests(standing.clients.values(), event.get("types"))
         _of_client(standing.clients, event, at, bits)
     if standing.state == "running" and len(ends) > 1:
         recent = ends[-_RECENT - 1 :]
@@ -153,6 +155,13 @@ def _phase(event: Mapping[str, Any], before: str | None) -> str | None:
         "round": None,
     }
     return phases.get(kind, before) if isinstance(kind, str) else before
+
+
+def _mark_guests(clients: Iterable[ClientStanding], types: Any) -> None:
+    """Guests own no examples; what they answered with counts the anchors of their lesson."""
+    for client in clients:
+        if isinstance(types, list) and client.type_key in types:
+            client.examples = 0.0
 
 
 def _of_client(
