@@ -1,10 +1,12 @@
-"""How much of what all types know together reaches each: teacher and students of ``heterotune_deep`` on ``embedded12``.
+"""How much of what all types know together reaches each: teacher and students of ``heterotune_deep``.
 
-One real Flower run (tuning seed 9). Then, from its last checkpoints, the last round's training is done once more here,
-and the clients' predictions on the global test are combined as the server combines those on anchors: that is the
-teacher nobody holds as one model. ``students``: the models of the run's end. ``entropy``: of the teacher's predictions
-in nats, quartiles. ``more_anchors``: the smallest type, which is the cheapest to train, goes on with the teacher's
-predictions on all 6000 anchors alone, drawn alike, or (``focused``) more often where they say something.
+One real Flower run (tuning seed 9) on ``embedded12``, or on another of the headline's suites (``--suite embedded3``:
+one client per type; its values are kept under the suite's name). Then, from its last checkpoints, the last round's
+training is done once more here, and the clients' predictions on the global test are combined as the server combines
+those on anchors: that is the teacher nobody holds as one model. ``students``: the models of the run's end. ``entropy``:
+of the teacher's predictions in nats, quartiles. ``more_anchors``: the smallest type, which is the cheapest to train,
+goes on with the teacher's predictions on all 6000 anchors alone, drawn alike, or (``focused``) more often where they
+say something.
 
 Run: ``python -m benchmarks.distillation`` (a quarter of an hour; ``--run DIR``: of a run that is there). Writes
 ``benchmarks/results/distillation.json``: accuracies on the global test in percent.
@@ -25,7 +27,7 @@ import yaml
 from numpy.typing import NDArray
 
 from benchmarks.common import flower_run, write_results
-from benchmarks.headline_suites import SUITES, SWEEP_SEED, shipped
+from benchmarks.headline_suites import SUITES, SWEEP_SEED, Suite, shipped
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import global_test
@@ -50,17 +52,17 @@ from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import Task
 
-_SUITE, _METHOD = SUITES["embedded12"], "heterotune_deep"
+_SUITE, _METHOD = "embedded12", "heterotune_deep"
 _MORE_STEPS, _MORE_RATE = 300, 2e-3
 Array = NDArray[np.float32]
 
 
-def federated(folder: Path) -> None:
+def federated(folder: Path, suite: Suite) -> None:
     """The run itself, kept in ``folder``."""
-    preset = _SUITE.compared("distillation", {_METHOD: shipped(_METHOD)}, [SWEEP_SEED])
+    preset = suite.compared("distillation", {_METHOD: shipped(_METHOD)}, [SWEEP_SEED])
     path = folder / "preset.yaml"
     path.write_text(yaml.safe_dump(preset))
-    flower_run(str(path), _SUITE.overrides(), folder / "run")
+    flower_run(str(path), suite.overrides(), folder / "run")
 
 
 class Again:
@@ -218,15 +220,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="directory this command's run was kept in")
-    run = parser.parse_args().run
+    parser.add_argument("--suite", default=_SUITE, choices=SUITES, help="of the headline")
+    args = parser.parse_args()
+    run = args.run
     if run is None:
         folder = Path(mkdtemp(prefix="heterotune-distillation-"))
-        federated(folder)
+        federated(folder, SUITES[args.suite])
         run = folder / "run"
         print(f"the run is kept in {run}", flush=True)
     torch.set_num_threads(os.cpu_count() or 1)
     values = measure(run)
     print(values)
+    if args.suite != _SUITE:
+        values = {"seeds": values.pop("seeds"), args.suite: values}
     write_results("distillation", values)
 
 
