@@ -27,7 +27,7 @@ import yaml
 from numpy.typing import NDArray
 
 from benchmarks.common import flower_run, write_results
-from benchmarks.headline_suites import SUITES, SWEEP_SEED, Suite, shipped
+from benchmarks.headline_suites import SUITES, SWEEP_SEED, shipped
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import global_test
@@ -57,12 +57,12 @@ _MORE_STEPS, _MORE_RATE = 300, 2e-3
 Array = NDArray[np.float32]
 
 
-def federated(folder: Path, suite: Suite) -> None:
+def federated(folder: Path, suite: str) -> None:
     """The run itself, kept in ``folder``."""
-    preset = suite.compared("distillation", {_METHOD: shipped(_METHOD)}, [SWEEP_SEED])
+    preset = SUITES[suite].compared(suite, {_METHOD: shipped(_METHOD)}, [SWEEP_SEED])
     path = folder / "preset.yaml"
     path.write_text(yaml.safe_dump(preset))
-    flower_run(str(path), suite.overrides(), folder / "run")
+    flower_run(str(path), SUITES[suite].overrides(), folder / "run")
 
 
 class Again:
@@ -219,20 +219,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--run", type=Path, help="directory this command's run was kept in")
-    parser.add_argument("--suite", default=_SUITE, choices=SUITES, help="of the headline")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", type=Path, help="directory this command's run was kept in")
+    which.add_argument("--suite", default=_SUITE, choices=SUITES, help="of the headline")
     args = parser.parse_args()
     run = args.run
     if run is None:
         folder = Path(mkdtemp(prefix="heterotune-distillation-"))
-        federated(folder, SUITES[args.suite])
+        federated(folder, args.suite)
         run = folder / "run"
         print(f"the run is kept in {run}", flush=True)
+    suite = compose(str(run / "config.yaml")).run.name  # its own, of whatever run it is
+    if suite not in SUITES:
+        parser.error(f"{run} holds a run named {suite}, which is none of this command's")
     torch.set_num_threads(os.cpu_count() or 1)
     values = measure(run)
     print(values)
-    if args.suite != _SUITE:
-        values = {"seeds": values.pop("seeds"), args.suite: values}
+    if suite != _SUITE:
+        values = {"seeds": values.pop("seeds"), suite: values}
     write_results("distillation", values)
 
 

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 PROGRAM = """
-import json, os, pathlib, signal, sys, types
+import json, os, pathlib, signal, sys
 import ray
 from flwr.simulation.ray_transport import ray_actor
 from heterotune_flwr.federation.ray_pool import mend_actor_pool
