@@ -208,6 +208,11 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.gate_mass[adapter_name] = weights.detach().reshape(-1, weights.shape[-1]).mean(0)
         return weights
 
+    def latents(self, x: Tensor) -> Tensor:
+        """``D x + o`` of the first active adapter, ``... x d`` -> ``... x r``, in float32."""
+        maps = cast(SlotMaps, self.dema_maps[self.active_names()[0]])
+        return functional.linear(x.float(), maps.down_weight.float(), maps.down_bias.float())
+
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
         """What the mixture adds for input ``x`` (... x d), computed and returned in float32.
 

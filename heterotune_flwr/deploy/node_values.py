@@ -12,7 +12,7 @@ from heterotune_flwr.backbones.sources import AUTO, BITS
 from heterotune_flwr.data.tables import FORMS
 from heterotune_flwr.deploy.hosts import check_port, parse_server
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.identity import ANSWERS, GUEST, REPORTS
+from heterotune_flwr.federation.identity import ANSWERS, CLASS_SUMS, GUEST, REPORTS
 from heterotune_flwr.tuning.client_state import FILE_NAME
 from heterotune_flwr.tuning.slots import lowest_slot
 
@@ -22,7 +22,7 @@ KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "client": {
         **dict.fromkeys(
             ("client-id", "backbone", "bits", "revision", "data", "format", "test", "anchors", "state-dir", "cache",
-             "text-field", "label-field", "slots", "report", "answers", "guest", "device", "worker"),
+             "text-field", "label-field", "slots", "report", "answers", "class-sums", "guest", "device", "worker"),
             (str,),
         ),
         "memory-gb": (int, float),
@@ -63,6 +63,7 @@ def check_values(path: Path, server: Mapping[str, Any], client: Mapping[str, Any
         ("format", client.get("format"), FORMS),
         ("report", client.get("report"), REPORTS),
         ("answers", client.get("answers"), ANSWERS),
+        ("class-sums", client.get("class-sums"), CLASS_SUMS),
         ("guest", client.get("guest"), GUEST),
         ("worker", client.get("worker"), WORKER),
         ("accept-code", server.get("accept-code"), ACCEPT),

@@ -240,6 +240,7 @@ label-field = "label" # column with the answer; not used for chat messages: the 
 state-dir = "state"   # this client's private weights and logs; keep it, and a node that comes back goes on with it
 # report = "counts-and-loss-only"  # beside the update tell only examples, steps, learning rate and loss
 # guest = "yes"       # no labelled examples here, data is optional: it learns after the last round (docs/guests.md)
+# class-sums = "no"   # tell no counts and sums of this node's classes, where a run asks (docs/method.md)
 # answers = "yes"     # let answers go that the model writes on public prompts, where a run asks (docs/generation.md)
 """
 )

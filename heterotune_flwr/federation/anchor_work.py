@@ -17,10 +17,12 @@ from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anch
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.federation.consensus import LONGEST_ANSWER, Lesson, as_probabilities
+from heterotune_flwr.federation.discriminant import Discriminant
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity
 from heterotune_flwr.federation.own_words import repeating
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.discriminant import discriminant_logits
 from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.generation import answer_prompts, draw_answers
 from heterotune_flwr.tuning.states import Rows, make_rows
@@ -83,8 +85,9 @@ def anchor_work(
     task: Task,
     adapter: AttachedAdapter,
     seed: int,
+    discriminant: Discriminant | None = None,
 ) -> AnchorWork | None:
-    """Prepare a lesson; None where there is none.
+    """Prepare a lesson; None where there is none. ``discriminant`` has its say in what the client predicts.
 
     Raises
     ------
@@ -103,17 +106,21 @@ def anchor_work(
     cache = config.train.cache_states
     if lesson.words:
         return _Answering(lesson, task, adapter, texts, identity, seed, cache)
-    rows = make_rows(adapter, _encoded(lesson, texts, task), cache)
-    return _Predicting(lesson, task, rows, seed)
+    encoded = _encoded(lesson, texts, task)
+    offsets = discriminant_logits(discriminant, adapter, encoded)
+    rows = make_rows(adapter, encoded, cache)
+    speaks = rows if offsets is None else make_rows(adapter, encoded, cache, offsets=offsets)
+    return _Predicting(lesson, task, rows, speaks, seed)
 
 
 @dataclass(frozen=True)
 class _Predicting:
-    """Label probabilities of a closed set; ``rows`` are those of the whole pool."""
+    """Label probabilities of a closed set; ``rows`` are those of the whole pool, ``speaks`` the same as it predicts."""
 
     lesson: Lesson
     task: Task
     rows: Rows
+    speaks: Rows
     seed: int
 
     def distillation(self, round: int) -> Distillation | None:
@@ -132,7 +139,7 @@ class _Predicting:
         if not lesson.wanted:
             return Said()
         chosen = _drawn(lesson, lesson.wanted, self.seed, round)
-        return Said(predict(self.task, self.rows, chosen))
+        return Said(predict(self.task, self.speaks, chosen))
 
 
 @dataclass(frozen=True)

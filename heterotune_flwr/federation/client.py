@@ -29,6 +29,7 @@ from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.federation.anchor_work import Said, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
+from heterotune_flwr.federation.discriminant import ClassSums
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
@@ -60,6 +61,7 @@ from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.controls import ClientControls
+from heterotune_flwr.tuning.discriminant import class_sums, discriminant_logits
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once, measured_once
 from heterotune_flwr.tuning.feedback import Feedback
 from heterotune_flwr.tuning.generation import GenerationReport, score_generation
@@ -229,7 +231,9 @@ def train(message: Message, context: Context) -> RecordDict:
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
     task = adapter.reads(client.task())
-    lesson = anchor_work(request.lesson, client.identity, config, task, adapter, header.seed)
+    lesson = anchor_work(
+        request.lesson, client.identity, config, task, adapter, header.seed, request.discriminant
+    )
     report = train_local(
         adapter,
         task,
@@ -270,8 +274,21 @@ def train(message: Message, context: Context) -> RecordDict:
         kept=kept,
         code_hash=code_hash(),
         answers=said.answers,
+        class_sums=_class_sums(client, adapter, task, encoded, request.class_sums),
     )
     return reply.to_content(feedback.codec)
+
+
+def _class_sums(
+    client: Client, adapter: AttachedAdapter, task: Task, encoded: EncodedSet, least: int
+) -> ClassSums | None:
+    """What the server asks to know of the classes; None where it asks nothing, or the owner lets none of it go."""
+    if not least or task.kind != "labels" or adapter.kind != "dema" or not len(encoded):
+        return None
+    if not client.identity.class_sums:
+        log.info("this node's owner lets no class sums go (class-sums in node.toml)")
+        return None
+    return class_sums(adapter, encoded, len(task.labels or ()), least)
 
 
 def evaluate_client(message: Message, context: Context) -> RecordDict:
@@ -288,9 +305,12 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     for scope in request.scopes:
         encoded = client.encoded(scope, header.seed)
         task = adapter.reads(client.task())
-        rows = make_rows(adapter, encoded, client.config.train.cache_states)
+        shared = request.discriminant
+        offsets = discriminant_logits(shared, adapter, encoded)
+        rows = make_rows(adapter, encoded, client.config.train.cache_states, offsets=offsets)
         if scope == "global":
-            report = evaluate_once(adapter, task, rows, task.data_key(encoded))
+            key = task.data_key(encoded) + (shared.digest if shared else "")
+            report = evaluate_once(adapter, task, rows, key)
         else:
             report = evaluate(adapter, task, rows, client.prior(header.seed))
         metrics |= _eval_metrics(scope, report)

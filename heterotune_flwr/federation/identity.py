@@ -4,8 +4,8 @@ In a simulation a node knows only its partition; the run's configuration says th
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
 ``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field`` and
-``label-field``, ``report``, ``answers``, ``guest``, ``code-hash`` (and ``worker``, ``worker-idle-minutes``:
-:mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the node's file. It takes no
+``label-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash`` (and ``worker``,
+``worker-idle-minutes``: :mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the node's file. It takes no
 path from the server, and nothing of its data answers the server: its columns are named here, its
 labels by the run.
 """
@@ -37,6 +37,8 @@ REQUIRED = ("client-id", "backbone", "data", "state-dir")
 REPORTS = ("all", "counts-and-loss-only")
 #: Whether answers that a deployed client's model writes on public prompts may leave it.
 ANSWERS = ("no", "yes")
+#: Whether what a deployed client tells of its classes (how many examples, sums of their latents) may leave it.
+CLASS_SUMS = ("yes", "no")
 #: Whether a deployed client has no labelled examples, or keeps them all for its own test.
 GUEST = ("no", "yes")
 #: What always leaves: the server weighs and checks updates by the first three.
@@ -49,7 +51,8 @@ class Identity:
 
     ``data`` is the run's data configuration with this client's own files in it; ``partition`` is
     (partition id, number of partitions) in a simulation, None in a deployment. ``answers``: whether what its model
-    writes on public prompts may leave it; a deployed client's owner must say so. ``guest``: it trains on no example of
+    writes on public prompts may leave it; a deployed client's owner must say so. ``class_sums``: whether its classes'
+    counts and sums may; the owner may forbid it. ``guest``: it trains on no example of
     its own.
     """
 
@@ -64,6 +67,7 @@ class Identity:
     slots: str = "all"
     report: str = "all"
     answers: bool = True
+    class_sums: bool = True
     guest: bool = False
 
     def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -188,6 +192,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
     check_code(str(node_config.get("code-hash") or ""))
     report = _choice(node_config, "report", REPORTS)
     answers = _choice(node_config, "answers", ANSWERS)
+    sums = _choice(node_config, "class-sums", CLASS_SUMS)
     test, anchors = node_config.get("test"), node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)
@@ -218,6 +223,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         slots=str(node_config.get("slots") or config.train.slots),
         report=report,
         answers=answers == "yes",
+        class_sums=sums == "yes",
         guest=guest,
     )
 

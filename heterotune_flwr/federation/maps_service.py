@@ -43,6 +43,8 @@ class Maps:
         Type -> held-out canonical correlation per slot.
     bytes_down, bytes_up
         What asking for the factors cost, per client id (nothing when they were known).
+    spreads
+        Per slot: standard deviation of every latent over the anchors (``r``); empty where an older program made them.
 
     """
 
@@ -51,6 +53,7 @@ class Maps:
     quality: dict[str, list[float]]
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
+    spreads: list[NDArray[np.float64]] = field(default_factory=list)
 
 
 def query_seconds(server: ServerConfig) -> float:
@@ -149,7 +152,9 @@ class MapsService:
             joined=joined,
         )
         digests = {key: tensor_digest(value) for key, value in tensors.items()}
-        return Maps(tensors, digests, quality, inquiry.down, inquiry.up)
+        names = [f"slots.{slot}.weights" for slot in range(method.slots)]
+        spreads = [np.asarray(kept.latents[n], np.float64) for n in names if n in kept.latents]
+        return Maps(tensors, digests, quality, inquiry.down, inquiry.up, spreads)
 
     def _align(self, inquiry: _Inquiry) -> KeptMaps:
         """Align all types of a roster with each other."""

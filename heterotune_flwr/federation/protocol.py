@@ -37,8 +37,10 @@ from heterotune_flwr.federation.consensus import (
     read_answers,
     read_predictions,
 )
+from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.federation.held import KEPT, Held, read_kept
 from heterotune_flwr.federation.wire import (
+    CLASS_SUMS,
     CONFIG,
     CONTROLS,
     DELTAS,
@@ -158,7 +160,8 @@ class TrainRequest:
     state. Those named in ``frozen`` act and are not trained. ``maps_digest`` names the frozen maps
     (empty: the method has none); ``maps`` brings them when the server does not know that the
     client has them. Tensors in ``held`` are named instead of carried: the client has them from the last message.
-    ``controls`` is SCAFFOLD's server control variate, null for every other strategy.
+    ``controls`` is SCAFFOLD's server control variate, null for every other strategy. ``discriminant`` adds to the label
+    words' logits; with ``class_sums`` the reply tells of every class that has so many examples (0: of none).
     """
 
     header: Header
@@ -174,6 +177,8 @@ class TrainRequest:
     frozen: list[str] = field(default_factory=list)
     controls: Tensors | None = None
     lesson: Lesson | None = None
+    discriminant: Discriminant | None = None
+    class_sums: int = 0
     held: Held = Held()
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
@@ -183,8 +188,12 @@ class TrainRequest:
             "warmup_ratio", "frozen",
         ]  # fmt: skip
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.class_sums:
+            fields[CLASS_SUMS] = self.class_sums
         config = ConfigRecord({**self.header.to_config(), **fields, **self.held.to_config()})
         content = RecordDict({CONFIG: config})
+        if self.discriminant is not None:
+            self.discriminant.add_to(content)
         if self.controls is not None:
             content[CONTROLS] = pack(self.controls, exact or precise(codec))
         if self.lesson is not None:
@@ -209,6 +218,8 @@ class TrainRequest:
             frozen=read_texts(record, "frozen"),
             controls=read_tensors(content, CONTROLS),
             lesson=Lesson.read(content, record),
+            discriminant=Discriminant.read(content),
+            class_sums=read_field(record, CLASS_SUMS, int) if CLASS_SUMS in record else 0,
             held=Held.from_config(record),
         )
 
@@ -222,7 +233,7 @@ class TrainReply:
     ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson;
     on open text ``answers`` (n) do, and ``predictions`` (n x 1) say how sure each is, 0 to 1.
     ``kept`` confirms which tensors the client now holds (:mod:`.held`), ``code_hash`` is that of the program which
-    trained.
+    trained, ``class_sums`` is what was asked for, null where it was not or the client's owner forbids it.
     """
 
     client_id: str
@@ -235,6 +246,7 @@ class TrainReply:
     kept: str = ""
     code_hash: str = ""
     answers: list[str] | None = None
+    class_sums: ClassSums | None = None
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
@@ -254,6 +266,8 @@ class TrainReply:
             content[DELTAS] = pack(self.deltas, codec)
         add_predictions(content, self.predictions)
         add_answers(config, self.answers)
+        if self.class_sums is not None:
+            self.class_sums.add_to(content)
         return content
 
     @classmethod
@@ -271,18 +285,23 @@ class TrainReply:
             kept=read_kept(record),
             code_hash=read_field(record, "code_hash", str),
             answers=read_answers(record),
+            class_sums=ClassSums.read(content),
         )
 
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Measure a client's model; ``scopes`` is a choice of ``global`` and ``personal``."""
+    """Measure a client's model; ``scopes`` is a choice of ``global`` and ``personal``.
+
+    ``discriminant`` adds to the label words' logits.
+    """
 
     header: Header
     tensors: Tensors
     maps_digest: str
     maps: Tensors | None
     scopes: list[str]
+    discriminant: Discriminant | None = None
     held: Held = Held()
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
@@ -291,6 +310,8 @@ class EvaluateRequest:
             "maps_digest": self.maps_digest, "scope": self.scopes, **self.held.to_config(),
         }  # fmt: skip
         content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
+        if self.discriminant is not None:
+            self.discriminant.add_to(content)
         return add_tensors(content, self.tensors, self.maps, codec, exact)
 
     @classmethod
@@ -306,6 +327,7 @@ class EvaluateRequest:
             maps_digest=read_field(record, "maps_digest", str),
             maps=read_tensors(content, MAPS),
             scopes=scopes,
+            discriminant=Discriminant.read(content),
             held=Held.from_config(record),
         )
 

@@ -19,6 +19,7 @@ CONFIG, METRICS = "config", "metrics"
 TENSORS, MAPS, FACTORS, DELTAS = "tensors", "maps", "factors", "deltas"
 CONTROLS = "controls"
 CONSENSUS, PREDICTIONS, ANSWERS = "consensus", "predictions", "answers"
+DISCRIMINANT, CLASS_SUMS = "discriminant", "class_sums"
 
 #: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again, ``tensors_missing`` all
 #: tensors.

@@ -126,6 +126,8 @@ class HeteroStrategy(Sharing):
             frozen=sorted(self.frozen(type_key, server_round)),
             controls=self.controls(type_key),
             lesson=work.lesson,
+            discriminant=self.discriminant.of(type_key) if self.discriminant else None,
+            class_sums=self.discriminant.asks(client_id) if self.discriminant else 0,
         )
         return self.courier.message(client_id, request, TRAIN, server_round)
 
@@ -159,6 +161,9 @@ class HeteroStrategy(Sharing):
         summary = training_summary(admitted.reports)
         if self.consensus is not None and self.learns_in(server_round):
             summary["consensus"] = self._hear(self.consensus, server_round, admitted.reports)
+        if self.discriminant is not None:
+            summary["discriminant"], refused = self.discriminant.hear(admitted.reports)
+            self._refuse(refused, server_round, "class_sums")
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
         return self._arrays(), MetricRecord({**numbers, "clients": len(admitted.candidates)})
@@ -180,10 +185,14 @@ class HeteroStrategy(Sharing):
         self, consensus: Consensus, server_round: int, reports: Sequence[TrainReply]
     ) -> dict[str, Any]:
         heard, refused = consensus.hear(server_round, reports, len(self.roster.labels or ()))
-        for client_id, reason in sorted(refused.items()):
-            self.courier.safety.gate.count(client_id, "predictions")
-            self.courier.refuse(client_id, server_round, reason, "predictions_refused")
+        self._refuse(refused, server_round, "predictions")
         return heard
+
+    def _refuse(self, refused: Mapping[str, str], server_round: int, what: str) -> None:
+        """Put on record what beside its update is not used of some clients, and why."""
+        for client_id, reason in sorted(refused.items()):
+            self.courier.safety.gate.count(client_id, what)
+            self.courier.refuse(client_id, server_round, reason, f"{what}_refused")
 
     def _optimized(self, group: str, step: Tensors) -> Tensors:
         """The step as the server optimizer takes it."""
@@ -275,7 +284,10 @@ class HeteroStrategy(Sharing):
         for client_id, scopes in asked.items():
             digest, maps = self.courier.maps_for(client_id)
             header = self._header(server_round, client_id)
-            request = EvaluateRequest(header, self.outgoing(client_id), digest, maps, scopes)
+            type_key = self.roster.clients[client_id].info.type_key
+            added = self.discriminant.of(type_key) if self.discriminant else None
+            tensors = self.outgoing(client_id)
+            request = EvaluateRequest(header, tensors, digest, maps, scopes, added)
             messages.append(self.courier.message(client_id, request, EVALUATE, server_round))
         return messages
 

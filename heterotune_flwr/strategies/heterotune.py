@@ -17,6 +17,7 @@ from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
 from heterotune_flwr.strategies.consensus import ConsensusOptions
+from heterotune_flwr.strategies.discriminant import DiscriminantOptions
 from heterotune_flwr.strategies.updates import ClientUpdate
 
 #: How far from the last shared bank a type may be that is mixed into the others', in medians over types.
@@ -40,6 +41,8 @@ class HeteroTune(HeteroStrategy):
     6. *type phase*: in the last rounds each type goes on with a bank of its own, averaged inside the type. What
        crosses types then is the consensus, and every round a little of the mean of all types' banks (``mixing``):
        first what all models can share, then what suits one model.
+    7. *discriminant* (closed label sets): what all clients' classes are in the shared latents, told once and summed
+       over types, adds to every model's logits (:mod:`.discriminant`).
 
     What one type shares (type experts, cores unless ``method.core_scope`` keeps them on their client, and slots whose
     alignment is below the quality threshold) is averaged inside the type; private experts stay on their client. The
@@ -59,6 +62,8 @@ class HeteroTune(HeteroStrategy):
     mixing
         Share of the mean over types, 0 to 1, that every type's experts take after every round of the type phase; in
         it a type counts as at most twice as far from the last shared bank as the median type.
+    discriminant
+        Options of :class:`.discriminant.DiscriminantOptions`; null for none.
 
     """
 
@@ -72,6 +77,7 @@ class HeteroTune(HeteroStrategy):
         consensus: Mapping[str, Any] | None = None,
         type_phase: float = 0.0,
         mixing: float = 0.0,
+        discriminant: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(context)
         self.type_phase = _share("type_phase", type_phase, below_one=True)
@@ -79,6 +85,7 @@ class HeteroTune(HeteroStrategy):
         #: Whether types have gone on with banks of their own.
         self.parted = False
         self.use_consensus(consensus)
+        self.use_discriminant(discriminant)
         self.chain = build_chain(_with_rule(chain or DEFAULT_CHAIN, context.mean))
         self.chain_states: dict[int, State] = {}
         self._log: dict[str, Any] = {}
@@ -88,6 +95,7 @@ class HeteroTune(HeteroStrategy):
         """Build the chain once, and read the consensus' options, for their errors."""
         build_chain(options.get("chain") or DEFAULT_CHAIN)
         ConsensusOptions.optional(options.get("consensus"))
+        DiscriminantOptions.optional(options.get("discriminant"))
         _share("type_phase", options.get("type_phase", 0.0), below_one=True)
         _share("mixing", options.get("mixing", 0.0))
 

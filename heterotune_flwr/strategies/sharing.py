@@ -25,6 +25,7 @@ from heterotune_flwr.flower import Grid, Strategy
 from heterotune_flwr.strategies.answers import AnswerConsensus
 from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
 from heterotune_flwr.strategies.courier import Courier
+from heterotune_flwr.strategies.discriminant import DiscriminantOptions, SharedDiscriminant
 from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
 
 Scope = Literal["global", "type", "client", "fixed"]
@@ -66,6 +67,8 @@ class Sharing(Strategy):
         self.maps: Maps | None = None
         self.optimizer = context.optimizer
         self.consensus: Consensus | None = None
+        self.discriminant: SharedDiscriminant | None = None
+        self._discriminant_options: DiscriminantOptions | None = None
         self._groups: dict[str, dict[str, str]] = {}
         self._shapes: dict[str, Shapes] = {}
         self._fixed: dict[str, set[str]] = {}
@@ -146,6 +149,10 @@ class Sharing(Strategy):
         if (found := ConsensusOptions.optional(options)) is not None:
             self.consensus = Consensus(found, self.config.alignment, self.context.seed)
 
+    def use_discriminant(self, options: Mapping[str, Any] | None) -> None:
+        """Let all clients' labelled examples speak in closed form (call in ``__init__``); null: not."""
+        self._discriminant_options = DiscriminantOptions.optional(options)
+
     def learns_in(self, server_round: int) -> bool:
         """Whether clients are asked for predictions on anchors in a round, and taught, where there is a consensus."""
         return True
@@ -195,6 +202,7 @@ class Sharing(Strategy):
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
         self._check_consensus()
+        self._prepare_discriminant()
         if self.consensus is not None and self.roster.guest_types:
             self.consensus.closes_after = self.rounds
         shapes: dict[str, Shapes] = {}
@@ -230,6 +238,26 @@ class Sharing(Strategy):
             raise ConfigError(f"strategy {self.context.name} shares predictions, but {reason}")
         self.consensus = None
         self.courier.event("consensus_off", reason=reason)
+
+    def _prepare_discriminant(self) -> None:
+        """A discriminant is of a closed label set, in the latents of the last slot; elsewhere there is none."""
+        options, labels = self._discriminant_options, self.roster.labels or []
+        if options is None:
+            return
+        if not labels or self.config.train.loss == "tokens":
+            reason = "the task has no closed label set (data.labels, train.loss)"
+        elif self.maps is None:
+            reason = f"method.kind={self.method.kind} has no latents that types share"
+        elif not self.maps.spreads:
+            reason = "an older program made the run's maps, which does not say how they are scaled"
+        else:
+            last, weighting = self.method.slots - 1, self.config.alignment.weighting
+            apart = {key for key in self.roster.type_keys if not self.shares(key, last)}
+            self.discriminant = SharedDiscriminant(
+                options, self.maps.spreads[last], weighting, self.roster, apart
+            )
+            return
+        self.courier.event("discriminant_off", reason=reason)
 
     def first_values(self, group: str) -> Tensors:
         """What a group's tensors are before round 1: a function of the run's seed."""

@@ -73,6 +73,7 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
         "shared": strategy.state,
         "memory": strategy.memory(),
         "consensus": strategy.consensus.memory() if strategy.consensus else None,
+        "discriminant": strategy.discriminant.memory() if strategy.discriminant else None,
         "courier": strategy.courier.memory(),
         "maps": dict(strategy.maps.digests) if strategy.maps else {},
         "types": strategy.roster.type_keys,
@@ -98,6 +99,8 @@ def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
     strategy.recall(state["memory"])
     if strategy.consensus is not None:
         strategy.consensus.recall(state["consensus"])
+    if strategy.discriminant is not None and state.get("discriminant"):
+        strategy.discriminant.recall(state["discriminant"])
     strategy.courier.recall(state["courier"])
     outcome, saved = strategy.outcome, state["outcome"]
     outcome.rows = [ClientRow(**row) for row in saved["rows"]]

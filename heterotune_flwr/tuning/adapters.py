@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
@@ -26,7 +25,7 @@ from heterotune_flwr.dema.bank import RESIDUAL, slot_of
 from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
-from heterotune_flwr.tuning.cores import attach_cores, forget_cores
+from heterotune_flwr.tuning.cores import Cores, attach_cores, forget_cores
 from heterotune_flwr.tuning.lora import attach_lora
 from heterotune_flwr.tuning.task import Task
 
@@ -55,8 +54,8 @@ class AttachedAdapter:
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
     lowest, frozen
         Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
-    handles
-        What takes the cores' hooks off.
+    cores
+        What is inside the backbone's linear layers besides.
     startable, blocks_give_tuples
         What :mod:`.forward` has found out about this model.
 
@@ -70,7 +69,7 @@ class AttachedAdapter:
     maps_digest: str = ""
     lowest: int = 0
     frozen: frozenset[str] = frozenset()
-    handles: Sequence[RemovableHandle] = ()
+    cores: Cores = field(default_factory=Cores)
     startable: dict[int, bool] = field(default_factory=dict)
     blocks_give_tuples: bool | None = None
 
@@ -198,6 +197,24 @@ class AttachedAdapter:
             for layer in layers:
                 layer._disable_adapters = False
 
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The backbone alone: no slot acts, and no core (DeMA)."""
+        layers = self._slots()
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            with self.cores.off():
+                yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    def last_latents(self, states: torch.Tensor) -> torch.Tensor:
+        """What final normalised states ``N x d`` are in the latents of the last slot, ``N x r`` (DeMA)."""
+        latents: torch.Tensor = self._slots()[-1].latents(states)
+        return latents
+
     def last_slot(self, states: torch.Tensor) -> torch.Tensor:
         """What the last slot makes of final normalised states ``N x d``, rounded as inside."""
         last = self._slots()[-1]
@@ -289,15 +306,15 @@ def _around(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
     body = backbone.model.get_submodule(find_structure(backbone.model).body)
     # Before the adapter: hooks sit on the backbone's own layers, under their own names.
     is_dema = resolved.kind == "dema"
-    cores, handles = attach_cores(backbone, resolved) if is_dema else ({}, [])
+    cores = attach_cores(backbone, resolved) if is_dema else Cores()
     try:
         model, parameters = (_attach_dema if is_dema else attach_lora)(backbone, resolved)
     except BaseException:
-        _remove(handles)
+        cores.remove()
         raise
     model.eval()
-    parameters |= cores
-    return AttachedAdapter(backbone, resolved, model, parameters, body, handles=handles)
+    parameters |= cores.parameters
+    return AttachedAdapter(backbone, resolved, model, parameters, body, cores=cores)
 
 
 def _slice(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
@@ -314,18 +331,13 @@ def detach(backbone: Backbone) -> None:
     current = _attached.pop(backbone, None)
     if current is None or current.kind == "submodel":
         return
-    _remove(current.handles)
+    current.cores.remove()
     current.model.unload()
     model = backbone.model
     if hasattr(model, "peft_config"):
         del model.peft_config
     model.requires_grad_(False)
     model.eval()
-
-
-def _remove(handles: Sequence[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def detach_all() -> None:

@@ -13,6 +13,9 @@ Hooks on the layers, so that quantized weights, PEFT's wrappers and kept states 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,34 +36,63 @@ def first_core_block(method: MethodConfig, layers: int) -> int | None:
     return min(math.floor(method.core_from * layers), layers - 1)
 
 
-def attach_cores(
-    backbone: Backbone, method: MethodConfig
-) -> tuple[dict[str, nn.Parameter], list[RemovableHandle]]:
-    """Give every linear layer from the first core block on a core; returns them by name, and what takes them off."""
-    first = first_core_block(method, backbone.layers)
+@dataclass
+class Cores:
+    """The cores of one backbone: their parameters by name, and their hooks."""
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    _hooks: list[_Hook] = field(default_factory=list)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+
+    def add(self, path: str, layer: nn.Module, hook: _Hook, parts: dict[str, nn.Parameter]) -> None:
+        """Put a core on a layer."""
+        self.parameters |= {f"cores.{path}.{part}": value for part, value in parts.items()}
+        self._hooks.append(hook)
+        self._handles.append(layer.register_forward_hook(hook))
+
+    def remove(self) -> None:
+        """Take all cores off."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the layers be what they are without cores."""
+        for hook in self._hooks:
+            hook.acts = False
+        try:
+            yield
+        finally:
+            for hook in self._hooks:
+                hook.acts = True
+
+
+def attach_cores(backbone: Backbone, method: MethodConfig) -> Cores:
+    """Give every linear layer from the first core block on a core."""
+    first, cores = first_core_block(method, backbone.layers), Cores()
     if first is None:
-        return {}, []
+        return cores
     blocks = find_structure(backbone.model).blocks
-    cores: dict[str, nn.Parameter] = {}
-    handles: list[RemovableHandle] = []
     for index in range(first, backbone.layers):
         block = backbone.model.get_submodule(f"{blocks}.{index}")
         for name, layer in block.named_modules():
             if isinstance(layer, nn.Linear):
                 path = f"{blocks}.{index}.{name}"
                 hook, parameters = _CORES[method.core_kind](backbone, path, layer, method)
-                cores |= {f"cores.{path}.{part}": value for part, value in parameters.items()}
-                handles.append(layer.register_forward_hook(hook))
-    return cores, handles
+                cores.add(path, layer, hook, parameters)
+    return cores
 
 
 class _Hook:
-    """Adds ``scale * left middle (right x)`` to a layer's output."""
+    """Adds ``scale * left middle (right x)`` to a layer's output while it ``acts``."""
 
     def __init__(self, scale: float, *matrices: Tensor) -> None:
         self._scale, self._matrices = scale, matrices  # in the order they meet the input
+        self.acts = True
 
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not self.acts:
+            return output
         effect: Tensor = inputs[0].to(self._matrices[0].dtype)
         for matrix in self._matrices:
             effect = functional.linear(effect, matrix)

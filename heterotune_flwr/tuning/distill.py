@@ -98,7 +98,11 @@ def predict(task: Task, rows: Rows, chosen: Sequence[int]) -> NDArray[np.float32
     order: list[int] = []
     parts = []
     for batch in batches_by_length([rows.length(index) for index in chosen], _BATCH_TOKENS):
-        states, _, _ = rows.rows([chosen[position] for position in batch])
-        parts.append(functional.softmax(task.label_logits(states), dim=-1).cpu())
+        own = [chosen[position] for position in batch]
+        states, _, _ = rows.rows(own)
+        logits = task.label_logits(states)
+        if (offsets := rows.offsets(own)) is not None:
+            logits = logits + offsets
+        parts.append(functional.softmax(logits, dim=-1).cpu())
         order += batch
     return np.asarray(torch.cat(parts)[np.argsort(order)].numpy(), dtype=np.float32)

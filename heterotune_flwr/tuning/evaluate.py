@@ -43,7 +43,7 @@ def evaluate(
     for start in range(0, len(rows), _BATCH):
         chosen = list(range(start, min(start + _BATCH, len(rows))))
         states, targets, owners = rows.rows(chosen)
-        losses, correct = task.losses(states, targets, prior)
+        losses, correct = task.losses(states, targets, rows.offsets(chosen, prior))
         total_loss += float(losses.double().sum())
         total_rows += len(losses)
         total_right += int(examples_correct(correct, owners, len(chosen)).sum())

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Protocol
@@ -60,6 +61,9 @@ class Rows(Protocol):
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return adapted states ``R x d``, targets ``R``, owners ``R`` (positions in ``indices``)."""
 
+    def offsets(self, indices: Sequence[int], prior: Tensor | None = None) -> Tensor | None:
+        """Return what is added to the label words' logits of some examples besides ``prior``; None for nothing."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
@@ -96,10 +100,27 @@ class _Layout:
         return torch.tensor(rows, device=device), torch.tensor(owners, device=device)
 
 
-class FullRows:
+class _Offset:
+    """Rows of a closed label set whose logits have something added, ``n x C``; or nothing."""
+
+    def __init__(self, offsets: Tensor | None) -> None:
+        self._offsets = offsets
+
+    def offsets(self, indices: Sequence[int], prior: Tensor | None = None) -> Tensor | None:
+        """See :class:`Rows`."""
+        if self._offsets is None:
+            return prior
+        own = self._offsets[torch.as_tensor(indices, device=self._offsets.device)]
+        return own if prior is None else own + prior
+
+
+class FullRows(_Offset):
     """The full route: the whole decoder in every call (LoRA, or nothing frozen below)."""
 
-    def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet) -> None:
+    def __init__(
+        self, adapter: AttachedAdapter, encoded: EncodedSet, offsets: Tensor | None = None
+    ) -> None:
+        super().__init__(offsets)
         self._adapter = adapter
         self._encoded = encoded
         self._layout = _Layout.of(encoded, adapter.backbone.device)
@@ -126,9 +147,14 @@ class PrefixRows(FullRows):
     """The middle route: kept states enter the lowest trained slot's block, the blocks above are run."""
 
     def __init__(
-        self, adapter: AttachedAdapter, encoded: EncodedSet, block: int, on_disk: bool = True
+        self,
+        adapter: AttachedAdapter,
+        encoded: EncodedSet,
+        block: int,
+        on_disk: bool = True,
+        offsets: Tensor | None = None,
     ) -> None:
-        super().__init__(adapter, encoded)
+        super().__init__(adapter, encoded, offsets)
         self._block = block
         self._table = frozen_states(adapter, encoded, block, on_disk)
         self._starts = [0]
@@ -143,10 +169,17 @@ class PrefixRows(FullRows):
         return states, self._layout.targets[chosen], owners
 
 
-class CachedRows:
+class CachedRows(_Offset):
     """The short route: kept final states through the last slot alone."""
 
-    def __init__(self, adapter: AttachedAdapter, encoded: EncodedSet, on_disk: bool = True) -> None:
+    def __init__(
+        self,
+        adapter: AttachedAdapter,
+        encoded: EncodedSet,
+        on_disk: bool = True,
+        offsets: Tensor | None = None,
+    ) -> None:
+        super().__init__(offsets)
         self._adapter = adapter
         self._layout = _Layout.of(encoded, adapter.backbone.device)
         self._states = frozen_states(adapter, encoded, on_disk=on_disk)
@@ -170,20 +203,25 @@ class CachedRows:
 
 
 def make_rows(
-    adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True, on_disk: bool = True
+    adapter: AttachedAdapter,
+    encoded: EncodedSet,
+    cache: bool = True,
+    on_disk: bool = True,
+    offsets: Tensor | None = None,
 ) -> Rows:
     """Rows of encoded examples by the shortest route.
 
     ``cache``: keep states where possible; ``on_disk``: in files too, which examples of one round are not worth.
+    ``offsets``: added to the label words' logits, ``n x C``.
     """
     block = first_block(adapter)
     if not cache or block == 0 or not len(encoded):
-        return FullRows(adapter, encoded)
+        return FullRows(adapter, encoded, offsets)
     if block is None:
-        return CachedRows(adapter, encoded, on_disk)
+        return CachedRows(adapter, encoded, on_disk, offsets)
     if not can_start_at(adapter, encoded, block):
-        return FullRows(adapter, encoded)
-    return PrefixRows(adapter, encoded, block, on_disk)
+        return FullRows(adapter, encoded, offsets)
+    return PrefixRows(adapter, encoded, block, on_disk, offsets)
 
 
 def _batches(encoded: EncodedSet) -> Iterator[list[int]]:
@@ -191,7 +229,6 @@ def _batches(encoded: EncodedSet) -> Iterator[list[int]]:
     return batches_by_length([len(ids) for ids in encoded.inputs], _BATCH_TOKENS)
 
 
-@torch.no_grad()
 def compute_states(
     adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None
 ) -> Tensor:
@@ -200,9 +237,19 @@ def compute_states(
     ``block`` None: final normalised states ``R x d`` at all loss positions, below the last slot. Else what enters
     that block, ``sum T_i x d``.
     """
+    return _states_in(adapter.without_trained_slots(), adapter, encoded, block)
+
+
+@torch.no_grad()
+def _states_in(
+    condition: AbstractContextManager[None],
+    adapter: AttachedAdapter,
+    encoded: EncodedSet,
+    block: int | None,
+) -> Tensor:
     counts = [len(positions) for positions in encoded.positions]
     parts: list[Tensor | None] = [None] * len(encoded)
-    with adapter.without_trained_slots():
+    with condition:
         for batch in _batches(encoded):
             if block is None:
                 states = final_states(adapter, encoded, batch)
@@ -220,8 +267,13 @@ def _library_versions() -> tuple[str, ...]:
     return tuple(version(name) for name in ("torch", "transformers", "bitsandbytes"))
 
 
-def states_key(adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None) -> str:
-    """Identity of frozen states: backbone, bits, device, libraries, every token read, what acts below."""
+def states_key(
+    adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None, bare: bool = False
+) -> str:
+    """Identity of frozen states: backbone, bits, device, libraries, every token read, what acts below.
+
+    ``bare``: nothing does.
+    """
     backbone = adapter.backbone
     content = [
         _VERSION,
@@ -231,7 +283,7 @@ def states_key(adapter: AttachedAdapter, encoded: EncodedSet, block: int | None 
         *_library_versions(),
         encoded.digest,
         block,
-        adapter.frozen_digest(),
+        "" if bare else adapter.frozen_digest(),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -249,4 +301,15 @@ def frozen_states(
         lambda: compute_states(adapter, encoded, block),
         # What slots below add changes with every round: not worth a file.
         on_disk=on_disk and not adapter.frozen_digest(),
+    )
+
+
+def bare_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
+    """Final normalised states ``R x d`` at all loss positions of the backbone alone, kept as :func:`frozen_states`."""
+    return kept(
+        states_key(adapter, encoded, bare=True),
+        sum(len(line) for line in encoded.positions),
+        adapter.backbone.hidden,
+        adapter.backbone.device,
+        lambda: _states_in(adapter.bare(), adapter, encoded, None),
     )

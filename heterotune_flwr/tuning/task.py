@@ -126,7 +126,7 @@ class Task:
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and correctness of adapted states ``N x d`` against targets ``N``.
 
-        ``prior`` (C) is added to the label words' logits. Returns (losses float32 ``N``, correct bool ``N``).
+        ``prior`` (C, or N x C) is added to the label words' logits. Returns (losses float32 ``N``, correct bool ``N``).
         """
         if self.kind == "labels":
             logits = self.label_logits(states)

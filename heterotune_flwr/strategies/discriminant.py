@@ -1,0 +1,204 @@
+"""The shared discriminant: what every type's labelled examples say, in the space all types share, in closed form.
+
+A client tells once how many examples it has of each class and the sum of their latents (of the bare backbone, behind
+its type's maps). Sums of different models add up, since the alignment gives the same text the same latents. So the server
+knows, without any training, what training on everybody's examples together would find::
+
+    m_c = (s_c + k m) / (n_c + k)                          means, drawn towards the mean m of all classes by k examples
+    g_c(z) = m_c' M z - m_c' M m_c / 2,   M = diag(rho / spread^2)
+
+with ``n_c, s_c`` summed over clients, ``spread`` each latent's standard deviation over the public anchors and ``rho``
+its held-out canonical correlation. It is a linear discriminant
+(Fisher 1936, https://doi.org/10.1111/j.1469-1809.1936.tb02137.x) whose covariance is that of the public anchors
+(diagonal: the latents are uncorrelated there), in which a latent counts by how alike the models see it. Clients add ``weight`` times these logits to their model's logits.
+
+Statistics of classes from clients that share *one* frozen model: FedCGS (arXiv 2503.06962), CCVR (arXiv 2106.05001).
+That models of different families can pool theirs is what the alignment is for (our definition).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
+from heterotune_flwr.federation.protocol import TrainReply
+from heterotune_flwr.federation.roster import Roster
+
+Matrix = NDArray[np.float64]
+SCOPES = ("all", "type")
+
+
+@dataclass(frozen=True)
+class DiscriminantOptions:
+    """Options of a strategy's ``discriminant``.
+
+    Attributes
+    ----------
+    weight
+        Of its logits beside the model's logits.
+    least
+        A client tells nothing of classes of which it has fewer examples: the sum of one is that example's latents.
+    prior
+        k, examples at the mean of all classes that are added to every class.
+    scope
+        Whose examples a client's is made of: ``all``, or those of its own ``type``, where nothing crosses types.
+
+    """
+
+    weight: float = 0.1
+    least: int = 2
+    prior: float = 2.0
+    scope: str = "all"
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> DiscriminantOptions:
+        """Read a YAML entry (ConfigError names what is wrong)."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"discriminant is {given!r}; write it as key: value pairs, or null for none"
+            )
+        for key, value in given.items():
+            if key not in known:
+                raise ConfigError(f"discriminant has no key {key!r}; known: {', '.join(known)}")
+            if key == "scope":
+                if value not in SCOPES:
+                    raise ConfigError(
+                        f"discriminant.scope is {value!r}; {' or '.join(SCOPES)} is needed"
+                    )
+                continue
+            whole = key == "least"
+            wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+            if wrong or not (1 if whole else 0) <= value < float("inf"):
+                kind = "a whole number from 1" if whole else "a number that is not negative"
+                raise ConfigError(f"discriminant.{key} is {value!r}; {kind} is needed")
+        return cls(**given)
+
+    @classmethod
+    def optional(cls, given: Mapping[str, Any] | None) -> DiscriminantOptions | None:
+        """The same of an entry that may be null, for none."""
+        return None if given is None else cls.read(given)
+
+
+def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: float) -> Discriminant:
+    """The discriminant of pooled classes, its logits zero at the mean of all examples.
+
+    Parameters
+    ----------
+    counts, sums
+        ``C`` and ``C x r``.
+    metric
+        Diagonal of M, ``r``.
+    prior
+        k. A class without examples lies at the mean.
+
+    """
+    total = max(float(counts.sum()), 1e-12)
+    centre = sums.sum(axis=0) / total
+    offsets = (sums - counts[:, None] * centre) / np.maximum(counts + prior, 1e-12)[:, None]
+    weight = offsets * metric
+    bias = -weight @ centre - 0.5 * (offsets * weight).sum(axis=1)
+    return Discriminant(weight.astype(np.float32), bias.astype(np.float32))
+
+
+class SharedDiscriminant:
+    """The server's side: asks every client once, adds up, hands out.
+
+    Parameters
+    ----------
+    options
+        See :class:`DiscriminantOptions`.
+    spreads
+        Standard deviation of every latent over the anchors (``r``).
+    weighting
+        ``alignment.weighting``: spreads are correlations to this power.
+    roster
+        The clients, and the label set they share.
+    apart
+        Types whose latents are not aligned well enough: they neither tell nor hear.
+
+    """
+
+    def __init__(
+        self,
+        options: DiscriminantOptions,
+        spreads: Matrix,
+        weighting: float,
+        roster: Roster,
+        apart: Collection[str] = (),
+    ) -> None:
+        self.options, self.roster, self.apart = options, roster, frozenset(apart)
+        self.classes = len(roster.labels or ())
+        self.spreads = np.asarray(spreads, np.float64)
+        rho = self.spreads ** (1.0 / weighting) if weighting else np.ones_like(self.spreads)
+        self.metric = rho / np.maximum(self.spreads, 1e-12) ** 2
+        #: Totals by group: ``counts`` and ``sums``.
+        self._totals: dict[str, dict[str, Matrix]] = {}
+        self._told: set[str] = set()
+
+    def memory(self) -> State:
+        """What has been told so far."""
+        return {"totals": self._totals, "told": sorted(self._told)}
+
+    def recall(self, memory: State) -> None:
+        """Go on from :meth:`memory`."""
+        self._totals = {group: dict(total) for group, total in memory["totals"].items()}
+        self._told = set(memory["told"])
+
+    def asks(self, client_id: str) -> int:
+        """Examples a class must have to be told of; 0: the client has told already, or has nothing to tell."""
+        info = self.roster.clients[client_id].info
+        silent = not info.train_examples or info.type_key in self.apart
+        return 0 if silent or client_id in self._told else self.options.least
+
+    def of(self, type_key: str) -> Discriminant | None:
+        """What clients of a type add to their logits; None before anybody has told anything."""
+        total = self._totals.get(self._group(type_key))
+        if type_key in self.apart or total is None or not total["counts"].any():
+            return None
+        found = linear_discriminant(total["counts"], total["sums"], self.metric, self.options.prior)
+        scale = np.float32(self.options.weight)
+        return Discriminant(scale * found.weight, scale * found.bias)
+
+    def hear(self, reports: Sequence[TrainReply]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Add what clients tell.
+
+        Returns what is known now (for the journal), and reasons by client id for sums that were refused; such a client
+        is not asked again.
+        """
+        refused: dict[str, str] = {}
+        for report in sorted(reports, key=lambda report: report.client_id):
+            if report.class_sums is None or not self.asks(report.client_id):
+                continue
+            self._told.add(report.client_id)
+            declared = self.roster.clients[report.client_id].info.train_examples
+            try:
+                told = report.class_sums.checked(
+                    self.classes, self.spreads, self.options.least, declared
+                )
+            except ExchangeError as error:
+                refused[report.client_id] = str(error)
+                continue
+            self._add(self._group(report.type_key), told)
+        examples = sum(float(total["counts"].sum()) for total in self._totals.values())
+        return {"clients": len(self._told), "examples": int(examples)}, refused
+
+    def _group(self, type_key: str) -> str:
+        return type_key if self.options.scope == "type" else ""
+
+    def _add(self, group: str, told: ClassSums) -> None:
+        known = self._totals.setdefault(
+            group,
+            {"counts": np.zeros(self.classes), "sums": np.zeros((self.classes, len(self.spreads)))},
+        )
+        self._totals[group] = {
+            "counts": known["counts"] + told.counts, "sums": known["sums"] + told.sums,
+        }  # fmt: skip
