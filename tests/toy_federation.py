@@ -25,6 +25,7 @@ from heterotune_flwr.config.schema import (
 from heterotune_flwr.dema.anchors import round_anchors
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.federation.discriminant import ClassSums
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.protocol import (
     ERROR_MAPS_MISSING,
@@ -134,7 +135,7 @@ def forward(tensors, maps, backbone, states):
     if "lora.head.A" in tensors:
         inner = states @ tensors["lora.head.A"].T
         return base + inner @ tensors["lora.head.B"].T, inner
-    z = states @ maps["slots.0.map.down.weight"].T + maps["slots.0.map.down.bias"]
+    z = latents(maps, states)
     gate = softmax(z @ tensors["slots.0.gate.weight"].T + tensors["slots.0.gate.bias"])
     experts = sorted({n.rsplit(".", 2)[0] for n in tensors if ".experts." in n}, key=expert_order)
     parts, y = [], 0.0
@@ -151,6 +152,19 @@ def forward(tensors, maps, backbone, states):
         y = y + gate[:, index : index + 1] * u
     effect = backbone.labels @ maps["slots.0.map.up.weight"]
     return base + y @ effect.T, (z, gate, parts, effect)
+
+
+def latents(maps, states):
+    """The last slot's, of the bare backbone."""
+    return states @ maps["slots.0.map.down.weight"].T + maps["slots.0.map.down.bias"]
+
+
+def class_sums(z, labels, least):
+    """What a client tells of classes with at least so many examples."""
+    counts = np.bincount(labels, minlength=len(LABELS))
+    told = counts * (counts >= least)
+    sums = [z[labels == c].sum(axis=0) if n else np.zeros(z.shape[1]) for c, n in enumerate(told)]
+    return ClassSums(told.astype(np.float32), np.array(sums, np.float32))
 
 
 def fixed_factors(backbone, rank):
@@ -402,9 +416,12 @@ class ToyFederation:
             "steps": request.local_steps, "learning_rate": request.learning_rate,
             "loss": float(loss), "seconds": 0.01, "peak_memory_mb": 10.0 + partition,
         }  # fmt: skip
+        told = None
+        if request.class_sums:
+            told = class_sums(latents(maps, states), labels, request.class_sums)
         reply = TrainReply(
             client_id, type_key, header.round, request.maps_digest, deltas, metrics,
-            predictions, code_hash=self.code.get(client_id, "abc"),
+            predictions, code_hash=self.code.get(client_id, "abc"), class_sums=told,
         )  # fmt: skip
         return Message(reply.to_content(self.config.exchange.codec), reply_to=message)
 
@@ -431,7 +448,10 @@ class ToyFederation:
             else:
                 test = self.data(partition, header.seed, 3, 20)
             meaning, labels = test
-            logits, _ = forward(tensors, maps, backbone, backbone.states(meaning))
+            states = backbone.states(meaning)
+            logits, _ = forward(tensors, maps, backbone, states)
+            if (shared := request.discriminant) is not None:
+                logits = logits + latents(maps, states) @ shared.weight.T + shared.bias
             probabilities = softmax(logits)[np.arange(len(labels)), labels]
             metrics[f"{scope}_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
             metrics[f"{scope}_loss"] = float(-np.log(probabilities + 1e-12).mean())

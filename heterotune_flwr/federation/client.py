@@ -29,7 +29,6 @@ from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.federation.anchor_work import Said, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
-from heterotune_flwr.federation.discriminant import ClassSums
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
 from heterotune_flwr.federation.protocol import (
@@ -274,21 +273,9 @@ def train(message: Message, context: Context) -> RecordDict:
         kept=kept,
         code_hash=code_hash(),
         answers=said.answers,
-        class_sums=_class_sums(client, adapter, task, encoded, request.class_sums),
+        class_sums=class_sums(adapter, task, encoded, client.identity.told(request.class_sums)),
     )
     return reply.to_content(feedback.codec)
-
-
-def _class_sums(
-    client: Client, adapter: AttachedAdapter, task: Task, encoded: EncodedSet, least: int
-) -> ClassSums | None:
-    """What the server asks to know of the classes; None where it asks nothing, or the owner lets none of it go."""
-    if not least or task.kind != "labels" or adapter.kind != "dema" or not len(encoded):
-        return None
-    if not client.identity.class_sums:
-        log.info("this node's owner lets no class sums go (class-sums in node.toml)")
-        return None
-    return class_sums(adapter, encoded, len(task.labels or ()), least)
 
 
 def evaluate_client(message: Message, context: Context) -> RecordDict:

@@ -25,7 +25,7 @@ _WEIGHT, _BIAS = "weight", "bias"
 _COUNTS, _SUMS = "counts", "sums"
 #: Counts and sums are exact, and nothing is saved by writing so few numbers shorter.
 _CODEC = "fp32"
-#: A class' mean latents lie at most so far from the anchors' mean (root mean square, in the anchors' standard deviations).
+#: How far the mean of a class may lie from the anchors' (root mean square over latents, in standard deviations).
 FARTHEST = 10.0
 
 

@@ -5,9 +5,9 @@ client's own node configuration (``flower-supernode --node-config``) says everyt
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
 ``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field`` and
 ``label-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash`` (and ``worker``,
-``worker-idle-minutes``: :mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the node's file. It takes no
-path from the server, and nothing of its data answers the server: its columns are named here, its
-labels by the run.
+``worker-idle-minutes``: :mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the
+node's file. It takes no path from the server, and nothing of its data answers the server: its columns
+are named here, its labels by the run.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class Identity:
             for name, value in metrics.items()
             if name.removeprefix("global_").removeprefix("personal_") in COUNTED
         }
+
+    def told(self, least: int) -> int:
+        """Return of which classes the server may know, by their fewest examples; 0: of none, the owner forbids it."""
+        return least if self.class_sums else 0
 
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this client's own anchor file in them.

@@ -1,8 +1,8 @@
 """The shared discriminant: what every type's labelled examples say, in the space all types share, in closed form.
 
 A client tells once how many examples it has of each class and the sum of their latents (of the bare backbone, behind
-its type's maps). Sums of different models add up, since the alignment gives the same text the same latents. So the server
-knows, without any training, what training on everybody's examples together would find::
+its type's maps). Sums of different models add up, since the alignment gives the same text the same latents. So the
+server knows, without any training, what training on everybody's examples together would find::
 
     m_c = (s_c + k m) / (n_c + k)                          means, drawn towards the mean m of all classes by k examples
     g_c(z) = m_c' M z - m_c' M m_c / 2,   M = diag(rho / spread^2)
@@ -10,7 +10,9 @@ knows, without any training, what training on everybody's examples together woul
 with ``n_c, s_c`` summed over clients, ``spread`` each latent's standard deviation over the public anchors and ``rho``
 its held-out canonical correlation. It is a linear discriminant
 (Fisher 1936, https://doi.org/10.1111/j.1469-1809.1936.tb02137.x) whose covariance is that of the public anchors
-(diagonal: the latents are uncorrelated there), in which a latent counts by how alike the models see it. Clients add ``weight`` times these logits to their model's logits.
+(diagonal: the latents are uncorrelated there), in which a latent counts by how alike the models see it. Clients add
+``weight`` times these logits to their model's, in what they predict and in tests: in training a model would learn them
+away.
 
 Statistics of classes from clients that share *one* frozen model: FedCGS (arXiv 2503.06962), CCVR (arXiv 2106.05001).
 That models of different families can pool theirs is what the alignment is for (our definition).

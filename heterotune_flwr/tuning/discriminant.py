@@ -15,27 +15,30 @@ from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.states import bare_states
-from heterotune_flwr.tuning.task import EncodedSet
+from heterotune_flwr.tuning.task import EncodedSet, Task
 
 
 @torch.no_grad()
 def class_sums(
-    adapter: AttachedAdapter, encoded: EncodedSet, classes: int, least: int
-) -> ClassSums:
+    adapter: AttachedAdapter, task: Task, encoded: EncodedSet, least: int
+) -> ClassSums | None:
     """Examples of every class and the sums of their latents; zeros for a class of fewer than ``least`` examples.
+
+    None where nothing is asked (``least`` 0), there are no examples, no closed label set, or no shared latents.
 
     Parameters
     ----------
     adapter
         DeMA, with the maps of its type.
-    encoded
-        Labelled examples of a closed label set: one loss position and one target each.
-    classes
-        C.
+    task, encoded
+        The closed label set, and labelled examples of it: one loss position and one target each.
     least
         What a single example says of itself stays at home from 2 on.
 
     """
+    if not least or not len(encoded) or task.kind != "labels" or adapter.kind != "dema":
+        return None
+    classes = len(task.labels or ())
     latents = adapter.last_latents(bare_states(adapter, encoded)).double().cpu()
     labels = torch.tensor([targets[0] for targets in encoded.targets], dtype=torch.long)
     counts = torch.bincount(labels, minlength=classes)

@@ -1,0 +1,440 @@
+"""The shared discriminant: told once, pooled over types in closed form, heard in predictions and tests alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_client import folder, world  # noqa: F401  (fixtures)
+from test_consensus import DEEP, FEW
+from test_cores import CORES, with_maps
+from test_lora_variants import run
+from test_resume import Killed, comparable, killer
+from test_resume import run as run_toy
+from test_tuning import data, directory  # noqa: F401  (fixtures)
+from tiny_backbones import LABELS
+from toy_federation import LABELS as TOY_LABELS
+from toy_federation import Backbone, ToyFederation, toy_config
+from toy_federation import class_sums as toy_sums
+from toy_federation import latents as toy_latents
+
+from heterotune_flwr.backbones.loading import load_backbone
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import TrainConfig
+from heterotune_flwr.data.sources import training_pool
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
+from heterotune_flwr.federation.identity import identify
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.protocol import (
+    TRAIN,
+    EvaluateRequest,
+    Header,
+    RemoteError,
+    TrainReply,
+    TrainRequest,
+)
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.flower import RecordDict
+from heterotune_flwr.strategies import build_strategy
+from heterotune_flwr.strategies.build import check_strategy
+from heterotune_flwr.strategies.discriminant import (
+    DiscriminantOptions,
+    SharedDiscriminant,
+    linear_discriminant,
+)
+from heterotune_flwr.tuning.adapters import attach
+from heterotune_flwr.tuning.discriminant import class_sums, discriminant_logits
+from heterotune_flwr.tuning.distill import predict
+from heterotune_flwr.tuning.evaluate import evaluate
+from heterotune_flwr.tuning.states import bare_states, make_rows
+from heterotune_flwr.tuning.task import make_task
+
+#: HeteroTune with nothing but its bank and the discriminant.
+PLAIN = {
+    "_component_": "heterotune_flwr.strategies.heterotune.HeteroTune",
+    "discriminant": {"weight": 0.5},
+}
+
+
+def log_probabilities(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+# ------------------------------------------------------------------------------- the closed form
+
+
+@given(st.integers(0, 10_000), st.floats(0.0, 5.0))
+def test_it_is_the_gaussian_classifier_of_the_pooled_classes(seed, prior):
+    """Log densities of Gaussians at the shrunk means, covariance the inverse of the metric, all classes alike."""
+    rng = np.random.default_rng(seed)
+    latents, labels = rng.normal(size=(40, 5)) + 1.0, rng.integers(0, 3, size=40)
+    metric = rng.uniform(0.2, 3.0, size=5)
+    counts = np.bincount(labels, minlength=3).astype(float)
+    sums = np.stack([latents[labels == c].sum(axis=0) for c in range(3)])
+    found = linear_discriminant(counts, sums, metric, prior)
+    centre = latents.mean(axis=0)
+    means = (sums + prior * centre) / np.maximum(counts + prior, 1e-12)[:, None]
+    probes = rng.normal(size=(7, 5))
+    distances = ((probes[:, None] - means) ** 2 * metric).sum(axis=-1)
+    present = counts + prior > 0
+    expected = log_probabilities(-0.5 * distances[:, present])
+    got = log_probabilities((probes @ found.weight.T + found.bias)[:, present])
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_a_class_nobody_has_lies_at_the_mean():
+    found = linear_discriminant(
+        np.array([2.0, 0.0]), np.array([[2.0, 4.0], [0.0, 0.0]]), np.ones(2), prior=2.0
+    )
+    np.testing.assert_array_equal(
+        found.weight, 0
+    )  # the other class is all there is, and the mean itself
+    np.testing.assert_array_equal(found.bias, 0)
+
+
+def test_latents_count_by_their_correlation():
+    """M = rho / spread^2: in standard deviations, a latent counts by how alike the types see it."""
+    spreads = np.array([2.0, 0.5])
+    nobody = SimpleNamespace(clients={}, labels=["a", "b", "c"])
+    known = SharedDiscriminant(DiscriminantOptions(), spreads, 2.0, nobody)
+    np.testing.assert_allclose(known.metric * spreads**2, np.sqrt(spreads))
+    equal = SharedDiscriminant(DiscriminantOptions(), np.ones(2), 0.0, nobody)
+    np.testing.assert_array_equal(equal.metric, 1)
+
+
+@pytest.mark.parametrize(
+    ("given_options", "said"),
+    [
+        ({"weigth": 1}, "no key 'weigth'; known: weight"),
+        ({"weight": -0.1}, "not negative"),
+        ({"weight": float("nan")}, "not negative"),
+        ({"weight": True}, "not negative"),
+        ({"least": 0}, "whole number from 1"),
+        ({"least": 1.5}, "whole number"),
+        ({"prior": float("inf")}, "not negative"),
+        ({"scope": "everybody"}, "all or type"),
+        ("yes", "key: value"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_runs(given_options, said):
+    with pytest.raises(ConfigError, match=said):
+        DiscriminantOptions.read(given_options)
+    config = compose("demo", "run.compare=[heterotune]")
+    entry = {**config.strategies["heterotune"], "discriminant": given_options}
+    with pytest.raises(ConfigError, match=r"strategies\.heterotune: discriminant"):
+        check_strategy("heterotune", entry, config)
+
+
+# ------------------------------------------------------------------------------------- the wire
+
+
+def told(counts=(3.0, 0.0, 2.0), latent=4):
+    counts = np.array(counts, np.float32)
+    sums = np.ones((len(counts), latent), np.float32) * counts[:, None]
+    return ClassSums(counts, sums)
+
+
+def test_both_travel_exactly():
+    content = RecordDict({})
+    sums = ClassSums(
+        np.array([257.0, 0.0], np.float32), np.array([[0.1, 1e-6], [0, 0]], np.float32)
+    )
+    sums.add_to(content)
+    read = ClassSums.read(content)
+    np.testing.assert_array_equal(read.counts, sums.counts)
+    np.testing.assert_array_equal(read.sums, sums.sums)
+    discriminant = Discriminant(sums.sums, sums.counts)
+    discriminant.add_to(content)
+    assert Discriminant.read(content).digest == discriminant.digest
+    assert ClassSums.read(RecordDict({})) is None
+    assert Discriminant.read(RecordDict({})) is None
+
+
+def test_malformed_ones_are_refused():
+    for matrix, vector in (((2, 3), (3,)), ((6,), (6,)), ((2, 3), (2, 1))):
+        content = RecordDict({})
+        ClassSums(np.zeros(vector, np.float32), np.zeros(matrix, np.float32)).add_to(content)
+        with pytest.raises(ExchangeError, match="class sums are"):
+            ClassSums.read(content)
+    content = RecordDict({})
+    Discriminant(np.zeros((2, 3), np.float32), np.zeros(2, np.float32)).add_to(content)
+    content["class_sums"] = content["discriminant"]
+    with pytest.raises(ExchangeError, match="class sums hold"):
+        ClassSums.read(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sums": np.zeros((2, 4), np.float32)}, "expected 3 x 4"),
+        ({"counts": np.array([3, np.nan, 2], np.float32)}, "not finite"),
+        ({"sums": np.full((3, 4), np.inf, np.float32)}, "not finite"),
+        ({"counts": np.array([3, -2, 2], np.float32)}, "whole numbers from 2"),
+        ({"counts": np.array([3.5, 0, 2], np.float32)}, "whole numbers from 2"),
+        ({"counts": np.array([3, 0, 1], np.float32)}, "whole numbers from 2"),
+        ({"counts": np.array([30, 0, 2], np.float32)}, "32 examples, more than the 5"),
+        ({"counts": np.array([3, 0, 0], np.float32)}, "classes without examples"),
+        ({"sums": np.ones((3, 4), np.float32) * [[3], [0], [2e3]]}, "1e.03 standard deviations"),
+    ],
+)
+def test_what_a_client_cannot_have_is_refused(change, said):
+    ok = told()
+    assert ok.checked(3, np.ones(4), 2, 5) is ok
+    with pytest.raises(ExchangeError, match=said):
+        replace(ok, **change).checked(3, np.ones(4), 2, 5)
+
+
+# ------------------------------------------------------------------------------------ the client
+
+
+@pytest.fixture
+def adapted(directory, data):  # noqa: F811
+    """A model with random values in its bank and cores, its task, and some examples."""
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, list(LABELS), TrainConfig())
+    adapter = with_maps(attach(backbone, replace(CORES, output=3), 3))
+    return adapter, task, task.encode(training_pool(data)[:13])
+
+
+def test_bare_states_are_the_backbones_whatever_is_attached(adapted):
+    adapter, _, encoded = adapted
+    found = bare_states(adapter, encoded)
+    adapter.load({name: np.zeros(shape, np.float32) for name, shape in adapter.shapes.items()})
+    rows = make_rows(adapter, encoded, cache=False)
+    states, _, _ = rows.rows(range(len(encoded)))
+    torch.testing.assert_close(found, states.detach(), rtol=1e-5, atol=1e-5)
+    with_maps(adapter)
+    changed, _, _ = rows.rows(range(len(encoded)))
+    assert float((changed.detach() - found).abs().max()) > 1e-2  # and what was off is on again
+
+
+def test_a_client_tells_of_classes_with_enough_examples(adapted):
+    adapter, task, encoded = adapted
+    labels = np.array([targets[0] for targets in encoded.targets])
+    counts = np.bincount(labels, minlength=len(LABELS))
+    least = int(counts.min()) + 1
+    found = class_sums(adapter, task, encoded, least)
+    from heterotune_flwr.dema import read_maps
+
+    maps = read_maps(adapter.model)
+    down, offset = (maps[f"slots.0.map.down.{what}"] for what in ("weight", "bias"))
+    latents = bare_states(adapter, encoded).double().numpy() @ down.T.astype(float) + offset
+    kept = counts >= least
+    assert kept.any()
+    assert not kept.all()
+    np.testing.assert_array_equal(found.counts, counts * kept)
+    expected = np.stack([latents[labels == c].sum(axis=0) for c in range(len(LABELS))])
+    np.testing.assert_allclose(found.sums, expected * kept[:, None], rtol=1e-4, atol=1e-4)
+    assert class_sums(adapter, task, encoded, 0) is None
+
+
+def test_its_logits_add_to_predictions_and_tests(adapted):
+    adapter, task, encoded = adapted
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(3, adapter.method.latent)).astype(np.float32)
+    shared = Discriminant(weight, rng.normal(size=3).astype(np.float32))
+    added = discriminant_logits(shared, adapter, encoded)
+    alone, both = (make_rows(adapter, encoded, offsets=o) for o in (None, added))
+    chosen = [4, 0, 7]
+    expected = log_probabilities(
+        np.log(predict(task, alone, chosen).astype(float)) + added.numpy()[chosen]
+    )
+    np.testing.assert_allclose(np.log(predict(task, both, chosen)), expected, atol=1e-4)
+    prior = torch.tensor([0.0, -1.0, 2.0])
+    everything = range(len(encoded))
+    logs = np.log(predict(task, alone, everything).astype(float)) + added.numpy() + prior.numpy()
+    labels = [targets[0] for targets in encoded.targets]
+    report = evaluate(adapter, task, both, prior)
+    right = log_probabilities(logs)[np.arange(len(labels)), labels]
+    assert report.loss == pytest.approx(-right.mean(), abs=1e-4)
+    assert report.accuracy == pytest.approx((logs.argmax(axis=1) == labels).mean())
+    assert discriminant_logits(None, adapter, encoded) is None
+    other = Discriminant(np.zeros((3, 5), np.float32), np.zeros(3, np.float32))
+    with pytest.raises(ExchangeError, match="of 5 latents"):
+        discriminant_logits(other, adapter, encoded)
+
+
+def test_training_does_not_see_it(world):  # noqa: F811
+    """The same deltas with and without; the tests differ."""
+    strategy = run(world, DEEP, rounds=1, overrides=f"{FEW} strategies.{DEEP}.discriminant=null")
+    method, (client_id, *_) = strategy.method, strategy.roster.clients
+    type_key = strategy.roster.clients[client_id].info.type_key
+    digest, tensors = strategy.maps.digests[type_key], strategy.slice(type_key)
+    header = Header("other", 0, method, 1)
+    shared = Discriminant(
+        np.random.default_rng(0).normal(size=(3, method.latent)).astype(np.float32),
+        np.array([5.0, -5.0, 0.0], np.float32),
+    )
+
+    def ask(kind, request):
+        return world.ask(0, kind, request.to_content("fp32"))
+
+    def trained(**extra):
+        request = TrainRequest(
+            header,
+            tensors,
+            digest,
+            strategy.maps.tensors[type_key],
+            sorted(tensors),
+            2,
+            0.01,
+            **extra,
+        )
+        return TrainReply.from_content(ask(TRAIN, request))
+
+    alone, both = trained(), trained(discriminant=shared, class_sums=2)
+    for name, value in alone.deltas.items():
+        np.testing.assert_array_equal(value, both.deltas[name])
+    assert alone.class_sums is None
+    assert both.class_sums.counts.sum() <= 16
+    measured = [
+        world.ask(
+            0,
+            "evaluate",
+            EvaluateRequest(header, tensors, digest, None, ["global"], d).to_content("fp32"),
+        )
+        for d in (None, shared, None)
+    ]
+    losses = [dict(content["metrics"])["global_loss"] for content in measured]
+    assert losses[0] == losses[2] != losses[1]  # what is remembered of one is not told of the other
+    wrong = replace(shared, weight=np.zeros((3, 1), np.float32))
+    with pytest.raises(RemoteError, match="of 1 latents"):
+        TrainReply.from_content(ask(TRAIN, TrainRequest(
+            header, tensors, digest, None, [], 1, 0.01, discriminant=wrong,
+            lesson=strategy.consensus.lesson(1, type_key),
+        )))  # fmt: skip
+
+
+def test_a_nodes_owner_may_forbid_it(world):  # noqa: F811
+    config = compose(str(world.path / "run.yaml"))
+    node = {"client-id": "n", "backbone": "tiny-a", "data": "d.jsonl", "state-dir": str(world.path)}
+    assert identify(config, node).told(2) == 2
+    assert identify(config, {**node, "class-sums": "no"}).told(2) == 0
+    with pytest.raises(ConfigError, match=r"class-sums.*yes, no"):
+        identify(config, {**node, "class-sums": "maybe"})
+
+
+# ----------------------------------------------------------------------------------- whole runs
+
+
+def toy(tmp_path, entry=PLAIN, clients=(2, 2, 2), **server):
+    config = toy_config(tmp_path, clients=clients, strategies={"mine": entry}, **server)
+    federation = ToyFederation(config)
+    session = Session(federation.grid(), config, Journal(tmp_path / "journal"), "toy-0")
+    context = StrategyContext("mine", config, 0, session)
+    strategy = build_strategy(config.strategies["mine"], context)
+    return strategy, federation, session
+
+
+def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
+    strategy, federation, session = toy(tmp_path)
+    strategy.start(session.grid)
+    asked = {key: request.class_sums for key, request in federation.received.items()}
+    assert {round for (_, round), least in asked.items() if least} == {1}
+    assert len([least for least in asked.values() if least == 2]) == 6
+    assert all(
+        (request.discriminant is None) == (round == 1)
+        for (_, round), request in federation.received.items()
+    )
+    counts, sums = np.zeros(len(TOY_LABELS)), np.zeros((len(TOY_LABELS), 8))
+    for partition in range(6):
+        name = federation.type_of(partition)
+        meaning, labels = federation.data(partition, 0, 2, 48)
+        z = toy_latents(strategy.maps.tensors[f"{name}@fp32"], Backbone(name).states(meaning))
+        own = toy_sums(z, labels, 2)
+        counts, sums = counts + own.counts, sums + own.sums
+    expected = linear_discriminant(counts, sums, strategy.discriminant.metric, 2.0)
+    found = federation.received["client-0000", 3].discriminant
+    np.testing.assert_allclose(found.weight, 0.5 * expected.weight, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.bias, 0.5 * expected.bias, rtol=1e-4, atol=1e-4)
+    rounds = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"]
+    assert rounds == [{"clients": 6, "examples": int(counts.sum())}] * 3
+
+
+def test_types_know_more_with_each_others_classes(tmp_path):
+    def accuracy(scope):
+        entry = {**PLAIN, "discriminant": {"weight": 1.0, "scope": scope} if scope else None}
+        strategy, _, session = toy(tmp_path, entry, clients=(1, 1, 1), rounds=1)
+        strategy.start(session.grid)
+        return np.mean([row.global_accuracy for row in strategy.outcome.rows])
+
+    none, own, shared = accuracy(None), accuracy("type"), accuracy("all")
+    assert shared > own + 0.03 > none
+
+
+def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path):
+    """Half of the clients in each round: some have told before the stop, the others tell after it."""
+    server = {"rounds": 4, "participation": 0.5}
+    config = toy_config(tmp_path, strategies={"mine": PLAIN}, **server)
+    whole = comparable(run_toy(config, ToyFederation(config), directory=tmp_path / "whole"))
+    federation = ToyFederation(config)
+    with pytest.raises(Killed):  # in round 3, after 3 clients of round 1 and one more of round 2
+        run_toy(config, federation, drop=killer(24), directory=tmp_path / "parts")
+    before = {key for key, request in federation.received.items() if request.class_sums}
+    again = run_toy(config, federation, resuming=True, directory=tmp_path / "parts")
+    assert comparable(again) == whole
+    asked = {key for key, request in federation.received.items() if request.class_sums}
+    assert len(before) == 4 < len(asked)
+    assert len({client_id for client_id, _ in asked}) == len(asked)
+
+
+def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
+    strategy, federation, _ = toy(tmp_path)
+    train = federation.train
+
+    def lying(message, context):
+        reply = train(message, context)
+        if federation.who(context)[0] == "client-0001" and "class_sums" in reply.content:
+            told(counts=[900.0, *[0.0] * 5], latent=8).add_to(reply.content)
+        return reply
+
+    federation.train = lying
+    strategy.start(federation.grid())
+    assert strategy.outcome.refused == {"client-0001": {"class_sums": 1}}
+    events = (tmp_path / "journal" / "rounds.jsonl").read_text()
+    assert "class_sums_refused" in events
+    assert "900 examples, more than the 48 declared" in events
+    last = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"][-1]
+    assert last["examples"] < 5 * 48 + 1
+
+
+def test_a_type_that_is_not_aligned_neither_tells_nor_hears(tmp_path):
+    strategy, federation, session = toy(tmp_path)
+    config = strategy.config
+    strategy.config = dataclasses.replace(
+        config, alignment=dataclasses.replace(config.alignment, quality_threshold=2.0)
+    )
+    strategy.start(session.grid)
+    assert not any(request.class_sums for request in federation.received.values())
+    assert not any(request.discriminant for request in federation.received.values())
+
+
+def test_open_text_has_none_and_says_so(world):  # noqa: F811
+    strategy = run(
+        world, DEEP, rounds=1,
+        overrides=f"{FEW} train.loss=tokens strategies.{DEEP}.discriminant.weight=0.1",
+    )  # fmt: skip
+    assert strategy.discriminant is None
+    assert "discriminant_off" in (world.path / "journal" / "rounds.jsonl").read_text()
+
+
+def test_the_shipped_strategy_uses_it_on_real_models(world):  # noqa: F811
+    on, off = (
+        run(world, DEEP, rounds=2, overrides=f"{FEW} strategies.{DEEP}.discriminant={value}")
+        for value in ("'{weight: 0.3}'", "null")
+    )
+    rounds = [e for e in on.outcome.rounds if e["event"] == "round"]
+    assert rounds[0]["discriminant"]["clients"] == 4
+    assert 40 <= rounds[0]["discriminant"]["examples"] <= 64
+    assert off.discriminant is None
+    losses = [[row.global_loss for row in s.outcome.rows] for s in (on, off)]
+    assert losses[0] != losses[1]
