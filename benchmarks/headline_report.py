@@ -11,7 +11,12 @@ from benchmarks.common import RESULTS, Key, mean_and_std, paired_gain, read_resu
 from heterotune_flwr.exchange.storage import atomic_write_text
 
 #: Ours: the first of these that is measured on a suite.
-OURS = ("heterotune_deep", "heterotune_deep_cold", "heterotune")
+OURS = (
+    "heterotune_deep",
+    "heterotune_without_discriminant",
+    "heterotune_deep_cold",
+    "heterotune",
+)
 #: Parts of ours are ablations, not rivals: the bank alone, without CMGA, the predictions alone, LoRA at home.
 NO_RIVALS = (*OURS, "heterotune_focused", "bank", "mean", "predictions", "lora_at_home")
 

@@ -20,6 +20,8 @@ from heterotune_flwr.exchange.storage import atomic_write_text
 _ANNEALED: Mapping[str, Any] = {"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}
 #: The same without warm-up, as measured before there was one.
 _COLD: Mapping[str, Any] = {"train": {"last_rate": 0.05, "warmup_ratio": 0.0}}
+#: As measured before there was one, and its ablation.
+_INDISCRIMINATE: Mapping[str, Any] = {"discriminant": None}
 #: HeteroTune's anchors.
 _MORE: Mapping[str, Any] = {"anchors": 768, "pool": 6000, "batch": 64}
 #: What a method has here beside its shipped preset.
@@ -27,8 +29,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "predictions": {"type_phase": 0.95, "mixing": 0.0},
     "lora_at_home": {"method": {"core_scope": "client"}},
     "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
-    "heterotune_focused": {"consensus": {"focus": 1.0}},
-    "heterotune_deep_cold": _COLD,
+    "heterotune_without_discriminant": _INDISCRIMINATE,
+    "heterotune_focused": {"consensus": {"focus": 1.0}, **_INDISCRIMINATE},
+    "heterotune_deep_cold": {**_COLD, **_INDISCRIMINATE},
     "within_consensus_annealed": {"consensus": {**_MORE, "scope": "type"}, **_ANNEALED},
     "within_consensus_cold": {"consensus": {**_MORE, "scope": "type"}, **_COLD},
     "fedmkt64_annealed": {"consensus": {**_MORE, "confidence": 0.0}, **_ANNEALED},
@@ -40,6 +43,7 @@ SHIPPED_AS: Mapping[str, str] = {
     "predictions": "heterotune",
     "lora_at_home": "heterotune",
     "fedmkt64": "fedmkt",
+    "heterotune_without_discriminant": "heterotune_deep",
     "heterotune_focused": "heterotune_deep",
     "heterotune_deep_cold": "heterotune_deep",
     "within_consensus_annealed": "within_consensus",
@@ -52,6 +56,7 @@ SHIPPED_AS: Mapping[str, str] = {
 WITH_LORA = (
     "lora_at_home",
     "heterotune_deep",
+    "heterotune_without_discriminant",
     "heterotune_focused",
     "heterotune_deep_cold",
     "within_consensus_annealed",
@@ -145,7 +150,7 @@ _BANKED = (
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
 _BOTH = {
     **dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3)),
-    **dict.fromkeys(("heterotune_deep", "heterotune_deep_cold"), (4e-3, 8e-3)),
+    **dict.fromkeys(("heterotune_without_discriminant", "heterotune_deep_cold"), (4e-3, 8e-3)),
     **dict.fromkeys(("fedmkt64_annealed", "fedmkt64_cold"), (2e-3, 4e-3, 8e-3)),
 }
 _KNOWN: Mapping[str, Sequence[float]] = {
@@ -208,7 +213,15 @@ RATES: dict[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, _BANK),
     "lora_at_home": (2e-3,),  # HeteroTune's best where LoRA trains
     # of 4 and 8e-3 on embedded12's tuning seed, without warm-up
-    **dict.fromkeys(("heterotune_deep", "heterotune_focused", "heterotune_deep_cold"), (8e-3,)),
+    **dict.fromkeys(
+        (
+            "heterotune_deep",
+            "heterotune_without_discriminant",
+            "heterotune_focused",
+            "heterotune_deep_cold",
+        ),
+        (8e-3,),
+    ),
     **dict.fromkeys(("within_consensus_annealed", "within_consensus_cold"), (8e-3,)),
     **dict.fromkeys(("fedmkt64_annealed", "fedmkt64_cold"), (2e-3, 4e-3)),
     "fedit_annealed": (1e-3, 2e-3, 4e-3),
