@@ -336,7 +336,8 @@ def toy(tmp_path, entry=PLAIN, clients=(2, 2, 2), **server):
 
 
 def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
-    strategy, federation, session = toy(tmp_path)
+    entry = {**PLAIN, "consensus": {"anchors": 16, "pool": 16}}
+    strategy, federation, session = toy(tmp_path, entry)
     strategy.start(session.grid)
     asked = {key: request.class_sums for key, request in federation.received.items()}
     assert {round for (_, round), least in asked.items() if least} == {1}
@@ -358,6 +359,13 @@ def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
     np.testing.assert_allclose(found.bias, 0.5 * expected.bias, rtol=1e-4, atol=1e-4)
     rounds = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"]
     assert rounds == [{"clients": 6, "examples": int(counts.sum())}] * 3
+
+
+def test_who_predicts_nothing_is_sent_none(tmp_path):
+    strategy, federation, session = toy(tmp_path)
+    strategy.start(session.grid)
+    assert all(request.discriminant is None for request in federation.received.values())
+    assert strategy.discriminant.of("small@fp32") is not None  # the tests have it
 
 
 def test_types_know_more_with_each_others_classes(tmp_path):

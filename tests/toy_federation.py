@@ -159,6 +159,12 @@ def latents(maps, states):
     return states @ maps["slots.0.map.down.weight"].T + maps["slots.0.map.down.bias"]
 
 
+def discriminant_logits(request, maps, states):
+    """What a request's discriminant adds."""
+    shared = request.discriminant
+    return 0.0 if shared is None else latents(maps, states) @ shared.weight.T + shared.bias
+
+
 def class_sums(z, labels, least):
     """What a client tells of classes with at least so many examples."""
     counts = np.bincount(labels, minlength=len(LABELS))
@@ -402,6 +408,7 @@ class ToyFederation:
         if lesson is not None and lesson.wanted and not self.silent:
             anchors = anchor_meanings(lesson, lesson.wanted, header.seed, header.round + 1)
             logits, _ = forward(tensors, maps, backbone, backbone.states(anchors))
+            logits = logits + discriminant_logits(request, maps, backbone.states(anchors))
             predictions = softmax(logits).astype(np.float32)
         self.own_state.setdefault((header.experiment, client_id), {})[header.round] = {
             n: v.astype(np.float32)
@@ -450,8 +457,7 @@ class ToyFederation:
             meaning, labels = test
             states = backbone.states(meaning)
             logits, _ = forward(tensors, maps, backbone, states)
-            if (shared := request.discriminant) is not None:
-                logits = logits + latents(maps, states) @ shared.weight.T + shared.bias
+            logits = logits + discriminant_logits(request, maps, states)
             probabilities = softmax(logits)[np.arange(len(labels)), labels]
             metrics[f"{scope}_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
             metrics[f"{scope}_loss"] = float(-np.log(probabilities + 1e-12).mean())

@@ -112,6 +112,9 @@ class HeteroStrategy(Sharing):
         train = self.config.train
         type_key = self.roster.clients[client_id].info.type_key
         digest, maps = self.courier.maps_for(client_id)
+        speaks = (
+            work.lesson is not None and work.lesson.wanted > 0
+        )  # training does not see a discriminant
         request = TrainRequest(
             header=self._header(server_round, client_id),
             tensors=self.outgoing(client_id),
@@ -126,7 +129,7 @@ class HeteroStrategy(Sharing):
             frozen=sorted(self.frozen(type_key, server_round)),
             controls=self.controls(type_key),
             lesson=work.lesson,
-            discriminant=self.discriminant.of(type_key) if self.discriminant else None,
+            discriminant=self.discriminant.of(type_key) if self.discriminant and speaks else None,
             class_sums=self.discriminant.asks(client_id) if self.discriminant else 0,
         )
         return self.courier.message(client_id, request, TRAIN, server_round)
