@@ -105,6 +105,10 @@ class MethodConfig:
     slots: int = _help("K depth slots; the last acts on the final normalised state", 1)
     latent: int = _help("r, width of the shared latent space", 128)
     output: int | None = _help("width of the output latent; null: number of labels or r", None)
+    text_view: bool = _help(
+        "types also align the mean over a text of their middle states, which a shared discriminant reads besides",
+        False,
+    )
     inner: int = _help(
         "q, inner width of an expert; 0: none, an expert is one matrix P and a bias Q (Co-LoRA)", 32
     )

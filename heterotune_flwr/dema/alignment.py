@@ -65,6 +65,8 @@ def factors_path(
         "output": alignment.output,
         "codec": exact_codec(config.exchange),  # factors are kept as they travelled
     }
+    if method.text_view:
+        parts["text_view"] = True
     if alignment.output == "vocabulary":
         parts["words"] = [
             alignment.words,

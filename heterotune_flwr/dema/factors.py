@@ -28,6 +28,7 @@ from heterotune_flwr.data.template import (
     render_prompt,
 )
 from heterotune_flwr.dema.structure import DecoderStructure, find_structure, slot_blocks
+from heterotune_flwr.dema.text_view import TEXT, collect_text_states
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 
@@ -263,6 +264,13 @@ def _pullbacks(
     return [total / len(texts) for total in sums]
 
 
+def _components(
+    place: str, states: NDArray[np.float32], count: int
+) -> dict[str, NDArray[np.float64]]:
+    parts = zip(("scores", "basis", "mean"), principal_components(states, count), strict=True)
+    return {f"{place}.{name}": value for name, value in parts}
+
+
 def alignment_factors(
     backbone: Backbone,
     texts: Sequence[str],
@@ -272,6 +280,7 @@ def alignment_factors(
     slots: int,
     words: Sequence[str] = (),
     progress: Progress | None = None,
+    text_view: bool = False,
 ) -> Tensors:
     """The public factors of one type (the payload of ``query.align``).
 
@@ -291,21 +300,24 @@ def alignment_factors(
         Words all vocabularies share (needed for ``alignment.output=vocabulary``).
     progress
         Called with (anchors done, anchors).
+    text_view
+        Whether the second view of a text is aligned, too (:mod:`.text_view`).
 
     Returns
     -------
-    ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d; ``label_rows`` C x d (0 x d for other outputs);
-    ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
+    ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d (``text.`` likewise); ``label_rows`` C x d (0 x d for
+    other outputs); ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
 
     """
     values: dict[str, NDArray[Any]] = {}
     states = collect_states(backbone, texts, data, slots, alignment.positions, progress)
     for slot, rows in enumerate(states):
         rows = np.where(np.isnan(rows), np.nanmean(rows, axis=0), rows)  # words cut off
-        scores, basis, mean = principal_components(rows, alignment.components)
-        values[f"slots.{slot}.scores"] = scores
-        values[f"slots.{slot}.basis"] = basis
-        values[f"slots.{slot}.mean"] = mean
+        values |= _components(f"slots.{slot}", rows, alignment.components)
+    if text_view:
+        values |= _components(
+            TEXT, collect_text_states(backbone, texts, data), alignment.components
+        )
     values["label_rows"] = np.zeros((0, backbone.hidden))
     if labels and alignment.output == "labels":
         tokens = label_tokens(backbone.tokenizer, labels, data.prompt)

@@ -25,6 +25,7 @@ import numpy as np
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.dema.gcca import Matrix, fit_slot, ridge, unit_variance
+from heterotune_flwr.dema.text_view import TEXT
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 
@@ -42,14 +43,14 @@ class AlignmentResult:
     maps
         Type -> canonical map name -> float32 array.
     quality
-        Type -> held-out canonical correlation per slot.
+        Type -> held-out canonical correlation per slot, then of whole texts where they are aligned.
     shrinkage
-        Chosen shrinkage per slot.
+        Chosen shrinkage, likewise.
     output_width
         r_out.
     anchor_latents
-        ``slots.{k}.latents`` (n x r), ``slots.{k}.weights`` (r) and the functionals of the outputs:
-        ``label_functionals`` (C x C) or ``functionals`` (V x r_out).
+        ``slots.{k}.latents`` (n x r), ``slots.{k}.weights`` (r), ``text.`` likewise, and the functionals of the
+        outputs: ``label_functionals`` (C x C) or ``functionals`` (V x r_out).
 
     """
 
@@ -151,24 +152,29 @@ def _deep_output_map(own: Factors, slot: int, wanted_effect: _Functionals) -> Ma
     return _ridge_pseudo_inverse(rows, DEEP_RIDGE)
 
 
+def places_of(method: MethodConfig) -> list[str]:
+    """Where types are aligned: at every slot, and in the view of whole texts where the method has it."""
+    slots = [f"slots.{slot}" for slot in range(method.slots)]
+    return [*slots, TEXT] if method.text_view else slots
+
+
 def _type_maps(
-    own: Factors, slots: int, coefficients: Sequence[Matrix], functionals: _Functionals
+    own: Factors, slots: int, coefficients: Mapping[str, Matrix], functionals: _Functionals
 ) -> dict[str, Matrix]:
-    """The canonical maps of one type."""
+    """The canonical maps of one type; ``coefficients`` by place."""
     maps: dict[str, Matrix] = {}
+    for place, found in coefficients.items():
+        basis = np.asarray(own[f"{place}.basis"], dtype=np.float64)
+        mean = np.asarray(own[f"{place}.mean"], dtype=np.float64)
+        scores = np.asarray(own[f"{place}.scores"], dtype=np.float64)
+        down = found.T @ basis
+        maps[f"{place}.map.down.weight"] = down
+        maps[f"{place}.map.down.bias"] = -(down @ mean) - scores.mean(axis=0) @ found
     for slot in range(slots):
-        basis = np.asarray(own[f"slots.{slot}.basis"], dtype=np.float64)
-        mean = np.asarray(own[f"slots.{slot}.mean"], dtype=np.float64)
-        scores = np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
-        down = coefficients[slot].T @ basis
-        offset = -(down @ mean) - scores.mean(axis=0) @ coefficients[slot]
         last = slot == slots - 1
-        output = (
+        maps[f"slots.{slot}.map.up.weight"] = (
             _last_output_map(own, functionals) if last else _deep_output_map(own, slot, functionals)
         )
-        maps[f"slots.{slot}.map.down.weight"] = down
-        maps[f"slots.{slot}.map.down.bias"] = offset
-        maps[f"slots.{slot}.map.up.weight"] = output
     return maps
 
 
@@ -220,24 +226,24 @@ def compute_maps(
         if alignment.output == "labels"
         else {"functionals": vocabulary_functionals(factors, width)}
     )
-    coefficients: dict[str, list[Matrix]] = {key: [] for key in factors}
+    coefficients: dict[str, dict[str, Matrix]] = {key: {} for key in factors}
     quality: dict[str, list[float]] = {key: [] for key in factors}
     shrinkage: list[float] = []
-    for slot in range(method.slots):
-        scores = {key: np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
+    for place in places_of(method):
+        scores = {key: np.asarray(own[f"{place}.scores"], dtype=np.float64)
                   for key, own in factors.items()}  # fmt: skip
         fit = fit_slot(scores, method.latent, list(alignment.shrinkage), alignment.weighting, seed)
         shrinkage.append(fit.shrinkage)
-        known[f"slots.{slot}.latents"] = fit.latents
-        known[f"slots.{slot}.weights"] = fit.weights
+        known[f"{place}.latents"] = fit.latents
+        known[f"{place}.weights"] = fit.weights
         for key in factors:
-            coefficients[key].append(fit.coefficients[key])
+            coefficients[key][place] = fit.coefficients[key]
             quality[key].append(round(fit.quality[key], 4))
     maps = {
         key: _type_maps(own, method.slots, coefficients[key], _Functionals.known(known))
         for key, own in factors.items()
     }
-    weights = [known[f"slots.{slot}.weights"] for slot in range(method.slots)]
+    weights = {place: known[f"{place}.weights"] for place in places_of(method)}
     maps = apply_control(maps, factors, alignment.control, weights, seed)
     return AlignmentResult(
         maps={key: {name: value.astype(np.float32) for name, value in own.items()}
@@ -256,20 +262,20 @@ def join_type(
 
     Returns
     -------
-    The type's maps (it can use the trained bank at once, without any training of its own) and, per slot, the
+    The type's maps (it can use the trained bank at once, without any training of its own) and, per place, the
     correlation of its latents with the known ones on a fifth of the anchors held out from the ridge.
 
     """
-    coefficients: list[Matrix] = []
+    coefficients: dict[str, Matrix] = {}
     quality: list[float] = []
-    for slot in range(method.slots):
-        latents = result.anchor_latents[f"slots.{slot}.latents"]
-        scores = np.asarray(own[f"slots.{slot}.scores"], dtype=np.float64)
+    for index, place in enumerate(places_of(method)):
+        latents = result.anchor_latents[f"{place}.latents"]
+        scores = np.asarray(own[f"{place}.scores"], dtype=np.float64)
         if len(scores) != len(latents):
             raise ConfigError(
                 f"the new type saw {len(scores)} anchors, the federation was aligned on {len(latents)}"
             )
-        k = result.shrinkage[slot]
+        k = result.shrinkage[index]
         cut = round(0.8 * len(scores))
         centred = scores - scores[:cut].mean(axis=0)
         reached = centred[cut:] @ ridge(scores[:cut], latents[:cut], k)
@@ -277,8 +283,8 @@ def join_type(
             np.corrcoef(reached[:, j], latents[cut:, j])[0, 1] for j in range(latents.shape[1])
         ]
         quality.append(round(float(np.nanmean(columns)), 4))
-        weights = result.anchor_latents[f"slots.{slot}.weights"]
-        coefficients.append(unit_variance(scores, ridge(scores, latents, k)) * weights)
+        weights = result.anchor_latents[f"{place}.weights"]
+        coefficients[place] = unit_variance(scores, ridge(scores, latents, k)) * weights
     maps = _type_maps(own, method.slots, coefficients, _Functionals.known(result.anchor_latents))
     return {name: value.astype(np.float32) for name, value in maps.items()}, quality
 
@@ -293,30 +299,30 @@ def apply_control(
     maps: dict[str, dict[str, Matrix]],
     factors: Mapping[str, Factors],
     control: str,
-    weights: Sequence[Matrix],
+    weights: Mapping[str, Matrix],
     seed: int,
 ) -> dict[str, dict[str, Matrix]]:
     """Break the alignment on purpose (the controls of docs/method.md); ``none`` changes nothing.
 
     ``random_down``/``random_up``/``random_maps`` draw D and/or U anew for every type, at the same scale (latent
-    by latent: ``weights`` holds the r scales of every slot); ``rotated_basis`` rotates the latent bases
+    by latent: ``weights`` holds the r scales of every place); ``rotated_basis`` rotates the latent bases
     of one type (the last in order).
     """
     if control == "none":
         return maps
     last_type = sorted(maps)[-1]
     for key, own in maps.items():
-        for slot, scale in enumerate(weights):
-            rng = generator(seed, f"control.{control}.{key}.{slot}")
-            prefix = f"slots.{slot}.map"
+        for place, scale in weights.items():
+            rng = generator(seed, f"control.{control}.{key}.{place.removeprefix('slots.')}")
+            prefix, has_output = f"{place}.map", place != TEXT
             if control in ("random_down", "random_maps"):
-                scores = np.asarray(factors[key][f"slots.{slot}.scores"], dtype=np.float64)
-                basis = np.asarray(factors[key][f"slots.{slot}.basis"], dtype=np.float64)
-                mean = np.asarray(factors[key][f"slots.{slot}.mean"], dtype=np.float64)
+                scores = np.asarray(factors[key][f"{place}.scores"], dtype=np.float64)
+                basis = np.asarray(factors[key][f"{place}.basis"], dtype=np.float64)
+                mean = np.asarray(factors[key][f"{place}.mean"], dtype=np.float64)
                 drawn = rng.standard_normal((scores.shape[1], len(scale)))
                 down = (unit_variance(scores, drawn) * scale).T @ basis
                 own[f"{prefix}.down.weight"], own[f"{prefix}.down.bias"] = down, -(down @ mean)
-            if control in ("random_up", "random_maps"):
+            if control in ("random_up", "random_maps") and has_output:
                 up = own[f"{prefix}.up.weight"]
                 drawn = rng.standard_normal(up.shape)
                 own[f"{prefix}.up.weight"] = drawn * (np.linalg.norm(up) / np.linalg.norm(drawn))
@@ -325,6 +331,7 @@ def apply_control(
                 turn = _rotation(rng, len(down))
                 own[f"{prefix}.down.weight"] = turn @ down
                 own[f"{prefix}.down.bias"] = turn @ own[f"{prefix}.down.bias"]
-                up = own[f"{prefix}.up.weight"]
-                own[f"{prefix}.up.weight"] = up @ _rotation(rng, up.shape[1])
+                if has_output:
+                    up = own[f"{prefix}.up.weight"]
+                    own[f"{prefix}.up.weight"] = up @ _rotation(rng, up.shape[1])
     return maps

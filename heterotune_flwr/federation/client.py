@@ -209,6 +209,7 @@ def align(message: Message, context: Context) -> RecordDict:
         label_set(client.identity.data),
         request.slots,
         [word for word, shared in zip(request.words, mask, strict=True) if shared],
+        text_view=request.header.method.text_view,
     )
     reply = AlignReply(client.client_id, client.type_key, factors)
     return reply.to_content(exact_codec(client.config.exchange))

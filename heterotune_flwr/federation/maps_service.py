@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import Config, MethodConfig, ServerConfig
 from heterotune_flwr.dema.alignment import align_types, join_known, load_anchors, public_words
+from heterotune_flwr.dema.maps import places_of
 from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import (
@@ -44,7 +45,8 @@ class Maps:
     bytes_down, bytes_up
         What asking for the factors cost, per client id (nothing when they were known).
     spreads
-        Per slot: standard deviation of every latent over the anchors (``r``); empty where an older program made them.
+        Standard deviation over the anchors of every latent of the last slot, then of whole texts where they are
+        aligned; None where an older program made the maps.
 
     """
 
@@ -53,7 +55,7 @@ class Maps:
     quality: dict[str, list[float]]
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
-    spreads: list[NDArray[np.float64]] = field(default_factory=list)
+    spreads: NDArray[np.float64] | None = None
 
 
 def query_seconds(server: ServerConfig) -> float:
@@ -97,7 +99,7 @@ class MapsService:
         self._config = config
         self._journal = journal
         self._run_name = run_name
-        self._factors: dict[tuple[str, int], Tensors] = {}
+        self._factors: dict[tuple[str, int, bool], Tensors] = {}
         self._done: dict[str, Maps] = {}
         self._words: list[str] | None = None
         self._unsaved: dict[Path, KeptMaps] = {}
@@ -152,8 +154,10 @@ class MapsService:
             joined=joined,
         )
         digests = {key: tensor_digest(value) for key, value in tensors.items()}
-        names = [f"slots.{slot}.weights" for slot in range(method.slots)]
-        spreads = [np.asarray(kept.latents[n], np.float64) for n in names if n in kept.latents]
+        places = [f"{place}.weights" for place in places_of(method)[method.slots - 1 :]]
+        spreads = None
+        if set(places) <= set(kept.latents):
+            spreads = np.concatenate([np.asarray(kept.latents[p], np.float64) for p in places])
         return Maps(tensors, digests, quality, inquiry.down, inquiry.up, spreads)
 
     def _align(self, inquiry: _Inquiry) -> KeptMaps:
@@ -163,10 +167,11 @@ class MapsService:
         shared = self._shared_words(roster.clients.values())
 
         def ask(type_keys: list[str]) -> dict[str, Tensors]:
-            missing = [key for key in type_keys if (key, method.slots) not in self._factors]
+            where = (method.slots, method.text_view)
+            missing = [key for key in type_keys if (key, *where) not in self._factors]
             fresh = self._ask(inquiry, missing, shared)
-            self._factors |= {(key, method.slots): value for key, value in fresh.items()}
-            return {key: self._factors[key, method.slots] for key in type_keys}
+            self._factors |= {(key, *where): value for key, value in fresh.items()}
+            return {key: self._factors[key, *where] for key in type_keys}
 
         result = align_types(fingerprints, self._config, method, roster.labels, ask, inquiry.seed)
         codec = exact_codec(self._config.exchange)

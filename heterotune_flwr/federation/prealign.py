@@ -60,6 +60,7 @@ def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[fl
                 labels,
                 config.method.slots,
                 shared,
+                text_view=config.method.text_view,
             )
         return {
             key: round_trip(value, exact_codec(config.exchange)) for key, value in answers.items()

@@ -248,13 +248,13 @@ class Sharing(Strategy):
             reason = "the task has no closed label set (data.labels, train.loss)"
         elif self.maps is None:
             reason = f"method.kind={self.method.kind} has no latents that types share"
-        elif not self.maps.spreads:
+        elif self.maps.spreads is None:
             reason = "an older program made the run's maps, which does not say how they are scaled"
         else:
             last, weighting = self.method.slots - 1, self.config.alignment.weighting
             apart = {key for key in self.roster.type_keys if not self.shares(key, last)}
             self.discriminant = SharedDiscriminant(
-                options, self.maps.spreads[last], weighting, self.roster, apart
+                options, self.maps.spreads, weighting, self.roster, apart
             )
             return
         self.courier.event("discriminant_off", reason=reason)

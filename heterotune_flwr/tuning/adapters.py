@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import RESIDUAL, slot_of
 from heterotune_flwr.dema.structure import find_structure
+from heterotune_flwr.dema.text_view import TEXT
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.tuning.cores import Cores, attach_cores, forget_cores
@@ -32,6 +34,8 @@ from heterotune_flwr.tuning.task import Task
 KINDS = ("dema", "lora", "submodel")
 
 Tensors = dict[str, NDArray[np.float32]]
+
+_TEXT_MAPS = (f"{TEXT}.map.down.weight", f"{TEXT}.map.down.bias")
 
 
 @dataclass(eq=False)
@@ -52,6 +56,8 @@ class AttachedAdapter:
         The decoder without its unembedding: ids -> final normalised states.
     maps_digest
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
+    text_maps
+        The maps of whole texts, where the method has that view.
     lowest, frozen
         Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
     cores
@@ -67,6 +73,7 @@ class AttachedAdapter:
     parameters: dict[str, nn.Parameter]
     body: nn.Module
     maps_digest: str = ""
+    text_maps: dict[str, torch.Tensor] = field(default_factory=dict)
     lowest: int = 0
     frozen: frozenset[str] = frozenset()
     cores: Cores = field(default_factory=Cores)
@@ -161,13 +168,19 @@ class AttachedAdapter:
             return
         from heterotune_flwr.dema import load_maps, read_maps
 
-        expected = set(read_maps(self.model))
+        of_texts = {name: maps[name] for name in maps if name.startswith(f"{TEXT}.")}
+        of_slots = {name: maps[name] for name in maps if name not in of_texts}
+        expected = set(read_maps(self.model)) | set(_TEXT_MAPS if self.method.text_view else ())
         if set(maps) != expected:
             raise ExchangeError(
                 f"the maps sent do not fit: expected {sorted(expected)}, got {sorted(maps)}"
             )
         self.maps_digest = ""  # until all of them are in place
-        load_maps(self.model, maps)
+        load_maps(self.model, of_slots)
+        self.text_maps = {
+            name: torch.tensor(np.asarray(value, np.float32), device=self.backbone.device)
+            for name, value in of_texts.items()
+        }
         self.maps_digest = digest or tensor_digest(maps)
 
     @contextmanager
@@ -214,6 +227,11 @@ class AttachedAdapter:
         """What final normalised states ``N x d`` are in the latents of the last slot, ``N x r`` (DeMA)."""
         latents: torch.Tensor = self._slots()[-1].latents(states)
         return latents
+
+    def text_latents(self, states: torch.Tensor) -> torch.Tensor:
+        """What means of whole texts ``N x d`` are in the latents of that view, ``N x r``."""
+        weight, bias = (self.text_maps[name] for name in _TEXT_MAPS)
+        return functional.linear(states.float(), weight, bias)
 
     def last_slot(self, states: torch.Tensor) -> torch.Tensor:
         """What the last slot makes of final normalised states ``N x d``, rounded as inside."""

@@ -14,8 +14,19 @@ from torch.nn import functional
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.tuning.adapters import AttachedAdapter
-from heterotune_flwr.tuning.states import bare_states
+from heterotune_flwr.tuning.states import bare_states, bare_text_states
 from heterotune_flwr.tuning.task import EncodedSet, Task
+
+
+@torch.no_grad()
+def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
+    """Latents of examples in the bare backbone: ``n x r``, or ``n x 2 r`` with the method's view of whole texts."""
+    device = adapter.backbone.device
+    latents = adapter.last_latents(bare_states(adapter, encoded).to(device))
+    if not adapter.method.text_view:
+        return latents
+    of_texts = adapter.text_latents(bare_text_states(adapter, encoded).to(device))
+    return torch.cat([latents, of_texts], dim=1)
 
 
 @torch.no_grad()
@@ -39,7 +50,7 @@ def class_sums(
     if not least or not len(encoded) or task.kind != "labels" or adapter.kind != "dema":
         return None
     classes = len(task.labels or ())
-    latents = adapter.last_latents(bare_states(adapter, encoded)).double().cpu()
+    latents = shared_latents(adapter, encoded).double().cpu()
     labels = torch.tensor([targets[0] for targets in encoded.targets], dtype=torch.long)
     counts = torch.bincount(labels, minlength=classes)
     sums = torch.zeros(classes, latents.shape[1], dtype=torch.double).index_add_(0, labels, latents)
@@ -65,8 +76,7 @@ def discriminant_logits(
     if discriminant is None or not len(encoded):
         return None
     device = adapter.backbone.device
-    states = bare_states(adapter, encoded).to(device)
-    latents = adapter.last_latents(states)
+    latents = shared_latents(adapter, encoded)
     weight = torch.from_numpy(discriminant.weight).to(device)
     if weight.shape[1] != latents.shape[1]:
         raise ExchangeError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from heterotune_flwr.dema.structure import find_structure, slot_blocks
+from heterotune_flwr.dema.text_view import entering
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.cores import first_core_block
 from heterotune_flwr.tuning.task import EncodedSet
@@ -99,30 +100,14 @@ def _at_positions(states: Tensor, encoded: EncodedSet, indices: Sequence[int]) -
     return chosen
 
 
-class _Reached(Exception):  # noqa: N818 (no error: it ends a pass early)
-    """A forward pass has reached the block it was run for."""
-
-
 def block_inputs(
     adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int], block: int
 ) -> list[Tensor]:
     """What enters block ``block`` (``T_i x d`` per example, no padding); nothing above it is computed."""
     ids, mask = _padded(adapter, encoded, indices)
-    seen: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
-
-    hook = blocks_of(adapter)[block].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        adapter.body(input_ids=ids, attention_mask=mask, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
+    states = entering(adapter.body, blocks_of(adapter)[block], ids, mask)
     lengths = [len(encoded.inputs[i]) for i in indices]
-    return [seen[0][row, :length] for row, length in enumerate(lengths)]
+    return [states[row, :length] for row, length in enumerate(lengths)]
 
 
 def states_from_block(

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from heterotune_flwr.backbones.batches import batches_by_length
+from heterotune_flwr.dema.text_view import TEXT, middle_block, text_mean
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import (
     block_inputs,
@@ -313,3 +314,22 @@ def bare_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
         adapter.backbone.device,
         lambda: _states_in(adapter.bare(), adapter, encoded, None),
     )
+
+
+def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
+    """Means over whole texts halfway up the backbone alone (``n x d``, float32; :mod:`..dema.text_view`), kept."""
+    block = middle_block(adapter.backbone.layers)
+
+    def compute() -> Tensor:
+        rows: list[Tensor] = [torch.empty(0)] * len(encoded)
+        with adapter.bare(), torch.no_grad():
+            for batch in _batches(encoded):
+                for index, states in zip(
+                    batch, block_inputs(adapter, encoded, batch, block), strict=True
+                ):
+                    rows[index] = text_mean(states)
+        return torch.stack(rows)
+
+    backbone = adapter.backbone
+    key = f"{states_key(adapter, encoded, block, bare=True)}-{TEXT}"
+    return kept(key, len(encoded), backbone.hidden, backbone.device, compute)
