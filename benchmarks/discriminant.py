@@ -1,10 +1,10 @@
 """What the shared discriminant knows: classes pooled over model types in closed form, against training on all latents.
 
-In the laboratory (:mod:`.alignment_probe`: frozen last-slot states, the product's alignment, partition and closed
-form). Accuracy on the global test in percent, mean over types and seeds, with 1, 2, 4 and 16 clients per type:
+In the laboratory (:mod:`.alignment_probe`: frozen states, the product's alignment, partition and closed form). Accuracy
+on the global test in percent, mean over types and seeds, with 1, 2, 4 and 16 clients per type:
 
-* ``pooled``: the discriminant of all clients' class sums, each told behind its own type's maps; ``own_type``: of those
-  of one's own type alone;
+* ``pooled``: the discriminant of all clients' class sums, each told behind its own type's maps, with both views of a
+  text; ``last`` and ``text``: with one of them; ``own_type``: both, of one's own type's clients alone;
 * ``trained``: logistic regression on everybody's latents at once, which no federation could do (the penalty of three
   that does best on these very tests); ``moved``: the same with everybody's *texts* read by one's own model;
 * what its options do: ``least`` (examples of a class below which a client tells nothing), ``prior``, and the power of
@@ -18,17 +18,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.alignment_probe import ALIGNMENT, FAMILIES, METHOD, Laboratory, present, read_out
 from benchmarks.common import write_results
-from benchmarks.probe_clients import LatentTask, draw_clients
-from benchmarks.probe_states import load_task, load_type
-from heterotune_flwr.config.schema import DataConfig
+from benchmarks.probe_clients import draw_clients
+from benchmarks.probe_states import Task, load_task, load_type
+from heterotune_flwr.backbones.loading import load_backbone
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
+from heterotune_flwr.dema.anchors import load_anchors
+from heterotune_flwr.dema.factors import principal_components
+from heterotune_flwr.dema.maps import compute_maps
+from heterotune_flwr.dema.text_view import collect_text_states
 from heterotune_flwr.strategies.discriminant import DiscriminantOptions, linear_discriminant
 
 CLIENTS = (1, 2, 4, 16)
@@ -39,49 +47,110 @@ _PENALTIES = (1e-2, 3e-2, 1e-1)
 Fitted = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class View:
+    """Latents of the task's texts (by type: pool, test) and their standard deviations over the anchors."""
+
+    pool: list[Tensor]
+    test: list[Tensor]
+    spreads: NDArray[np.float64]
+
+    def metric(self, power: float = 1.0) -> NDArray[np.float64]:
+        """The product's, with another power of the correlations."""
+        rho: NDArray[np.float64] = self.spreads ** (power / ALIGNMENT.weighting)
+        return rho / self.spreads**2
+
+    def beside(self, other: View) -> View:
+        """Both, one after the other."""
+        pool = [torch.cat(pair, dim=1) for pair in zip(self.pool, other.pool, strict=True)]
+        test = [torch.cat(pair, dim=1) for pair in zip(self.test, other.test, strict=True)]
+        return View(pool, test, np.concatenate([self.spreads, other.spreads]))
+
+
+def last_view(lab: Laboratory) -> View:
+    """Of the final state where the answer is read."""
+    result = lab.align(lab.types, ALIGNMENT, METHOD)
+    tasks = lab.latent_tasks(lab.types, result)
+    return View(
+        [task.pool_z for task in tasks],
+        [task.test_z for task in tasks],
+        np.asarray(result.anchor_latents["slots.0.weights"], np.float64),
+    )
+
+
+def text_view(names: Sequence[str], lab: Laboratory) -> View:
+    """Of the mean over a text halfway up."""
+    task: Task = lab.task
+    anchors = load_anchors(AlignmentConfig(anchors=ALIGNMENT.anchors, count=ALIGNMENT.count))
+    states, factors = {}, {}
+    for name, own in zip(names, lab.types, strict=True):
+        source, _, bits = name.partition("@")
+        backbone = load_backbone(BackboneSpec(source, bits or "bf16"))
+        print(f"{name}: reading whole texts", flush=True)
+        states[own.name] = [
+            collect_text_states(backbone, texts, task.data) for texts in (anchors, task.pool, task.test)
+        ]  # fmt: skip
+        parts = principal_components(states[own.name][0], ALIGNMENT.components)
+        named = zip(("scores", "basis", "mean"), parts, strict=True)
+        factors[own.name] = {f"slots.0.{part}": value for part, value in named}
+        factors[own.name]["label_rows"] = own.label_rows.astype(np.float64)
+    result = compute_maps(factors, ALIGNMENT, METHOD, task.labels)
+
+    def latents(which: int) -> list[Tensor]:
+        found = []
+        for own in lab.types:
+            maps = result.maps[own.name]
+            z = states[own.name][which] @ maps["slots.0.map.down.weight"].T
+            found.append(torch.from_numpy(z + maps["slots.0.map.down.bias"]).float())
+        return found
+
+    spreads = np.asarray(result.anchor_latents["slots.0.weights"], np.float64)
+    return View(latents(1), latents(2), spreads)
+
+
 class Classes:
     """The clients of one draw, and what can be made of their classes."""
 
-    def __init__(self, lab: Laboratory, tasks: list[LatentTask], clients: int, seed: int) -> None:
-        self.tasks, self.labels, self.test_y = tasks, *lab.targets
-        self.count = int(self.labels.max()) + 1
-        shares = draw_clients(DataConfig(), clients * len(tasks), [seed], lab.index)
+    def __init__(self, lab: Laboratory, clients: int, seed: int) -> None:
+        self.labels, self.test_y = lab.targets
+        self.count, self.types = int(self.labels.max()) + 1, len(lab.types)
+        shares = draw_clients(DataConfig(), clients * self.types, [seed], lab.index)
         # The product's order: types in turn.
-        self.owned = [(number % len(tasks), share) for number, share in enumerate(shares)]
+        self.owned = [(number % self.types, share) for number, share in enumerate(shares)]
 
-    def accuracy(self, fitted: Callable[[int], Fitted]) -> float:
+    def accuracy(self, view: View, fitted: Callable[[int], Fitted]) -> float:
         """Mean over types of what is fitted for each, in percent."""
         found = []
-        for number, task in enumerate(self.tasks):
-            weight, bias = fitted(number)
-            right = (task.test_z @ weight + bias).argmax(1) == self.test_y
+        for kind, z in enumerate(view.test):
+            weight, bias = fitted(kind)
+            right = (z @ weight + bias).argmax(1) == self.test_y
             found.append(100 * float(right.double().mean()))
         return float(np.mean(found))
 
-    def pooled(
-        self, metric: np.ndarray[Any, Any], least: int, prior: float, kinds: Sequence[int]
+    def discriminant(
+        self, view: View, kinds: Sequence[int], least: int, prior: float, power: float
     ) -> Fitted:
-        """The discriminant of the classes of some types' clients."""
+        """That of the classes of some types' clients."""
         counts = np.zeros(self.count)
-        sums = np.zeros((self.count, len(metric)))
+        sums = np.zeros((self.count, len(view.spreads)))
         for kind, share in self.owned:
             if kind not in kinds:
                 continue
             labels = self.labels[share]
             own = torch.bincount(labels, minlength=self.count).numpy()
-            z = self.tasks[kind].pool_z[share].double()
-            total = torch.zeros(sums.shape, dtype=torch.double).index_add_(0, labels, z).numpy()
+            total = torch.zeros(sums.shape, dtype=torch.double)
+            total = total.index_add_(0, labels, view.pool[kind][share].double()).numpy()
             told = own >= least
             counts, sums = counts + own * told, sums + total * told[:, None]
-        found = linear_discriminant(counts, sums, metric, prior)
+        found = linear_discriminant(counts, sums, view.metric(power), prior)
         return torch.from_numpy(found.weight).T, torch.from_numpy(found.bias)
 
-    def trained(self, kind: int | None) -> list[Fitted]:
-        """Logistic regression on all latents; with a ``kind``, on its own of everybody's texts.
+    def trained(self, view: View, reader: int | None) -> list[Fitted]:
+        """Logistic regression on all latents; with a ``reader``, on that type's of everybody's texts.
 
         The label frequencies are discounted, as in training.
         """
-        z = torch.cat([self.tasks[k if kind is None else kind].pool_z[s] for k, s in self.owned])
+        z = torch.cat([view.pool[k if reader is None else reader][s] for k, s in self.owned])
         labels = torch.cat([self.labels[share] for _, share in self.owned])
         counts = torch.bincount(labels, minlength=self.count) + 0.1 * len(labels) / self.count
         prior = torch.log(counts / counts.sum())
@@ -95,44 +164,43 @@ class Classes:
         return fitted
 
 
-def rows(classes: Classes, metric: Callable[[float], np.ndarray[Any, Any]]) -> dict[str, float]:
+def rows(classes: Classes, views: dict[str, View]) -> dict[str, float]:
     """Every row of one draw."""
-    everybody, least, prior = range(len(classes.tasks)), OPTIONS.least, OPTIONS.prior
+    both, everybody = views["pooled"], range(classes.types)
 
-    def pooled(power: float = 1.0, least: int = least, prior: float = prior) -> float:
-        fitted = classes.pooled(metric(power), least, prior, everybody)
-        return classes.accuracy(lambda _: fitted)
+    def pooled(
+        view: View = both, least: int = OPTIONS.least, prior: float = OPTIONS.prior,
+        power: float = 1.0, kinds: Sequence[int] = everybody,
+    ) -> float:  # fmt: skip
+        fitted = classes.discriminant(view, kinds, least, prior, power)
+        return classes.accuracy(view, lambda _: fitted)
 
-    found = {
-        "pooled": pooled(),
-        "own_type": classes.accuracy(lambda k: classes.pooled(metric(1.0), least, prior, [k])),
-    }
+    def own(kind: int) -> Fitted:
+        return classes.discriminant(both, [kind], OPTIONS.least, OPTIONS.prior, 1.0)
+
+    found = {name: pooled(view) for name, view in views.items()}
+    found["own_type"] = classes.accuracy(both, own)
     found |= {f"least_{n}": pooled(least=n) for n in (1, 3, 4)}
     found |= {f"prior_{k}": pooled(prior=k) for k in (0, 1, 4, 8)}
     found |= {f"power_{p:g}": pooled(power=p) for p in (0.0, 0.5, 2.0, 3.0)}
-    one = classes.trained(None)
-    moved = [classes.trained(kind) for kind in everybody]
+    one = classes.trained(both, None)
+    moved = [classes.trained(both, kind) for kind in everybody]
     for index, penalty in enumerate(_PENALTIES):
-        found[f"trained_{penalty:g}"] = classes.accuracy(lambda _, i=index: one[i])  # type: ignore[misc]
-        found[f"moved_{penalty:g}"] = classes.accuracy(lambda k, i=index: moved[k][i])  # type: ignore[misc]
+        of_all, of_own = one[index], [fitted[index] for fitted in moved]
+        found[f"trained_{penalty:g}"] = classes.accuracy(both, lambda _, f=of_all: f)  # type: ignore[misc]
+        found[f"moved_{penalty:g}"] = classes.accuracy(both, of_own.__getitem__)
     return found
 
 
 def measure(family: str) -> dict[str, Any]:
     """All rows of one family."""
-    task = load_task()
-    types = [load_type(name, task, (ALIGNMENT.anchors,)) for name in present(family)]
-    lab = Laboratory(task, types)
-    result = lab.align(types, ALIGNMENT, METHOD)
-    tasks = lab.latent_tasks(types, result)
-    spreads = np.asarray(result.anchor_latents["slots.0.weights"], np.float64)
-    rho = spreads ** (1 / ALIGNMENT.weighting)
+    task, names = load_task(), present(family)
+    lab = Laboratory(task, [load_type(name, task, (ALIGNMENT.anchors,)) for name in names])
+    last, text = last_view(lab), text_view(names, lab)
+    views = {"pooled": last.beside(text), "last": last, "text": text}
     values: dict[str, Any] = {}
     for clients in CLIENTS:
-        drawn = [
-            rows(Classes(lab, tasks, clients, seed), lambda power: rho**power / spreads**2)
-            for seed in SEEDS
-        ]
+        drawn = [rows(Classes(lab, clients, seed), views) for seed in SEEDS]
         row = {name: round(float(np.mean([d[name] for d in drawn])), 1) for name in drawn[0]}
         for what in ("trained", "moved"):
             row[what] = max(row.pop(f"{what}_{penalty:g}") for penalty in _PENALTIES)
