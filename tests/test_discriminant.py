@@ -371,6 +371,9 @@ def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
     found = federation.received["client-0000", 3].discriminant
     np.testing.assert_allclose(found.weight, 0.5 * expected.weight, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.bias, 0.5 * expected.bias, rtol=1e-4, atol=1e-4)
+    saved = strategy.shared_tensors()
+    np.testing.assert_array_equal(saved["global/discriminant.weight"], found.weight)
+    np.testing.assert_array_equal(saved["global/discriminant.bias"], found.bias)
     rounds = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"]
     assert rounds == [{"clients": 6, "examples": int(counts.sum())}] * 3
 

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.federation.protocol import TrainReply
@@ -169,6 +170,20 @@ class SharedDiscriminant:
         found = linear_discriminant(total["counts"], total["sums"], self.metric, self.options.prior)
         scale = np.float32(self.options.weight)
         return Discriminant(scale * found.weight, scale * found.bias)
+
+    def tensors(self) -> Tensors:
+        """Weight (``C x r``) and bias (``C``) of every group, ``<group>/discriminant.<name>``; none before any sums."""
+        groups = {
+            "global" if self.options.scope == "all" else f"type/{key}": self.of(key)
+            for key in self.roster.type_keys
+            if key not in self.apart
+        }
+        return {
+            f"{group}/discriminant.{name}": getattr(found, name)
+            for group, found in groups.items()
+            if found is not None
+            for name in ("weight", "bias")
+        }
 
     def hear(self, reports: Sequence[TrainReply]) -> tuple[dict[str, Any], dict[str, str]]:
         """Add what clients tell.

@@ -294,12 +294,13 @@ class Sharing(Strategy):
         return {name: self.state[group][name] for name, group in self._groups[type_key].items()}
 
     def shared_tensors(self) -> Tensors:
-        """Every group's tensors as ``<group>/<name>``: what is saved and returned at the end."""
-        return {
+        """Every group's tensors as ``<group>/<name>``: what is saved and returned at the end, any discriminant too."""
+        shared = {
             f"{group}/{name}": value
             for group, tensors in self.state.items()
             for name, value in tensors.items()
         }
+        return shared | (self.discriminant.tensors() if self.discriminant else {})
 
     def shares(self, type_key: str, slot: int) -> bool:
         """Whether a type's slot is aligned well enough to share across types (METHOD 3.5)."""
