@@ -121,7 +121,7 @@ def best_rate(name: str, method: str, cells: dict[str, Any]) -> float | None:
 
 def swept(name: str, method: str, rate: float, cells: dict[str, Any]) -> float | None:
     """Mean accuracy of a rate over the suite's sweep seeds; None where one is missing."""
-    found = [cells.get(key(name, method, rate, seed)) for seed in SUITES[name].sweep]
+    found = [cells.get(key(name, method, rate, seed)) for seed in SUITES[name].sweep_of(method)]
     return float(np.mean([mean_accuracy(cell) for cell in found if cell])) if all(found) else None
 
 
@@ -135,7 +135,7 @@ def plan(suites: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
             rates = SUITES[name].rates_of(method)
             missing = [r for r in rates if swept(name, method, r, cells) is None]
             if missing and len(rates) > 1:
-                yield _keep(measure(name, method, missing, SUITES[name].sweep))
+                yield _keep(measure(name, method, missing, SUITES[name].sweep_of(method)))
             rate = best_rate(name, method, read_cells())
             assert rate is not None
             for seed in seeds:  # a run each: one cut short loses one seed's minutes, not all

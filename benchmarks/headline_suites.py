@@ -88,11 +88,16 @@ class Suite:
     method: Sequence[str] = ()
     rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
     sweep: Sequence[int] = (SWEEP_SEED,)
+    sweeps: Mapping[str, Sequence[int]] = field(default_factory=dict)
     near_texts: bool = False
 
     def rates_of(self, method: str) -> Sequence[float]:
         """Learning rates tried for a method here; a single one is not swept."""
         return self.rates.get(method, RATES[method])
+
+    def sweep_of(self, method: str) -> Sequence[int]:
+        """Seeds on which a method's rate is chosen here."""
+        return self.sweeps.get(method, self.sweep)
 
     def compared(
         self, name: str, strategies: Mapping[str, Any], seeds: Sequence[int]
@@ -150,7 +155,9 @@ _BANKED = (
 #: LoRA and bank together: rates of the former; the best of ``embedded3`` where a sweep would take an hour.
 _BOTH = {
     **dict.fromkeys((*_BANKED, "fedmkt64"), (1e-3, 2e-3)),
-    **dict.fromkeys(("heterotune_without_discriminant", "heterotune_deep_cold"), (4e-3, 8e-3)),
+    **dict.fromkeys(
+        ("heterotune_deep", "heterotune_without_discriminant", "heterotune_deep_cold"), (4e-3, 8e-3)
+    ),
     **dict.fromkeys(("fedmkt64_annealed", "fedmkt64_cold"), (2e-3, 4e-3, 8e-3)),
 }
 _KNOWN: Mapping[str, Sequence[float]] = {
@@ -180,7 +187,9 @@ _QUARTER = "server.participation=0.25"
 #: Anchors of which some are of the task's kind.
 _NEARER = "alignment.anchors=debian-near"
 SUITES = {
-    "embedded3": Suite("demo", _TINY, 1, method=_DEEP, rates=_BOTH),
+    "embedded3": Suite(
+        "demo", _TINY, 1, method=_DEEP, rates=_BOTH, sweeps={"heterotune_deep": SWEEP_SEEDS}
+    ),
     "embedded6": Suite("demo", _TINY, 2, method=_DEEP, rates=_BOTH_RIVALS),
     "embedded12": Suite("demo", _TINY, 4, method=_DEEP, rates=_KNOWN),
     "embedded48": Suite("demo", _TINY, 16, method=(*_DEEP, _QUARTER), rates=_KNOWN),
