@@ -140,9 +140,9 @@ def test_wrong_options_are_named_before_anything_runs(given_options, said):
 # ------------------------------------------------------------------------------------- the wire
 
 
-def told(counts=(3.0, 0.0, 2.0), latent=4):
+def told(counts=(3.0, 0.0, 2.0), latent=4, each=1.0):
     counts = np.array(counts, np.float32)
-    sums = np.ones((len(counts), latent), np.float32) * counts[:, None]
+    sums = np.full((len(counts), latent), each, np.float32) * counts[:, None]
     return ClassSums(counts, sums)
 
 
@@ -191,9 +191,9 @@ def test_malformed_ones_are_refused():
 )
 def test_what_a_client_cannot_have_is_refused(change, said):
     ok = told()
-    assert ok.checked(3, np.ones(4), 2, 5) is ok
+    assert ok.check(3, np.full(4, 0.5), 2, 5) == pytest.approx(2.0)
     with pytest.raises(ExchangeError, match=said):
-        replace(ok, **change).checked(3, np.ones(4), 2, 5)
+        replace(ok, **change).check(3, np.ones(4), 2, 5)
 
 
 # ------------------------------------------------------------------------------------ the client
@@ -256,7 +256,7 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(3, adapter.method.latent)).astype(np.float32)
     shared = Discriminant(weight, rng.normal(size=3).astype(np.float32))
-    added = discriminant_logits(shared, adapter, encoded)
+    added = discriminant_logits(shared, adapter, task, encoded)
     alone, both = (make_rows(adapter, encoded, offsets=o) for o in (None, added))
     chosen = [4, 0, 7]
     expected = log_probabilities(
@@ -271,10 +271,19 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
     right = log_probabilities(logs)[np.arange(len(labels)), labels]
     assert report.loss == pytest.approx(-right.mean(), abs=1e-4)
     assert report.accuracy == pytest.approx((logs.argmax(axis=1) == labels).mean())
-    assert discriminant_logits(None, adapter, encoded) is None
+    assert discriminant_logits(None, adapter, task, encoded) is None
     other = Discriminant(np.zeros((3, 5), np.float32), np.zeros(3, np.float32))
-    with pytest.raises(ExchangeError, match="of 5 latents"):
-        discriminant_logits(other, adapter, encoded)
+    one_label = Discriminant(np.zeros((1, 8), np.float32), np.zeros(1, np.float32))
+    endless = replace(shared, bias=np.array([0, np.inf, 0], np.float32))
+    for wrong, said in (
+        (other, "of 3 labels and 5 latents, here are 3 and 8"),
+        (one_label, "of 1 labels"),
+        (endless, "not finite"),
+    ):
+        with pytest.raises(ExchangeError, match=said):
+            discriminant_logits(wrong, adapter, task, encoded)
+    pieces = discriminant_logits(shared, adapter, task, encoded, cache=False)
+    torch.testing.assert_close(pieces, added)
 
 
 def test_training_does_not_see_it(world):  # noqa: F811
@@ -321,7 +330,7 @@ def test_training_does_not_see_it(world):  # noqa: F811
     losses = [dict(content["metrics"])["global_loss"] for content in measured]
     assert losses[0] == losses[2] != losses[1]  # what is remembered of one is not told of the other
     wrong = replace(shared, weight=np.zeros((3, 1), np.float32))
-    with pytest.raises(RemoteError, match="of 1 latents"):
+    with pytest.raises(RemoteError, match="and 1 latents"):
         TrainReply.from_content(ask(TRAIN, TrainRequest(
             header, tensors, digest, None, [], 1, 0.01, discriminant=wrong,
             lesson=strategy.consensus.lesson(1, type_key),
@@ -332,7 +341,12 @@ def test_a_nodes_owner_may_forbid_it(world):  # noqa: F811
     config = compose(str(world.path / "run.yaml"))
     node = {"client-id": "n", "backbone": "tiny-a", "data": "d.jsonl", "state-dir": str(world.path)}
     assert identify(config, node).told(2) == 2
+    assert identify(config, node).told(1) == 2  # of one example a deployed node never tells
+    assert identify(config, node).told(0) == identify(config, node).told(-3) == 0
     assert identify(config, {**node, "class-sums": "no"}).told(2) == 0
+    few = {**node, "report": "counts-and-loss-only"}
+    assert identify(config, few).told(2) == 0
+    assert identify(config, {**few, "class-sums": "yes"}).told(2) == 2
     with pytest.raises(ConfigError, match=r"class-sums.*yes, no"):
         identify(config, {**node, "class-sums": "maybe"})
 
@@ -430,6 +444,30 @@ def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
     assert "900 examples, more than the 48 declared" in events
     last = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"][-1]
     assert last["examples"] < 5 * 48 + 1
+    assert last["clients"] == 5
+
+
+def test_one_that_lies_far_from_all_others_is_not_pooled(tmp_path):
+    """Whole counts, within the declared number, and a class where nobody has any."""
+    strategy, federation, _ = toy(tmp_path)
+    train = federation.train
+
+    def lying(message, context):
+        reply = train(message, context)
+        if federation.who(context)[0] == "client-0001" and "class_sums" in reply.content:
+            told(counts=[40.0, *[0.0] * 5], latent=8, each=30.0).add_to(reply.content)
+        return reply
+
+    federation.train = lying
+    strategy.start(federation.grid())
+    assert strategy.outcome.refused == {"client-0001": {"class_sums": 1}}
+    assert "times as far away as is usual" in (tmp_path / "journal" / "rounds.jsonl").read_text()
+
+
+def test_without_weight_nothing_is_asked(tmp_path):
+    strategy, federation, session = toy(tmp_path, {**PLAIN, "discriminant": {"weight": 0.0}})
+    strategy.start(session.grid)
+    assert not any(request.class_sums for request in federation.received.values())
 
 
 def test_a_type_that_is_not_aligned_neither_tells_nor_hears(tmp_path):

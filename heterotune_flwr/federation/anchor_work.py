@@ -107,7 +107,7 @@ def anchor_work(
     if lesson.words:
         return _Answering(lesson, task, adapter, texts, identity, seed, cache)
     encoded = _encoded(lesson, texts, task)
-    offsets = discriminant_logits(discriminant, adapter, encoded)
+    offsets = discriminant_logits(discriminant, adapter, task, encoded, cache)
     rows = make_rows(adapter, encoded, cache)
     speaks = rows if offsets is None else make_rows(adapter, encoded, cache, offsets=offsets)
     return _Predicting(lesson, task, rows, speaks, seed)

@@ -274,7 +274,13 @@ def train(message: Message, context: Context) -> RecordDict:
         kept=kept,
         code_hash=code_hash(),
         answers=said.answers,
-        class_sums=class_sums(adapter, task, encoded, client.identity.told(request.class_sums)),
+        class_sums=class_sums(
+            adapter,
+            task,
+            encoded,
+            client.identity.told(request.class_sums),
+            config.train.cache_states,
+        ),
     )
     return reply.to_content(feedback.codec)
 
@@ -294,8 +300,9 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         encoded = client.encoded(scope, header.seed)
         task = adapter.reads(client.task())
         shared = request.discriminant
-        offsets = discriminant_logits(shared, adapter, encoded)
-        rows = make_rows(adapter, encoded, client.config.train.cache_states, offsets=offsets)
+        cache = client.config.train.cache_states
+        offsets = discriminant_logits(shared, adapter, task, encoded, cache)
+        rows = make_rows(adapter, encoded, cache, offsets=offsets)
         if scope == "global":
             key = task.data_key(encoded) + (shared.digest if shared else "")
             report = evaluate_once(adapter, task, rows, key)

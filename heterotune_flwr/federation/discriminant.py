@@ -26,7 +26,7 @@ _COUNTS, _SUMS = "counts", "sums"
 #: Counts and sums are exact, and nothing is saved by writing so few numbers shorter.
 _CODEC = "fp32"
 #: How far the mean of a class may lie from the anchors' (root mean square over latents, in standard deviations).
-FARTHEST = 10.0
+FARTHEST = 100.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ class ClassSums:
         sums, counts = _two(tensors, _SUMS, _COUNTS, "class sums")
         return cls(counts, sums)
 
-    def checked(
-        self, classes: int, spreads: NDArray[np.float64], least: int, examples: int
-    ) -> ClassSums:
-        """Return them if a client with ``examples`` of its own can have them.
+    def check(self, classes: int, spreads: NDArray[np.float64], least: int, examples: int) -> float:
+        """Refuse what a client with ``examples`` of its own cannot have.
+
+        Returns how far its farthest class lies from the anchors' mean: root mean square over the latents, in their
+        standard deviations; 0 where it tells of none.
 
         Parameters
         ----------
@@ -119,7 +120,7 @@ class ClassSums:
             raise ExchangeError(
                 f"a class lies {farthest:.3g} standard deviations from the anchors, {FARTHEST:g} at most"
             )
-        return self
+        return farthest
 
 
 def _two(tensors: Mapping[str, Array], matrix: str, vector: str, what: str) -> tuple[Array, Array]:

@@ -39,6 +39,8 @@ REPORTS = ("all", "counts-and-loss-only")
 ANSWERS = ("no", "yes")
 #: Whether what a deployed client tells of its classes (how many examples, sums of their latents) may leave it.
 CLASS_SUMS = ("yes", "no")
+#: Examples of a class that a deployed client's sum is of at least: that of one would be the example's own latents.
+FEWEST = 2
 #: Whether a deployed client has no labelled examples, or keeps them all for its own test.
 GUEST = ("no", "yes")
 #: What always leaves: the server weighs and checks updates by the first three.
@@ -81,8 +83,13 @@ class Identity:
         }
 
     def told(self, least: int) -> int:
-        """Return of which classes the server may know, by their fewest examples; 0: of none, the owner forbids it."""
-        return least if self.class_sums else 0
+        """Return of which classes the server may know, by their fewest examples; 0: of none, the owner forbids it.
+
+        A deployed client never tells of fewer than :data:`FEWEST`, whatever is asked.
+        """
+        if not self.class_sums or least < 1:
+            return 0
+        return least if self.partition is not None else max(least, FEWEST)
 
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this client's own anchor file in them.
@@ -196,7 +203,9 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
     check_code(str(node_config.get("code-hash") or ""))
     report = _choice(node_config, "report", REPORTS)
     answers = _choice(node_config, "answers", ANSWERS)
-    sums = _choice(node_config, "class-sums", CLASS_SUMS)
+    # Who tells only counts and losses tells nothing of classes either, but where the owner says so.
+    allowed = CLASS_SUMS if report == REPORTS[0] else CLASS_SUMS[::-1]
+    sums = _choice(node_config, "class-sums", allowed)
     test, anchors = node_config.get("test"), node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)

@@ -30,7 +30,14 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.federation.wire import ANSWERS, CONSENSUS, one_line, read_config, read_metrics
+from heterotune_flwr.federation.wire import (
+    ANSWERS,
+    CONSENSUS,
+    DISCRIMINANT,
+    one_line,
+    read_config,
+    read_metrics,
+)
 from heterotune_flwr.flower import Grid, Message, RecordDict
 from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
@@ -369,7 +376,8 @@ def _label(kind: str, content: RecordDict) -> str:
 
     Apart from them are those of the last round, with more anchors to predict on, and guests' lessons.
 
-    The first with anchors can take minutes where the rounds before took seconds: their states are computed.
+    The first with anchors, or with a discriminant, can take minutes where the rounds before took seconds: states are
+    computed for it.
     """
     scopes = content[CONFIG].get("scope")
     parts = [kind, *(map(str, scopes) if isinstance(scopes, list) else ())]
@@ -378,4 +386,6 @@ def _label(kind: str, content: RecordDict) -> str:
         parts.append("anchors to fit" if taught else "anchors")
         if asks_otherwise(content):
             parts.append("for guests")
+    if DISCRIMINANT in content:
+        parts.append("discriminant")
     return "+".join(parts)

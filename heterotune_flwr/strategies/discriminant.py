@@ -8,7 +8,8 @@ server knows, without any training, what training on everybody's examples togeth
     g_c(z) = m_c' M z - m_c' M m_c / 2,   M = diag(rho / spread^2)
 
 with ``n_c, s_c`` summed over clients, ``spread`` each latent's standard deviation over the public anchors and ``rho``
-its held-out canonical correlation. It is a linear discriminant
+its held-out canonical correlation, but for one factor per view: maps scale latents by ``rho^alignment.weighting`` with
+mean square one, and ``rho`` is read off that scale. It is a linear discriminant
 (Fisher 1936, https://doi.org/10.1111/j.1469-1809.1936.tb02137.x) whose covariance is that of the public anchors
 (diagonal: the latents are uncorrelated there), in which a latent counts by how alike the models see it. Clients add
 ``weight`` times these logits to their model's, in what they predict and in tests: in training a model would learn them
@@ -21,6 +22,8 @@ That models of different families can pool theirs is what the alignment is for (
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +38,8 @@ from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.roster import Roster
 
+#: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared.
+_FARTHER, _COMPARABLE = 3.0, 3
 Matrix = NDArray[np.float64]
 SCOPES = ("all", "type")
 
@@ -143,18 +148,20 @@ class SharedDiscriminant:
         self.spreads = np.asarray(spreads, np.float64)
         rho = self.spreads ** (1.0 / weighting) if weighting else np.ones_like(self.spreads)
         self.metric = rho / np.maximum(self.spreads, 1e-12) ** 2
-        #: Totals by group: ``counts`` and ``sums``.
-        self._totals: dict[str, dict[str, Matrix]] = {}
+        #: Totals by group: ``counts`` and ``sums``, and how many ``clients``.
+        self._totals: dict[str, dict[str, Any]] = {}
         self._told: set[str] = set()
+        #: How far each client's farthest class lies from the anchors.
+        self._reaches: dict[str, float] = {}
 
     def memory(self) -> State:
         """What has been told so far."""
-        return {"totals": self._totals, "told": sorted(self._told)}
+        return {"totals": self._totals, "told": sorted(self._told), "reaches": self._reaches}
 
     def recall(self, memory: State) -> None:
         """Go on from :meth:`memory`."""
         self._totals = {group: dict(total) for group, total in memory["totals"].items()}
-        self._told = set(memory["told"])
+        self._told, self._reaches = set(memory["told"]), dict(memory["reaches"])
 
     def asks(self, client_id: str) -> int:
         """Examples a class must have to be told of; 0: the client has told already, or has nothing to tell."""
@@ -192,30 +199,48 @@ class SharedDiscriminant:
         is not asked again.
         """
         refused: dict[str, str] = {}
+        told: dict[str, TrainReply] = {}
         for report in sorted(reports, key=lambda report: report.client_id):
             if report.class_sums is None or not self.asks(report.client_id):
                 continue
             self._told.add(report.client_id)
             declared = self.roster.clients[report.client_id].info.train_examples
             try:
-                told = report.class_sums.checked(
+                self._reaches[report.client_id] = report.class_sums.check(
                     self.classes, self.spreads, self.options.least, declared
                 )
             except ExchangeError as error:
                 refused[report.client_id] = str(error)
                 continue
-            self._add(self._group(report.type_key), told)
-        examples = sum(float(total["counts"].sum()) for total in self._totals.values())
-        return {"clients": len(self._told), "examples": int(examples)}, refused
+            told[report.client_id] = report
+        usual = self._usual()
+        for client_id, report in told.items():
+            reach = self._reaches[client_id]
+            if reach > _FARTHER * usual:
+                refused[client_id] = (
+                    f"its classes lie {reach / usual:.3g} times as far away as is usual"
+                )
+                del self._reaches[client_id]
+            elif report.class_sums is not None:
+                self._add(self._group(report.type_key), report.class_sums)
+        totals = self._totals.values()
+        examples = int(sum(float(total["counts"].sum()) for total in totals))
+        return {"clients": sum(total["clients"] for total in totals), "examples": examples}, refused
+
+    def _usual(self) -> float:
+        """How far clients' farthest classes usually lie; no limit where too few have told."""
+        reaches = [reach for reach in self._reaches.values() if reach > 0]
+        return statistics.median_low(reaches) if len(reaches) >= _COMPARABLE else math.inf
 
     def _group(self, type_key: str) -> str:
         return type_key if self.options.scope == "type" else ""
 
     def _add(self, group: str, told: ClassSums) -> None:
-        known = self._totals.setdefault(
-            group,
-            {"counts": np.zeros(self.classes), "sums": np.zeros((self.classes, len(self.spreads)))},
-        )
+        shape = (self.classes, len(self.spreads))
+        none = {"counts": np.zeros(self.classes), "sums": np.zeros(shape), "clients": 0}
+        known = self._totals.get(group, none)
         self._totals[group] = {
-            "counts": known["counts"] + told.counts, "sums": known["sums"] + told.sums,
-        }  # fmt: skip
+            "counts": known["counts"] + told.counts,
+            "sums": known["sums"] + told.sums,
+            "clients": known["clients"] + 1,
+        }

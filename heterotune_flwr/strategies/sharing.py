@@ -242,17 +242,17 @@ class Sharing(Strategy):
     def _prepare_discriminant(self) -> None:
         """A discriminant is of a closed label set, in the latents of the last slot; elsewhere there is none."""
         options, labels = self._discriminant_options, self.roster.labels or []
-        if options is None:
+        if options is None or not options.weight:
             return
         if not labels or self.config.train.loss == "tokens":
             reason = "the task has no closed label set (data.labels, train.loss)"
         elif self.maps is None:
             reason = f"method.kind={self.method.kind} has no latents that types share"
-        elif self.maps.spreads is None:
-            reason = "an older program made the run's maps, which does not say how they are scaled"
         else:
-            last, weighting = self.method.slots - 1, self.config.alignment.weighting
-            apart = {key for key in self.roster.type_keys if not self.shares(key, last)}
+            # The last slot's quality and, after it, that of whole texts.
+            read = range(self.method.slots - 1, self.method.slots + self.method.text_view)
+            keys, weighting = self.roster.type_keys, self.config.alignment.weighting
+            apart = {key for key in keys if not all(self.shares(key, place) for place in read)}
             self.discriminant = SharedDiscriminant(
                 options, self.maps.spreads, weighting, self.roster, apart
             )

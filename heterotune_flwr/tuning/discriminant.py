@@ -6,6 +6,8 @@ adapted states of different models drift apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,21 +19,31 @@ from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.states import bare_states, bare_text_states
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
+#: States that go through the maps at a time: the tables may be larger than the device's memory.
+_ROWS_AT_A_TIME = 4096
+
 
 @torch.no_grad()
-def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
-    """Latents of examples in the bare backbone: ``n x r``, or ``n x 2 r`` with the method's view of whole texts."""
+def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
+    """Latents of examples in the bare backbone: ``n x r``, or ``n x 2 r`` with the method's view of whole texts.
+
+    On the backbone's device; ``cache``: whether the states behind them are kept.
+    """
     device = adapter.backbone.device
-    latents = adapter.last_latents(bare_states(adapter, encoded).to(device))
+
+    def mapped(states: Tensor, maps: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([maps(part.to(device)) for part in torch.split(states, _ROWS_AT_A_TIME)])
+
+    latents = mapped(bare_states(adapter, encoded, cache), adapter.last_latents)
     if not adapter.method.text_view:
         return latents
-    of_texts = adapter.text_latents(bare_text_states(adapter, encoded).to(device))
+    of_texts = mapped(bare_text_states(adapter, encoded, cache), adapter.text_latents)
     return torch.cat([latents, of_texts], dim=1)
 
 
 @torch.no_grad()
 def class_sums(
-    adapter: AttachedAdapter, task: Task, encoded: EncodedSet, least: int
+    adapter: AttachedAdapter, task: Task, encoded: EncodedSet, least: int, cache: bool = True
 ) -> ClassSums | None:
     """Examples of every class and the sums of their latents; zeros for a class of fewer than ``least`` examples.
 
@@ -45,12 +57,14 @@ def class_sums(
         The closed label set, and labelled examples of it: one loss position and one target each.
     least
         What a single example says of itself stays at home from 2 on.
+    cache
+        Whether the states are kept.
 
     """
     if not least or not len(encoded) or task.kind != "labels" or adapter.kind != "dema":
         return None
     classes = len(task.labels or ())
-    latents = shared_latents(adapter, encoded).double().cpu()
+    latents = shared_latents(adapter, encoded, cache).double().cpu()
     labels = torch.tensor([targets[0] for targets in encoded.targets], dtype=torch.long)
     counts = torch.bincount(labels, minlength=classes)
     sums = torch.zeros(classes, latents.shape[1], dtype=torch.double).index_add_(0, labels, latents)
@@ -63,23 +77,36 @@ def class_sums(
 
 @torch.no_grad()
 def discriminant_logits(
-    discriminant: Discriminant | None, adapter: AttachedAdapter, encoded: EncodedSet
+    discriminant: Discriminant | None,
+    adapter: AttachedAdapter,
+    task: Task,
+    encoded: EncodedSet,
+    cache: bool = True,
 ) -> Tensor | None:
-    """Logits of the labels for every example (``n x C``, float32, on the backbone's device); None for no discriminant.
+    """Logits of the labels for every example (``n x C``, float32, on the backbone's device); None without discriminant.
 
     Raises
     ------
     ExchangeError
-        The discriminant is of another latent space.
+        It is of other labels or another latent space, or not finite; or there is no closed label set or no latents.
 
     """
     if discriminant is None or not len(encoded):
         return None
-    device = adapter.backbone.device
-    latents = shared_latents(adapter, encoded)
-    weight = torch.from_numpy(discriminant.weight).to(device)
-    if weight.shape[1] != latents.shape[1]:
+    if adapter.kind != "dema" or task.kind != "labels":
         raise ExchangeError(
-            f"the discriminant is of {weight.shape[1]} latents, the adapter has {latents.shape[1]}"
+            "a discriminant needs a closed label set and a method with shared latents"
         )
-    return functional.linear(latents, weight, torch.from_numpy(discriminant.bias).to(device))
+    if not (np.isfinite(discriminant.weight).all() and np.isfinite(discriminant.bias).all()):
+        raise ExchangeError("the discriminant holds numbers that are not finite")
+    wanted = (len(task.labels or ()), adapter.method.latent * (1 + adapter.method.text_view))
+    if discriminant.weight.shape != wanted:
+        labels, latents = discriminant.weight.shape
+        raise ExchangeError(
+            f"the discriminant is of {labels} labels and {latents} latents, here are {wanted[0]} and {wanted[1]}"
+        )
+    device = adapter.backbone.device
+    weight, bias = (
+        torch.from_numpy(v).to(device) for v in (discriminant.weight, discriminant.bias)
+    )
+    return functional.linear(shared_latents(adapter, encoded, cache), weight, bias)

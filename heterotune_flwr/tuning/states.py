@@ -305,19 +305,27 @@ def frozen_states(
     )
 
 
-def bare_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
-    """Final normalised states ``R x d`` at all loss positions of the backbone alone, kept as :func:`frozen_states`."""
-    return kept(
-        states_key(adapter, encoded, bare=True),
-        sum(len(line) for line in encoded.positions),
-        adapter.backbone.hidden,
-        adapter.backbone.device,
-        lambda: _states_in(adapter.bare(), adapter, encoded, None),
-    )
+def bare_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
+    """Final normalised states ``R x d`` at all loss positions of the backbone alone.
+
+    ``cache``: kept as :func:`frozen_states`.
+    """
+
+    def compute() -> Tensor:
+        return _states_in(adapter.bare(), adapter, encoded, None)
+
+    if not cache:
+        return compute()
+    rows, backbone = sum(len(line) for line in encoded.positions), adapter.backbone
+    key = states_key(adapter, encoded, bare=True)
+    return kept(key, rows, backbone.hidden, backbone.device, compute)
 
 
-def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
-    """Means over whole texts halfway up the backbone alone (``n x d``, float32; :mod:`..dema.text_view`), kept."""
+def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
+    """Means over whole texts halfway up the backbone alone (``n x d``, float32; :mod:`..dema.text_view`).
+
+    ``cache``: kept as :func:`frozen_states`.
+    """
     block = middle_block(adapter.backbone.layers)
 
     def compute() -> Tensor:
@@ -330,6 +338,8 @@ def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet) -> Tensor:
                     rows[index] = text_mean(states)
         return torch.stack(rows)
 
+    if not cache:
+        return compute()
     backbone = adapter.backbone
     key = f"{states_key(adapter, encoded, block, bare=True)}-{TEXT}"
     return kept(key, len(encoded), backbone.hidden, backbone.device, compute)
