@@ -1,6 +1,6 @@
 """How much of what all types know together reaches each: teacher and students of ``heterotune_deep``.
 
-One real Flower run (tuning seed 9) on ``embedded12``, or on another of the headline's suites (``--suite embedded3``:
+One real Flower run (tuning seed 9, without the shared discriminant) on ``embedded12``, or on another of the headline's suites (``--suite embedded3``:
 one client per type; its values are kept under the suite's name). Then, from its last checkpoints, the last round's
 training is done once more here, and the clients' predictions on the global test are combined as the server combines
 those on anchors: that is the teacher nobody holds as one model. ``students``: the models of the run's end. ``entropy``:
@@ -57,9 +57,15 @@ _MORE_STEPS, _MORE_RATE = 300, 2e-3
 Array = NDArray[np.float32]
 
 
+def entry() -> dict[str, Any]:
+    """The strategy as it ships, but for the shared discriminant: what is asked is what models learn of each other."""
+    found = shipped(_METHOD)
+    return {**found, "discriminant": None, "method": {**found["method"], "text_view": False}}
+
+
 def federated(folder: Path, suite: str) -> None:
     """The run itself, kept in ``folder``."""
-    preset = SUITES[suite].compared(suite, {_METHOD: shipped(_METHOD)}, [SWEEP_SEED])
+    preset = SUITES[suite].compared(suite, {_METHOD: entry()}, [SWEEP_SEED])
     path = folder / "preset.yaml"
     path.write_text(yaml.safe_dump(preset))
     flower_run(str(path), SUITES[suite].overrides(), folder / "run")
@@ -74,7 +80,7 @@ class Again:
         self.before, self.end = (self._state(number) for number in (rounds - 1, rounds))
         total = sum(entry.clients for entry in self.config.types)
         self.clients = [self._client(number, total) for number in range(total)]
-        self.options = ConsensusOptions.read(shipped(_METHOD)["consensus"])
+        self.options = ConsensusOptions.read(entry()["consensus"])
         self.consensus = Consensus(self.options, self.config.alignment)
         self.consensus.recall(self.before["consensus"])
         self.texts = load_anchors(replace(self.config.alignment, count=self.options.pool))
@@ -113,14 +119,14 @@ class Again:
         lesson = self.consensus.lesson(rounds, client.type_key)
         work = anchor_work(lesson, client.identity, self.config, task, adapter, SWEEP_SEED)
         assert work is not None
-        entry = shipped(_METHOD)["train"]
+        train = entry()["train"]
         train_local(
             adapter,
             task,
             make_rows(adapter, client.encoded("train", SWEEP_SEED), cache=False),
-            strategy_config(_METHOD, shipped(_METHOD), self.config).train,
+            strategy_config(_METHOD, entry(), self.config).train,
             seed=int(client.client_id[-4:]),
-            learning_rate=entry["learning_rate"] * entry["last_rate"],
+            learning_rate=train["learning_rate"] * train["last_rate"],
             prior=client.prior(SWEEP_SEED),
             distillation=work.distillation(rounds),
         )
