@@ -1,12 +1,12 @@
 """How much of what all types know together reaches each: teacher and students of ``heterotune_deep``.
 
-One real Flower run (tuning seed 9, without the shared discriminant) on ``embedded12``, or on another of the headline's suites (``--suite embedded3``:
-one client per type; its values are kept under the suite's name). Then, from its last checkpoints, the last round's
-training is done once more here, and the clients' predictions on the global test are combined as the server combines
-those on anchors: that is the teacher nobody holds as one model. ``students``: the models of the run's end. ``entropy``:
-of the teacher's predictions in nats, quartiles. ``more_anchors``: the smallest type, which is the cheapest to train,
-goes on with the teacher's predictions on all 6000 anchors alone, drawn alike, or (``focused``) more often where they
-say something.
+One real Flower run (tuning seed 9, without the shared discriminant) on ``embedded12``, or on another of the
+headline's suites (``--suite embedded3``: one client per type; its values are kept under the suite's name). Then, from
+its last checkpoints, the last round's training is done once more here, and the clients' predictions on the global
+test are combined as the server combines those on anchors: that is the teacher nobody holds as one model.
+``students``: the models of the run's end. ``entropy``: of the teacher's predictions in nats, quartiles.
+``more_anchors``: the smallest type, which is the cheapest to train, goes on with the teacher's predictions on all
+6000 anchors alone, drawn alike, or (``focused``) more often where they say something.
 
 Run: ``python -m benchmarks.distillation`` (a quarter of an hour; ``--run DIR``: of a run that is there). Writes
 ``benchmarks/results/distillation.json``: accuracies on the global test in percent.
