@@ -99,18 +99,17 @@ class Backbone:
     def states(self, meaning):
         return np.tanh(meaning @ self.mixing.T)
 
-    def factors(self):
+    def factors(self, text_view=False):
+        """Of the states; whole texts, where they are aligned, have the same."""
         public = np.random.default_rng(99).normal(size=(ANCHORS, MEANING)) * 1.5
         states = self.states(public)
         mean = states.mean(axis=0)
         _, _, right = np.linalg.svd(states - mean, full_matrices=False)
         basis = right[:COMPONENTS]
-        return {
-            "slots.0.scores": (states - mean) @ basis.T,
-            "slots.0.basis": basis,
-            "slots.0.mean": mean,
-            "label_rows": self.labels,
-        }
+        parts = {"scores": (states - mean) @ basis.T, "basis": basis, "mean": mean}
+        places = ("slots.0", "text") if text_view else ("slots.0",)
+        factors = {f"{place}.{name}": part for place in places for name, part in parts.items()}
+        return {**factors, "label_rows": self.labels}
 
 
 def examples(seed, count, mixture):
@@ -159,10 +158,18 @@ def latents(maps, states):
     return states @ maps["slots.0.map.down.weight"].T + maps["slots.0.map.down.bias"]
 
 
+def both_views(maps, states):
+    """The same, and those of whole texts where they are aligned."""
+    own = latents(maps, states)
+    if "text.map.down.weight" not in maps:
+        return own
+    return np.hstack([own, states @ maps["text.map.down.weight"].T + maps["text.map.down.bias"]])
+
+
 def discriminant_logits(request, maps, states):
     """What a request's discriminant adds."""
     shared = request.discriminant
-    return 0.0 if shared is None else latents(maps, states) @ shared.weight.T + shared.bias
+    return 0.0 if shared is None else both_views(maps, states) @ shared.weight.T + shared.bias
 
 
 def class_sums(z, labels, least):
@@ -362,12 +369,13 @@ class ToyFederation:
         return Message(reply.to_content(), reply_to=message)
 
     def align(self, message, context):
-        AlignRequest.from_content(message.content)
+        request = AlignRequest.from_content(message.content)
         client_id, type_key, backbone, _ = self.who(context)
         self.log.append(("align", client_id))
         if (client_id, 0) in self.fail:
             return Message(error_content("no memory left"), reply_to=message)
-        reply = AlignReply(client_id, type_key, backbone.factors())
+        factors = backbone.factors(request.header.method.text_view)
+        reply = AlignReply(client_id, type_key, factors)
         return Message(reply.to_content(self.config.exchange.codec), reply_to=message)
 
     def train(self, message, context):
@@ -425,7 +433,7 @@ class ToyFederation:
         }  # fmt: skip
         told = None
         if request.class_sums:
-            told = class_sums(latents(maps, states), labels, request.class_sums)
+            told = class_sums(both_views(maps, states), labels, request.class_sums)
         reply = TrainReply(
             client_id, type_key, header.round, request.maps_digest, deltas, metrics,
             predictions, code_hash=self.code.get(client_id, "abc"), class_sums=told,
