@@ -27,8 +27,9 @@ from heterotune_flwr.data.template import (
     label_tokens,
     render_prompt,
 )
+from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.dema.structure import DecoderStructure, find_structure, slot_blocks
-from heterotune_flwr.dema.text_view import TEXT, collect_text_states
+from heterotune_flwr.dema.text_view import collect_text_states
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 

@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
-from heterotune_flwr.dema.bank import generator
+from heterotune_flwr.dema.bank import TEXT, generator
 from heterotune_flwr.dema.gcca import Matrix, fit_slot, ridge, unit_variance
-from heterotune_flwr.dema.text_view import TEXT
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 

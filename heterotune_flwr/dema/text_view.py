@@ -22,8 +22,6 @@ from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.template import encode_prompt
 from heterotune_flwr.dema.structure import find_structure
 
-#: Of its names in factors, maps and latents, where a slot's begin with ``slots.{k}``.
-TEXT = "text"
 _BATCH_TOKENS = 2048
 
 

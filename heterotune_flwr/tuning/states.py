@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from heterotune_flwr.backbones.batches import batches_by_length
-from heterotune_flwr.dema.text_view import TEXT, middle_block, text_mean
+from heterotune_flwr.dema.bank import TEXT
+from heterotune_flwr.dema.text_view import middle_block, text_mean
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import (
     block_inputs,
