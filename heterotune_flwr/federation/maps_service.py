@@ -46,7 +46,7 @@ class Maps:
         What asking for the factors cost, per client id (nothing when they were known).
     spreads
         Standard deviation over the anchors of every latent of the last slot, then of whole texts where they are
-        aligned.
+        aligned; None where an older program made the maps.
 
     """
 
@@ -55,7 +55,7 @@ class Maps:
     quality: dict[str, list[float]]
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
-    spreads: NDArray[np.float64]
+    spreads: NDArray[np.float64] | None = None
 
 
 def query_seconds(server: ServerConfig) -> float:
@@ -155,7 +155,9 @@ class MapsService:
         )
         digests = {key: tensor_digest(value) for key, value in tensors.items()}
         places = [f"{place}.weights" for place in places_of(method)[method.slots - 1 :]]
-        spreads = np.concatenate([np.asarray(kept.latents[p], np.float64) for p in places])
+        spreads = None
+        if set(places) <= set(kept.latents):
+            spreads = np.concatenate([np.asarray(kept.latents[p], np.float64) for p in places])
         return Maps(tensors, digests, quality, inquiry.down, inquiry.up, spreads)
 
     def _align(self, inquiry: _Inquiry) -> KeptMaps:

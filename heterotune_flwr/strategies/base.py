@@ -166,7 +166,7 @@ class HeteroStrategy(Sharing):
             summary["consensus"] = self._hear(self.consensus, server_round, admitted.reports)
         if self.discriminant is not None:
             summary["discriminant"], refused = self.discriminant.hear(admitted.reports)
-            self._refuse(refused, server_round, "class_sums")
+            self._refuse(refused, server_round, "class_sums", "class_sums_refused")
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
         return self._arrays(), MetricRecord({**numbers, "clients": len(admitted.candidates)})
@@ -188,14 +188,14 @@ class HeteroStrategy(Sharing):
         self, consensus: Consensus, server_round: int, reports: Sequence[TrainReply]
     ) -> dict[str, Any]:
         heard, refused = consensus.hear(server_round, reports, len(self.roster.labels or ()))
-        self._refuse(refused, server_round, "predictions")
+        self._refuse(refused, server_round, "predictions", "predictions_refused")
         return heard
 
-    def _refuse(self, refused: Mapping[str, str], server_round: int, what: str) -> None:
+    def _refuse(self, refused: Mapping[str, str], server_round: int, what: str, event: str) -> None:
         """Put on record what beside its update is not used of some clients, and why."""
         for client_id, reason in sorted(refused.items()):
             self.courier.safety.gate.count(client_id, what)
-            self.courier.refuse(client_id, server_round, reason, f"{what}_refused")
+            self.courier.refuse(client_id, server_round, reason, event)
 
     def _optimized(self, group: str, step: Tensors) -> Tensors:
         """The step as the server optimizer takes it."""

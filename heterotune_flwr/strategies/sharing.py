@@ -248,6 +248,8 @@ class Sharing(Strategy):
             reason = "the task has no closed label set (data.labels, train.loss)"
         elif self.maps is None:
             reason = f"method.kind={self.method.kind} has no latents that types share"
+        elif self.maps.spreads is None:
+            reason = "an older program made the run's maps, which does not say how they are scaled"
         else:
             # The last slot's quality and, after it, that of whole texts.
             read = range(self.method.slots - 1, self.method.slots + self.method.text_view)
