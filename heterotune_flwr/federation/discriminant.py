@@ -68,7 +68,7 @@ class ClassSums:
 
     @classmethod
     def read(cls, content: RecordDict) -> ClassSums | None:
-        """Read those of a reply as they came, None where there are none (see :meth:`checked`)."""
+        """Read those of a reply as they came, None where there are none (see :meth:`check`)."""
         tensors = read_tensors(content, CLASS_SUMS)
         if tensors is None:
             return None
