@@ -34,9 +34,8 @@ from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.dema.anchors import load_anchors
-from heterotune_flwr.dema.factors import principal_components
+from heterotune_flwr.dema.factors import collect_text_states, principal_components
 from heterotune_flwr.dema.maps import compute_maps
-from heterotune_flwr.dema.text_view import collect_text_states
 from heterotune_flwr.strategies.discriminant import DiscriminantOptions, linear_discriminant
 
 CLIENTS = (1, 2, 4, 16)

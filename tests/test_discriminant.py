@@ -29,9 +29,8 @@ from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig, TrainConfig
 from heterotune_flwr.data.sources import training_pool
-from heterotune_flwr.dema.factors import principal_components
+from heterotune_flwr.dema.factors import collect_text_states, principal_components
 from heterotune_flwr.dema.maps import compute_maps, join_type
-from heterotune_flwr.dema.text_view import collect_text_states
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.federation.identity import identify
@@ -426,18 +425,24 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path):
     assert len({client_id for client_id, _ in asked}) == len(asked)
 
 
-def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
+def with_one_that_tells(tmp_path, sums):
+    """A finished run in which client 1 tells these sums instead of its own."""
     strategy, federation, _ = toy(tmp_path)
     train = federation.train
 
     def lying(message, context):
         reply = train(message, context)
         if federation.who(context)[0] == "client-0001" and "class_sums" in reply.content:
-            told(counts=[900.0, *[0.0] * 5], latent=8).add_to(reply.content)
+            sums.add_to(reply.content)
         return reply
 
     federation.train = lying
     strategy.start(federation.grid())
+    return strategy
+
+
+def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
+    strategy = with_one_that_tells(tmp_path, told(counts=[900.0, *[0.0] * 5], latent=8))
     assert strategy.outcome.refused == {"client-0001": {"class_sums": 1}}
     events = (tmp_path / "journal" / "rounds.jsonl").read_text()
     assert "class_sums_refused" in events
@@ -449,17 +454,7 @@ def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
 
 def test_one_that_lies_far_from_all_others_is_not_pooled(tmp_path):
     """Whole counts, within the declared number, and a class where nobody has any."""
-    strategy, federation, _ = toy(tmp_path)
-    train = federation.train
-
-    def lying(message, context):
-        reply = train(message, context)
-        if federation.who(context)[0] == "client-0001" and "class_sums" in reply.content:
-            told(counts=[40.0, *[0.0] * 5], latent=8, each=30.0).add_to(reply.content)
-        return reply
-
-    federation.train = lying
-    strategy.start(federation.grid())
+    strategy = with_one_that_tells(tmp_path, told(counts=[40.0, *[0.0] * 5], latent=8, each=30.0))
     assert strategy.outcome.refused == {"client-0001": {"class_sums": 1}}
     assert "times as far away as is usual" in (tmp_path / "journal" / "rounds.jsonl").read_text()
 

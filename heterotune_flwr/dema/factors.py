@@ -29,7 +29,7 @@ from heterotune_flwr.data.template import (
 )
 from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.dema.structure import DecoderStructure, find_structure, slot_blocks
-from heterotune_flwr.dema.text_view import collect_text_states
+from heterotune_flwr.dema.text_view import entering, middle_block, text_mean
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 
@@ -164,6 +164,25 @@ def collect_states(
         done += len(batch)
         if progress is not None:
             progress(done, len(texts))
+    return rows
+
+
+@torch.no_grad()
+def collect_text_states(
+    backbone: Backbone, texts: Sequence[str], data: DataConfig
+) -> NDArray[np.float32]:
+    """The second view of every text, one row each (``n x d``; :mod:`.text_view`)."""
+    model, tokenizer = backbone.model, backbone.tokenizer
+    structure = find_structure(model)
+    body = model.get_submodule(structure.body) if structure.body else model
+    block = model.get_submodule(f"{structure.blocks}.{middle_block(len(structure.mlps))}")
+    encoded = [encode_prompt(tokenizer, data.prompt, text, data.max_length) for text in texts]
+    rows = np.empty((len(texts), structure.hidden), np.float32)
+    for batch in _batches(encoded):
+        ids, mask = _padded([encoded[i] for i in batch], tokenizer.pad_token_id, backbone.device)
+        states = entering(body, block, ids, mask)
+        for row, index in enumerate(batch):
+            rows[index] = text_mean(states[row, : len(encoded[index])]).cpu().numpy()
     return rows
 
 

@@ -8,21 +8,9 @@ The first token is left out: models park attention there (attention sinks, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from heterotune_flwr.backbones.batches import batches_by_length
-from heterotune_flwr.backbones.loading import Backbone
-from heterotune_flwr.config.schema import DataConfig
-from heterotune_flwr.data.template import encode_prompt
-from heterotune_flwr.dema.structure import find_structure
-
-_BATCH_TOKENS = 2048
 
 
 def middle_block(layers: int) -> int:
@@ -55,26 +43,3 @@ def entering(body: nn.Module, block: nn.Module, ids: Tensor, mask: Tensor) -> Te
 def text_mean(states: Tensor) -> Tensor:
     """Mean of one text's states (``T x d`` -> ``d``, float32), without the first where there is another."""
     return states[min(1, len(states) - 1) :].float().mean(dim=0)
-
-
-@torch.no_grad()
-def collect_text_states(
-    backbone: Backbone, texts: Sequence[str], data: DataConfig
-) -> NDArray[np.float32]:
-    """One row per text (``n x d``), of the bare backbone."""
-    structure = find_structure(backbone.model)
-    body = backbone.model.get_submodule(structure.body) if structure.body else backbone.model
-    block = backbone.model.get_submodule(f"{structure.blocks}.{middle_block(len(structure.mlps))}")
-    encoded = [encode_prompt(backbone.tokenizer, data.prompt, t, data.max_length) for t in texts]
-    rows = np.empty((len(texts), structure.hidden), np.float32)
-    for batch in batches_by_length([len(ids) for ids in encoded], _BATCH_TOKENS):
-        longest = max(len(encoded[i]) for i in batch)
-        ids = torch.full((len(batch), longest), int(backbone.tokenizer.pad_token_id))
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(batch):
-            ids[row, : len(encoded[index])] = torch.tensor(encoded[index])
-            mask[row, : len(encoded[index])] = 1
-        states = entering(body, block, ids.to(backbone.device), mask.to(backbone.device))
-        for row, index in enumerate(batch):
-            rows[index] = text_mean(states[row, : len(encoded[index])]).cpu().numpy()
-    return rows

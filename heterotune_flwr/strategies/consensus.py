@@ -21,12 +21,12 @@ from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.consensus import MOST_FOCUS, Lesson, as_probabilities
 from heterotune_flwr.federation.protocol import TrainReply
+from heterotune_flwr.strategies.options import check_keys, check_number, check_scope
 
 Array = NDArray[np.float32]
 T = TypeVar("T")
 S = TypeVar("S", bound=Sized)
 
-SCOPES = ("all", "type")
 #: A client whose predictions have nothing to do with the others' still gets this much of a voice.
 _FLOOR = 0.02
 
@@ -85,19 +85,11 @@ class ConsensusOptions:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
         """Read a YAML entry (ConfigError names what is wrong)."""
-        known = {field.name: field.type for field in dataclasses.fields(cls)}
-        if not isinstance(given, Mapping):
-            raise ConfigError(
-                f"consensus is {given!r}; write it as key: value pairs, or null for none"
-            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_keys("consensus", given, known)
         for key, value in given.items():
-            if key not in known:
-                raise ConfigError(f"consensus has no key {key!r}; known: {', '.join(known)}")
             if key == "scope":
-                if value not in SCOPES:
-                    raise ConfigError(
-                        f"consensus.scope is {value!r}; {' or '.join(SCOPES)} is needed"
-                    )
+                check_scope("consensus", value)
                 continue
             if key == "answers":
                 if not isinstance(value, bool):
@@ -105,11 +97,7 @@ class ConsensusOptions:
                 continue
             counted = ("anchors", "pool", "guest_steps")
             whole = key in (*counted, "balance", "batch", "guest_anchors")
-            least = 1 if key in counted else 0
-            wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-            if wrong or not least <= value < float("inf"):
-                kind = f"a whole number from {least}" if whole else "a number that is not negative"
-                raise ConfigError(f"consensus.{key} is {value!r}; {kind} is needed")
+            check_number(f"consensus.{key}", value, whole, least=1 if key in counted else 0)
         options = cls(**given)
         if options.focus > MOST_FOCUS:
             raise ConfigError(f"consensus.focus is {options.focus!r}; {MOST_FOCUS:g} at most")

@@ -31,17 +31,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.strategies.options import check_keys, check_number, check_scope
 
 #: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared.
 _FARTHER, _COMPARABLE = 3.0, 3
 Matrix = NDArray[np.float64]
-SCOPES = ("all", "type")
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,13 @@ class DiscriminantOptions:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> DiscriminantOptions:
         """Read a YAML entry (ConfigError names what is wrong)."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(given, Mapping):
-            raise ConfigError(
-                f"discriminant is {given!r}; write it as key: value pairs, or null for none"
-            )
+        check_keys("discriminant", given, [field.name for field in dataclasses.fields(cls)])
         for key, value in given.items():
-            if key not in known:
-                raise ConfigError(f"discriminant has no key {key!r}; known: {', '.join(known)}")
             if key == "scope":
-                if value not in SCOPES:
-                    raise ConfigError(
-                        f"discriminant.scope is {value!r}; {' or '.join(SCOPES)} is needed"
-                    )
-                continue
-            whole = key == "least"
-            wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-            if wrong or not (1 if whole else 0) <= value < float("inf"):
-                kind = "a whole number from 1" if whole else "a number that is not negative"
-                raise ConfigError(f"discriminant.{key} is {value!r}; {kind} is needed")
+                check_scope("discriminant", value)
+            else:
+                whole = key == "least"
+                check_number(f"discriminant.{key}", value, whole, least=int(whole))
         return cls(**given)
 
     @classmethod
@@ -148,10 +136,10 @@ class SharedDiscriminant:
         self.spreads = np.asarray(spreads, np.float64)
         rho = self.spreads ** (1.0 / weighting) if weighting else np.ones_like(self.spreads)
         self.metric = rho / np.maximum(self.spreads, 1e-12) ** 2
-        #: Totals by group: ``counts`` and ``sums``, and how many ``clients``.
-        self._totals: dict[str, dict[str, Any]] = {}
+        #: Totals by group: ``counts`` and ``sums``.
+        self._totals: dict[str, dict[str, Matrix]] = {}
         self._told: set[str] = set()
-        #: How far each client's farthest class lies from the anchors.
+        #: Of every client in the totals: how far its farthest class lies from the anchors.
         self._reaches: dict[str, float] = {}
 
     def memory(self) -> State:
@@ -223,9 +211,8 @@ class SharedDiscriminant:
                 del self._reaches[client_id]
             elif report.class_sums is not None:
                 self._add(self._group(report.type_key), report.class_sums)
-        totals = self._totals.values()
-        examples = int(sum(float(total["counts"].sum()) for total in totals))
-        return {"clients": sum(total["clients"] for total in totals), "examples": examples}, refused
+        examples = int(sum(float(total["counts"].sum()) for total in self._totals.values()))
+        return {"clients": len(self._reaches), "examples": examples}, refused
 
     def _usual(self) -> float:
         """How far clients' farthest classes usually lie; no limit where too few have told."""
@@ -237,10 +224,9 @@ class SharedDiscriminant:
 
     def _add(self, group: str, told: ClassSums) -> None:
         shape = (self.classes, len(self.spreads))
-        none = {"counts": np.zeros(self.classes), "sums": np.zeros(shape), "clients": 0}
+        none = {"counts": np.zeros(self.classes), "sums": np.zeros(shape)}
         known = self._totals.get(group, none)
         self._totals[group] = {
             "counts": known["counts"] + told.counts,
             "sums": known["sums"] + told.sums,
-            "clients": known["clients"] + 1,
         }
