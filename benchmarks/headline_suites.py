@@ -201,6 +201,8 @@ SUITES = {
         rates={**_KNOWN, "fedmkt64_annealed": (2e-3, 4e-3, 8e-3)},
     ),
     "sections12": Suite("demo", _TINY, 4, method=(*_DEEP, _NEARER), rates=_KNOWN),
+    "real2": Suite("real", _REAL[:2], 1, rates=_SLOW, sweep=SWEEP_SEEDS),
+    "real2x2": Suite("real", _REAL[:2], 2, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3x2": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
     "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),

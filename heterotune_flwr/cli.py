@@ -170,8 +170,10 @@ def align(config: Preset = "demo", overrides: Overrides = None) -> None:
     """Compute the latent maps of a run's types on this machine beforehand (runs then reuse them)."""
     from heterotune_flwr.config.compose import compose
     from heterotune_flwr.federation.prealign import prealign
+    from heterotune_flwr.strategies.build import aligned_methods
 
-    for key, quality in prealign(compose(config, overrides or []), typer.echo).items():
+    composed = compose(config, overrides or [])
+    for key, quality in prealign(composed, aligned_methods(composed), typer.echo).items():
         numbers = ", ".join(f"{value:.3f}" for value in quality)
         typer.echo(f"{key}: held-out canonical correlation {numbers}")
 

@@ -20,6 +20,7 @@ from heterotune_flwr.dema.factors import (
     alignment_factors,
     collect_states,
     principal_components,
+    text_factors,
     unembedding_rows,
     words_mask,
 )
@@ -221,17 +222,20 @@ class Counter:
     """Answers with one backbone's factors and counts how often it was asked."""
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
-        self.backbone, self.config, self.asked = backbone, config, []
+        self.backbone, self.config, self.asked, self.parts = backbone, config, [], []
 
-    def __call__(self, type_keys: list[str]) -> dict[str, Tensors]:
+    def __call__(self, part: str, type_keys: list[str]) -> dict[str, Tensors]:
         self.asked.append(list(type_keys))
-        texts = load_anchors(self.config.alignment)
-        return {
-            key: alignment_factors(
-                self.backbone, texts, self.config.alignment, self.config.data, LABELS, 1
-            )
-            for key in type_keys
-        }
+        self.parts.append(part)
+        public = (
+            self.backbone,
+            load_anchors(self.config.alignment),
+            self.config.alignment,
+            self.config.data,
+        )
+        whole = part == "texts"
+        factors = text_factors(*public) if whole else alignment_factors(*public, LABELS, 1)
+        return dict.fromkeys(type_keys, factors)
 
 
 @pytest.fixture
@@ -257,6 +261,18 @@ def test_factors_are_asked_for_once(backbone, run_config):
             np.testing.assert_array_equal(value, again.maps[key][name])
     align_types(prints | {"z@fp32": "f3"}, run_config, run_config.method, LABELS, ask)
     assert ask.asked[-1] == ["z@fp32"]  # only the new type
+
+
+def test_what_is_known_is_not_read_again_for_whole_texts(backbone, run_config):
+    ask = Counter(backbone, run_config)
+    both = replace(run_config.method, text_view=True)
+    align_types({"x@fp32": "f1"}, run_config, run_config.method, LABELS, ask)
+    first = align_types({"x@fp32": "f1"}, run_config, both, LABELS, ask)
+    assert ask.parts == ["slots", "texts"]
+    again = align_types({"x@fp32": "f1"}, run_config, both, ["other", "labels"], ask)
+    assert ask.parts == ["slots", "texts", "slots"]
+    name = "text.map.down.weight"
+    np.testing.assert_array_equal(first.maps["x@fp32"][name], again.maps["x@fp32"][name])
 
 
 def test_other_weights_prompts_and_damaged_files_are_not_served_from_the_cache(

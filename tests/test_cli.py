@@ -74,6 +74,8 @@ def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> No
     second = _heterotune("align", "quick")
     assert "reading" not in second.stdout
     assert second.stdout.count("canonical correlation") == 3
+    deep = _heterotune("align", "quick", "run.compare=[within_type,heterotune_deep]")
+    assert deep.stdout.count("whole texts") == deep.stdout.count("reading") == 3
     from client_app.app import app
     from heterotune_flwr.config.compose import compose
     from heterotune_flwr.federation.in_process import InProcessGrid

@@ -231,6 +231,7 @@ def same(one, other) -> bool:
         (DescribeRequest(HEADER, []), ()),
         (DESCRIPTION, ()),
         (AlignRequest(HEADER, 2, ["one"], b"\x80"), ()),
+        (AlignRequest(HEADER, 1, [], b"", True), ()),
         (AlignReply("c", "t", TENSORS), ("fp32",)),
         (TrainRequest(HEADER, TENSORS, "d1", TENSORS, ["a"], 12, 3e-3), ("fp32",)),
         (TrainRequest(HEADER, {}, "", None, [], 12, 3e-3), ("bf16",)),

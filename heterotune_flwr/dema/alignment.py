@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,15 @@ __all__ = [
 
 #: Counts up when the factors' meaning changes, so that old cache files are not used.
 VERSION = 3
-Ask = Callable[[list[str]], dict[str, Tensors]]
+#: What is read of the anchors, each kept by itself: what slots see, and the second view of a text.
+SLOTS, TEXTS = "slots", "texts"
+#: Called with one of them and types.
+Ask = Callable[[str, list[str]], dict[str, Tensors]]
+
+
+def parts_of(method: MethodConfig) -> list[str]:
+    """What is read of the anchors for a method."""
+    return [SLOTS, TEXTS] if method.text_view else [SLOTS]
 
 
 def _key(parts: object) -> str:
@@ -44,11 +53,13 @@ def factors_path(
     config: Config,
     method: MethodConfig,
     labels: Sequence[str] | None,
+    part: str = SLOTS,
 ) -> Path:
     """Cache file of one type's factors.
 
     Keyed by the type's backbone and bits, the anchors, the prompt form and the settings that the factors depend on; the
-    shared words depend on all types, so with ``output: vocabulary`` the whole set of types is part of the key.
+    shared words depend on all types, so with ``output: vocabulary`` the whole set of types is part of the key. Those of
+    whole texts depend on neither labels nor words.
     """
     alignment = config.alignment
     parts: dict[str, object] = {
@@ -57,22 +68,28 @@ def factors_path(
         "anchors": anchor_digest(load_anchors(alignment)),
         "prompt": config.data.prompt,
         "max_length": config.data.max_length,
+        "components": alignment.components,
+        "codec": exact_codec(config.exchange),  # factors are kept as they travelled
+    }
+    if part == TEXTS:
+        return _cached({**parts, "part": part})
+    parts |= {
         "labels": list(labels or []),
         "slots": method.slots,
         "positions": alignment.positions,
-        "components": alignment.components,
         "pullback": alignment.pullback_anchors if method.slots > 1 else 0,
         "output": alignment.output,
-        "codec": exact_codec(config.exchange),  # factors are kept as they travelled
     }
-    if method.text_view:
-        parts["text_view"] = True
     if alignment.output == "vocabulary":
         parts["words"] = [
             alignment.words,
             alignment.output_components,
             sorted([value, key.rpartition("@")[2]] for key, value in fingerprints.items()),
         ]
+    return _cached(parts)
+
+
+def _cached(parts: object) -> Path:
     return cache_dir() / "alignment" / f"{_key(parts)}.safetensors"
 
 
@@ -93,16 +110,15 @@ def align_types(
     config, method, labels
         The run; ``method.output`` may still be null.
     ask
-        Called with the types whose factors are not in the cache; returns them (a Flower query inside a run, direct
-        calls in ``heterotune align``).
+        Called with what to read (one of :func:`parts_of`) and the types whose factors are not in the cache; returns
+        them (a Flower query inside a run, direct calls in ``heterotune align``).
     seed
         For the held-out split and the controls.
 
     """
-    paths = {key: factors_path(fingerprints, key, config, method, labels) for key in fingerprints}
-    factors, asked = _gather(paths, config.alignment.cache, ask)
-    result = compute_maps(factors, config.alignment, method, labels, seed)
-    _remember(paths, factors, asked if config.alignment.cache else [])
+    gathered = _Gathered.of(fingerprints, config, method, labels, config.alignment.cache, ask)
+    result = compute_maps(gathered.factors, config.alignment, method, labels, seed)
+    gathered.remember()
     return result
 
 
@@ -126,41 +142,65 @@ def join_known(
     alignment = config.alignment
     if alignment.control != "none":
         raise ConfigError(f"alignment.control={alignment.control} is drawn for all types at once")
-    path = {type_key: factors_path({type_key: fingerprint}, type_key, config, method, labels)}
     # Factors over words are for the words that this very set of types shares.
     caching = alignment.cache and alignment.output == "labels"
-    factors, asked = _gather(path, caching, ask)
-    joined = join_type(known, factors[type_key], method)
-    _remember(path, factors, asked if caching else [])
+    gathered = _Gathered.of({type_key: fingerprint}, config, method, labels, caching, ask)
+    joined = join_type(known, gathered.factors[type_key], method)
+    gathered.remember()
     return joined
 
 
-def _gather(
-    paths: Mapping[str, Path], caching: bool, ask: Ask
-) -> tuple[dict[str, Tensors], list[str]]:
-    """Factors of the types, in order, and which of them had to be asked for."""
-    factors: dict[str, Tensors] = {}
+@dataclass
+class _Gathered:
+    """Factors of some types, in order, and what of them is to be put into the cache."""
+
+    factors: dict[str, Tensors]
+    fresh: dict[Path, Tensors] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        fingerprints: Mapping[str, str],
+        config: Config,
+        method: MethodConfig,
+        labels: Sequence[str] | None,
+        caching: bool,
+        ask: Ask,
+    ) -> _Gathered:
+        """Read what is in the cache, and ask for the rest."""
+        gathered = cls({key: {} for key in sorted(fingerprints)})
+        for part in parts_of(method):
+            paths = {
+                key: factors_path(fingerprints, key, config, method, labels, part)
+                for key in gathered.factors
+            }
+            found = _cached_factors(paths) if caching else {}
+            missing = [key for key in paths if key not in found]
+            fresh = ask(part, missing) if missing else {}
+            for key in missing:
+                _check_finite(fresh[key], key)
+                found[key] = fresh[key]
+                if caching:
+                    gathered.fresh[paths[key]] = fresh[key]
+            for key, factors in gathered.factors.items():
+                factors |= found[key]
+        return gathered
+
+    def remember(self) -> None:
+        """Put factors that have been of use into the cache."""
+        for path, factors in self.fresh.items():
+            save_tensors(path, factors)
+
+
+def _cached_factors(paths: Mapping[str, Path]) -> dict[str, Tensors]:
+    found: dict[str, Tensors] = {}
     for key, path in paths.items():
-        if caching and path.exists():
+        if path.exists():
             try:
-                factors[key] = load_tensors(path)
+                found[key] = load_tensors(path)
             except ExchangeError:
                 path.unlink(missing_ok=True)
-    missing = [key for key in sorted(paths) if key not in factors]
-    if missing:
-        fresh = ask(missing)
-        for key in missing:
-            _check_finite(fresh[key], key)
-        factors |= {key: fresh[key] for key in missing}
-    return {key: factors[key] for key in sorted(factors)}, missing
-
-
-def _remember(
-    paths: Mapping[str, Path], factors: Mapping[str, Tensors], keys: Sequence[str]
-) -> None:
-    """Put factors that have been of use into the cache."""
-    for key in keys:
-        save_tensors(paths[key], factors[key])
+    return found
 
 
 def _check_finite(factors: Tensors, key: str) -> None:

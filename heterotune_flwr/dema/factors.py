@@ -8,7 +8,7 @@ the last, the average gradient of those functionals with respect to the slot's o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -300,9 +300,8 @@ def alignment_factors(
     slots: int,
     words: Sequence[str] = (),
     progress: Progress | None = None,
-    text_view: bool = False,
 ) -> Tensors:
-    """The public factors of one type (the payload of ``query.align``).
+    """The public factors of one type's slots (a payload of ``query.align``).
 
     Parameters
     ----------
@@ -320,13 +319,11 @@ def alignment_factors(
         Words all vocabularies share (needed for ``alignment.output=vocabulary``).
     progress
         Called with (anchors done, anchors).
-    text_view
-        Whether the second view of a text is aligned, too (:mod:`.text_view`).
 
     Returns
     -------
-    ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d (``text.`` likewise); ``label_rows`` C x d (0 x d for
-    other outputs); ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
+    ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d; ``label_rows`` C x d (0 x d for other outputs);
+    ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
 
     """
     values: dict[str, NDArray[Any]] = {}
@@ -334,10 +331,6 @@ def alignment_factors(
     for slot, rows in enumerate(states):
         rows = np.where(np.isnan(rows), np.nanmean(rows, axis=0), rows)  # words cut off
         values |= _components(f"slots.{slot}", rows, alignment.components)
-    if text_view:
-        values |= _components(
-            TEXT, collect_text_states(backbone, texts, data), alignment.components
-        )
     values["label_rows"] = np.zeros((0, backbone.hidden))
     if labels and alignment.output == "labels":
         tokens = label_tokens(backbone.tokenizer, labels, data.prompt)
@@ -352,4 +345,16 @@ def alignment_factors(
         )
         for slot, gradients in enumerate(pulled):
             values[f"slots.{slot}.pullback"] = gradients
+    return _written(values)
+
+
+def text_factors(
+    backbone: Backbone, texts: Sequence[str], alignment: AlignmentConfig, data: DataConfig
+) -> Tensors:
+    """The same of the second view of a text (:mod:`.text_view`): ``text.scores``, ``.basis`` and ``.mean``."""
+    states = collect_text_states(backbone, texts, data)
+    return _written(_components(TEXT, states, alignment.components))
+
+
+def _written(values: Mapping[str, NDArray[Any]]) -> Tensors:
     return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in values.items()}

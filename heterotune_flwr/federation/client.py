@@ -194,23 +194,21 @@ def describe(message: Message, context: Context) -> RecordDict:
 def align(message: Message, context: Context) -> RecordDict:
     """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
     from heterotune_flwr.dema.anchors import load_anchors
-    from heterotune_flwr.dema.factors import alignment_factors
+    from heterotune_flwr.dema.factors import alignment_factors, text_factors
 
     request = AlignRequest.from_content(message.content)
     client = Client.of(context)
-    alignment = client.identity.alignment(client.config)
+    alignment, data = client.identity.alignment(client.config), client.identity.data
+    texts = load_anchors(alignment)
     mask = unpack_mask(request.words_mask, len(request.words))
     detach(client.backbone)
-    factors = alignment_factors(
-        client.backbone,
-        load_anchors(alignment),
-        alignment,
-        client.identity.data,
-        label_set(client.identity.data),
-        request.slots,
-        [word for word, shared in zip(request.words, mask, strict=True) if shared],
-        text_view=request.header.method.text_view,
-    )
+    if request.whole_texts:
+        factors = text_factors(client.backbone, texts, alignment, data)
+    else:
+        words = [word for word, shared in zip(request.words, mask, strict=True) if shared]
+        factors = alignment_factors(
+            client.backbone, texts, alignment, data, label_set(data), request.slots, words
+        )
     reply = AlignReply(client.client_id, client.type_key, factors)
     return reply.to_content(exact_codec(client.config.exchange))
 

@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import Config, MethodConfig, ServerConfig
-from heterotune_flwr.dema.alignment import align_types, join_known, load_anchors, public_words
+from heterotune_flwr.dema.alignment import (
+    TEXTS,
+    align_types,
+    join_known,
+    load_anchors,
+    public_words,
+)
 from heterotune_flwr.dema.maps import places_of
 from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
@@ -90,6 +96,11 @@ class _Inquiry:
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
 
+    def pay(self, client_id: str, down: int, up: int) -> None:
+        """Add what one question has cost."""
+        self.down[client_id] = self.down.get(client_id, 0) + down
+        self.up[client_id] = self.up.get(client_id, 0) + up
+
 
 class MapsService:
     """Computes the maps of a run's types, once for all its strategies."""
@@ -99,7 +110,7 @@ class MapsService:
         self._config = config
         self._journal = journal
         self._run_name = run_name
-        self._factors: dict[tuple[str, int, bool], Tensors] = {}
+        self._factors: dict[tuple[str, str, int], Tensors] = {}
         self._done: dict[str, Maps] = {}
         self._words: list[str] | None = None
         self._unsaved: dict[Path, KeptMaps] = {}
@@ -166,12 +177,12 @@ class MapsService:
         fingerprints = _fingerprints(roster)
         shared = self._shared_words(roster.clients.values())
 
-        def ask(type_keys: list[str]) -> dict[str, Tensors]:
-            where = (method.slots, method.text_view)
-            missing = [key for key in type_keys if (key, *where) not in self._factors]
-            fresh = self._ask(inquiry, missing, shared)
-            self._factors |= {(key, *where): value for key, value in fresh.items()}
-            return {key: self._factors[key, *where] for key in type_keys}
+        def ask(part: str, type_keys: list[str]) -> dict[str, Tensors]:
+            what = (part, method.slots)
+            missing = [key for key in type_keys if (key, *what) not in self._factors]
+            fresh = self._ask(inquiry, missing, shared, part)
+            self._factors |= {(key, *what): value for key, value in fresh.items()}
+            return {key: self._factors[key, *what] for key in type_keys}
 
         result = align_types(fingerprints, self._config, method, roster.labels, ask, inquiry.seed)
         codec = exact_codec(self._config.exchange)
@@ -194,7 +205,7 @@ class MapsService:
                 shared &= kept.words
             maps, quality = join_known(
                 kept.known(shared), type_key, fingerprint, self._config, inquiry.method, roster.labels,
-                lambda keys: self._ask(inquiry, keys, shared),
+                lambda part, keys: self._ask(inquiry, keys, shared, part),
             )  # fmt: skip
         except HeteroTuneError as error:
             raise FederationError(
@@ -212,16 +223,17 @@ class MapsService:
         return shared
 
     def _ask(
-        self, inquiry: _Inquiry, type_keys: list[str], shared: NDArray[np.bool_]
+        self, inquiry: _Inquiry, type_keys: list[str], shared: NDArray[np.bool_], part: str
     ) -> dict[str, Tensors]:
-        """Get the factors of some types, each from its first client that can give them.
+        """Get one part of the factors of some types, each from its first client that can give them.
 
         Where all of a type failed, those whose process died or whose node was away are asked again while
         ``server.wait_seconds`` last: they may be restarting.
         """
         roster, slots = inquiry.roster, inquiry.method.slots
         header = Header(f"{self._run_name}-align", inquiry.seed, inquiry.method)
-        content = AlignRequest(header, slots, self.words(), pack_mask(shared)).to_content()
+        request = AlignRequest(header, slots, self.words(), pack_mask(shared), part == TEXTS)
+        content = request.to_content()
         server = self._config.server
         timeout, deadline = query_seconds(server), time.monotonic() + server.wait_seconds
         factors: dict[str, Tensors] = {}
@@ -239,8 +251,9 @@ class MapsService:
                 try:
                     reply = AlignReply.from_content(message.content)
                     factors[asked[node]] = reply.factors
-                    inquiry.down[by_node[node]] = content_bytes(content)
-                    inquiry.up[by_node[node]] = content_bytes(message.content)
+                    inquiry.pay(
+                        by_node[node], content_bytes(content), content_bytes(message.content)
+                    )
                 except HeteroTuneError as error:
                     problems[node] = str(error)
             reasons += [f"{by_node[node]}: {reason}" for node, reason in sorted(problems.items())]

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
-from heterotune_flwr.config.schema import Config
+from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.sources import label_set
-from heterotune_flwr.dema.alignment import align_types, load_anchors, public_words
-from heterotune_flwr.dema.factors import alignment_factors, words_mask
+from heterotune_flwr.dema.alignment import TEXTS, align_types, load_anchors, public_words
+from heterotune_flwr.dema.factors import alignment_factors, text_factors, words_mask
+from heterotune_flwr.dema.maps import places_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
 from heterotune_flwr.federation.protocol import resolve_output
 
 
-def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[float]]:
+def prealign(
+    config: Config, methods: Sequence[MethodConfig], report: Callable[[str], None]
+) -> dict[str, list[float]]:
     """Align all types of ``config`` here and keep the factors in the cache.
 
     Parameters
     ----------
     config
         The run to prepare; its types name the backbones.
+    methods
+        Of its strategies, one at least: the maps of each.
     report
         Called with progress lines.
 
     Returns
     -------
-    Type -> held-out canonical correlation per slot.
+    Type -> held-out canonical correlation per slot, and of whole texts, of the method with most of them.
 
     """
     if not config.types:
@@ -48,24 +54,23 @@ def prealign(config: Config, report: Callable[[str], None]) -> dict[str, list[fl
         word for word, known in zip(words, zip(*masks, strict=True), strict=True) if all(known)
     ]
 
-    def ask(type_keys: list[str]) -> dict[str, Tensors]:
+    def ask(slots: int, part: str, type_keys: list[str]) -> dict[str, Tensors]:
         answers: dict[str, Tensors] = {}
         for key in type_keys:
-            report(f"reading {len(texts)} anchors with {key}")
-            answers[key] = alignment_factors(
-                loaded[key],
-                texts,
-                config.alignment,
-                config.data,
-                labels,
-                config.method.slots,
-                shared,
-                text_view=config.method.text_view,
-            )
+            whole = ", whole texts" if part == TEXTS else ""
+            report(f"reading {len(texts)} anchors with {key}{whole}")
+            public = (loaded[key], texts, config.alignment, config.data)
+            if part == TEXTS:
+                answers[key] = text_factors(*public)
+            else:
+                answers[key] = alignment_factors(*public, labels, slots, shared)
         return {
             key: round_trip(value, exact_codec(config.exchange)) for key, value in answers.items()
         }
 
-    method = resolve_output(config.method, config.alignment, labels)
     fingerprints = {key: backbone.fingerprint for key, backbone in loaded.items()}
-    return align_types(fingerprints, config, method, labels, ask).quality
+    for method in sorted(methods, key=lambda method: len(places_of(method))):
+        method = resolve_output(method, config.alignment, labels)
+        asking = partial(ask, method.slots)
+        quality = align_types(fingerprints, config, method, labels, asking).quality
+    return quality

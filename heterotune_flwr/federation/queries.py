@@ -110,12 +110,16 @@ class DescribeReply:
 
 @dataclass(frozen=True)
 class AlignRequest:
-    """Ask one client of a type for its public factors; ``words_mask`` marks the shared words."""
+    """Ask one client of a type for its public factors; ``words_mask`` marks the shared words.
+
+    ``whole_texts``: those of the second view of a text, instead of those of ``slots``.
+    """
 
     header: Header
     slots: int
     words: list[str]
     words_mask: bytes
+    whole_texts: bool = False
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
@@ -123,6 +127,7 @@ class AlignRequest:
             "slots": self.slots,
             "words": self.words,
             "words_mask": self.words_mask,
+            "whole_texts": self.whole_texts,
         }
         return RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
 
@@ -135,6 +140,7 @@ class AlignRequest:
             read_field(record, "slots", int),
             read_texts(record, "words"),
             read_field(record, "words_mask", bytes),
+            read_field(record, "whole_texts", bool),
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.choices import check_choices
-from heterotune_flwr.config.schema import Config
+from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
@@ -67,6 +67,17 @@ def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Confi
         method=_replaced(config.method, spec.get("method", {}), fields, f"{where}.method"),
         train=_replaced(config.train, spec.get("train", {}), list(_TRAIN_KEYS), f"{where}.train"),
     )
+
+
+def aligned_methods(config: Config) -> list[MethodConfig]:
+    """Methods of the compared strategies that need maps; the run's own where none does."""
+    methods = [
+        strategy_config(name, config.strategies[name], config).method for name in config.run.compare
+    ]
+    aligned = [method for method in methods if method.kind == "dema"]
+    return [method for i, method in enumerate(aligned) if method not in aligned[:i]] or [
+        config.method
+    ]
 
 
 def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroStrategy:
