@@ -396,6 +396,22 @@ def test_types_know_more_with_each_others_classes(tmp_path):
     assert shared > own + 0.03 > none
 
 
+def test_a_type_by_itself_has_one_of_its_own_classes(tmp_path):
+    entry = {
+        "_component_": "heterotune_flwr.strategies.within_type.WithinType",
+        "discriminant": {"weight": 1.0, "scope": "type"},
+    }
+    strategy, _, session = toy(tmp_path, entry, clients=(2, 1, 1), rounds=1)
+    strategy.start(session.grid)
+    types = strategy.roster.type_keys
+    weights = [f"type/{key}/discriminant.weight" for key in types]
+    saved = strategy.shared_tensors()
+    assert [name for name in saved if name.endswith("discriminant.weight")] == weights
+    assert not np.allclose(saved[weights[0]], saved[weights[1]], atol=0.1)
+    with pytest.raises(ConfigError, match=r"discriminant\.weight"):
+        check_strategy("mine", {**entry, "discriminant": {"weight": -1}}, toy_config(tmp_path))
+
+
 def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path):
     """Half of the clients in each round: some have told before the stop, the others tell after it."""
     server = {"rounds": 4, "participation": 0.5}

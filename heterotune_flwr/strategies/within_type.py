@@ -9,6 +9,7 @@ from heterotune_flwr.dema.bank import tier_of
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy, Scope
 from heterotune_flwr.strategies.consensus import ConsensusOptions
+from heterotune_flwr.strategies.discriminant import DiscriminantOptions
 
 
 class WithinType(HeteroStrategy):
@@ -25,19 +26,26 @@ class WithinType(HeteroStrategy):
     consensus
         Options of :class:`.consensus.ConsensusOptions`; null for none. With ``scope: type`` nothing crosses types, and
         what HeteroTune gains beyond it is not what public texts teach a type by itself.
+    discriminant
+        Options of :class:`.discriminant.DiscriminantOptions`; null for none. Likewise with ``scope: type``.
 
     """
 
     def __init__(
-        self, context: StrategyContext, consensus: Mapping[str, Any] | None = None
+        self,
+        context: StrategyContext,
+        consensus: Mapping[str, Any] | None = None,
+        discriminant: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(context)
         self.use_consensus(consensus)
+        self.use_discriminant(discriminant)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Read the consensus' options, for their errors."""
+        """Read the options of consensus and discriminant, for their errors."""
         ConsensusOptions.optional(options.get("consensus"))
+        DiscriminantOptions.optional(options.get("discriminant"))
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Share with the own type only."""
