@@ -52,7 +52,7 @@ from heterotune_flwr.strategies.discriminant import (
 )
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.discriminant import class_sums, discriminant_logits
-from heterotune_flwr.tuning.distill import predict
+from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.states import bare_states, make_rows
 from heterotune_flwr.tuning.task import make_task
@@ -249,6 +249,10 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
         np.log(predict(task, alone, chosen).astype(float)) + added.numpy()[chosen]
     )
     np.testing.assert_allclose(np.log(predict(task, both, chosen)), expected, atol=1e-4)
+    targets = torch.from_numpy(rng.dirichlet(np.ones(3), len(encoded)).astype(np.float32))
+    fitted = Distillation(both, range(len(encoded)), targets, 2.0).losses(task, chosen)
+    wanted = -2.0 * (targets.numpy()[chosen] * expected).sum(axis=1)
+    np.testing.assert_allclose(fitted.detach(), wanted, atol=1e-4)
     prior = torch.tensor([0.0, -1.0, 2.0])
     everything = range(len(encoded))
     logs = np.log(predict(task, alone, everything).astype(float)) + added.numpy() + prior.numpy()
@@ -273,7 +277,7 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
 
 
 def test_training_does_not_see_it(world):  # noqa: F811
-    """The same deltas with and without; the tests differ."""
+    """On own examples: the same deltas with and without; the tests differ."""
     strategy = run(world, DEEP, rounds=1, overrides=f"{FEW} strategies.{DEEP}.discriminant=null")
     method, (client_id, *_) = strategy.method, strategy.roster.clients
     type_key = strategy.roster.clients[client_id].info.type_key

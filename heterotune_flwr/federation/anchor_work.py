@@ -87,7 +87,8 @@ def anchor_work(
     seed: int,
     discriminant: Discriminant | None = None,
 ) -> AnchorWork | None:
-    """Prepare a lesson; None where there is none. ``discriminant`` has its say in what the client predicts.
+    """Prepare a lesson; None where there is none. ``discriminant`` has its say in what the client predicts, and so in
+    what it fits to the others' predictions.
 
     Raises
     ------
@@ -108,19 +109,16 @@ def anchor_work(
         return _Answering(lesson, task, adapter, texts, identity, seed, cache)
     encoded = _encoded(lesson, texts, task)
     offsets = discriminant_logits(discriminant, adapter, task, encoded, cache)
-    rows = make_rows(adapter, encoded, cache)
-    speaks = rows if offsets is None else make_rows(adapter, encoded, cache, offsets=offsets)
-    return _Predicting(lesson, task, rows, speaks, seed)
+    return _Predicting(lesson, task, make_rows(adapter, encoded, cache, offsets=offsets), seed)
 
 
 @dataclass(frozen=True)
 class _Predicting:
-    """Label probabilities of a closed set; ``rows`` are those of the whole pool, ``speaks`` the same as it predicts."""
+    """Label probabilities of a closed set; ``rows`` are those of the whole pool."""
 
     lesson: Lesson
     task: Task
     rows: Rows
-    speaks: Rows
     seed: int
 
     def distillation(self, round: int) -> Distillation | None:
@@ -139,7 +137,7 @@ class _Predicting:
         if not lesson.wanted:
             return Said()
         chosen = _drawn(lesson, lesson.wanted, self.seed, round)
-        return Said(predict(self.task, self.speaks, chosen))
+        return Said(predict(self.task, self.rows, chosen))
 
 
 @dataclass(frozen=True)

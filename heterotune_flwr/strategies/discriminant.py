@@ -12,8 +12,8 @@ its held-out canonical correlation, but for one factor per view: maps scale late
 mean square one, and ``rho`` is read off that scale. It is a linear discriminant
 (Fisher 1936, https://doi.org/10.1111/j.1469-1809.1936.tb02137.x) whose covariance is that of the public anchors
 (diagonal: the latents are uncorrelated there), in which a latent counts by how alike the models see it. Clients add
-``weight`` times these logits to their model's, in what they predict and in tests: in training a model would learn them
-away.
+``weight`` times these logits to their model's, in what they predict of anchors, in what they fit to the others'
+predictions there, and in tests; not on their own examples, where a model would learn them away.
 
 Statistics of classes from clients that share *one* frozen model: FedCGS (arXiv 2503.06962), CCVR (arXiv 2106.05001).
 That models of different families can pool theirs is what the alignment is for (our definition).

@@ -81,15 +81,22 @@ class Distillation:
         return self.rows.length(self.chosen[position])
 
     def losses(self, task: Task, positions: Sequence[int]) -> Tensor:
-        """Weighted cross-entropy of some anchors (float32, one each)."""
-        states, tokens, owners = self.rows.rows([self.chosen[p] for p in positions])
+        """Weighted cross-entropy of some anchors (float32, one each), of what the client predicts there."""
+        own = [self.chosen[position] for position in positions]
+        states, tokens, owners = self.rows.rows(own)
         if self.targets is None:
             losses, _ = task.losses(states, tokens)
             total = torch.zeros(len(positions), device=losses.device).index_add(0, owners, losses)
             return self.weight * total / torch.bincount(owners, minlength=len(positions))
         wanted = self.targets[list(positions)]
-        logs = functional.log_softmax(task.label_logits(states), dim=-1)
+        logs = functional.log_softmax(_label_logits(task, self.rows, states, own), dim=-1)
         return -self.weight * (wanted * logs).sum(dim=-1)
+
+
+def _label_logits(task: Task, rows: Rows, states: Tensor, indices: Sequence[int]) -> Tensor:
+    """Logits of the labels for some rows, with what is added to them."""
+    logits, offsets = task.label_logits(states), rows.offsets(indices)
+    return logits if offsets is None else logits + offsets
 
 
 @torch.no_grad()
@@ -100,9 +107,7 @@ def predict(task: Task, rows: Rows, chosen: Sequence[int]) -> NDArray[np.float32
     for batch in batches_by_length([rows.length(index) for index in chosen], _BATCH_TOKENS):
         own = [chosen[position] for position in batch]
         states, _, _ = rows.rows(own)
-        logits = task.label_logits(states)
-        if (offsets := rows.offsets(own)) is not None:
-            logits = logits + offsets
+        logits = _label_logits(task, rows, states, own)
         parts.append(functional.softmax(logits, dim=-1).cpu())
         order += batch
     return np.asarray(torch.cat(parts)[np.argsort(order)].numpy(), dtype=np.float32)
