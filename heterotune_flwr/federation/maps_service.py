@@ -230,7 +230,16 @@ class MapsService:
         Where all of a type failed, those whose process died or whose node was away are asked again while
         ``server.wait_seconds`` last: they may be restarting.
         """
+        if not type_keys:
+            return {}
         roster, slots = inquiry.roster, inquiry.method.slots
+        self._journal.event(
+            "aligning",
+            seed=inquiry.seed,
+            part=part,
+            types=type_keys,
+            anchors=self._config.alignment.count,
+        )
         header = Header(f"{self._run_name}-align", inquiry.seed, inquiry.method)
         request = AlignRequest(header, slots, self.words(), pack_mask(shared), part == TEXTS)
         content = request.to_content()

@@ -116,6 +116,14 @@ class RunProgress:
         name = event["client_id"] or f"node {event['node_id']}"
         self._line(f"  {name} does not take part: {event['reason']}", force=True)
 
+    def _on_aligning(self, event: Event) -> None:
+        what = "as whole texts" if event["part"] == "texts" else "for the maps"
+        self._line(
+            f"one client each of {', '.join(event['types'])} reads up to {event['anchors']} public anchors {what} "
+            "(kept for later runs; minutes for a real model on a CPU)",
+            force=True,
+        )
+
     def _on_align(self, event: Event) -> None:
         quality = ", ".join(
             f"{key} {sum(values) / len(values):.2f}" for key, values in event["quality"].items()

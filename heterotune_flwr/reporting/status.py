@@ -148,6 +148,7 @@ def _phase(event: Mapping[str, Any], before: str | None) -> str | None:
     phases: dict[str, str | None] = {
         "journal": "starting",
         "describe": "making the maps of the clients' types",
+        "aligning": "a client of each type reads the public anchors",
         "align": "the maps are there",
         "start": "testing the models before the first round",
         "evaluate": None,
