@@ -68,14 +68,15 @@ def test_a_directory_that_cannot_be_used_is_refused_before_anything_starts(tmp_p
 
 
 def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> None:
-    first = _heterotune("align", "quick")
+    within = "run.compare=[within_type]"
+    first = _heterotune("align", "quick", within)
     assert first.returncode == 0, first.stderr
-    assert "reading 400 anchors with tiny-a@bf16" in first.stdout
-    second = _heterotune("align", "quick")
+    assert "reading 400 anchors with tiny-a@bf16\n" in first.stdout
+    second = _heterotune("align", "quick", within)
     assert "reading" not in second.stdout
     assert second.stdout.count("canonical correlation") == 3
-    deep = _heterotune("align", "quick", "run.compare=[within_type,heterotune_deep]")
-    assert deep.stdout.count("whole texts") == deep.stdout.count("reading") == 3
+    both = _heterotune("align", "quick")  # heterotune's discriminant reads whole texts besides
+    assert both.stdout.count("whole texts") == both.stdout.count("reading") == 3
     from client_app.app import app
     from heterotune_flwr.config.compose import compose
     from heterotune_flwr.federation.in_process import InProcessGrid

@@ -30,6 +30,7 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.packing import round_trip
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.federation.journal import Journal
@@ -143,7 +144,7 @@ def told(counts=(3.0, 0.0, 2.0), latent=4, each=1.0):
     return ClassSums(counts, sums)
 
 
-def test_both_travel_exactly():
+def test_both_travel_as_bf16_and_counts_exactly():
     content = RecordDict({})
     sums = ClassSums(
         np.array([257.0, 0.0], np.float32), np.array([[0.1, 1e-6], [0, 0]], np.float32)
@@ -151,10 +152,12 @@ def test_both_travel_exactly():
     sums.add_to(content)
     read = ClassSums.read(content)
     np.testing.assert_array_equal(read.counts, sums.counts)
-    np.testing.assert_array_equal(read.sums, sums.sums)
+    np.testing.assert_array_equal(read.sums, round_trip({"s": sums.sums}, "bf16")["s"])
+    np.testing.assert_allclose(read.sums, sums.sums, rtol=2**-8)
     discriminant = Discriminant(sums.sums, sums.counts)
     discriminant.add_to(content)
-    assert Discriminant.read(content).digest == discriminant.digest
+    assert Discriminant.read(content).digest == discriminant.rounded.digest != discriminant.digest
+    assert discriminant.rounded.rounded.digest == discriminant.rounded.digest
     assert ClassSums.read(RecordDict({})) is None
     assert Discriminant.read(RecordDict({})) is None
 
@@ -278,7 +281,9 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
 
 def test_training_does_not_see_it(world):  # noqa: F811
     """On own examples: the same deltas with and without; the tests differ."""
-    strategy = run(world, DEEP, rounds=1, overrides=f"{FEW} strategies.{DEEP}.discriminant=null")
+    strategy = run(
+        world, DEEP, rounds=1, overrides=f"{FEW} strategies.{DEEP}.discriminant.weight=1e-9"
+    )
     method, (client_id, *_) = strategy.method, strategy.roster.clients
     type_key = strategy.roster.clients[client_id].info.type_key
     digest, tensors = strategy.maps.digests[type_key], strategy.slice(type_key)
@@ -370,11 +375,13 @@ def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
         meaning, labels = federation.data(partition, 0, 2, 48)
         z = toy_latents(strategy.maps.tensors[f"{name}@fp32"], Backbone(name).states(meaning))
         own = toy_sums(z, labels, 2)
-        counts, sums = counts + own.counts, sums + own.sums
+        counts = counts + own.counts
+        sums = sums + round_trip({"s": own.sums}, "bf16")["s"]
     expected = linear_discriminant(counts, sums, strategy.discriminant.metric, 2.0)
     found = federation.received["client-0000", 3].discriminant
-    np.testing.assert_allclose(found.weight, 0.5 * expected.weight, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.bias, 0.5 * expected.bias, rtol=1e-4, atol=1e-4)
+    seen = Discriminant(0.5 * expected.weight, 0.5 * expected.bias).rounded
+    np.testing.assert_allclose(found.weight, seen.weight, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.bias, seen.bias, rtol=1e-4, atol=1e-4)
     saved = strategy.shared_tensors()
     np.testing.assert_array_equal(saved["global/discriminant.weight"], found.weight)
     np.testing.assert_array_equal(saved["global/discriminant.bias"], found.bias)

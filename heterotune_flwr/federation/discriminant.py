@@ -15,16 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.exchange.packing import Tensors, pack, tensor_digest
-from heterotune_flwr.federation.wire import CLASS_SUMS, DISCRIMINANT, read_tensors
+from heterotune_flwr.exchange.packing import Tensors, pack, round_trip, tensor_digest
+from heterotune_flwr.federation.wire import (
+    CLASS_COUNTS,
+    CLASS_SUMS,
+    DISCRIMINANT,
+    read_tensors,
+)
 from heterotune_flwr.flower import RecordDict
 
 Array = NDArray[np.float32]
 
 _WEIGHT, _BIAS = "weight", "bias"
 _COUNTS, _SUMS = "counts", "sums"
-#: Counts and sums are exact, and nothing is saved by writing so few numbers shorter.
-_CODEC = "fp32"
+#: Of everything but the counts, which are whole numbers.
+_CODEC, _WHOLE = "bf16", "fp32"
 #: How far the mean of a class may lie from the anchors' (root mean square over latents, in standard deviations).
 FARTHEST = 100.0
 
@@ -41,6 +46,12 @@ class Discriminant:
         """Identity of its numbers."""
         return tensor_digest({_WEIGHT: self.weight, _BIAS: self.bias})
 
+    @property
+    def rounded(self) -> Discriminant:
+        """As it travels."""
+        seen = round_trip({_WEIGHT: self.weight, _BIAS: self.bias}, _CODEC)
+        return Discriminant(seen[_WEIGHT], seen[_BIAS])
+
     def add_to(self, content: RecordDict) -> None:
         """Add it to a request under construction."""
         content[DISCRIMINANT] = pack({_WEIGHT: self.weight, _BIAS: self.bias}, _CODEC)
@@ -51,8 +62,7 @@ class Discriminant:
         tensors = read_tensors(content, DISCRIMINANT)
         if tensors is None:
             return None
-        weight, bias = _two(tensors, _WEIGHT, _BIAS, "discriminant")
-        return cls(weight, bias)
+        return cls(*_two(tensors, _WEIGHT, _BIAS, "discriminant"))
 
 
 @dataclass(frozen=True)
@@ -64,14 +74,18 @@ class ClassSums:
 
     def add_to(self, content: RecordDict) -> None:
         """Add them to a reply under construction."""
-        content[CLASS_SUMS] = pack({_COUNTS: self.counts, _SUMS: self.sums}, _CODEC)
+        content[CLASS_SUMS] = pack({_SUMS: self.sums}, _CODEC)
+        content[CLASS_COUNTS] = pack({_COUNTS: self.counts}, _WHOLE)
 
     @classmethod
     def read(cls, content: RecordDict) -> ClassSums | None:
         """Read those of a reply as they came, None where there are none (see :meth:`check`)."""
-        tensors = read_tensors(content, CLASS_SUMS)
-        if tensors is None:
+        sums_told, counts_told = (
+            read_tensors(content, name) for name in (CLASS_SUMS, CLASS_COUNTS)
+        )
+        if sums_told is None and counts_told is None:
             return None
+        tensors = {**(sums_told or {}), **(counts_told or {})}
         sums, counts = _two(tensors, _SUMS, _COUNTS, "class sums")
         return cls(counts, sums)
 

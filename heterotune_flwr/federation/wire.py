@@ -19,7 +19,7 @@ CONFIG, METRICS = "config", "metrics"
 TENSORS, MAPS, FACTORS, DELTAS = "tensors", "maps", "factors", "deltas"
 CONTROLS = "controls"
 CONSENSUS, PREDICTIONS, ANSWERS = "consensus", "predictions", "answers"
-DISCRIMINANT, CLASS_SUMS = "discriminant", "class_sums"
+DISCRIMINANT, CLASS_SUMS, CLASS_COUNTS = "discriminant", "class_sums", "class_counts"
 
 #: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again, ``tensors_missing`` all
 #: tensors.

@@ -71,10 +71,13 @@ def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Confi
 
 def aligned_methods(config: Config) -> list[MethodConfig]:
     """Methods of the compared strategies that need maps; the run's own where none does."""
-    methods = [
-        strategy_config(name, config.strategies[name], config).method for name in config.run.compare
-    ]
-    aligned = [method for method in methods if method.kind == "dema"]
+    aligned = []
+    for name in config.run.compare:
+        spec = config.strategies[name]
+        method = strategy_config(name, spec, config).method
+        if method.kind == "dema":
+            read = method.text_view and bool(spec.get("discriminant"))
+            aligned.append(dataclasses.replace(method, text_view=read))
     return [method for i, method in enumerate(aligned) if method not in aligned[:i]] or [
         config.method
     ]

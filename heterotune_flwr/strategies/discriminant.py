@@ -164,7 +164,7 @@ class SharedDiscriminant:
             return None
         found = linear_discriminant(total["counts"], total["sums"], self.metric, self.options.prior)
         scale = np.float32(self.options.weight)
-        return Discriminant(scale * found.weight, scale * found.bias)
+        return Discriminant(scale * found.weight, scale * found.bias).rounded
 
     def tensors(self) -> Tensors:
         """Weight (``C x r``) and bias (``C``) of every group, ``<group>/discriminant.<name>``; none before any sums."""

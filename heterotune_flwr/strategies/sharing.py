@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -199,6 +200,8 @@ class Sharing(Strategy):
         self.check_types({key: self._bits(key) for key in self.roster.type_keys})
         self.method = resolve_output(self.method, self.config.alignment, self.roster.labels)
         if self.method.kind == "dema":
+            if not (self._wants_discriminant and self._closed):  # nothing else reads whole texts
+                self.method = dataclasses.replace(self.method, text_view=False)
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
         self._check_consensus()
@@ -225,10 +228,18 @@ class Sharing(Strategy):
         self._shapes = shapes
         self.state = {group: self.first_values(group) for group in sorted(shapes)}
 
+    @property
+    def _closed(self) -> bool:
+        """Whether the task has a closed label set."""
+        return bool(self.roster.labels) and self.config.train.loss != "tokens"
+
+    @property
+    def _wants_discriminant(self) -> bool:
+        return self._discriminant_options is not None and self._discriminant_options.weight > 0
+
     def _check_consensus(self) -> None:
         """Predictions are over a closed label set: on open text there are answers in words, or no consensus."""
-        closed = bool(self.roster.labels) and self.config.train.loss != "tokens"
-        if self.consensus is None or closed:
+        if self.consensus is None or self._closed:
             return
         if self.consensus.options.answers:
             self.consensus = AnswerConsensus(self.consensus, self.context.seed)
@@ -241,10 +252,10 @@ class Sharing(Strategy):
 
     def _prepare_discriminant(self) -> None:
         """A discriminant is of a closed label set, in the latents of the last slot; elsewhere there is none."""
-        options, labels = self._discriminant_options, self.roster.labels or []
-        if options is None or not options.weight:
+        options = self._discriminant_options
+        if options is None or not self._wants_discriminant:
             return
-        if not labels or self.config.train.loss == "tokens":
+        if not self._closed:
             reason = "the task has no closed label set (data.labels, train.loss)"
         elif self.maps is None:
             reason = f"method.kind={self.method.kind} has no latents that types share"
