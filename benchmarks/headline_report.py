@@ -16,6 +16,7 @@ OURS = (
     "heterotune_without_discriminant",
     "heterotune_deep_cold",
     "heterotune",
+    "heterotune_plain",
 )
 #: Parts of ours are ablations, not rivals: the bank alone, without CMGA, the predictions alone, LoRA at home.
 NO_RIVALS = (*OURS, "heterotune_focused", "bank", "mean", "predictions", "lora_at_home")

@@ -26,8 +26,13 @@ _INDISCRIMINATE: Mapping[str, Any] = {"discriminant": None}
 _MORE: Mapping[str, Any] = {"anchors": 768, "pool": 6000, "batch": 64}
 #: What a method has here beside its shipped preset.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "predictions": {"type_phase": 0.95, "mixing": 0.0},
-    "lora_at_home": {"method": {"core_scope": "client"}},
+    "heterotune_plain": _INDISCRIMINATE,
+    "predictions": {"type_phase": 0.95, "mixing": 0.0, **_INDISCRIMINATE},
+    "lora_at_home": {"method": {"core_scope": "client"}, **_INDISCRIMINATE},
+    "within_discriminant": {
+        "discriminant": {"weight": 0.2, "scope": "type"},
+        "method": {"text_view": True},
+    },
     "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
     "heterotune_without_discriminant": _INDISCRIMINATE,
     "heterotune_focused": {"consensus": {"focus": 1.0}, **_INDISCRIMINATE},
@@ -46,6 +51,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 #: Methods that are a shipped strategy under another name.
 SHIPPED_AS: Mapping[str, str] = {
+    "heterotune_plain": "heterotune",
+    "within_discriminant": "within_consensus",
     "predictions": "heterotune",
     "lora_at_home": "heterotune",
     "fedmkt64": "fedmkt",
@@ -99,6 +106,11 @@ class Suite:
     sweeps: Mapping[str, Sequence[int]] = field(default_factory=dict)
     near_texts: bool = False
 
+    @property
+    def with_lora(self) -> bool:
+        """Whether LoRA trains in every method."""
+        return set(_DEEP) <= set(self.method)
+
     def rates_of(self, method: str) -> Sequence[float]:
         """Learning rates tried for a method here; a single one is not swept."""
         return self.rates.get(method, RATES[method])
@@ -151,6 +163,8 @@ _DEEP = (
 _BANK, _LORA = (1e-3, 4e-3), (3e-4, 1e-3)
 _BANKED = (
     "heterotune",
+    "heterotune_plain",
+    "within_discriminant",
     "bank",
     "predictions",
     "mean",
@@ -170,7 +184,7 @@ _BOTH = {
 }
 _KNOWN: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3,)),
-    "heterotune": (2e-3,),
+    "heterotune_plain": (2e-3,),
     "fedit": (1e-3,),
     "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
@@ -186,6 +200,8 @@ _SLOW: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), "fedit": (1e-3,), "fedmkt": (1e-3,),
     "fedmkt64": (1e-3,),
 }  # fmt: skip
+#: Rates where the bank trains alone, in seconds a run.
+_SWIFT: Mapping[str, Sequence[float]] = dict.fromkeys(_BANKED, (1e-3, 2e-3, 4e-3, 8e-3))
 #: Rates of the ``near`` suites: FedMKT's is the best of 4 and 8e-3 on ``near3``.
 _NEAR: Mapping[str, Sequence[float]] = {
     **_KNOWN, "heterotune_deep": (8e-3,), "fedmkt64_annealed": (4e-3,)
@@ -201,6 +217,10 @@ SUITES = {
     "embedded6": Suite("demo", _TINY, 2, method=_DEEP, rates=_BOTH_RIVALS),
     "embedded12": Suite("demo", _TINY, 4, method=_DEEP, rates=_KNOWN),
     "embedded48": Suite("demo", _TINY, 16, method=(*_DEEP, _QUARTER), rates=_KNOWN),
+    "bank3": Suite("demo", _TINY, 1, rates=_SWIFT, sweep=SWEEP_SEEDS),
+    "bank6": Suite("demo", _TINY, 2, rates=_SWIFT, sweep=SWEEP_SEEDS),
+    "bank12": Suite("demo", _TINY, 4, rates=_SWIFT, sweep=SWEEP_SEEDS),
+    "bank48": Suite("demo", _TINY, 16, method=(_QUARTER,), rates=_SWIFT, sweep=SWEEP_SEEDS),
     "sections3": Suite(
         "demo",
         _TINY,
@@ -284,4 +304,4 @@ def not_here(name: str, method: str) -> bool:
     """Whether a row belongs to other suites."""
     if method.endswith("_cold") and name not in COLD_ON:
         return True
-    return method in WITH_LORA and not SUITES[name].method
+    return method in WITH_LORA and not SUITES[name].with_lora
