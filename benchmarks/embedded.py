@@ -4,7 +4,8 @@ Accuracy of local-only, within-type averaging, FedIT (LoRA mean inside a type), 
 1, 2 and 4 clients per type, over several seeds and paired over clients; controls; bytes on the wire;
 seconds per client-round against the same optimizer steps in a bare PyTorch loop. Every method learns at its own
 best rate: the bank's methods at those the laboratory found on other seeds (``alignment_probe.json``), FedIT at the
-best of a sweep on a seed of its own.
+best of a sweep on a seed of its own. HeteroTune is without its shared discriminant here (``benchmarks.headline`` has
+both: ``bank3`` to ``bank48``).
 
 Run: ``python -m benchmarks.embedded`` (about 80 minutes on 2 cores, half of it FedIT), or a part of it, like
 ``--tables accuracy overhead``; other parts stay as they are. Writes ``benchmarks/results/embedded.json``.
@@ -42,7 +43,9 @@ WORKERS = 2
 def overrides(clients: int, seeds: list[int], rates: dict[str, float], types: int = 3) -> list[str]:
     """Overrides of a preset for ``clients`` clients of each of its types; strategies at their ``rates``."""
     strategies = list(rates)
+    plain = ["strategies.heterotune.discriminant=null"] if "heterotune" in rates else []
     return [
+        *plain,
         *(f"types.{index}.clients={clients}" for index in range(types)),
         *(f"strategies.{name}.train.learning_rate={rate}" for name, rate in rates.items()),
         f"run.seeds={seeds}".replace(" ", ""),

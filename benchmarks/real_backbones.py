@@ -2,7 +2,8 @@
 
 Accuracy of local-only, within-type averaging, HeteroTune and its bank alone with 1 and 2 clients per type, each at its
 own best learning rate (found in the laboratory on other seeds), losses before and after per client, wall time, peak
-memory, bytes, and the controls; FedIT with ``--tables fedit`` (hours on a CPU).
+memory, bytes, and the controls; FedIT with ``--tables fedit`` (hours on a CPU). HeteroTune is without its shared
+discriminant here (``benchmarks.headline`` has both: ``real2`` and ``real2x2``).
 
 Run: ``heterotune fetch smollm2; heterotune fetch gemma3-270m --accept-gemma-terms``, then
 ``python -m benchmarks.real_backbones`` (about 20 minutes on 2 cores the first time, half of it afterwards).
