@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -47,8 +48,10 @@ from heterotune_flwr.flower import RecordDict
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy
 from heterotune_flwr.strategies.discriminant import (
+    Classes,
     DiscriminantOptions,
     SharedDiscriminant,
+    agreement,
     linear_discriminant,
 )
 from heterotune_flwr.tuning.adapters import attach
@@ -112,6 +115,82 @@ def test_latents_count_by_their_correlation():
     np.testing.assert_array_equal(equal.metric, 1)
 
 
+def drawn(seed, shift=0, count=60, labels=3, latents=5):
+    """Classes of examples around centres that everybody shares; ``shift``: each is called by another's name."""
+    rng = np.random.default_rng(seed)
+    own = rng.integers(0, labels, size=count)
+    z = 3.0 + 2.0 * np.eye(labels, latents)[own] + rng.normal(size=(count, latents))
+    called = (own + shift) % labels
+    sums = np.stack([z[called == label].sum(axis=0) for label in range(labels)])
+    return Classes(np.bincount(called, minlength=labels).astype(float), sums)
+
+
+def test_agreement_is_the_cosine_of_class_offsets():
+    one, other, wrong = drawn(0), drawn(1), drawn(2, shift=1)
+    metric = np.array([1.0, 2.0, 0.5, 1.0, 1.0])
+    found = agreement(one, other, metric, 2.0)
+    centre = (one.sums + other.sums).sum(axis=0) / 120
+    sides = [
+        np.sqrt(metric) * (c.sums - c.counts[:, None] * centre) / (c.counts + 2.0)[:, None]
+        for c in (one, other)
+    ]
+    expected = np.sum(sides[0] * sides[1]) / np.prod([np.linalg.norm(side) for side in sides])
+    assert found == pytest.approx(expected)
+    assert found == pytest.approx(agreement(other, one, metric, 2.0))
+    assert agreement(one, one, metric, 2.0) == pytest.approx(1.0)
+    assert found > 0.7
+    assert agreement(one, wrong, metric, 2.0) < 0
+    nothing = Classes(np.zeros(3), np.zeros((3, 5)))
+    assert agreement(one, nothing, metric, 2.0) == 0
+
+
+def judged(classes, **options):
+    """The server after one client of each type has told these."""
+    clients = {
+        key: SimpleNamespace(info=SimpleNamespace(type_key=key, train_examples=60))
+        for key in classes
+    }
+    roster = SimpleNamespace(clients=clients, labels=["a", "b", "c"], type_keys=sorted(classes))
+    server = SharedDiscriminant(DiscriminantOptions(**options), np.ones(5), 0.0, roster)
+    replies = [
+        SimpleNamespace(
+            client_id=key,
+            type_key=key,
+            class_sums=ClassSums(c.counts.astype(np.float32), c.sums.astype(np.float32)),
+        )
+        for key, c in classes.items()
+    ]
+    return server, server.hear(replies)[0]
+
+
+def test_a_type_with_other_labels_keeps_to_its_own_classes():
+    classes = {"a": drawn(0), "b": drawn(1, shift=1), "c": drawn(2), "d": drawn(3)}
+    server, known = judged(classes)
+    assert server.alone == {"b"}
+    assert known["alone"] == ["b"]
+    assert known["agreement"]["b"] < 0 < 0.7 < min(known["agreement"][key] for key in "acd")
+    assert set(server.tensors()) == {
+        f"{group}/discriminant.{name}" for group in ("global", "type/b") for name in ("weight", "bias")
+    }  # fmt: skip
+    for key, behind in (("a", "acd"), ("d", "acd"), ("b", "b")):
+        counts, sums = (
+            sum(getattr(classes[k], what) for k in behind) for what in ("counts", "sums")
+        )
+        expected = linear_discriminant(counts, sums, server.metric, 2.0)
+        np.testing.assert_allclose(server.of(key).weight, 0.1 * expected.weight, rtol=0.01)
+    again = SharedDiscriminant(server.options, np.ones(5), 0.0, server.roster)
+    again.recall(server.memory())
+    assert again.alone == {"b"}
+    assert again.of("a").digest == server.of("a").digest
+    everybody, _ = judged(classes, agreement=-1.0)
+    assert not everybody.alone
+    two, _ = judged({"a": drawn(0), "b": drawn(1, shift=1)})
+    assert two.of("a").digest != two.of("b").digest  # nobody knows who is right
+    few, known = judged({"a": drawn(0, count=9), "b": drawn(1, shift=1, count=9)})
+    assert not few.alone
+    assert "agreement" not in known
+
+
 @pytest.mark.parametrize(
     ("given_options", "said"),
     [
@@ -123,6 +202,8 @@ def test_latents_count_by_their_correlation():
         ({"least": 1.5}, "whole number"),
         ({"prior": float("inf")}, "not negative"),
         ({"scope": "everybody"}, "all or type"),
+        ({"agreement": 2}, "from -1 to 1"),
+        ({"agreement": True}, "from -1 to 1"),
         ("yes", "key: value"),
     ],
 )
@@ -386,7 +467,10 @@ def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
     np.testing.assert_array_equal(saved["global/discriminant.weight"], found.weight)
     np.testing.assert_array_equal(saved["global/discriminant.bias"], found.bias)
     rounds = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"]
-    assert rounds == [{"clients": 6, "examples": int(counts.sum())}] * 3
+    agreements = [known.pop("agreement") for known in rounds]
+    assert rounds == [{"clients": 6, "examples": int(counts.sum()), "alone": []}] * 3
+    assert agreements[0] == agreements[2]
+    assert min(agreements[0].values()) > 0.3
 
 
 def test_who_predicts_nothing_is_sent_none(tmp_path):
@@ -464,6 +548,26 @@ def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
     last = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"][-1]
     assert last["examples"] < 5 * 48 + 1
     assert last["clients"] == 5
+
+
+def test_a_type_that_tells_of_other_classes_is_put_on_record(tmp_path):
+    config = toy_config(tmp_path, clients=(2, 2, 2), strategies={"mine": PLAIN})
+    federation = ToyFederation(config)
+    train, wrong = federation.train, federation.type_of(1)
+
+    def other_labels(message, context):
+        reply = train(message, context)
+        sums = ClassSums.read(reply.content)
+        if federation.who(context)[1].startswith(wrong) and sums is not None:
+            ClassSums(np.roll(sums.counts, 1), np.roll(sums.sums, 1, axis=0)).add_to(reply.content)
+        return reply
+
+    federation.train = other_labels
+    run_toy(config, federation, directory=tmp_path / "run")
+    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    (apart,) = [e for e in map(json.loads, lines) if e["event"] == "classes_apart"]
+    assert apart["type"].startswith(wrong)
+    assert apart["agreement"] < 0.03
 
 
 def test_one_that_lies_far_from_all_others_is_not_pooled(tmp_path):

@@ -190,6 +190,13 @@ class RunProgress:
     def _on_client_failed(self, event: Event) -> None:
         self._line(f"  {event['client_id']} failed: {event['reason']}", force=True)
 
+    def _on_classes_apart(self, event: Event) -> None:
+        self._line(
+            f"  the classes of {event['type']} are not where others' are (agreement {event['agreement']:.2f}): "
+            "its discriminant is made of its own alone",
+            force=True,
+        )
+
     def _on_type_phase(self, event: Event) -> None:
         self._line(
             f"  from round {event['round']} on: a bank per type, taught by what all types predict",

@@ -41,6 +41,7 @@ from heterotune_flwr.flower import (
 from heterotune_flwr.strategies import evaluation, guests, snapshot
 from heterotune_flwr.strategies.admission import admit, read_evaluations
 from heterotune_flwr.strategies.consensus import Consensus
+from heterotune_flwr.strategies.discriminant import SharedDiscriminant
 from heterotune_flwr.strategies.gate import Asked
 from heterotune_flwr.strategies.sharing import GLOBAL, Assignment, Scope, Sharing
 from heterotune_flwr.strategies.updates import (
@@ -165,11 +166,28 @@ class HeteroStrategy(Sharing):
         if self.consensus is not None and self.learns_in(server_round):
             summary["consensus"] = self._hear(self.consensus, server_round, admitted.reports)
         if self.discriminant is not None:
-            summary["discriminant"], refused = self.discriminant.hear(admitted.reports)
-            self._refuse(refused, server_round, "class_sums", "class_sums_refused")
+            summary["discriminant"] = self._hear_classes(
+                self.discriminant, server_round, admitted.reports
+            )
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
         return self._arrays(), MetricRecord({**numbers, "clients": len(admitted.candidates)})
+
+    def _hear_classes(
+        self, discriminant: SharedDiscriminant, server_round: int, reports: Sequence[TrainReply]
+    ) -> dict[str, Any]:
+        """Pool what clients tell of their classes; what is known now, for the journal."""
+        before = discriminant.alone
+        known, refused = discriminant.hear(reports)
+        self._refuse(refused, server_round, "class_sums", "class_sums_refused")
+        for type_key in sorted(discriminant.alone - before):
+            self.courier.event(
+                "classes_apart",
+                round=server_round,
+                type=type_key,
+                agreement=round(discriminant.agreements[type_key], 3),
+            )
+        return known
 
     def _bench(self, server_round: int, fine: Collection[str]) -> None:
         """Give every client that failed in this round a strike; journal whom it benches."""

@@ -15,6 +15,10 @@ mean square one, and ``rho`` is read off that scale. It is a linear discriminant
 ``weight`` times these logits to their model's, in what they predict of anchors, in what they fit to the others'
 predictions there, and in tests; not on their own examples, where a model would learn them away.
 
+Types whose labels mean something else (wrong, shuffled, another task's) would pull everybody's classes away. So a type
+whose class offsets ``o_c = (s_c - n_c m) / (n_c + k)`` point elsewhere than the other types' (cosine under M below
+``agreement``) is left to its own classes, the one that agrees least first, until all that are left agree.
+
 Statistics of classes from clients that share *one* frozen model: FedCGS (arXiv 2503.06962), CCVR (arXiv 2106.05001).
 That models of different families can pool theirs is what the alignment is for (our definition).
 """
@@ -22,9 +26,11 @@ That models of different families can pool theirs is what the alignment is for (
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +43,12 @@ from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.roster import Roster
-from heterotune_flwr.strategies.options import check_keys, check_number, check_scope
+from heterotune_flwr.strategies.options import check_between, check_keys, check_number, check_scope
 
 #: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared.
 _FARTHER, _COMPARABLE = 3.0, 3
+#: Examples per label that a type, and the others, must have told of before it is judged.
+_JUDGED = 4
 Matrix = NDArray[np.float64]
 
 
@@ -58,6 +66,8 @@ class DiscriminantOptions:
         k, examples at the mean of all classes that are added to every class.
     scope
         Whose examples a client's is made of: ``all``, or those of its own ``type``, where nothing crosses types.
+    agreement
+        Cosine with the other types' classes below which a type has those of its own alone; -1: all are pooled.
 
     """
 
@@ -65,6 +75,7 @@ class DiscriminantOptions:
     least: int = 2
     prior: float = 2.0
     scope: str = "all"
+    agreement: float = 0.03
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> DiscriminantOptions:
@@ -73,6 +84,8 @@ class DiscriminantOptions:
         for key, value in given.items():
             if key == "scope":
                 check_scope("discriminant", value)
+            elif key == "agreement":
+                check_between("discriminant.agreement", value, -1.0, 1.0)
             else:
                 whole = key == "least"
                 check_number(f"discriminant.{key}", value, whole, least=int(whole))
@@ -82,6 +95,33 @@ class DiscriminantOptions:
     def optional(cls, given: Mapping[str, Any] | None) -> DiscriminantOptions | None:
         """The same of an entry that may be null, for none."""
         return None if given is None else cls.read(given)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Examples of every class (``C``) and the sums of their latents (``C x r``), of some clients."""
+
+    counts: Matrix
+    sums: Matrix
+
+    def __add__(self, other: Classes) -> Classes:
+        return Classes(self.counts + other.counts, self.sums + other.sums)
+
+    def offsets(self, centre: Matrix, prior: float) -> Matrix:
+        """Class means drawn towards a centre by ``prior`` examples there, minus that centre (``C x r``)."""
+        away = self.sums - self.counts[:, None] * centre
+        return away / np.maximum(self.counts + prior, 1e-12)[:, None]
+
+
+def agreement(one: Classes, other: Classes, metric: Matrix, prior: float) -> float:
+    """Cosine of two sides' class offsets from their common centre, under the metric; 0 where one has none."""
+    both = one + other
+    centre = both.sums.sum(axis=0) / max(float(both.counts.sum()), 1e-12)
+    left, right = (side.offsets(centre, prior) for side in (one, other))
+    lengths = [float((side * metric * side).sum()) for side in (left, right)]
+    if min(lengths) <= 0:
+        return 0.0
+    return float((left * metric * right).sum()) / math.sqrt(lengths[0] * lengths[1])
 
 
 def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: float) -> Discriminant:
@@ -97,9 +137,8 @@ def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: flo
         k. A class without examples lies at the mean.
 
     """
-    total = max(float(counts.sum()), 1e-12)
-    centre = sums.sum(axis=0) / total
-    offsets = (sums - counts[:, None] * centre) / np.maximum(counts + prior, 1e-12)[:, None]
+    centre = sums.sum(axis=0) / max(float(counts.sum()), 1e-12)
+    offsets = Classes(counts, sums).offsets(centre, prior)
     weight = offsets * metric
     bias = -weight @ centre - 0.5 * (offsets * weight).sum(axis=1)
     return Discriminant(weight.astype(np.float32), bias.astype(np.float32))
@@ -136,20 +175,25 @@ class SharedDiscriminant:
         self.spreads = np.asarray(spreads, np.float64)
         rho = self.spreads ** (1.0 / weighting) if weighting else np.ones_like(self.spreads)
         self.metric = rho / np.maximum(self.spreads, 1e-12) ** 2
-        #: Totals by group: ``counts`` and ``sums``.
-        self._totals: dict[str, dict[str, Matrix]] = {}
+        #: What has been told, by type.
+        self._totals: dict[str, Classes] = {}
+        #: How well each type agrees with the others, and those that have classes of their own alone.
+        self.agreements: dict[str, float] = {}
+        self.alone: frozenset[str] = frozenset()
         self._told: set[str] = set()
         #: Of every client in the totals: how far its farthest class lies from the anchors.
         self._reaches: dict[str, float] = {}
 
     def memory(self) -> State:
         """What has been told so far."""
-        return {"totals": self._totals, "told": sorted(self._told), "reaches": self._reaches}
+        totals = {key: dataclasses.asdict(total) for key, total in self._totals.items()}
+        return {"totals": totals, "told": sorted(self._told), "reaches": self._reaches}
 
     def recall(self, memory: State) -> None:
         """Go on from :meth:`memory`."""
-        self._totals = {group: dict(total) for group, total in memory["totals"].items()}
+        self._totals = {key: Classes(**total) for key, total in memory["totals"].items()}
         self._told, self._reaches = set(memory["told"]), dict(memory["reaches"])
+        self._judge()
 
     def asks(self, client_id: str) -> int:
         """Examples a class must have to be told of; 0: the client has told already, or has nothing to tell."""
@@ -159,17 +203,17 @@ class SharedDiscriminant:
 
     def of(self, type_key: str) -> Discriminant | None:
         """What clients of a type add to their logits; None before anybody has told anything."""
-        total = self._totals.get(self._group(type_key))
-        if type_key in self.apart or total is None or not total["counts"].any():
+        total = self._behind(type_key)
+        if type_key in self.apart or total is None or not total.counts.any():
             return None
-        found = linear_discriminant(total["counts"], total["sums"], self.metric, self.options.prior)
+        found = linear_discriminant(total.counts, total.sums, self.metric, self.options.prior)
         scale = np.float32(self.options.weight)
         return Discriminant(scale * found.weight, scale * found.bias).rounded
 
     def tensors(self) -> Tensors:
         """Weight (``C x r``) and bias (``C``) of every group, ``<group>/discriminant.<name>``; none before any sums."""
         groups = {
-            "global" if self.options.scope == "all" else f"type/{key}": self.of(key)
+            f"type/{key}" if self._by_itself(key) else "global": self.of(key)
             for key in self.roster.type_keys
             if key not in self.apart
         }
@@ -210,23 +254,57 @@ class SharedDiscriminant:
                 )
                 del self._reaches[client_id]
             elif report.class_sums is not None:
-                self._add(self._group(report.type_key), report.class_sums)
-        examples = int(sum(float(total["counts"].sum()) for total in self._totals.values()))
-        return {"clients": len(self._reaches), "examples": examples}, refused
+                self._add(report.type_key, report.class_sums)
+        if told:
+            self._judge()
+        examples = int(sum(float(total.counts.sum()) for total in self._totals.values()))
+        known: dict[str, Any] = {"clients": len(self._reaches), "examples": examples}
+        if self.agreements:
+            known["agreement"] = {key: round(v, 3) for key, v in self.agreements.items()}
+            known["alone"] = sorted(self.alone)
+        return known, refused
 
     def _usual(self) -> float:
         """How far clients' farthest classes usually lie; no limit where too few have told."""
         reaches = [reach for reach in self._reaches.values() if reach > 0]
         return statistics.median_low(reaches) if len(reaches) >= _COMPARABLE else math.inf
 
-    def _group(self, type_key: str) -> str:
-        return type_key if self.options.scope == "type" else ""
+    def _by_itself(self, type_key: str) -> bool:
+        return self.options.scope == "type" or type_key in self.alone
 
-    def _add(self, group: str, told: ClassSums) -> None:
-        shape = (self.classes, len(self.spreads))
-        none = {"counts": np.zeros(self.classes), "sums": np.zeros(shape)}
-        known = self._totals.get(group, none)
-        self._totals[group] = {
-            "counts": known["counts"] + told.counts,
-            "sums": known["sums"] + told.sums,
-        }
+    def _behind(self, type_key: str) -> Classes | None:
+        """Whose classes a type's discriminant is made of."""
+        if self._by_itself(type_key):
+            return self._totals.get(type_key)
+        return _pooled(total for key, total in self._totals.items() if key not in self.alone)
+
+    def _add(self, type_key: str, told: ClassSums) -> None:
+        new = Classes(told.counts.astype(np.float64), told.sums.astype(np.float64))
+        known = self._totals.get(type_key)
+        self._totals[type_key] = new if known is None else known + new
+
+    def _judge(self) -> None:
+        """Who agrees with the others; the type that agrees least is taken out first, as long as it does too little."""
+        enough = _JUDGED * self.classes
+        members = sorted(key for key, t in self._totals.items() if t.counts.sum() >= enough)
+        self.agreements, alone = {}, set()
+        if self.options.scope == "type":
+            return
+        while len(members) > 1:
+            for key in members:
+                others = _pooled(self._totals[other] for other in members if other != key)
+                assert others is not None
+                self.agreements[key] = agreement(
+                    self._totals[key], others, self.metric, self.options.prior
+                )
+            worst = min(members, key=lambda key: self.agreements[key])
+            if self.agreements[worst] >= self.options.agreement:
+                break
+            alone.add(worst)
+            members.remove(worst)
+        self.alone = frozenset(alone)
+
+
+def _pooled(totals: Iterable[Classes]) -> Classes | None:
+    parts = list(totals)
+    return functools.reduce(operator.add, parts) if parts else None

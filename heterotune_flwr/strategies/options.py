@@ -27,6 +27,13 @@ def check_scope(section: str, value: Any) -> None:
         raise ConfigError(f"{section}.scope is {value!r}; {' or '.join(SCOPES)} is needed")
 
 
+def check_between(where: str, value: Any, low: float, high: float) -> None:
+    """Refuse what is no number from ``low`` to ``high``."""
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float))
+    if wrong or not low <= value <= high:
+        raise ConfigError(f"{where} is {value!r}; a number from {low:g} to {high:g} is needed")
+
+
 def check_number(where: str, value: Any, whole: bool, least: int) -> None:
     """Refuse what is no finite number (a ``whole`` one) from ``least``."""
     wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
