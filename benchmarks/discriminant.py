@@ -7,6 +7,9 @@ on the global test in percent, mean over types and seeds, with 1, 2, 4 and 16 cl
   text; ``last`` and ``text``: with one of them; ``own_type``: both, of one's own type's clients alone;
 * ``trained``: logistic regression on everybody's latents at once, which no federation could do (the penalty of three
   that does best on these very tests); ``moved``: the same with everybody's *texts* read by one's own model;
+* ``wrong`` and ``shuffled``: ``pooled`` for the other types, where one type calls every class by the next one's
+  name, or its examples by each other's; ``.all``: with everybody's classes pooled all the same, ``.alone``: how often
+  (percent) the type was left to its own classes; ``honest.alone``: how often one was where nobody went wrong;
 * what its options do: ``least`` (examples of a class below which a client tells nothing), ``prior``, and the power of
   each latent's correlation in the metric (1 in the product).
 
@@ -17,6 +20,8 @@ Writes ``benchmarks/results/discriminant.json``.
 from __future__ import annotations
 
 import argparse
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +41,12 @@ from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.factors import collect_text_states, principal_components
 from heterotune_flwr.dema.maps import compute_maps
-from heterotune_flwr.strategies.discriminant import DiscriminantOptions, linear_discriminant
+from heterotune_flwr.strategies.discriminant import Classes as Told
+from heterotune_flwr.strategies.discriminant import (
+    DiscriminantOptions,
+    linear_discriminant,
+    who_agrees,
+)
 
 CLIENTS = (1, 2, 4, 16)
 #: Neither the headline's nor those of its sweeps.
@@ -107,7 +117,14 @@ def text_view(names: Sequence[str], lab: Laboratory) -> View:
     return View(latents(1), latents(2), spreads)
 
 
-class Classes:
+def fitted_to(parts: Sequence[Told], metric: NDArray[np.float64], prior: float) -> Fitted:
+    """The discriminant of some types' classes together."""
+    together = functools.reduce(operator.add, parts)
+    found = linear_discriminant(together.counts, together.sums, metric, prior)
+    return torch.from_numpy(found.weight).T, torch.from_numpy(found.bias)
+
+
+class Draw:
     """The clients of one draw, and what can be made of their classes."""
 
     def __init__(self, lab: Laboratory, clients: int, seed: int) -> None:
@@ -117,32 +134,61 @@ class Classes:
         # The product's order: types in turn.
         self.owned = [(number % self.types, share) for number, share in enumerate(shares)]
 
-    def accuracy(self, view: View, fitted: Callable[[int], Fitted]) -> float:
-        """Mean over types of what is fitted for each, in percent."""
+    def accuracy(
+        self, view: View, fitted: Callable[[int], Fitted], kinds: Sequence[int] | None = None
+    ) -> float:
+        """Mean over types (or some) of what is fitted for each, in percent."""
         found = []
-        for kind, z in enumerate(view.test):
+        for kind in range(self.types) if kinds is None else kinds:
             weight, bias = fitted(kind)
-            right = (z @ weight + bias).argmax(1) == self.test_y
+            right = (view.test[kind] @ weight + bias).argmax(1) == self.test_y
             found.append(100 * float(right.double().mean()))
         return float(np.mean(found))
+
+    def told(self, view: View, least: int, struck: int = -1, trouble: str = "") -> dict[str, Told]:
+        """What every type's clients tell; those of type ``struck`` of other labels."""
+        told: dict[str, Told] = {}
+        for number, (kind, share) in enumerate(self.owned):
+            labels = self.labels[share]
+            if kind == struck and trouble == "wrong":
+                labels = (labels + 1) % self.count
+            elif kind == struck:
+                order = np.random.default_rng(number).permutation(len(labels))
+                labels = labels[torch.from_numpy(order)]
+            own = torch.bincount(labels, minlength=self.count).numpy()
+            total = torch.zeros(self.count, len(view.spreads), dtype=torch.double)
+            total = total.index_add_(0, labels, view.pool[kind][share].double()).numpy()
+            kept = own >= least
+            new = Told((own * kept).astype(np.float64), total * kept[:, None])
+            told[str(kind)] = told[str(kind)] + new if str(kind) in told else new
+        return told
 
     def discriminant(
         self, view: View, kinds: Sequence[int], least: int, prior: float, power: float
     ) -> Fitted:
         """That of the classes of some types' clients."""
-        counts = np.zeros(self.count)
-        sums = np.zeros((self.count, len(view.spreads)))
-        for kind, share in self.owned:
-            if kind not in kinds:
-                continue
-            labels = self.labels[share]
-            own = torch.bincount(labels, minlength=self.count).numpy()
-            total = torch.zeros(sums.shape, dtype=torch.double)
-            total = total.index_add_(0, labels, view.pool[kind][share].double()).numpy()
-            told = own >= least
-            counts, sums = counts + own * told, sums + total * told[:, None]
-        found = linear_discriminant(counts, sums, view.metric(power), prior)
-        return torch.from_numpy(found.weight).T, torch.from_numpy(found.bias)
+        told = self.told(view, least)
+        return fitted_to([told[str(kind)] for kind in kinds], view.metric(power), prior)
+
+    def troubled(self, view: View, trouble: str) -> dict[str, float]:
+        """What the other types know where one goes wrong, averaged over which does."""
+        metric, found = view.metric(), []
+        for struck in range(self.types):
+            told = self.told(view, OPTIONS.least, struck, trouble)
+            _, alone = who_agrees(told, metric, OPTIONS.prior, OPTIONS.agreement)
+            healthy = [kind for kind in range(self.types) if kind != struck]
+            pool = [classes for key, classes in told.items() if key not in alone]
+            guarded, everybody = (
+                fitted_to(parts, metric, OPTIONS.prior) for parts in (pool, list(told.values()))
+            )
+            by_itself = {k: fitted_to([told[k]], metric, OPTIONS.prior) for k in alone}
+            found.append([
+                self.accuracy(view, lambda k, g=guarded, own=by_itself: own.get(str(k), g), healthy),  # type: ignore[misc]
+                self.accuracy(view, lambda _, f=everybody: f, healthy),  # type: ignore[misc]
+                100.0 * (str(struck) in alone),
+            ])  # fmt: skip
+        names = (trouble, f"{trouble}.all", f"{trouble}.alone")
+        return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
 
     def trained(self, view: View, reader: int | None) -> list[Fitted]:
         """Logistic regression on all latents; with a ``reader``, on that type's of everybody's texts.
@@ -163,7 +209,7 @@ class Classes:
         return fitted
 
 
-def rows(classes: Classes, views: dict[str, View]) -> dict[str, float]:
+def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
     """Every row of one draw."""
     both, everybody = views["pooled"], range(classes.types)
 
@@ -179,6 +225,11 @@ def rows(classes: Classes, views: dict[str, View]) -> dict[str, float]:
 
     found = {name: pooled(view) for name, view in views.items()}
     found["own_type"] = classes.accuracy(both, own)
+    for trouble in ("wrong", "shuffled"):
+        found |= classes.troubled(both, trouble)
+    told = classes.told(both, OPTIONS.least)
+    _, alone = who_agrees(told, both.metric(), OPTIONS.prior, OPTIONS.agreement)
+    found["honest.alone"] = 100.0 * len(alone) / classes.types
     found |= {f"least_{n}": pooled(least=n) for n in (1, 3, 4)}
     found |= {f"prior_{k}": pooled(prior=k) for k in (0, 1, 4, 8)}
     found |= {f"power_{p:g}": pooled(power=p) for p in (0.0, 0.5, 2.0, 3.0)}
@@ -199,7 +250,7 @@ def measure(family: str) -> dict[str, Any]:
     views = {"pooled": last.beside(text), "last": last, "text": text}
     values: dict[str, Any] = {}
     for clients in CLIENTS:
-        drawn = [rows(Classes(lab, clients, seed), views) for seed in SEEDS]
+        drawn = [rows(Draw(lab, clients, seed), views) for seed in SEEDS]
         row = {name: round(float(np.mean([d[name] for d in drawn])), 1) for name in drawn[0]}
         for what in ("trained", "moved"):
             row[what] = max(row.pop(f"{what}_{penalty:g}") for penalty in _PENALTIES)

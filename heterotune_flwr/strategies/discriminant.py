@@ -124,6 +124,28 @@ def agreement(one: Classes, other: Classes, metric: Matrix, prior: float) -> flo
     return float((left * metric * right).sum()) / math.sqrt(lengths[0] * lengths[1])
 
 
+def who_agrees(
+    totals: Mapping[str, Classes], metric: Matrix, prior: float, limit: float
+) -> tuple[dict[str, float], frozenset[str]]:
+    """How well every type agrees with the others, and those that agree less than ``limit``.
+
+    The type that agrees least is taken out first, and the others are compared anew; it keeps the number it went with.
+    """
+    found: dict[str, float] = {}
+    members = sorted(totals)
+    while len(members) > 1:
+        for key in members:
+            others = _pooled(totals[other] for other in members if other != key)
+            assert others is not None
+            found[key] = agreement(totals[key], others, metric, prior)
+        worst = min(members, key=lambda key: found[key])
+        if found[worst] >= limit:
+            break
+        members.remove(worst)
+    alone = set(totals) - set(members) if len(totals) > 1 else set()
+    return found, frozenset(alone)
+
+
 def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: float) -> Discriminant:
     """The discriminant of pooled classes, its logits zero at the mean of all examples.
 
@@ -284,25 +306,13 @@ class SharedDiscriminant:
         self._totals[type_key] = new if known is None else known + new
 
     def _judge(self) -> None:
-        """Who agrees with the others; the type that agrees least is taken out first, as long as it does too little."""
-        enough = _JUDGED * self.classes
-        members = sorted(key for key, t in self._totals.items() if t.counts.sum() >= enough)
-        self.agreements, alone = {}, set()
-        if self.options.scope == "type":
-            return
-        while len(members) > 1:
-            for key in members:
-                others = _pooled(self._totals[other] for other in members if other != key)
-                assert others is not None
-                self.agreements[key] = agreement(
-                    self._totals[key], others, self.metric, self.options.prior
-                )
-            worst = min(members, key=lambda key: self.agreements[key])
-            if self.agreements[worst] >= self.options.agreement:
-                break
-            alone.add(worst)
-            members.remove(worst)
-        self.alone = frozenset(alone)
+        """Find who agrees with the others, of those that have told enough."""
+        options, enough = self.options, _JUDGED * self.classes
+        if options.scope == "all":
+            many = {key: t for key, t in self._totals.items() if t.counts.sum() >= enough}
+            self.agreements, self.alone = who_agrees(
+                many, self.metric, options.prior, options.agreement
+            )
 
 
 def _pooled(totals: Iterable[Classes]) -> Classes | None:
