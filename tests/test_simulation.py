@@ -63,6 +63,8 @@ def test_a_simulation_runs_types_of_mixed_bits_together(
     parameters = 3 * (8 * 32 + 8 + 16 * 8) + 3 * 33
     # and, in both rounds (the last shared one and the type phase), predictions on 512 anchors
     expected = 2 * parameters + 512 * 16
+    # and once, in two rounds, the sums of 16 classes (two views of 32 latents in bf16) and their counts
+    expected += (16 * 2 * 32 * 2 + 16 * 4) / 2
     assert expected < run["bytes"]["up_per_client_round"] < expected + 2500
     assert json.loads((directory / "status.json").read_text())["state"] == "finished"
 
