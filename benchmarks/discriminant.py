@@ -175,9 +175,9 @@ class Draw:
         metric, found = view.metric(), []
         for struck in range(self.types):
             told = self.told(view, OPTIONS.least, struck, trouble)
-            _, alone = who_agrees(told, metric, OPTIONS.prior, OPTIONS.agreement)
+            _, alone = who_agrees(told, metric, OPTIONS.agreement)
             healthy = [kind for kind in range(self.types) if kind != struck]
-            pool = [classes for key, classes in told.items() if key not in alone]
+            pool = [c for key, c in told.items() if key not in alone] or list(told.values())
             guarded, everybody = (
                 fitted_to(parts, metric, OPTIONS.prior) for parts in (pool, list(told.values()))
             )
@@ -228,7 +228,7 @@ def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
     for trouble in ("wrong", "shuffled"):
         found |= classes.troubled(both, trouble)
     told = classes.told(both, OPTIONS.least)
-    _, alone = who_agrees(told, both.metric(), OPTIONS.prior, OPTIONS.agreement)
+    _, alone = who_agrees(told, both.metric(), OPTIONS.agreement)
     found["honest.alone"] = 100.0 * len(alone) / classes.types
     found |= {f"least_{n}": pooled(least=n) for n in (1, 3, 4)}
     found |= {f"prior_{k}": pooled(prior=k) for k in (0, 1, 4, 8)}

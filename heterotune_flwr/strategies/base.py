@@ -113,9 +113,10 @@ class HeteroStrategy(Sharing):
         train = self.config.train
         type_key = self.roster.clients[client_id].info.type_key
         digest, maps = self.courier.maps_for(client_id)
-        speaks = (
-            work.lesson is not None and work.lesson.wanted > 0
-        )  # training does not see a discriminant
+        lesson = (
+            work.lesson
+        )  # what it predicts, and what it fits to others' predictions, has the discriminant's share
+        reads = lesson is not None and (lesson.wanted > 0 or not lesson.is_empty)
         request = TrainRequest(
             header=self._header(server_round, client_id),
             tensors=self.outgoing(client_id),
@@ -129,8 +130,8 @@ class HeteroStrategy(Sharing):
             warmup_ratio=train.warmup_ratio,
             frozen=sorted(self.frozen(type_key, server_round)),
             controls=self.controls(type_key),
-            lesson=work.lesson,
-            discriminant=self.discriminant.of(type_key) if self.discriminant and speaks else None,
+            lesson=lesson,
+            discriminant=self.discriminant.of(type_key) if self.discriminant and reads else None,
             class_sums=self.discriminant.asks(client_id) if self.discriminant else 0,
         )
         return self.courier.message(client_id, request, TRAIN, server_round)

@@ -16,8 +16,8 @@ mean square one, and ``rho`` is read off that scale. It is a linear discriminant
 predictions there, and in tests; not on their own examples, where a model would learn them away.
 
 Types whose labels mean something else (wrong, shuffled, another task's) would pull everybody's classes away. So a type
-whose class offsets ``o_c = (s_c - n_c m) / (n_c + k)`` point elsewhere than the other types' (cosine under M below
-``agreement``) is left to its own classes, the one that agrees least first, until all that are left agree.
+whose classes lie elsewhere than the other types' (:func:`agreement`) is left to its own, the one that agrees least
+first, until all that are left agree.
 
 Statistics of classes from clients that share *one* frozen model: FedCGS (arXiv 2503.06962), CCVR (arXiv 2106.05001).
 That models of different families can pool theirs is what the alignment is for (our definition).
@@ -47,8 +47,8 @@ from heterotune_flwr.strategies.options import check_between, check_keys, check_
 
 #: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared.
 _FARTHER, _COMPARABLE = 3.0, 3
-#: Examples per label that a type, and the others, must have told of before it is judged.
-_JUDGED = 4
+#: A type is judged by so many classes in common with the others, and so many examples of them per label of the task.
+_IN_COMMON, _JUDGED = 3, 2
 Matrix = NDArray[np.float64]
 
 
@@ -67,7 +67,8 @@ class DiscriminantOptions:
     scope
         Whose examples a client's is made of: ``all``, or those of its own ``type``, where nothing crosses types.
     agreement
-        Cosine with the other types' classes below which a type has those of its own alone; -1: all are pooled.
+        Cosine with the other types' classes (:func:`agreement`) below which a type has those of its own alone; -1: all
+        are pooled.
 
     """
 
@@ -75,7 +76,7 @@ class DiscriminantOptions:
     least: int = 2
     prior: float = 2.0
     scope: str = "all"
-    agreement: float = 0.03
+    agreement: float = 0.06
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> DiscriminantOptions:
@@ -113,37 +114,54 @@ class Classes:
         return away / np.maximum(self.counts + prior, 1e-12)[:, None]
 
 
-def agreement(one: Classes, other: Classes, metric: Matrix, prior: float) -> float:
-    """Cosine of two sides' class offsets from their common centre, under the metric; 0 where one has none."""
-    both = one + other
-    centre = both.sums.sum(axis=0) / max(float(both.counts.sum()), 1e-12)
-    left, right = (side.offsets(centre, prior) for side in (one, other))
-    lengths = [float((side * metric * side).sum()) for side in (left, right)]
+def agreement(one: Classes, other: Classes, metric: Matrix) -> float | None:
+    """Cosine, under the metric, of where two sides' classes lie from their own middle; None where it says nothing.
+
+    Over the classes that both have told of, each by ``w_c = n_c n'_c / (n_c + n'_c)``: the middle is the mean of a
+    side's class means with these weights, so that neither other classes, nor how often one occurs, nor where all of a
+    side's texts lie makes a difference. It says nothing of fewer than three classes in common, or few examples of them.
+    """
+    shared = (one.counts > 0) & (other.counts > 0)
+    counts = [side.counts[shared] for side in (one, other)]
+    enough = _JUDGED * len(shared)
+    if shared.sum() < _IN_COMMON or min(float(side.sum()) for side in counts) < enough:
+        return None
+    weights = (counts[0] * counts[1] / (counts[0] + counts[1]))[:, None]
+    sides = []
+    for side, own in zip((one, other), counts, strict=True):
+        means = side.sums[shared] / own[:, None]
+        sides.append(means - (weights * means).sum(axis=0) / weights.sum())
+    left, right = sides
+    lengths = [float((weights * side * metric * side).sum()) for side in sides]
     if min(lengths) <= 0:
-        return 0.0
-    return float((left * metric * right).sum()) / math.sqrt(lengths[0] * lengths[1])
+        return None
+    return float((weights * left * metric * right).sum()) / math.sqrt(lengths[0] * lengths[1])
 
 
 def who_agrees(
-    totals: Mapping[str, Classes], metric: Matrix, prior: float, limit: float
+    totals: Mapping[str, Classes], metric: Matrix, limit: float
 ) -> tuple[dict[str, float], frozenset[str]]:
     """How well every type agrees with the others, and those that agree less than ``limit``.
 
     The type that agrees least is taken out first, and the others are compared anew; it keeps the number it went with.
+    Of two that are left and disagree nobody knows which is right: both are taken out. A type of which nothing can be
+    said stays.
     """
     found: dict[str, float] = {}
     members = sorted(totals)
     while len(members) > 1:
+        now: dict[str, float] = {}
         for key in members:
             others = _pooled(totals[other] for other in members if other != key)
             assert others is not None
-            found[key] = agreement(totals[key], others, metric, prior)
-        worst = min(members, key=lambda key: found[key])
-        if found[worst] >= limit:
+            if (value := agreement(totals[key], others, metric)) is not None:
+                now[key] = value
+        found |= now
+        worst = min(now, key=lambda key: now[key], default=None)
+        if worst is None or now[worst] >= limit:
             break
-        members.remove(worst)
-    alone = set(totals) - set(members) if len(totals) > 1 else set()
-    return found, frozenset(alone)
+        members = [] if len(members) == 2 else [key for key in members if key != worst]
+    return found, frozenset(totals) - frozenset(members)
 
 
 def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: float) -> Discriminant:
@@ -295,7 +313,7 @@ class SharedDiscriminant:
         return self.options.scope == "type" or type_key in self.alone
 
     def _behind(self, type_key: str) -> Classes | None:
-        """Whose classes a type's discriminant is made of."""
+        """Whose classes a type's discriminant is made of: its own, or those of all types that agree."""
         if self._by_itself(type_key):
             return self._totals.get(type_key)
         return _pooled(total for key, total in self._totals.items() if key not in self.alone)
@@ -306,12 +324,10 @@ class SharedDiscriminant:
         self._totals[type_key] = new if known is None else known + new
 
     def _judge(self) -> None:
-        """Find who agrees with the others, of those that have told enough."""
-        options, enough = self.options, _JUDGED * self.classes
-        if options.scope == "all":
-            many = {key: t for key, t in self._totals.items() if t.counts.sum() >= enough}
+        """Find who agrees with the others."""
+        if self.options.scope == "all":
             self.agreements, self.alone = who_agrees(
-                many, self.metric, options.prior, options.agreement
+                self._totals, self.metric, self.options.agreement
             )
 
 
