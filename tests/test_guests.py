@@ -84,6 +84,16 @@ def test_guests_are_asked_once_after_the_last_round_about_all_anchors(tmp_path):
     assert (event["round"], event["types"], event["clients"]) == (4, [LARGE], 2)
 
 
+def test_a_guest_learns_with_the_discriminants_share(tmp_path):
+    """The others' predictions hold it, and the tests add it: without it a guest would learn it once more."""
+    strategy, federation, _ = with_guest(tmp_path, spec={**SPEC, "discriminant": {"weight": 0.5}})
+    (guest, *_) = strategy.roster.of_type(LARGE)
+    taught = federation.received[guest, 4]
+    assert taught.lesson.wanted == 0
+    assert taught.discriminant.digest == strategy.discriminant.of(LARGE).digest
+    assert taught.class_sums == 0
+
+
 def test_status_counts_no_examples_of_a_guest(tmp_path):
     strategy, _, config = with_guest(tmp_path)
     clients = read_status(Path(config.run.dir)).clients
