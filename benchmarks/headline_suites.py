@@ -29,10 +29,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "heterotune_plain": _INDISCRIMINATE,
     "predictions": {"type_phase": 0.95, "mixing": 0.0, **_INDISCRIMINATE},
     "lora_at_home": {"method": {"core_scope": "client"}, **_INDISCRIMINATE},
-    "within_discriminant": {
-        "discriminant": {"weight": 0.2, "scope": "type"},
-        "method": {"text_view": True},
-    },
     "fedmkt64": {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}},
     "heterotune_without_discriminant": _INDISCRIMINATE,
     "heterotune_focused": {"consensus": {"focus": 1.0}, **_INDISCRIMINATE},
@@ -52,7 +48,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 #: Methods that are a shipped strategy under another name.
 SHIPPED_AS: Mapping[str, str] = {
     "heterotune_plain": "heterotune",
-    "within_discriminant": "within_consensus",
     "predictions": "heterotune",
     "lora_at_home": "heterotune",
     "fedmkt64": "fedmkt",

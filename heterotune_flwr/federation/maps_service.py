@@ -239,6 +239,7 @@ class MapsService:
             part=part,
             types=type_keys,
             anchors=self._config.alignment.count,
+            cached=self._config.alignment.cache,
         )
         header = Header(f"{self._run_name}-align", inquiry.seed, inquiry.method)
         request = AlignRequest(header, slots, self.words(), pack_mask(shared), part == TEXTS)

@@ -118,9 +118,10 @@ class RunProgress:
 
     def _on_aligning(self, event: Event) -> None:
         what = "as whole texts" if event["part"] == "texts" else "for the maps"
+        kept = "kept for later runs; " if event.get("cached") else ""
         self._line(
             f"one client each of {', '.join(event['types'])} reads up to {event['anchors']} public anchors {what} "
-            "(kept for later runs; minutes for a real model on a CPU)",
+            f"({kept}minutes for a real model on a CPU)",
             force=True,
         )
 

@@ -13,9 +13,11 @@ from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.schema import Config, MethodConfig
+from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
+from heterotune_flwr.strategies.discriminant import DiscriminantOptions
 from heterotune_flwr.strategies.heterotune import HeteroTune
 
 #: Training settings a strategy may have of its own; the others are the clients'.
@@ -71,12 +73,14 @@ def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Confi
 
 def aligned_methods(config: Config) -> list[MethodConfig]:
     """Methods of the compared strategies that need maps; the run's own where none does."""
-    aligned = []
+    labels, aligned = label_set(config.data), []
     for name in config.run.compare:
         spec = config.strategies[name]
-        method = strategy_config(name, spec, config).method
+        own = strategy_config(name, spec, config)
+        method, closed = own.method, bool(labels) and own.train.loss != "tokens"
         if method.kind == "dema":
-            read = method.text_view and bool(spec.get("discriminant"))
+            asks = DiscriminantOptions.in_use(spec.get("discriminant"), closed)
+            read = method.text_view and asks
             aligned.append(dataclasses.replace(method, text_view=read))
     return [method for i, method in enumerate(aligned) if method not in aligned[:i]] or [
         config.method

@@ -97,6 +97,12 @@ class DiscriminantOptions:
         """The same of an entry that may be null, for none."""
         return None if given is None else cls.read(given)
 
+    @classmethod
+    def in_use(cls, given: Mapping[str, Any] | None, closed: bool) -> bool:
+        """Whether an entry makes a strategy ask for classes; ``closed``: whether the task has a closed label set."""
+        options = cls.optional(given)
+        return options is not None and options.weight > 0 and closed
+
 
 @dataclass(frozen=True)
 class Classes:
