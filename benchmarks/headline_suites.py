@@ -37,7 +37,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "within_consensus_discriminant": {
         "consensus": {**_MORE, "scope": "type"},
         "discriminant": {"weight": 0.1, "scope": "type"},
-        "method": {"text_view": True},
         **_ANNEALED,
     },
     "within_consensus_cold": {"consensus": {**_MORE, "scope": "type"}, **_COLD},
@@ -55,7 +54,7 @@ SHIPPED_AS: Mapping[str, str] = {
     "heterotune_focused": "heterotune_deep",
     "heterotune_deep_cold": "heterotune_deep",
     "within_consensus_annealed": "within_consensus",
-    "within_consensus_discriminant": "within_consensus",
+    "within_consensus_discriminant": "within_discriminant",
     "within_consensus_cold": "within_consensus",
     "fedmkt64_annealed": "fedmkt",
     "fedmkt64_cold": "fedmkt",

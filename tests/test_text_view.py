@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_cores import CORES, with_maps
-from test_discriminant import adapted  # noqa: F401  (fixture)
+from test_discriminant_client import adapted  # noqa: F401  (fixture)
 from test_tuning import data, directory  # noqa: F401  (fixtures)
 from tiny_backbones import LABELS
 

@@ -43,10 +43,6 @@ def parts_of(method: MethodConfig) -> list[str]:
     return [SLOTS, TEXTS] if method.text_view else [SLOTS]
 
 
-def _key(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
 def factors_path(
     fingerprints: Mapping[str, str],
     type_key: str,
@@ -72,7 +68,7 @@ def factors_path(
         "codec": exact_codec(config.exchange),  # factors are kept as they travelled
     }
     if part == TEXTS:
-        return _cached({**parts, "part": part})
+        return _cache_file({**parts, "part": part})
     parts |= {
         "labels": list(labels or []),
         "slots": method.slots,
@@ -86,11 +82,12 @@ def factors_path(
             alignment.output_components,
             sorted([value, key.rpartition("@")[2]] for key, value in fingerprints.items()),
         ]
-    return _cached(parts)
+    return _cache_file(parts)
 
 
-def _cached(parts: object) -> Path:
-    return cache_dir() / "alignment" / f"{_key(parts)}.safetensors"
+def _cache_file(parts: object) -> Path:
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_dir() / "alignment" / f"{key}.safetensors"
 
 
 def align_types(

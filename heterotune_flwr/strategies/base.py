@@ -113,9 +113,8 @@ class HeteroStrategy(Sharing):
         train = self.config.train
         type_key = self.roster.clients[client_id].info.type_key
         digest, maps = self.courier.maps_for(client_id)
-        lesson = (
-            work.lesson
-        )  # what it predicts, and what it fits to others' predictions, has the discriminant's share
+        lesson = work.lesson
+        # What it predicts of anchors, and what it fits to others' predictions there, has the discriminant's share.
         reads = lesson is not None and (lesson.wanted > 0 or not lesson.is_empty)
         request = TrainRequest(
             header=self._header(server_round, client_id),

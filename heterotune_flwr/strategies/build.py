@@ -19,6 +19,7 @@ from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
 from heterotune_flwr.strategies.discriminant import DiscriminantOptions
 from heterotune_flwr.strategies.heterotune import HeteroTune
+from heterotune_flwr.strategies.sharing import closed_task
 
 #: Training settings a strategy may have of its own; the others are the clients'.
 _TRAIN_KEYS = ("local_steps", "learning_rate", "last_rate", "warmup_ratio", "optimizer", "proximal")
@@ -73,18 +74,17 @@ def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Confi
 
 def aligned_methods(config: Config) -> list[MethodConfig]:
     """Methods of the compared strategies that need maps; the run's own where none does."""
-    labels, aligned = label_set(config.data), []
+    labels = label_set(config.data)
+    aligned: list[MethodConfig] = []
     for name in config.run.compare:
         spec = config.strategies[name]
         own = strategy_config(name, spec, config)
-        method, closed = own.method, bool(labels) and own.train.loss != "tokens"
-        if method.kind == "dema":
-            asks = DiscriminantOptions.in_use(spec.get("discriminant"), closed)
-            read = method.text_view and asks
-            aligned.append(dataclasses.replace(method, text_view=read))
-    return [method for i, method in enumerate(aligned) if method not in aligned[:i]] or [
-        config.method
-    ]
+        method, options = own.method, DiscriminantOptions.optional(spec.get("discriminant"))
+        if options is None or not closed_task(labels, own.train):
+            method = dataclasses.replace(method, text_view=False)
+        if method.kind == "dema" and method not in aligned:
+            aligned.append(method)
+    return aligned or [config.method]
 
 
 def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroStrategy:

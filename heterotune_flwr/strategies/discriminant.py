@@ -94,14 +94,9 @@ class DiscriminantOptions:
 
     @classmethod
     def optional(cls, given: Mapping[str, Any] | None) -> DiscriminantOptions | None:
-        """The same of an entry that may be null, for none."""
-        return None if given is None else cls.read(given)
-
-    @classmethod
-    def in_use(cls, given: Mapping[str, Any] | None, closed: bool) -> bool:
-        """Whether an entry makes a strategy ask for classes; ``closed``: whether the task has a closed label set."""
-        options = cls.optional(given)
-        return options is not None and options.weight > 0 and closed
+        """The same of an entry that may be null; None for that, and where the weight is 0."""
+        options = None if given is None else cls.read(given)
+        return options if options is not None and options.weight > 0 else None
 
 
 @dataclass(frozen=True)
@@ -113,11 +108,6 @@ class Classes:
 
     def __add__(self, other: Classes) -> Classes:
         return Classes(self.counts + other.counts, self.sums + other.sums)
-
-    def offsets(self, centre: Matrix, prior: float) -> Matrix:
-        """Class means drawn towards a centre by ``prior`` examples there, minus that centre (``C x r``)."""
-        away = self.sums - self.counts[:, None] * centre
-        return away / np.maximum(self.counts + prior, 1e-12)[:, None]
 
 
 def agreement(one: Classes, other: Classes, metric: Matrix) -> float | None:
@@ -184,7 +174,7 @@ def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: flo
 
     """
     centre = sums.sum(axis=0) / max(float(counts.sum()), 1e-12)
-    offsets = Classes(counts, sums).offsets(centre, prior)
+    offsets = (sums - counts[:, None] * centre) / np.maximum(counts + prior, 1e-12)[:, None]
     weight = offsets * metric
     bias = -weight @ centre - 0.5 * (offsets * weight).sum(axis=1)
     return Discriminant(weight.astype(np.float32), bias.astype(np.float32))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from heterotune_flwr.config.rates import sinking_share
-from heterotune_flwr.config.schema import MethodConfig, TypeConfig
+from heterotune_flwr.config.schema import MethodConfig, TrainConfig, TypeConfig
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
@@ -43,6 +43,11 @@ class Assignment:
     learning_rate: float
     lesson: Lesson | None
     examples: int
+
+
+def closed_task(labels: Sequence[str] | None, train: TrainConfig) -> bool:
+    """Whether a task is about a closed label set."""
+    return bool(labels) and train.loss != "tokens"
 
 
 class Sharing(Strategy):
@@ -200,7 +205,9 @@ class Sharing(Strategy):
         self.check_types({key: self._bits(key) for key in self.roster.type_keys})
         self.method = resolve_output(self.method, self.config.alignment, self.roster.labels)
         if self.method.kind == "dema":
-            if not (self._wants_discriminant and self._closed):  # nothing else reads whole texts
+            if (
+                self._discriminant_options is None or not self._closed
+            ):  # nothing else reads whole texts
                 self.method = dataclasses.replace(self.method, text_view=False)
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
@@ -231,11 +238,7 @@ class Sharing(Strategy):
     @property
     def _closed(self) -> bool:
         """Whether the task has a closed label set."""
-        return bool(self.roster.labels) and self.config.train.loss != "tokens"
-
-    @property
-    def _wants_discriminant(self) -> bool:
-        return self._discriminant_options is not None and self._discriminant_options.weight > 0
+        return closed_task(self.roster.labels, self.config.train)
 
     def _check_consensus(self) -> None:
         """Predictions are over a closed label set: on open text there are answers in words, or no consensus."""
@@ -253,7 +256,7 @@ class Sharing(Strategy):
     def _prepare_discriminant(self) -> None:
         """A discriminant is of a closed label set, in the latents of the last slot; elsewhere there is none."""
         options = self._discriminant_options
-        if options is None or not self._wants_discriminant:
+        if options is None:
             return
         if not self._closed:
             reason = "the task has no closed label set (data.labels, train.loss)"
