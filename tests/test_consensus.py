@@ -306,6 +306,24 @@ def test_the_anchors_gradient_is_their_cross_entropys(directory, data):  # noqa:
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_what_the_rows_add_is_in_what_is_fitted(directory, data, share):  # noqa: F811
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, list(LABELS), TRAINING)
+    adapter = prepared(backbone)
+    encoded = task.encode([Example(f"public words {n}", LABELS[0]) for n in range(4)])
+    added = torch.randn(4, len(LABELS), generator=torch.Generator().manual_seed(0))
+    rows = make_rows(adapter, encoded, cache=False, offsets=added)
+    wanted = torch.from_numpy(probabilities(np.random.default_rng(0), 4, len(LABELS)))
+    lesson = Distillation(rows, range(4), wanted, 1.0, offsets=share)
+    found = lesson.losses(task, [3, 1])
+    states, _, _ = rows.rows([3, 1])
+    logs = (task.label_logits(states) + share * added[[3, 1]]).log_softmax(-1)
+    torch.testing.assert_close(found, -(wanted[[3, 1]] * logs).sum(-1), rtol=1e-4, atol=1e-5)
+    whole = torch.from_numpy(predict(task, rows, [3, 1]))  # what is said has all of it
+    torch.testing.assert_close(whole, (task.label_logits(states) + added[[3, 1]]).softmax(-1))
+
+
 def test_anchors_are_drawn_as_often_as_their_targets_say_something():
     """Chances ~ (log C - H)^focus, of single draws."""
     wanted = torch.tensor(

@@ -202,6 +202,8 @@ def test_a_type_with_other_labels_keeps_to_its_own_classes():
         ({"scope": "everybody"}, "all or type"),
         ({"agreement": 2}, "from -1 to 1"),
         ({"agreement": True}, "from -1 to 1"),
+        ({"fitted": 1.1}, "from 0 to 1"),
+        ({"fitted": "half"}, "from 0 to 1"),
         ("yes", "key: value"),
     ],
 )
@@ -237,6 +239,10 @@ def test_both_travel_as_bf16_and_counts_exactly():
     discriminant.add_to(content)
     assert Discriminant.read(content).digest == discriminant.rounded.digest != discriminant.digest
     assert discriminant.rounded.rounded.digest == discriminant.rounded.digest
+    half = replace(discriminant, fitted=0.5)
+    half.add_to(content)
+    assert Discriminant.read(content).fitted == 0.5
+    assert half.digest != discriminant.digest
     assert ClassSums.read(RecordDict({})) is None
     assert Discriminant.read(RecordDict({})) is None
 
@@ -247,6 +253,11 @@ def test_malformed_ones_are_refused():
         ClassSums(np.zeros(vector, np.float32), np.zeros(matrix, np.float32)).add_to(content)
         with pytest.raises(ExchangeError, match="class sums are"):
             ClassSums.read(content)
+    for fitted in (np.nan, -0.1, 1.5):
+        content = RecordDict({})
+        Discriminant(np.zeros((2, 3), np.float32), np.zeros(2, np.float32), fitted).add_to(content)
+        with pytest.raises(ExchangeError, match="from 0 to 1"):
+            Discriminant.read(content)
     content = RecordDict({})
     Discriminant(np.zeros((2, 3), np.float32), np.zeros(2, np.float32)).add_to(content)
     content["class_sums"] = content["discriminant"]

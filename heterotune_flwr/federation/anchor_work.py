@@ -87,8 +87,8 @@ def anchor_work(
     seed: int,
     discriminant: Discriminant | None = None,
 ) -> AnchorWork | None:
-    """Prepare a lesson; None where there is none. ``discriminant`` has its say in what the client predicts, and so in
-    what it fits to the others' predictions.
+    """Prepare a lesson; None where there is none. ``discriminant`` has its say in what the client predicts, and some of
+    it in what it fits to the others' predictions.
 
     Raises
     ------
@@ -109,17 +109,19 @@ def anchor_work(
         return _Answering(lesson, task, adapter, texts, identity, seed, cache)
     encoded = _encoded(lesson, texts, task)
     offsets = discriminant_logits(discriminant, adapter, task, encoded, cache)
-    return _Predicting(lesson, task, make_rows(adapter, encoded, cache, offsets=offsets), seed)
+    rows = make_rows(adapter, encoded, cache, offsets=offsets)
+    return _Predicting(lesson, task, rows, seed, discriminant.fitted if discriminant else 1.0)
 
 
 @dataclass(frozen=True)
 class _Predicting:
-    """Label probabilities of a closed set; ``rows`` are those of the whole pool."""
+    """Label probabilities of a closed set; ``rows`` are those of the whole pool, ``fitted`` as of the discriminant."""
 
     lesson: Lesson
     task: Task
     rows: Rows
     seed: int
+    fitted: float
 
     def distillation(self, round: int) -> Distillation | None:
         """Fit the federation's mean; None where nobody has predicted (ExchangeError: other labels)."""
@@ -129,7 +131,9 @@ class _Predicting:
         values = as_probabilities(lesson.targets, lesson.count, len(self.task.labels or ()))
         targets = torch.from_numpy(values).to(self.task.backbone.device)
         chosen = _drawn(lesson, lesson.count, self.seed, round)
-        return Distillation(self.rows, chosen, targets, lesson.weight, lesson.batch, lesson.focus)
+        return Distillation(
+            self.rows, chosen, targets, lesson.weight, lesson.batch, lesson.focus, self.fitted
+        )
 
     def says(self, round: int) -> Said:
         """Predict."""

@@ -26,7 +26,7 @@ from heterotune_flwr.flower import RecordDict
 
 Array = NDArray[np.float32]
 
-_WEIGHT, _BIAS = "weight", "bias"
+_WEIGHT, _BIAS, _FITTED = "weight", "bias", "fitted"
 _COUNTS, _SUMS = "counts", "sums"
 #: Of everything but the counts, which are whole numbers.
 _CODEC, _WHOLE = "bf16", "fp32"
@@ -36,25 +36,28 @@ FARTHEST = 100.0
 
 @dataclass(frozen=True)
 class Discriminant:
-    """Logits ``weight z + bias`` of the labels for a latent ``z``: ``C x r`` and ``C``."""
+    """Logits ``weight z + bias`` of the labels for a latent ``z``: ``C x r`` and ``C``.
+
+    ``fitted``: the share of them that stands beside a client's own logits while it fits others' predictions.
+    """
 
     weight: Array
     bias: Array
+    fitted: float = 1.0
 
     @property
     def digest(self) -> str:
         """Identity of its numbers."""
-        return tensor_digest({_WEIGHT: self.weight, _BIAS: self.bias})
+        return tensor_digest(self._tensors)
 
     @property
     def rounded(self) -> Discriminant:
         """As it travels."""
-        seen = round_trip({_WEIGHT: self.weight, _BIAS: self.bias}, _CODEC)
-        return Discriminant(seen[_WEIGHT], seen[_BIAS])
+        return self._of(round_trip(self._tensors, _CODEC))
 
     def add_to(self, content: RecordDict) -> None:
         """Add it to a request under construction."""
-        content[DISCRIMINANT] = pack({_WEIGHT: self.weight, _BIAS: self.bias}, _CODEC)
+        content[DISCRIMINANT] = pack(self._tensors, _CODEC)
 
     @classmethod
     def read(cls, content: RecordDict) -> Discriminant | None:
@@ -62,7 +65,20 @@ class Discriminant:
         tensors = read_tensors(content, DISCRIMINANT)
         if tensors is None:
             return None
-        return cls(*_two(tensors, _WEIGHT, _BIAS, "discriminant"))
+        return cls._of(tensors)
+
+    @property
+    def _tensors(self) -> Tensors:
+        fitted = np.array([self.fitted], np.float32)
+        return {_WEIGHT: self.weight, _BIAS: self.bias, _FITTED: fitted}
+
+    @classmethod
+    def _of(cls, tensors: Tensors) -> Discriminant:
+        rest = dict(tensors)
+        fitted = rest.pop(_FITTED, np.zeros(0, np.float32))
+        if fitted.shape != (1,) or not 0 <= fitted[0] <= 1:
+            raise ExchangeError("a discriminant's share in what is fitted is a number from 0 to 1")
+        return cls(*_two(rest, _WEIGHT, _BIAS, "discriminant"), float(fitted[0]))
 
 
 @dataclass(frozen=True)

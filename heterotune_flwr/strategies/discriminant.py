@@ -12,8 +12,8 @@ its held-out canonical correlation, but for one factor per view: maps scale late
 mean square one, and ``rho`` is read off that scale. It is a linear discriminant
 (Fisher 1936, https://doi.org/10.1111/j.1469-1809.1936.tb02137.x) whose covariance is that of the public anchors
 (diagonal: the latents are uncorrelated there), in which a latent counts by how alike the models see it. Clients add
-``weight`` times these logits to their model's, in what they predict of anchors, in what they fit to the others'
-predictions there, and in tests; not on their own examples, where a model would learn them away.
+``weight`` times these logits to their model's in what they predict of anchors and in tests, and ``fitted`` of that in
+what they fit to the others' predictions; not on their own examples, where a model would learn them away.
 
 Types whose labels mean something else (wrong, shuffled, another task's) would pull everybody's classes away. So a type
 whose classes lie elsewhere than the other types' (:func:`agreement`) is left to its own, the one that agrees least
@@ -66,6 +66,9 @@ class DiscriminantOptions:
         k, examples at the mean of all classes that are added to every class.
     scope
         Whose examples a client's is made of: ``all``, or those of its own ``type``, where nothing crosses types.
+    fitted
+        Share of it, 0 to 1, that a client has in its own predictions while it fits the others', in which all of it is:
+        at 0 it learns what the others' discriminant says and the tests add its own again, at 1 it learns the rest.
     agreement
         Cosine with the other types' classes (:func:`agreement`) below which a type has those of its own alone; -1: all
         are pooled.
@@ -76,6 +79,7 @@ class DiscriminantOptions:
     least: int = 2
     prior: float = 2.0
     scope: str = "all"
+    fitted: float = 0.5
     agreement: float = 0.06
 
     @classmethod
@@ -87,6 +91,8 @@ class DiscriminantOptions:
                 check_scope("discriminant", value)
             elif key == "agreement":
                 check_between("discriminant.agreement", value, -1.0, 1.0)
+            elif key == "fitted":
+                check_between("discriminant.fitted", value, 0.0, 1.0)
             else:
                 whole = key == "least"
                 check_number(f"discriminant.{key}", value, whole, least=int(whole))
@@ -244,7 +250,8 @@ class SharedDiscriminant:
             return None
         found = linear_discriminant(total.counts, total.sums, self.metric, self.options.prior)
         scale = np.float32(self.options.weight)
-        return Discriminant(scale * found.weight, scale * found.bias).rounded
+        scaled = Discriminant(scale * found.weight, scale * found.bias, self.options.fitted)
+        return scaled.rounded
 
     def tensors(self) -> Tensors:
         """Weight (``C x r``) and bias (``C``) of every group, ``<group>/discriminant.<name>``; none before any sums."""

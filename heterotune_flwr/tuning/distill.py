@@ -49,6 +49,8 @@ class Distillation:
     focus
         Anchors are drawn with chances ``~ (log C - H)^focus``, H the entropy of their targets in nats: more often where
         the targets say something. 0: all alike, as where the targets are tokens.
+    offsets
+        Share, in the predictions that are fitted, of what the rows add to their logits.
 
     """
 
@@ -58,6 +60,7 @@ class Distillation:
     weight: float
     batch: int = 0
     focus: float = 0.0
+    offsets: float = 1.0
 
     @cached_property
     def chances(self) -> NDArray[np.float64] | None:
@@ -89,14 +92,17 @@ class Distillation:
             total = torch.zeros(len(positions), device=losses.device).index_add(0, owners, losses)
             return self.weight * total / torch.bincount(owners, minlength=len(positions))
         wanted = self.targets[list(positions)]
-        logs = functional.log_softmax(_label_logits(task, self.rows, states, own), dim=-1)
+        logits = _label_logits(task, self.rows, states, own, self.offsets)
+        logs = functional.log_softmax(logits, dim=-1)
         return -self.weight * (wanted * logs).sum(dim=-1)
 
 
-def _label_logits(task: Task, rows: Rows, states: Tensor, indices: Sequence[int]) -> Tensor:
-    """Logits of the labels for some rows, with what is added to them."""
+def _label_logits(
+    task: Task, rows: Rows, states: Tensor, indices: Sequence[int], share: float = 1.0
+) -> Tensor:
+    """Logits of the labels for some rows, with a share of what is added to them."""
     logits, offsets = task.label_logits(states), rows.offsets(indices)
-    return logits if offsets is None else logits + offsets
+    return logits if offsets is None else logits + share * offsets
 
 
 @torch.no_grad()
