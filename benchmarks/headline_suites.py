@@ -105,6 +105,10 @@ class Suite:
         """Whether LoRA trains in every method."""
         return set(_DEEP) <= set(self.method)
 
+    def in_seconds(self, method: str) -> bool:
+        """Whether a run takes seconds: the bank alone is trained, on kept states."""
+        return method in _BANKED and not self.with_lora
+
     def rates_of(self, method: str) -> Sequence[float]:
         """Learning rates tried for a method here; a single one is not swept."""
         return self.rates.get(method, RATES[method])
@@ -196,15 +200,6 @@ _SLOW: Mapping[str, Sequence[float]] = {
 }  # fmt: skip
 #: Rates where the bank trains alone, in seconds a run.
 _SWIFT: Mapping[str, Sequence[float]] = dict.fromkeys(_BANKED, (2e-3, 4e-3, 8e-3))
-#: With two real families: the best with three.
-_TWO = {"bank": (8e-3,), "heterotune": (8e-3,), "heterotune_plain": (8e-3,)}
-_TWO_RIVALS = ("within_type", "within_consensus", "within_discriminant", "local_only")
-_REAL2: Mapping[str, Sequence[float]] = {**_TWO, **dict.fromkeys(_TWO_RIVALS, (2e-3,))}
-_REAL2X2: Mapping[str, Sequence[float]] = {
-    **dict.fromkeys((*_TWO, "within_consensus", "within_discriminant"), (1.6e-2,)),
-    "within_type": (4e-3,),
-    "local_only": (2e-3,),
-}
 #: Rates of the ``near`` suites: FedMKT's is the best of 4 and 8e-3 on ``near3``.
 _NEAR: Mapping[str, Sequence[float]] = {
     **_KNOWN, "heterotune_deep": (8e-3,), "fedmkt64_annealed": (4e-3,)
@@ -232,8 +227,8 @@ SUITES = {
         rates={**_KNOWN, "fedmkt64_annealed": (2e-3, 4e-3, 8e-3)},
     ),
     "sections12": Suite("demo", _TINY, 4, method=(*_DEEP, _NEARER), rates=_KNOWN),
-    "real2": Suite("real", _REAL[:2], 1, rates=_REAL2),
-    "real2x2": Suite("real", _REAL[:2], 2, rates=_REAL2X2),
+    "real2": Suite("real", _REAL[:2], 1, rates=_SLOW, sweep=SWEEP_SEEDS),
+    "real2x2": Suite("real", _REAL[:2], 2, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real3x2": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
     "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),
