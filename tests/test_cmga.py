@@ -313,6 +313,16 @@ def test_update_is_pure(seed):
             "put it last",
         ),
         ([{"transform": "within_type_mean"}, {"transform": "combine", "weights": "x"}], "choose"),
+        ([], "must begin with"),
+        *(
+            ([{"transform": "within_type_mean"}, {"transform": name, option: value}], message)
+            for name, option, value, message in (
+                ("cagrad", "c", "much", "cagrad.c is 'much'; a number is needed"),
+                ("cagrad", "c", float("nan"), "cagrad.c is nan; a finite number"),
+                ("server_opt", "learning_rate", float("inf"), "learning_rate is inf; a finite"),
+                ("equalise_norms", "decay", 5, "decay is 5, it must be in"),
+            )
+        ),
     ],
 )
 def test_wrong_chains_get_one_clear_line(spec, message):

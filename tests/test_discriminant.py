@@ -436,6 +436,18 @@ def test_one_that_lies_far_from_all_others_is_not_pooled(tmp_path):
     assert "times as far away as is usual" in (tmp_path / "journal" / "rounds.jsonl").read_text()
 
 
+def test_honest_clients_of_one_class_are_pooled():
+    """One's own class may lie several times as far away as others' do; a lie of many deviations stays refused."""
+    near = {
+        f"t{n}": Classes(np.array([20.0, 0, 0]), np.full((3, 5), 0.2) * [[20], [0], [0]])
+        for n in range(4)
+    }
+    far = Classes(np.array([0, 20.0, 0]), np.full((3, 5), 1.2) * [[0], [20], [0]])
+    lie = Classes(np.array([0, 20.0, 0]), np.full((3, 5), 4.0) * [[0], [20], [0]])
+    assert judged({**near, "z": far})[1]["clients"] == 5
+    assert judged({**near, "z": lie})[1]["clients"] == 4
+
+
 def test_without_weight_nothing_is_asked(tmp_path):
     strategy, federation, session = toy(tmp_path, {**PLAIN, "discriminant": {"weight": 0.0}})
     strategy.start(session.grid)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
 
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.errors import ExchangeError
@@ -190,6 +191,16 @@ def test_storage_is_atomic_and_says_when_a_file_is_broken(tmp_path):
     save_tensors(path, tensors, {"k": "v"})
     np.testing.assert_array_equal(load_tensors(path)["a"], tensors["a"])
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+    names = [f"k{n}" for n in range(8)]
+    for order in (names, names[::-1]):
+        save_tensors(path.with_stem(order[0]), tensors, dict.fromkeys(order, "é"))
+    files = [path.with_stem(name).read_bytes() for name in ("k0", "k7")]
+    assert files[0] == files[1]  # equal tensors and metadata, equal files
+    np.testing.assert_array_equal(load_tensors(path.with_stem("k0"))["a"], tensors["a"])
+    with safe_open(path.with_stem("k7"), "np") as stored:
+        assert stored.metadata() == dict.fromkeys(names, "é")
+    for name in ("k0", "k7"):
+        path.with_stem(name).unlink()
     with pytest.raises(TypeError):
         save_tensors(path, tensors, {"k": 5})  # fails while writing: the old file stays
     np.testing.assert_array_equal(load_tensors(path)["a"], tensors["a"])

@@ -100,7 +100,10 @@ def test_human_bytes_uses_decimal_units() -> None:
 
 
 def test_missing_results_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match=r"no readable results\.json"):
+    with pytest.raises(FederationError, match=r"no run directory: no results\.json"):
+        load_results(tmp_path)
+    (tmp_path / "rounds.jsonl").write_text("")
+    with pytest.raises(FederationError, match=r"without results yet.*--resume"):
         load_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(FederationError, match=r"results\.json"):
@@ -127,6 +130,14 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         progress({"event": "evaluate", "round": 2,
                   "overall": {"global_accuracy_mean": 0.0, "global_rouge_l_mean": 0.375}})  # fmt: skip
         progress({"event": "client_failed", "client_id": "client-0003", "reason": "out of memory"})
+        told = {"clients": 6, "examples": 320, "alone": [], "agreement": {"a": 0.25, "b": 0.5}}
+        for known in (told, {**told, "examples": 1}):  # once is enough
+            progress({"event": "round", "strategy": "heterotune", "seed": 0, "round": 2, "of": 2,
+                      "bytes_up": 1, "bytes_down": 1, "discriminant": known})  # fmt: skip
+        progress({"event": "align", "quality": {"a": [0.5, 0.25], "b": [0.01, 0.5]}, "bytes_up": 9})
+        progress({"event": "discriminant_off", "reason": "open text"})
+        progress({"event": "consensus_off", "reason": "open text"})
+        progress({"event": "class_sums_refused", "client_id": "client-0004", "reason": "far away"})
         progress({"event": "strategy_end", "strategy": "heterotune", "seed": 0, "seconds": 12.0})
         assert progress.fraction == 1.0
     text = out.getvalue()
@@ -137,5 +148,11 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         "after round 1: accuracy 25.0 % on the global test",
         "after round 2: accuracy 0.0 %, ROUGE-L 37.5 % on the global test",
         "client-0003 failed: out of memory",
+        "shared discriminant of 320 examples, told by 6 clients, agreement between types 0.25 to 0.50",
+        "correlation: a 0.50/0.25, b 0.01/0.50",
+        "so not shared with other types there: b",
+        "no shared discriminant: open text",
+        "no consensus on public texts: open text",
+        "class sums of client-0004 are not used: far away",
     ):
         assert expected in text

@@ -87,3 +87,25 @@ def test_names_and_numbers_fit_a_narrow_terminal_uncut() -> None:
     assert "…" not in text
     assert "45.0 ± 7.1" in text
     assert "+0.0 ± 0.0" in text
+
+
+def test_many_strategies_have_a_row_each_and_nothing_is_cut() -> None:
+    names = ["local_only", "within_type", "fedit", "fed_sb", "flower_krum", "hetlora", "mine"]
+    types = {f"backbone-{n}@int8": n / 10 for n in range(7)}
+    results = {
+        "runs": [
+            run(name, seed, {key: value + place / 100 for key, value in types.items()}, 0.5)
+            for place, name in enumerate(names)
+            for seed in (0, 1)
+        ]
+    }
+    for one in results["runs"]:
+        for client in one["clients"]:
+            client["type"] = client["client_id"]
+    table = final_table(results, Path("/runs/x"))
+    assert "…" not in table
+    first, *_ = table.split("Accuracy (%) on the clients' own tests")
+    rows = {line.split()[0]: line for line in first.splitlines() if "±" in line}
+    assert rows["hetlora"].split()[-3:] == ["+1.0", "±", "0.0"]
+    assert rows["mine"].split()[-3:] == ["50.0", "±", "0.0"]  # its own tests; no gain over itself
+    assert "gains: mine over the others" in table

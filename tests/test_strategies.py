@@ -20,6 +20,7 @@ from heterotune_flwr.federation.server import check_strategies, run_strategies
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
 from heterotune_flwr.strategies import HeteroTune, build_strategy
+from heterotune_flwr.strategies.build import check_strategy
 from heterotune_flwr.strategies.updates import Work, as_update
 
 HERE = "heterotune_flwr.strategies"
@@ -232,6 +233,71 @@ def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
     with pytest.raises(FederationError, match="not finite"):
         strategy.start(session.grid)
     assert all(np.isfinite(value).all() for value in strategy.shared_tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda deltas: None, "a NoneType, not arrays"),
+        (lambda deltas: {"nonsense": np.zeros(1)}, "'nonsense', which is no tensor of the group"),
+        (lambda deltas: dict.fromkeys(deltas, 1.0), "as float, an array"),
+        (lambda deltas: {n: v[None] for n, v in deltas.items()}, r"as \[1, .*an array \["),
+    ],
+)
+def test_a_step_that_fits_nothing_is_named_and_not_applied(tmp_path, made, message):
+    class Careless(HeteroTune):
+        def combine(self, group, round, updates):
+            return made(updates[0].deltas)
+
+    config = toy_config(tmp_path)
+    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
+    strategy = Careless(StrategyContext("x", config, 0, session))
+    with pytest.raises(FederationError, match=f"strategy x, round 1: combine returned.*{message}"):
+        strategy.start(session.grid)
+
+
+def test_an_unknown_scope_is_refused(tmp_path):
+    class Careless(HeteroTune):
+        def scope(self, name, type_key):
+            return "everyone"
+
+    config = toy_config(tmp_path)
+    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
+    strategy = Careless(StrategyContext("x", config, 0, session))
+    with pytest.raises(ConfigError, match=r"'everyone'; one of global, type, client, fixed"):
+        strategy.start(session.grid)
+
+
+class Broken(HeteroTune):
+    """A user's strategy with an error in it."""
+
+    def combine(self, group, round, updates):
+        raise KeyError("my own mistake")
+
+
+def test_an_error_in_ones_own_class_says_where_it_came_from(tmp_path, capsys):
+    config = toy_config(tmp_path, strategies={"mine": {"_component_": "test_strategies.Broken"}})
+    config.run.compare = ["mine"]
+    grid = ToyFederation(config).grid()
+    message = r"strategy mine \(seed 0\) failed with KeyError: 'my own mistake'; flower.log"
+    with pytest.raises(FederationError, match=message):
+        run_strategies(grid, config, Journal(config_dir(config)), "toy")
+    assert 'raise KeyError("my own mistake")' in capsys.readouterr().err
+
+
+def test_nothing_crosses_types_in_within_type(tmp_path):
+    spec = {
+        **SPECS["within_type"],
+        "consensus": {"anchors": 12, "pool": 12},
+        "discriminant": {"weight": 0.2},
+    }
+    config = toy_config(tmp_path)
+    strategy, _ = start(config, name="mine", spec=spec)
+    assert strategy.consensus.options.scope == strategy.discriminant.options.scope == "type"
+    for section in ("consensus", "discriminant"):
+        across = {**spec, section: {"scope": "all"}}
+        with pytest.raises(ConfigError, match=rf"{section}\.scope is 'all'"):
+            check_strategy("mine", across, config)
 
 
 def test_a_lost_last_evaluation_does_not_show_an_older_one(tmp_path):

@@ -117,6 +117,16 @@ def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
     assert [event["round"] for event in events(config, "type_phase")] == [3]
 
 
+def test_types_that_share_nothing_go_through_the_phase_alone(tmp_path):
+    """All are aligned too badly to share, or nothing is shared by design: there is no bank to mix."""
+    config = toy_config(tmp_path, (2, 2, 1), rounds=4)
+    config.alignment.quality_threshold = 0.99
+    strategy, _ = start(config, ToyFederation(config), spec={**SPEC, "mixing": 0.2})
+    assert strategy.parted
+    assert "global" not in strategy.state
+    assert len(events(config, "round")) == 4
+
+
 def test_without_a_consensus_the_bank_is_shared_to_the_end(tmp_path):
     strategy, _, config = phased(tmp_path, consensus=None)
     assert set(strategy.state) == {"global"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,6 +93,11 @@ def _build_one(spec: Any, position: int) -> Transform:
             raise ConfigError(
                 f"{where}: {name} has no option {key!r}; it has {', '.join(known) or 'none'}"
             )
+    for key, value in options.items():
+        if isinstance(value, str) and isinstance(_default(make, key), (int, float)):
+            raise ConfigError(f"{where}: {name}.{key} is {value!r}; a number is needed")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {name}.{key} is {value!r}; a finite number is needed")
     try:
         made = make(**options)
     except TypeError as error:
@@ -99,6 +105,11 @@ def _build_one(spec: Any, position: int) -> Transform:
     if not isinstance(made, Transform):
         raise ConfigError(f"{where}: {name} returns a {type(made).__name__}, not a cmga.Transform")
     return made
+
+
+def _default(make: Callable[..., Transform], option: str) -> Any:
+    """What an option is unless somebody says otherwise."""
+    return inspect.signature(make).parameters[option].default
 
 
 def _named(spec: Mapping[str, Any], where: str) -> tuple[str, Callable[..., Transform]]:

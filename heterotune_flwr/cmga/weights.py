@@ -17,6 +17,7 @@ from heterotune_flwr.cmga.base import (
     weighted_mean,
 )
 from heterotune_flwr.cmga.robust import RobustMean
+from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.trees import State
 
 
@@ -61,6 +62,8 @@ def equalise_norms(decay: float = 0.9) -> Transform:
     The average starts at the first norm a type shows, so scaling all updates of one type by a
     constant changes nothing. A zero update stays zero and does not enter the average.
     """
+    if not 0 <= decay < 1:
+        raise ConfigError(f"equalise_norms.decay is {decay}, it must be in [0, 1)")
 
     def update(state: State, updates: Updates) -> tuple[State, Updates]:
         averages = dict(state["norms"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -51,9 +52,23 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
     durable: bool = True,
 ) -> None:
-    """Save named arrays as safetensors, atomically (``durable``: see :func:`atomic_write_bytes`)."""
+    """Save named arrays as safetensors, atomically (``durable``: see :func:`atomic_write_bytes`).
+
+    Equal tensors and metadata give equal files.
+    """
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    atomic_write_bytes(path, save(arrays, metadata=dict(metadata or {})), durable)
+    data = save(arrays, metadata=dict(metadata or {}))
+    atomic_write_bytes(path, _ordered(data) if len(metadata or {}) > 1 else data, durable)
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata by name: the library writes them in an order of chance."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[Any]]:

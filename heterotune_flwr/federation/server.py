@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.config.compose import compose, to_yaml
 from heterotune_flwr.config.schema import Config
-from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.ray_pool import mend_actor_pool
@@ -69,8 +71,9 @@ def run_strategies(
                 journal.event("already_finished", strategy=name, seed=seed)
                 continue
             context = StrategyContext(name, config, seed, session)
-            strategy = build_strategy(config.strategies[name], context)
-            strategy.start(grid)
+            with _named(name, seed):
+                strategy = build_strategy(config.strategies[name], context)
+                strategy.start(grid)
             journal.bank(
                 f"{name}-seed{seed}", strategy.shared_tensors(), strategy=name, seed=str(seed)
             )
@@ -78,6 +81,21 @@ def run_strategies(
             journal.results(results)
     journal.event("end")
     return results
+
+
+@contextmanager
+def _named(strategy: str, seed: int) -> Iterator[None]:
+    """Say of an error in nobody's plan, such as one in a user's own class, what it is and where it came from."""
+    try:
+        yield
+    except HeteroTuneError:
+        raise
+    except Exception as error:
+        traceback.print_exc()  # Flower keeps what the ServerApp prints
+        raise FederationError(
+            f"strategy {strategy} (seed {seed}) failed with {type(error).__name__}: {error}; flower.log has the "
+            "traceback"
+        ) from error
 
 
 def _earlier(journal: Journal) -> dict[tuple[str, int], dict[str, Any]]:

@@ -33,12 +33,14 @@ class RunProgress:
         self.console = console or Console()
         self.experiments = len(config.run.seeds) * len(config.run.compare)
         self.rounds = config.server.rounds
+        self.alignment = config.alignment
         self.clients = (
             sum(entry.clients for entry in config.types if not entry.guest)
             * config.server.participation
         )
         self._finished = 0
         self._round = 0
+        self._told = False
         self._replies = 0
         self._started: float | None = None
         self._last_line = -LINE_SECONDS
@@ -127,14 +129,39 @@ class RunProgress:
 
     def _on_align(self, event: Event) -> None:
         quality = ", ".join(
-            f"{key} {sum(values) / len(values):.2f}" for key, values in event["quality"].items()
+            f"{key} {'/'.join(f'{value:.2f}' for value in values)}"
+            for key, values in event["quality"].items()
         )
         origin = "from the cache" if event.get("cached") else f"{human_bytes(event['bytes_up'])} up"
         self._line(f"aligned ({origin}); held-out canonical correlation: {quality}", force=True)
+        least, held = self.alignment.quality_threshold, self.alignment.control == "none"
+        short = [key for key, values in event["quality"].items() if held and min(values) < least]
+        if short:
+            self._line(
+                f"  below alignment.quality_threshold ({least:g}), so not shared with other types there: "
+                f"{', '.join(short)}",
+                force=True,
+            )
+
+    def _on_consensus_off(self, event: Event) -> None:
+        self._line(f"  no consensus on public texts: {event['reason']}", force=True)
+
+    def _on_discriminant_off(self, event: Event) -> None:
+        self._line(f"  no shared discriminant: {event['reason']}", force=True)
+
+    def _on_class_sums_refused(self, event: Event) -> None:
+        self._line(
+            f"  class sums of {event['client_id']} are not used: {event['reason']}", force=True
+        )
+
+    def _on_predictions_refused(self, event: Event) -> None:
+        self._line(
+            f"  predictions of {event['client_id']} are not used: {event['reason']}", force=True
+        )
 
     def _on_start(self, event: Event) -> None:
         self._started = self._started or time.monotonic()
-        self._round, self._replies = 0, 0
+        self._round, self._replies, self._told = 0, 0, False
         self._line(f"{self._name(event)}: {event['of']} rounds", force=True)
 
     def _on_resumed(self, event: Event) -> None:
@@ -165,6 +192,9 @@ class RunProgress:
         text += f", loss {loss:.3f}" if isinstance(loss, float) else ""
         text += f", {human_bytes(event['bytes_up'] + event['bytes_down'])} so far"
         self._line(text + self._eta())
+        if "discriminant" in event and not self._told:
+            self._told = True
+            self._line(_classes_told(event["discriminant"]), force=True)
         self._show(f"{self._name(event)} round {event['round']}/{event['of']}", "")
 
     def _on_evaluate(self, event: Event) -> None:
@@ -231,3 +261,15 @@ class RunProgress:
     def _on_round_closed(self, event: Event) -> None:
         left = ", ".join(event["unawaited"])
         self._line(f"  round {event['round']} closed without waiting for {left}", force=True)
+
+
+def _classes_told(known: Event) -> str:
+    """What the shared discriminant is made of after the round in which it was told."""
+    if not known["examples"]:
+        return "  shared discriminant: nobody has told anything of its classes"
+    text = (
+        f"  shared discriminant of {known['examples']} examples, told by {known['clients']} clients"
+    )
+    if agreement := known.get("agreement"):
+        text += f", agreement between types {min(agreement.values()):.2f} to {max(agreement.values()):.2f}"
+    return text

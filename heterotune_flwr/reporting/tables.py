@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from heterotune_flwr.errors import FederationError
@@ -29,6 +30,8 @@ OVERALL = "all clients"
 PLAIN_WIDTH = 110
 #: A table is as wide as its title at least, which would be broken otherwise.
 MIN_WIDTH = 48
+#: Strategies that stand side by side; more are one below the other.
+SIDE_BY_SIDE = 3
 
 
 def load_results(directory: Path) -> dict[str, Any]:
@@ -43,6 +46,13 @@ def load_results(directory: Path) -> dict[str, Any]:
     path = directory / "results.json"
     try:
         results: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        if not (directory / "rounds.jsonl").exists():
+            raise FederationError(f"{directory} is no run directory: no results.json") from error
+        raise FederationError(
+            f"{directory} holds a run without results yet; heterotune status shows where it stands, "
+            f"heterotune run --resume {directory} goes on if it was stopped"
+        ) from error
     except (OSError, ValueError) as error:
         raise FederationError(f"{directory} has no readable results.json ({error})") from error
     return results
@@ -148,19 +158,14 @@ def _gain(value: tuple[float, float] | None, seeds: int) -> str:
 
 
 def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") -> Table:
-    """A measure in percent, one row per type, one column per strategy; HeteroTune's gains in points."""
+    """A measure in percent by type and strategy, and gains in points; more than three strategies have a row each."""
+    if len(_strategies(results)) > SIDE_BY_SIDE:
+        return _tall_table(results, metric)
     strategies = _strategies(results)
     seeds = len({run["seed"] for run in results["runs"]})
-    scope, _, measure = metric.partition("_")
-    which = "the global test" if scope == "global" else "the clients' own tests"
     subject = subject_of(strategies)
     rivals = [name for name in strategies if name != subject]
-    table = Table(
-        title=f"{MEASURE_TITLES[measure]} (%) on {which}",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        min_width=MIN_WIDTH,
-    )
+    table = _empty_table(metric)
     table.add_column("model type", no_wrap=True)
     for strategy in strategies:
         table.add_column(_title(strategy), justify="right", no_wrap=seeds > 1)
@@ -174,13 +179,53 @@ def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") 
         cells = _row(results, strategies, rivals, type_key, metric, seeds)
         label = f"{type_key} (guest)" if type_key in guests else type_key
         table.add_row(label, *cells, style=style, end_section=type_key in (types[-1], OVERALL))
-    personal = f"personal_{measure}"
-    if scope == "global" and has_measure(results, personal):
-        # What a shared bank gains on the global test it may lose on a skewed client's own data: say so.
+    if personal := _own_tests(results, metric):
         cells = _row(results, strategies, rivals, OVERALL, personal, seeds)
         table.add_row("on own tests", *cells)
-    table.caption = _accuracy_note(results, seeds, bool(rivals))
-    table.caption_justify = "left"
+    table.caption = _accuracy_note(results, seeds, subject if rivals else None)
+    return table
+
+
+def _empty_table(metric: str) -> Table:
+    scope, _, measure = metric.partition("_")
+    which = "the global test" if scope == "global" else "the clients' own tests"
+    return Table(
+        title=f"{MEASURE_TITLES[measure]} (%) on {which}",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        min_width=MIN_WIDTH,
+    )
+
+
+def _own_tests(results: Mapping[str, Any], metric: str) -> str | None:
+    """The same measure on own tests: what sharing gains on the global one it may lose on skewed data of one's own."""
+    scope, _, measure = metric.partition("_")
+    own = f"personal_{measure}"
+    return own if scope == "global" and has_measure(results, own) else None
+
+
+def _tall_table(results: Mapping[str, Any], metric: str) -> Table:
+    """A row per strategy, a column per type."""
+    strategies, types, guests = _strategies(results), _types(results), _guest_types(results)
+    seeds = len({run["seed"] for run in results["runs"]})
+    subject, personal = subject_of(strategies), _own_tests(results, metric)
+    table = _empty_table(metric)
+    table.add_column("strategy", no_wrap=True)
+    for key in types:
+        backbone, _, bits = key.partition("@")  # the bits on a line of their own
+        guest = " (guest)" if key in guests else ""
+        table.add_column(f"{backbone}\n@{bits}{guest}", justify="right", no_wrap=True)
+    for head in (OVERALL.replace(" ", "\n"), *(["on own\ntests"] if personal else []), "gain"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name in strategies:
+        cells = [mean_accuracy(results, name, key, metric) for key in (*types, OVERALL)]
+        cells += [mean_accuracy(results, name, OVERALL, personal)] if personal else []
+        gain = None if name == subject else paired_gain(results, subject, name, OVERALL, metric)
+        shown = "" if name == subject else _gain(gain, seeds)
+        style = "bold" if name == subject else None
+        table.add_row(_title(name), *[_cell(cell, seeds) for cell in cells], shown, style=style)
+    table.caption = _accuracy_note(results, seeds, subject)
     return table
 
 
@@ -210,12 +255,15 @@ def measures_taken(results: Mapping[str, Any], personal: bool = True) -> list[st
     return [name for name in names if name == "global_accuracy" or has_measure(results, name)]
 
 
-def _accuracy_note(results: Mapping[str, Any], seeds: int, gains: bool) -> str:
+def _accuracy_note(results: Mapping[str, Any], seeds: int, subject: str | None) -> str:
+    """What the numbers are; ``subject``: whose gains are shown."""
     clients = max(len(run["clients"]) for run in results["runs"])
     note = f"mean over {clients} clients"
+    paired = f"; gains: {_title(subject)} over the others, in points, by client" if subject else ""
     if seeds == 1:
-        return f"{note}, 1 seed: small differences are noise (more seeds: run.seeds=[0,1,2])"
-    paired = "; gains in points, paired by client" if gains else ""
+        return (
+            f"{note}, 1 seed: small differences are noise (more seeds: run.seeds=[0,1,2]){paired}"
+        )
     return f"{note} and {seeds} seeds, ± standard deviation over the seeds{paired}"
 
 
@@ -276,7 +324,7 @@ def faults(results: Mapping[str, Any]) -> list[str]:
                 for cid in worst
             )
             more = f"; and {len(counts) - 3} more" if len(counts) > 3 else ""
-            parts.append(f"{total} updates of {len(counts)} clients refused ({named}{more})")
+            parts.append(f"refused {total} times, of {len(counts)} clients ({named}{more})")
         if run.get("skipped_rounds"):
             parts.append(f"{len(run['skipped_rounds'])} rounds skipped")
         if parts:
@@ -304,10 +352,18 @@ def _print(
 def final_table(results: Mapping[str, Any], directory: Path, width: int = PLAIN_WIDTH) -> str:
     """The end of a run as text: accuracies, bytes, where everything is."""
     text = io.StringIO()
-    _print(
-        Console(file=text, width=width, no_color=True), results, directory, measures_taken(results)
-    )
+    console = Console(file=text, width=width, no_color=True)
+    console.width = _wide_enough(console, results)
+    _print(console, results, directory, measures_taken(results))
     return text.getvalue()
+
+
+def _wide_enough(console: Console, results: Mapping[str, Any]) -> int:
+    """The console's width, or what a row per strategy needs to be uncut."""
+    if len(_strategies(results)) <= SIDE_BY_SIDE or not _types(results):
+        return console.width
+    roomy = console.options.update(max_width=10 * PLAIN_WIDTH)
+    return max(console.width, Measurement.get(console, roomy, accuracy_table(results)).maximum)
 
 
 def show(results: Mapping[str, Any], directory: Path, personal: bool = False) -> None:
@@ -315,4 +371,5 @@ def show(results: Mapping[str, Any], directory: Path, personal: bool = False) ->
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
+        console.width = _wide_enough(console, results)
     _print(console, results, directory, measures_taken(results, personal))

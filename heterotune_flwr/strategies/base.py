@@ -156,7 +156,8 @@ class HeteroStrategy(Sharing):
             members = [update for update in members if update.deltas]
             if members:
                 steps[group] = self.combine(group, server_round, members)
-                check_step(steps[group], f"{self.context.name}, round {server_round}")
+                where = f"strategy {self.context.name}, round {server_round}"
+                check_step(steps[group], self.state[group], where)
         for group, step in steps.items():
             taken = self._optimized(group, step)
             self.state[group] |= {n: self.state[group][n] + d for n, d in taken.items()}

@@ -19,7 +19,7 @@ from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
 from heterotune_flwr.strategies.discriminant import DiscriminantOptions
 from heterotune_flwr.strategies.heterotune import HeteroTune
-from heterotune_flwr.strategies.sharing import closed_task
+from heterotune_flwr.strategies.sharing import OPEN_TEXT, closed_task, surely_open
 
 #: Training settings a strategy may have of its own; the others are the clients'.
 _TRAIN_KEYS = ("local_steps", "learning_rate", "last_rate", "warmup_ratio", "optimizer", "proximal")
@@ -36,6 +36,9 @@ def load_component(path: str, where: str) -> type[HeteroStrategy]:
     module_name, _, class_name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
+    except ModuleNotFoundError as error:
+        hint = "install the package it is in, or put its folder on PYTHONPATH"
+        raise ConfigError(f"{where}._component_ is {path!r}: {error}; {hint}") from error
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}._component_ is {path!r}: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, HeteroStrategy)):
@@ -121,11 +124,17 @@ def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
     _robust_mean(name, spec, component)
     try:
         component.check_options(options)
-        check_choices(strategy_config(name, spec, config))
+        own = strategy_config(name, spec, config)
+        check_choices(own)
+        answers = (options.get("consensus") or {}).get("answers")
+        if component.needs_consensus and surely_open(own.data, own.train) and not answers:
+            raise ConfigError(f"it shares predictions, but {OPEN_TEXT}")
         component.check_types({f"{e.backbone}@{e.bits}": e.bits for e in config.types})
         component.check_backbones(config.types, options)
     except ConfigError as error:
-        raise ConfigError(f"strategies.{name}: {error}") from error
+        where = f"strategies.{name}"
+        named = str(error).startswith(where)
+        raise ConfigError(str(error) if named else f"{where}: {error}") from error
 
 
 def _server_optimizer(

@@ -45,8 +45,9 @@ from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.strategies.options import check_between, check_keys, check_number, check_scope
 
-#: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared.
-_FARTHER, _COMPARABLE = 3.0, 3
+#: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared
+#: and it lies further off than honest ones do (root mean square over latents, in their standard deviations).
+_FARTHER, _COMPARABLE, _FAR = 3.0, 3, 3.0
 #: A type is judged by so many classes in common with the others, and so many examples of them per label of the task.
 _IN_COMMON, _JUDGED = 3, 2
 Matrix = NDArray[np.float64]
@@ -291,7 +292,7 @@ class SharedDiscriminant:
         usual = self._usual()
         for client_id, report in told.items():
             reach = self._reaches[client_id]
-            if reach > _FARTHER * usual:
+            if reach > max(_FARTHER * usual, _FAR):
                 refused[client_id] = (
                     f"its classes lie {reach / usual:.3g} times as far away as is usual"
                 )

@@ -94,5 +94,6 @@ def _take_lesson(strategy: HeteroStrategy, admitted: Admitted, types: list[str])
         own = [update for update in own if update.deltas]
         if own:
             step = mean_delta(own, strategy.context.mean)
-            check_step(step, f"{strategy.context.name}, guests of {key}")
+            where = f"strategy {strategy.context.name}, guests of {key}"
+            check_step(step, strategy.state[group], where)
             strategy.state[group] |= {n: strategy.state[group][n] + d for n, d in step.items()}

@@ -86,14 +86,17 @@ class HeteroTune(HeteroStrategy):
         self.parted = False
         self.use_consensus(consensus)
         self.use_discriminant(discriminant)
-        self.chain = build_chain(_with_rule(chain or DEFAULT_CHAIN, context.mean))
+        self.chain = build_chain(
+            _with_rule(DEFAULT_CHAIN if chain is None else chain, context.mean)
+        )
         self.chain_states: dict[int, State] = {}
         self._log: dict[str, Any] = {}
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Build the chain once, and read the consensus' options, for their errors."""
-        build_chain(options.get("chain") or DEFAULT_CHAIN)
+        chain = options.get("chain")
+        build_chain(DEFAULT_CHAIN if chain is None else chain)
         ConsensusOptions.optional(options.get("consensus"))
         DiscriminantOptions.optional(options.get("discriminant"))
         _share("type_phase", options.get("type_phase", 0.0), below_one=True)
@@ -126,7 +129,7 @@ class HeteroTune(HeteroStrategy):
 
     def settle(self, server_round: int) -> None:
         """In the type phase, move every type's experts a little towards the mean over types."""
-        if not self.parted or not self.mixing:
+        if not self.parted or not self.mixing or GLOBAL not in self.state:
             return
         experts = [name for name in self.state[GLOBAL] if tier_of(name) == "global"]
         for slot in sorted({slot_of(name) for name in experts}):
@@ -221,7 +224,7 @@ class HeteroTune(HeteroStrategy):
 
 def _with_rule(chain: Sequence[Mapping[str, Any]], mean: RobustMean) -> Sequence[Mapping[str, Any]]:
     """Let the chain's first step average inside types as the entry's ``robust`` says, unless it has a rule."""
-    first = dict(chain[0])
+    first = dict(chain[0]) if chain else {}
     if mean.rule == "mean" or "rule" in first or first.get("transform") != "within_type_mean":
         return chain
     return [{**first, **asdict(mean)}, *chain[1:]]

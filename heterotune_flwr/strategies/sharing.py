@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from heterotune_flwr.config.rates import sinking_share
-from heterotune_flwr.config.schema import MethodConfig, TrainConfig, TypeConfig
+from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig, TypeConfig
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
@@ -33,6 +33,10 @@ Scope = Literal["global", "type", "client", "fixed"]
 Shapes = dict[str, tuple[int, ...]]
 #: The group of tensors shared by every client; a type's own group is ``type/<type key>``.
 GLOBAL = "global"
+#: Why there can be no consensus.
+OPEN_TEXT = (
+    "the task has no closed label set (data.labels, train.loss), and consensus.answers is false"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Assignment:
 def closed_task(labels: Sequence[str] | None, train: TrainConfig) -> bool:
     """Whether a task is about a closed label set."""
     return bool(labels) and train.loss != "tokens"
+
+
+def surely_open(data: DataConfig, train: TrainConfig) -> bool:
+    """Whether the configuration alone says that the task has no closed label set."""
+    return train.loss == "tokens" or (data.labels is None and data.max_labels < 1)
 
 
 class Sharing(Strategy):
@@ -224,6 +233,11 @@ class Sharing(Strategy):
                     if scope == "fixed":
                         self._fixed[type_key].add(name)
                     continue
+                if scope not in ("global", "type"):
+                    known_scopes = ", ".join(get_args(Scope))
+                    raise ConfigError(
+                        f"strategy {self.context.name}: scope() of {name} is {scope!r}; one of {known_scopes} is needed"
+                    )
                 group = GLOBAL if scope == "global" else f"type/{type_key}"
                 known = shapes.setdefault(group, {}).setdefault(name, shape)
                 if known != shape:
@@ -247,11 +261,10 @@ class Sharing(Strategy):
         if self.consensus.options.answers:
             self.consensus = AnswerConsensus(self.consensus, self.context.seed)
             return
-        reason = "the task has no closed label set (data.labels, train.loss), and consensus.answers is false"
         if self.needs_consensus:
-            raise ConfigError(f"strategy {self.context.name} shares predictions, but {reason}")
+            raise ConfigError(f"strategy {self.context.name} shares predictions, but {OPEN_TEXT}")
         self.consensus = None
-        self.courier.event("consensus_off", reason=reason)
+        self.courier.event("consensus_off", reason=OPEN_TEXT)
 
     def _prepare_discriminant(self) -> None:
         """A discriminant is of a closed label set, in the latents of the last slot; elsewhere there is none."""

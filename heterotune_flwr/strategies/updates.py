@@ -119,9 +119,32 @@ def check_update(update: ClientUpdate, expected: Mapping[str, tuple[int, ...]]) 
             raise FederationError(f"sends numbers in {name} that are not finite")
 
 
-def check_step(step: Mapping[str, NDArray[np.floating[Any]]], where: str) -> None:
-    """Refuse a combined step that is not finite (FederationError): the shared tensors stay as they were."""
+def check_step(
+    step: Mapping[str, NDArray[np.floating[Any]]],
+    tensors: Mapping[str, NDArray[np.floating[Any]]],
+    where: str,
+) -> None:
+    """Refuse a step that does not fit the tensors it is to change, or is not finite: they stay as they were.
+
+    Raises
+    ------
+    FederationError
+        One line about the first thing that is wrong.
+
+    """
+    if not isinstance(step, Mapping):
+        kind = type(step).__name__
+        raise FederationError(f"{where}: combine returned a {kind}, not arrays by tensor name")
     for name, value in step.items():
+        if name not in tensors:
+            raise FederationError(
+                f"{where}: combine returned {name!r}, which is no tensor of the group"
+            )
+        if not isinstance(value, np.ndarray) or value.shape != tensors[name].shape:
+            got = list(value.shape) if isinstance(value, np.ndarray) else type(value).__name__
+            raise FederationError(
+                f"{where}: combine returned {name} as {got}, an array {list(tensors[name].shape)} is needed"
+            )
         if not np.isfinite(value).all():
             raise FederationError(
                 f"{where}: combining the updates gave numbers in {name} that are not finite"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from heterotune_flwr.dema.bank import tier_of
+from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy, Scope
 from heterotune_flwr.strategies.consensus import ConsensusOptions
@@ -24,10 +25,10 @@ class WithinType(HeteroStrategy):
     context
         See :class:`StrategyContext`.
     consensus
-        Options of :class:`.consensus.ConsensusOptions`; null for none. With ``scope: type`` nothing crosses types, and
-        what HeteroTune gains beyond it is not what public texts teach a type by itself.
+        Options of :class:`.consensus.ConsensusOptions`, its scope ``type`` and no other: what HeteroTune gains beyond
+        it is not what public texts teach a type by itself. Null for none.
     discriminant
-        Options of :class:`.discriminant.DiscriminantOptions`; null for none. Likewise with ``scope: type``.
+        Options of :class:`.discriminant.DiscriminantOptions`, its scope ``type`` likewise; null for none.
 
     """
 
@@ -38,17 +39,26 @@ class WithinType(HeteroStrategy):
         discriminant: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(context)
-        self.use_consensus(consensus)
-        self.use_discriminant(discriminant)
+        self.use_consensus(_inside("consensus", consensus))
+        self.use_discriminant(_inside("discriminant", discriminant))
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Read the options of consensus and discriminant, for their errors."""
-        ConsensusOptions.optional(options.get("consensus"))
-        DiscriminantOptions.optional(options.get("discriminant"))
+        ConsensusOptions.optional(_inside("consensus", options.get("consensus")))
+        DiscriminantOptions.optional(_inside("discriminant", options.get("discriminant")))
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Share with the own type only."""
         tier = tier_of(name)
         own = tier == "private" or (tier == "core" and self.method.core_scope == "client")
         return "client" if own else "type"
+
+
+def _inside(section: str, given: Any) -> Any:
+    """Options of a section whose scope is the own type, whatever the section's default is."""
+    if not isinstance(given, Mapping):
+        return given
+    if given.get("scope") == "all":
+        raise ConfigError(f"{section}.scope is 'all', but nothing crosses types in WithinType")
+    return {"scope": "type", **given}

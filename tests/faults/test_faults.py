@@ -70,7 +70,7 @@ def test_refusals_are_in_the_journal_the_results_and_the_final_table(tmp_path):
     assert outcome["refused"] == {"client-0002": {"tensors": 3}}
     assert [event["check"] for event in ended.of("refused")] == ["tensors"] * 3
     (line,) = faults({"runs": [outcome]})
-    assert "3 updates of 1 clients refused (client-0002: tensors 3)" in line
+    assert "refused 3 times, of 1 clients (client-0002: tensors 3)" in line
 
 
 def test_the_progress_display_says_who_is_refused_benched_and_back(tmp_path):
