@@ -151,6 +151,19 @@ def test_a_group_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
         compose(f"yaml:groups: {{data: ../../../../../../..{tmp_path}/x}}")
 
 
+def test_ones_own_strategy_stands_in_the_list_with_shipped_ones() -> None:
+    own = "median: {_component_: my_package.Median, train: {learning_rate: 0.1}}"
+    config = compose(f"yaml:strategies: [within_type, {own}]")
+    assert set(config.strategies) >= {"within_type", "median"}
+    assert config.strategies["median"] == {
+        "_component_": "my_package.Median",
+        "train": {"learning_rate": 0.1},
+    }
+    mean = compose("yaml:strategies: [mean: {_component_: my_package.Mean}]").strategies["mean"]
+    assert mean["_component_"] == "my_package.Mean"
+    assert mean["chain"]  # a shipped one's options are kept
+
+
 def test_a_preset_may_change_a_listed_strategy() -> None:
     text = "strategies: [within_type, heterotune: {train: {learning_rate: 0.5}}, fedit: {method: {lora_rank: 4}}]"
     config = compose("yaml:" + text, "strategies.within_type.train.local_steps=3")

@@ -137,8 +137,11 @@ def _expand(preset: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed_strategy(entry: Any) -> tuple[str, Any]:
-    """``name``, or ``name: {what differs from conf/strategy/name.yaml}``."""
+    """``name``, ``name: {what differs from conf/strategy/name.yaml}``, or one's own ``name: {_component_: ...}``."""
     name, changes = next(iter(entry.items())) if isinstance(entry, dict) and entry else (entry, {})
+    own = isinstance(changes, dict) and "_component_" in changes
+    if own and not (conf_root() / "strategy" / f"{name}.yaml").is_file():
+        return str(name), changes
     return str(name), _merge(_group("strategy", str(name)), changes)
 
 
