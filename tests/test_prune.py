@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 from heterotune_flwr.backbones.prune import (
     heal,
-    held_out_loss,
     measure_activations,
     prune,
     prune_and_heal,
@@ -69,20 +68,25 @@ def test_a_block_that_does_nothing_and_dead_channels_go_first(parent):
     torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
 
 
-def test_healing_lowers_the_held_out_loss_and_is_reproducible(parent):
+def test_healing_brings_predictions_back_to_the_parents_and_is_reproducible(parent):
     texts = TEXTS * 40
+
+    @torch.no_grad()
+    def apart(small, model, ids) -> float:
+        said, wanted = (m(ids).logits.log_softmax(-1) for m in (small, model))
+        return float((wanted.exp() * (wanted - said)).sum(-1).mean())
 
     def run() -> tuple[float, float, torch.Tensor]:
         model = loaded(parent)
         tokenizer = AutoTokenizer.from_pretrained(parent)
         ids = torch.tensor(tokenizer(" ".join(texts))["input_ids"][: 40 * 16]).reshape(40, 16)
         small = prune(model, measure_activations(model, ids), hidden=16, layers=2)
-        before = held_out_loss(small, ids)
-        heal(small, ids, 30, 0, lambda line: None, learning_rate=3e-3)
-        return before, held_out_loss(small, ids), small.model.layers[0].mlp.up_proj.weight
+        before = apart(small, model, ids)
+        heal(small, model, ids, 30, 0, lambda line: None, learning_rate=3e-3)
+        return before, apart(small, model, ids), small.model.layers[0].mlp.up_proj.weight
 
     before, after, weight = run()
-    assert after < 0.8 * before
+    assert after < 0.6 * before
     assert torch.equal(weight, run()[2])
 
 
@@ -93,7 +97,7 @@ def test_the_result_is_an_ordinary_backbone_directory(parent, tmp_path):
         parent, target, TEXTS * 60, hidden=16, layers=2, tokens=2000, report=lines.append
     )
     assert set(losses) == {"parent", "pruned", "healed"}
-    assert losses["healed"] < losses["pruned"]
+    assert abs(losses["healed"] - losses["parent"]) < abs(losses["pruned"] - losses["parent"])
     assert any("healed" in line for line in lines)
     model = AutoModelForCausalLM.from_pretrained(target)
     assert model.config.hidden_size == 16

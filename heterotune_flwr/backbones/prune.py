@@ -4,8 +4,9 @@ What is cut away is chosen on public calibration texts: whole blocks that change
 (1 - cosine of input and output), key-value groups and MLP units by the size of what they write, and the
 residual stream itself by rotating it to its principal axes and keeping the leading ones (the rotation of
 SliceGPT, https://arxiv.org/abs/2401.15024, here one for all blocks, so that nothing is added to the
-architecture). Healing is the plain language-model loss. The result is an ordinary Llama directory; call it
-"pruned and healed", never by its parent's name alone.
+architecture). Healing is distillation: at every token of public texts the small model learns what its parent predicts
+(https://arxiv.org/abs/1503.02531). The result is an ordinary Llama directory; call it "pruned and healed", never by its
+parent's name alone.
 """
 
 from __future__ import annotations
@@ -186,12 +187,25 @@ def prune(model: Any, found: Activations, hidden: int, layers: int) -> Any:
     return pruned
 
 
-def _loss(model: Any, batch: Tensor) -> Tensor:
+def _logits(model: Any, batch: Tensor) -> Tensor:
+    """Of the next token at every place (``n x V``, float32)."""
     device = "cpu" if batch.device.type == "cpu" else "cuda"
     mixed = device == "cuda" or not slow_bfloat16()
     with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
-        logits = model(input_ids=batch, use_cache=False).logits
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1).float()
+
+
+def _loss(model: Any, batch: Tensor) -> Tensor:
+    return functional.cross_entropy(_logits(model, batch), batch[:, 1:].flatten())
+
+
+def _lesson(model: Any, parent: Any, batch: Tensor) -> Tensor:
+    """Mean KL divergence (nats) of what the model predicts from what its parent does, at every token."""
+    with torch.no_grad():
+        wanted = _logits(parent, batch).log_softmax(-1)
+    said = _logits(model, batch).log_softmax(-1)
+    return functional.kl_div(said, wanted, reduction="batchmean", log_target=True)
 
 
 def _epochs(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -206,9 +220,15 @@ def held_out_loss(model: Any, rows: Tensor) -> float:
 
 
 def heal(
-    model: Any, rows: Tensor, steps: int, seed: int, report: Report, learning_rate: float = 6e-4
+    model: Any,
+    parent: Any,
+    rows: Tensor,
+    steps: int,
+    seed: int,
+    report: Report,
+    learning_rate: float = 6e-4,
 ) -> None:
-    """Language-model training in place; embeddings stay fixed (they are the parent's, rotated)."""
+    """Train in place to predict as the parent does; embeddings stay fixed (they are the parent's, rotated)."""
     model.train()
     model.get_input_embeddings().weight.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -223,7 +243,7 @@ def heal(
         rate = learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _loss(model, rows[[next(order) for _ in range(BATCH)]])
+        loss = _lesson(model, parent, rows[[next(order) for _ in range(BATCH)]])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -260,7 +280,7 @@ def prune_and_heal(
     hidden, layers
         The new width and depth; heads and MLP shrink in proportion.
     tokens
-        Healing budget. 100,000 take 10 to 20 minutes on two CPU cores.
+        Healing budget. 100,000 take 10 to 30 minutes on two CPU cores.
     seed
         Order of the healing rows.
     report
@@ -299,10 +319,9 @@ def prune_and_heal(
     found = measure_activations(model, rows[: max(1, CALIBRATION_TEXTS * 24 // BLOCK)])
     losses = {"parent": held_out_loss(model, held)}
     pruned = prune(model, found, hidden, layers)
-    del model
     losses["pruned"] = held_out_loss(pruned, held)
     report(f"held-out loss: parent {losses['parent']:.3f}, pruned {losses['pruned']:.3f}")
-    heal(pruned, rows, max(1, tokens // (BATCH * BLOCK)), seed, report)
+    heal(pruned, model, rows, max(1, tokens // (BATCH * BLOCK)), seed, report)
     losses["healed"] = held_out_loss(pruned, held)
     report(f"held-out loss: healed {losses['healed']:.3f}")
     pruned.to(torch.bfloat16).save_pretrained(out_dir)
