@@ -36,7 +36,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "within_consensus_annealed": {"consensus": {**_MORE, "scope": "type"}, **_ANNEALED},
     "within_consensus_discriminant": {
         "consensus": {**_MORE, "scope": "type"},
-        "discriminant": {"weight": 0.1, "scope": "type"},
+        "discriminant": {"weight": 0.1, "fitted": 1.0, "scope": "type"},
         **_ANNEALED,
     },
     "within_consensus_cold": {"consensus": {**_MORE, "scope": "type"}, **_COLD},
