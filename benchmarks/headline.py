@@ -3,23 +3,25 @@
 Suites: the embedded family with 3, 6, 12 and 48 clients (1, 2, 4, 16 per type; of the 48 a quarter take part in each
 round), the same with 3, 6, 12 and 48 clients and public texts of the task's own kind (``near3`` to ``near48``: 2,000
 unlabelled texts that no client owns instead of 6,000 about other things), with 3 and 12 and the anchors
-``debian-near`` (``sections3``, ``sections12``), three real families with 3 and 6 clients, two with 2 and 4, five types
-(three widths at mixed bits), three clients of one parent (``parent3``: the one suite on which sub-model extraction can
-run); 10 rounds. On the embedded family the bank's methods also train LoRA in every layer (as ``heterotune_deep``), on
-the real ones and in ``bank3`` to ``bank48`` (the embedded family again) the bank alone, whose steps cost milliseconds.
-``heterotune_plain`` is ``heterotune`` without its shared discriminant, ``within_discriminant`` the control
-``within_consensus`` with one of its own type's classes. Two rows show HeteroTune's halves: ``bank`` shares the bank in
-all rounds and no predictions, ``predictions`` shares the bank in the first round alone and mixes nothing;
-``lora_at_home`` shares both, while LoRA never leaves its client. Where LoRA trains, ``heterotune_deep`` is the shipped
-strategy: a learning rate that sinks over the rounds and rises within each, a longer type phase, more anchors;
-``heterotune_focused`` the same with a focus of 1 (anchors of which something is said are drawn more often),
-``heterotune_plain`` without all that, and the rows that end in ``_annealed`` are its strongest rivals with all of it
-that they can have. Those that end in ``_cold`` have no warm-up. ``fedmkt64`` is FedMKT-style transfer with as many
-anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every method first runs at each of its
-learning rates with seeds of their own (``Suite.sweep``), then at its best one with ``SEEDS``; where a sweep would take
-an hour there is a single rate (``Suite.rates``). All cells are kept in ``benchmarks/results/headline_cells.json`` as
-they are done, so the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that
-refuse a suite (dense changes beside 4-bit weights, slices of models without a common parent) are listed with why.
+``debian-near`` (``sections3``, ``sections12``), three real families with 3 and 6 clients (``real3_before`` and
+``real3x2_before`` are earlier cells, of a pruned backbone that was healed otherwise: shown, not run), two with 2 and
+4, five types (three widths at mixed bits), three clients of one parent (``parent3``: the one suite on which sub-model
+extraction can run); 10 rounds. On the embedded family the bank's methods also train LoRA in every layer (as
+``heterotune_deep``), on the real ones and in ``bank3`` to ``bank48`` (the embedded family again) the bank alone,
+whose steps cost milliseconds. ``heterotune_plain`` is ``heterotune`` without its shared discriminant,
+``within_discriminant`` the control ``within_consensus`` with one of its own type's classes. Two rows show
+HeteroTune's halves: ``bank`` shares the bank in all rounds and no predictions, ``predictions`` shares the bank in the
+first round alone and mixes nothing; ``lora_at_home`` shares both, while LoRA never leaves its client. Where LoRA
+trains, ``heterotune_deep`` is the shipped strategy: a learning rate that sinks over the rounds and rises within each,
+a longer type phase, more anchors; ``heterotune_focused`` the same with a focus of 1 (anchors of which something is
+said are drawn more often), ``heterotune_plain`` without all that, and the rows that end in ``_annealed`` are its
+strongest rivals with all of it that they can have. Those that end in ``_cold`` have no warm-up. ``fedmkt64`` is
+FedMKT-style transfer with as many anchors as HeteroTune (512 a round, 64 a step; ``fedmkt`` has 256 and 16). Every
+method first runs at each of its learning rates with seeds of their own (``Suite.sweep``), then at its best one with
+``SEEDS``; where a sweep would take an hour there is a single rate (``Suite.rates``). All cells are kept in
+``benchmarks/results/headline_cells.json`` as they are done, so the command goes on where it was stopped (``--again``
+forgets the chosen ones first). Methods that refuse a suite (dense changes beside 4-bit weights, slices of models
+without a common parent) are listed with why.
 
 Run: ``python -m benchmarks.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
 
@@ -41,7 +43,7 @@ import yaml
 
 from benchmarks.common import RESULTS, SEEDS, flower_run, machine
 from benchmarks.headline_report import write_report
-from benchmarks.headline_suites import OPTIONS, RATES, SUITES, Suite, not_here, shipped
+from benchmarks.headline_suites import OPTIONS, RATES, SHOWN, SUITES, Suite, not_here, shipped
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text
@@ -189,7 +191,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    runnable = [name for name in SUITES if name not in SHOWN]
+    parser.add_argument("--suites", nargs="+", choices=runnable, default=runnable)
     parser.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument(

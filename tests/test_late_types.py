@@ -154,7 +154,7 @@ def test_maps_are_saved_only_when_the_checkpoint_fits(tmp_path, monkeypatch):
     before = the_run(config)
     build = build_strategy.__globals__["HeteroTune"]
     monkeypatch.setattr(build, "recall", lambda self, memory: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(FederationError, match="ZeroDivisionError"):
         start(config, federation, (0, 1, 2), True, rounds=5)
     assert the_run(config) == before
 
