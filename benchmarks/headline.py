@@ -140,9 +140,10 @@ def plan(suites: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
             missing = [r for r in rates if swept(name, method, r, cells) is None]
             if missing and len(rates) > 1:
                 yield _keep(measure(name, method, missing, SUITES[name].sweep_of(method)))
-            rate = best_rate(name, method, read_cells())
+            cells = read_cells()
+            rate = best_rate(name, method, cells)
             assert rate is not None
-            wanted = [s for s in seeds if key(name, method, rate, s) not in read_cells()]
+            wanted = [s for s in seeds if key(name, method, rate, s) not in cells]
             if wanted and SUITES[name].in_seconds(method):
                 yield _keep(measure(name, method, [rate], wanted))
                 continue

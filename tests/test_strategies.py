@@ -50,6 +50,13 @@ def start(config, federation=None, name="heterotune", spec=None, seed=0, **grid)
     return strategy, events(config)
 
 
+def strategy_x(tmp_path, kind):
+    """A strategy of a class of one's own, called x, before it starts."""
+    config = toy_config(tmp_path)
+    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
+    return kind(StrategyContext("x", config, 0, session))
+
+
 def config_dir(config):
     return Path(config.run.dir)
 
@@ -227,11 +234,9 @@ def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
         def combine(self, group, round, updates):
             return {name: value * np.nan for name, value in updates[0].deltas.items()}
 
-    config = toy_config(tmp_path)
-    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
-    strategy = Careless(StrategyContext("x", config, 0, session))
+    strategy = strategy_x(tmp_path, Careless)
     with pytest.raises(FederationError, match="not finite"):
-        strategy.start(session.grid)
+        strategy.start(strategy.context.session.grid)
     assert all(np.isfinite(value).all() for value in strategy.shared_tensors().values())
 
 
@@ -249,11 +254,9 @@ def test_a_step_that_fits_nothing_is_named_and_not_applied(tmp_path, made, messa
         def combine(self, group, round, updates):
             return made(updates[0].deltas)
 
-    config = toy_config(tmp_path)
-    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
-    strategy = Careless(StrategyContext("x", config, 0, session))
+    strategy = strategy_x(tmp_path, Careless)
     with pytest.raises(FederationError, match=f"strategy x, round 1: combine returned.*{message}"):
-        strategy.start(session.grid)
+        strategy.start(strategy.context.session.grid)
 
 
 def test_an_unknown_scope_is_refused(tmp_path):
@@ -261,11 +264,9 @@ def test_an_unknown_scope_is_refused(tmp_path):
         def scope(self, name, type_key):
             return "everyone"
 
-    config = toy_config(tmp_path)
-    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
-    strategy = Careless(StrategyContext("x", config, 0, session))
+    strategy = strategy_x(tmp_path, Careless)
     with pytest.raises(ConfigError, match=r"'everyone'; one of global, type, client, fixed"):
-        strategy.start(session.grid)
+        strategy.start(strategy.context.session.grid)
 
 
 class Broken(HeteroTune):
