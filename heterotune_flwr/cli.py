@@ -66,7 +66,10 @@ def run(
         typer.Option("--resume", help="go on with the run in this directory after its last round"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything and show the configuration only")
+        bool,
+        typer.Option(
+            "--dry-run", help="check everything and show what would run: its whole configuration"
+        ),
     ] = False,
 ) -> None:
     """Simulate a federation on this machine and compare strategies.
@@ -99,6 +102,7 @@ def run(
         resolved = settle_bits(resolved)  # every process of the run takes the same bits
     preflight(resolved)
     if dry_run:
+        resolved.strategies = {name: resolved.strategies[name] for name in resolved.run.compare}
         typer.echo(to_yaml(resolved))
         return
     started, began = time.monotonic(), time.time()

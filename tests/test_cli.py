@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 HETEROTUNE = str(Path(sys.executable).parent / "heterotune")
 
@@ -31,9 +32,11 @@ def test_config_lists_presets_and_shows_a_resolved_one() -> None:
 
 
 def test_a_dry_run_checks_and_shows_the_configuration(tmp_path: Path) -> None:
-    done = _heterotune("run", "quick", "--dry-run", "--dir", str(tmp_path / "x"))
+    compared = "run.compare=[within_type]"
+    done = _heterotune("run", "quick", compared, "--dry-run", "--dir", str(tmp_path / "x"))
     assert done.returncode == 0, done.stderr
     assert f"dir: {tmp_path / 'x'}" in done.stdout
+    assert list(yaml.safe_load(done.stdout)["strategies"]) == ["within_type"]
     assert not (tmp_path / "x").exists()
 
 
