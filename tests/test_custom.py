@@ -17,6 +17,7 @@ from heterotune_flwr.cmga import build_chain
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data import global_test, sources, training_pool
+from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError, ExchangeError
 from heterotune_flwr.exchange import pack, round_trip, unpack
 from heterotune_flwr.federation.journal import Journal
@@ -96,8 +97,9 @@ def test_codec_backbone_and_data_of_an_installed_package(package, folder, tmp_pa
     )
     assert round_trip(values, "coarse")["a"].dtype == np.float32
     assert resolve_source("my-llama") == folder / "one"
-    data = DataConfig(name="my-data", max_labels=0)
-    assert len(training_pool(data)) == len(global_test(data)) == 100
+    data = DataConfig(name="my-data")
+    assert len(training_pool(data)) == len(global_test(data)) == 200
+    assert label_set(data) == ["another answer", "its answer"]
 
 
 def test_what_is_not_installed_or_broken_gets_one_clear_line(package, tmp_path):

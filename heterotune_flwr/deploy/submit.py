@@ -47,8 +47,8 @@ def submit(
     deployment
         Whose SuperLink.
     config
-        A preset, which then takes ``conf/server/deployment.yaml`` for its server, or a YAML file, which says all
-        itself. ``types`` are ignored: nodes say what they are.
+        A preset, which then takes the patience of ``conf/server/deployment.yaml``, or a YAML file, which says all
+        itself. ``types`` are ignored: nodes say what they are, and where nothing says how many to wait for, it is two.
     overrides
         Dotted overrides.
     resume
@@ -98,13 +98,14 @@ def _flwr_words(deployment: Deployment) -> str:
 
 def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tuple[Config, Path]:
     """Return the configuration of a new run of real nodes, and its run directory (ConfigError)."""
+    shipped = OmegaConf.to_container(OmegaConf.load(conf_root() / "server" / "deployment.yaml"))
+    assert isinstance(shipped, dict)
+    patience = shipped["server"]
     if config in presets():
-        patient = OmegaConf.to_container(OmegaConf.load(conf_root() / "server" / "deployment.yaml"))
-        assert isinstance(patient, dict)
-        overrides = [f"server.{key}={value}" for key, value in patient["server"].items()] + list(
-            overrides
-        )
+        overrides = [f"server.{key}={value}" for key, value in patience.items()] + list(overrides)
     settled = compose(config, overrides)
+    if settled.server.min_clients is None:  # not the count of simulated clients
+        settled.server.min_clients = patience["min_clients"]
     check_strategies(settled)
     if settled.run.dir is None:
         # Where the units let the ServerApp write.

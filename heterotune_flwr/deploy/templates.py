@@ -227,7 +227,7 @@ key = "node.key"      # how this node is recognised: 0600, never leaves this mac
 client-id = "$node"
 backbone = "tiny-a"   # an embedded (tiny-a/b/c) or fetched name, a directory, a .gguf file, or a hub id
 bits = "auto"         # nf4 | nf4-single | int8 | bf16 | fp32 | auto: the widest that fits memory-gb
-# memory-gb = 7.5     # the whole client may use so much; default: what is free on the GPU
+# memory-gb = 7.5     # for weights and a training step; default: what is free on the GPU
 # device = "cuda:0"   # or "cpu"; default: the GPU if there is one
 # threads = 2
 

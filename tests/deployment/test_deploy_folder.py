@@ -16,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from typer.testing import CliRunner
 
 from heterotune_flwr.cli import app
+from heterotune_flwr.config.compose import compose
 from heterotune_flwr.deploy import certificates, templates
 from heterotune_flwr.deploy.files import write_private
 from heterotune_flwr.deploy.hosts import parse_server
@@ -340,6 +341,7 @@ def test_a_preset_becomes_a_run_of_real_nodes_in_the_deployments_own_folder(depl
     config, directory = settle(deployment, "demo", ["server.rounds=7"])
     assert (config.server.rounds, config.server.min_clients) == (7, 2)
     assert config.server.wait_seconds == 1800
+    assert settle(deployment, "real", [])[0].server.rounds == compose("real", []).server.rounds
     assert directory.parent == deployment.folder / "runs"
     assert config.run.dir == str(directory)
     with pytest.raises(ConfigError):

@@ -53,6 +53,20 @@ def test_settings_that_would_fail_on_the_nodes_are_refused(lab, override, words)
         settle(lab, "demo", [override])
 
 
+def test_simulated_clients_of_a_file_are_not_waited_for(lab, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "groups: {types: tiny, data: debian_sections, method: dema, alignment: labels, train: small_data, "
+        "server: simulation}\n"
+        "strategies: [heterotune]\n"
+        "run: {name: mine, compare: [heterotune]}\n"
+    )
+    config, _ = settle(lab, str(mine), [])
+    assert sum(item.clients for item in config.types) == 12
+    assert config.server.min_clients == 2
+    assert settle(lab, str(mine), ["server.min_clients=5"])[0].server.min_clients == 5
+
+
 def test_an_empty_file_is_no_run(lab, tmp_path):
     for text in ("", "# nothing yet\n"):
         (tmp_path / "mine.yaml").write_text(text)
