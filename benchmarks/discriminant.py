@@ -4,9 +4,12 @@ In the laboratory (:mod:`.alignment_probe`: frozen states, the product's alignme
 on the global test in percent, mean over types and seeds, with 1, 2, 4 and 16 clients per type:
 
 * ``pooled``: the discriminant of all clients' class sums, each told behind its own type's maps, with both views of a
-  text; ``last`` and ``text``: with one of them; ``own_type``: both, of one's own type's clients alone;
+  text; ``last`` and ``text``: with one of them; ``words`` and ``middle``: both, but for one half of the second;
+  ``own_type``: both, of one's own type's clients alone;
 * ``trained``: logistic regression on everybody's latents at once, which no federation could do (the penalty of three
   that does best on these very tests); ``moved``: the same with everybody's *texts* read by one's own model;
+* ``model_free``: the same closed form on a text's character n-grams (:mod:`.text_statistics`), which need no model and
+  no alignment; ``beside_model_free``: ``pooled`` and it;
 * ``wrong`` and ``shuffled``: ``pooled`` for the other types, where one type calls every class by the next one's
   name, or its examples by each other's; ``.all``: with everybody's classes pooled all the same, ``.alone``: how often
   (percent) the type was left to its own classes; ``honest.alone``: how often one was where nobody went wrong;
@@ -22,7 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +38,13 @@ from benchmarks.alignment_probe import ALIGNMENT, FAMILIES, METHOD, Laboratory, 
 from benchmarks.common import write_results
 from benchmarks.probe_clients import draw_clients
 from benchmarks.probe_states import Task, load_task, load_type
+from benchmarks.text_statistics import projected
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.dema.anchors import load_anchors
-from heterotune_flwr.dema.factors import collect_text_states, principal_components
+from heterotune_flwr.dema.bank import TEXT
+from heterotune_flwr.dema.factors import collect_text_states, text_components
 from heterotune_flwr.dema.maps import compute_maps
 from heterotune_flwr.strategies.discriminant import Classes as Told
 from heterotune_flwr.strategies.discriminant import (
@@ -52,6 +57,8 @@ CLIENTS = (1, 2, 4, 16)
 #: Neither the headline's nor those of its sweeps.
 SEEDS = tuple(range(30, 36))
 OPTIONS = DiscriminantOptions()
+#: As many numbers a class as both views have.
+_NGRAM_AXES = 256
 _PENALTIES = (1e-2, 3e-2, 1e-1)
 Fitted = tuple[Tensor, Tensor]
 
@@ -87,11 +94,15 @@ def last_view(lab: Laboratory) -> View:
     )
 
 
-def text_view(names: Sequence[str], lab: Laboratory) -> View:
-    """Of the mean over a text halfway up."""
+#: Anchors, pool and test as one type reads whole texts.
+Read = list[NDArray[np.float32]]
+
+
+def text_states(names: Sequence[str], lab: Laboratory) -> dict[str, Read]:
+    """The second view of all texts, by type: of their words, and beside it halfway up."""
     task: Task = lab.task
     anchors = load_anchors(AlignmentConfig(anchors=ALIGNMENT.anchors, count=ALIGNMENT.count))
-    states, factors = {}, {}
+    states = {}
     for name, own in zip(names, lab.types, strict=True):
         source, _, bits = name.partition("@")
         backbone = load_backbone(BackboneSpec(source, bits or "bf16"))
@@ -99,11 +110,19 @@ def text_view(names: Sequence[str], lab: Laboratory) -> View:
         states[own.name] = [
             collect_text_states(backbone, texts, task.data) for texts in (anchors, task.pool, task.test)
         ]  # fmt: skip
-        parts = principal_components(states[own.name][0], ALIGNMENT.components)
-        named = zip(("scores", "basis", "mean"), parts, strict=True)
-        factors[own.name] = {f"slots.0.{part}": value for part, value in named}
+    return states
+
+
+def text_view(lab: Laboratory, states: Mapping[str, Read]) -> View:
+    """Of whole texts, read as ``states``."""
+    factors = {}
+    for own in lab.types:
+        parts = text_components(states[own.name][0], ALIGNMENT)
+        factors[own.name] = {
+            name.replace(TEXT, "slots.0", 1): value for name, value in parts.items()
+        }
         factors[own.name]["label_rows"] = own.label_rows.astype(np.float64)
-    result = compute_maps(factors, ALIGNMENT, METHOD, task.labels)
+    result = compute_maps(factors, ALIGNMENT, METHOD, lab.task.labels)
 
     def latents(which: int) -> list[Tensor]:
         found = []
@@ -115,6 +134,18 @@ def text_view(names: Sequence[str], lab: Laboratory) -> View:
 
     spreads = np.asarray(result.anchor_latents["slots.0.weights"], np.float64)
     return View(latents(1), latents(2), spreads)
+
+
+def model_free_view(lab: Laboratory) -> View:
+    """Of character n-grams, which are the same for all types."""
+    anchors = load_anchors(AlignmentConfig(anchors=ALIGNMENT.anchors, count=ALIGNMENT.count))
+    lists = (lab.task.pool, lab.task.test)
+    pool, test = (torch.from_numpy(z).float() for z in projected(anchors, lists, _NGRAM_AXES))
+    return View([pool] * len(lab.types), [test] * len(lab.types), np.ones(_NGRAM_AXES))
+
+
+def _half(states: NDArray[np.float32], which: int) -> NDArray[np.float32]:
+    return np.split(states, 2, axis=1)[which]
 
 
 def fitted_to(parts: Sequence[Told], metric: NDArray[np.float64], prior: float) -> Fitted:
@@ -246,8 +277,16 @@ def measure(family: str) -> dict[str, Any]:
     """All rows of one family."""
     task, names = load_task(), present(family)
     lab = Laboratory(task, [load_type(name, task, (ALIGNMENT.anchors,)) for name in names])
-    last, text = last_view(lab), text_view(names, lab)
+    states = text_states(names, lab)
+    last, text = last_view(lab), text_view(lab, states)
     views = {"pooled": last.beside(text), "last": last, "text": text}
+    for half, name in enumerate(("words", "middle")):
+        one = {
+            key: [np.tile(_half(part, half), 2) for part in read] for key, read in states.items()
+        }
+        views[name] = last.beside(text_view(lab, one))
+    views["model_free"] = model_free_view(lab)
+    views["beside_model_free"] = views["pooled"].beside(views["model_free"])
     values: dict[str, Any] = {}
     for clients in CLIENTS:
         drawn = [rows(Draw(lab, clients, seed), views) for seed in SEEDS]

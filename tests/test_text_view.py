@@ -1,4 +1,4 @@
-"""The second view of a text: what enters the middle block, averaged over it, aligned like a slot."""
+"""The second view of a text: what enters the first and the middle block, averaged over it, aligned like a slot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig, TrainConfig
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.dema import read_maps
-from heterotune_flwr.dema.factors import collect_text_states, principal_components
+from heterotune_flwr.dema.factors import (
+    collect_text_states,
+    principal_components,
+    text_components,
+)
 from heterotune_flwr.dema.maps import compute_maps, join_type
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.tuning.adapters import attach, detach
@@ -25,14 +29,15 @@ from heterotune_flwr.tuning.states import bare_text_states
 from heterotune_flwr.tuning.task import make_task
 
 
-def test_a_text_is_the_mean_of_its_middle_states_without_the_first(adapted):  # noqa: F811
+def test_a_text_is_the_means_of_its_first_and_middle_states_without_the_first_token(adapted):  # noqa: F811
     adapter, _, encoded = adapted
     found = bare_text_states(adapter, encoded)
     with adapter.bare(), torch.no_grad():
         for index in (0, 5):
             ids = torch.tensor([encoded.inputs[index]])
             states = adapter.body(input_ids=ids, output_hidden_states=True).hidden_states
-            expected = states[2][0, 1:].mean(dim=0)  # 3 blocks: what enters the last
+            read = (states[0], states[2])  # 3 blocks: what enters the first and the last
+            expected = torch.cat([part[0, 1:].mean(dim=0) for part in read])
             torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -46,6 +51,23 @@ def test_both_sides_read_whole_texts_alike(directory, data):  # noqa: F811
     detach(backbone)
     read = collect_text_states(backbone, [example.text for example in examples], data)
     np.testing.assert_allclose(found, read, rtol=1e-4, atol=1e-5)
+
+
+def test_both_halves_of_the_view_weigh_the_same_whatever_their_scale():
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(50, 8)).astype(np.float32) + 3
+    alignment = AlignmentConfig(components=6)
+    found = text_components(states, alignment)
+    scores = (states - found["text.mean"]) @ found["text.basis"].T
+    np.testing.assert_allclose(scores, found["text.scores"], atol=1e-4)
+    louder = states.copy()
+    louder[:, 4:] *= 1000
+    again = text_components(louder, alignment)
+    np.testing.assert_allclose(
+        np.abs(again["text.scores"]), np.abs(found["text.scores"]), atol=1e-3
+    )
+    constant = np.concatenate([states[:, :4], np.ones((50, 4), np.float32)], axis=1)
+    assert all(np.isfinite(part).all() for part in text_components(constant, alignment).values())
 
 
 def factors_of(seed, rotation, count=60, width=12):
@@ -105,7 +127,7 @@ def test_maps_of_texts_are_wanted_where_the_method_has_them(directory):  # noqa:
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     adapter = with_maps(attach(backbone, replace(CORES, output=3), 3))
     maps = read_maps(adapter.model)
-    latent, width = adapter.method.latent, backbone.hidden
+    latent, width = adapter.method.latent, 2 * backbone.hidden
     texts = {
         "text.map.down.weight": np.ones((latent, width), np.float32),
         "text.map.down.bias": np.full(latent, 2.0, np.float32),

@@ -106,7 +106,7 @@ class MethodConfig:
     latent: int = _help("r, width of the shared latent space", 128)
     output: int | None = _help("width of the output latent; null: number of labels or r", None)
     text_view: bool = _help(
-        "types also align the mean over a text of their middle states, which a shared discriminant reads besides",
+        "types also align what a text is made of and about (means of first and middle states), for a discriminant",
         False,
     )
     inner: int = _help(

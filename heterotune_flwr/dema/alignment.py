@@ -32,6 +32,8 @@ __all__ = [
 
 #: Counts up when the factors' meaning changes, so that old cache files are not used.
 VERSION = 3
+#: The same of those of whole texts.
+TEXT_VERSION = 2
 #: What is read of the anchors, each kept by itself: what slots see, and the second view of a text.
 SLOTS, TEXTS = "slots", "texts"
 #: Called with one of them and types.
@@ -68,7 +70,7 @@ def factors_path(
         "codec": exact_codec(config.exchange),  # factors are kept as they travelled
     }
     if part == TEXTS:
-        return _cache_file({**parts, "part": part})
+        return _cache_file({**parts, "part": part, "view": TEXT_VERSION})
     parts |= {
         "labels": list(labels or []),
         "slots": method.slots,

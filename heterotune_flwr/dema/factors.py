@@ -29,7 +29,7 @@ from heterotune_flwr.data.template import (
 )
 from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.dema.structure import DecoderStructure, find_structure, slot_blocks
-from heterotune_flwr.dema.text_view import entering, middle_block, text_mean
+from heterotune_flwr.dema.text_view import blocks_read, entering, text_mean
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 
@@ -171,18 +171,20 @@ def collect_states(
 def collect_text_states(
     backbone: Backbone, texts: Sequence[str], data: DataConfig
 ) -> NDArray[np.float32]:
-    """The second view of every text, one row each (``n x d``; :mod:`.text_view`)."""
+    """The second view of every text, one row each (``n x 2 d``; :mod:`.text_view`)."""
     model, tokenizer = backbone.model, backbone.tokenizer
     structure = find_structure(model)
     body = model.get_submodule(structure.body) if structure.body else model
-    block = model.get_submodule(f"{structure.blocks}.{middle_block(len(structure.mlps))}")
+    numbers = blocks_read(len(structure.mlps))
+    blocks = [model.get_submodule(f"{structure.blocks}.{number}") for number in numbers]
     encoded = [encode_prompt(tokenizer, data.prompt, text, data.max_length) for text in texts]
-    rows = np.empty((len(texts), structure.hidden), np.float32)
+    rows = np.empty((len(texts), 2 * structure.hidden), np.float32)
     for batch in _batches(encoded):
         ids, mask = _padded([encoded[i] for i in batch], tokenizer.pad_token_id, backbone.device)
-        states = entering(body, block, ids, mask)
+        states = entering(body, blocks, ids, mask)
         for row, index in enumerate(batch):
-            rows[index] = text_mean(states[row, : len(encoded[index])]).cpu().numpy()
+            length = len(encoded[index])
+            rows[index] = text_mean([part[row, :length] for part in states]).cpu().numpy()
     return rows
 
 
@@ -352,8 +354,20 @@ def text_factors(
     backbone: Backbone, texts: Sequence[str], alignment: AlignmentConfig, data: DataConfig
 ) -> Tensors:
     """The same of the second view of a text (:mod:`.text_view`): ``text.scores``, ``.basis`` and ``.mean``."""
-    states = collect_text_states(backbone, texts, data)
-    return _written(_components(TEXT, states, alignment.components))
+    return _written(text_components(collect_text_states(backbone, texts, data), alignment))
+
+
+def text_components(
+    states: NDArray[np.float32], alignment: AlignmentConfig
+) -> dict[str, NDArray[np.float64]]:
+    """Principal components of the second view (``n x 2 d``), whose halves weigh the same whatever their scale."""
+    halves = np.split(states, 2, axis=1)
+    lengths = [np.linalg.norm(half - half.mean(axis=0)) / len(half) ** 0.5 for half in halves]
+    scale = np.repeat(np.maximum(lengths, 1e-12), states.shape[1] // 2)
+    found = _components(TEXT, (states / scale).astype(np.float32), alignment.components)
+    found[f"{TEXT}.basis"] = found[f"{TEXT}.basis"] / scale  # reads states as they are
+    found[f"{TEXT}.mean"] = found[f"{TEXT}.mean"] * scale
+    return found
 
 
 def _written(values: Mapping[str, NDArray[Any]]) -> Tensors:

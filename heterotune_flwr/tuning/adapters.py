@@ -228,7 +228,7 @@ class AttachedAdapter:
         return latents
 
     def text_latents(self, states: torch.Tensor) -> torch.Tensor:
-        """What means of whole texts ``N x d`` are in the latents of that view, ``N x r``."""
+        """What the second view of texts ``N x 2 d`` is in its latents, ``N x r``."""
         weight, bias = (self.text_maps[name] for name in _TEXT_MAPS)
         return functional.linear(states.float(), weight, bias)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from heterotune_flwr.dema.structure import find_structure, slot_blocks
-from heterotune_flwr.dema.text_view import entering
+from heterotune_flwr.dema.text_view import blocks_read, entering, text_mean
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.cores import first_core_block
 from heterotune_flwr.tuning.task import EncodedSet
@@ -105,9 +105,20 @@ def block_inputs(
 ) -> list[Tensor]:
     """What enters block ``block`` (``T_i x d`` per example, no padding); nothing above it is computed."""
     ids, mask = _padded(adapter, encoded, indices)
-    states = entering(adapter.body, blocks_of(adapter)[block], ids, mask)
+    (states,) = entering(adapter.body, [blocks_of(adapter)[block]], ids, mask)
     lengths = [len(encoded.inputs[i]) for i in indices]
     return [states[row, :length] for row, length in enumerate(lengths)]
+
+
+def text_states(
+    adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]
+) -> list[Tensor]:
+    """The second view of examples (``2 d`` each; :mod:`..dema.text_view`); nothing above its blocks is computed."""
+    ids, mask = _padded(adapter, encoded, indices)
+    blocks = [blocks_of(adapter)[block] for block in blocks_read(adapter.backbone.layers)]
+    states = entering(adapter.body, blocks, ids, mask)
+    lengths = [len(encoded.inputs[i]) for i in indices]
+    return [text_mean([part[row, :n] for part in states]) for row, n in enumerate(lengths)]
 
 
 def states_from_block(

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.dema.bank import TEXT
-from heterotune_flwr.dema.text_view import middle_block, text_mean
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import (
     block_inputs,
@@ -38,6 +37,7 @@ from heterotune_flwr.tuning.forward import (
     final_states,
     first_block,
     states_from_block,
+    text_states,
 )
 from heterotune_flwr.tuning.state_cache import kept
 from heterotune_flwr.tuning.task import EncodedSet
@@ -323,24 +323,21 @@ def bare_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = Tru
 
 
 def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Means over whole texts halfway up the backbone alone (``n x d``, float32; :mod:`..dema.text_view`).
+    """Means over whole texts in the backbone alone (``n x 2 d``, float32; :mod:`..dema.text_view`).
 
     ``cache``: kept as :func:`frozen_states`.
     """
-    block = middle_block(adapter.backbone.layers)
 
     def compute() -> Tensor:
         rows: list[Tensor] = [torch.empty(0)] * len(encoded)
         with adapter.bare(), torch.no_grad():
             for batch in _batches(encoded):
-                for index, states in zip(
-                    batch, block_inputs(adapter, encoded, batch, block), strict=True
-                ):
-                    rows[index] = text_mean(states)
+                for index, row in zip(batch, text_states(adapter, encoded, batch), strict=True):
+                    rows[index] = row
         return torch.stack(rows)
 
     if not cache:
         return compute()
     backbone = adapter.backbone
-    key = f"{states_key(adapter, encoded, block, bare=True)}-{TEXT}"
-    return kept(key, len(encoded), backbone.hidden, backbone.device, compute)
+    key = f"{states_key(adapter, encoded, bare=True)}-{TEXT}"
+    return kept(key, len(encoded), 2 * backbone.hidden, backbone.device, compute)
