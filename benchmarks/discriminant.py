@@ -8,7 +8,7 @@ on the global test in percent, mean over types and seeds, with 1, 2, 4 and 16 cl
   ``own_type``: both, of one's own type's clients alone;
 * ``trained``: logistic regression on everybody's latents at once, which no federation could do (the penalty of three
   that does best on these very tests); ``moved``: the same with everybody's *texts* read by one's own model;
-* ``model_free``: the same closed form on a text's character n-grams (:mod:`.text_statistics`), which need no model and
+* ``model_free``: the same closed form on a text's character n-grams (``method.ngrams``), which need no model and
   no alignment; ``beside_model_free``: ``pooled`` and it;
 * ``wrong`` and ``shuffled``: ``pooled`` for the other types, where one type calls every class by the next one's
   name, or its examples by each other's; ``.all``: with everybody's classes pooled all the same, ``.alone``: how often
@@ -38,7 +38,6 @@ from benchmarks.alignment_probe import ALIGNMENT, FAMILIES, METHOD, Laboratory, 
 from benchmarks.common import write_results
 from benchmarks.probe_clients import draw_clients
 from benchmarks.probe_states import Task, load_task, load_type
-from benchmarks.text_statistics import projected
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
@@ -46,6 +45,7 @@ from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.dema.factors import collect_text_states, text_components
 from heterotune_flwr.dema.maps import compute_maps
+from heterotune_flwr.dema.ngrams import NgramView
 from heterotune_flwr.strategies.discriminant import Classes as Told
 from heterotune_flwr.strategies.discriminant import (
     DiscriminantOptions,
@@ -139,8 +139,8 @@ def text_view(lab: Laboratory, states: Mapping[str, Read]) -> View:
 def model_free_view(lab: Laboratory) -> View:
     """Of character n-grams, which are the same for all types."""
     anchors = load_anchors(AlignmentConfig(anchors=ALIGNMENT.anchors, count=ALIGNMENT.count))
-    lists = (lab.task.pool, lab.task.test)
-    pool, test = (torch.from_numpy(z).float() for z in projected(anchors, lists, _NGRAM_AXES))
+    view = NgramView.of(anchors, _NGRAM_AXES)
+    pool, test = (torch.from_numpy(view.of_texts(t)) for t in (lab.task.pool, lab.task.test))
     return View([pool] * len(lab.types), [test] * len(lab.types), np.ones(_NGRAM_AXES))
 
 

@@ -38,8 +38,6 @@ from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.states import bare_states, make_rows
 from heterotune_flwr.tuning.task import make_task
 
-#: HeteroTune with nothing but its bank and the discriminant.
-
 
 @pytest.fixture
 def adapted(directory, data):  # noqa: F811

@@ -150,6 +150,12 @@ class Client:
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
         adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
         adapter.train_from(lowest_slot(self.identity.slots, resolved.slots), frozen)
+        if resolved.ngrams:
+            from heterotune_flwr.dema.anchors import load_anchors
+            from heterotune_flwr.dema.ngrams import ngram_view
+
+            anchors = load_anchors(self.identity.alignment(self.config))
+            adapter.ngrams = ngram_view(tuple(anchors), resolved.ngrams)
         return adapter
 
     def store(self, header: Header) -> ClientStore:

@@ -84,7 +84,7 @@ def aligned_methods(config: Config) -> list[MethodConfig]:
         own = strategy_config(name, spec, config)
         method, options = own.method, DiscriminantOptions.optional(spec.get("discriminant"))
         if options is None or not closed_task(labels, own.train):
-            method = dataclasses.replace(method, text_view=False)
+            method = dataclasses.replace(method, text_view=False, ngrams=0)
         if method.kind == "dema" and method not in aligned:
             aligned.append(method)
     return aligned or [config.method]

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
+
 from heterotune_flwr.config.rates import sinking_share
 from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig, TypeConfig
 from heterotune_flwr.dema.bank import initial_tensors
@@ -217,7 +219,7 @@ class Sharing(Strategy):
             if (
                 self._discriminant_options is None or not self._closed
             ):  # nothing else reads whole texts
-                self.method = dataclasses.replace(self.method, text_view=False)
+                self.method = dataclasses.replace(self.method, text_view=False, ngrams=0)
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
         self._check_consensus()
@@ -282,9 +284,9 @@ class Sharing(Strategy):
             read = range(self.method.slots - 1, self.method.slots + self.method.text_view)
             keys, weighting = self.roster.type_keys, self.config.alignment.weighting
             apart = {key for key in keys if not all(self.shares(key, place) for place in read)}
-            self.discriminant = SharedDiscriminant(
-                options, self.maps.spreads, weighting, self.roster, apart
-            )
+            # N-grams are the same everywhere, and in standard deviations already.
+            spreads = np.concatenate([self.maps.spreads, np.ones(self.method.ngrams)])
+            self.discriminant = SharedDiscriminant(options, spreads, weighting, self.roster, apart)
             return
         self.courier.event("discriminant_off", reason=reason)
 

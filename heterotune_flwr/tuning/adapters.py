@@ -23,6 +23,7 @@ from torch.nn import functional
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import RESIDUAL, TEXT, slot_of
+from heterotune_flwr.dema.ngrams import NgramView
 from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
@@ -57,6 +58,8 @@ class AttachedAdapter:
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
     text_maps
         The maps of whole texts, where the method has that view.
+    ngrams
+        The view of their n-grams, where it has that one; set by whoever knows the anchors.
     lowest, frozen
         Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
     cores
@@ -73,6 +76,7 @@ class AttachedAdapter:
     body: nn.Module
     maps_digest: str = ""
     text_maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    ngrams: NgramView | None = None
     lowest: int = 0
     frozen: frozenset[str] = frozenset()
     cores: Cores = field(default_factory=Cores)

@@ -25,20 +25,22 @@ _ROWS_AT_A_TIME = 4096
 
 @torch.no_grad()
 def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Latents of examples in the bare backbone: ``n x r``, or ``n x 2 r`` with the method's view of whole texts.
+    """Latents of examples in the bare backbone: ``n x r``, then those of the method's further views, where it has any.
 
-    On the backbone's device; ``cache``: whether the states behind them are kept.
+    These are ``n x r`` of whole texts, and ``n x method.ngrams``. On the backbone's device; ``cache``: whether the
+    states behind them are kept.
     """
     device = adapter.backbone.device
 
     def mapped(states: Tensor, maps: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([maps(part.to(device)) for part in torch.split(states, _ROWS_AT_A_TIME)])
 
-    latents = mapped(bare_states(adapter, encoded, cache), adapter.last_latents)
-    if not adapter.method.text_view:
-        return latents
-    of_texts = mapped(bare_text_states(adapter, encoded, cache), adapter.text_latents)
-    return torch.cat([latents, of_texts], dim=1)
+    views = [mapped(bare_states(adapter, encoded, cache), adapter.last_latents)]
+    if adapter.method.text_view:
+        views.append(mapped(bare_text_states(adapter, encoded, cache), adapter.text_latents))
+    if adapter.ngrams is not None:
+        views.append(torch.from_numpy(adapter.ngrams.of_texts(encoded.texts)).to(device))
+    return torch.cat(views, dim=1)
 
 
 @torch.no_grad()
@@ -99,7 +101,9 @@ def discriminant_logits(
         )
     if not (np.isfinite(discriminant.weight).all() and np.isfinite(discriminant.bias).all()):
         raise ExchangeError("the discriminant holds numbers that are not finite")
-    wanted = (len(task.labels or ()), adapter.method.latent * (1 + adapter.method.text_view))
+    method = adapter.method
+    read = method.latent * (1 + method.text_view) + method.ngrams
+    wanted = (len(task.labels or ()), read)
     if discriminant.weight.shape != wanted:
         labels, latents = discriminant.weight.shape
         raise ExchangeError(
