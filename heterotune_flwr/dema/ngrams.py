@@ -42,7 +42,7 @@ class NgramView:
 
     columns: Mapping[str, int]
     rarity: NDArray[np.float64]
-    axes: NDArray[np.float64]
+    axes: NDArray[np.float32]
 
     @classmethod
     def of(cls, anchors: Sequence[str], width: int) -> NgramView:
@@ -64,14 +64,16 @@ class NgramView:
             )
         rarity = np.log((1 + len(anchors)) / (1 + np.array([found[gram] for gram in known])))
         bare = cls(
-            {gram: index for index, gram in enumerate(known)}, rarity, np.zeros((0, len(known)))
+            {gram: index for index, gram in enumerate(known)},
+            rarity,
+            np.zeros((0, len(known)), np.float32),
         )
         own = bare.weighed(anchors)
         # A start vector of its own would make the axes of every process others (in their last digits, and their signs).
         _, _, axes = svds(own, width, v0=np.ones(min(own.shape)))
         axes *= np.sign(axes[np.arange(width), np.abs(axes).argmax(axis=1)])[:, None]
         spread = np.maximum(np.asarray(own @ axes.T).std(axis=0), 1e-12)
-        return cls(bare.columns, rarity, axes / spread[:, None])
+        return cls(bare.columns, rarity, (axes / spread[:, None]).astype(np.float32))
 
     def weighed(self, texts: Sequence[str]) -> csr_matrix:
         """Texts as tf-idf rows of length 1 (``n x V``); zeros where no n-gram is known."""
@@ -90,7 +92,7 @@ class NgramView:
 
     def of_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Latents of texts (``n x width``, in standard deviations over the anchors)."""
-        return np.asarray(self.weighed(texts) @ self.axes.T, np.float32)
+        return np.asarray(self.weighed(texts).astype(np.float32) @ self.axes.T)
 
 
 @functools.lru_cache(maxsize=2)
