@@ -87,9 +87,10 @@ def test_word_rows_average_the_tokens_that_overlap_a_word(backbone):
         start = end
 
 
-def test_principal_components_rebuild_the_states_and_are_uncorrelated():
+@pytest.mark.parametrize("width", [12, 120])  # fewer than texts, and more
+def test_principal_components_rebuild_the_states_and_are_uncorrelated(width):
     rng = np.random.default_rng(0)
-    states = (rng.standard_normal((90, 5)) @ rng.standard_normal((5, 12)) + 3).astype(np.float32)
+    states = (rng.standard_normal((90, 5)) @ rng.standard_normal((5, width)) + 3).astype(np.float32)
     scores, basis, mean = principal_components(states, 8)
     assert scores.shape == (90, 5)  # no more than the rank
     np.testing.assert_allclose(scores @ basis + mean, states, atol=1e-4)

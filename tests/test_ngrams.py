@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_client import folder, world  # noqa: F401  (fixtures)
@@ -10,11 +12,18 @@ from test_discriminant_client import adapted  # noqa: F401  (fixture)
 from test_lora_variants import run
 from test_tuning import data, directory  # noqa: F401  (fixtures)
 
-from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
+from heterotune_flwr.config.validate import preflight
 from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.ngrams import NgramView, ngrams
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.federation.client import Client
+from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.tuning.discriminant import class_sums, shared_latents
+from heterotune_flwr.tuning.task import EncodedSet
+
+HETEROTUNE = "heterotune_flwr.strategies.heterotune.HeteroTune"
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +35,7 @@ def test_ngrams_are_of_letters_and_digits_with_the_ends_of_words():
     assert ngrams("A b!") == {" a ": 1, "a b": 1, " b ": 1, " a b": 1, "a b ": 1, " a b ": 1}
     assert ngrams("aaaa")["aaa"] == 2
     assert ngrams("") == ngrams("?!") == {}
+    assert ngrams("Größe-Я")["röß"] == ngrams("Größe-Я")["e я"] == 1
 
 
 def test_the_anchors_have_variance_one_and_no_axis_repeats_another(anchors):
@@ -50,16 +60,23 @@ def test_equal_anchors_give_equal_axes_in_whatever_process(anchors):
 def test_more_axes_than_the_anchors_have_are_refused(anchors):
     with pytest.raises(ConfigError, match=r"method\.ngrams is 10, but .* 10 anchors have 9 axes"):
         NgramView.of(anchors[:10], 10)
+    repeated = [anchors[0], anchors[1], anchors[2]] * 20
+    with pytest.raises(ConfigError, match=r"60 anchors have 3 axes.*more different"):
+        NgramView.of(repeated, 8)
+    with pytest.raises(ConfigError, match="have 0 axes"):
+        NgramView.of(["?!", "..."] * 20, 2)
 
 
 def test_they_come_after_the_models_own_views(adapted, anchors):  # noqa: F811
     adapter, task, encoded = adapted
     assert len(encoded.texts) == len(encoded)
     alone = shared_latents(adapter, encoded).numpy()
-    adapter.ngrams = NgramView.of(anchors, 6)
+    adapter.method, adapter.anchors = replace(adapter.method, ngrams=6), tuple(anchors)
     both = shared_latents(adapter, encoded).numpy()
     np.testing.assert_array_equal(both[:, :-6], alone)
-    np.testing.assert_array_equal(both[:, -6:], adapter.ngrams.of_texts(encoded.texts))
+    np.testing.assert_array_equal(both[:, -6:], NgramView.of(anchors, 6).of_texts(encoded.texts))
+    with pytest.raises(ExchangeError, match="n-grams of these examples"):
+        shared_latents(adapter, EncodedSet(encoded.inputs, encoded.positions, encoded.targets))
     told = class_sums(adapter, task, encoded, 1)
     np.testing.assert_allclose(told.sums.sum(axis=0), both.sum(axis=0), rtol=1e-4, atol=1e-4)
 
@@ -85,3 +102,28 @@ def test_without_a_discriminant_nobody_reads_them(world):  # noqa: F811
         overrides=f"{FEW} strategies.{DEEP}.method.ngrams=5 strategies.{DEEP}.discriminant=null",
     )  # fmt: skip
     assert strategy.method.ngrams == 0
+
+
+def test_no_node_computes_what_nothing_reads(world, monkeypatch):  # noqa: F811
+    def never(anchors, width):
+        raise AssertionError("n-grams are read")
+
+    monkeypatch.setattr(NgramView, "of", never)
+    options = f"strategies.{DEEP}.method.ngrams=5 strategies.{DEEP}.discriminant=null"
+    run(world, DEEP, rounds=1, overrides=f"{FEW} {options}")
+
+
+def test_more_than_the_anchors_can_have_is_refused_before_any_work(world):  # noqa: F811
+    config = compose(str(world.path / "run.yaml"), f"run.compare=[{DEEP}]")
+    config.strategies = {DEEP: {"_component_": HETEROTUNE, "method": {"ngrams": 40}}}
+    with pytest.raises(ConfigError, match=r"ngrams is 40, more than 40 anchors can have"):
+        preflight(config)
+
+
+def test_a_deployed_node_reads_none(world):  # noqa: F811
+    config = compose(str(world.path / "run.yaml"))
+    node = {"client-id": "n", "backbone": "tiny-a", "data": "d.jsonl", "state-dir": str(world.path)}
+    client = Client(identify(config, node), config, None)
+    with pytest.raises(ConfigError, match="for simulations"):
+        client._anchors(MethodConfig(ngrams=5))
+    assert client._anchors(MethodConfig()) == ()

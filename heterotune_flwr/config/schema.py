@@ -110,7 +110,7 @@ class MethodConfig:
         False,
     )
     ngrams: int = _help(
-        "axes of a text's character n-grams, equal on all clients, that a shared discriminant reads besides; 0: none",
+        "axes of a text's character n-grams that a shared discriminant reads besides (simulations); 0: none",
         0,
     )
     inner: int = _help(
@@ -269,7 +269,7 @@ class ServerConfig:
     rounds: int = _help("rounds per strategy", 30)
     participation: float = _help("share of clients trained per round", 1.0)
     min_clients: int | None = _help(
-        "wait for this many clients; null: all simulated ones, else 2", None
+        "wait for this many clients; null: all simulated ones; 2 of a deployment", None
     )
     wait_seconds: float = _help("patience for the clients to appear", 300.0)
     timeout_seconds: float = _help("patience for one round's replies", 3600.0)

@@ -17,6 +17,7 @@ from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.server import check_strategies
+from heterotune_flwr.strategies.build import strategy_config
 from heterotune_flwr.tuning.slots import lowest_slot
 
 
@@ -67,7 +68,13 @@ def preflight(config: Config) -> None:
     splits_itself = config.data.name == NATURAL_INSTRUCTIONS and config.data.train is not None
     if (config.data.train is None) != (config.data.test is None) and not splits_itself:
         raise DataError("data.train and data.test belong together: give both files, or none")
-    load_anchors(config.alignment)
+    anchors = load_anchors(config.alignment)
+    for name in config.run.compare:
+        ngrams = strategy_config(name, config.strategies[name], config).method.ngrams
+        if ngrams >= len(anchors):
+            raise ConfigError(
+                f"strategies.{name}: method.ngrams is {ngrams}, more than {len(anchors)} anchors can have"
+            )
     global_test(config.data)
     total = sum(entry.clients for entry in config.types)
     learners = sum(entry.clients for entry in config.types if not entry.guest)

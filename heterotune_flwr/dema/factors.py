@@ -195,10 +195,13 @@ def principal_components(
     values = states.astype(np.float64)
     mean = values.mean(axis=0)
     values -= mean
-    # By the d x d covariance: the anchors are many, and this is an order of magnitude faster than an SVD of them.
-    energies, axes = np.linalg.eigh(values.T @ values)
+    # By the d x d covariance, or the n x n one of wide states: an order of magnitude faster than an SVD of them.
+    wide = values.shape[1] > len(values)
+    energies, axes = np.linalg.eigh(values @ values.T if wide else values.T @ values)
     keep = min(count, int(np.sum(energies > 1e-12 * energies[-1])))
     basis = axes[:, ::-1][:, :keep].T
+    if wide:
+        basis = basis @ values / np.sqrt(energies[::-1][:keep, None])
     basis = basis * np.sign(basis[np.arange(keep), np.abs(basis).argmax(axis=1)])[:, None]
     return values @ basis.T, basis, mean
 

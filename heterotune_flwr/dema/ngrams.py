@@ -2,8 +2,8 @@
 
 N-grams of three to five characters over letters and digits, weighed by how rare they are among the anchors (tf-idf,
 `Salton and Buckley 1988 <https://doi.org/10.1016/0306-4573(88)90021-0>`_), on the principal axes of the anchors' own.
-The anchors are public and equal on every client, so nothing has to be aligned, and nothing is sent for it.
-A shared discriminant may read it beside the views of the models (``method.ngrams``).
+The anchors are public and, in a simulation, the same for every client, so nothing has to be aligned, and nothing is
+sent for it. A shared discriminant may read it beside the views of the models (``method.ngrams``).
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from scipy.sparse.linalg import svds
 from heterotune_flwr.errors import ConfigError
 
 _SIZES = (3, 4, 5)
+#: Letters and digits of any script.
+WORD = r"[^\W_]+"
 #: Anchors in which an n-gram must stand to count.
 _LEAST = 2
+#: An axis on which the anchors spread less than this share of what they do on the first is none.
+_FLAT = 1e-6
 
 
 def ngrams(text: str) -> Counter[str]:
     """Character n-grams of a text in lower case, spaces between its words included, with their counts."""
-    plain = f" {' '.join(re.findall('[a-z0-9]+', text.lower()))} "
+    plain = f" {' '.join(re.findall(WORD, text.lower()))} "
     return Counter(plain[i : i + n] for n in _SIZES for i in range(len(plain) - n + 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NgramView:
     """The projection: public, and the same on every client.
 
@@ -58,10 +62,7 @@ class NgramView:
         known = sorted(gram for gram, texts in found.items() if texts >= _LEAST)
         most = min(len(anchors), len(known)) - 1
         if width > most:
-            raise ConfigError(
-                f"method.ngrams is {width}, but the n-grams of {len(anchors)} anchors have {most} axes; "
-                "lower it, or give more anchors"
-            )
+            raise ConfigError(_too_few(width, max(most, 0), len(anchors)))
         rarity = np.log((1 + len(anchors)) / (1 + np.array([found[gram] for gram in known])))
         bare = cls(
             {gram: index for index, gram in enumerate(known)},
@@ -70,7 +71,10 @@ class NgramView:
         )
         own = bare.weighed(anchors)
         # A start vector of its own would make the axes of every process others (in their last digits, and their signs).
-        _, _, axes = svds(own, width, v0=np.ones(min(own.shape)))
+        _, lengths, axes = svds(own, width, v0=np.ones(min(own.shape)))
+        found_axes = int((lengths > _FLAT * lengths.max()).sum())
+        if found_axes < width:
+            raise ConfigError(_too_few(width, found_axes, len(anchors)))
         axes *= np.sign(axes[np.arange(width), np.abs(axes).argmax(axis=1)])[:, None]
         spread = np.maximum(np.asarray(own @ axes.T).std(axis=0), 1e-12)
         return cls(bare.columns, rarity, (axes / spread[:, None]).astype(np.float32))
@@ -95,7 +99,21 @@ class NgramView:
         return np.asarray(self.weighed(texts).astype(np.float32) @ self.axes.T)
 
 
+def _too_few(width: int, axes: int, anchors: int) -> str:
+    return (
+        f"method.ngrams is {width}, but the n-grams of {anchors} anchors have {axes} axes; lower it, or give more, "
+        "and more different, anchors"
+    )
+
+
 @functools.lru_cache(maxsize=2)
-def ngram_view(anchors: tuple[str, ...], width: int) -> NgramView:
-    """As :meth:`NgramView.of`, once per process."""
+def _view(anchors: tuple[str, ...], width: int) -> NgramView:
     return NgramView.of(anchors, width)
+
+
+@functools.lru_cache(maxsize=16)
+def ngram_latents(
+    anchors: tuple[str, ...], width: int, texts: tuple[str, ...]
+) -> NDArray[np.float32]:
+    """Latents of texts behind the view of some anchors; both are kept in this process."""
+    return _view(anchors, width).of_texts(texts)

@@ -22,11 +22,13 @@ from heterotune_flwr.config.schema import Config
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
 from heterotune_flwr.errors import ConfigError, LeftRunningError
+from heterotune_flwr.federation.identity import NGRAMS_SIMULATED
 from heterotune_flwr.federation.launcher import check_directory
 from heterotune_flwr.federation.resume import check_resumable
 from heterotune_flwr.federation.server import check_strategies, run_directory
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import toml_string
+from heterotune_flwr.strategies.build import strategy_config
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tup
     if settled.server.min_clients is None:  # not the count of simulated clients
         settled.server.min_clients = patience["min_clients"]
     check_strategies(settled)
+    for name in settled.run.compare:
+        if strategy_config(name, settled.strategies[name], settled).method.ngrams:
+            raise ConfigError(f"strategies.{name}: {NGRAMS_SIMULATED}")
     if settled.run.dir is None:
         # Where the units let the ServerApp write.
         settled.run.dir = str(deployment.folder / "runs" / run_directory(settled).name)

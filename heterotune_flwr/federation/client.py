@@ -24,13 +24,20 @@ from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import examples_digest, global_test, label_set
+from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.bank import generator, initial_tensors
-from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.federation.anchor_work import Said, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
-from heterotune_flwr.federation.identity import Identity, code_hash, identify, is_simulated
+from heterotune_flwr.federation.identity import (
+    NGRAMS_SIMULATED,
+    Identity,
+    code_hash,
+    identify,
+    is_simulated,
+)
 from heterotune_flwr.federation.protocol import (
     ALIGN,
     DESCRIBE,
@@ -150,13 +157,16 @@ class Client:
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
         adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
         adapter.train_from(lowest_slot(self.identity.slots, resolved.slots), frozen)
-        if resolved.ngrams:
-            from heterotune_flwr.dema.anchors import load_anchors
-            from heterotune_flwr.dema.ngrams import ngram_view
-
-            anchors = load_anchors(self.identity.alignment(self.config))
-            adapter.ngrams = ngram_view(tuple(anchors), resolved.ngrams)
+        adapter.anchors = self._anchors(resolved)
         return adapter
+
+    def _anchors(self, method: MethodConfig) -> tuple[str, ...]:
+        """The public texts that a method's view of n-grams is made from; none where it has no such view."""
+        if method.kind != "dema" or not method.ngrams:
+            return ()
+        if self.identity.partition is None:
+            raise ConfigError(NGRAMS_SIMULATED)
+        return tuple(load_anchors(self.config.alignment))
 
     def store(self, header: Header) -> ClientStore:
         """Return the client's files for an experiment."""
@@ -199,7 +209,6 @@ def describe(message: Message, context: Context) -> RecordDict:
 
 def align(message: Message, context: Context) -> RecordDict:
     """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
-    from heterotune_flwr.dema.anchors import load_anchors
     from heterotune_flwr.dema.factors import alignment_factors, text_factors
 
     request = AlignRequest.from_content(message.content)

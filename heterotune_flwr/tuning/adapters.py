@@ -23,7 +23,6 @@ from torch.nn import functional
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import RESIDUAL, TEXT, slot_of
-from heterotune_flwr.dema.ngrams import NgramView
 from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
@@ -58,8 +57,8 @@ class AttachedAdapter:
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
     text_maps
         The maps of whole texts, where the method has that view.
-    ngrams
-        The view of their n-grams, where it has that one; set by whoever knows the anchors.
+    anchors
+        The public texts whose n-grams are the method's further view, where it has that one; set by who knows them.
     lowest, frozen
         Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
     cores
@@ -76,7 +75,7 @@ class AttachedAdapter:
     body: nn.Module
     maps_digest: str = ""
     text_maps: dict[str, torch.Tensor] = field(default_factory=dict)
-    ngrams: NgramView | None = None
+    anchors: tuple[str, ...] = ()
     lowest: int = 0
     frozen: frozenset[str] = frozenset()
     cores: Cores = field(default_factory=Cores)
@@ -178,6 +177,9 @@ class AttachedAdapter:
             raise ExchangeError(
                 f"the maps sent do not fit: expected {sorted(expected)}, got {sorted(maps)}"
             )
+        down, wide = _TEXT_MAPS[0], (self.method.latent, 2 * self.backbone.hidden)
+        if down in maps and maps[down].shape != wide:
+            raise ExchangeError(f"the map {down} is {list(maps[down].shape)}, not {list(wide)}")
         self.maps_digest = ""  # until all of them are in place
         load_maps(self.model, of_slots)
         self.text_maps = {

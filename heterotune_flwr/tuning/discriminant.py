@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from heterotune_flwr.dema.ngrams import ngram_latents
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
 from heterotune_flwr.tuning.adapters import AttachedAdapter
@@ -38,8 +39,11 @@ def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = 
     views = [mapped(bare_states(adapter, encoded, cache), adapter.last_latents)]
     if adapter.method.text_view:
         views.append(mapped(bare_text_states(adapter, encoded, cache), adapter.text_latents))
-    if adapter.ngrams is not None:
-        views.append(torch.from_numpy(adapter.ngrams.of_texts(encoded.texts)).to(device))
+    if width := adapter.method.ngrams:
+        if not adapter.anchors or len(encoded.texts) != len(encoded):
+            raise ExchangeError("the n-grams of these examples, or of the anchors, are not known")
+        of_ngrams = ngram_latents(adapter.anchors, width, tuple(encoded.texts))
+        views.append(torch.from_numpy(of_ngrams).to(device))
     return torch.cat(views, dim=1)
 
 
