@@ -40,7 +40,7 @@ from benchmarks.probe_clients import draw_clients
 from benchmarks.probe_states import Task, load_task, load_type
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
+from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.dema.factors import collect_text_states, text_components
@@ -101,7 +101,7 @@ Read = list[NDArray[np.float32]]
 def text_states(names: Sequence[str], lab: Laboratory) -> dict[str, Read]:
     """The second view of all texts, by type: of their words, and beside it halfway up."""
     task: Task = lab.task
-    anchors = load_anchors(AlignmentConfig(anchors=ALIGNMENT.anchors, count=ALIGNMENT.count))
+    anchors = load_anchors(ALIGNMENT)
     states = {}
     for name, own in zip(names, lab.types, strict=True):
         source, _, bits = name.partition("@")
@@ -138,7 +138,7 @@ def text_view(lab: Laboratory, states: Mapping[str, Read]) -> View:
 
 def model_free_view(lab: Laboratory) -> View:
     """Of character n-grams, which are the same for all types."""
-    anchors = load_anchors(AlignmentConfig(anchors=ALIGNMENT.anchors, count=ALIGNMENT.count))
+    anchors = load_anchors(ALIGNMENT)
     view = NgramView.of(anchors, _NGRAM_AXES)
     pool, test = (torch.from_numpy(view.of_texts(t)) for t in (lab.task.pool, lab.task.test))
     return View([pool] * len(lab.types), [test] * len(lab.types), np.ones(_NGRAM_AXES))

@@ -208,6 +208,9 @@ _NEAR: Mapping[str, Sequence[float]] = {
 _QUARTER = "server.participation=0.25"
 #: Anchors of which some are of the task's kind.
 _NEARER = "alignment.anchors=debian-near"
+_REAL3, _REAL3X2 = (
+    Suite("real", _REAL, clients, rates=_SLOW, sweep=SWEEP_SEEDS) for clients in (1, 2)
+)
 SUITES = {
     "embedded3": Suite(
         "demo", _TINY, 1, method=_DEEP, rates=_BOTH, sweeps={"heterotune_deep": SWEEP_SEEDS}
@@ -229,10 +232,10 @@ SUITES = {
     "sections12": Suite("demo", _TINY, 4, method=(*_DEEP, _NEARER), rates=_KNOWN),
     "real2": Suite("real", _REAL[:2], 1, rates=_SLOW, sweep=SWEEP_SEEDS),
     "real2x2": Suite("real", _REAL[:2], 2, rates=_SLOW, sweep=SWEEP_SEEDS),
-    "real3": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
-    "real3x2": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
-    "real3_before": Suite("real", _REAL, 1, rates=_SLOW, sweep=SWEEP_SEEDS),
-    "real3x2_before": Suite("real", _REAL, 2, rates=_SLOW, sweep=SWEEP_SEEDS),
+    "real3": _REAL3,
+    "real3x2": _REAL3X2,
+    "real3_before": _REAL3,
+    "real3x2_before": _REAL3X2,
     "types5": Suite("demo", _FIVE, 2, method=_DEEP, rates=_KNOWN),
     "near3": Suite(
         "demo",

@@ -82,9 +82,8 @@ def test_they_come_after_the_models_own_views(adapted, anchors):  # noqa: F811
 
 
 def test_a_run_pools_them_over_all_types(world, folder, tmp_path):  # noqa: F811
-    public = (
-        tmp_path / "public.jsonl"
-    )  # of the task's own words: those of the world's anchors are others
+    # Of the task's own words: those of the world's anchors are others.
+    public = tmp_path / "public.jsonl"
     public.write_text("".join((folder / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
     words = f"{FEW} strategies.{DEEP}.method.ngrams=5 alignment.anchors={public}"
     strategy = run(world, DEEP, rounds=2, overrides=words)

@@ -13,17 +13,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
-from scipy.sparse.linalg import svds
 
 from heterotune_flwr.errors import ConfigError
 
+if TYPE_CHECKING:  # a client's processes start without it: hardly any reads n-grams
+    from scipy.sparse import csr_matrix
+
 _SIZES = (3, 4, 5)
 #: Letters and digits of any script.
-WORD = r"[^\W_]+"
+_WORD = r"[^\W_]+"
 #: Anchors in which an n-gram must stand to count.
 _LEAST = 2
 #: An axis on which the anchors spread less than this share of what they do on the first is none.
@@ -32,7 +34,7 @@ _FLAT = 1e-6
 
 def ngrams(text: str) -> Counter[str]:
     """Character n-grams of a text in lower case, spaces between its words included, with their counts."""
-    plain = f" {' '.join(re.findall(WORD, text.lower()))} "
+    plain = f" {' '.join(re.findall(_WORD, text.lower()))} "
     return Counter(plain[i : i + n] for n in _SIZES for i in range(len(plain) - n + 1))
 
 
@@ -58,6 +60,8 @@ class NgramView:
             The anchors have fewer axes than ``width``.
 
         """
+        from scipy.sparse.linalg import svds
+
         found = Counter(gram for text in anchors for gram in ngrams(text))
         known = sorted(gram for gram, texts in found.items() if texts >= _LEAST)
         most = min(len(anchors), len(known)) - 1
@@ -81,6 +85,8 @@ class NgramView:
 
     def weighed(self, texts: Sequence[str]) -> csr_matrix:
         """Texts as tf-idf rows of length 1 (``n x V``); zeros where no n-gram is known."""
+        from scipy.sparse import csr_matrix
+
         entries: list[float] = []
         columns: list[int] = []
         ends = [0]

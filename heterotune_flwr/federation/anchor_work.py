@@ -49,14 +49,15 @@ class AnchorWork(Protocol):
         """What the model, with the values it now holds, says of a round's anchors."""
 
 
-@functools.lru_cache(maxsize=2)
-def _texts(anchors: str, count: int) -> list[str]:
+@functools.lru_cache(maxsize=4)
+def anchor_texts(anchors: str, count: int) -> list[str]:
+    """As :func:`.load_anchors`, read once per process."""
     return load_anchors(AlignmentConfig(anchors=anchors, count=count))
 
 
 def _known_texts(lesson: Lesson, alignment: AlignmentConfig) -> list[str]:
     """The anchors; ConfigError where this client's are not the server's."""
-    texts = _texts(alignment.anchors, lesson.extent)
+    texts = anchor_texts(alignment.anchors, lesson.extent)
     if len(texts) < lesson.extent or anchor_digest(texts) != lesson.digest:
         raise ConfigError(
             f"the anchors {alignment.anchors} here are not those of the server; they must be the same texts in the "

@@ -24,11 +24,10 @@ from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import examples_digest, global_test, label_set
-from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
-from heterotune_flwr.federation.anchor_work import Said, anchor_work
+from heterotune_flwr.federation.anchor_work import Said, anchor_texts, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
 from heterotune_flwr.federation.identity import (
@@ -166,7 +165,8 @@ class Client:
             return ()
         if self.identity.partition is None:
             raise ConfigError(NGRAMS_SIMULATED)
-        return tuple(load_anchors(self.config.alignment))
+        alignment = self.config.alignment
+        return tuple(anchor_texts(alignment.anchors, alignment.count))
 
     def store(self, header: Header) -> ClientStore:
         """Return the client's files for an experiment."""
@@ -209,6 +209,7 @@ def describe(message: Message, context: Context) -> RecordDict:
 
 def align(message: Message, context: Context) -> RecordDict:
     """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
+    from heterotune_flwr.dema.anchors import load_anchors
     from heterotune_flwr.dema.factors import alignment_factors, text_factors
 
     request = AlignRequest.from_content(message.content)

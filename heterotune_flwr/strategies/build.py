@@ -17,7 +17,7 @@ from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import HeteroStrategy
-from heterotune_flwr.strategies.discriminant import DiscriminantOptions
+from heterotune_flwr.strategies.discriminant import DiscriminantOptions, without_views
 from heterotune_flwr.strategies.heterotune import HeteroTune
 from heterotune_flwr.strategies.sharing import OPEN_TEXT, closed_task, surely_open
 
@@ -84,7 +84,7 @@ def aligned_methods(config: Config) -> list[MethodConfig]:
         own = strategy_config(name, spec, config)
         method, options = own.method, DiscriminantOptions.optional(spec.get("discriminant"))
         if options is None or not closed_task(labels, own.train):
-            method = dataclasses.replace(method, text_view=False, ngrams=0)
+            method = without_views(method)
         if method.kind == "dema" and method not in aligned:
             aligned.append(method)
     return aligned or [config.method]

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
@@ -185,6 +186,11 @@ def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: flo
     weight = offsets * metric
     bias = -weight @ centre - 0.5 * (offsets * weight).sum(axis=1)
     return Discriminant(weight.astype(np.float32), bias.astype(np.float32))
+
+
+def without_views(method: MethodConfig) -> MethodConfig:
+    """The method where there is no discriminant, which alone reads the further views of a text."""
+    return dataclasses.replace(method, text_view=False, ngrams=0)
 
 
 class SharedDiscriminant:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -28,7 +27,11 @@ from heterotune_flwr.flower import Grid, Strategy
 from heterotune_flwr.strategies.answers import AnswerConsensus
 from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
 from heterotune_flwr.strategies.courier import Courier
-from heterotune_flwr.strategies.discriminant import DiscriminantOptions, SharedDiscriminant
+from heterotune_flwr.strategies.discriminant import (
+    DiscriminantOptions,
+    SharedDiscriminant,
+    without_views,
+)
 from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
 
 Scope = Literal["global", "type", "client", "fixed"]
@@ -216,10 +219,8 @@ class Sharing(Strategy):
         self.check_types({key: self._bits(key) for key in self.roster.type_keys})
         self.method = resolve_output(self.method, self.config.alignment, self.roster.labels)
         if self.method.kind == "dema":
-            if (
-                self._discriminant_options is None or not self._closed
-            ):  # nothing else reads whole texts
-                self.method = dataclasses.replace(self.method, text_view=False, ngrams=0)
+            if self._discriminant_options is None or not self._closed:
+                self.method = without_views(self.method)
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
         self._check_consensus()

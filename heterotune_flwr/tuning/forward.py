@@ -104,21 +104,26 @@ def block_inputs(
     adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int], block: int
 ) -> list[Tensor]:
     """What enters block ``block`` (``T_i x d`` per example, no padding); nothing above it is computed."""
-    ids, mask = _padded(adapter, encoded, indices)
-    (states,) = entering(adapter.body, [blocks_of(adapter)[block]], ids, mask)
-    lengths = [len(encoded.inputs[i]) for i in indices]
-    return [states[row, :length] for row, length in enumerate(lengths)]
+    return [states for (states,) in _inputs_of(adapter, encoded, indices, [block])]
 
 
 def text_states(
     adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]
 ) -> list[Tensor]:
     """The second view of examples (``2 d`` each; :mod:`..dema.text_view`); nothing above its blocks is computed."""
+    read = blocks_read(adapter.backbone.layers)
+    return [text_mean(states) for states in _inputs_of(adapter, encoded, indices, read)]
+
+
+def _inputs_of(
+    adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int], numbers: Sequence[int]
+) -> list[list[Tensor]]:
+    """What enters some blocks, in rising order: per example one ``T_i x d`` for each, without padding."""
     ids, mask = _padded(adapter, encoded, indices)
-    blocks = [blocks_of(adapter)[block] for block in blocks_read(adapter.backbone.layers)]
+    blocks = [blocks_of(adapter)[number] for number in numbers]
     states = entering(adapter.body, blocks, ids, mask)
     lengths = [len(encoded.inputs[i]) for i in indices]
-    return [text_mean([part[row, :n] for part in states]) for row, n in enumerate(lengths)]
+    return [[part[row, :length] for part in states] for row, length in enumerate(lengths)]
 
 
 def states_from_block(

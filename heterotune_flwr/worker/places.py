@@ -41,7 +41,7 @@ def runtime_dir() -> Path:
     """Owner-only folder of sockets and locks; made if it is not there.
 
     ``HETEROTUNE_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/heterotune``, else
-    ``heterotune-<user id>`` in ``/tmp``.
+    ``heterotune-<user id>`` in the system's temporary folder, whatever ``TMPDIR`` says.
 
     Raises
     ------
