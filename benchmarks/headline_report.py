@@ -7,7 +7,16 @@ import statistics
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from benchmarks.common import RESULTS, Key, mean_and_std, paired_gain, read_results
+from scipy import stats
+
+from benchmarks.common import (
+    RESULTS,
+    Key,
+    mean_and_std,
+    paired_gain,
+    read_results,
+    seed_means,
+)
 from heterotune_flwr.exchange.storage import atomic_write_text
 
 #: Ours: the first of these that is measured on a suite.
@@ -35,9 +44,7 @@ def summary(entry: dict[str, Any]) -> dict[str, Any]:
     """One method on one suite: mean and spread over seeds, worst clients, per type, bytes, memory, time."""
     found = accuracies(entry)
     ordered = sorted(found.values())
-    seeds = sorted({key[0] for key in found})
-    by_seed = [statistics.fmean(v for k, v in found.items() if k[0] == seed) for seed in seeds]
-    mean, std = mean_and_std(by_seed)
+    mean, std = mean_and_std(seed_means(found))
     counts = [cell["bytes"] for cell in entry["cells"].values()]
     up = statistics.fmean(count["up_per_client_round"] for count in counts)
     personal = [v for v in accuracies(entry, "personal_accuracy").values() if v is not None]
@@ -59,6 +66,43 @@ def summary(entry: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_mb": round(max(c["peak_memory_mb"] or 0 for c in entry["cells"].values()), 1),
         "seconds": round(statistics.fmean(cell["seconds"] for cell in entry["cells"].values()), 1),
     }  # fmt: skip
+
+
+def gain_by_seed(ours: dict[Key, float], other: dict[Key, float]) -> dict[str, float]:
+    """Mean gain of the seeds with the half width of its 95 % Student interval: seeds alone are drawn anew.
+
+    Wider than the bootstrap over (seed, type) cells, which takes a seed's types for independent.
+    """
+    gains = [a - b for a, b in zip(seed_means(ours), seed_means(other), strict=True)]
+    mean, spread = mean_and_std(gains)
+    many = len(gains) > 1
+    width = (
+        stats.t.ppf(0.975, len(gains) - 1) * spread / len(gains) ** 0.5 if many else float("inf")
+    )
+    return {"gain": mean, "half_width": round(float(width), 3)}
+
+
+def of_type(accuracy: dict[Key, float], model_type: str) -> dict[Key, float]:
+    """The clients of one type."""
+    return {key: value for key, value in accuracy.items() if key[1] == model_type}
+
+
+def gains_by_type(
+    ours: dict[Key, float], rivals: dict[str, dict[Key, float]], best: str
+) -> dict[str, Any]:
+    """Per type: the gain over the best rival of all types together, and over the best one *of that type*."""
+    found: dict[str, Any] = {}
+    for model_type in sorted({key[1] for key in ours}):
+        own = of_type(ours, model_type)
+        there = {name: of_type(values, model_type) for name, values in rivals.items()}
+        strongest = max(there, key=lambda name: statistics.fmean(there[name].values()))
+        found[model_type] = {
+            "ours": round(statistics.fmean(own.values()), 2),
+            "over_best_rival": gain_by_seed(own, there[best]),
+            "best_rival_of_type": strongest,
+            "over_best_rival_of_type": gain_by_seed(own, there[strongest]),
+        }
+    return found
 
 
 def ours_of(measured: Collection[str]) -> str | None:
@@ -103,7 +147,14 @@ def suite_values(methods: dict[str, Any], bank_alone: bool) -> dict[str, Any]:
             "gain_over_best_rival": gains[best]["gain"],
             "ci_low": gains[best]["low"],
             "ci_high": gains[best]["high"],
+            "gain_by_seed": gain_by_seed(ours, accuracies(measured[best])),
+            "gain_by_type": gains_by_type(
+                ours, {name: accuracies(measured[name]) for name in rivals}, best
+            ),
         }
+    if own == "heterotune" and "heterotune_plain" in measured:
+        # Class sums leave a real node only where its owner has written yes.
+        values["as_a_real_node_ships"] = values["methods"]["heterotune_plain"]["global"]
     if "within_type" in gains:
         values["gain_over_within_type"] = gains["within_type"]["gain"]
         values["gain_over_within_type_ci"] = [
@@ -142,8 +193,34 @@ def markdown(suites: dict[str, Any]) -> str:
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
         lines += [f"| {method} | refused: {why} |" for method, why in values["refused"].items()]
-        lines.append("")
+        lines += ["", *by_seed_and_type(values), ""]
     return "\n".join(lines)
+
+
+def by_seed_and_type(values: dict[str, Any]) -> list[str]:
+    """The gain over the best rival with seeds alone drawn anew, and per type."""
+    if "gain_by_seed" not in values:
+        return []
+
+    def told(gain: dict[str, float]) -> str:
+        return f"{gain['gain']:+.1f} ± {gain['half_width']:.1f}"
+
+    own, best = values["ours"], values["best_rival"]
+    lines = [f"{own} over {best}, 95 % over seeds alone: {told(values['gain_by_seed'])}."]
+    if "as_a_real_node_ships" in values:
+        lines.append(
+            f"With class sums off, as on a real node: {values['as_a_real_node_ships']:.1f}."
+        )
+    lines += [
+        "",
+        f"| type | {own} | over {best} | best rival of that type | over it |",
+        "|---" * 5 + "|",
+    ]
+    for name, row in values["gain_by_type"].items():
+        cells = [name, f"{row['ours']:.1f}", told(row["over_best_rival"]), row["best_rival_of_type"],
+                 told(row["over_best_rival_of_type"])]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def plot(suites: dict[str, Any]) -> str:
