@@ -12,7 +12,7 @@ owner of the machine installed; it never says what is imported.
 from __future__ import annotations
 
 import functools
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from heterotune_flwr.errors import ConfigError
@@ -20,9 +20,16 @@ from heterotune_flwr.errors import ConfigError
 Kind = Literal["backbones", "codecs", "data"]
 
 
+@functools.cache
+def installed(kind: Kind) -> dict[str, EntryPoint]:
+    """Entry points of a kind by name; looked up once per process, for it reads every installed package's metadata."""
+    found = entry_points(group=f"heterotune_flwr.{kind}")
+    return {name: found[name] for name in sorted(found.names)}
+
+
 def plugin_names(kind: Kind) -> tuple[str, ...]:
     """Names of the installed plugins of a kind, sorted."""
-    return tuple(sorted(entry_points(group=f"heterotune_flwr.{kind}").names))
+    return tuple(installed(kind))
 
 
 @functools.cache
@@ -35,12 +42,12 @@ def load_plugin(kind: Kind, name: str) -> Any:
         There is none of that name, or importing it fails.
 
     """
-    found = [e for e in entry_points(group=f"heterotune_flwr.{kind}") if e.name == name]
-    if not found:
+    found = installed(kind).get(name)
+    if found is None:
         raise ConfigError(f"no installed package brings {name!r} to heterotune_flwr.{kind}")
     try:
-        return found[0].load()
+        return found.load()
     except Exception as error:  # whatever an import may raise
         raise ConfigError(
-            f"{name!r} of heterotune_flwr.{kind} ({found[0].value}) cannot be imported: {error}"
+            f"{name!r} of heterotune_flwr.{kind} ({found.value}) cannot be imported: {error}"
         ) from error

@@ -50,10 +50,10 @@ def package(tmp_path, monkeypatch, folder):  # noqa: F811
     entries = re.sub(r'\[project\.entry-points\."([\w.]+)"\]', r"[\1]", toml).replace('"', "")
     (metadata / "entry_points.txt").write_text(entries)
     monkeypatch.syspath_prepend(str(site))
-    for cached in (plugins.load_plugin, sources._from_plugin):
+    for cached in (plugins.installed, plugins.load_plugin, sources._from_plugin):
         cached.cache_clear()
     yield own
-    for cached in (plugins.load_plugin, sources._from_plugin):
+    for cached in (plugins.installed, plugins.load_plugin, sources._from_plugin):
         cached.cache_clear()
     for name in [name for name in sys.modules if name.startswith("my_package")]:
         del sys.modules[name]
@@ -144,3 +144,17 @@ def test_a_codec_that_breaks_its_word_is_told_to_its_own_side(package):
     )
     with pytest.raises(ExchangeError, match=r"the codec made int16\[1\] of 3 numbers"):
         pack({"a": np.ones(3, dtype=np.float32)}, "coarse")
+
+
+def test_what_is_installed_is_looked_up_once_per_kind(package, monkeypatch):
+    asked = []
+    real = plugins.entry_points
+    monkeypatch.setattr(
+        plugins, "entry_points", lambda **of: asked.append(of["group"]) or real(**of)
+    )
+    for _ in range(3):
+        assert "my-data" in plugins.plugin_names("data")
+        training_pool(DataConfig(name="my-data"))
+        with pytest.raises(ConfigError):
+            plugins.load_plugin("codecs", "absent")
+    assert sorted(asked) == ["heterotune_flwr.codecs", "heterotune_flwr.data"]
