@@ -29,6 +29,7 @@ from heterotune_flwr.tuning.text_metrics import (
     exact_match,
     normalise,
     rouge_l,
+    words,
 )
 
 
@@ -208,3 +209,40 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(a, b):
 def test_rouge_l_agrees_with_the_published_scorer(answer, reference, score):
     assert rouge_l(answer, [reference]) == pytest.approx(score)
     assert rouge_l(answer, ["unlike", reference]) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("किताब और कलम", ["किताब", "और", "कलम"]),  # vowel signs are marks, part of their word
+        ("红苹果。", ["红", "苹", "果"]),
+        ("ラーメンを 12 杯", ["ラ", "ー", "メ", "ン", "を", "12", "杯"]),
+        ("น้อง", ["น้", "อ", "ง"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("e\u0301te\u0301 STRASSE straße", ["été", "strasse", "strasse"]),
+        ("می\u200cخواهم ٣", ["میخواهم", "٣"]),
+        ("snake_case, don't", ["snake", "case", "don", "t"]),
+        ("\uff21\uff22\uff11", ["ab1"]),
+    ],
+)
+def test_words_of_any_script(text, found):
+    assert words(text) == found
+
+
+def test_scores_of_other_scripts():
+    assert rouge_l("किताब", ["कलम"]) == 0.0
+    assert rouge_l("लाल किताब", ["लाल कलम"]) == 0.5
+    assert rouge_l("红苹果", ["红苹梨"]) == pytest.approx(2 / 3)
+    assert exact_match("红苹果。", ["红苹果"])
+    assert exact_match("«Привет»!", ["привет"])
+    assert exact_match("¿Qué?", ["que\u0301"])
+    assert not exact_match("红苹果", ["红苹梨"])
+    assert not exact_match("कि", ["की"])
+
+
+@given(st.text(max_size=30))
+def test_texts_are_compared_in_one_form(text):
+    assert normalise(normalise(text)) == normalise(text)
+    assert words(" ".join(words(text))) == words(text)
+    if words(text):
+        assert rouge_l(text, [text.upper().lower(), text]) == 1.0

@@ -1,25 +1,48 @@
-"""How near a generated answer is to the right ones: exact match and ROUGE-L.
+"""How near a generated answer is to the right ones: exact match and ROUGE-L, in any script.
 
 ``exact_match`` follows SQuAD (https://arxiv.org/abs/1606.05250) and ``rouge_l`` is the F-measure (beta 1) of the
 longest common subsequence of words (Lin 2004, https://aclanthology.org/W04-1013), as in ``rouge-score`` without
 stemming. With several right answers the best one counts, as in Natural Instructions (arXiv 2204.07705).
+
+Both read texts by their Unicode properties: a word is letters, the marks that belong to them, and digits; in scripts
+that put no spaces between words every character (with its marks) is a word. Texts are compared in one form (NFKC, case
+folded). On plain English this is what the two publications do.
 """
 
 from __future__ import annotations
 
-import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_WORD = re.compile(r"[^\W_]+")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+import regex
+
+_ARTICLES = regex.compile(r"\b(a|an|the)\b")
+#: Scripts without spaces between words.
+_SPACELESS = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}"
+    r"\p{Tai_Viet}\p{Javanese}\p{Balinese}"
+)
+_WORD = regex.compile(
+    rf"[[{_SPACELESS}]&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_SPACELESS}]]+",
+    regex.V1,
+)
+#: Punctuation of every script, and the symbols that ASCII counts as such.
+_PUNCTUATION = regex.compile(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
+#: Characters without a shape of their own (joiners, direction marks, soft hyphens).
+_INVISIBLE = regex.compile(r"\p{Cf}")
+
+
+def folded(text: str) -> str:
+    """The text in the form in which texts are compared: NFKC, case folded, nothing invisible."""
+    visible = _INVISIBLE.sub("", text)
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces; a text that has nothing else keeps what it has."""
-    lower = text.lower()
-    bare = _ARTICLES.sub(" ", lower.translate(_PUNCTUATION))
+    """Case folded, no punctuation, no articles, single spaces; a text that has nothing else keeps what it has."""
+    lower = folded(text)
+    bare = _ARTICLES.sub(" ", _PUNCTUATION.sub("", lower))
     return " ".join(bare.split()) or " ".join(lower.split())
 
 
@@ -29,8 +52,8 @@ def exact_match(answer: str, references: Sequence[str]) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits."""
-    return _WORD.findall(text.lower())
+    """Words of the folded text; of scripts without spaces, its characters."""
+    return [str(word) for word in _WORD.findall(folded(text))]
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
