@@ -82,6 +82,7 @@ def run(
     """
     from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
     from heterotune_flwr.config.validate import preflight, settle_bits
+    from heterotune_flwr.data.sources import columns_recognised
     from heterotune_flwr.federation.launcher import check_directory, launch
     from heterotune_flwr.federation.resume import check_resumable
     from heterotune_flwr.federation.server import run_directory
@@ -101,6 +102,8 @@ def run(
         check_directory(place)
         resolved = settle_bits(resolved)  # every process of the run takes the same bits
     preflight(resolved)
+    for line in columns_recognised(resolved.data):
+        typer.echo(line, err=True)
     if dry_run:
         resolved.strategies = {name: resolved.strategies[name] for name in resolved.run.compare}
         typer.echo(to_yaml(resolved))

@@ -72,9 +72,7 @@ def test_errors_name_file_column_and_setting(tmp_path, data):
         training_pool(replace(data, train=str(tmp_path / "empty.csv")))
     with pytest.raises(DataError, match="neither"):
         training_pool(replace(data, train=str(write_rows(tmp_path / "x.txt", 3))))
-    with pytest.raises(
-        DataError, match=r"test.jsonl: the answer of example 1 is not in the label set"
-    ):
+    with pytest.raises(DataError, match=r"test.jsonl: the answer of row 1 is not in the label set"):
         global_test(replace(data, labels=["fruit", "music"]))
 
 

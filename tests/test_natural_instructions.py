@@ -57,6 +57,8 @@ def write_tasks(folder: Path, count: int = 60) -> Path:
     for number, (name, (definition, answer)) in enumerate(TASKS.items()):
         content = task_json(definition, answer, count - 5 * number)
         (folder / f"{name}.json").write_text(json.dumps(content))
+    marked = folder / "task001_copy.json"  # editors on Windows begin a file with a mark
+    marked.write_text("\ufeff" + marked.read_text())
     (folder / "README.md").write_text("no task")
     return folder
 
@@ -146,7 +148,7 @@ def test_the_hubs_table_is_read_like_task_files(
         {"task_name": path.stem, "id": entry["id"], "definition": task["Definition"][0],
          "inputs": entry["input"], "targets": target}
         for path in sorted(folder.glob("*.json"))
-        for task in [json.loads(path.read_text())]
+        for task in [json.loads(path.read_text(encoding="utf-8-sig"))]
         for entry in task["Instances"]
         for target in entry["output"]
     ]  # fmt: skip
@@ -158,6 +160,17 @@ def test_the_hubs_table_is_read_like_task_files(
         assert read_tasks(str(table), data) == read_tasks(str(folder), data)
     with pytest.raises(DataError, match="only those have demonstrations"):
         read_tasks(str(table), settings(folder, demonstrations=1))
+    listed = [
+        {**row, "definition": [row["definition"]], "targets": [row["targets"]]} for row in rows
+    ]
+    (table / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    assert read_tasks(str(table), settings(folder)) == read_tasks(str(folder), settings(folder))
+    for column, value in (("inputs", 3), ("definition", None), ("task_name", None)):
+        (table / "train.jsonl").write_text(
+            "".join(json.dumps({**row, column: value}) + "\n" for row in rows)
+        )
+        with pytest.raises(DataError, match=rf"row 1.*{column}"):
+            read_tasks(str(table), settings(folder))
     (table / "train.jsonl").write_text(json.dumps({"task_name": "a", "inputs": "b"}) + "\n")
     with pytest.raises(
         DataError, match="has no column 'definition'; columns present: task_name, inputs"
@@ -173,6 +186,16 @@ def test_the_hubs_table_is_read_like_task_files(
         ({"Instances": []}, "no field 'Definition'; fields present: Instances"),
         ({"Definition": 3, "Instances": []}, "Definition is neither a text nor a list of texts"),
         ({"Definition": ["d"], "Instances": []}, "has no instances"),
+        ({"Definition": ["d\ud800"], "Instances": []}, "half a character"),
+        (
+            {"Definition": "d", "Instances": [{"input": None, "output": "a"}]},
+            "instance 1: input is neither",
+        ),
+        (
+            {"Definition": "d", "Instances": [{"input": ["a", "b"], "output": "a"}]},
+            "instance 1: input has 2 texts",
+        ),
+        ("[" * 100_000, "cannot be read as JSON"),
         ({"Definition": "d", "Instances": [{"input": "a"}]}, "instance 1 has no field 'output'"),
         (
             {"Definition": "d", "Instances": [{"input": "a", "output": [1]}]},
@@ -235,7 +258,7 @@ def test_rows_of_a_table_file_may_have_further_answers(tmp_path: Path) -> None:
     data = DataConfig(name="own", train=str(path), references_field="refs")
     assert training_pool(data)[0].answers == ("b", "b", "c")
     assert training_pool(replace(data, references_field="references"))[0].answers == ("b",)
-    path.write_text(json.dumps({"text": "a", "label": "b", "refs": ["b", 3]}) + "\n")
+    path.write_text(json.dumps({"text": "a", "label": "b", "refs": ["b", {}]}) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: 'refs' \(data.references_field\)"):
         training_pool(data)
 

@@ -44,7 +44,7 @@ class DataConfig:
         "`train` is given", "debian_sections"
     )  # fmt: skip
     train: str | None = _help(
-        "path of a .jsonl/.jsonl.gz/.csv/.parquet file, or a saved `datasets` folder, with the clients' pool; for "
+        "path of a .jsonl/.json/.csv/.tsv/.parquet file, or a saved `datasets` folder, with the clients' pool; for "
         "natural_instructions a directory of task .json files or a hub id", None
     )  # fmt: skip
     test: str | None = _help("path of the global test file", None)
@@ -52,7 +52,7 @@ class DataConfig:
         "jsonl | csv | parquet | dataset, for `train` and `test`; null: by their names", None
     )
     text_field: str = _help(
-        "column that fills {text} of the prompt, or holds chat messages ({role, content} in a list)",
+        "column that fills {text} of the prompt, or holds chat messages (a list of {role, content} or {from, value})",
         "text",
     )
     label_field: str = _help("column with the answer", "label")
@@ -164,7 +164,7 @@ class AlignmentConfig:
     """How the frozen maps D, U of every type are computed (METHOD section 3)."""
 
     anchors: str = _help(
-        "shipped set (debian-other | wordnet | debian-near) or path of a .jsonl(.gz)/.txt",
+        "shipped set (debian-other | wordnet | debian-near), or path of a .txt(.gz) or data file with a column text",
         "debian-other",
     )
     count: int = _help("number of anchors used", 6000)

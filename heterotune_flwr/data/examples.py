@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Example:
     """One text and its answer; ``client`` names its natural owner (empty where the file does not say).
 
-    ``label`` is the answer that is trained on; ``references`` are further right ones, for scoring.
+    ``label`` is the answer that is trained on; ``references`` are further right ones, for scoring. ``row`` is where it
+    stands in its file, for errors: a line, or the place of a row; 0 where there is no file.
     """
 
     text: str
     label: str
     client: str = ""
     references: tuple[str, ...] = ()
+    row: int = field(default=0, compare=False, repr=False)
 
     @property
     def answers(self) -> tuple[str, ...]:

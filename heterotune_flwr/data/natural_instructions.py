@@ -11,6 +11,7 @@ and the input alone: the same on every machine and for every seed, and equal inp
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 import hashlib
@@ -22,6 +23,7 @@ from typing import Any
 
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.errors import DataError
 
 #: Value of ``data.name``.
@@ -126,7 +128,16 @@ def _texts(value: Any, where: str) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in items):
         raise DataError(f"{where} is neither a text nor a list of texts")
-    return [item.strip() for item in items if item.strip()]
+    texts = [plain_text(item, where, "it") for item in items]
+    return [text.strip() for text in texts if text is not None]
+
+
+def _one(value: Any, where: str) -> str:
+    """The one text of a value, empty where there is none."""
+    texts = _texts(value, where)
+    if len(texts) > 1:
+        raise DataError(f"{where} has {len(texts)} texts, where one is needed")
+    return texts[0] if texts else ""
 
 
 def _field(entry: Any, name: str, where: str) -> Any:
@@ -141,8 +152,8 @@ def _field(entry: Any, name: str, where: str) -> Any:
 def _task(path: Path, limit: int, demonstrations: int) -> Iterator[Example]:
     """Examples of one task file; instances without an answer are left out."""
     try:
-        task = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        task = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"task file {path} cannot be read as JSON: {error}") from error
     where = f"task file {path}"
     definition = " ".join(_texts(_field(task, "Definition", where), f"{where}: Definition"))
@@ -154,10 +165,10 @@ def _task(path: Path, limit: int, demonstrations: int) -> Iterator[Example]:
     for number, entry in enumerate(instances[:limit], start=1):
         here = f"{where}, instance {number}"
         answers = _texts(_field(entry, "output", here), f"{here}: output")
-        given = _texts(_field(entry, "input", here), f"{here}: input")
+        given = _one(_field(entry, "input", here), f"{here}: input")
         if answers and given:
             found += 1
-            yield _example(head, given[0], answers, path.stem)
+            yield dataclasses.replace(_example(head, given, answers, path.stem), row=number)
     if not found:
         raise DataError(
             f"{where}: not one of its first {limit} instances has an input and an output"
@@ -195,7 +206,7 @@ def _hub_tasks(source: str, names: Sequence[str] | None, limit: int) -> list[tup
         table = load_dataset(source, split="train")
         missing = [column for column in _HUB_COLUMNS if column not in table.column_names]
         if not missing and names is not None:
-            table = table.filter(lambda task: _wanted(task, names), input_columns="task_name")
+            table = table.filter(lambda task: _wanted(str(task), names), input_columns="task_name")
     except Exception as error:  # whatever net, hub and formats can give
         reason = " ".join(str(error).split())[:200]
         raise DataError(
@@ -207,14 +218,16 @@ def _hub_tasks(source: str, names: Sequence[str] | None, limit: int) -> list[tup
         )
     rows: dict[str, dict[str, list[str]]] = {}
     definitions: dict[str, str] = {}
-    for row in table:
+    for number, row in enumerate(table, start=1):
         # One row per right answer: rows of equal input are one instance.
-        instances = rows.setdefault(str(row["task_name"]), {})
-        answers = _texts(row["targets"], f"{source}: targets")
-        given = str(row["inputs"]).strip()
+        where = f"{source}, row {number}"
+        task = needed_text(row["task_name"], where, "'task_name'")
+        instances = rows.setdefault(task, {})
+        answers = _texts(row["targets"], f"{where}: targets")
+        given = _one(row["inputs"], f"{where}: inputs")
         if answers and given and (given in instances or len(instances) < limit):
             instances.setdefault(given, []).extend(answers)
-            definitions[str(row["task_name"])] = str(row["definition"]).strip()
+            definitions[task] = " ".join(_texts(row["definition"], f"{where}: definition"))
     return [
         tuple(_example([definitions[task]], given, rows[task][given], task) for given in rows[task])
         for task in sorted(definitions)

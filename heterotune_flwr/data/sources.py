@@ -4,24 +4,25 @@ Parquet, saved ``datasets``).
 
 from __future__ import annotations
 
-import csv
 import functools
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import DataConfig
-from heterotune_flwr.data.chat import from_chat
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.layouts import arranged, described, recognised
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS, read_tasks
-from heterotune_flwr.data.tables import BINARY, binary_rows, form_of, is_saved_dataset
+from heterotune_flwr.data.tables import rows
+from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
+
+log = logging.getLogger(__name__)
 
 #: Data sets shipped with the package.
 EMBEDDED = ("debian_sections",)
@@ -31,112 +32,66 @@ OUTSIDE = "an answer in its data is not among the labels of the run (data.labels
 _SHIPPED = DataConfig()
 
 
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _rows(path: Path, form: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows of a table file."""
-    form = form_of(path, form)
-    if form in BINARY:
-        yield from binary_rows(path, form)
-        return
-    with _open(path) as stream:
-        if form == "csv":
-            yield from enumerate(csv.DictReader(stream), start=2)
-            return
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    reason = getattr(
-                        error, "msg", "nested too deep, or a number of too many digits"
-                    )
-                    raise DataError(f"{path}:{number} is not valid JSON: {reason}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number} is not a JSON object")
-                yield number, row
-
-
-def _column(row: dict[str, Any], key: str, setting: str, where: str) -> str:
+def _column(row: Mapping[str, Any], key: str, setting: str, where: str) -> str:
     named = f"{key!r} (data.{setting}; {setting.replace('_', '-')} in a node's settings)"
     if key not in row:
         raise DataError(
             f"{where} has no column {named}; columns present: "
             f"{', '.join(sorted(str(name) for name in row if name))}"
         )
-    if row[key] is None or not (text := str(row[key])).strip():
-        raise DataError(f"{where} has an empty {named}")
-    return _sound(text, key, where)
+    return needed_text(row[key], where, named)
 
 
-def _sound(text: str, key: str, where: str) -> str:
-    """The text, unless it is one that no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {key!r} holds half a character (an escape like \\ud83d without its second half); write the file "
-            "anew, or leave this row out"
-        ) from error
-    return text
-
-
-def _references(value: Any, where: str, data: DataConfig) -> tuple[str, ...]:
-    """Further right answers of a row: a list in .jsonl; a table of plain text has none."""
-    if not isinstance(value, list):
+def _references(value: Any, where: str, column: str) -> tuple[str, ...]:
+    """Further right answers of a row: a list of texts, or one text."""
+    items = value if isinstance(value, list) else [value]
+    if not isinstance(value, list) and plain_text(value, where, column) is None:
         return ()
-    if not all(isinstance(item, str) for item in value):
-        raise DataError(
-            f"{where}: {data.references_field!r} (data.references_field) holds something that is no text"
-        )
-    return tuple(_sound(item, data.references_field, where) for item in value)
+    return tuple(needed_text([item], where, column) for item in items)
 
 
 def read_examples(path: Path, data: DataConfig) -> list[Example]:
     """Read a file's examples in their order.
 
-    The natural client is read only where the column exists; ``partition: natural`` insists on it.
+    The natural client is read only where the column exists; ``partition: natural`` insists on it. Conversations and
+    instructions are recognised by their columns (:mod:`.layouts`), and a log line says so.
 
     Raises
     ------
     DataError
-        No such file, unreadable, a column is missing, or there is not one example.
+        No such file, unreadable, a column is missing, a value is no text, or there is not one example.
 
     """
-    if not path.is_file() and not is_saved_dataset(path):
-        reason = "is no file" if path.exists() else "does not exist"
-        raise DataError(f"data file {str(path)!r} {reason}")
     examples: list[Example] = []
-    try:
-        for number, row in _rows(path, data.format):
-            where = f"{path}:{number}"
-            if isinstance(messages := row.get(data.text_field), list):
-                row = {**row, **from_chat(messages, data, where)}
-            examples.append(
-                Example(
-                    text=_column(row, data.text_field, "text_field", where),
-                    label=_column(row, data.label_field, "label_field", where),
-                    client=""
-                    if row.get(data.client_field) is None
-                    else str(row[data.client_field]),
-                    references=_references(row.get(data.references_field), where, data),
-                )
+    layout: str | None = None
+    client, references = (
+        repr(data.client_field),
+        f"{data.references_field!r} (data.references_field)",
+    )
+    for number, where, values in rows(path, data.format):
+        if not examples and (layout := recognised(values, data)):
+            log.info("%s is %s", path, described(layout))
+        row = arranged(values, layout, data, where)
+        examples.append(
+            Example(
+                text=_column(row, data.text_field, "text_field", where),
+                label=_column(row, data.label_field, "label_field", where),
+                client=plain_text(row.get(data.client_field), where, client) or "",
+                references=_references(row.get(data.references_field), where, references),
+                row=number,
             )
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"data file {str(path)!r} is not UTF-8 text; save it as UTF-8 ({error})"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"data file {str(path)!r} has a column that is nested too deep") from error
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(f"data file {str(path)!r} cannot be read: {error}") from error
+        )
     if not examples:
         raise DataError(f"data file {str(path)!r} holds no example")
     return examples
+
+
+def how_read(path: Path, data: DataConfig) -> str | None:
+    """How a file's rows are read where its columns, not the settings, say so; DataError as :func:`read_examples`."""
+    for _, _, values in rows(path, data.format):
+        layout = recognised(values, data)
+        return None if layout is None else described(layout)
+    return None
 
 
 def _path(data: DataConfig, part: str) -> Path:
@@ -199,11 +154,36 @@ def _from_plugin(name: str, part: str) -> tuple[Example, ...]:
         raise DataError(f"data set {name!r} of an installed package, {part}: {error}") from error
     if not examples or not all(isinstance(example, Example) for example in examples):
         raise DataError(f"data set {name!r} of an installed package gives no Examples for {part}")
+    for number, example in enumerate(examples, start=1):
+        _check_texts(
+            example, f"data set {name!r} of an installed package, {part}, example {number}"
+        )
     return examples
+
+
+def _check_texts(example: Example, where: str) -> None:
+    """Refuse an example of another's code that holds something else than texts (DataError)."""
+    if not isinstance(example.references, tuple):
+        raise DataError(
+            f"{where}: references is a {type(example.references).__name__}, not a tuple of texts"
+        )
+    needed = {"text": (example.text,), "label": (example.label,), "references": example.references}
+    for name, values in {**needed, "client": (example.client or "-",)}.items():
+        for value in values:
+            if not isinstance(value, str):
+                raise DataError(f"{where}: {name} is a {type(value).__name__}, not a text")
+            needed_text(value, where, name)
 
 
 def _is_plugin(data: DataConfig) -> bool:
     return data.train is None and data.test is None and data.name in plugin_names("data")
+
+
+def columns_recognised(data: DataConfig) -> list[str]:
+    """A line for each of a run's own files whose columns say how they are read (:func:`how_read`)."""
+    given = [data.train, data.test] if data.name != NATURAL_INSTRUCTIONS else []
+    paths = [Path(path).expanduser() for path in given if path is not None]
+    return [f"{path} is {how}" for path in dict.fromkeys(paths) if (how := how_read(path, data))]
 
 
 def training_pool(data: DataConfig) -> tuple[Example, ...]:
@@ -257,8 +237,9 @@ def check_labels(examples: Iterable[Example], labels: Sequence[str] | None, wher
     known = set(labels)
     for number, example in enumerate(examples, start=1):
         if example.label not in known:  # the answer itself may be private
+            place = f"row {example.row}" if example.row else f"example {number}"
             raise DataError(
-                f"{where}: the answer of example {number} is not in the label set "
+                f"{where}: the answer of {place} is not in the label set "
                 f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}); set data.labels",
                 OUTSIDE,
             )

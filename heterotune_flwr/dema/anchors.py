@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,39 +14,35 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.config.schema import AlignmentConfig
+from heterotune_flwr.data.tables import rows
+from heterotune_flwr.data.text_files import text_lines
+from heterotune_flwr.data.values import needed_text
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 
 SHIPPED = ("debian-other", "wordnet", "debian-near")
 _TOLD = "its anchors cannot be used"
+_COLUMN = "text"
 _WORD = re.compile(r"[A-Za-z][a-z]+")
 
 
 def _read(path: Path) -> list[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
+    """Anchors in their order: the lines of a text file, or column ``text`` of any data file."""
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as stream:  # type: ignore[operator]
-            lines = [line.rstrip("\n") for line in stream]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"the anchors {path} cannot be read: {error}", _TOLD) from error
-    if path.name.removesuffix(".gz").endswith(".txt"):
-        return [line for line in lines if line.strip()]
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: every anchor must be a JSON object with a 'text'", _TOLD
-            ) from error
-        texts.append(str(text))
-    return texts
+        if path.name.removesuffix(".gz").endswith(".txt"):
+            return [text for line in text_lines(path) if (text := line.rstrip("\r\n")).strip()]
+        texts = []
+        for _, where, row in rows(path):
+            if _COLUMN not in row:
+                raise DataError(f"{where}: every anchor needs a text in column {_COLUMN!r}")
+            texts.append(needed_text(row[_COLUMN], where, repr(_COLUMN)))
+        return texts
+    except DataError as error:
+        raise DataError(f"the anchors: {error}", _TOLD) from error
 
 
 def load_anchors(alignment: AlignmentConfig) -> list[str]:
-    """The first ``alignment.count`` anchors of a shipped set or of a .jsonl(.gz)/.txt(.gz) file.
+    """The first ``alignment.count`` anchors of a shipped set, a .txt(.gz) file, or column ``text`` of a data file.
 
     Raises
     ------

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.sources import examples_digest, read_examples
+from heterotune_flwr.data.sources import examples_digest, how_read, read_examples
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.deploy import certificates
 from heterotune_flwr.deploy.files import make_folder, present, read_bytes, unwritten
@@ -191,7 +191,8 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
             present(Path(client[key]), key)  # says whose a closed folder is
     guest = client.get("guest") == "yes"
     if client.get("data"):
-        yield _own_examples(read_examples(Path(client["data"]), data), guest)
+        path = Path(client["data"])
+        yield _own_examples(read_examples(path, data), guest, how_read(path, data))
     else:
         yield Finding("data", "ok", "none: a guest, who learns from what the others predict")
     if client.get("test"):
@@ -199,13 +200,15 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
         yield Finding("test data", "ok", f"{count} examples")
 
 
-def _own_examples(examples: Sequence[Example], guest: bool) -> Finding:
+def _own_examples(examples: Sequence[Example], guest: bool, read: str | None) -> Finding:
     digest = examples_digest(examples)[:12]
     state: State = "ok" if guest or len(examples) >= 8 else "warn"
     mend = "" if state == "ok" else "so few examples train little; is it the right file?"
     answers = len({example.label for example in examples})
     use = "; a guest's, for its own test alone" if guest else ""
     text = f"{len(examples)} examples, {answers} different answers (digest {digest}){use}; they stay here"
+    if read is not None:
+        text += f"; {read}"
     return Finding("data", state, text, mend)
 
 

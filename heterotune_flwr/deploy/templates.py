@@ -231,7 +231,7 @@ bits = "auto"         # nf4 | nf4-single | int8 | bf16 | fp32 | auto: the widest
 # device = "cuda:0"   # or "cpu"; default: the GPU if there is one
 # threads = 2
 
-data = "data.jsonl"   # .jsonl(.gz), .csv, .parquet, or a directory saved by `datasets`; never leaves this machine
+data = "data.jsonl"   # .jsonl, .json, .csv, .parquet, or a directory saved by `datasets`; never leaves this machine
 # format = "parquet"  # where the name does not tell: jsonl | csv | parquet | dataset
 text-field = "text"   # column with the text, or with chat messages (a list of {role, content})
 label-field = "label" # column with the answer; not used for chat messages: the last reply of the assistant is it

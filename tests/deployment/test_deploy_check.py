@@ -88,6 +88,20 @@ def test_troubles_of_the_machine_have_a_remedy_each(node):
     assert "not ready: 6 to mend" in done.output
 
 
+def test_a_nodes_files_are_read_as_in_a_run(node):
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+    rows = [{"conversations": turns}] * 8
+    (node / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    findings = found(node_check.check_node(node / "node.toml", offline=True))
+    assert findings["data"].state == "ok"
+    assert "read as conversations" in findings["data"].message
+    rows.append({"conversations": None})
+    (node / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    findings = found(node_check.check_node(node / "node.toml", offline=True))
+    assert findings["data"].state == "fail"
+    assert "data.jsonl:9: 'conversations' is no conversation" in findings["data"].message
+
+
 def test_a_backbone_that_does_not_fit_names_bits_that_do(node):
     edit(node, 'bits = "auto"', 'bits = "fp32"\nmemory-gb = 0.604')
     finding = found(node_check.check_node(node, offline=True))["backbone"]
