@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.pools import Pool, answers_of
 from heterotune_flwr.data.sources import check_labels, label_set, training_pool
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
@@ -171,7 +172,7 @@ def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
 
 @functools.lru_cache(maxsize=8)
 def _shares(
-    pool: tuple[Example, ...],
+    of: Pool,
     partition: str,
     total: int,
     alpha: float,
@@ -181,6 +182,7 @@ def _shares(
     groups: int,
     closed: bool,
 ) -> list[list[int]]:
+    pool = of.examples
     if partition == "dirichlet":
         return _dirichlet(pool, total, alpha, num_partitions, seed, closed)
     if partition == "iid":
@@ -227,11 +229,12 @@ def client_examples(
         raise DataError(f"there is no client {partition_id} among {num_partitions}")
     pool = training_pool(data)
     labels = label_set(data)
-    check_labels(pool, labels, "the training file")
+    if labels is not None and not set(answers_of(pool)) <= set(labels):
+        check_labels(pool, labels, "the training file")
     _check(data, pool, num_partitions)
     total = data.examples_per_client + data.personal_test_examples
     shares = _shares(
-        pool,
+        Pool(pool),
         data.partition,
         total,
         data.alpha,

@@ -17,6 +17,7 @@ from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.layouts import arranged, described, recognised
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS, read_tasks
+from heterotune_flwr.data.pools import answers_of
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.errors import DataError
@@ -224,7 +225,7 @@ def label_set(data: DataConfig) -> list[str] | None:
         return list(data.labels)
     if data.max_labels < 1:
         return None
-    found = sorted({example.label for example in training_pool(data)})
+    found = list(answers_of(training_pool(data)))
     if len(found) < 2:
         raise DataError(f"every example has the answer {found[0]!r}: there is nothing to learn")
     return found if len(found) <= data.max_labels else None

@@ -13,6 +13,7 @@ import numpy as np
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, public_words
+from heterotune_flwr.dema.kept import kept_maps, maps_path
 from heterotune_flwr.dema.maps import AlignmentResult, compute_maps, join_type
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
 from heterotune_flwr.exchange.directions import exact_codec
@@ -116,7 +117,11 @@ def align_types(
 
     """
     gathered = _Gathered.of(fingerprints, config, method, labels, config.alignment.cache, ask)
-    result = compute_maps(gathered.factors, config.alignment, method, labels, seed)
+    given = (gathered.factors, config.alignment, method, labels, seed)
+    if config.alignment.cache:
+        result = kept_maps(maps_path(*given), lambda: compute_maps(*given))
+    else:
+        result = compute_maps(*given)
     gathered.remember()
     return result
 

@@ -12,7 +12,7 @@ from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.federation.identity import Identity
 from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
 
-_ENCODED_SETS = 1024
+_ENCODED_SETS = 4096
 
 
 class Encodings:

@@ -127,14 +127,19 @@ class Identity:
 
 def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
     """Type of every simulated client: the types in turn, each until it has its number of clients."""
-    left = [item.clients for item in types]
-    order: list[TypeConfig] = []
+    return [types[index] for index in _turns(tuple(item.clients for item in types))]
+
+
+@functools.lru_cache(maxsize=16)
+def _turns(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Index of the type of every client, in turn."""
+    left, order = list(counts), []
     while any(left):
-        for index, item in enumerate(types):
+        for index in range(len(left)):
             if left[index] > 0:
                 left[index] -= 1
-                order.append(item)
-    return order
+                order.append(index)
+    return tuple(order)
 
 
 def is_simulated(node_config: Mapping[str, Any]) -> bool:
@@ -157,13 +162,13 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
     if not is_simulated(node_config):
         return _deployed(config, node_config, run_id)
     partition, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
-    order = expand_types(config.types)
+    order = _turns(tuple(item.clients for item in config.types))
     if len(order) != count:
         raise ConfigError(
             f"the simulation has {count} nodes but the types have {len(order)} clients; set "
             f"num-supernodes={len(order)} or change types.*.clients"
         )
-    mine = order[partition]
+    mine = config.types[order[partition]]
     state_dir = _simulated_state_dir(config, run_id)
     return Identity(
         client_id=f"client-{partition:04d}",

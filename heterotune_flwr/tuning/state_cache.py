@@ -55,6 +55,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self._bytes = 0
 
     def get(self, key: str) -> Tensor | None:
         if key in self._held:
@@ -65,14 +66,37 @@ class _Memory:
         limit = memory_budget()
         if table.nbytes > limit:
             return  # read from disk piece by piece, or computed again
+        before = self._held.pop(key, None)
         self._held[key] = table
-        while sum(held.nbytes for held in self._held.values()) > limit:
-            self._held.popitem(last=False)
+        self._bytes += table.nbytes - (0 if before is None else before.nbytes)
+        while self._bytes > limit:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
         self._held.clear()
+        self._bytes = 0
 
 
+class _Written:
+    """Prunes the disk after enough was written: to look through thousands of files after every table is quadratic.
+
+    A process may thus pass the budget by 1/64 of it.
+    """
+
+    def __init__(self) -> None:
+        self._since: int | None = None
+
+    def add(self, count: int, path: Path) -> None:
+        """Take down a file of so many bytes."""
+        limit = disk_budget()
+        self._since = None if self._since is None else self._since + count
+        if self._since is None or 64 * self._since >= limit:
+            prune(limit, keep=path)
+            self._since = 0
+
+
+#: Explicit per-process count.
+written = _Written()
 #: Explicit per-process cache; holds frozen states only, nothing a client trained.
 memory = _Memory()
 
@@ -134,7 +158,7 @@ def _computed(key: str, rows: int, hidden: int, compute: Callable[[], Tensor]) -
                 table = compute()
                 if table.nbytes <= disk_budget():
                     atomic_write_bytes(path, save({"states": table.cpu().contiguous()}))
-                    prune(disk_budget(), keep=path)
+                    written.add(table.nbytes, path)
                     # Mapped pages can be dropped and shared; computed ones cannot.
                     table = _from_disk(path, rows, hidden)
     except OSError as error:
