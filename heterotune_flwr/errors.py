@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class HeteroTuneError(Exception):
     """A problem the user can mend; the message is one clear line and needs no traceback."""
 
 
 class ConfigError(HeteroTuneError):
-    """A wrong key, value or combination in the configuration."""
+    """A wrong key, value or combination in the configuration.
+
+    The message may quote values. ``told`` is what a deployed client tells the server instead: the key and what is
+    expected there, never a value, which a server must not be able to make a client look up.
+    """
+
+    def __init__(
+        self, message: str, told: str = "a setting of the run or of the node cannot be used"
+    ) -> None:
+        super().__init__(message)
+        self.told = told
+
+    @classmethod
+    def of(cls, where: str, value: object, need: str) -> Self:
+        """``where is value; need``, told without the value."""
+        return cls(f"{where} is {value!r}; {need}", f"{where}: {need}")
+
+    @classmethod
+    def plain(cls, message: str) -> Self:
+        """Error whose message holds no value, so that it may be told as it is."""
+        return cls(message, message)
 
 
 class BackboneError(HeteroTuneError):

@@ -64,6 +64,12 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _not_among(where: str, value: object, allowed: Sequence[str]) -> ConfigError:
+    return ConfigError.of(
+        where, value, f"choose from {', '.join(allowed)}{nearest(str(value), allowed)}"
+    )
+
+
 def _value(config: Config, path: str) -> Any:
     section, key = path.split(".")
     return getattr(getattr(config, section), key)
@@ -75,68 +81,68 @@ def check_choices(config: Config) -> None:
     for path, allowed in {**CHOICES, **codecs}.items():
         value = _value(config, path)
         if value not in allowed and (path not in _NULLABLE or value is not None):
-            raise ConfigError(
-                f"{path} is {value!r}{nearest(str(value), allowed)} (choose from {', '.join(allowed)})"
-            )
+            raise _not_among(path, value, allowed)
     for index, entry in enumerate(config.types):
         bits = (*BITS, AUTO)
         if entry.bits not in bits:
-            raise ConfigError(
-                f"types.{index}.bits is {entry.bits!r}{nearest(entry.bits, bits)} (choose from {', '.join(bits)})"
-            )
+            raise _not_among(f"types.{index}.bits", entry.bits, bits)
         if entry.clients < 1:
-            raise ConfigError(f"types.{index}.clients is {entry.clients}, it must be at least 1")
+            raise ConfigError.of(f"types.{index}.clients", entry.clients, "it must be at least 1")
         if entry.memory_gb is not None and not 0.0 < entry.memory_gb < float("inf"):
-            raise ConfigError(f"types.{index}.memory_gb is {entry.memory_gb}, it must be above 0")
+            raise ConfigError.of(f"types.{index}.memory_gb", entry.memory_gb, "it must be above 0")
     for path, minimum in MINIMA.items():
         if not (value := _value(config, path)) >= minimum:  # NaN neither
-            raise ConfigError(f"{path} is {value}, it must be at least {minimum}")
+            raise ConfigError.of(path, value, f"it must be at least {minimum}")
     for path in _POSITIVE:
         if not (value := _value(config, path)) > 0:  # NaN neither
-            raise ConfigError(f"{path} is {value}, it must be above 0")
+            raise ConfigError.of(path, value, "it must be above 0")
     if config.train.last_rate > 1:
-        raise ConfigError(f"train.last_rate is {config.train.last_rate}, must be in (0, 1]")
+        raise ConfigError.of("train.last_rate", config.train.last_rate, "it must be in (0, 1]")
     if config.train.warmup_ratio > 1:
-        raise ConfigError(f"train.warmup_ratio is {config.train.warmup_ratio}, must be in [0, 1]")
+        raise ConfigError.of(
+            "train.warmup_ratio", config.train.warmup_ratio, "it must be in [0, 1]"
+        )
     check_directions(config.exchange)
     labels = config.data.labels
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
-        raise ConfigError(f"data.labels is {labels}; name at least two answers, each once")
+        raise ConfigError.of("data.labels", labels, "name at least two answers, each once")
     for path, bound in _ABOVE.items():
         value = _value(config, path)
         if value is not None and not bound < value < float("inf"):
-            raise ConfigError(f"{path} is {value}, it must be above {bound} (or null)")
+            raise ConfigError.of(path, value, f"it must be above {bound} (or null)")
     if config.server.oversample > 1:
-        raise ConfigError(f"server.oversample is {config.server.oversample}, must be in [0, 1]")
+        raise ConfigError.of("server.oversample", config.server.oversample, "it must be in [0, 1]")
     if config.server.quorum is not None and config.server.quorum > 1:
-        raise ConfigError(f"server.quorum is {config.server.quorum}, must be in (0, 1] or null")
+        raise ConfigError.of("server.quorum", config.server.quorum, "it must be in (0, 1] or null")
     if not 0 < config.server.participation <= 1:
-        raise ConfigError(
-            f"server.participation is {config.server.participation}, must be in (0, 1]"
+        raise ConfigError.of(
+            "server.participation", config.server.participation, "it must be in (0, 1]"
         )
     if config.data.generate and config.data.max_answer_tokens >= config.data.max_length:
-        raise ConfigError(
-            f"data.max_answer_tokens is {config.data.max_answer_tokens}, it must be below data.max_length "
-            f"({config.data.max_length})"
+        raise ConfigError.of(
+            "data.max_answer_tokens",
+            config.data.max_answer_tokens,
+            "it must be below data.max_length",
         )
     if not 0 < config.data.test_share < 1:
-        raise ConfigError(f"data.test_share is {config.data.test_share}, must be between 0 and 1")
+        raise ConfigError.of(
+            "data.test_share", config.data.test_share, "it must be between 0 and 1"
+        )
     if config.method.core_from >= 1:
-        raise ConfigError(f"method.core_from is {config.method.core_from}, it must be below 1")
+        raise ConfigError.of("method.core_from", config.method.core_from, "it must be below 1")
     if config.run.workers is not None and config.run.workers < 1:
-        raise ConfigError(f"run.workers is {config.run.workers}, it must be at least 1 (or null)")
+        raise ConfigError.of("run.workers", config.run.workers, "it must be at least 1 (or null)")
     method = config.method
     if method.experts_global + method.experts_type + method.experts_private < 1:
-        raise ConfigError("method has no experts: set method.experts_global to at least 1")
+        raise ConfigError.plain("method has no experts: set method.experts_global to at least 1")
     if not config.run.seeds or not config.run.compare:
-        raise ConfigError("run.seeds and run.compare must not be empty")
+        raise ConfigError.plain("run.seeds and run.compare must not be empty")
     if min(config.run.seeds) < 0:
-        raise ConfigError(f"run.seeds is {config.run.seeds}: a seed is 0 or more")
+        raise ConfigError.of("run.seeds", config.run.seeds, "a seed is 0 or more")
     for key, entries in (("seeds", config.run.seeds), ("compare", config.run.compare)):
         if len(set(map(str, entries))) != len(entries):  # they name the clients' files
-            raise ConfigError(f"run.{key} has an entry twice: {entries}")
+            raise ConfigError.of(f"run.{key}", entries, "an entry twice")
     for name in (config.run.name, *config.run.compare):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
-            raise ConfigError(
-                f"the name {name!r} cannot be part of a file name; use letters, digits, - and _"
-            )
+            need = "cannot be part of a file name; use letters, digits, - and _"
+            raise ConfigError(f"the name {name!r} {need}", f"run.name or run.compare {need}")

@@ -21,6 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.choices import check_choices, nearest
+from heterotune_flwr.config.plain import (
+    DEEPEST,
+    LONGEST,
+    expected_at,
+    load_plain,
+    refuse_interpolation,
+)
 from heterotune_flwr.config.schema import Config, TypeConfig
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.dema.anchors import SHIPPED
@@ -54,17 +61,13 @@ def describe_presets() -> dict[str, str]:
     return purposes
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.create(text))
-    except Exception as error:  # the YAML parser has exceptions of its own
-        raise ConfigError(
-            f"{where} is not valid YAML: {' '.join(str(error).split())[:200]}"
-        ) from error
+def _parse(text: str, where: str, trusted: bool = True) -> dict[str, Any]:
+    loaded = load_plain(text, where, trusted)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{where} must be a mapping of sections, not a {type(loaded).__name__}")
+        kind = type(loaded).__name__
+        raise ConfigError.plain(f"{where} must be a mapping of sections, not a {kind}")
     return {str(key): value for key, value in loaded.items()}
 
 
@@ -75,9 +78,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
-def _find_preset(config: str) -> dict[str, Any]:
+def _find_preset(config: str, trusted: bool) -> dict[str, Any]:
     if config.startswith(INLINE):
-        return _parse(config.removeprefix(INLINE), "the inline configuration")
+        return _parse(config.removeprefix(INLINE), "the inline configuration", trusted)
     path = Path(config).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
@@ -105,9 +108,10 @@ def _group(section: str, name: str) -> Any:
     path = folder / f"{name}.yaml"
     if not re.fullmatch(r"[\w-]+", name) or not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
+        listed = f"{nearest(name, known)} (known: {', '.join(known) or 'none'})"
         raise ConfigError(
-            f"groups.{section}: there is no conf/{section}/{name}.yaml{nearest(name, known)} "
-            f"(known: {', '.join(known) or 'none'})"
+            f"groups.{section}: there is no conf/{section}/{name}.yaml{listed}",
+            f"groups.{section}: there is no such file{listed}",
         )
     content = _read(path)
     return content[section] if set(content) == {section} else content
@@ -124,11 +128,16 @@ def _expand(preset: dict[str, Any]) -> dict[str, Any]:
     preset = dict(preset)
     groups = preset.pop("groups", {})
     if not isinstance(groups, dict):
-        raise ConfigError("groups must map sections to file names, like {data: debian_sections}")
+        raise ConfigError.plain(
+            "groups must map sections to file names, like {data: debian_sections}"
+        )
     merged: dict[str, Any] = {}
     for section, name in groups.items():
         if section not in _SECTIONS:
-            raise ConfigError(f"groups.{section}: no such section{nearest(section, _SECTIONS)}")
+            near = nearest(str(section), _SECTIONS)
+            raise ConfigError(
+                f"groups.{section}: no such section{near}", f"groups: no such section{near}"
+            )
         merged[section] = _group(section, str(name))
     strategies = preset.get("strategies")
     if isinstance(strategies, list):
@@ -145,7 +154,9 @@ def _listed_strategy(entry: Any) -> tuple[str, Any]:
     return str(name), _merge(_group("strategy", str(name)), changes)
 
 
-def parse_overrides(overrides: str | Sequence[str]) -> list[tuple[list[str], Any]]:
+def parse_overrides(
+    overrides: str | Sequence[str], trusted: bool = True
+) -> list[tuple[list[str], Any]]:
     """``"a.b=1 c=[x,y]"`` (shell quoting allowed) or a list of such words -> [(path, value)].
 
     Raises
@@ -157,17 +168,21 @@ def parse_overrides(overrides: str | Sequence[str]) -> list[tuple[list[str], Any
     try:
         words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
     except ValueError as error:
-        raise ConfigError(f"the overrides {overrides!r} cannot be split: {error}") from error
+        raise ConfigError(
+            f"the overrides {overrides!r} cannot be split: {error}",
+            "the overrides cannot be split: a quote is open",
+        ) from error
     parsed = []
     for word in words:
         path, equals, text = word.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"override {word!r} must read dotted.path=value")
+        if not equals or not path or path.count(".") >= DEEPEST:
+            raise ConfigError(
+                f"override {word!r} must read dotted.path=value",
+                "every override must read dotted.path=value",
+            )
         try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
-        except (
-            Exception
-        ):  # not YAML (a prompt with braces, say): the text itself; the schema judges it
+            value = load_plain(text, path, trusted)
+        except ConfigError:  # a prompt with braces, say: the text itself; the schema judges it
             value = text
         if isinstance(value, dict) and not text.lstrip().startswith("{"):
             value = text  # a text with a colon at its end, not a mapping
@@ -179,7 +194,10 @@ def _apply(tree: Any, path: list[str], value: Any, full: str) -> None:
     head, *rest = path
     if isinstance(tree, list):
         if not head.isdigit() or int(head) >= len(tree):
-            raise ConfigError(f"override {full}: {head!r} is not an index below {len(tree)}")
+            raise ConfigError(
+                f"override {full}: {head!r} is not an index below {len(tree)}",
+                f"an override names an entry of a list; it must be an index below {len(tree)}",
+            )
         key: Any = int(head)
     else:
         key = head
@@ -200,7 +218,10 @@ def _check_keys(content: Any, schema: Any, where: str) -> None:
         path = f"{where}.{key}" if where else key
         if key not in hints:
             near = nearest(str(key), list(hints))
-            raise ConfigError(f"unknown configuration key {path!r}{near}")
+            raise ConfigError(
+                f"unknown configuration key {path!r}{near}",
+                f"{where or 'the configuration'} has a key that is unknown to this node's version{near}",
+            )
         if key == "types" and where == "":
             for index, entry in enumerate(value or []):
                 _check_keys(entry, TypeConfig, f"types.{index}")
@@ -229,31 +250,31 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
     """
     if not trusted:
         _check_untrusted(config, overrides)
-    content = _expand(_find_preset(config))
+    content = _expand(_find_preset(config, trusted))
     _check_sections(content)
-    for path, value in parse_overrides(overrides):
-        if (
-            path[0] == "strategies"
-            and len(path) > 1
-            and path[1] not in content.get("strategies", {})
-        ):
-            content.setdefault("strategies", {})[path[1]] = _group("strategy", path[1])
+    if content.get("strategies") is None:
+        content["strategies"] = {}
+    for path, value in parse_overrides(overrides, trusted):
+        if path[0] == "strategies" and len(path) > 1 and path[1] not in content["strategies"]:
+            content["strategies"][path[1]] = _group("strategy", path[1])
         if len(path) == 2 and path[0] == "train":
             # Said for all: what single strategies had is void.
-            for spec in (content.get("strategies") or {}).values():
+            for spec in content["strategies"].values():
                 if isinstance(spec, dict) and isinstance(spec.get("train"), dict):
                     spec["train"].pop(path[1], None)
         _apply(content, path, value, ".".join(path))
     _check_sections(content)
     _check_keys(content, Config, "")
     _add_compared_strategies(content)
+    if not trusted:
+        refuse_interpolation(content)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), content)
         result = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "configuration"
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {reason}") from error
+        raise ConfigError(f"{key}: {reason}", expected_at(str(key))) from error
     assert isinstance(result, Config)
     check_choices(result)
     return result
@@ -261,11 +282,13 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
 
 def _check_untrusted(config: str, overrides: str | Sequence[str]) -> None:
     if not config.startswith(INLINE) and config not in presets():
-        raise ConfigError(
+        raise ConfigError.plain(
             "a deployed client takes a preset's name or inline YAML from the server, no file"
         )
-    if "${" in config + "".join(overrides):
-        raise ConfigError("a deployed client takes no ${...} interpolation from the server")
+    if len(config) + sum(map(len, overrides)) > LONGEST:
+        raise ConfigError.plain(
+            f"a deployed client takes a configuration of at most {LONGEST} letters from the server"
+        )
 
 
 def _check_sections(content: dict[str, Any]) -> None:
@@ -274,12 +297,11 @@ def _check_sections(content: dict[str, Any]) -> None:
         wanted = list if key == "types" else dict
         if key in _SECTIONS and value is not None and not isinstance(value, wanted):
             kind = "a list of types" if wanted is list else "a mapping"
-            raise ConfigError(f"{key} is {value!r}, but must be {kind}")
+            raise ConfigError(f"{key} is {value!r}, but must be {kind}", f"{key} must be {kind}")
     for entry in content.get("types") or []:
         if not isinstance(entry, dict):
-            raise ConfigError(
-                f"types has {entry!r}; write {{backbone: ..., bits: ..., clients: ...}}"
-            )
+            need = "write {backbone: ..., bits: ..., clients: ...}"
+            raise ConfigError(f"types has {entry!r}; {need}", f"types: {need}")
 
 
 def _add_compared_strategies(content: dict[str, Any]) -> None:
@@ -287,17 +309,17 @@ def _add_compared_strategies(content: dict[str, Any]) -> None:
     strategies = content.setdefault("strategies", {})
     compared = (content.get("run") or {}).get("compare") or ["heterotune"]
     if not isinstance(compared, list):
-        raise ConfigError(
-            f"run.compare is {compared!r}, but must be a list like [within_type,heterotune]"
-        )
+        need = "must be a list like [within_type,heterotune]"
+        raise ConfigError(f"run.compare is {compared!r}, but {need}", f"run.compare {need}")
     for name in compared:
         if name not in strategies:
             known = sorted(path.stem for path in (conf_root() / "strategy").glob("*.yaml"))
             if str(name) not in known:
-                known = sorted({*known, *strategies})
+                own = sorted({*known, *map(str, strategies)})
                 raise ConfigError(
-                    f"run.compare: there is no strategy {name!r}{nearest(str(name), known)} "
-                    f"(known: {', '.join(known)})"
+                    f"run.compare: there is no strategy {name!r}{nearest(str(name), own)} "
+                    f"(known: {', '.join(own)})",
+                    f"run.compare names a strategy that there is not (known: {', '.join(known)})",
                 )
             strategies[name] = _group("strategy", str(name))
 

@@ -31,10 +31,11 @@ def check_directions(exchange: ExchangeConfig) -> None:
     try:
         topk_name(exchange.top_k)
     except ExchangeError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error), "exchange.top_k must be a number from 0.001 to 1") from error
     down = down_codec(exchange)
     if getattr(find_codec(down), "sparse", False):
         raise ConfigError(
             f"{down} would leave out most of the values a client starts from; it is for updates alone: set "
-            f"exchange.up={down.partition(':')[0]} and exchange.down=bf16 (or int8, nf4)"
+            f"exchange.up={down.partition(':')[0]} and exchange.down=bf16 (or int8, nf4)",
+            "exchange.down must be a codec that leaves nothing out, such as bf16, int8 or nf4",
         )

@@ -59,9 +59,9 @@ def _known_texts(lesson: Lesson, alignment: AlignmentConfig) -> list[str]:
     """The anchors; ConfigError where this client's are not the server's."""
     texts = anchor_texts(alignment.anchors, lesson.extent)
     if len(texts) < lesson.extent or anchor_digest(texts) != lesson.digest:
-        raise ConfigError(
-            f"the anchors {alignment.anchors} here are not those of the server; they must be the same texts in the "
-            "same order"
+        raise ConfigError.plain(
+            "the anchors here are not those of the server; they must be the same texts in the same order "
+            "(alignment.anchors, anchors in a node's settings)"
         )
     return texts
 
@@ -101,7 +101,7 @@ def anchor_work(
     if lesson is None:
         return None
     if lesson.words != (task.kind == "tokens"):
-        raise ConfigError(
+        raise ConfigError.plain(
             "answers on anchors need an open-text task, predictions a closed label set (data.labels, train.loss)"
         )
     texts = _known_texts(lesson, identity.alignment(config))

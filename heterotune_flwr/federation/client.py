@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
+from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.config.schema import Config, MethodConfig
@@ -153,6 +154,7 @@ class Client:
 
     def adapter(self, method: MethodConfig, frozen: Sequence[str] = ()) -> AttachedAdapter:
         """Return the adapter of a method on this backbone, values undefined; ``frozen`` names stay fixed."""
+        check_choices(replace(self.config, method=method))  # it came with the message
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
         adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
         adapter.train_from(lowest_slot(self.identity.slots, resolved.slots), frozen)
@@ -164,7 +166,7 @@ class Client:
         if method.kind != "dema" or not method.ngrams:
             return ()
         if self.identity.partition is None:
-            raise ConfigError(NGRAMS_SIMULATED)
+            raise ConfigError.plain(NGRAMS_SIMULATED)
         alignment = self.config.alignment
         return tuple(anchor_texts(alignment.anchors, alignment.count))
 
@@ -248,16 +250,18 @@ def train(message: Message, context: Context) -> RecordDict:
     lesson = anchor_work(
         request.lesson, client.identity, config, task, adapter, header.seed, request.discriminant
     )
+    settings = replace(
+        config.train,
+        optimizer=request.optimizer,
+        proximal=request.proximal,
+        warmup_ratio=request.warmup_ratio,
+    )
+    check_choices(replace(config, train=settings))
     report = train_local(
         adapter,
         task,
         make_rows(adapter, encoded, config.train.cache_states),
-        replace(
-            config.train,
-            optimizer=request.optimizer,
-            proximal=request.proximal,
-            warmup_ratio=request.warmup_ratio,
-        ),
+        settings,
         seed=_step_seed(header, client.client_id),
         local_steps=request.local_steps,
         learning_rate=request.learning_rate,

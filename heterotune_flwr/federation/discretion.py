@@ -1,4 +1,5 @@
-"""What a deployed client's errors tell the server: never its data, nor where anything lies on its machine.
+"""What a deployed client's errors tell the server: never its data, no value of a configuration, nor where anything lies
+on its machine.
 
 The whole text is in the client's own log.
 """
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.errors import DataError, HeteroTuneError
+from heterotune_flwr.errors import ConfigError, DataError, HeteroTuneError
 from heterotune_flwr.federation.identity import is_simulated
 
 #: Settings of a node that may be paths.
@@ -27,8 +28,8 @@ def told(error: HeteroTuneError, node_config: Mapping[str, Any]) -> str:
     """The line about an error that leaves a client; in a simulation all of it."""
     if is_simulated(node_config):
         return str(error)
-    if isinstance(error, DataError):
-        return f"{error.told}; the node's own log says more ({LOG})"
+    if isinstance(error, DataError | ConfigError):
+        return f"{_without_paths(error.told, node_config)}; the node's own log says more ({LOG})"
     return _without_paths(str(error), node_config)
 
 

@@ -105,9 +105,13 @@ class Identity:
         if self.anchors is not None:
             return dataclasses.replace(config.alignment, anchors=self.anchors)
         if self.partition is None and config.alignment.anchors not in SHIPPED:
+            need = (
+                "a deployed client reads no path from the server: name the file with anchors in its node "
+                f"configuration, or take one of {', '.join(SHIPPED)}"
+            )
             raise ConfigError(
-                f"the run aligns on the anchor file {config.alignment.anchors!r}; a deployed client "
-                "reads no path from the server: name the file with anchors in its node configuration"
+                f"the run aligns on the anchor file {config.alignment.anchors!r}; {need}",
+                f"alignment.anchors: {need}",
             )
         return config.alignment
 
@@ -202,7 +206,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
     guest = _choice(node_config, "guest", GUEST) == "yes"
     missing = [key for key in required_of(guest) if not node_config.get(key)]
     if missing:
-        raise ConfigError(
+        raise ConfigError.plain(
             f"the node configuration lacks {', '.join(missing)}; start the client with "
             'flower-supernode --node-config \'client-id="..." backbone="..." bits="..." '
             'data="..." state-dir="..."\''
@@ -257,8 +261,8 @@ def _choice(node_config: Mapping[str, Any], key: str, choices: Sequence[str]) ->
     """Return a value of a deployed client's configuration, the first choice by default."""
     value = str(node_config.get(key) or choices[0])
     if value not in choices:
-        raise ConfigError(
-            f"{key} in the node configuration is {value!r}; choose one of {', '.join(choices)}"
+        raise ConfigError.of(
+            f"{key} in the node configuration", value, f"choose one of {', '.join(choices)}"
         )
     return value
 
@@ -276,7 +280,7 @@ def check_code(accepted: str) -> None:
 
     """
     if accepted and accepted != code_hash():
-        raise ConfigError(
+        raise ConfigError.plain(
             f"the run brings heterotune-flwr {heterotune_flwr.__version__} with code {code_hash()}, but this node "
             f"accepts only code {accepted}, which it has installed; install the server's version on the node and "
             'restart it (or set accept-code = "any" in its node.toml)'
@@ -307,8 +311,8 @@ def _memory_gb(node_config: Mapping[str, Any]) -> float | None:
     except (TypeError, ValueError):
         budget = 0.0
     if not 0.0 < budget < float("inf"):
-        raise ConfigError(
-            f"memory-gb in the node configuration is {given!r}; give a number of GB, like memory-gb=7.5"
+        raise ConfigError.of(
+            "memory-gb in the node configuration", given, "give a number of GB, like memory-gb=7.5"
         )
     return budget
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,16 +140,28 @@ class Header:
     @classmethod
     def from_config(cls, record: Mapping[str, Any]) -> Header:
         """Read the header out of a ``config`` record."""
-        fields = read_json(record, "method")
-        known = {item.name for item in dataclasses.fields(MethodConfig)}
-        if not isinstance(fields, dict) or set(fields) != known:
-            raise ExchangeError("field 'method' of the message is not this version's MethodConfig")
         return cls(
             experiment=read_field(record, "experiment", str),
             seed=read_field(record, "seed", int),
-            method=MethodConfig(**fields),
+            method=_read_method(read_json(record, "method")),
             round=read_field(record, "round", int),
         )
+
+
+_METHOD_KINDS = typing.get_type_hints(MethodConfig)
+
+
+def _read_method(fields: Any) -> MethodConfig:
+    """A method's settings, each of its kind; what values they may have is the client's question."""
+    if not isinstance(fields, dict) or set(fields) != set(_METHOD_KINDS):
+        raise ExchangeError("field 'method' of the message is not this version's MethodConfig")
+    for name, kind in _METHOD_KINDS.items():
+        kinds = typing.get_args(kind) or (kind,)
+        if float in kinds and type(fields[name]) is int:
+            fields[name] = float(fields[name])
+        if type(fields[name]) not in kinds:
+            raise ExchangeError(f"method.{name} of the message is no {kinds[0].__name__}")
+    return MethodConfig(**fields)
 
 
 @dataclass(frozen=True)

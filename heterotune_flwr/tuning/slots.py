@@ -31,7 +31,6 @@ def lowest_slot(choice: str, slots: int) -> int:
         return slots // 2
     found = _LAST.fullmatch(choice)
     if found is None:
-        raise ConfigError(
-            f"slots to train are {choice!r}; choose all, upper-half or last-<n> (like last-1)"
-        )
+        need = "choose all, upper-half or last-<n> (like last-1)"
+        raise ConfigError(f"slots to train are {choice!r}; {need}", f"slots to train: {need}")
     return max(0, slots - int(found[1]))

@@ -46,12 +46,12 @@ def small_config(config: Any, width: float, name: str) -> Any:
 def _check_parent(backbone: Backbone) -> None:
     model, name = backbone.model, backbone.type_key
     if model.config.model_type != "llama" or getattr(model, "is_quantized", False):
-        raise ConfigError(
+        raise ConfigError.plain(
             f"sub-models can be cut out of LLaMA backbones at bf16 or fp32 only; {name} is {model.config.model_type!r}"
         )
     biased = [n for n, module in model.named_modules() if getattr(module, "bias", None) is not None]
     if biased:
-        raise ConfigError(
+        raise ConfigError.plain(
             f"sub-models of backbones with biases are not built; {name} has one in {biased[0]}"
         )
 

@@ -202,9 +202,9 @@ def loss_kind(config: TrainConfig, labels: Sequence[str] | None) -> str:
 
     """
     if config.loss not in LOSSES:
-        raise ConfigError(f"train.loss is {config.loss!r}; choose one of {', '.join(LOSSES)}")
+        raise ConfigError.of("train.loss", config.loss, f"choose one of {', '.join(LOSSES)}")
     if config.loss == "labels" and labels is None:
-        raise ConfigError(
+        raise ConfigError.plain(
             "train.loss is 'labels' but the task has no closed label set; set data.labels"
         )
     if config.loss == "auto":

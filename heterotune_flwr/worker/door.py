@@ -55,14 +55,12 @@ def uses_worker(node_config: Mapping[str, Any]) -> bool:
     if is_simulated(node_config) or not node_config.get("state-dir") or os.name != "posix":
         return False
     settings = {
-        f"worker in the node configuration is {node_config.get('worker')!r}": node_config.get(
-            "worker", "on"
-        ),
-        f"{ENVIRONMENT} is {os.environ.get(ENVIRONMENT)!r}": os.environ.get(ENVIRONMENT) or "on",
+        "worker in the node configuration": node_config.get("worker", "on"),
+        ENVIRONMENT: os.environ.get(ENVIRONMENT) or "on",
     }
     for where, value in settings.items():
         if value not in ("on", "off"):
-            raise ConfigError(f"{where}; choose on or off")
+            raise ConfigError.of(where, value, "choose on or off")
     return "off" not in settings.values()
 
 
@@ -81,8 +79,8 @@ def idle_seconds(node_config: Mapping[str, Any]) -> float:
     except (TypeError, ValueError):
         minutes = 0.0
     if not 0.0 < minutes < 1e6:
-        raise ConfigError(
-            f"worker-idle-minutes in the node configuration is {given!r}; give a number of minutes"
+        raise ConfigError.of(
+            "worker-idle-minutes in the node configuration", given, "give a number of minutes"
         )
     return 60.0 * minutes
 
