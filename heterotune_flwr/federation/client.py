@@ -175,17 +175,21 @@ class Client:
         return ClientStore(self.identity.state_dir, header.experiment, self.client_id)
 
 
+@functools.lru_cache(maxsize=16)
+def _words_known(backbone: Backbone, words: tuple[str, ...]) -> bytes:
+    """Which public words are one token of a backbone: the same for all its clients in a process."""
+    from heterotune_flwr.dema.factors import words_mask
+
+    return pack_mask(words_mask(backbone.tokenizer, words))
+
+
 def describe(message: Message, context: Context) -> RecordDict:
     """Answer ``query.describe``."""
     request = DescribeRequest.from_content(message.content)
     client = Client.of(context)
     backbone = client.backbone
     data = client.data(request.header.seed)
-    mask = b""
-    if request.words:
-        from heterotune_flwr.dema.factors import words_mask
-
-        mask = pack_mask(words_mask(backbone.tokenizer, request.words))
+    mask = _words_known(backbone, tuple(request.words)) if request.words else b""
     client.task()  # label collisions come to light here, before any training
     adapter = client.adapter(request.header.method)
     reply = DescribeReply(
@@ -376,6 +380,8 @@ def _use_maps(
     """Put the maps named by ``digest`` into the adapter; ask for them when they are not here."""
     if adapter.kind != "dema":
         return
+    if maps is None and adapter.maps_digest == digest and store.has_maps(digest):
+        return  # in place since an earlier message, of this client or of another one of its type
     if maps is not None:
         store.save_maps(maps, digest)
     held = maps if maps is not None else store.load_maps(digest)

@@ -53,6 +53,8 @@ class InProcessGrid(Grid):
         What every client's context carries as run configuration.
     drop
         Called with (node id, message type, round); True loses the message, as a dead node would.
+    most_in_flight
+        Messages under way at a time (:mod:`.simulated`); None: all at once, as with real nodes.
 
     """
 
@@ -62,8 +64,10 @@ class InProcessGrid(Grid):
         node_configs: Sequence[Mapping[str, Any]],
         run_config: Mapping[str, Any] | None = None,
         drop: Callable[[int, str, int], bool] | None = None,
+        most_in_flight: int | None = None,
     ) -> None:
         identify_process()
+        self.most_in_flight = most_in_flight
         self._app = app
         self._drop = drop
         self._counter = itertools.count(1)

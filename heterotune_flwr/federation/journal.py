@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from heterotune_flwr.exchange.storage import atomic_write_text, save_tensors
 #: Of the events' fields (docs/journal.md); raised when a reader of the older ones would misread a new one.
 VERSION = 1
 #: Events that a power cut may take: they are many, and nothing is rebuilt from them.
-_PASSING = frozenset({"train_reply", "bytes"})
+_PASSING = frozenset({"train_reply", "bytes", "progress"})
+#: Seconds between two events that tell how far asking or testing is.
+_PACE = 2.0
 
 
 def to_json(value: Any) -> Any:
@@ -78,6 +80,30 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and "event" in event else None
+
+
+class Pace:
+    """Tells now and then how far a long exchange of messages is; what is over within seconds tells nothing.
+
+    Parameters
+    ----------
+    tell
+        Journals an event with these fields.
+    what
+        ``asking`` or ``testing``.
+
+    """
+
+    def __init__(self, tell: Callable[..., None], what: str) -> None:
+        self._tell, self._what = tell, what
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        """Take down that ``done`` of ``of`` clients have answered or were given up."""
+        now = time.monotonic()
+        if done < of and now - self._last >= _PACE:
+            self._last = now
+            self._tell("progress", what=self._what, done=done, clients=of)
 
 
 class Journal:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from heterotune_flwr.federation.simulated import most_in_flight
 from heterotune_flwr.flower import Grid, Message, RecordDict
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+#: Longest pause where the next message goes out when an answer has come.
+_BRIEF_PAUSE = 0.1
 #: Share of the patience a message lives; the rest is for the error about its end to arrive.
 _TTL_SHARE = 0.98
 #: An error that arrives after this share of the patience tells of the message's end.
@@ -94,8 +98,13 @@ def converse(
     timeout: float | Mapping[int, float],
     on_reply: Callable[[Message], bool | None] | None = None,
     enough: Enough | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    outgoing: Callable[[Message], RecordDict] | None = None,
 ) -> Replies:
     """Send messages, at most one per node, and wait for the replies.
+
+    Real nodes are all asked at once, virtual ones a few at a time (:func:`.simulated.most_in_flight`); a deadline and
+    a message's life count from its own sending.
 
     Parameters
     ----------
@@ -107,10 +116,16 @@ def converse(
         Called with every reply that has content, in order of arrival; returns False for one that does not count
         towards ``enough``.
     enough
-        When to stop waiting although some have not answered; those are in ``unawaited``.
+        When to stop waiting although some have not answered, or were not asked yet; those are in ``unawaited``.
+    on_progress
+        Called with how many have answered or were given up, and how many there are, whenever that changes.
+    outgoing
+        What of a message really goes out, asked when it does; None: its content.
 
     """
-    return _Conversation(grid, messages, timeout, on_reply, enough or Enough()).run()
+    conversation = _Conversation(grid, messages, timeout, on_reply, enough or Enough())
+    conversation.outgoing = outgoing
+    return conversation.run(on_progress)
 
 
 class _Conversation:
@@ -127,52 +142,79 @@ class _Conversation:
         self.grid, self.on_reply, self.enough = grid, on_reply, enough
         self.replies = Replies()
         self.quorum_since = math.inf
-        self.waiting: dict[str, int] = {}
-        self.patience: dict[int, float] = {}
-        ids: list[str | None] = list(grid.push_messages(messages)) if messages else []
+        self.timeout = timeout
+        self.queue, self.total = deque(messages), len(messages)
+        self.most = most_in_flight(grid)
+        self.outgoing: Callable[[Message], RecordDict] | None = None
+        #: Message id -> its node, and when it was sent (seconds since the beginning).
+        self.waiting: dict[str, tuple[int, float]] = {}
+        self.started = time.monotonic()
+
+    def _patience(self, node_id: int) -> float:
+        return self.timeout[node_id] if isinstance(self.timeout, Mapping) else self.timeout
+
+    def _send(self) -> None:
+        """Send what may be under way."""
+        room = len(self.queue) if self.most is None else self.most - len(self.waiting)
+        batch = [self.queue.popleft() for _ in range(min(room, len(self.queue)))]
+        if not batch:
+            return
+        ids: list[str | None] = list(self.grid.push_messages([self._fresh(m) for m in batch]))
+        now = self.elapsed
         # Flower marks a refused message by None, and a refused batch by an empty list.
-        for message, message_id in zip(messages, ids or [None] * len(messages), strict=True):
+        for message, message_id in zip(batch, ids or [None] * len(batch), strict=True):
             node_id = message.metadata.dst_node_id
             if message_id:
-                self.waiting[message_id] = node_id
-                self.patience[node_id] = (
-                    timeout[node_id] if isinstance(timeout, Mapping) else timeout
-                )
+                self.waiting[message_id] = (node_id, now)
             else:
                 self.replies.failures[node_id] = "the message could not be sent"
                 self.replies.away.add(node_id)
-        self.started = time.monotonic()
 
-    def run(self) -> Replies:
+    def _fresh(self, message: Message) -> Message:
+        """The message as made now, so that the time in the queue is no part of its life."""
+        content = message.content if self.outgoing is None else self.outgoing(message)
+        if self.most is None and content is message.content:
+            return message
+        to = message.metadata
+        return Message(content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
+
+    def run(self, on_progress: Callable[[int, int], None] | None = None) -> Replies:
         """Wait until everybody has answered, is late, or need not be waited for."""
-        pause = _FIRST_PAUSE
-        while self.waiting:
+        pause, done = _FIRST_PAUSE, 0
+        longest = _LONGEST_PAUSE if self.most is None else _BRIEF_PAUSE
+        while self.waiting or self.queue:
+            self._send()
             arrived = list(self.grid.pull_messages(list(self.waiting)))
             for reply in arrived:
                 self._take(reply)
             self._give_up()
+            now_done = self.total - len(self.queue) - len(self.waiting)
+            if on_progress is not None and now_done != done:
+                on_progress(now_done, self.total)
+            done = now_done
             if self._closes():
-                self.replies.unawaited |= set(self.waiting.values())
+                self.replies.unawaited |= {node_id for node_id, _ in self.waiting.values()}
+                self.replies.unawaited |= {m.metadata.dst_node_id for m in self.queue}
                 break
             if self.waiting and not arrived:
                 time.sleep(pause)
-                pause = min(1.5 * pause, _LONGEST_PAUSE)
+                pause = min(1.5 * pause, longest)
             else:
                 pause = _FIRST_PAUSE
         return self.replies
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the messages were sent."""
+        """Seconds since the first message was sent."""
         return time.monotonic() - self.started
 
     def _take(self, reply: Message) -> None:
         """Believe the id of the message that is answered; a second answer to it is not asked for."""
-        node_id = self.waiting.pop(reply.metadata.reply_to_message_id, None)
+        node_id, sent = self.waiting.pop(reply.metadata.reply_to_message_id, (None, 0.0))
         if node_id is None:
             return
         replies = self.replies
-        replies.seconds[node_id] = self.elapsed
+        replies.seconds[node_id] = self.elapsed - sent
         if not reply.has_content():
             self._note_error(node_id, reply)
         elif reply.metadata.src_node_id != node_id:
@@ -188,7 +230,7 @@ class _Conversation:
 
     def _note_error(self, node_id: int, reply: Message) -> None:
         waited = self.replies.seconds[node_id]
-        if waited >= _LATE_SHARE * self.patience[node_id]:  # the message's own end, told by Flower
+        if waited >= _LATE_SHARE * self._patience(node_id):  # the message's own end, told by Flower
             self._note_late(node_id)
             return
         if reply.error.code in _DIED:
@@ -200,15 +242,15 @@ class _Conversation:
 
     def _note_late(self, node_id: int) -> None:
         self.replies.late.add(node_id)
-        self.replies.failures[node_id] = f"no reply within {self.patience[node_id]:.0f} s"
+        self.replies.failures[node_id] = f"no reply within {self._patience(node_id):.0f} s"
 
     def _give_up(self) -> None:
         """Stop waiting for those whose deadline is over."""
         now = self.elapsed
-        for message_id, node_id in list(self.waiting.items()):
-            if now >= self.patience[node_id]:
+        for message_id, (node_id, sent) in list(self.waiting.items()):
+            if now - sent >= self._patience(node_id):
                 del self.waiting[message_id]
-                self.replies.seconds[node_id] = now
+                self.replies.seconds[node_id] = now - sent
                 self._note_late(node_id)
 
     def _closes(self) -> bool:

@@ -149,6 +149,7 @@ def describe_clients(
     wait_seconds: float,
     timeout: float,
     tell: Callable[[LeftOut], None],
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Roster:
     """Wait for clients, ask each who it is, and check that they can work together.
 
@@ -167,6 +168,8 @@ def describe_clients(
         Seconds to wait for the answers.
     tell
         Called with every node that does not take part.
+    on_progress
+        Called with how many have answered, and of how many, as they do.
 
     Raises
     ------
@@ -187,7 +190,7 @@ def describe_clients(
     problems: dict[int, LeftOut] = {}
     while True:
         messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
-        replies = converse(grid, messages, timeout)
+        replies = converse(grid, messages, timeout, on_progress=on_progress)
         problems |= {node: LeftOut(node, "", why) for node, why in replies.failures.items()}
         _read(replies, found, received, problems)
         short = len(found) < minimum

@@ -20,6 +20,7 @@ from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.ray_pool import mend_actor_pool
 from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock, saved_config
 from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.federation.simulated import mend_poll
 from heterotune_flwr.flower import Context, Grid
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.strategies.build import build_strategy, check_strategy
@@ -135,6 +136,7 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
         check_same(saved_config(directory), config, directory)
         check_rounds(directory, config)
     mend_actor_pool()
+    mend_poll()
     with run_lock(directory):
         return _run_in(directory, grid, config, str(context.run_id), bool(resume))
 

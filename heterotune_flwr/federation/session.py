@@ -11,7 +11,7 @@ from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.federation.checkpoint import Checkpoints
-from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.journal import Journal, Pace
 from heterotune_flwr.federation.maps_service import Maps, MapsService, query_seconds
 from heterotune_flwr.federation.protocol import Header
 from heterotune_flwr.federation.roster import LeftOut, Roster, describe_clients
@@ -59,6 +59,7 @@ class Session:
                 self.config.server.wait_seconds,
                 query_seconds(self.config.server),
                 self._left_out,
+                Pace(self.journal.event, "asking"),
             )
             self._rosters[key] = roster
             self.journal.event(

@@ -114,6 +114,12 @@ class RunProgress:
         types = ", ".join(f"{facts['clients']} x {key}" for key, facts in event["types"].items())
         self._line(f"{event['clients']} clients: {types}", force=True)
 
+    def _on_progress(self, event: Event) -> None:
+        done = "asked" if event["what"] == "asking" else "tested"
+        text = f"{done} {event['done']} of {event['clients']} clients"
+        self._show(text, "")
+        self._line(f"  {text}")
+
     def _on_left_out(self, event: Event) -> None:
         name = event["client_id"] or f"node {event['node_id']}"
         self._line(f"  {name} does not take part: {event['reason']}", force=True)

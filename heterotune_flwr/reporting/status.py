@@ -145,6 +145,10 @@ def _phase(event: Mapping[str, Any], before: str | None) -> str | None:
     kind = event["event"]
     if kind == "asking":
         return f"waiting for clients and asking who they are ({_whole(event.get('needed'))} are needed)"
+    if kind == "progress":
+        done, of = _whole(event.get("done")), _whole(event.get("clients"))
+        verb = "asking who the clients are" if event.get("what") == "asking" else "testing"
+        return f"{verb}: {done} of {of} have answered"
     phases: dict[str, str | None] = {
         "journal": "starting",
         "describe": "making the maps of the clients' types",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from heterotune_flwr.errors import FederationError, HeteroTuneError
@@ -15,12 +18,14 @@ from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.consensus import asks_otherwise
 from heterotune_flwr.federation.held import Held, read_kept
+from heterotune_flwr.federation.journal import Pace
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
 from heterotune_flwr.federation.messenger import Enough, Replies, converse, make_message
 from heterotune_flwr.federation.protocol import (
     CONFIG,
     ERROR_MAPS_MISSING,
     ERROR_TENSORS_MISSING,
+    EVALUATE,
     MAPS,
     TRAIN,
     EvaluateRequest,
@@ -30,21 +35,25 @@ from heterotune_flwr.federation.protocol import (
 from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.federation.simulated import most_in_flight
 from heterotune_flwr.federation.wire import (
     ANSWERS,
     CONSENSUS,
     DISCRIMINANT,
     one_line,
     read_config,
+    read_field,
     read_metrics,
 )
-from heterotune_flwr.flower import Grid, Message, RecordDict
+from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
 from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
 from heterotune_flwr.strategies.safety import Safety
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
+#: Different records of tensors that are kept to be sent again.
+_RECORDS = 64
 
 
 class Courier:
@@ -66,6 +75,11 @@ class Courier:
         self._maps = maps
         self._by_node = roster.node_to_client()
         self._holds_maps: set[str] = set()
+        #: Maps that virtual clients, who share this machine's disk, have put there; who is sent them all the same.
+        self._on_disk: set[str] = set()
+        self._lacks_maps: set[str] = set()
+        self._spared: set[str] = set()
+        self._records: OrderedDict[str, ArrayRecord] = OrderedDict()
         self._resend = Resend(context.config.exchange)
         self._requests: dict[str, TrainRequest | EvaluateRequest] = {}
         self._failed: dict[str, str] = {}
@@ -98,7 +112,38 @@ class Courier:
 
     def _content(self, request: TrainRequest | EvaluateRequest) -> RecordDict:
         exchange = self.context.config.exchange
-        return request.to_content(down_codec(exchange), exact_codec(exchange))
+        content = request.to_content(down_codec(exchange), exact_codec(exchange))
+        for name, record in content.items():
+            if isinstance(record, ArrayRecord):
+                content[name] = self._once(record)
+        return content
+
+    def _once(self, record: ArrayRecord) -> ArrayRecord:
+        """The same record for all clients that are sent the same bits: a thousand messages wait at a time."""
+        digest = hashlib.sha256()
+        for name, array in record.items():
+            digest.update(f"{name} {array.dtype} {array.shape} {len(array.data)};".encode())
+            digest.update(array.data)
+        key = digest.hexdigest()
+        found = self._records.setdefault(key, record)
+        self._records.move_to_end(key)
+        while len(self._records) > _RECORDS:
+            self._records.popitem(last=False)
+        return found
+
+    def _goes_out(self, message: Message) -> RecordDict:
+        """A message's content without maps that the virtual clients of a type have on their common disk.
+
+        They are counted as if they went to every client once, as they do to real nodes.
+        """
+        content = message.content
+        client_id = self._by_node[message.metadata.dst_node_id]
+        if MAPS not in content or client_id in self._lacks_maps:
+            return content
+        if read_field(read_config(content), "maps_digest", str) not in self._on_disk:
+            return content
+        self._spared.add(client_id)
+        return RecordDict({name: record for name, record in content.items() if name != MAPS})
 
     def expected(self, shapes: Mapping[str, tuple[int, ...]]) -> Expected:
         """What a client's update may be before it is decoded."""
@@ -148,7 +193,9 @@ class Courier:
                 if kind == TRAIN:
                     self._journal_reply(client_id, round, read_metrics(reply.content))
             except RemoteError as error:
-                if _can_send_more(request, error.kind):
+                if _can_send_more(request, error.kind) or (
+                    error.kind == ERROR_MAPS_MISSING and client_id in self._spared
+                ):
                     lost.append((request, error.kind))
                 else:
                     self._failed[client_id] = str(error)
@@ -158,17 +205,19 @@ class Courier:
                 return False
             if config.get("maps_digest"):
                 self._holds_maps.add(client_id)
+                if most_in_flight(grid) is not None:
+                    self._on_disk.add(self.maps_for(client_id)[0])
             self._resend.confirm(client_id, kept)
             good.append(reply)
             return True
 
         enough = self._enough(len(messages)) if kind == TRAIN and is_round else None
-        replies = self._converse(grid, messages, kind, on_reply, enough)
+        replies = self._converse(grid, messages, kind, round, on_reply, enough)
         if replies.died:
             again = [
                 self._once_more(sent[node], replies, kind, round) for node in sorted(replies.died)
             ]
-            second = self._converse(grid, again, kind, on_reply)
+            second = self._converse(grid, again, kind, round, on_reply)
             if is_round and len(second.died) == len(messages) > 1:
                 raise FederationError(
                     f"the processes of all {len(messages)} clients died, twice: {min(second.failures.values())}"
@@ -181,7 +230,7 @@ class Courier:
             again = [self._with_more(message, missing, kind, round) for message, missing in lost]
             lost.clear()
             sent |= {message.metadata.dst_node_id: message for message in again}
-            self._note(self._converse(grid, again, kind, on_reply), round)
+            self._note(self._converse(grid, again, kind, round, on_reply), round)
         for client_id, reason in sorted(self._failed.items()):
             fields: dict[str, Any] = {"message_type": kind}
             if client_id in self._waited:
@@ -207,6 +256,7 @@ class Courier:
         grid: Grid,
         messages: Sequence[Message],
         kind: str,
+        round: int,
         on_reply: Callable[[Message], bool],
         enough: Enough | None = None,
     ) -> Replies:
@@ -217,7 +267,17 @@ class Courier:
             node: self._deadline(client_id, kind, contents[node])
             for node, client_id in clients.items()
         }
-        replies = converse(grid, messages, deadlines, on_reply, enough)
+        testing = Pace(partial(self.event, round=round), "testing") if kind == EVALUATE else None
+        virtual = most_in_flight(grid) is not None
+        replies = converse(
+            grid,
+            messages,
+            deadlines,
+            on_reply,
+            enough,
+            testing,
+            self._goes_out if virtual else None,
+        )
         for node in sorted(replies.taken):
             client_id = clients[node]
             type_key = self.roster.clients[client_id].info.type_key
@@ -245,7 +305,7 @@ class Courier:
         while away and len(good) < server.min_results and time.monotonic() < deadline:
             back = away & set(grid.get_node_ids())
             again = [self._once_more(sent[node], replies, TRAIN, round) for node in sorted(back)]
-            second = self._converse(grid, again, TRAIN, on_reply)
+            second = self._converse(grid, again, TRAIN, round, on_reply)
             replies.failures |= second.failures
             replies.late |= second.late
             replies.seconds |= second.seconds
@@ -328,7 +388,10 @@ class Courier:
             content = whole
         else:
             self._holds_maps.discard(client_id)
-            _, maps = self.maps_for(client_id)
+            self._spared.discard(client_id)
+            self._lacks_maps.add(client_id)
+            digest, maps = self.maps_for(client_id)
+            self._on_disk.discard(digest)
             content[MAPS] = pack(maps or {}, exact_codec(self.context.config.exchange))
         node_id = message.metadata.dst_node_id
         return make_message(content, node_id, kind, round, self._deadline(client_id, kind, content))

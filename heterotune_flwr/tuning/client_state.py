@@ -190,6 +190,10 @@ class ClientStore:
         if not path.exists():
             save_tensors(path, maps)
 
+    def has_maps(self, digest: str) -> bool:
+        """Whether there is a file of these maps, whole or not."""
+        return self._maps_path(digest).exists()
+
     def load_maps(self, digest: str) -> Tensors | None:
         """Maps by digest, None when this client does not have them (whole)."""
         path = self._maps_path(digest)
