@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.choices import check_choices, nearest
+from heterotune_flwr.config.numbers import check_numbers
 from heterotune_flwr.config.plain import (
     DEEPEST,
     LONGEST,
@@ -29,6 +30,13 @@ from heterotune_flwr.config.plain import (
     refuse_interpolation,
 )
 from heterotune_flwr.config.schema import Config, TypeConfig
+from heterotune_flwr.config.texts import (
+    STRATEGY,
+    check_texts,
+    is_text,
+    kind_at,
+    override_text,
+)
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
@@ -61,19 +69,19 @@ def describe_presets() -> dict[str, str]:
     return purposes
 
 
-def _parse(text: str, where: str, trusted: bool = True) -> dict[str, Any]:
-    loaded = load_plain(text, where, trusted)
+def _parse(text: str, where: str, trusted: bool = True, kind: Any = Config) -> dict[str, Any]:
+    loaded = load_plain(text, where, trusted, kind)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        kind = type(loaded).__name__
-        raise ConfigError.plain(f"{where} must be a mapping of sections, not a {kind}")
+        found = type(loaded).__name__
+        raise ConfigError.plain(f"{where} must be a mapping of sections, not a {found}")
     return {str(key): value for key, value in loaded.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: Any = Config) -> dict[str, Any]:
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        return _parse(path.read_text(encoding="utf-8-sig"), str(path), kind=kind)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
@@ -113,7 +121,7 @@ def _group(section: str, name: str) -> Any:
             f"groups.{section}: there is no conf/{section}/{name}.yaml{listed}",
             f"groups.{section}: there is no such file{listed}",
         )
-    content = _read(path)
+    content = _read(path, STRATEGY if section == "strategy" else Config)
     return content[section] if set(content) == {section} else content
 
 
@@ -180,9 +188,15 @@ def parse_overrides(
                 f"override {word!r} must read dotted.path=value",
                 "every override must read dotted.path=value",
             )
+        value: Any
+        kind = kind_at(path.split("."))
         try:
-            value = load_plain(text, path, trusted)
-        except ConfigError:  # a prompt with braces, say: the text itself; the schema judges it
+            value = (
+                override_text(text, kind)
+                if is_text(kind)
+                else load_plain(text, path, trusted, kind)
+            )
+        except ConfigError:  # not YAML: the text itself; the schema judges it
             value = text
         if isinstance(value, dict) and not text.lstrip().startswith("{"):
             value = text  # a text with a colon at its end, not a mapping
@@ -265,6 +279,7 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
         _apply(content, path, value, ".".join(path))
     _check_sections(content)
     _check_keys(content, Config, "")
+    check_texts(content)
     _add_compared_strategies(content)
     if not trusted:
         refuse_interpolation(content)
@@ -277,6 +292,7 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
         raise ConfigError(f"{key}: {reason}", expected_at(str(key))) from error
     assert isinstance(result, Config)
     check_choices(result)
+    check_numbers(result)
     return result
 
 
@@ -308,9 +324,6 @@ def _add_compared_strategies(content: dict[str, Any]) -> None:
     """``run.compare`` may name any shipped strategy, listed in the preset or not."""
     strategies = content.setdefault("strategies", {})
     compared = (content.get("run") or {}).get("compare") or ["heterotune"]
-    if not isinstance(compared, list):
-        need = "must be a list like [within_type,heterotune]"
-        raise ConfigError(f"run.compare is {compared!r}, but {need}", f"run.compare {need}")
     for name in compared:
         if name not in strategies:
             known = sorted(path.stem for path in (conf_root() / "strategy").glob("*.yaml"))

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from heterotune_flwr.config.schema import Config, TypeConfig
+from heterotune_flwr.config.texts import literal
 from heterotune_flwr.errors import ConfigError
 
 #: Letters of a configuration, overrides included, that a deployed client reads.
@@ -71,7 +72,7 @@ class _NetworkLoader(_Loader):
     aliases = False
 
 
-def load_plain(text: str, where: str, trusted: bool = True) -> Any:
+def load_plain(text: str, where: str, trusted: bool = True, kind: Any = Config) -> Any:
     """YAML text as mappings, lists, texts, numbers, booleans and null.
 
     Parameters
@@ -80,6 +81,8 @@ def load_plain(text: str, where: str, trusted: bool = True) -> Any:
         What to read, and what to call it in an error.
     trusted
         Whether it is this machine's own; else it may have no aliases.
+    kind
+        What it is of the schema, which says what is a text (:func:`.texts.literal`).
 
     Raises
     ------
@@ -88,7 +91,7 @@ def load_plain(text: str, where: str, trusted: bool = True) -> Any:
 
     """
     try:
-        loaded = yaml.load(text, _Loader if trusted else _NetworkLoader)
+        loaded = _loaded((_Loader if trusted else _NetworkLoader)(text), kind)
         _check_kinds(loaded)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -98,6 +101,14 @@ def load_plain(text: str, where: str, trusted: bool = True) -> Any:
             f"{where} is not valid YAML: {shown}{place}", f"{where} is not valid YAML{place}"
         ) from error
     return loaded
+
+
+def _loaded(loader: _Loader, kind: Any) -> Any:
+    try:
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(literal(node, kind))
+    finally:
+        loader.dispose()
 
 
 def _check_kinds(value: Any) -> None:
