@@ -125,6 +125,20 @@ def test_class_numbers_of_datasets_are_their_names(form: str, tmp_path: Path) ->
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("state.json", "{}"), ("state.json", "[]"), ("state.json", ""), ("dataset_info.json", "[]"),
+     ("data-00000-of-00001.arrow", "x")],
+)  # fmt: skip
+def test_a_damaged_saved_dataset_is_one_line(file: str, damage: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": "a", "label": "b"}]).save_to_disk(str(tmp_path))
+    (tmp_path / file).write_text(damage)
+    with pytest.raises(DataError, match="cannot be read as dataset"):
+        read(tmp_path)
+
+
 def test_further_answers_are_a_text_or_a_list_of_texts(tmp_path: Path) -> None:
     rows = [{"text": "t", "label": "l", "references": r} for r in (["a", 3], "b", None, [])]
     found = [e.references for e in read(lines(tmp_path / "a.jsonl", rows))]

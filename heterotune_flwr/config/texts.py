@@ -79,7 +79,7 @@ def literal(node: yaml.Node, kind: Any = Config) -> yaml.Node:
     tag, value = node.tag, node.value
     if plain is str and not (tag == _NULL and (nullable or not value)):
         tag = _STR
-    elif plain in (int, float):
+    elif plain in (int, float) or tag == _INT:
         decimal = _DECIMAL.fullmatch(value)
         if decimal:
             tag, value = _INT, "".join(decimal.groups())

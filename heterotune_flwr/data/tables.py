@@ -71,15 +71,15 @@ def rows(path: Path, form: str | None = None) -> Iterator[Row]:
 
 def _binary_rows(path: Path, form: str) -> Iterator[Row]:
     """Rows of a Parquet file or of a saved dataset, numbered from 1."""
-    import pyarrow as pa
-
     try:
         batches = _parquet(path) if form == "parquet" else _saved(path)
         for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
             yield number, f"{path}, row {number}", row
     except RecursionError as error:
         raise DataError(f"data file {str(path)!r} has a column that is nested too deep") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file is read far before it is noticed
         # Only the kind of the error: its text may quote private data, and this line may travel.
         raise DataError(
             f"data file {str(path)!r} cannot be read as {form} ({type(error).__name__}); save it again, or set "

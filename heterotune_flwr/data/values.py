@@ -9,7 +9,7 @@ from typing import Any
 from heterotune_flwr.errors import DataError
 
 #: Whole numbers above it are written as Python does: a float of this size does not know its last digits.
-_EXACT = 1e15
+_EXACT = 2**53
 
 
 def plain_text(value: Any, where: str, column: str) -> str | None:
