@@ -263,6 +263,8 @@ def test_csv_as_tools_write_it(tmp_path: Path) -> None:
         ("text,label\nа,b\n".encode("utf-16"), "is UTF-16"),
         ("text,label\na,b\n".encode("utf-16-le"), r"a\.csv:1 is no UTF-8 text"),
         (b"text,label\na,b\ncaf\xe9,b\n", r"a\.csv:3 is not UTF-8"),
+        (b'text,label\na, "b"\n', r"a\.csv:2: a field has a space before its"),
+        (b'text, "label"\na,b\n', r"a\.csv:1: a field has a space before its"),
         (b"text,label\na,\n", r"a\.csv:2 has an empty 'label'"),
         (b"words|label\na|b\n", r"no column 'text'.*columns present: words\|label"),
     ],

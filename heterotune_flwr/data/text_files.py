@@ -175,6 +175,12 @@ def _records(
                 f"{path}:{opened}: a field opens a double quote that is not closed where the field ends; close it, "
                 'or write quotes inside a text twice ("") in a field in quotes'
             ) from error
+        if any(f[:1] == " " and f.lstrip(" ")[:1] == '"' for f in fields):
+            raw = "".join(held)
+            if any(f"{delimiter}{field}" in raw for field in fields if field[:1] == " "):
+                raise DataError(
+                    f"{path}:{begins}: a field has a space before its double quote, which is then no quote; remove it"
+                )
         if fields:
             yield begins, fields
 
