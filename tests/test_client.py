@@ -369,6 +369,9 @@ def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):
     with pytest.raises(ConfigError, match="reads no path from the server"):
         identity.alignment(config)
     assert identify(config, {**node, "anchors": "/x.txt"}).alignment(config).anchors == "/x.txt"
+    for key, number in (("revision", 1234e5), ("client-id", 7), ("label-field", True)):
+        with pytest.raises(ConfigError, match=f"{key} in the node configuration.*in quotes"):
+            identify(config, {**node, key: number})
     with pytest.raises(ConfigError, match="lacks data, state-dir"):
         identify(config, {"client-id": "x", "backbone": "tiny-a"})
     with pytest.raises(ConfigError, match="5 nodes but the types have 4 clients"):

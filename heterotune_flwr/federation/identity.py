@@ -146,6 +146,13 @@ def _turns(counts: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order)
 
 
+#: What the configuration of a deployed client says in words.
+_WORDS = (
+    "client-id", "backbone", "bits", "revision", "data", "format", "test", "anchors", "state-dir", "text-field",
+    "label-field", "slots", "code-hash",
+)  # fmt: skip
+
+
 def is_simulated(node_config: Mapping[str, Any]) -> bool:
     """Whether a node is a virtual client of this machine's own simulation."""
     return "partition-id" in node_config
@@ -203,6 +210,7 @@ def _public_labels(data: DataConfig) -> list[str] | None:
 
 
 def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str) -> Identity:
+    _check_words(node_config)
     guest = _choice(node_config, "guest", GUEST) == "yes"
     missing = [key for key in required_of(guest) if not node_config.get(key)]
     if missing:
@@ -250,6 +258,18 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         class_sums=sums == "yes",
         guest=guest,
     )
+
+
+def _check_words(node_config: Mapping[str, Any]) -> None:
+    """Refuse 007, 1234e5 and true where a text is meant: Flower reads what has no quotes as a number (ConfigError)."""
+    for key in _WORDS:
+        value = node_config.get(key)
+        if value is not None and not isinstance(value, str):
+            raise ConfigError.of(
+                f"{key} in the node configuration",
+                value,
+                'it is a text; write it in quotes: key="..."',
+            )
 
 
 def required_of(guest: bool) -> tuple[str, ...]:
