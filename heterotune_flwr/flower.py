@@ -39,9 +39,21 @@ __all__ = [
     "content_from_bytes",
     "content_to_bytes",
     "identify_process",
+    "is_simulation",
     "registered_keys",
     "select_multikrum",
 ]
+
+
+def is_simulation(grid: Grid) -> bool:
+    """Whether a grid reaches virtual clients of Flower's simulation alone: all of them are processes of this machine.
+
+    Flower gives a ServerApp such a grid where it runs the clients too; one that reaches nodes over the network, or any
+    other, is of another class.
+    """
+    from flwr.superlink.grid import InMemoryGrid
+
+    return isinstance(grid, InMemoryGrid)
 
 
 def identify_process() -> None:

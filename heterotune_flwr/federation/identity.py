@@ -202,7 +202,7 @@ def _simulated_state_dir(config: Config, run_id: int | str) -> Path:
     return cache_dir() / "state" / f"run-{run_id}"
 
 
-def _public_labels(data: DataConfig) -> list[str] | None:
+def public_labels(data: DataConfig) -> list[str] | None:
     """Labels the run names, or those of a shipped data set; never those of the client's own file."""
     if data.labels is None and data.train is None and data.name in EMBEDDED:
         return label_set(data)
@@ -245,7 +245,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             text_field=str(node_config.get("text-field", "text")),
             label_field=str(node_config.get("label-field", "label")),
             format=str(node_config["format"]) if node_config.get("format") else None,
-            labels=_public_labels(config.data),
+            labels=public_labels(config.data),
             max_labels=0,
         ),
         state_dir=state_dir,

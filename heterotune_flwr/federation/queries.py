@@ -23,6 +23,42 @@ from heterotune_flwr.federation.wire import (
 )
 from heterotune_flwr.flower import ConfigRecord, RecordDict
 
+#: What no description can be beyond: the server divides by these numbers, draws by them, and makes room by them.
+_MOST = {
+    "hidden": 10**6,
+    "layers": 10**5,
+    "parameters": 10**14,
+    "model_bytes": 10**15,
+    "lora16_bytes": 10**15,
+    "train_examples": 10**9,
+    "personal_examples": 10**9,
+    "lowest_slot": 10**5,
+}
+_AT_LEAST_ONE = ("hidden", "layers", "parameters", "model_bytes", "lora16_bytes")
+#: Labels of a closed set, and tensors that a client trains, at most.
+MOST_LABELS, _MOST_TENSORS = 10**4, 1 << 16
+
+
+def _read_shapes(record: ConfigRecord) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a client would train.
+
+    The server makes first values of these shapes before anything else of the client is checked.
+    """
+    raw = read_json(record, "shapes")
+    sound = isinstance(raw, dict) and len(raw) <= _MOST_TENSORS
+    for shape in raw.values() if sound else ():
+        sound &= isinstance(shape, list) and all(
+            type(size) is int and 0 < size <= MAX_NUMBERS for size in shape
+        )
+    if not sound:
+        raise ExchangeError("field 'shapes' of the message is malformed")
+    shapes = {name: tuple(shape) for name, shape in raw.items()}
+    if sum(math.prod(shape) for shape in shapes.values()) > MAX_NUMBERS:
+        raise ExchangeError(
+            f"field 'shapes' of the message announces more than {MAX_NUMBERS} numbers"
+        )
+    return shapes
+
 
 @dataclass(frozen=True)
 class DescribeRequest:
@@ -81,18 +117,7 @@ class DescribeReply:
     def from_content(cls, content: RecordDict) -> DescribeReply:
         """Read the message content."""
         record = read_config(content)
-        raw = read_json(record, "shapes")
-        try:
-            shapes = {str(name): tuple(int(n) for n in shape) for name, shape in raw.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ExchangeError(f"field 'shapes' of the message is malformed: {error}") from error
-        # The server makes first values of these shapes before anything else of the client is checked.
-        if any(n < 0 for shape in shapes.values() for n in shape) or (
-            sum(math.prod(shape) for shape in shapes.values()) > MAX_NUMBERS
-        ):
-            raise ExchangeError(
-                f"field 'shapes' of the message announces more than {MAX_NUMBERS} numbers, or fewer than none"
-            )
+        shapes = _read_shapes(record)
         texts = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
         numbers = (
             "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
@@ -100,9 +125,20 @@ class DescribeReply:
         )  # fmt: skip
         fields: dict[str, Any] = {key: read_field(record, key, str) for key in texts}
         fields |= {key: read_field(record, key, int) for key in numbers}
+        for key, value in fields.items():
+            least = 1 if key in _AT_LEAST_ONE else 0
+            if isinstance(value, int) and not least <= value <= _MOST[key]:
+                raise ExchangeError(
+                    f"field {key!r} of the message is {value}, which no client can have"
+                )
+        labels = read_texts(record, "labels")
+        if len(labels) > MOST_LABELS or len(set(labels)) != len(labels):
+            raise ExchangeError(
+                f"field 'labels' of the message names an answer twice, or more than {MOST_LABELS}"
+            )
         return cls(
             **fields,
-            labels=read_texts(record, "labels"),
+            labels=labels,
             shapes=shapes,
             words_mask=read_field(record, "words_mask", bytes),
         )

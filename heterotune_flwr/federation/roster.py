@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from heterotune_flwr.config.schema import MethodConfig
-from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
+from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.messenger import (
     Replies,
@@ -95,46 +94,54 @@ class LeftOut:
         return f"node {self.node_id}{name}: {self.reason}"
 
 
-def _same(clients: Mapping[str, Client], field: str, what: str, mend: str) -> None:
-    """Refuse clients that differ in ``field``, naming two of them."""
-    first_id, first = next(iter(clients.items()))
-    for client_id, client in clients.items():
-        if getattr(client.info, field) != getattr(first.info, field):
-            raise FederationError(f"{first_id} and {client_id} differ in {what}: {mend}")
+@dataclass(frozen=True)
+class Need:
+    """How many clients a run waits for, and how long; how many it goes on with once some were left out."""
+
+    waited_for: int
+    least: int
+    wait_seconds: float
 
 
-def check_roster(roster: Roster, method: MethodConfig) -> None:
-    """Refuse mixtures that would make a run meaningless.
+def _check_enough(
+    kept: Mapping[str, Client], needed: int, waited_for: int, left: Sequence[LeftOut]
+) -> None:
+    """Refuse to go on with too few clients, or with guests alone (FederationError)."""
+    reason = f"; first reason: {left[0]}" if left else ""
+    if len(kept) < needed:
+        raise FederationError(f"only {len(kept)} of {waited_for} clients can take part{reason}")
+    if not any(client.info.train_examples > 0 for client in kept.values()):
+        raise FederationError(
+            "every client is a guest: somebody must have examples to train on (types.*.guest, guest in "
+            f"node.toml){reason}"
+        )
+
+
+def without(
+    roster: Roster, reasons: Mapping[str, str], needed: int, tell: Callable[[LeftOut], None]
+) -> Roster:
+    """A roster without the clients for whom there is a reason, each of which is told.
 
     Raises
     ------
     FederationError
-        Clients run different versions of the code, know different labels, or own different
-        weights or tensors under one type name; or all are guests.
-    ConfigError
-        More slots than the shallowest backbone has blocks.
+        Fewer than ``needed`` remain, or guests alone; the first reason is named.
 
     """
-    clients = roster.clients
-    if not roster.learners:
-        raise FederationError(
-            "every client is a guest: somebody must have examples to train on (types.*.guest, guest in node.toml)"
-        )
-    _same(clients, "code_hash", "their version of this program", "install the same one everywhere")
-    _same(clients, "labels", "their labels", "set data.labels to the full list of answers")
-    for type_key in roster.type_keys:
-        members = {cid: clients[cid] for cid in roster.of_type(type_key)}
-        _same(
-            members, "fingerprint", f"the weights they call {type_key}",
-            "use the same backbone file or revision, or another name for the other one",
-        )  # fmt: skip
-        _same(members, "shapes", f"the tensors they train as {type_key}", "use one configuration")
-    shallowest = min(clients.values(), key=lambda client: client.info.layers)
-    if method.kind == "dema" and method.slots > shallowest.info.layers:
-        raise ConfigError(
-            f"method.slots is {method.slots} but {shallowest.info.type_key} has only "
-            f"{shallowest.info.layers} blocks; set method.slots to at most {shallowest.info.layers}"
-        )
+    left = [
+        LeftOut(roster.clients[cid].node_id, one_line(cid), one_line(reasons[cid]))
+        for cid in roster.clients
+        if cid in reasons
+    ]
+    for one in left:
+        tell(one)
+    kept = {cid: client for cid, client in roster.clients.items() if cid not in reasons}
+    _check_enough(kept, needed, len(roster.clients), left)
+    down, up = (
+        {cid: spent[cid] for cid in kept if cid in spent}
+        for spent in (roster.bytes_down, roster.bytes_up)
+    )
+    return replace(roster, clients=kept, bytes_down=down, bytes_up=up)
 
 
 #: Seconds between two questions to a node that was away.
@@ -145,16 +152,17 @@ def describe_clients(
     grid: Grid,
     header: Header,
     words: list[str],
-    minimum: int,
-    wait_seconds: float,
+    need: Need,
     timeout: float,
+    unfit: Callable[[Mapping[str, Client]], dict[str, str]],
     tell: Callable[[LeftOut], None],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Roster:
     """Wait for clients, ask each who it is, and check that they can work together.
 
-    While fewer than ``minimum`` have answered, or guests alone, and the wait is not over, those whose process died, or
-    whose node was away (restarting, say), are asked again, and so are nodes that have come since.
+    While fewer than needed have answered, or guests alone, and the wait is not over, those whose process died, or
+    whose node was away (restarting, say), are asked again, and so are nodes that have come since. Whoever answers with
+    something that is wrong, or does not fit the others, is left out, and the run goes on.
 
     Parameters
     ----------
@@ -162,10 +170,12 @@ def describe_clients(
         Whom to ask, and the experiment, seed and method to describe themselves for.
     words
         Public word list, empty when no alignment is needed.
-    minimum, wait_seconds
+    need
         How many clients are needed and how long to wait for them.
     timeout
         Seconds to wait for the answers.
+    unfit
+        Says, of clients that have described themselves, who cannot take part and why.
     tell
         Called with every node that does not take part.
     on_progress
@@ -177,76 +187,94 @@ def describe_clients(
         Too few clients appeared or answered usefully; the first reason is named.
 
     """
-    deadline = time.monotonic() + wait_seconds
-    nodes = wait_for_nodes(grid, minimum, wait_seconds)
-    if len(nodes) < minimum:
+    deadline = time.monotonic() + need.wait_seconds
+    nodes = wait_for_nodes(grid, need.waited_for, need.wait_seconds)
+    if len(nodes) < need.waited_for:
         raise FederationError(
-            f"only {len(nodes)} of {minimum} clients appeared within {wait_seconds:.0f} s; start "
+            f"only {len(nodes)} of {need.waited_for} clients appeared within {need.wait_seconds:.0f} s; start "
             "more, or lower server.min_clients"
         )
     content = DescribeRequest(header, words).to_content()
-    found: dict[str, Client] = {}
-    received: dict[str, int] = {}
-    problems: dict[int, LeftOut] = {}
+    heard = _Heard()
     while True:
         messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
         replies = converse(grid, messages, timeout, on_progress=on_progress)
-        problems |= {node: LeftOut(node, "", why) for node, why in replies.failures.items()}
-        _read(replies, found, received, problems)
-        short = len(found) < minimum
-        only_guests = not any(client.info.train_examples > 0 for client in found.values())
+        heard.problems |= {node: LeftOut(node, "", why) for node, why in replies.failures.items()}
+        heard.read(replies)
+        reasons = unfit(heard.found)
+        fitting = {cid: client for cid, client in heard.found.items() if cid not in reasons}
+        short = heard.answered < need.waited_for or len(fitting) < need.least
+        only_guests = not any(client.info.train_examples > 0 for client in fitting.values())
         if not (short or only_guests) or time.monotonic() + AGAIN_SECONDS > deadline:
             break
         if short and not nodes:  # nobody is left to ask
             break
         time.sleep(AGAIN_SECONDS)
-        known = {client.node_id for client in found.values()} | set(problems) - replies.passing
-        nodes = sorted(set(grid.get_node_ids()) - known | replies.passing)
-    left_out = [problems[node] for node in sorted(problems)]
+        nodes = sorted(set(grid.get_node_ids()) - heard.settled(replies) | replies.passing)
+    left_out = [heard.problems[node] for node in sorted(heard.problems)]
     for one in left_out:
         tell(one)
-    if len(found) < minimum:
-        reason = left_out[0] if left_out else "no reason known"
-        raise FederationError(
-            f"only {len(found)} of {minimum} clients can take part; first reason: {reason}"
-        )
-    ordered = dict(sorted(found.items()))
-    sent = content_bytes(content)
-    roster = Roster(ordered, dict.fromkeys(ordered, sent), received)
-    check_roster(roster, header.method)
-    return roster
+    needed = need.waited_for if heard.answered < need.waited_for else need.least
+    _check_enough(heard.found, needed, need.waited_for, left_out)
+    found = dict(sorted(heard.found.items()))
+    roster = Roster(found, dict.fromkeys(found, content_bytes(content)), heard.received)
+    return without(roster, reasons, need.least, tell)
 
 
-def _read(
-    replies: Replies,
-    found: dict[str, Client],
-    received: dict[str, int],
-    problems: dict[int, LeftOut],
-) -> None:
-    """Take the descriptions that came back, by client id; what is wrong with one goes to ``problems``.
+@dataclass
+class _Heard:
+    """What nodes have said of themselves so far.
 
-    Of two nodes with one client id the one with the smaller node id is kept, whoever answers first: a node must not be
-    able to stop the run of the others by taking the name of one of them.
+    ``found``: by client id; ``problems``: by node id, of those that take no part; ``wrong``: nodes that answered what
+    cannot be used, not that they cannot take part: they are not waited for.
     """
-    for message in replies.messages:
-        node_id = message.metadata.src_node_id
-        problems.pop(node_id, None)
-        try:
-            info = DescribeReply.from_content(message.content)
-        except HeteroTuneError as error:
-            name = error.client_id if isinstance(error, RemoteError) else ""
-            problems[node_id] = LeftOut(node_id, one_line(name), one_line(str(error)))
-            continue
-        client_id = info.client_id
-        if client_id in found:
-            other = found[client_id].node_id
+
+    found: dict[str, Client] = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+    problems: dict[int, LeftOut] = field(default_factory=dict)
+    wrong: set[int] = field(default_factory=set)
+
+    @property
+    def answered(self) -> int:
+        """How many nodes have described themselves, well or not."""
+        return len(self.found) + len(self.wrong)
+
+    def settled(self, replies: Replies) -> set[int]:
+        """Nodes that need not be asked again."""
+        return {c.node_id for c in self.found.values()} | set(self.problems) - replies.passing
+
+    def read(self, replies: Replies) -> None:
+        """Take the descriptions that came back; what is wrong with one goes to ``problems``.
+
+        Of two nodes with one client id the one with the smaller node id is kept, whoever answers first: a node must not
+        be able to stop the run of the others by taking the name of one of them.
+        """
+        for message in replies.messages:
+            node_id = message.metadata.src_node_id
+            self.problems.pop(node_id, None)
+            try:
+                info = DescribeReply.from_content(message.content)
+            except HeteroTuneError as error:
+                refuses = isinstance(error, RemoteError)
+                name = error.client_id if isinstance(error, RemoteError) else ""
+                self.problems[node_id] = LeftOut(node_id, one_line(name), one_line(str(error)))
+                if not refuses:
+                    self.wrong.add(node_id)
+                continue
+            self._add(Client(node_id, info), content_bytes(message.content))
+
+    def _add(self, client: Client, received: int) -> None:
+        client_id, node_id = client.info.client_id, client.node_id
+        if client_id in self.found:
+            other = self.found[client_id].node_id
             kept, refused = min(node_id, other), max(node_id, other)
             reason = (
                 f"nodes {kept} and {refused} both call themselves {client_id}; {kept} takes part; give each its own "
                 "client-id"
             )
-            problems[refused] = LeftOut(refused, one_line(client_id), one_line(reason))
+            self.problems[refused] = LeftOut(refused, one_line(client_id), one_line(reason))
+            self.wrong.add(refused)
             if kept == other:
-                continue
-        found[client_id] = Client(node_id, info)
-        received[client_id] = content_bytes(message.content)
+                return
+        self.found[client_id] = client
+        self.received[client_id] = received

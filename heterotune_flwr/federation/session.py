@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
-from heterotune_flwr.config.schema import Config, MethodConfig
+from heterotune_flwr.config.schema import Config, DataConfig, MethodConfig
+from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
+from heterotune_flwr.federation.fitting import Reference, by_node, unfit
+from heterotune_flwr.federation.identity import code_hash, public_labels
 from heterotune_flwr.federation.journal import Journal, Pace
 from heterotune_flwr.federation.maps_service import Maps, MapsService, query_seconds
 from heterotune_flwr.federation.protocol import Header
-from heterotune_flwr.federation.roster import LeftOut, Roster, describe_clients
-from heterotune_flwr.flower import Grid
+from heterotune_flwr.federation.roster import (
+    Client,
+    LeftOut,
+    Need,
+    Roster,
+    describe_clients,
+    without,
+)
+from heterotune_flwr.flower import Grid, is_simulation
 
 __all__ = ["Maps", "Session", "StrategyContext"]
 
@@ -55,9 +66,9 @@ class Session:
                 self.grid,
                 Header(f"{self.run_name}-describe", seed, method),
                 words,
-                self.minimum,
-                self.config.server.wait_seconds,
+                Need(self.minimum, self.least, self.config.server.wait_seconds),
                 query_seconds(self.config.server),
+                self._unfit(method, len(words)),
                 self._left_out,
                 Pace(self.journal.event, "asking"),
             )
@@ -77,6 +88,40 @@ class Session:
             )
         return self._rosters[key]
 
+    @property
+    def least(self) -> int:
+        """How many clients must remain once those that do not fit were left out.
+
+        As many as ``server.min_clients`` says; two where it leaves that open, or a client that lies could end a run.
+        """
+        return self.minimum if self.config.server.min_clients is not None else min(self.minimum, 2)
+
+    def _unfit(
+        self, method: MethodConfig, words: int
+    ) -> Callable[[Mapping[str, Client]], dict[str, str]]:
+        """Say of clients who cannot take part, by what this server and this run know."""
+        reference = Reference(
+            method,
+            self.config.alignment,
+            words,
+            code_hash(),
+            lambda: _known_labels(self.config.data),
+            self.maps.weights() if method.kind == "dema" else {},
+            self.least,
+            is_simulation(self.grid),
+        )
+
+        def of(clients: Mapping[str, Client]) -> dict[str, str]:
+            infos = {cid: client.info for cid, client in clients.items()}
+            order = by_node((client.node_id, cid) for cid, client in clients.items())
+            return unfit(infos, order, reference)
+
+        return of
+
+    def without(self, roster: Roster, reasons: Mapping[str, str], needed: int) -> Roster:
+        """A roster without some clients, who are put on record (FederationError: too few remain)."""
+        return without(roster, reasons, needed, self._left_out)
+
     def _left_out(self, node: LeftOut) -> None:
         """Put a node that does not take part on record, in the server's log too."""
         log.warning("left out: %s", node)
@@ -90,6 +135,15 @@ class Session:
         if self._maps is None:
             self._maps = MapsService(self.grid, self.config, self.journal, self.run_name)
         return self._maps
+
+
+def _known_labels(data: DataConfig) -> list[str] | None:
+    """The run's labels, empty for open text; None where only the clients know them."""
+    try:
+        found = public_labels(data)
+    except HeteroTuneError:  # told by whoever needs the data
+        return None
+    return [] if found is None and data.max_labels < 1 else found
 
 
 def _type_facts(roster: Roster, type_key: str) -> dict[str, Any]:
