@@ -28,7 +28,8 @@ def at(config: Config, path: str) -> Any:
     [
         ("data.stop=###", "###"), ("data.stop=#", "#"), ("data.stop=no", "no"), ("data.stop=~", "~"),
         ("data.stop=1.50", "1.50"), ("data.stop='", "'"), ('data.stop="\\n\\n"', "\n\n"), ("data.stop='###'", "###"),
-        ('data.stop="a" or "b"', '"a" or "b"'), ("data.stop=[a,b]", "[a,b]"), ("data.stop={a}", "{a}"),
+        ('data.stop="a" or "b"', '"a" or "b"'), ("data.stop=[a,b]", "[a,b]"),
+        ('data.stop="a" #"b"', '"a" #"b"'), ("data.stop={a}", "{a}"),
         ("data.stop= x", " x"), ("data.stop=null", None), ("data.stop=", None), ('data.stop="null"', "null"),
         ("data.test=null", None), ("data.train=2026-01-01", "2026-01-01"),
         ("data.prompt={text}", "{text}"), ("data.prompt=Q: {text}\nA:", "Q: {text}\nA:"), ("data.prompt=null", "null"),

@@ -322,6 +322,19 @@ def test_a_chat_in_a_csv_file_and_in_a_column_that_was_named(tmp_path: Path) -> 
         assert read(path, text_field="talk") == [SAID]
 
 
+def test_a_conversation_with_an_answer_beside_it_is_not_guessed_at(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"messages": OPENAI, "label": "spam"}])
+    with pytest.raises(DataError, match="no column 'text'"):
+        read(path)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: 'messages' is a conversation.*'label' holds one"
+    ):
+        read(path, text_field="messages")
+    assert read(path, text_field="messages", label_field="reply") == [SAID]
+    path = lines(tmp_path / "b.jsonl", [{"messages": OPENAI, "label": None}])
+    assert read(path, text_field="messages") == [SAID]
+
+
 def test_instructions_are_recognised_and_settings_win(tmp_path: Path) -> None:
     rows = [
         {"instruction": "Name it.", "input": "a red one", "output": "fruit"},

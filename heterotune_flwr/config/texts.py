@@ -111,10 +111,11 @@ def override_text(text: str, kind: Any) -> str | None:
         return None
     if _QUOTED.fullmatch(text):
         try:
-            inside = yaml.safe_load(text)
+            node = yaml.compose(text, yaml.SafeLoader)
         except yaml.YAMLError:
             return text
-        return inside if isinstance(inside, str) else text
+        if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text):
+            return str(node.value)
     return text
 
 

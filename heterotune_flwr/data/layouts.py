@@ -12,6 +12,7 @@ from typing import Any
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.chat import from_chat
 from heterotune_flwr.data.values import needed_text, plain_text
+from heterotune_flwr.errors import DataError
 
 _CHATS = ("messages", "conversations", "conversation")
 _INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"
@@ -23,9 +24,8 @@ _JSON_CHAT = re.compile(r"\s*\[\s*\{")
 def recognised(row: Mapping[str, Any], data: DataConfig) -> str | None:
     """The column by which a file's first row tells its layout; None: its columns are as configured."""
     text, label = data.text_field, data.label_field
-    if (text, label) != (_DEFAULT.text_field, _DEFAULT.label_field):
-        return None
-    if text in row and (label in row or _is_chat(row[text])):
+    named = (text, label) != (_DEFAULT.text_field, _DEFAULT.label_field)
+    if named or label in row or _is_chat(row.get(text)):
         return None
     known = [column for column in _CHATS if column in row]
     if _INSTRUCTION in row and _OUTPUT in row:
@@ -48,7 +48,7 @@ def arranged(
     Raises
     ------
     DataError
-        A conversation without a reply, or an instruction or output that is empty or no text.
+        A conversation without a reply, or with an answer beside it; an instruction or output that is empty or no text.
 
     """
     if layout == _INSTRUCTION:
@@ -61,9 +61,15 @@ def arranged(
     else:
         column = layout or data.text_field
         value = row.get(column)
-        as_json = data.label_field not in row and isinstance(value, str) and _JSON_CHAT.match(value)
+        beside = row.get(data.label_field) is not None
+        as_json = not beside and isinstance(value, str) and _JSON_CHAT.match(value)
         if not (layout or as_json or _is_chat(value)):
             return row
+        if beside:
+            raise DataError(
+                f"{where}: {column!r} is a conversation, whose last reply is the answer, but {data.label_field!r} "
+                "holds one too; to take the reply, change data.label_field (label-field in a node's settings)"
+            )
         text, answer = from_chat(value, column, where)
     return {**row, data.text_field: text, data.label_field: answer}
 
