@@ -9,11 +9,14 @@ from dataclasses import replace
 
 import pytest
 from tiny_backbones import LABELS, save_tokenizer, write_rows
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data import client_examples, global_test, label_set, local_examples
 from heterotune_flwr.data.sources import Example, training_pool
 from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
+from heterotune_flwr.data.tokens import encode_texts
 from heterotune_flwr.errors import DataError
 
 
@@ -224,3 +227,72 @@ def test_labels_must_differ_in_their_first_token(tokenizer):
         label_tokens(tokenizer, ["fruit", "music", "music box"], "{text}:")
     with pytest.raises(DataError, match=r"no \{text\}"):
         label_tokens(tokenizer, LABELS, "Section:")
+
+
+def _unigram():
+    """A vocabulary in which control tokens are found like words: a unigram model knows no difference."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁see", -1.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in "sailtec/"] + [("<", -4.0), (">", -4.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    around = [("<s>", 1), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=around)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+class _Slow(PreTrainedTokenizer):
+    """A tokenizer in Python, letter by letter."""
+
+    def __init__(self, **kwargs):
+        self._ids = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", *"seatil </>"])}
+        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs)
+
+    vocab_size = property(lambda self: len(self._ids))
+
+    def get_vocab(self):
+        return dict(self._ids)
+
+    def _tokenize(self, text, **kwargs):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self._ids.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return list(self._ids)[index]
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return [1, *token_ids_0]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes with bos", "unigram", "slow"])
+def test_control_tokens_in_texts_are_text(kind, tmp_path):
+    if kind == "unigram":
+        tokenizer = _unigram()
+    elif kind == "slow":
+        tokenizer = _Slow()
+    else:
+        tokenizer = save_tokenizer(tmp_path)
+    if kind == "bytes with bos":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            "<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    has_bos = kind != "bytes"
+    text = f"{bos}see {eos} tail{eos}"
+    ids = encode_prompt(tokenizer, "{text}", text, 128)
+    assert [n for n, token in enumerate(ids) if token in controls] == ([0] if has_bos else [])
+    assert tokenizer.decode(ids[has_bos:]).replace(" ", "") == text.replace(" ", "")
+    both = encode_example(tokenizer, f"see {eos}: {{text}}", Example(text, f"tail {eos} tail"), 128)
+    assert both.answer[-1] == tokenizer.eos_token_id
+    assert not controls & {*both.answer[:-1], *both.prompt[has_bos:]}
+    labels = label_tokens(tokenizer, [eos], "{text}:")
+    assert not controls & set(labels)
+    # A text without any is encoded as ever, with other texts or alone.
+    plain = "see tail"
+    assert encode_texts(tokenizer, [text, plain])[1] == list(tokenizer(plain)["input_ids"])
+    assert encode_texts(tokenizer, []) == []
