@@ -116,23 +116,15 @@ def encode_example(
 ) -> EncodedExample:
     """Ids of prompt and answer (+eos), together at most ``max_length``; the prompt gives way.
 
-    Raises
-    ------
-    DataError
-        The answer alone leaves no room for a prompt.
-
+    Of an answer that leaves no room for a prompt the beginning is kept, and half of the length for the prompt's end.
     """
     rendered = render_prompt(prompt, example.text)
     answer = answer_ids(tokenizer, rendered, example.label)
     if tokenizer.eos_token_id is not None:
         answer = [*answer, int(tokenizer.eos_token_id)]
+    asked = encode_opening(tokenizer, rendered)
     room = max_length - len(answer)
     if room < 1:
-        raise DataError(
-            f"an answer of {len(answer)} tokens leaves no room for its prompt in "
-            f"data.max_length={max_length}",
-            "an answer in its data leaves no room for a prompt (data.max_length)",
-        )
-    return EncodedExample(
-        truncate_prompt(tokenizer, encode_opening(tokenizer, rendered), room), answer
-    )
+        room = min(len(asked), max_length // 2)
+        answer = answer[: max_length - room]
+    return EncodedExample(truncate_prompt(tokenizer, asked, room), answer)
