@@ -234,7 +234,7 @@ def test_bad_sources_and_settings_are_one_clear_line(folder: Path, tmp_path: Pat
         preflight(
             compose("open_text", ["data.name=natural_instructions", "data.partition=natural"])
         )
-    with pytest.raises(ConfigError, match=r"data.test_share is 1.0, must be between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"data.test_share is 1.0; it must be between 0 and 1"):
         compose("open_text", ["data.test_share=1.0"])
     with pytest.raises(ConfigError, match=r"it must be below data.max_length"):
         compose("open_text", ["data.max_answer_tokens=128"])

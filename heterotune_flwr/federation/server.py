@@ -71,6 +71,7 @@ def run_strategies(
             if (name, seed) in finished:
                 results["runs"].append(finished[name, seed])
                 journal.event("already_finished", strategy=name, seed=seed)
+                _check_measured(finished[name, seed], None)
                 continue
             context = StrategyContext(name, config, seed, session)
             with _named(name, seed):
