@@ -261,7 +261,7 @@ def client_examples(
     pool = training_pool(data)
     labels = label_set(data)
     if labels is not None and not set(answers_of(pool)) <= set(labels):
-        check_labels(pool, labels, "the training file")
+        check_labels(pool, labels, f"training data {data.train or data.name}")
     _check(data, pool, num_partitions)
     shares = _shares(
         Pool(pool),
