@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         with Lab(folder, [*NODES, "stranger"], proxy=has_nginx()) as lab:
             lab.configure("stranger", client_id="stranger")
             lab.deployment.nodes["stranger"].revoked = True
-            join(lab, config)
+            join(lab, config, books=folder / "books")
             app = stage_app(folder / "app")
             values = {} if options.kills else attacked(lab, app, folder, simulated)
             rows = {

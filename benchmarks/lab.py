@@ -136,7 +136,8 @@ class Lab:
             key = key.replace("_", "-")
             shown = toml_string(value) if isinstance(value, str) else value
             lines = [line for line in text.splitlines() if line.split(" =")[0] != key]
-            text = "\n".join([*lines, f"{key} = {shown}", ""])
+            at = lines.index("[client]") + 1
+            text = "\n".join([*lines[:at], f"{key} = {shown}", *lines[at:], ""])
         (place / "node.toml").write_text(text)
         return place
 

@@ -1,8 +1,9 @@
-"""A small run whose deployed nodes hold exactly what the clients of its simulation hold."""
+"""A small run of deployed nodes that can be repeated in one process: same files, same secrets."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from client_app.app import app
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.partition import client_examples
-from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.node_book import FILE, NodeBook
 from heterotune_flwr.federation.server import run_strategies
 
 #: Simulated client -> its backbone; nodes have the same names.
@@ -47,25 +48,42 @@ def configuration(directory: Path, rounds: int = 2, types: str = _TYPES) -> str:
 
 
 def shard_file(path: Path, config: Config, partition: int) -> Path:
-    """Write a node's file such that it trains on the simulated client's examples, in their order."""
-    seed = config.run.seeds[0]
-    shard = client_examples(config.data, partition, len(NODES), seed)
-    wanted = [*shard.personal_test, *shard.train]
-    # A deployed client shuffles its file and holds the first examples out: undo that beforehand.
-    order = generator(seed, "data.local").permutation(len(wanted)).tolist()
-    rows = dict(zip(order, wanted, strict=True))
-    texts = [json.dumps({"text": rows[i].text, "label": rows[i].label}) for i in range(len(rows))]
-    path.write_text("".join(text + "\n" for text in texts))
+    """Write a node's file: all examples of the simulated client with its number."""
+    shard = client_examples(config.data, partition, len(NODES), config.run.seeds[0])
+    rows = [*shard.train, *shard.personal_test]
+    lines = [json.dumps({"text": row.text, "label": row.label}) + "\n" for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))
     return path
 
 
+def give_book(books: Path, name: str, state_dir: Path) -> None:
+    """Give a node the book (:mod:`heterotune_flwr.federation.node_book`) of its name: with another secret it would
+    hold out other rows and draw other batches, and no two runs of it could be compared.
+    """
+    NodeBook(books / name)
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shutil.copy(books / name / FILE, state_dir / FILE)
+
+
 def simulated_bank(
-    directory: Path, rounds: int = 2, types: str = _TYPES
+    directory: Path, rounds: int = 2, types: str = _TYPES, brought: Brought = TINY
 ) -> tuple[Config, dict[str, Any]]:
-    """The run with virtual clients in this process: its configuration and final bank."""
+    """The run with the same nodes in this process: its configuration and final bank.
+
+    Their books are those in ``books`` beside ``directory`` (see :func:`join`).
+    """
     text = configuration(directory, rounds, types)
     config = compose(text, "server.wait_seconds=1")
-    nodes = [{"partition-id": i, "num-partitions": len(NODES)} for i in range(len(NODES))]
+    nodes = []
+    for number, (name, (backbone, bits)) in enumerate(brought.items()):
+        place = directory / "nodes" / name
+        give_book(directory.parent / "books", name, place / "state")
+        data = shard_file(place / "data.jsonl", config, number)
+        nodes.append(
+            {"client-id": name, "backbone": backbone, "bits": bits, "threads": 1, "worker": "off",
+             "data": str(data), "state-dir": str(place / "state")}
+        )  # fmt: skip
     grid = InProcessGrid(app, nodes, {"config": text, "overrides": ""})
     run_strategies(grid, config, Journal(directory), "simulated-0")
     return config, final_bank(directory)
@@ -89,14 +107,18 @@ def join(
     config: Config,
     brought: Brought = TINY,
     before: Callable[[str], Sequence[str]] = lambda name: (),
+    books: Path | None = None,
 ) -> None:
     """Give every node its settings and data, let it in, start it, and wait until all are online.
 
-    ``before`` gives what is put before a node's command, to run it elsewhere.
+    ``before`` gives what is put before a node's command, to run it elsewhere; ``books`` is the folder of the nodes'
+    books, where their run is compared with one in this process.
     """
     for number, (name, (backbone, bits)) in enumerate(brought.items()):
         place = lab.configure(name, client_id=name, backbone=backbone, bits=bits, threads=1)
         shard_file(place / "data.jsonl", config, number)
+        if books is not None:
+            give_book(books, name, place / "state")
     lab.register()
     for name in brought:
         lab.start_node(name, before=before(name))

@@ -57,11 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
     brought: Brought = dict(zip(NODES, BACKBONES, strict=True))
     with tempfile.TemporaryDirectory(prefix="heterotune-equal-") as name:
         folder = options.keep or Path(name)
-        config, simulated = simulated_bank(folder / "simulated", options.rounds, types)
+        config, simulated = simulated_bank(folder / "simulated", options.rounds, types, brought)
         with Lab(folder, list(NODES), proxy=has_nginx()) as lab:
             for node in NODES:
                 lab.configure(node, cache=str(own_cache(folder / f"cache-{node}")))
-            join(lab, config, brought)
+            join(lab, config, brought, books=folder / "books")
             text = configuration(folder / "deployed", options.rounds, types)
             verdict = lab.await_end(lab.submit(stage_app(folder / "app"), config=text), 1800)
             if verdict != "finished:completed":

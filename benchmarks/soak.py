@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = options.keep or Path(name)
         config, _ = simulated_bank(folder / "simulated")
         with Lab(folder, list(NODES), proxy=has_nginx()) as lab:
-            join(lab, config)
+            join(lab, config, books=folder / "books")
             app = stage_app(folder / "app")
             soak = Soak(lab, app, folder / "run", random.Random(options.seed), options.pause)
             soak.go(60 * options.minutes, killing=True)

@@ -49,6 +49,13 @@ class DataError(HeteroTuneError):
         self.told = told
 
 
+class RefusedByNodeError(HeteroTuneError):
+    """A deployed node does not do what a run asks: it goes below a floor that its owner has set.
+
+    The message goes to the server as it is, so it must not depend on the node's data.
+    """
+
+
 class ExchangeError(HeteroTuneError):
     """A message or stored tensor tree is malformed."""
 

@@ -172,15 +172,15 @@ def test_training_does_not_see_it(world):  # noqa: F811
         )))  # fmt: skip
 
 
-def test_a_nodes_owner_may_forbid_it(world):  # noqa: F811
+def test_a_nodes_owner_must_allow_it(world):  # noqa: F811
     config = compose(str(world.path / "run.yaml"))
     node = {"client-id": "n", "backbone": "tiny-a", "data": "d.jsonl", "state-dir": str(world.path)}
-    assert identify(config, node).told(2) == 2
-    assert identify(config, node).told(1) == 2  # of one example a deployed node never tells
-    assert identify(config, node).told(0) == identify(config, node).told(-3) == 0
+    assert identify(config, node).told(2) == 0
     assert identify(config, {**node, "class-sums": "no"}).told(2) == 0
-    few = {**node, "report": "counts-and-loss-only"}
-    assert identify(config, few).told(2) == 0
-    assert identify(config, {**few, "class-sums": "yes"}).told(2) == 2
-    with pytest.raises(ConfigError, match=r"class-sums.*yes, no"):
+    for report in ("all", "counts-and-loss-only"):
+        allowed = identify(config, {**node, "report": report, "class-sums": "yes"})
+        assert allowed.told(3) == 3
+        assert allowed.told(1) == 2  # of one example a deployed node never tells
+        assert allowed.told(0) == allowed.told(-3) == 0
+    with pytest.raises(ConfigError, match=r"class-sums.*no, yes"):
         identify(config, {**node, "class-sums": "maybe"})

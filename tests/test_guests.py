@@ -365,8 +365,11 @@ def test_a_deployed_guest_needs_no_data_and_trains_on_none(tmp_path):
     ).examples(1)
     own = tmp_path / "own.jsonl"
     own.write_text('{"text": "a web server", "label": "web"}\n' * 3)
+    few = identify(config, node(tmp_path, guest="yes", data=str(own))).examples(0)
+    assert (len(few.train), len(few.personal_test)) == (0, 0)  # a test of three would tell too much
+    own.write_text('{"text": "a web server", "label": "web"}\n' * 20)
     found = identify(config, node(tmp_path, guest="yes", data=str(own))).examples(0)
-    assert (len(found.train), len(found.personal_test)) == (0, 3)
+    assert (len(found.train), len(found.personal_test)) == (0, 20)
     with pytest.raises(ConfigError, match="lacks data"):
         identify(config, node(tmp_path))
     with pytest.raises(ConfigError, match="guest in the node configuration is 'maybe'"):

@@ -23,6 +23,7 @@ import pytest
 from tiny_backbones import LABELS, write_rows
 from typer.testing import CliRunner
 
+from benchmarks.lab_run import give_book
 from client_app.app import app
 from heterotune_flwr import cli
 from heterotune_flwr.config.schema import MethodConfig
@@ -62,9 +63,11 @@ class Node:
 
     def __init__(self, folder: Path, name: str = "state", **settings: object) -> None:
         self.state = folder / name
+        give_book(folder / "books", "hospital-7", self.state)  # nodes that are compared draw alike
         self.config = {
             "client-id": "hospital-7", "backbone": "tiny-a", "bits": "bf16",
-            "data": str(folder / "data.jsonl"), "state-dir": str(self.state), **settings,
+            "data": str(folder / "data.jsonl"), "state-dir": str(self.state),
+            "floor-step-examples": 4, "floor-round-examples": 8, **settings,
         }  # fmt: skip
 
     @property

@@ -30,7 +30,7 @@ strategies:
   - heterotune:
       consensus: {{anchors: 16, pool: 32, batch: 8, guest_anchors: 64, guest_steps: 8}}
 types: [{{backbone: tiny-a, bits: bf16, clients: 1}}, {{backbone: tiny-b, bits: bf16, clients: 1}}]
-data: {{personal_test_examples: 8, global_test_examples: 32}}
+data: {{global_test_examples: 32}}
 method: {{latent: 32, inner: 8}}
 alignment: {{count: 200, components: 64}}
 train: {{local_steps: 3}}
@@ -91,7 +91,7 @@ def test_every_backbone_of_a_deployment_is_loaded_once(tmp_path, monkeypatch):
     runtime = tempfile.mkdtemp(prefix="ht-")
     monkeypatch.setenv("HETEROTUNE_RUNTIME_DIR", runtime)
     monkeypatch.delenv("HETEROTUNE_WORKER")
-    rows = [{"text": e.text, "label": e.label} for e in training_pool(DataConfig())[:48]]
+    rows = [{"text": e.text, "label": e.label} for e in training_pool(DataConfig())[:64]]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     app = stage_app(tmp_path / "app")
     own = {"data": str(tmp_path / "data.jsonl")}

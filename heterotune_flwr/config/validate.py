@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.loading import check_bits
 from heterotune_flwr.backbones.sources import describe_source, has_weights, resolve_source
-from heterotune_flwr.config.own_data import own_data
 from heterotune_flwr.config.schema import Config
+from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import label_tokens
@@ -38,12 +37,8 @@ def settle_bits(config: Config) -> Config:
     return settled
 
 
-def preflight(config: Config) -> list[str]:
+def preflight(config: Config) -> None:
     """Check a simulated run as far as possible without loading weights (a second or two).
-
-    Returns
-    -------
-    What its owner should know of data of their own, line by line (:mod:`.own_data`).
 
     Raises
     ------
@@ -70,8 +65,9 @@ def preflight(config: Config) -> list[str]:
             "data.generate is for open text, but the answers are a closed label set; set data.max_labels=0 (or "
             "train.loss=tokens), or data.generate=0"
         )
-    if config.data.train is None and config.data.test is not None:
-        raise DataError("data.test is for a training file of your own: give it with data.train")
+    splits_itself = config.data.name == NATURAL_INSTRUCTIONS and config.data.train is not None
+    if (config.data.train is None) != (config.data.test is None) and not splits_itself:
+        raise DataError("data.train and data.test belong together: give both files, or none")
     anchors = load_anchors(config.alignment)
     for name in config.run.compare:
         ngrams = strategy_config(name, config.strategies[name], config).method.ngrams
@@ -95,15 +91,8 @@ def preflight(config: Config) -> list[str]:
     for seed in config.run.seeds:
         for partition in range(total):
             client_examples(config.data, partition, total, seed)
-    decides = bool(labels) and (
-        config.train.loss != "tokens" or config.alignment.output == "labels"
-    )
-    if not decides and config.data.train is None:
-        return []
-    tokenizers = _tokenizers(config)
-    if labels and decides:
-        _check_labels(config, labels, tokenizers)
-    return own_data(config, tokenizers)
+    if labels and (config.train.loss != "tokens" or config.alignment.output == "labels"):
+        _check_labels(config, labels)
 
 
 def _check_backbones(config: Config) -> None:
@@ -125,21 +114,12 @@ def _check_backbones(config: Config) -> None:
         )
 
 
-def _tokenizers(config: Config) -> dict[str, Any]:
-    """The tokenizer of every backbone, by its name."""
+def _check_labels(config: Config, labels: list[str]) -> None:
     from transformers import AutoTokenizer
 
-    return {
-        entry.backbone: AutoTokenizer.from_pretrained(
-            resolve_source(entry.backbone, entry.revision)
-        )
-        for entry in config.types
-    }
-
-
-def _check_labels(config: Config, labels: list[str], tokenizers: dict[str, Any]) -> None:
-    for name, tokenizer in tokenizers.items():
+    for entry in config.types:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_source(entry.backbone, entry.revision))
         try:
             label_tokens(tokenizer, labels, config.data.prompt)
         except DataError as error:
-            raise DataError(f"backbone {name}: {error}") from error
+            raise DataError(f"backbone {entry.backbone}: {error}") from error

@@ -4,7 +4,7 @@ The names below need neither torch nor a tokenizer, so the server can use them t
 """
 
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.partition import ClientData, client_examples, local_examples
+from heterotune_flwr.data.partition import ClientData, client_examples, own_examples
 from heterotune_flwr.data.sources import global_test, label_set, training_pool
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "client_examples",
     "global_test",
     "label_set",
-    "local_examples",
+    "own_examples",
     "training_pool",
 ]

@@ -4,10 +4,8 @@
     Every client draws its own label mixture ``p ~ Dir(alpha)`` and then its examples label by label
     from the pool (our definition; a partitioner that deals out the whole pool cannot give every
     client the same number of examples). Clients share no example while the pool lasts; where a
-    label runs out its examples are dealt a second time, and a log line says so. Without a number of
-    examples per client the whole pool is dealt out, every example once, in equal shares: who comes later
-    gets of a label what is left. For open text, whose answers hardly repeat, natural clients (tasks,
-    topics) take the labels' place where the file names them.
+    label runs out its examples are dealt a second time, and a log line says so. For open text, whose
+    answers hardly repeat, natural clients (tasks, topics) take the labels' place where the file names them.
 ``iid``, ``natural``
     The partitioners of flwr-datasets; ``natural`` takes the largest natural clients, ``groups_per_client``
     of them for every client of the run.
@@ -15,7 +13,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from collections import Counter, defaultdict
@@ -28,15 +25,13 @@ from numpy.typing import NDArray
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.pools import Pool, answers_of
-from heterotune_flwr.data.sources import check_labels, label_set, own_file, training_pool
+from heterotune_flwr.data.sources import check_labels, label_set, training_pool
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 
 log = logging.getLogger(__name__)
 
 PARTITIONS = ("dirichlet", "iid", "natural")
-#: Share of a deployed client's own file that is held out at most.
-_HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -58,11 +53,6 @@ class _Deck:
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    @property
-    def left(self) -> int:
-        """Examples that were not dealt yet."""
-        return len(self._indices) - self._next
 
     def deal(self, count: int) -> list[int]:
         """``count`` different examples; needs ``count <= len(self)``."""
@@ -97,12 +87,7 @@ def _label_counts(
 
 
 def _dirichlet(
-    pool: Sequence[Example],
-    total: int | None,
-    alpha: float,
-    num_partitions: int,
-    seed: int,
-    closed: bool,
+    pool: Sequence[Example], total: int, alpha: float, num_partitions: int, seed: int, closed: bool
 ) -> list[list[int]]:
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(pool):
@@ -114,11 +99,7 @@ def _dirichlet(
     for partition in range(num_partitions):
         rng = generator(seed, f"data.dirichlet.{partition}")
         mixture = rng.dirichlet(np.full(len(names), alpha))
-        share = total
-        if share is None:
-            share = len(pool) // num_partitions + (partition < len(pool) % num_partitions)
-            sizes = np.array([deck.left for deck in decks], dtype=np.int64)
-        counts = _label_counts(mixture, sizes, share, rng)
+        counts = _label_counts(mixture, sizes, total, rng)
         dealt = [
             i for deck, n in zip(decks, counts.tolist(), strict=True) if n for i in deck.deal(n)
         ]
@@ -177,14 +158,7 @@ def _natural(
 
 
 def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
-    """Cut a share to size: (training, personal test), in the configured proportion when short.
-
-    Without a number of training examples the personal test is at most a quarter of the share.
-    """
-    if data.examples_per_client is None:
-        most = max(int(len(indices) * _HELD_OUT), 1) if len(indices) > 1 else 0
-        held = min(data.personal_test_examples, most)
-        return indices[: len(indices) - held], indices[len(indices) - held :]
+    """Cut a share to size: (training, personal test), in the configured proportion when short."""
     wanted = data.examples_per_client + data.personal_test_examples
     total = min(len(indices), wanted)
     held = round(total * data.personal_test_examples / wanted)
@@ -197,7 +171,7 @@ def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
 def _shares(
     of: Pool,
     partition: str,
-    total: int | None,
+    total: int,
     alpha: float,
     num_partitions: int,
     seed: int,
@@ -213,30 +187,22 @@ def _shares(
     return _natural(pool, num_partitions, seed, field, groups)
 
 
-def _total(data: DataConfig) -> int | None:
-    """Examples of a client; None where the whole pool is dealt out."""
-    if data.examples_per_client is None:
-        return None
-    return data.examples_per_client + data.personal_test_examples
-
-
 def _check(data: DataConfig, pool: Sequence[Example], num_partitions: int) -> None:
     if data.partition not in PARTITIONS:
         raise DataError(
             f"data.partition is {data.partition!r}; choose one of {', '.join(PARTITIONS)}"
         )
-    if data.examples_per_client is not None and data.examples_per_client < 1:
+    if data.examples_per_client < 1:
         raise DataError("data.examples_per_client must be at least 1: a shard would be empty")
     if data.alpha <= 0:
         raise DataError(f"data.alpha is {data.alpha}; a Dirichlet concentration is positive")
-    total = _total(data)
-    if data.partition == "dirichlet" and total is not None and total > len(pool):
+    total = data.examples_per_client + data.personal_test_examples
+    if data.partition == "dirichlet" and total > len(pool):
         raise DataError(
             f"a client wants {total} examples but the training file holds {len(pool)}; lower "
             "data.examples_per_client or data.personal_test_examples"
         )
-    dealt_out = data.partition == "iid" or (data.partition == "dirichlet" and total is None)
-    if dealt_out and num_partitions > len(pool):
+    if data.partition == "iid" and num_partitions > len(pool):
         raise DataError(
             f"client {len(pool)} of {num_partitions} would get an empty shard: the training file "
             f"holds only {len(pool)} examples"
@@ -261,12 +227,13 @@ def client_examples(
     pool = training_pool(data)
     labels = label_set(data)
     if labels is not None and not set(answers_of(pool)) <= set(labels):
-        check_labels(pool, labels, f"training data {data.train or data.name}")
+        check_labels(pool, labels, "the training file")
     _check(data, pool, num_partitions)
+    total = data.examples_per_client + data.personal_test_examples
     shares = _shares(
         Pool(pool),
         data.partition,
-        _total(data),
+        total,
         data.alpha,
         num_partitions,
         seed,
@@ -283,18 +250,8 @@ def client_examples(
     return ClientData([pool[i] for i in train], [pool[i] for i in personal])
 
 
-def local_examples(
-    data: DataConfig, path: str, seed: int, all_held_out: bool = False
-) -> ClientData:
-    """Examples of a deployed client: its own whole file, a random part of it held out.
-
-    Held out are ``personal_test_examples``, but never more than a quarter of the file; or ``all_held_out``: the file.
-    """
-    own = dataclasses.replace(data, train=path)
-    pool = own_file(own)
-    check_labels(pool, label_set(own), f"data file {path!r}")
-    order = generator(seed, "data.local").permutation(len(pool)).tolist()
-    held = min(data.personal_test_examples, int(len(pool) * _HELD_OUT))
-    if all_held_out:
-        held = len(pool)
-    return ClientData([pool[i] for i in order[held:]], [pool[i] for i in order[:held]])
+def own_examples(data: DataConfig) -> tuple[Example, ...]:
+    """All examples of a deployed client's own file (``data.train``), in file order (DataError as above)."""
+    pool = training_pool(data)
+    check_labels(pool, label_set(data), f"data file {data.train!r}")
+    return pool

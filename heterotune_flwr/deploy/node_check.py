@@ -30,6 +30,8 @@ from heterotune_flwr.deploy.node_config import (
 from heterotune_flwr.deploy.server_probe import Seen, look
 from heterotune_flwr.deploy.versions import LIBRARIES, MISSING, installed_versions
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
+from heterotune_flwr.federation.floors import Floors
+from heterotune_flwr.federation.holdout import held_size
 from heterotune_flwr.federation.identity import code_hash
 
 State = Literal["ok", "warn", "fail"]
@@ -192,20 +194,34 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
     guest = client.get("guest") == "yes"
     if client.get("data"):
         path = Path(client["data"])
-        yield _own_examples(read_examples(path, data), guest, how_read(path, data))
+        examples, read = read_examples(path, data), how_read(path, data)
+        yield _own_examples(examples, guest, read, settings.floors)
     else:
         yield Finding("data", "ok", "none: a guest, who learns from what the others predict")
     if client.get("test"):
-        count = len(read_examples(Path(client["test"]), data))
-        yield Finding("test data", "ok", f"{count} examples")
+        count, least = len(read_examples(Path(client["test"]), data)), settings.floors.test_examples
+        few = count < least
+        yield Finding(
+            "test data", "warn" if few else "ok", f"{count} examples",
+            f"nothing is told of fewer than {least} (test-examples in [floors])" if few else "",
+        )  # fmt: skip
 
 
-def _own_examples(examples: Sequence[Example], guest: bool, read: str | None) -> Finding:
-    digest = examples_digest(examples)[:12]
-    state: State = "ok" if guest or len(examples) >= 8 else "warn"
-    mend = "" if state == "ok" else "so few examples train little; is it the right file?"
+def _own_examples(
+    examples: Sequence[Example], guest: bool, read: str | None, floors: Floors
+) -> Finding:
+    digest, count = examples_digest(examples)[:12], len(examples)
+    few = not guest and count < floors.round_examples
+    state: State = "warn" if few else "ok"
+    mend = (
+        f"a round trains on at least {floors.round_examples} (round-examples in [floors]): this node takes no part and "
+        'keeps its bare model; guest = "yes" joins without training on them'
+    ) if few else ""  # fmt: skip
     answers = len({example.label for example in examples})
-    use = "; a guest's, for its own test alone" if guest else ""
+    held = held_size(count, floors)
+    use = f"; {held} of them held out for its own test" if held else "; no test of its own"
+    if guest:
+        use = "; a guest's, for its own test alone"
     text = f"{len(examples)} examples, {answers} different answers (digest {digest}){use}; they stay here"
     if read is not None:
         text += f"; {read}"

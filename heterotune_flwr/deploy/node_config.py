@@ -24,6 +24,7 @@ from heterotune_flwr.deploy.keys import how_to_make, public_of
 from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
 from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.floors import Floors, checked_floors
 from heterotune_flwr.federation.identity import code_hash, required_of
 from heterotune_flwr.federation.superlink import toml_string
 from heterotune_flwr.programs import program, search_path
@@ -48,6 +49,7 @@ class NodeSettings:
     port: int
     accept_code: str
     client: Mapping[str, Any]
+    floors: Floors
 
     @property
     def host(self) -> str:
@@ -74,7 +76,7 @@ class NodeSettings:
         config = {key: value for key, value in self.client.items() if key not in _ENVIRONMENT}
         if self.accept_code == "installed":
             config["code-hash"] = code_hash()
-        return config
+        return config | self.floors.to_config()
 
     def environment(self) -> dict[str, str]:
         """Environment of the SuperNode and of everything it starts."""
@@ -140,6 +142,7 @@ def read_node_settings(path: Path) -> NodeSettings:
         port=int(server.get("port", NODE_RUNTIME_PORT)),
         accept_code=str(server.get("accept-code", ACCEPT[0])),
         client=client,
+        floors=Floors(**checked_floors(tables.get("floors", {}), f"{path}: [floors]")),
     )
 
 

@@ -12,6 +12,7 @@ from heterotune_flwr.backbones.sources import AUTO, BITS
 from heterotune_flwr.data.tables import FORMS
 from heterotune_flwr.deploy.hosts import check_port, parse_server
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.floors import KEYS as FLOORS
 from heterotune_flwr.federation.identity import ANSWERS, CLASS_SUMS, GUEST, REPORTS
 from heterotune_flwr.tuning.client_state import FILE_NAME
 from heterotune_flwr.tuning.slots import lowest_slot
@@ -29,6 +30,7 @@ KEYS: dict[str, dict[str, tuple[type, ...]]] = {
         "threads": (int,),
         "worker-idle-minutes": (int, float),
     },
+    "floors": dict.fromkeys(FLOORS, (int, float)),
 }  # fmt: skip
 ACCEPT = ("installed", "any")
 WORKER = ("on", "off")
@@ -42,7 +44,7 @@ def check_keys(path: Path, tables: Mapping[str, Any]) -> None:
     for table, entries in tables.items():
         if table not in KEYS or not isinstance(entries, dict):
             raise ConfigError(
-                f"{path}: {table!r} is not known; there are the tables [server] and [client]"
+                f"{path}: {table!r} is not known; there are the tables [server], [client] and [floors]"
             )
         for key, value in entries.items():
             if key not in KEYS[table]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from string import Template
 
 from heterotune_flwr.deploy.hosts import Address
+from heterotune_flwr.federation.floors import KEYS, Floors
 
 #: Flower's server-side patience with a node it believes online (two missed heartbeats of 30 s): a node that comes
 #: back sooner under the same key is refused (exit code 305), so a restart waits longer.
@@ -240,9 +241,14 @@ label-field = "label" # column with the answer; not used for chat messages: the 
 state-dir = "state"   # this client's private weights and logs; keep it, and a node that comes back goes on with it
 # report = "counts-and-loss-only"  # beside the update tell only examples, steps, learning rate and loss
 # guest = "yes"       # no labelled examples here, data is optional: it learns after the last round (docs/guests.md)
-# class-sums = "no"   # tell no counts and sums of this node's classes, where a run asks (docs/method.md)
 # answers = "yes"     # let answers go that the model writes on public prompts, where a run asks (docs/generation.md)
-"""
+class-sums = "no"     # "yes": tell counts and sums of this node's classes, where a run asks (docs/method.md).
+# From the class sums the server can tell which texts a node trained on: all members were found among 2,000 candidates.
+
+# What this node holds to whatever a run says, so that a server cannot read it row by row (docs/deploy.md says what this
+# does not stop). What goes below them is refused, and the run goes on without this node.
+[floors]
+$floors"""
 )
 
 
@@ -297,4 +303,11 @@ def node_unit(here: str, node: str, user: str) -> str:
 
 def node_toml(address: Address, node: str) -> str:
     """A node's settings, to be filled in by its owner."""
-    return _NODE_TOML.substitute(address=address, node=node, runtime_port=NODE_RUNTIME_PORT)
+    floors = Floors()
+    lines = (
+        f"{key} = {getattr(floors, item.name)}".ljust(22) + f"# {item.metadata['help']}\n"
+        for key, item in KEYS.items()
+    )
+    return _NODE_TOML.substitute(
+        address=address, node=node, runtime_port=NODE_RUNTIME_PORT, floors="".join(lines)
+    )

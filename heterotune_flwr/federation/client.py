@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,13 +25,16 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
-from heterotune_flwr.data.sources import examples_digest, label_set
+from heterotune_flwr.data.sources import examples_digest, global_test, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
-from heterotune_flwr.errors import ConfigError, HeteroTuneError
+from heterotune_flwr.errors import ConfigError, HeteroTuneError, RefusedByNodeError
 from heterotune_flwr.exchange.directions import exact_codec
+from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.anchor_work import Said, anchor_texts, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
+from heterotune_flwr.federation.floors import MOST_LOSS, Guard, check_message
+from heterotune_flwr.federation.holdout import MOST_HELD
 from heterotune_flwr.federation.identity import (
     NGRAMS_SIMULATED,
     Identity,
@@ -43,6 +47,7 @@ from heterotune_flwr.federation.protocol import (
     DESCRIBE,
     ERROR_FAILED,
     ERROR_MAPS_MISSING,
+    ERROR_REFUSED,
     EVALUATE,
     TRAIN,
     EvaluateReply,
@@ -118,6 +123,11 @@ class Client:
         """Model type."""
         return self.backbone.type_key
 
+    @property
+    def guard(self) -> Guard:
+        """What this client's owner lets a run ask of it."""
+        return Guard(self.identity, self.config)
+
     def data(self, seed: int) -> ClientData:
         """Own examples."""
         return self.identity.examples(seed)
@@ -130,9 +140,8 @@ class Client:
         """Token ids of ``train``, ``personal`` or ``global`` examples."""
         task = self.task()
         if part == "global":
-            return encodings.encoded(task, ("global",), self.identity.global_test)
-        who = self.identity
-        key = (part, who.client_id, repr(who.partition), str(seed), str(who.guest))
+            return encodings.encoded(task, ("global",), lambda: global_test(self.identity.data))
+        key = (part, *self.identity.examples_key(seed))
         if part == "train":
             return encodings.encoded(task, key, lambda: self.data(seed).train)
         return encodings.encoded(task, key, lambda: self.data(seed).personal_test)
@@ -140,12 +149,19 @@ class Client:
     def generation(self, adapter: AttachedAdapter, scope: str, seed: int) -> GenerationReport:
         """Scores of the answers the adapter generates on the ``personal`` or ``global`` test."""
         data, task = self.identity.data, self.task()
+        if self.identity.floors and (scope == "personal" or data.test is not None):
+            # Of a node's own rows a run cannot choose how many are told of.
+            data = replace(data, generate=max(MOST_HELD, self.identity.floors.test_examples))
         if scope == "personal":
             return score_generation(adapter, task, self.data(seed).personal_test, data)
-        examples = self.identity.global_test()
+        examples = global_test(data)
         settings = (data.generate, data.max_answer_tokens, data.stop, task.max_length, task.prompt)
         key = f"generation {examples_digest(examples[: data.generate])} {settings}"
         return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
+
+    def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What of some metrics leaves."""
+        return self.guard.told(self.identity.reported(metrics))
 
     def prior(self, seed: int) -> Tensor | None:
         """Log label frequencies of the training examples; they never leave the client. None where it has none."""
@@ -185,8 +201,8 @@ def _words_known(backbone: Backbone, words: tuple[str, ...]) -> bytes:
 
 def describe(message: Message, context: Context) -> RecordDict:
     """Answer ``query.describe``."""
-    request = DescribeRequest.from_content(message.content)
     client = Client.of(context)
+    request = client.guard.admit(DescribeRequest.from_content(message.content))
     backbone = client.backbone
     data = client.data(request.header.seed)
     mask = _words_known(backbone, tuple(request.words)) if request.words else b""
@@ -218,8 +234,8 @@ def align(message: Message, context: Context) -> RecordDict:
     from heterotune_flwr.dema.anchors import load_anchors
     from heterotune_flwr.dema.factors import alignment_factors, text_factors
 
-    request = AlignRequest.from_content(message.content)
     client = Client.of(context)
+    request = client.guard.admit(AlignRequest.from_content(message.content))
     alignment, data = client.identity.alignment(client.config), client.identity.data
     texts = load_anchors(alignment)
     mask = unpack_mask(request.words_mask, len(request.words))
@@ -237,8 +253,8 @@ def align(message: Message, context: Context) -> RecordDict:
 
 def train(message: Message, context: Context) -> RecordDict:
     """Answer ``train``: start values, local steps, deltas; the rest stays in the client's file."""
-    request = TrainRequest.from_content(message.content)
     client = Client.of(context)
+    request = client.guard.admit(TrainRequest.from_content(message.content))
     header, config = request.header, client.config
     adapter = client.adapter(header.method, request.frozen)
     store = client.store(header)
@@ -248,6 +264,7 @@ def train(message: Message, context: Context) -> RecordDict:
     )
     controls = ClientControls.of(request.controls, store, header.round)
     _use_maps(adapter, store, request.maps_digest, request.maps)
+    client.guard.charge(request, start)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
     task = adapter.reads(client.task())
@@ -266,7 +283,7 @@ def train(message: Message, context: Context) -> RecordDict:
         task,
         make_rows(adapter, encoded, config.train.cache_states),
         settings,
-        seed=_step_seed(header, client.client_id),
+        seed=_step_seed(header, client.identity),
         local_steps=request.local_steps,
         learning_rate=request.learning_rate,
         prior=client.prior(header.seed),
@@ -291,7 +308,7 @@ def train(message: Message, context: Context) -> RecordDict:
         round=header.round,
         maps_digest=request.maps_digest,
         deltas=feedback.add(deltas, adapter.shapes, header.round),
-        metrics=client.identity.reported(_train_metrics(report, request.learning_rate)),
+        metrics=client.reported(_train_metrics(report, request.learning_rate)),
         predictions=said.predictions,
         kept=kept,
         code_hash=code_hash(),
@@ -309,19 +326,18 @@ def train(message: Message, context: Context) -> RecordDict:
 
 def evaluate_client(message: Message, context: Context) -> RecordDict:
     """Answer ``evaluate`` for the scopes asked."""
-    request = EvaluateRequest.from_content(message.content)
     client = Client.of(context)
+    request = client.guard.admit(EvaluateRequest.from_content(message.content))
     header = request.header
     adapter, store = client.adapter(header.method), client.store(header)
     request, kept = Received.of(store, client.config.exchange).complete(request)
     start = _start_values(adapter, store, header.round + 1, request.tensors, [], header.seed)
     _use_maps(adapter, store, request.maps_digest, request.maps)
+    client.guard.charge(request, start)
     adapter.load(start)
     metrics: dict[str, float] = {}
     for scope in request.scopes:
         encoded = client.encoded(scope, header.seed)
-        if not len(encoded):
-            continue  # without a test of its own, in a run about no shipped data set
         task = adapter.reads(client.task())
         shared = request.discriminant
         cache = client.config.train.cache_states
@@ -331,7 +347,8 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
             key = task.data_key(encoded) + (shared.digest if shared else "")
             report = evaluate_once(adapter, task, rows, key)
         else:
-            report = evaluate(adapter, task, rows, client.prior(header.seed))
+            most = MOST_LOSS if client.identity.floors else math.inf
+            report = evaluate(adapter, task, rows, client.prior(header.seed), most)
         metrics |= _eval_metrics(scope, report)
         if client.identity.data.generate and task.kind == "tokens":
             metrics |= _eval_metrics(scope, client.generation(adapter, scope, header.seed))
@@ -340,7 +357,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         client.type_key,
         header.round,
         request.maps_digest,
-        client.identity.reported(metrics),
+        client.reported(metrics),
         kept,
     )
     return reply.to_content()
@@ -392,10 +409,15 @@ def _use_maps(
     adapter.load_maps(held, digest)
 
 
-def _step_seed(header: Header, client_id: str) -> int:
-    """Seed of this client's batches and dropout in this round: no state, so resume is exact."""
-    rng = generator(header.seed, f"train.{client_id}.{header.round}")
-    return int(rng.integers(2**62))
+def _step_seed(header: Header, identity: Identity) -> int:
+    """Seed of this client's batches and dropout in this round: no state, so resume is exact.
+
+    Of a deployed client the server does not know it: who is in a batch with whom is nobody's business.
+    """
+    name = f"train.{identity.client_id}.{header.round}"
+    if identity.floors is not None:
+        name = identity.book.keyed(name)
+    return int(generator(header.seed, name).integers(2**62))
 
 
 def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float]:
@@ -427,9 +449,14 @@ def respond(message: Message, context: Context, handler: Handler) -> Message:
     """
     client_id = str(context.node_config.get("client-id") or "")
     try:
+        if not is_simulated(context.node_config):
+            check_message(context.node_config, content_bytes(message.content))
         content = handler(message, context)
     except RemoteError as error:
         content = error_content(str(error), error.kind, client_id)
+    except RefusedByNodeError as error:
+        log.warning("%s refused: %s", message.metadata.message_type, error)
+        content = error_content(str(error), ERROR_REFUSED, client_id)
     except HeteroTuneError as error:
         log.error("%s: %s", message.metadata.message_type, error)
         content = error_content(told(error, context.node_config), client_id=client_id)

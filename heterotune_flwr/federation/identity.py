@@ -4,8 +4,8 @@ In a simulation a node knows only its partition; the run's configuration says th
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
 ``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field`` and
-``label-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash`` (and ``worker``,
-``worker-idle-minutes``: :mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the
+``label-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash``, ``floor-...`` (:mod:`.floors`), and
+``worker``, ``worker-idle-minutes`` (:mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the
 node's file. It takes no path from the server, and nothing of its data answers the server: its columns
 are named here, its labels by the run.
 """
@@ -16,8 +16,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, TypeConfig
-from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
-from heterotune_flwr.data.partition import ClientData, client_examples, local_examples
-from heterotune_flwr.data.sources import EMBEDDED, global_test, is_shipped, label_set
+from heterotune_flwr.data.partition import ClientData, client_examples, own_examples
+from heterotune_flwr.data.sources import EMBEDDED, label_set
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.floors import Floors
+from heterotune_flwr.federation.holdout import split
+from heterotune_flwr.federation.node_book import NodeBook
 
 #: What a deployed client must say about itself.
 REQUIRED = ("client-id", "backbone", "data", "state-dir")
@@ -40,7 +43,7 @@ REPORTS = ("all", "counts-and-loss-only")
 #: Whether answers that a deployed client's model writes on public prompts may leave it.
 ANSWERS = ("no", "yes")
 #: Whether what a deployed client tells of its classes (how many examples, sums of their latents) may leave it.
-CLASS_SUMS = ("yes", "no")
+CLASS_SUMS = ("no", "yes")
 #: Examples of a class that a deployed client's sum is of at least: that of one would be the example's own latents.
 FEWEST = 2
 #: From sums of n-grams words can be read, to which no node's owner has agreed; and nodes may have other anchors.
@@ -57,9 +60,9 @@ class Identity:
 
     ``data`` is the run's data configuration with this client's own files in it; ``partition`` is
     (partition id, number of partitions) in a simulation, None in a deployment. ``answers``: whether what its model
-    writes on public prompts may leave it; a deployed client's owner must say so. ``class_sums``: whether its classes'
-    counts and sums may; the owner may forbid it. ``guest``: it trains on no example of
-    its own.
+    writes on public prompts may leave it, ``class_sums``: whether its classes' counts and sums may; a deployed client's
+    owner must say so. ``guest``: it trains on no example of its own. ``floors``: what a deployed client holds to, None
+    in a simulation.
     """
 
     client_id: str
@@ -75,6 +78,7 @@ class Identity:
     answers: bool = True
     class_sums: bool = True
     guest: bool = False
+    floors: Floors | None = None
 
     def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics this client lets go; of tests (``personal_loss``, ...) likewise counts and losses."""
@@ -117,38 +121,41 @@ class Identity:
             )
         return config.alignment
 
-    def global_test(self) -> list[Example]:
-        """Return the run's common test; nothing where a deployed client has none (DataError as in :mod:`..data`).
-
-        A deployed client's is its own test file; without one the shipped test, where the run is about a shipped set.
-        """
-        data = self.data
-        own = data.test is not None or data.name == NATURAL_INSTRUCTIONS
-        if self.partition is not None or own:
-            return global_test(data)
-        if not is_shipped(data.name):
-            return []
-        return global_test(
-            DataConfig(
-                name=data.name,
-                labels=data.labels,
-                max_labels=data.max_labels,
-                global_test_examples=data.global_test_examples,
-            )
-        )
-
     def examples(self, seed: int) -> ClientData:
         """Return the client's own examples for a run's seed (DataError as in :mod:`..data`).
 
         A guest trains on none: in a simulation those it would have lie idle, so that the others' are the same with and
-        without it; a deployed one's file, where it has any, is its own test.
+        without it; a deployed one's file, where it has any, is its own test. A deployed client's split is its own, for
+        every run and seed the same (:mod:`.holdout`).
         """
         if self.partition is not None:
             found = client_examples(self.data, *self.partition, seed)
             return ClientData([], found.personal_test) if self.guest else found
         if self.data.train is None:
             return ClientData([], [])
-        return local_examples(self.data, self.data.train, seed, all_held_out=self.guest)
+        pool = own_examples(self.data)
+        account = self.account(self.data.train)
+        return split(pool, account, self.book, self.floors or Floors(), self.guest)
+
+    def examples_key(self, seed: int) -> tuple[str, ...]:
+        """What :meth:`examples` depends on, the settings in ``data`` apart."""
+        if self.partition is not None or self.data.train is None:
+            return (self.client_id, repr(self.partition), str(seed), str(self.guest))
+        return (self.client_id, str(self.state_dir), self.stamp(self.data.train), str(self.guest))
+
+    @cached_property
+    def book(self) -> NodeBook:
+        """What this deployed client must not forget."""
+        return NodeBook(self.state_dir)
+
+    def stamp(self, path: str) -> str:
+        """When a file of this client was last written; empty where it is not there."""
+        file = Path(path).expanduser()
+        return str(file.stat().st_mtime_ns) if file.exists() else ""
+
+    def account(self, path: str) -> str:
+        """Under which name the book counts what is asked about a file: one that says nothing of where it lies."""
+        return self.book.keyed(f"file {Path(path).expanduser().resolve()}")
 
 
 def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
@@ -231,13 +238,6 @@ def public_labels(data: DataConfig) -> list[str] | None:
     return data.labels
 
 
-def about_shipped(data: DataConfig) -> bool:
-    """Whether a run of real nodes is about a shipped data set, whose test then measures all of them."""
-    if not is_shipped(data.name) or data.train is not None:
-        return False
-    return data.labels is None or data.labels == label_set(DataConfig(name=data.name))
-
-
 def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str) -> Identity:
     _check_words(node_config)
     guest = _choice(node_config, "guest", GUEST) == "yes"
@@ -251,9 +251,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
     check_code(str(node_config.get("code-hash") or ""))
     report = _choice(node_config, "report", REPORTS)
     answers = _choice(node_config, "answers", ANSWERS)
-    # Who tells only counts and losses tells nothing of classes either, but where the owner says so.
-    allowed = CLASS_SUMS if report == REPORTS[0] else CLASS_SUMS[::-1]
-    sums = _choice(node_config, "class-sums", allowed)
+    sums = _choice(node_config, "class-sums", CLASS_SUMS)
     test, anchors = node_config.get("test"), node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)
@@ -269,7 +267,6 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         ),
         data=dataclasses.replace(
             config.data,
-            name=_named(config.data),
             train=str(node_config["data"]) if node_config.get("data") else None,
             test=str(test) if test else None,
             text_field=str(node_config.get("text-field", "text")),
@@ -277,9 +274,15 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             format=str(node_config["format"]) if node_config.get("format") else None,
             labels=public_labels(config.data),
             max_labels=0,
+            # Of its own test file a run cannot choose how much is told.
+            global_test_examples=(
+                DataConfig().global_test_examples if test else config.data.global_test_examples
+            ),
         ),
         state_dir=state_dir,
-        threads=int(node_config.get("threads", config.run.worker_threads)),
+        threads=int(
+            node_config.get("threads") or min(config.run.worker_threads, os.cpu_count() or 1)
+        ),
         anchors=str(anchors) if anchors else None,
         memory_gb=memory_gb,
         slots=str(node_config.get("slots") or config.train.slots),
@@ -287,6 +290,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         answers=answers == "yes",
         class_sums=sums == "yes",
         guest=guest,
+        floors=Floors.of(node_config),
     )
 
 
@@ -300,11 +304,6 @@ def _check_words(node_config: Mapping[str, Any]) -> None:
                 value,
                 'it is a text; write it in quotes: key="..."',
             )
-
-
-def _named(data: DataConfig) -> str:
-    """The data set that a deployed client's examples are of: a shipped one only where the run is about it."""
-    return "own" if is_shipped(data.name) and not about_shipped(data) else data.name
 
 
 def required_of(guest: bool) -> tuple[str, ...]:

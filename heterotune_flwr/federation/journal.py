@@ -106,18 +106,6 @@ class Pace:
             self._tell("progress", what=self._what, done=done, clients=of)
 
 
-def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Append one event to a journal; the line is complete on disk when this returns."""
-    record = to_json({"event": event, "time": time.time(), **fields})
-    line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    with writing(path), path.open("ab", buffering=0) as stream:
-        # One write: a reader, or a crash, never sees two halves of different lines.
-        if stream.write(line) != len(line):
-            raise OSError("only part of an event could be written")
-        if event not in _PASSING:
-            os.fsync(stream.fileno())
-
-
 class Journal:
     """Writer of one run directory.
 
@@ -140,7 +128,14 @@ class Journal:
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event; the line is complete on disk when this returns."""
-        append_event(self.path, event, **fields)
+        record = to_json({"event": event, "time": time.time(), **fields})
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with writing(self.path), self.path.open("ab", buffering=0) as stream:
+            # One write: a reader, or a crash, never sees two halves of different lines.
+            if stream.write(line) != len(line):
+                raise OSError("only part of an event could be written")
+            if event not in _PASSING:
+                os.fsync(stream.fileno())
 
     def _close_torn_line(self) -> bool:
         if not self.path.exists() or self.path.stat().st_size == 0:

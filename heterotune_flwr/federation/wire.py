@@ -22,11 +22,12 @@ CONSENSUS, PREDICTIONS, ANSWERS = "consensus", "predictions", "answers"
 DISCRIMINANT, CLASS_SUMS, CLASS_COUNTS = "discriminant", "class_sums", "class_counts"
 
 #: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again, ``tensors_missing`` all
-#: tensors.
-ERROR_FAILED, ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING = (
+#: tensors. ``refused_by_node``: its owner's floors forbid what was asked, which is no failure.
+ERROR_FAILED, ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING, ERROR_REFUSED = (
     "failed",
     "maps_missing",
     "tensors_missing",
+    "refused_by_node",
 )
 
 #: Letters of a client's own words that are kept.
@@ -40,7 +41,8 @@ class RemoteError(FederationError):
     Attributes
     ----------
     kind
-        ``failed``, or ``maps_missing`` or ``tensors_missing`` when the client lacks what the request names.
+        ``failed``, or ``maps_missing`` or ``tensors_missing`` when the client lacks what the request names, or
+        ``refused_by_node``.
     client_id
         How the client calls itself, where it says so: before it has described itself nobody else knows.
 

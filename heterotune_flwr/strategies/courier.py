@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from heterotune_flwr.federation.messenger import Enough, Replies, converse, make
 from heterotune_flwr.federation.protocol import (
     CONFIG,
     ERROR_MAPS_MISSING,
+    ERROR_REFUSED,
     ERROR_TENSORS_MISSING,
     EVALUATE,
     MAPS,
@@ -32,7 +34,7 @@ from heterotune_flwr.federation.protocol import (
     RemoteError,
     TrainRequest,
 )
-from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
+from heterotune_flwr.federation.roster import AGAIN_SECONDS, LeftOut, Roster
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.simulated import most_in_flight
@@ -49,6 +51,8 @@ from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
 from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
 from heterotune_flwr.strategies.safety import Safety
+
+log = logging.getLogger(__name__)
 
 #: Keys of a journalled reply that no metric of a client may take.
 RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
@@ -83,6 +87,7 @@ class Courier:
         self._resend = Resend(context.config.exchange)
         self._requests: dict[str, TrainRequest | EvaluateRequest] = {}
         self._failed: dict[str, str] = {}
+        self._declined: dict[str, str] = {}
         self._waited: dict[str, float] = {}
         self.safety = Safety.of(context.config.server, context.config.exchange)
         for client_id in roster.clients:
@@ -197,6 +202,8 @@ class Courier:
                     error.kind == ERROR_MAPS_MISSING and client_id in self._spared
                 ):
                     lost.append((request, error.kind))
+                elif error.kind == ERROR_REFUSED:
+                    self._leave_out(client_id, round, str(error))
                 else:
                     self._failed[client_id] = str(error)
                 return False
@@ -338,6 +345,18 @@ class Courier:
         type_key = self.roster.clients[client_id].info.type_key
         return self.safety.times.deadline(_label(kind, content), type_key, client_id)
 
+    def _leave_out(self, client_id: str, round: int, reason: str) -> None:
+        """Note that a node's owner forbids what was asked: no failure. Said once for every reason."""
+        reason = one_line(reason)
+        if self._declined.get(client_id) == reason:
+            return
+        self._declined[client_id] = reason
+        node = LeftOut(self.roster.clients[client_id].node_id, client_id, reason)
+        log.warning("left out: %s", node)
+        self.event(
+            "left_out", round=round, node_id=str(node.node_id), client_id=client_id, reason=reason
+        )
+
     @property
     def failed(self) -> dict[str, str]:
         """Why each client's part in the last collection failed or was refused, by client id."""
@@ -345,8 +364,8 @@ class Courier:
 
     @property
     def first_failure(self) -> str | None:
-        """One line about the first client that failed in the last collection."""
-        for client_id, reason in sorted(self._failed.items()):
+        """One line about the first client that failed in the last collection, or refuses to take part."""
+        for client_id, reason in [*sorted(self._failed.items()), *sorted(self._declined.items())]:
             return f"{client_id}: {reason}"
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,15 +37,22 @@ class EvalReport:
 
 @torch.no_grad()
 def evaluate(
-    adapter: AttachedAdapter, task: Task, rows: Rows, prior: torch.Tensor | None = None
+    adapter: AttachedAdapter,
+    task: Task,
+    rows: Rows,
+    prior: torch.Tensor | None = None,
+    most: float = math.inf,
 ) -> EvalReport:
-    """Evaluate the adapter with the values it holds, for data with these log label frequencies (C)."""
+    """Evaluate the adapter with the values it holds, for data with these log label frequencies (C).
+
+    ``most``: what a single loss counts for at most, in nats.
+    """
     total_loss, total_rows, total_right = 0.0, 0, 0
     for start in range(0, len(rows), _BATCH):
         chosen = list(range(start, min(start + _BATCH, len(rows))))
         states, targets, owners = rows.rows(chosen)
         losses, correct = task.losses(states, targets, rows.offsets(chosen, prior))
-        total_loss += float(losses.double().sum())
+        total_loss += float(losses.double().clamp(max=most).sum())
         total_rows += len(losses)
         total_right += int(examples_correct(correct, owners, len(chosen)).sum())
     return EvalReport(total_loss / max(total_rows, 1), total_right / max(len(rows), 1), len(rows))

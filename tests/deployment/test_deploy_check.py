@@ -27,7 +27,7 @@ def node(tmp_path):
     """A node folder that is ready to join but for its server."""
     deployment = initialise(tmp_path / "lab", ["127.0.0.1:1"], ["clinic"], {}, 90, False)
     place = deployment.node("clinic")
-    rows = [{"text": f"text {i}", "label": "abc"[i % 3]} for i in range(12)]
+    rows = [{"text": f"text {i}", "label": "abc"[i % 3]} for i in range(64)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 
@@ -59,7 +59,7 @@ def test_a_ready_machine_passes(node, tmp_path):
         ("settings", "key", "device", "backbone", "data", "state dir", "libraries", "code", "server", "clock"), "ok"
     )  # fmt: skip
     data = next(check for check in answer["checks"] if check["name"] == "data")
-    assert data["message"].startswith("12 examples, 3 different answers")
+    assert data["message"].startswith("64 examples, 3 different answers")
     assert "text 1" not in done.output  # counts, never contents
 
 
@@ -90,7 +90,7 @@ def test_troubles_of_the_machine_have_a_remedy_each(node):
 
 def test_a_nodes_files_are_read_as_in_a_run(node):
     turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
-    rows = [{"conversations": turns}] * 8
+    rows = [{"conversations": turns}] * 32
     (node / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     findings = found(node_check.check_node(node / "node.toml", offline=True))
     assert findings["data"].state == "ok"
@@ -99,7 +99,7 @@ def test_a_nodes_files_are_read_as_in_a_run(node):
     (node / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     findings = found(node_check.check_node(node / "node.toml", offline=True))
     assert findings["data"].state == "fail"
-    assert "data.jsonl:9: 'conversations' is no conversation" in findings["data"].message
+    assert "data.jsonl:33: 'conversations' is no conversation" in findings["data"].message
 
 
 def test_a_backbone_that_does_not_fit_names_bits_that_do(node):
@@ -162,7 +162,7 @@ def test_troubles_with_the_server(node, tmp_path, case, name, state, words):
     ("old", "new", "words"),
     [
         ("client-id =", "clientid =", "did you mean client-id?"),
-        ("[client]", "[klient]", "tables [server] and [client]"),
+        ("[client]", "[klient]", "tables [server], [client] and"),
         ('backbone = "tiny-a"', "", "lacks backbone"),
         ("127.0.0.1:1", "127.0.0.1", "write it as host:port"),
         ('bits = "auto"', 'bits = "int3"', "choose one of nf4"),

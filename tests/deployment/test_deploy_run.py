@@ -1,8 +1,9 @@
-"""A whole run over TLS with node authentication gives the bank that the simulation gives; other code is refused."""
+"""A whole run over TLS with node keys gives the bank of the same nodes in one process; other code is refused."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,27 +13,29 @@ from benchmarks.lab_run import (
     NODES,
     configuration,
     final_bank,
+    give_book,
     greatest_difference,
     join,
     shard_file,
     simulated_bank,
 )
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.data.partition import client_examples, local_examples
+from heterotune_flwr.data.partition import client_examples, own_examples
 from heterotune_flwr.deploy.submit import submit
 from heterotune_flwr.federation.journal import read_events
+from heterotune_flwr.federation.node_book import NodeBook
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.reporting.status import read_status
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The simulation's result, and a laboratory whose nodes hold the simulated clients' data."""
+    """The result of the same nodes in one process, and a laboratory."""
     folder = tmp_path_factory.mktemp("world")
     config, bank = simulated_bank(folder / "simulated")
     with Lab(folder, list(NODES), proxy=has_nginx()) as lab:
         lab.configure("client-0002", report="counts-and-loss-only")
-        join(lab, config)
+        join(lab, config, books=folder / "books")
         yield folder, lab, bank
 
 
@@ -98,11 +101,14 @@ def test_the_deployed_bank_is_the_simulated_one(world):
         assert not [text for text in texts if len(text) > 20 and text.encode() in content], path
 
 
-def test_shard_files_give_the_simulated_clients_examples(tmp_path):
+def test_shard_files_hold_the_simulated_clients_examples_and_a_book_makes_runs_alike(tmp_path):
     config = compose(configuration(tmp_path))
     for number in range(len(NODES)):
         path = shard_file(tmp_path / f"{number}.jsonl", config, number)
-        mine = local_examples(config.data, str(path), config.run.seeds[0])
         theirs = client_examples(config.data, number, len(NODES), config.run.seeds[0])
-        assert [e.text for e in mine.train] == [e.text for e in theirs.train]
-        assert [e.text for e in mine.personal_test] == [e.text for e in theirs.personal_test]
+        mine = own_examples(replace(config.data, train=str(path)))
+        assert [e.text for e in mine] == [e.text for e in [*theirs.train, *theirs.personal_test]]
+    for place in ("one", "other"):
+        give_book(tmp_path / "books", "n", tmp_path / place)
+    one, other, own = (NodeBook(tmp_path / place).keyed("x") for place in ("one", "other", "own"))
+    assert one == other != own
