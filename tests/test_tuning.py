@@ -13,7 +13,7 @@ from tiny_backbones import LABELS, save_backbone, write_rows
 from torch.nn import functional
 
 from heterotune_flwr.backbones import loading
-from heterotune_flwr.backbones.head import HeadScaling, head_scaling
+from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.data import training_pool
@@ -224,19 +224,10 @@ def test_token_loss_never_holds_logits_of_the_whole_batch(directory, data, monke
     assert sum(seen) == 2 * 20
 
 
-def test_head_scaling_follows_the_family():
-    class Model:
-        class Config:
-            final_logit_softcapping, logit_scale, logits_scaling = 5.0, None, 2.0
-
-            def get_text_config(self):
-                return self
-
-        config = Config()
-
+def test_head_scaling_multiplies_then_caps():
     logits = torch.tensor([1.0, -30.0])
     wanted = torch.tanh(logits / 2 / 5) * 5
-    torch.testing.assert_close(head_scaling(Model())(logits), wanted)
+    torch.testing.assert_close(HeadScaling(0.5, 5.0)(logits), wanted)
     assert torch.equal(HeadScaling()(logits), logits)
 
 

@@ -23,6 +23,7 @@ from heterotune_flwr.backbones.cpu_compute import (
     train_attention_in_float32,
 )
 from heterotune_flwr.backbones.cpu_memory import return_freed_memory
+from heterotune_flwr.backbones.head import HeadScaling, measured_scaling
 from heterotune_flwr.backbones.headers import damaged_json, mend_hint, tensor_headers
 from heterotune_flwr.backbones.sources import (
     BITS,
@@ -64,6 +65,8 @@ class Backbone:
         d, number of decoder blocks, number of weights before quantization.
     linear_shapes
         (in, out) of every linear layer but the unembedding: what LoRA on all layers adapts.
+    scaling
+        What the family does to its logits around the unembedding.
 
     """
 
@@ -75,6 +78,7 @@ class Backbone:
     layers: int
     parameters: int
     linear_shapes: tuple[tuple[int, int], ...]
+    scaling: HeadScaling
 
     @property
     def device(self) -> torch.device:
@@ -279,7 +283,21 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
         layers=int(config.num_hidden_layers),
         parameters=count_parameters(model),
         linear_shapes=_linear_shapes(model),
+        scaling=_scaling(spec, model),
     )
+
+
+def _scaling(spec: BackboneSpec, model: Any) -> HeadScaling:
+    try:
+        return measured_scaling(model)
+    except BackboneError:
+        raise
+    except Exception as error:  # a family's own code raises whatever it likes
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(
+            f"backbone {spec.type_key}: models of the family {model.config.model_type!r} cannot be trained here, "
+            f"because their losses would not be the model's own ({reason}); use another backbone"
+        ) from error
 
 
 def _linear_shapes(model: Any) -> tuple[tuple[int, int], ...]:

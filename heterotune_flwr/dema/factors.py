@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from heterotune_flwr.backbones.batches import batches_by_length
-from heterotune_flwr.backbones.head import head_scaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.data.template import (
@@ -211,7 +210,7 @@ def unembedding_rows(backbone: Backbone, tokens: Sequence[int]) -> NDArray[np.fl
     weight = backbone.model.get_output_embeddings().weight
     rows: Tensor = weight[torch.tensor(list(tokens), device=weight.device)].detach().float().cpu()
     scaled: NDArray[np.float64] = rows.numpy().astype(np.float64)
-    return scaled * head_scaling(backbone.model).scale
+    return scaled * backbone.scaling.scale
 
 
 def _word_factors(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from heterotune_flwr.backbones.head import HeadScaling, head_scaling
+from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.config.schema import DataConfig, TrainConfig
 from heterotune_flwr.data.examples import Example
@@ -225,7 +225,7 @@ def make_task(
     """
     kind = loss_kind(config, labels)
     names = tuple(labels) if labels is not None else None
-    scaling = head_scaling(backbone.model)
+    scaling = backbone.scaling
     if kind == "tokens":
         return Task(kind, backbone, data.prompt, data.max_length, names, scaling)
     assert labels is not None
