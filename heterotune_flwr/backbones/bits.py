@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from heterotune_flwr.backbones.headers import TensorHeader, tensor_headers
+from heterotune_flwr.backbones.quantized import stored_bits
 from heterotune_flwr.backbones.sources import AUTO, BITS, BackboneSpec, resolve_source
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.storage import atomic_write_text
@@ -82,8 +83,9 @@ def _chosen(
     if memory_gb is not None:
         return _fitting(source, revision, memory_gb, "its budget", device)
     if not device.startswith("cuda"):
-        log.info("%s: bits auto is bf16 (no memory budget)", source)
-        return "bf16"
+        widest = _widest(source, revision)
+        log.info("%s: bits auto is %s (no memory budget)", source, widest)
+        return widest
     if kept is None:
         return _fitting(source, revision, free_gb(device), f"free on {device}", device)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -95,12 +97,32 @@ def _chosen(
     return bits
 
 
+def candidates(source: str, directory: Path) -> tuple[str, ...]:
+    """Bits that ``auto`` chooses from, widest first: of a checkpoint quantized already, its own alone.
+
+    Raises
+    ------
+    BackboneError
+        It is quantized in a format that no bits stand for.
+
+    """
+    stored = stored_bits(source, directory)
+    return CANDIDATES if stored is None else (stored,)
+
+
+def _widest(source: str, revision: str | None) -> str:
+    if source.endswith(".gguf"):  # converted to bf16, which takes long
+        return CANDIDATES[0]
+    return candidates(source, resolve_source(source, revision, config_only=True))[0]
+
+
 def _fitting(source: str, revision: str | None, budget: float, origin: str, device: str) -> str:
     from heterotune_flwr.backbones.loading import check_bits
 
-    needs = needed_gb(source, resolve_source(source, revision))
+    directory = resolve_source(source, revision)
+    needs = needed_gb(source, directory)
     refused = ""
-    for bits in CANDIDATES:
+    for bits in needs:
         if needs[bits] > budget:
             continue
         try:
@@ -112,7 +134,7 @@ def _fitting(source: str, revision: str | None, budget: float, origin: str, devi
                  origin)  # fmt: skip
         return bits
     # Rounded up: a budget of the number that is shown must do.
-    listed = ", ".join(f"{bits} {math.ceil(1000 * needs[bits]) / 1000} GB" for bits in CANDIDATES)
+    listed = ", ".join(f"{bits} {math.ceil(1000 * needs[bits]) / 1000} GB" for bits in needs)
     raise BackboneError(
         f"backbone {source!r} does not fit {budget:.2f} GB ({origin}): it needs {listed}, weights "
         f"and working memory together{refused}; raise the budget or take a smaller backbone"
@@ -127,9 +149,10 @@ def free_gb(device: str) -> float:
 
 
 def needed_gb(
-    source: str, directory: Path, formats: Iterable[str] = CANDIDATES
+    source: str, directory: Path, formats: Iterable[str] | None = None
 ) -> dict[str, float]:
-    """GB (10^9 bytes) a client needs at each of ``formats``: weights and working memory."""
+    """GB (10^9 bytes) a client needs at each of ``formats`` (:func:`candidates`): weights and working memory."""
+    formats = candidates(source, directory) if formats is None else formats
     working = WORKING_GB * 1e9 + WORKING_SHARE * weight_bytes(source, directory, "bf16")
     return {bits: (weight_bytes(source, directory, bits) + working) / 1e9 for bits in formats}
 
@@ -157,7 +180,25 @@ def weight_bytes(source: str, directory: Path, bits: str) -> int:
         ) from error
     if config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
         tensors = [tensor for tensor in tensors if not tensor.name.startswith("lm_head.")]
+    stored = stored_bits(source, directory)
+    if stored is not None:
+        return sum(_packed_bytes(tensor, bits, stored) for tensor in tensors)
     return sum(_bytes(tensor, bits, vocabulary) for tensor in _floating(tensors))
+
+
+#: Ends of the names of what bitsandbytes keeps beside packed weights.
+_BESIDE = (".absmax", "quant_map", ".SCB", ".nested_absmax", ".weight_format")
+
+
+def _packed_bytes(tensor: TensorHeader, bits: str, stored: str) -> int:
+    """Bytes of a tensor of a checkpoint quantized as ``stored``: as it is, or of the weights it stands for."""
+    beside = tensor.name.endswith(_BESIDE) or ".quant_state." in tensor.name
+    if bits == stored and (beside or tensor.dtype in ("U8", "I8")):
+        return tensor.count * (1 if tensor.dtype in ("U8", "I8") else 4)
+    if beside:
+        return 0
+    weights = tensor.count * (2 if tensor.dtype == "U8" else 1)
+    return weights * (4 if bits == "fp32" else 2)
 
 
 def _floating(tensors: Sequence[TensorHeader]) -> list[TensorHeader]:

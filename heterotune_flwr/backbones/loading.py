@@ -25,6 +25,7 @@ from heterotune_flwr.backbones.cpu_compute import (
 from heterotune_flwr.backbones.cpu_memory import return_freed_memory
 from heterotune_flwr.backbones.head import HeadScaling, measured_scaling
 from heterotune_flwr.backbones.headers import damaged_json, mend_hint, tensor_headers
+from heterotune_flwr.backbones.quantized import check_stored_bits, stored_bits
 from heterotune_flwr.backbones.sources import (
     BITS,
     QUANTIZED,
@@ -181,12 +182,26 @@ def _quantization(bits: str) -> Any:
 
 def load_unshared(spec: BackboneSpec, directory: Path, device: str) -> Any:
     """Read a backbone's source and quantize it in this process's memory (errors of the libraries)."""
-    quantization = _quantization(spec.bits)
-    # An explicit None would make transformers forget a quantization named in config.json.
-    given = {} if quantization is None else {"quantization_config": quantization}
+    given: dict[str, Any] = {}
+    if stored_bits(spec.source, directory) is not None:
+        given["config"] = _stored_config(directory)
+    elif (quantization := _quantization(spec.bits)) is not None:
+        # An explicit None would make transformers forget a quantization named in config.json.
+        given["quantization_config"] = quantization
     model, found = _from_pretrained(spec, directory, device, **given)
     _check_complete({what: found.get(what) for what in ("missing_keys", "mismatched_keys")})
     return model
+
+
+def _stored_config(directory: Path) -> Any:
+    """Configuration of a checkpoint quantized already, computing in bfloat16 as every other here."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    for part in (config, config.get_text_config()):
+        if isinstance(found := getattr(part, "quantization_config", None), dict):
+            found["bnb_4bit_compute_dtype"] = "bfloat16"
+    return config
 
 
 def _check_complete(found: Mapping[str, Any]) -> None:
@@ -252,6 +267,7 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
     if device == "cpu":
         return_freed_memory()
     directory = resolve_source(spec.source, spec.revision)
+    check_stored_bits(spec.source, directory, spec.bits)
     log.info("loading %s from %s", spec.type_key, directory)
     tensor_headers(spec.source, directory)  # a truncated file is told before anything is made of it
 

@@ -40,6 +40,7 @@ from heterotune_flwr.backbones.manifest import (
     remember_checksums,
     write_manifest,
 )
+from heterotune_flwr.backbones.quantized import stored_bits
 from heterotune_flwr.backbones.sources import QUANTIZED, BackboneSpec, fingerprint
 from heterotune_flwr.errors import BackboneError
 
@@ -97,6 +98,8 @@ def entry_dir(spec: BackboneSpec, source: Path, device: str) -> Path:
 
 def used_in_place(spec: BackboneSpec, source: Path) -> bool:
     """Whether a source already has the format of its bits: it is then mapped where it lies."""
+    if stored_bits(spec.source, source) is not None:
+        return True
     wanted = _STORED.get(spec.bits)
     return wanted is not None and all(
         tensor.dtype == wanted for tensor in tensor_headers(spec.source, source)

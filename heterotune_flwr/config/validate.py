@@ -7,6 +7,7 @@ import copy
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.loading import check_bits
+from heterotune_flwr.backbones.quantized import check_stored_bits
 from heterotune_flwr.backbones.sources import describe_source, has_weights, resolve_source
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
@@ -102,6 +103,7 @@ def _check_backbones(config: Config) -> None:
         lowest_slot(entry.slots or config.train.slots, config.method.slots)
         if not entry.backbone.endswith(".gguf"):
             directory = resolve_source(entry.backbone, entry.revision, config_only=True)
+            check_stored_bits(entry.backbone, directory, entry.bits)
             if has_weights(directory):  # those of a hub id may come later
                 tensor_headers(entry.backbone, directory)
     shapes = {e.backbone: describe_source(e.backbone, e.revision) for e in config.types}

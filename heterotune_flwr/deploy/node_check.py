@@ -152,8 +152,9 @@ def _budget(settings: NodeSettings) -> tuple[float, str]:
 
 
 def _backbone(settings: NodeSettings) -> Iterator[Finding]:
-    from heterotune_flwr.backbones.bits import CANDIDATES, needed_gb, resolve_spec
+    from heterotune_flwr.backbones.bits import candidates, needed_gb, resolve_spec
     from heterotune_flwr.backbones.loading import check_bits
+    from heterotune_flwr.backbones.quantized import check_stored_bits
     from heterotune_flwr.backbones.sources import AUTO, describe_source, resolve_source
 
     source, bits = str(settings.client["backbone"]), str(settings.client.get("bits", "bf16"))
@@ -167,9 +168,10 @@ def _backbone(settings: NodeSettings) -> Iterator[Finding]:
         chosen = "auto is "
     else:
         check_bits(bits)
+        check_stored_bits(source, directory, bits)
         chosen = ""
     what = f"{source}: {shape.layers} blocks of {shape.hidden}, {chosen}{bits}"
-    needs = needed_gb(source, directory, dict.fromkeys((*CANDIDATES, bits)))
+    needs = needed_gb(source, directory, dict.fromkeys((*candidates(source, directory), bits)))
     need = needs[bits]
     if need > budget:
         fitting = [known for known, size in needs.items() if size <= budget]
