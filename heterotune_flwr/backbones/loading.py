@@ -8,6 +8,7 @@ them are memory-mapped: from the source itself if it has the format, else from :
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from heterotune_flwr.backbones.sources import (
     resolve_source,
 )
 from heterotune_flwr.backbones.store import Loader, shared_model
+from heterotune_flwr.backbones.tokenizer import learned_positions, load_tokenizer, padding_id
 from heterotune_flwr.errors import BackboneError
 
 __all__ = [
@@ -59,7 +61,7 @@ class Backbone:
     model
         ``transformers`` causal LM; no parameter requires a gradient.
     tokenizer
-        Its tokenizer; ``pad_token_id`` is set (to eos where the model has none).
+        Its tokenizer (:func:`.tokenizer.load_tokenizer`).
     fingerprint
         Digest of configuration, tokenizer, unquantized weights and bits.
     hidden, layers, parameters
@@ -68,6 +70,10 @@ class Backbone:
         (in, out) of every linear layer but the unembedding: what LoRA on all layers adapts.
     scaling
         What the family does to its logits around the unembedding.
+    pad_id
+        Id that stands for padding, which is masked; the tokenizer's own may have no row.
+    positions
+        Longest sequence of a model with a learned table of positions, else None.
 
     """
 
@@ -80,6 +86,8 @@ class Backbone:
     parameters: int
     linear_shapes: tuple[tuple[int, int], ...]
     scaling: HeadScaling
+    pad_id: int
+    positions: int | None
 
     @property
     def device(self) -> torch.device:
@@ -261,8 +269,6 @@ def _unloadable(spec: BackboneSpec, directory: Path, error: Exception) -> Backbo
 
 
 def _load(spec: BackboneSpec, device: str) -> Backbone:
-    from transformers import AutoTokenizer
-
     prepare_libraries(spec.bits)
     if device == "cpu":
         return_freed_memory()
@@ -283,13 +289,16 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
         train_attention_in_float32(model)
         if slow_bfloat16():
             compute_in_float32(model)
+    rows = int(model.get_input_embeddings().weight.shape[0])
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(spec.source, directory, rows)
+    except BackboneError:
+        raise
     except Exception as error:
         raise _unloadable(spec, directory, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     config = model.config.get_text_config()
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    tables = ((name, tensor.shape) for name, tensor in tensors)
     return Backbone(
         spec=spec,
         model=model,
@@ -300,6 +309,8 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
         parameters=count_parameters(model),
         linear_shapes=_linear_shapes(model),
         scaling=_scaling(spec, model),
+        pad_id=padding_id(tokenizer, rows),
+        positions=learned_positions(tables, getattr(config, "max_position_embeddings", None)),
     )
 
 

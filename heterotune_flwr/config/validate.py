@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.loading import check_bits
 from heterotune_flwr.backbones.quantized import check_stored_bits
 from heterotune_flwr.backbones.sources import describe_source, has_weights, resolve_source
+from heterotune_flwr.backbones.tokenizer import (
+    check_positions,
+    learned_positions,
+    load_tokenizer,
+)
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.data.partition import client_examples
@@ -92,8 +98,9 @@ def preflight(config: Config) -> None:
     for seed in config.run.seeds:
         for partition in range(total):
             client_examples(config.data, partition, total, seed)
+    tokenizers = _tokenizers(config)
     if labels and (config.train.loss != "tokens" or config.alignment.output == "labels"):
-        _check_labels(config, labels)
+        _check_labels(config, labels, tokenizers)
 
 
 def _check_backbones(config: Config) -> None:
@@ -116,11 +123,29 @@ def _check_backbones(config: Config) -> None:
         )
 
 
-def _check_labels(config: Config, labels: list[str]) -> None:
-    from transformers import AutoTokenizer
-
+def _tokenizers(config: Config) -> dict[str, Any]:
+    """The tokenizer of every backbone, by its name; each fits its weights and ``data.max_length``."""
+    found = {}
     for entry in config.types:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_source(entry.backbone, entry.revision))
+        directory = resolve_source(entry.backbone, entry.revision)
+        rows = describe_source(entry.backbone, entry.revision).vocabulary
+        try:
+            found[entry.backbone] = load_tokenizer(entry.backbone, directory, rows)
+        except BackboneError:
+            raise
+        except Exception as error:  # damaged files make the library raise whatever it likes
+            reason = " ".join(str(error).split())[:200]
+            raise BackboneError(
+                f"the tokenizer of backbone {entry.backbone!r} cannot be read from {directory} ({reason})"
+            ) from error
+        tensors = tensor_headers(entry.backbone, directory)
+        positions = learned_positions(((tensor.name, tensor.shape) for tensor in tensors), None)
+        check_positions(entry.backbone, positions, config.data.max_length)
+    return found
+
+
+def _check_labels(config: Config, labels: list[str], tokenizers: dict[str, Any]) -> None:
+    for name, tokenizer in tokenizers.items():
         try:
             label_tokens(tokenizer, labels, config.data.prompt)
         except DataError as error:

@@ -149,9 +149,7 @@ def collect_states(
     done = 0
     body = model.get_submodule(structure.body) if structure.body else model
     for batch in _batches(encoded):
-        ids, mask = _padded(
-            [encoded[i] for i in batch], backbone.tokenizer.pad_token_id, backbone.device
-        )
+        ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
         with _recorded(structure, model, slots) as states:
             body(input_ids=ids, attention_mask=mask, use_cache=False)
         for slot in range(slots):
@@ -179,7 +177,7 @@ def collect_text_states(
     encoded = [encode_prompt(tokenizer, data.prompt, text, data.max_length) for text in texts]
     rows = np.empty((len(texts), 2 * structure.hidden), np.float32)
     for batch in _batches(encoded):
-        ids, mask = _padded([encoded[i] for i in batch], tokenizer.pad_token_id, backbone.device)
+        ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
         states = entering(body, blocks, ids, mask)
         for row, index in enumerate(batch):
             length = len(encoded[index])
@@ -270,9 +268,7 @@ def _pullbacks(
     ]
     try:
         for batch in _batches(encoded):
-            ids, mask = _padded(
-                [encoded[i] for i in batch], backbone.tokenizer.pad_token_id, backbone.device
-            )
+            ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
             last = mask.sum(1) - 1
             index = torch.arange(len(batch), device=last.device)
             with torch.enable_grad():

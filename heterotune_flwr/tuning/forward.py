@@ -76,7 +76,7 @@ def first_block(adapter: AttachedAdapter) -> int | None:
 def _padded(adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]) -> list[Tensor]:
     """Token ids and attention mask ``B x T`` of some examples, padded on the right."""
     longest = max(len(encoded.inputs[i]) for i in indices)
-    pad = int(adapter.backbone.tokenizer.pad_token_id)
+    pad = adapter.backbone.pad_id
     ids = torch.full((len(indices), longest), pad, dtype=torch.long)
     mask = torch.zeros((len(indices), longest), dtype=torch.long)
     for row, index in enumerate(indices):
@@ -167,7 +167,7 @@ def _gives_tuples(adapter: AttachedAdapter) -> bool:
         hook = blocks_of(adapter)[0].register_forward_hook(
             lambda _module, _args, output: seen.append(isinstance(output, tuple))
         )
-        token = torch.tensor([[int(adapter.backbone.tokenizer.pad_token_id)]])
+        token = torch.tensor([[adapter.backbone.pad_id]])
         try:
             with torch.no_grad():
                 adapter.body(input_ids=token.to(adapter.backbone.device), use_cache=False)

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.backbones.tokenizer import check_positions
 from heterotune_flwr.config.schema import DataConfig, TrainConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import OUTSIDE
@@ -219,10 +220,13 @@ def make_task(
 
     Raises
     ------
+    ConfigError
+        ``data.max_length`` is more than the backbone has learned positions.
     DataError
         Two labels begin with the same token of this backbone.
 
     """
+    check_positions(backbone.spec.source, backbone.positions, data.max_length)
     kind = loss_kind(config, labels)
     names = tuple(labels) if labels is not None else None
     scaling = backbone.scaling
