@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from test_client import World, folder, world  # noqa: F401  (fixtures)
-from test_tuning import LORA, TRAIN, data, directory, gradients, prepared, random_values  # noqa: F401
-from tiny_backbones import LABELS
+from test_tuning import LORA, METHOD, TRAIN, data, directory, gradients, prepared, random_values  # noqa: F401
+from tiny_backbones import LABELS, save_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose, conf_root
@@ -27,6 +28,7 @@ from heterotune_flwr.tuning.terms import make_optimizer, rate_schedule
 
 CORE = replace(LORA, lora_core=True, lora_rank=4)
 DENSE = replace(LORA, lora_residual=True)
+SQUARE = replace(METHOD, core_rank=2, core_from=0.0)
 IDS = torch.tensor([[4, 9, 30, 7, 12]])
 
 
@@ -83,6 +85,31 @@ def test_a_variant_is_the_dense_change_its_formula_says(directory, method):  # n
     finally:
         for name, change in changes.items():
             backbone.model.get_submodule(name.removeprefix("lora.")).weight.data -= change
+
+
+@pytest.mark.parametrize("method", [LORA, CORE, DENSE, SQUARE, replace(SQUARE, core_kind="lora")])
+def test_layers_of_gpt2_are_linear_layers(tmp_path, method):
+    """Their ``Conv1D`` holds in x out; PEFT adapts it, so it counts."""
+    tokenizer = save_tokenizer(tmp_path)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    backbone = load_backbone(BackboneSpec(str(tmp_path), "fp32"))
+    assert backbone.linear_shapes == 2 * ((32, 96), (32, 32), (32, 128), (128, 32))
+    bare = logits(backbone.model)
+    adapter = attach(backbone, method, 3)
+    if method == LORA:
+        held = sum(int(np.prod(shape)) for shape in adapter.shapes.values()) / method.lora_rank
+        assert backbone.lora16_bytes == 2 * 16 * held
+    if method.lora_core:
+        layer = backbone.model.get_submodule("transformer.h.1.mlp.c_fc")
+        found = dense_weight(layer.get_base_layer())
+        assert found.shape == (128, 32)
+        assert torch.equal(found, layer.get_base_layer().weight.T)
+    assert len({name.rpartition(".")[0] for name in adapter.shapes if "transformer" in name}) == 8
+    adapter.load(random_values(adapter.shapes))
+    assert not torch.equal(logits(adapter.model), bare)
+    detach(backbone)
+    np.testing.assert_array_equal(logits(backbone.model), bare)
 
 
 @pytest.mark.parametrize("method", [LORA, DENSE])

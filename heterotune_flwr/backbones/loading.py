@@ -329,11 +329,17 @@ def _scaling(spec: BackboneSpec, model: Any) -> HeadScaling:
 
 def _linear_shapes(model: Any) -> tuple[tuple[int, int], ...]:
     head = model.get_output_embeddings()
-    return tuple(
-        (int(module.in_features), int(module.out_features))
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
+    sides = (linear_sides(module) for module in model.modules() if module is not head)
+    return tuple(shape for shape in sides if shape is not None)
+
+
+def linear_sides(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, GPT-2's ``Conv1D`` among them; None for any other module."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return int(module.in_features), int(module.out_features)
+    return (int(module.nx), int(module.nf)) if isinstance(module, Conv1D) else None
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,14 +1,16 @@
 """DeMA, the dense mixture of adapters: a PEFT tuner, its bank and its latent alignment.
 
 The names below are imported on first use, so that the server's numpy-only modules
-(:mod:`.bank`, :mod:`.gcca`, :mod:`.maps`) load without torch. Touching :class:`DeMAConfig` or
-:class:`DeMAModel` registers the tuner with PEFT.
+(:mod:`.bank`, :mod:`.gcca`, :mod:`.maps`) load without torch. Importing this package registers the tuner with PEFT: at
+once where PEFT is imported already, else as soon as it is.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from heterotune_flwr.dema.when_peft import register_when_imported
 
 if TYPE_CHECKING:
     from heterotune_flwr.dema.access import (
@@ -57,3 +59,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(f"{__name__}.registration").register()
     return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'access')}"), name)
+
+
+register_when_imported()

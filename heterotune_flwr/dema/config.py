@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
+from peft.utils import TaskType
 
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.registration import register
@@ -66,6 +67,13 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
     slot_modules: list[str] | None = field(
         default=None, metadata={"help": "set by the tuner: the module of every slot, bottom up"}
     )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "further modules to train and save whole; task heads are added by PEFT"},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "rows of the embedding to train and save besides"}
+    )
     # PEFT reads (and for mixture-of-experts backbones writes) the next two on every configuration. They
     # are sets to PEFT, which shortens and reorders them; slots have an order, hence slot_modules.
     target_modules: list[str] | None = field(
@@ -92,6 +100,10 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
             raise ConfigError(f"DeMA: gate is {self.gate!r}; choose from {GATES}")
         if not 0 <= self.private_dropout < 1:
             raise ConfigError(f"DeMA: private_dropout is {self.private_dropout}, must be in [0, 1)")
+        if self.task_type == TaskType.SEQ_2_SEQ_LM:
+            raise ConfigError(
+                "DeMA: task_type is SEQ_2_SEQ_LM, but DeMA needs a decoder-only model"
+            )
         if self.target_modules or self.target_parameters:
             raise ConfigError(
                 "DeMA: target_modules and target_parameters are not used; name the final norm with "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -11,7 +13,7 @@ from torch import nn
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import MERGE_MESSAGE, DeMALayer, MergeError
 from heterotune_flwr.dema.structure import find_structure, slot_blocks, text_config
-from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.errors import BackboneError, ConfigError, HeteroTuneError
 
 
 def resolve_slots(model: nn.Module, config: DeMAConfig) -> list[str]:
@@ -39,6 +41,16 @@ def resolve_slots(model: nn.Module, config: DeMAConfig) -> list[str]:
             f"DeMA with {config.slots} slots was given the modules {names}; {type(model).__name__} has no "
             f"{', '.join(missing) or 'such number of them'}: is this adapter made for another backbone?"
         )
+    saved = [
+        name
+        for name in names
+        for module in config.modules_to_save or ()
+        if f".{name}.".endswith(f".{module}.") or f".{module}." in f".{name}."
+    ]
+    if saved:
+        raise ConfigError(
+            f"DeMA: modules_to_save {config.modules_to_save} holds {saved[0]}, which carries a slot; leave it out"
+        )
     return names
 
 
@@ -56,6 +68,16 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
         config: DeMAConfig = self.peft_config[adapter_name]
         config.slot_modules = resolve_slots(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse an adapter per row, which PEFT would drop without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise HeteroTuneError(
+                "DeMA: adapter_names= (an adapter for each row of a batch) is not built; choose one with set_adapter "
+                "and run the rows of each adapter in a batch of their own"
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: DeMAConfig, model_config: Any) -> DeMAConfig:
         """No ``target_modules`` to complete: the slots name their modules."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.backbones.loading import Backbone, linear_sides
 from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.tuning.lora import dense_weight, singular_vectors
@@ -76,7 +76,7 @@ def attach_cores(backbone: Backbone, method: MethodConfig) -> Cores:
     for index in range(first, backbone.layers):
         block = backbone.model.get_submodule(f"{blocks}.{index}")
         for name, layer in block.named_modules():
-            if isinstance(layer, nn.Linear):
+            if linear_sides(layer) is not None:
                 path = f"{blocks}.{index}.{name}"
                 hook, parameters = _CORES[method.core_kind](backbone, path, layer, method)
                 cores.add(path, layer, hook, parameters)
@@ -102,16 +102,18 @@ class _Hook:
 _Made = tuple[_Hook, dict[str, nn.Parameter]]
 
 
-def _square(backbone: Backbone, path: str, layer: nn.Linear, method: MethodConfig) -> _Made:
+def _square(backbone: Backbone, path: str, layer: nn.Module, method: MethodConfig) -> _Made:
     left, right = _vectors(backbone, path, layer, method.core_rank)
     core = nn.Parameter(torch.zeros(method.core_rank, method.core_rank, device=left.device))
     return _Hook(method.core_scale, right, core, left), {"R": core}
 
 
-def _lora(backbone: Backbone, path: str, layer: nn.Linear, method: MethodConfig) -> _Made:
+def _lora(backbone: Backbone, path: str, layer: nn.Module, method: MethodConfig) -> _Made:
     device, rank = backbone.device, method.core_rank
-    down = nn.Parameter(torch.zeros(rank, layer.in_features, device=device))
-    up = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+    sides = linear_sides(layer)
+    assert sides is not None
+    down = nn.Parameter(torch.zeros(rank, sides[0], device=device))
+    up = nn.Parameter(torch.zeros(sides[1], rank, device=device))
     return _Hook(method.core_scale, down, up), {"A": down, "B": up}
 
 
@@ -122,7 +124,7 @@ _CORES = {"square": _square, "lora": _lora}
 _known: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}
 
 
-def _vectors(backbone: Backbone, name: str, layer: nn.Linear, rank: int) -> tuple[Tensor, Tensor]:
+def _vectors(backbone: Backbone, name: str, layer: nn.Module, rank: int) -> tuple[Tensor, Tensor]:
     key = (id(backbone), name, rank)
     if key not in _known:
         left, right = singular_vectors(dense_weight(layer).float(), rank)

@@ -116,7 +116,7 @@ def dense_weight(layer: Any) -> Tensor:
         dense = int8_vectorwise_dequant(weight.data, weight.SCB)
         return dense
     plain: Tensor = weight.data
-    return plain
+    return plain.T if hasattr(layer, "nf") else plain  # GPT-2's Conv1D is in x out
 
 
 def _add_residual(layer: Any) -> nn.Parameter:
