@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_backbones import LABELS, save_backbone
 
+from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
 from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, MethodConfig
 from heterotune_flwr.dema.alignment import align_types, factors_path
@@ -116,11 +117,9 @@ def test_factors_hold_the_label_words_rows_and_the_shared_words(backbone):
     assert all(value.dtype == np.float32 for value in factors.values())
 
 
-def test_a_scaled_heads_rows_move_the_logits_as_they_are(backbone, monkeypatch):
-    monkeypatch.setattr(
-        backbone.model.config, "logits_scaling", 8.0, raising=False
-    )  # as in Granite
-    rows = unembedding_rows(backbone, [3, 4])
+def test_a_scaled_heads_rows_move_the_logits_as_they_are(backbone):
+    scaled = replace(backbone, scaling=HeadScaling(1 / 8))  # as in Granite
+    rows = unembedding_rows(scaled, [3, 4])
     plain = backbone.model.get_output_embeddings().weight[[3, 4]].detach().numpy()
     np.testing.assert_allclose(rows, plain / 8)
 
