@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, modules
+from tiny_backbones import save_backbone
 
 from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
+from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
 
 
 class Net(torch.nn.Module):
@@ -89,3 +94,78 @@ def test_four_bit_backward_is_exact_against_dequantized_weights() -> None:
     assert net.adapter.weight.grad is not None
     exact = net.adapter.weight.grad.flatten()
     assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > 0.999
+
+
+# Through the whole load path ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backbone(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
+    folder = save_backbone(tmp_path / "little", hidden=64)
+    yield load_backbone(BackboneSpec(str(folder), request.param), "cpu")
+    clear_backbones()
+
+
+def dequantized(parameter: Any) -> torch.Tensor:
+    return bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+both = pytest.mark.parametrize("backbone", ["nf4", "nf4-single"], indirect=True)
+IDS = torch.tensor([[5, 9, 30, 7, 12, 3, 100, 64]])
+
+
+@both
+def test_weights_survive_an_evaluation_and_a_move(backbone: Any) -> None:
+    """bitsandbytes issue 2078: ``.to()`` moves weights that an evaluation has repacked as if they were not."""
+    model = backbone.model
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 3 * 7
+    before = [dequantized(layer.weight) for layer in layers]
+    with torch.no_grad():
+        first = model(IDS).logits
+    for layer, weight in zip(layers, before, strict=True):
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        assert torch.equal(dequantized(layer.weight), weight)
+        assert torch.equal(dequantized(layer.weight.to("cpu")), weight)
+        layer.to("cpu")
+        assert torch.equal(dequantized(layer.weight), weight)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, first)
+
+
+@both
+def test_gradients_are_those_of_the_weights_with_checkpointing_too(backbone: Any) -> None:
+    """bitsandbytes issue 2034: the backward pass reads the weight it met first, not the one it is given again."""
+    model = backbone.model
+    model(IDS)  # as before every round
+    shift = torch.zeros(1, 1, backbone.hidden, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        shift.grad = None
+        embedded = model.get_input_embeddings()(IDS).float() + shift
+        model(inputs_embeds=embedded.to(model.dtype), labels=IDS, use_cache=False).loss.backward()
+        assert shift.grad is not None
+        return shift.grad.flatten().clone()
+
+    plain = gradient()
+    model.train()  # it has no dropout; checkpoints are taken in training alone
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # as this program does
+    torch.testing.assert_close(gradient(), plain)
+    model.gradient_checkpointing_disable()
+    model.eval()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            dense.weight = torch.nn.Parameter(
+                dequantized(module.weight).float(), requires_grad=False
+            )
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, dense)
+    for layer in model.modules():  # not model.float(): transformers refuses it for quantized ones
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+    exact = gradient()
+    assert torch.nn.functional.cosine_similarity(plain, exact, dim=0) > 0.99
