@@ -106,10 +106,9 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 def _factor(seen: dict[str, Tensor], head: nn.Module) -> float:
     """What states are multiplied by before the unembedding, which must be a plain matrix."""
-    weight, bias, read = head.weight, getattr(head, "bias", None), seen["read"].float()
-    if not isinstance(head, nn.Linear) or not weight.is_floating_point():
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise ValueError(f"its unembedding is {type(head).__name__}, no plain matrix")
-    assert isinstance(weight, Tensor)
+    weight, bias, read = head.weight, getattr(head, "bias", None), seen["read"].float()
     part = functional.linear(read, weight[:64].float(), None if bias is None else bias[:64].float())
     if not _close(seen["logits"][..., :64], part):
         raise ValueError(f"its unembedding {type(head).__name__} does more than multiply")

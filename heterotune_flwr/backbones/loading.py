@@ -85,9 +85,9 @@ class Backbone:
     layers: int
     parameters: int
     linear_shapes: tuple[tuple[int, int], ...]
-    scaling: HeadScaling
-    pad_id: int
-    positions: int | None
+    scaling: HeadScaling = HeadScaling()
+    pad_id: int = 0
+    positions: int | None = None
 
     @property
     def device(self) -> torch.device:

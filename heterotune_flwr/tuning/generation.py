@@ -178,7 +178,8 @@ def _generate(
     backbone = adapter.backbone
     model, tokenizer = backbone.model, backbone.tokenizer
     longest = max(len(ids) for ids in prompts)
-    settings = _settings(model, tokenizer, backbone.pad_id, limit, drawn is not None)
+    settings = _settings(model, tokenizer, limit, drawn is not None)
+    settings.pad_token_id = backbone.pad_id
     ids = torch.full((len(prompts), longest), int(settings.pad_token_id), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -206,7 +207,7 @@ def _generate(
     return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts], counts
 
 
-def _settings(model: Any, tokenizer: Any, pad_id: int, limit: int, drawn: bool) -> GenerationConfig:
+def _settings(model: Any, tokenizer: Any, limit: int, drawn: bool) -> GenerationConfig:
     """Plain decoding, greedy or drawn, that ends at the token training teaches, or at one the model's makers named."""
     ends = {tokenizer.eos_token_id}
     named = getattr(model.generation_config, "eos_token_id", None)
@@ -216,7 +217,6 @@ def _settings(model: Any, tokenizer: Any, pad_id: int, limit: int, drawn: bool) 
         num_beams=1,
         **({"temperature": 1.0, "top_k": 0, "top_p": _NUCLEUS} if drawn else {}),
         max_new_tokens=limit,
-        pad_token_id=pad_id,
         eos_token_id=sorted(int(end) for end in ends if end is not None) or None,
         use_cache=True,
     )
