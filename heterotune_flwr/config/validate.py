@@ -149,4 +149,4 @@ def _check_labels(config: Config, labels: list[str], tokenizers: dict[str, Any])
         try:
             label_tokens(tokenizer, labels, config.data.prompt)
         except DataError as error:
-            raise DataError(f"backbone {entry.backbone}: {error}") from error
+            raise DataError(f"backbone {name}: {error}") from error
