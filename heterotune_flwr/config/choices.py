@@ -51,6 +51,7 @@ _NULLABLE = ("exchange.up", "exchange.down")
 _ABOVE: dict[str, float] = {
     "server.norm_limit": 1, "server.norm_ceiling": 1, "server.deadline_factor": 1, "server.quorum": 0,
     "server.query_seconds": 0, "server.min_clients": 0,
+    "server.evaluate_clients": 0,
 }  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",
@@ -110,6 +111,11 @@ def check_choices(config: Config) -> None:
         value = _value(config, path)
         if value is not None and not bound < value < float("inf"):
             raise ConfigError.of(path, value, f"it must be above {bound} (or null)")
+    tested = config.server.evaluate_clients
+    if tested is not None and tested > 1 and tested != int(tested):
+        raise ConfigError.of(
+            "server.evaluate_clients", tested, "give a number of clients, or a share below 1"
+        )
     if config.server.oversample > 1:
         raise ConfigError.of("server.oversample", config.server.oversample, "it must be in [0, 1]")
     if config.server.quorum is not None and config.server.quorum > 1:

@@ -283,6 +283,11 @@ class ServerConfig:
         "checkpoints kept per strategy and seed, one a round (at least 2); 0: none are written, no resume", 2
     )  # fmt: skip
     evaluate_every: int = _help("evaluate every so many rounds (the last always); 0: last only", 10)
+    evaluate_clients: float | None = _help(
+        "clients that are tested: a number, or below 1 a share; the same ones every time, drawn once by the seed, from "
+        "every type. null: all up to 48, 48 of more", None
+    )  # fmt: skip
+    evaluate_before: bool = _help("test the untouched models too, before round 1", True)
     min_results: int = _help(
         "usable updates a round needs; with fewer it is skipped and nothing changes. 1: whoever answers counts; set "
         "it to half of the clients asked where a few must not decide for all", 1

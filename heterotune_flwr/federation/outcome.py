@@ -83,6 +83,7 @@ class Outcome:
     peak_memory_mb: float | None = None
     refused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
+    population: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of ``runs`` in results.json."""
@@ -92,6 +93,7 @@ class Outcome:
             "types": by_type(self.rows),
             "overall": statistics(self.rows),
             "before": {"types": by_type(self.before), "overall": statistics(self.before)},
+            "population": max(self.population, len(self.rows)),
             "clients": [row.to_json() for row in self.rows],
             "clients_before": [row.to_json() for row in self.before],
             "bytes": dict(self.bytes),

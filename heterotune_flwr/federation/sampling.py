@@ -7,9 +7,12 @@ them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
+
+#: Clients that are tested where nobody says how many.
+TESTED = 48
 
 
 def named_generator(seed: int, *names: str | int) -> np.random.Generator:
@@ -21,6 +24,26 @@ def named_generator(seed: int, *names: str | int) -> np.random.Generator:
 def sample_size(total: int, participation: float, oversample: float = 0.0) -> int:
     """How many of ``total`` clients a round asks: ``participation * (1 + oversample)`` of them, at least one."""
     return min(total, max(1, int(np.floor(participation * (1 + oversample) * total + 0.5))))
+
+
+def draw_tested(by_type: Mapping[str, Sequence[str]], wanted: float | None, seed: int) -> list[str]:
+    """Draw who is tested, sorted: a function of the clients' ids and types, ``server.evaluate_clients`` and the seed.
+
+    ``wanted`` is a number of clients, below 1 a share of them, None: all up to :data:`TESTED`. Every type has its share
+    of the drawn, and at least one.
+    """
+    total = sum(len(members) for members in by_type.values())
+    if wanted is None:
+        count = min(total, TESTED)
+    else:
+        count = sample_size(total, wanted) if wanted < 1 else min(total, int(wanted))
+    chosen: list[str] = []
+    for type_key, members in sorted(by_type.items()):
+        share = sample_size(len(members), count / total)
+        rng = named_generator(seed, "tested", type_key)
+        picked = rng.choice(len(members), size=share, replace=False)
+        chosen += [sorted(members)[index] for index in picked]
+    return sorted(chosen)
 
 
 def sample_clients(

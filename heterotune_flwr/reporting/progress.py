@@ -210,7 +210,10 @@ class RunProgress:
         text = f"  after round {event['round']}: accuracy {100 * accuracy:.1f} %"
         generated = event["overall"].get("global_rouge_l_mean")
         text += f", ROUGE-L {100 * generated:.1f} %" if generated is not None else ""
-        self._line(f"{text} on the global test", force=True)
+        sampled = event.get("tested", 0) < event.get("clients", 0)
+        text += " on the global test"
+        text += f", {event['tested']} of {event['clients']} clients tested" if sampled else ""
+        self._line(text, force=True)
 
     def _on_slices(self, event: Event) -> None:
         shown = [f"{k} {100 * v:.1f} %" for k, v in event["accuracies"].items() if v is not None]

@@ -258,7 +258,10 @@ def measures_taken(results: Mapping[str, Any], personal: bool = True) -> list[st
 def _accuracy_note(results: Mapping[str, Any], seeds: int, subject: str | None) -> str:
     """What the numbers are; ``subject``: whose gains are shown."""
     clients = max(len(run["clients"]) for run in results["runs"])
+    total = max(run.get("population", 0) for run in results["runs"])
     note = f"mean over {clients} clients"
+    if total > clients:
+        note += f", a fixed sample of {total} (server.evaluate_clients)"
     paired = f"; gains: {_title(subject)} over the others, in points, by client" if subject else ""
     if seeds == 1:
         return (

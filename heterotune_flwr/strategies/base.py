@@ -278,7 +278,9 @@ class HeteroStrategy(Sharing):
     ) -> Iterable[Message]:
         """Ask for tests as :mod:`.evaluation` plans them (all models are equal before round 1)."""
         differ = self.differ_after(server_round)
-        return self._evaluate_messages(evaluation.plan(self.roster, differ), server_round)
+        return self._evaluate_messages(
+            evaluation.plan(self.roster, differ, self.tested), server_round
+        )
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -287,17 +289,26 @@ class HeteroStrategy(Sharing):
         answers = read_evaluations(self.courier, server_round, replies)
         if not answers:
             return None
-        rows = evaluation.rows(self.roster, answers, self.differ_after(server_round))
+        differ = self.differ_after(server_round)
+        rows = evaluation.rows(self.roster, answers, differ, self.tested)
         for row in rows:
             row.type_key = self.row_type(row.client_id)
         self.outcome.rows = rows
         if server_round == 0:
             self.outcome.before = rows
         overall = statistics(rows)
-        entry = {"round": server_round, "types": by_type(rows), "overall": overall}
+        counts = {"tested": len(self.tested), "clients": len(self.roster.clients)}
+        entry = {"round": server_round, **counts, "types": by_type(rows), "overall": overall}
         self.outcome.rounds.append({"event": "evaluate", **entry})
         self.courier.event("evaluate", of=self.rounds, **entry)
         return MetricRecord({key: float(value) for key, value in overall.items()})
+
+    @property
+    def tested(self) -> list[str]:
+        """Ids of the clients that are tested, sorted."""
+        return evaluation.tested(
+            self.roster, self.config.server.evaluate_clients, self.context.seed
+        )
 
     def _evaluate_messages(
         self, asked: Mapping[str, list[str]], server_round: int
@@ -318,10 +329,11 @@ class HeteroStrategy(Sharing):
         arrays, config = self._arrays(), ConfigRecord()
         messages = list(self.configure_evaluate(server_round, arrays, config, grid))
         collected = self.courier.collect(grid, messages, EVALUATE, server_round)
-        tried = {evaluation.speaker(self.roster, key) or "" for key in self.roster.type_keys}
+        who = self.tested
+        tried = {evaluation.speaker(self.roster, key, who) or "" for key in self.roster.type_keys}
         while not self.differ_after(server_round):
             answers = read_evaluations(self.courier, server_round, collected)
-            asked = evaluation.plan_again(self.roster, answers, tried)
+            asked = evaluation.plan_again(self.roster, answers, who, tried)
             if not asked:
                 break
             tried |= set(asked)
@@ -347,8 +359,9 @@ class HeteroStrategy(Sharing):
     ) -> Result:
         """Run all rounds; Flower's arguments are accepted, what they leave open is configured.
 
-        Round 0 is an evaluation of the untouched backbones, so that before and after exist. A resumed run goes on
-        after its last checkpoint; Flower's ``Result`` then has the later rounds only, the journal all of them.
+        Round 0 is an evaluation of the untouched backbones, so that before and after exist, unless
+        ``server.evaluate_before`` is false. A resumed run goes on after its last checkpoint; Flower's ``Result`` then
+        has the later rounds only, the journal all of them.
 
         Raises
         ------
@@ -396,9 +409,10 @@ class HeteroStrategy(Sharing):
             snapshot.save(self, server_round, evaluated=True)
 
     def _evaluates(self, server_round: int) -> bool:
+        if server_round == 0:
+            return self.config.server.evaluate_before
         every = self.config.server.evaluate_every
-        is_first_or_last = server_round in (0, self.rounds)
-        return is_first_or_last or (every > 0 and server_round % every == 0)
+        return server_round == self.rounds or (every > 0 and server_round % every == 0)
 
     def _check_progress(self, server_round: int, record: MetricRecord | None) -> None:
         """Give up when round after round brings nothing: the same error would repeat for ever."""
@@ -415,6 +429,7 @@ class HeteroStrategy(Sharing):
 
     def _finish(self, seconds: float) -> None:
         self.outcome.seconds = seconds
+        self.outcome.population = len(self.roster.clients)
         self.outcome.refused = self.courier.safety.gate.counts
         self.outcome.bytes = self.courier.ledger.summary(
             self.roster.per_type("lora16_bytes"),

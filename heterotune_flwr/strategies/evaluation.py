@@ -7,22 +7,33 @@ from collections.abc import Collection, Iterable, Mapping
 from heterotune_flwr.federation.outcome import MEASURES, ClientRow
 from heterotune_flwr.federation.protocol import EvaluateReply
 from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.sampling import draw_tested
 
 
-def speaker(roster: Roster, type_key: str, tried: Collection[str] = ()) -> str | None:
-    """First client of a type that was not tried yet, None when all were."""
-    return next((cid for cid in roster.of_type(type_key) if cid not in tried), None)
+def tested(roster: Roster, wanted: float | None, seed: int) -> list[str]:
+    """Who is tested, sorted: all of a small federation, else a sample that a run's seed fixes."""
+    members = {type_key: roster.of_type(type_key) for type_key in roster.type_keys}
+    return draw_tested(members, wanted, seed)
 
 
-def plan(roster: Roster, models_differ: bool) -> dict[str, list[str]]:
+def speaker(
+    roster: Roster, type_key: str, who: Collection[str], tried: Collection[str] = ()
+) -> str | None:
+    """First client of a type that was not tried yet, those who are tested (``who``) before others; None: all were."""
+    left = [cid for cid in roster.of_type(type_key) if cid not in tried]
+    return next((cid for cid in left if cid in who), left[0] if left else None)
+
+
+def plan(roster: Roster, models_differ: bool, who: Collection[str]) -> dict[str, list[str]]:
     """Client id -> tests asked of it.
 
-    The personal test is asked of everybody who has one. Where all clients of a type hold the same
-    model, its global test is asked of one of them only; where ``models_differ``, of everybody.
+    The personal test is asked of all of ``who`` that have one. Where all clients of a type hold the same
+    model, its global test is asked of one of them only; where ``models_differ``, of all of ``who``.
     """
-    speakers = {speaker(roster, type_key) for type_key in roster.type_keys}
+    speakers = {speaker(roster, type_key, who) for type_key in roster.type_keys}
     asked: dict[str, list[str]] = {}
-    for client_id, client in roster.clients.items():
+    for client_id in who:
+        client = roster.clients[client_id]
         scopes = ["global"] if models_differ or client_id in speakers else []
         if client.info.personal_examples > 0:
             scopes.append("personal")
@@ -32,17 +43,19 @@ def plan(roster: Roster, models_differ: bool) -> dict[str, list[str]]:
 
 
 def plan_again(
-    roster: Roster, replies: Iterable[EvaluateReply], tried: Collection[str]
+    roster: Roster, replies: Iterable[EvaluateReply], who: Collection[str], tried: Collection[str]
 ) -> dict[str, list[str]]:
     """Whom to ask instead for every type whose global test nobody answered."""
     answered = {reply.type_key for reply in replies if "global_examples" in reply.metrics}
     missing = [type_key for type_key in roster.type_keys if type_key not in answered]
-    following = [speaker(roster, type_key, tried) for type_key in missing]
+    following = [speaker(roster, type_key, who, tried) for type_key in missing]
     return {client_id: ["global"] for client_id in following if client_id is not None}
 
 
-def rows(roster: Roster, replies: Iterable[EvaluateReply], models_differ: bool) -> list[ClientRow]:
-    """One row per client; a type's shared global result is attributed to all its clients."""
+def rows(
+    roster: Roster, replies: Iterable[EvaluateReply], models_differ: bool, who: Iterable[str]
+) -> list[ClientRow]:
+    """One row per client that is tested; a type's shared global result is attributed to all its clients."""
     metrics: dict[str, dict[str, float]] = {}
     shared: dict[str, Mapping[str, float]] = {}
     for reply in replies:
@@ -50,7 +63,8 @@ def rows(roster: Roster, replies: Iterable[EvaluateReply], models_differ: bool) 
         if "global_examples" in reply.metrics:
             shared[reply.type_key] = reply.metrics
     result = []
-    for client_id, client in roster.clients.items():
+    for client_id in who:
+        client = roster.clients[client_id]
         own = metrics.get(client_id, {})
         common = own if models_differ else shared.get(client.info.type_key, {})
         row = ClientRow(client_id, client.info.type_key, client.info.train_examples)
