@@ -17,6 +17,7 @@ from test_client import folder, world  # noqa: F401  (fixtures)
 from toy_federation import ToyFederation, toy_config
 
 from client_app.app import app
+from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import (
@@ -31,6 +32,9 @@ from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.dema import kept
 from heterotune_flwr.dema.maps import AlignmentResult
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange import spill
+from heterotune_flwr.exchange.spill import Spill
+from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation import journal, simulated
 from heterotune_flwr.federation.identity import expand_types
 from heterotune_flwr.federation.in_process import InProcessGrid
@@ -42,6 +46,7 @@ from heterotune_flwr.flower import ClientApp, ConfigRecord, Context, Message, Re
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.status import Standing, follow
 from heterotune_flwr.reporting.tables import final_table
+from heterotune_flwr.strategies import admission
 from heterotune_flwr.tuning import state_cache
 
 SMALL = DataConfig(examples_per_client=6, personal_test_examples=2)
@@ -294,7 +299,12 @@ def test_what_is_under_way_is_told_now_and_then(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(journal.time, "monotonic", lambda: next(clock))
     told = []
-    pace = journal.Pace(lambda event, **fields: told.append((event, fields)), "asking")
+
+    class Told:
+        def event(self, event, **fields):
+            told.append((event, fields))
+
+    pace = journal.Pace(Told(), "asking")
     for done in range(1, 9):
         pace(done, 8)
     assert [fields["done"] for _, fields in told] == [2, 4, 6]
@@ -381,3 +391,73 @@ def test_a_resumed_run_tests_the_same_sample(tmp_path):
     resumed = sampled(tmp_path, "parts", rounds=3, resuming=True)["runs"][0]
     for key in ("clients", "clients_before", "rounds", "population"):
         assert resumed[key] == whole[key]
+
+
+STRATEGIES = {
+    "heterotune": {"_component_": HETEROTUNE},
+    "guarded": {"_component_": HETEROTUNE, "chain": [dict(step) for step in GUARDED_CHAIN]},
+    "robust": {"_component_": HETEROTUNE, "robust": {"rule": "multi_krum", "hostile": 1}},
+    "within": {"_component_": "heterotune_flwr.strategies.WithinType", "robust": "median"},
+    "fedit": {
+        "_component_": "heterotune_flwr.strategies.FedIT",
+        "method": {"kind": "lora", "lora_rank": 4},
+    },
+    "flora": {
+        "_component_": "heterotune_flwr.strategies.FLoRA",
+        "method": {"kind": "lora", "lora_rank": 4},
+    },
+    "scaffold": {
+        "_component_": "heterotune_flwr.strategies.Scaffold",
+        "train": {"optimizer": "sgd"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_updates_that_were_put_aside_give_the_same_bits(tmp_path, monkeypatch, name):
+    """All in memory, some in a file, all in a file and read as they arrive; one client sends NaN."""
+
+    def run(where):
+        config = toy_config(tmp_path, (4, 4, 4), {name: STRATEGIES[name]}, rounds=2)
+        toy = ToyFederation(config, nan={("client-0001", 1)})
+        results = run_strategies(toy.grid(), config, Journal(tmp_path / where), "toy")
+        banks = load_tensors(next((tmp_path / where / "banks").glob("*.safetensors")))
+        return results["runs"][0], banks
+
+    made = []
+    real = Spill.put
+    monkeypatch.setattr(Spill, "put", lambda *a: made.append(1) or real(*a))
+    (one, bank), results = run("memory"), []
+    assert not made
+    for where, waiting, held in (("some", 10**9, 4000), ("none", 0, 0)):
+        monkeypatch.setattr(admission, "_WAITING", waiting)
+        monkeypatch.setattr(spill, "IN_MEMORY", held)
+        results.append(run(where))
+        assert made
+    assert one["refused"]["client-0001"] == {"tensors": 1}
+    for other, same in results:
+        assert other["refused"] == one["refused"]
+        assert other["clients"] == one["clients"]
+        assert same.keys() == bank.keys()
+        assert all(np.array_equal(same[key], bank[key]) for key in bank)
+
+
+def test_what_is_put_aside_is_read_in_parts_and_leaves_no_file(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {f"t{i}": rng.normal(size=(i, 3)).astype(np.float32) for i in range(4)}
+    kept = Spill(tmp_path).put(tensors, 2.5, "f")
+    assert list(kept) == list(tensors)
+    assert kept.size == 18
+    for found in (kept.load(), {name: kept[name] for name in kept}):
+        assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+    part = kept.only(["t3", "t1"])
+    assert (part.norm, part.fingerprint, part.size) == (None, None, 12)
+    assert np.array_equal(part.load()["t1"], tensors["t1"])
+    assert np.array_equal(
+        part.flat(), np.concatenate([tensors[name].reshape(-1) for name in ("t3", "t1")])
+    )
+    assert np.array_equal(
+        kept.flat(), np.concatenate([value.reshape(-1) for value in tensors.values()])
+    )
+    assert np.array_equal(kept.scaled(np.float32(0.3))["t2"], np.float32(0.3) * tensors["t2"])
+    assert not list(tmp_path.glob("*"))

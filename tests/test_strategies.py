@@ -134,7 +134,7 @@ def test_one_round_of_plain_averaging_is_the_weighted_mean_of_what_clients_sent(
 
 
 def test_300_clients_take_part(tmp_path):
-    config = toy_config(tmp_path, (100, 100, 100))
+    config = toy_config(tmp_path, (100, 100, 100), evaluate_clients=300)
     config.train.local_steps = 5
     strategy, log = start(config)
     assert len(strategy.outcome.rows) == 300

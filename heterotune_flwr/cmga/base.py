@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,11 @@ class Member:
     vector: Vector
     examples: float
 
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return int(self.vector.size)
+
 
 @dataclass(frozen=True)
 class Updates:
@@ -43,6 +48,8 @@ class Updates:
         What the next transform works on: clients, then types, then the one combined direction.
     reference
         The plain example-weighted mean of the clients, shape ``(n,)``.
+    means
+        Example-weighted mean of every type's clients, as :func:`weighted_mean` makes it; they are made in one pass.
     types
         One raw update per type, set by ``within_type_mean``; what descent is measured against.
     reliability, weights
@@ -57,6 +64,7 @@ class Updates:
     clients: tuple[Member, ...]
     members: tuple[Member, ...]
     reference: Vector
+    means: Mapping[str, Vector] = field(default_factory=dict)
     types: tuple[Member, ...] = ()
     reliability: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -83,6 +91,33 @@ class Transform:
     update: Callable[[State, Updates], tuple[State, Updates]]
 
 
+class LazyMember(Member):
+    """A client whose vector is read anew at each use: those of very many are not in memory."""
+
+    def __init__(
+        self, key: str, type_key: str, examples: float, size: int, read: Callable[[], Vector]
+    ) -> None:
+        given = {
+            "key": key,
+            "type_key": type_key,
+            "examples": examples,
+            "_size": size,
+            "_read": read,
+        }
+        self.__dict__.update(given)
+
+    @property
+    def vector(self) -> Vector:  # type: ignore[override]
+        """Read it."""
+        read: Callable[[], Vector] = self.__dict__["_read"]
+        return read()
+
+    @property
+    def size(self) -> int:
+        """Length of the vector, which is not read for it."""
+        return int(self.__dict__["_size"])
+
+
 def weighted_mean(members: Iterable[Member]) -> Vector:
     """Example-weighted mean vector, summed in (type, key) order; shape ``(n,)``."""
     ordered = sorted(members, key=lambda member: (member.type_key, member.key))
@@ -105,12 +140,32 @@ def make_updates(clients: Iterable[Member], round: int = 0, seed: int = 0) -> Up
     ordered = tuple(sorted(clients, key=lambda member: (member.type_key, member.key)))
     if not ordered:
         raise FederationError("there is no update to aggregate")
-    if len({member.vector.shape for member in ordered}) != 1:
+    if len({member.size for member in ordered}) != 1:
         raise FederationError("updates of one slot differ in length")
     for member in ordered:
         if not member.examples > 0:
             raise FederationError(f"{member.key} reports {member.examples} examples, not above 0")
-    return Updates(round, seed, ordered, ordered, weighted_mean(ordered))
+    reference, means = _means(ordered)
+    return Updates(round, seed, ordered, ordered, reference, means)
+
+
+def _means(ordered: Sequence[Member]) -> tuple[Vector, dict[str, Vector]]:
+    """:func:`weighted_mean` of all members and of every type's, each vector read once."""
+    totals: dict[str, float] = {}
+    for member in ordered:
+        totals[member.type_key] = totals.get(member.type_key, 0) + member.examples
+    total = sum(member.examples for member in ordered)
+    mean = np.zeros(ordered[0].size)
+    means: dict[str, Vector] = {}
+    part = np.empty_like(mean)
+    for member in ordered:
+        vector, key = member.vector, member.type_key
+        if key not in means:
+            means[key] = np.zeros_like(mean)
+        for sum_, weight in ((mean, total), (means[key], totals[key])):
+            np.multiply(vector, member.examples / weight, out=part)
+            sum_ += part
+    return mean, means
 
 
 def generator(updates: Updates, *names: str) -> np.random.Generator:

@@ -39,7 +39,7 @@ def within_type_mean(
         for member in updates.members:
             groups.setdefault(member.type_key, []).append(member)
         means = tuple(
-            Member(key, key, centre(group), sum(member.examples for member in group))
+            Member(key, key, centre(key, group, updates), sum(member.examples for member in group))
             for key, group in sorted(groups.items())
         )
         norms = {member.key: float(np.linalg.norm(member.vector)) for member in means}
@@ -48,9 +48,10 @@ def within_type_mean(
             changed = replace(changed, reference=weighted_mean(means))
         return state, changed
 
-    def centre(group: list[Member]) -> Vector:
+    def centre(key: str, group: list[Member], updates: Updates) -> Vector:
         if rule == "mean":
-            return weighted_mean(group)
+            known = updates.means.get(key) if updates.members is updates.clients else None
+            return weighted_mean(group) if known is None else known
         return robust([member.vector for member in group], [member.examples for member in group])
 
     return Transform("within_type_mean", dict, update)

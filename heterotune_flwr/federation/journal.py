@@ -17,10 +17,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,20 +82,29 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
+class _Journals(Protocol):
+    """Anything that writes events: a journal, or who adds fields of its own on the way there."""
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Write one."""
+
+
 class Pace:
     """Tells now and then how far a long exchange of messages is; what is over within seconds tells nothing.
 
     Parameters
     ----------
-    tell
-        Journals an event with these fields.
+    to
+        Journals an event.
     what
         ``asking`` or ``testing``.
+    fields
+        Of the event besides.
 
     """
 
-    def __init__(self, tell: Callable[..., None], what: str) -> None:
-        self._tell, self._what = tell, what
+    def __init__(self, to: _Journals, what: str, **fields: Any) -> None:
+        self._to, self._fields = to, {"what": what, **fields}
         self._last = time.monotonic()
 
     def __call__(self, done: int, of: int) -> None:
@@ -103,7 +112,7 @@ class Pace:
         now = time.monotonic()
         if done < of and now - self._last >= _PACE:
             self._last = now
-            self._tell("progress", what=self._what, done=done, clients=of)
+            self._to.event("progress", done=done, clients=of, **self._fields)
 
 
 class Journal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,11 +43,19 @@ class Roster:
     @property
     def type_keys(self) -> list[str]:
         """Model types present, sorted."""
-        return sorted({client.info.type_key for client in self.clients.values()})
+        return list(self._members)
 
     def of_type(self, type_key: str) -> list[str]:
         """Ids of the clients of one type, sorted."""
-        return [cid for cid, client in self.clients.items() if client.info.type_key == type_key]
+        return list(self._members.get(type_key, ()))
+
+    @functools.cached_property
+    def _members(self) -> dict[str, list[str]]:
+        """Ids by type, both sorted: asked for every one of thousands of clients."""
+        found: dict[str, list[str]] = {}
+        for client_id, client in self.clients.items():
+            found.setdefault(client.info.type_key, []).append(client_id)
+        return dict(sorted(found.items()))
 
     @property
     def learners(self) -> list[str]:
@@ -61,7 +70,7 @@ class Roster:
 
     def shapes(self, type_key: str) -> dict[str, tuple[int, ...]]:
         """Trainable tensors of one type."""
-        return self.clients[self.of_type(type_key)[0]].info.shapes
+        return self.clients[self._members[type_key][0]].info.shapes
 
     @property
     def labels(self) -> list[str] | None:

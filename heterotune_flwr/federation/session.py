@@ -70,7 +70,7 @@ class Session:
                 query_seconds(self.config.server),
                 self._unfit(method, len(words)),
                 self._left_out,
-                Pace(self.journal.event, "asking"),
+                Pace(self.journal, "asking"),
             )
             self._rosters[key] = roster
             self.journal.event(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from heterotune_flwr.errors import FederationError, HeteroTuneError
-from heterotune_flwr.federation.protocol import EvaluateReply, TrainReply
-from heterotune_flwr.flower import Message
+from heterotune_flwr.exchange.packing import payload_bytes
+from heterotune_flwr.exchange.spill import Spill
+from heterotune_flwr.federation.journal import writing
+from heterotune_flwr.federation.protocol import DELTAS, EvaluateReply, TrainReply
+from heterotune_flwr.flower import ArrayRecord, Message
 from heterotune_flwr.strategies.courier import Courier
 from heterotune_flwr.strategies.gate import Asked, Candidate, RefusedError
-from heterotune_flwr.strategies.updates import ClientUpdate
+from heterotune_flwr.strategies.updates import ClientUpdate, fingerprint_of, norm_of, numbers_of
+
+#: Bytes of answers of one round that wait as they came; later ones are read at once.
+_WAITING = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,73 @@ class Admitted:
         return [candidate.update for candidate in self.candidates.values()]
 
 
+class Intake:
+    """One round's answers on their way through the gate: read when all are there, or as they come where they are many.
+
+    Parameters
+    ----------
+    courier
+        Of the strategy.
+    asked
+        Says, for a client id, what was asked of it.
+
+    """
+
+    def __init__(self, courier: Courier, asked: Callable[[str], Asked]) -> None:
+        self._gate, self._asked, self._client_of = courier.safety.gate, asked, courier.client_of
+        self._spill = Spill(courier.context.session.journal.directory)
+        self._waiting = 0
+        #: By identity of the message (which is kept, so that no other has it).
+        self._early: dict[int, tuple[Message, Candidate | RefusedError]] = {}
+
+    def arrived(self, message: Message) -> None:
+        """Take down an answer; where too many wait already, read it now, and let go of what it brought."""
+        record = message.content.get(DELTAS)
+        if not isinstance(record, ArrayRecord):
+            return
+        self._waiting += payload_bytes(record)
+        client_id = self._client_of(message)
+        if self._waiting <= _WAITING or client_id is None:
+            return
+        try:
+            found: Candidate | RefusedError = self._read(message, client_id)
+        except RefusedError as error:
+            found = RefusedError(error.check, str(error))  # without what its traceback holds
+        self._early[id(message)] = (message, found)
+        del message.content[DELTAS]
+
+    def candidate(self, message: Message, client_id: str) -> Candidate:
+        """Read an answer, unless it was when it came (RefusedError: it is not usable)."""
+        _, found = self._early.get(id(message), (None, None))
+        if isinstance(found, RefusedError):
+            raise found
+        return found or self._read(message, client_id)
+
+    def _read(self, message: Message, client_id: str) -> Candidate:
+        candidate = self._gate.read(message.content, self._asked(client_id))
+        deltas = candidate.update.deltas
+        if not self._spill.takes(numbers_of(deltas)):
+            return candidate
+        with writing(Path("a file for the updates of a round")):
+            kept = self._spill.put(deltas, norm_of(deltas), fingerprint_of(deltas))
+        return replace(
+            candidate,
+            reply=replace(candidate.reply, deltas={}),
+            update=replace(candidate.update, deltas=kept),
+        )
+
+
 def admit(
     courier: Courier,
     server_round: int,
     replies: Iterable[Message],
-    asked: Callable[[str], Asked],
+    intake: Intake,
 ) -> Admitted:
     """Read replies through the gate and keep the usable ones; the others are counted and journalled.
 
-    ``asked`` says, for a client id, what was asked of it. The gate remembers nothing of these updates before
-    :meth:`.gate.UpdateGate.learn` is called: a round that is skipped leaves no trace in what it compares with.
+    ``intake`` knows what was asked of whom, and may have seen the replies arrive. The gate remembers nothing of these
+    updates before :meth:`.gate.UpdateGate.learn` is called: a round that is skipped leaves no trace in what it compares
+    with.
     """
     gate = courier.safety.gate
     found: dict[str, Candidate] = {}
@@ -50,7 +114,7 @@ def admit(
         try:
             if client_id in found:
                 raise RefusedError("duplicate", "answers twice; its first answer counts")
-            found[client_id] = gate.read(message.content, asked(client_id))
+            found[client_id] = intake.candidate(message, client_id)
         except RefusedError as error:
             courier.quarantine(client_id, server_round, error.check, str(error))
     for client_id, reason in sorted(gate.compare(found).items()):

@@ -39,7 +39,7 @@ from heterotune_flwr.flower import (
     Result,
 )
 from heterotune_flwr.strategies import evaluation, guests, snapshot
-from heterotune_flwr.strategies.admission import admit, read_evaluations
+from heterotune_flwr.strategies.admission import Intake, admit, read_evaluations
 from heterotune_flwr.strategies.consensus import Consensus
 from heterotune_flwr.strategies.discriminant import SharedDiscriminant
 from heterotune_flwr.strategies.gate import Asked
@@ -143,10 +143,8 @@ class HeteroStrategy(Sharing):
         With fewer usable updates than ``server.min_results`` the round is skipped: None, and nothing has changed but
         who is counted and benched.
         """
-        admitted = admit(
-            self.courier, server_round, replies,
-            lambda cid: self.asked_of(cid, server_round, self._assignment(server_round, cid)),
-        )  # fmt: skip
+        intake, self._intake = self._intake or self._make_intake(server_round), None
+        admitted = admit(self.courier, server_round, replies, intake)
         self._bench(server_round, admitted.candidates)
         if len(admitted.candidates) < self.config.server.min_results:
             return self._skip(server_round, len(admitted.candidates))
@@ -173,6 +171,12 @@ class HeteroStrategy(Sharing):
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
         return self._arrays(), MetricRecord({**numbers, "clients": len(admitted.candidates)})
+
+    def _make_intake(self, server_round: int) -> Intake:
+        return Intake(
+            self.courier,
+            lambda cid: self.asked_of(cid, server_round, self._assignment(server_round, cid)),
+        )
 
     def _hear_classes(
         self, discriminant: SharedDiscriminant, server_round: int, reports: Sequence[TrainReply]
@@ -385,7 +389,10 @@ class HeteroStrategy(Sharing):
                     server_round, self._arrays(), train_config or ConfigRecord(), grid
                 )
             )
-            replies = self.courier.collect(grid, messages, TRAIN, server_round)
+            self._intake = self._make_intake(server_round)
+            replies = self.courier.collect(
+                grid, messages, TRAIN, server_round, arrived=self._intake.arrived
+            )
             _, record = self.aggregate_train(server_round, replies)
             self._check_progress(server_round, record)
             snapshot.save(self, server_round, evaluated=False)

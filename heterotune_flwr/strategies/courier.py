@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from heterotune_flwr.errors import FederationError, HeteroTuneError
@@ -166,6 +165,7 @@ class Courier:
         kind: str,
         round: int,
         is_round: bool = True,
+        arrived: Callable[[Message], None] | None = None,
     ) -> list[Message]:
         """Send, wait, and return the replies that carry a result.
 
@@ -174,6 +174,7 @@ class Courier:
         function of the message and the client's state before the round, so doing it twice changes nothing. Failures
         end up in the journal as ``client_failed``. ``is_round``: whether these are a round, with its quorum, its
         patience with nodes that are away and its verdict when all processes die; guests' lessons are none.
+        ``arrived`` is called with every reply that is returned, when it comes.
 
         Raises
         ------
@@ -216,6 +217,8 @@ class Courier:
                     self._on_disk.add(self.maps_for(client_id)[0])
             self._resend.confirm(client_id, kept)
             good.append(reply)
+            if arrived is not None:
+                arrived(reply)
             return True
 
         enough = self._enough(len(messages)) if kind == TRAIN and is_round else None
@@ -274,7 +277,7 @@ class Courier:
             node: self._deadline(client_id, kind, contents[node])
             for node, client_id in clients.items()
         }
-        testing = Pace(partial(self.event, round=round), "testing") if kind == EVALUATE else None
+        testing = Pace(self, "testing", round=round) if kind == EVALUATE else None
         virtual = most_in_flight(grid) is not None
         replies = converse(
             grid,

@@ -32,11 +32,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.manifest import Expected
-from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.flower import RecordDict
 from heterotune_flwr.strategies.updates import (
@@ -45,7 +42,9 @@ from heterotune_flwr.strategies.updates import (
     Work,
     as_update,
     check_update,
+    fingerprint_of,
     norm_of,
+    numbers_of,
 )
 
 #: Share of the old level that is kept when a type's level moves.
@@ -95,7 +94,7 @@ class Candidate:
 
 def reach(update: ClientUpdate, work: Work) -> float:
     """Length of an update in units of what its optimizer can do; 0 for no or only zero tensors."""
-    count = sum(value.size for value in update.deltas.values())
+    count = numbers_of(update.deltas)
     if not count:
         return 0.0
     length = norm_of(update.deltas) / update.path_length
@@ -148,7 +147,7 @@ class UpdateGate:
         _stage("work", lambda: _check_metrics(reply.metrics))
         _stage("tensors", lambda: check_update(update, asked.shapes))
         last = self._last.get(asked.client_id)
-        if last is not None and last[1] == _fingerprint(update):
+        if last is not None and last[1] == fingerprint_of(update.deltas):
             raise RefusedError("duplicate", f"sends its update of round {last[0]} again")
         return Candidate(reply, update, asked)
 
@@ -208,7 +207,7 @@ class UpdateGate:
             value = reach(candidate.update, candidate.asked.work)
             if value > 0:
                 by_kind.setdefault(_kind(candidate.update), []).append(math.log(value))
-                digest = _fingerprint(candidate.update)
+                digest = fingerprint_of(candidate.update.deltas)
                 self._last[client_id] = [candidate.asked.round, digest]
         for kind, values in sorted(by_kind.items()):
             now = statistics.median_low(values)
@@ -254,9 +253,3 @@ def _kind(update: ClientUpdate) -> str:
     """Whose updates are alike: those of one type that train the same tensors."""
     names = "\n".join(sorted(update.deltas))
     return f"{update.type_key} {hashlib.sha256(names.encode()).hexdigest()[:12]}"
-
-
-def _fingerprint(update: ClientUpdate) -> str:
-    """Identity of an update's numbers; empty for one that moves nothing (which may well come twice)."""
-    moves = any(np.any(value) for value in update.deltas.values())
-    return tensor_digest(update.deltas) if moves else ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from heterotune_flwr.federation.protocol import TRAIN
 from heterotune_flwr.flower import Grid
-from heterotune_flwr.strategies.admission import Admitted, admit
+from heterotune_flwr.strategies.admission import Admitted, Intake, admit
 from heterotune_flwr.strategies.sharing import Assignment
 from heterotune_flwr.strategies.updates import check_step, mean_delta, training_summary
 
@@ -43,13 +43,11 @@ def teach(strategy: HeteroStrategy, grid: Grid) -> None:
         return
     type_of = {cid: strategy.roster.clients[cid].info.type_key for cid in pupils}
     messages = [strategy.train_message(cid, last, work[type_of[cid]]) for cid in pupils]
-    replies = strategy.courier.collect(grid, messages, TRAIN, last, is_round=False)
-    admitted = admit(
-        strategy.courier,
-        last,
-        replies,
-        lambda cid: strategy.asked_of(cid, last, work[type_of[cid]]),
+    intake = Intake(strategy.courier, lambda cid: strategy.asked_of(cid, last, work[type_of[cid]]))
+    replies = strategy.courier.collect(
+        grid, messages, TRAIN, last, is_round=False, arrived=intake.arrived
     )
+    admitted = admit(strategy.courier, last, replies, intake)
     _take_lesson(strategy, admitted, types)
     summary = training_summary(admitted.reports) if admitted.candidates else {"clients": 0}
     strategy.courier.event("guests", round=last, **(summary | {"types": types}))

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from heterotune_flwr.cmga import DEFAULT_CHAIN, Member, build_chain, make_updates
+from heterotune_flwr.cmga.base import LazyMember
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.dema.bank import slot_of, tier_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.exchange.spill import Stored
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
@@ -189,7 +191,8 @@ class HeteroTune(HeteroStrategy):
         if group != GLOBAL:
             return super().combine(group, round, updates)
         step: Tensors = {}
-        for slot in sorted({slot_of(name) for update in updates for name in update.deltas}):
+        known = {name for update in updates for name in update.deltas}
+        for slot in sorted({slot_of(name) for name in known}):
             step |= self._align_slot(slot, round, updates)
         return step
 
@@ -197,10 +200,7 @@ class HeteroTune(HeteroStrategy):
         """Run the chain on one slot's pseudo-gradients; return the change of its tensors."""
         sharing = [u for u in updates if any(slot_of(name) == slot for name in u.deltas)]
         names = sorted(name for name in sharing[0].deltas if slot_of(name) == slot)
-        members = [
-            Member(u.client_id, u.type_key, _flat(u, names) / u.path_length, u.examples)
-            for u in sharing
-        ]
+        members = [_member(update, names) for update in sharing]
         length = sum(u.examples * u.path_length for u in sharing) / sum(u.examples for u in sharing)
         state = self.chain_states.get(slot, self.chain.init())
         inputs = make_updates(members, round, self.context.seed)
@@ -241,4 +241,20 @@ def _share(name: str, value: Any, below_one: bool = False) -> float:
 
 def _flat(update: ClientUpdate, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Some tensors of an update as one float64 vector, in the given order."""
+    if isinstance(update.deltas, Stored):
+        return update.deltas.only(names).flat().astype(np.float64)
     return np.concatenate([update.deltas[name].astype(np.float64).reshape(-1) for name in names])
+
+
+def _member(update: ClientUpdate, names: Sequence[str]) -> Member:
+    """A client's pseudo-gradient of one slot; read when it is needed where the update is not in memory."""
+
+    def read() -> np.ndarray[Any, np.dtype[np.float64]]:
+        vector = _flat(update, names)
+        vector /= update.path_length
+        return vector
+
+    if isinstance(update.deltas, Stored):
+        size = update.deltas.only(names).size
+        return LazyMember(update.client_id, update.type_key, update.examples, size, read)
+    return Member(update.client_id, update.type_key, read(), update.examples)

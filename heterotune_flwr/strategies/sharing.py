@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from heterotune_flwr.strategies.discriminant import (
     without_views,
 )
 from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
+
+if TYPE_CHECKING:
+    from heterotune_flwr.strategies.admission import Intake
 
 Scope = Literal["global", "type", "client", "fixed"]
 Shapes = dict[str, tuple[int, ...]]
@@ -94,6 +97,8 @@ class Sharing(Strategy):
         self._fixed: dict[str, set[str]] = {}
         self._optimizer_states: dict[str, dict[str, State]] = {}
         self._empty_rounds = 0
+        #: What has seen the answers of the round under way arrive.
+        self._intake: Intake | None = None
         #: After which round guests were taught; 0: not yet.
         self.taught = 0
         #: When the strategy began (seconds of a clock that only runs forward), an earlier start's time included.

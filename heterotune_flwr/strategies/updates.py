@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.errors import FederationError
-from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.exchange.packing import Tensors, tensor_digest
+from heterotune_flwr.exchange.spill import Stored, loaded
 from heterotune_flwr.federation.protocol import TrainReply
 
 Shapes = dict[str, tuple[int, ...]]
@@ -38,14 +39,17 @@ class Work:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One admitted update: ``deltas`` = trained minus received values, by canonical name."""
+    """One admitted update: ``deltas`` = trained minus received values, by canonical name.
+
+    Of very many updates ``deltas`` is a mapping that reads from a file (:mod:`..exchange.spill`).
+    """
 
     client_id: str
     type_key: str
     examples: float
     steps: float
     learning_rate: float
-    deltas: Tensors
+    deltas: Mapping[str, NDArray[np.float32]]
     warmup_ratio: float = 0.0
 
     @property
@@ -55,6 +59,8 @@ class ClientUpdate:
 
     def only(self, names: Iterable[str]) -> ClientUpdate:
         """The same update restricted to some tensors."""
+        if isinstance(self.deltas, Stored):
+            return replace(self, deltas=self.deltas.only(names))
         return replace(self, deltas={name: self.deltas[name] for name in names})
 
 
@@ -92,8 +98,25 @@ def as_update(reply: TrainReply, type_key: str, asked: Work) -> ClientUpdate:
 
 def norm_of(deltas: Mapping[str, NDArray[np.float32]]) -> float:
     """Euclidean norm over all tensors."""
+    if isinstance(deltas, Stored) and deltas.norm is not None:
+        return deltas.norm
     squares = [float(np.sum(np.square(value, dtype=np.float64))) for value in deltas.values()]
     return float(np.sqrt(sum(squares)))
+
+
+def numbers_of(deltas: Mapping[str, NDArray[np.float32]]) -> int:
+    """How many numbers all tensors have."""
+    if isinstance(deltas, Stored):
+        return deltas.size
+    return sum(value.size for value in deltas.values())
+
+
+def fingerprint_of(deltas: Mapping[str, NDArray[np.float32]]) -> str:
+    """Identity of an update's numbers; empty for one that moves nothing (which may well come twice)."""
+    if isinstance(deltas, Stored) and deltas.fingerprint is not None:
+        return deltas.fingerprint
+    moves = any(np.any(value) for value in deltas.values())
+    return tensor_digest(deltas) if moves else ""
 
 
 def check_update(update: ClientUpdate, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -160,15 +183,17 @@ def mean_delta(updates: Sequence[ClientUpdate], rule: RobustMean | None = None) 
     ordered = sorted(updates, key=lambda update: update.client_id)
     if rule is not None and rule.rule != "mean":
         return _robust_delta(ordered, rule)
-    step: Tensors = {}
-    for name in sorted({name for update in ordered for name in update.deltas}):
-        having = [update for update in ordered if name in update.deltas]
-        total = sum(update.examples for update in having)
-        mean = np.zeros(having[0].deltas[name].shape, dtype=np.float64)
-        for update in having:
-            mean += (update.examples / total) * update.deltas[name]
-        step[name] = mean.astype(np.float32)
-    return step
+    totals: dict[str, float] = {}
+    for update in ordered:
+        for name in update.deltas:
+            totals[name] = totals.get(name, 0) + update.examples
+    means: dict[str, NDArray[np.float64]] = {}
+    for update in ordered:  # one after the other: very many are not in memory
+        for name, delta in loaded(update.deltas).items():
+            if name not in means:
+                means[name] = np.zeros(delta.shape, dtype=np.float64)
+            means[name] += (update.examples / totals[name]) * delta
+    return {name: means[name].astype(np.float32) for name in sorted(means)}
 
 
 def _robust_delta(ordered: Sequence[ClientUpdate], rule: RobustMean) -> Tensors:
