@@ -31,7 +31,7 @@ from heterotune_flwr.data import partition, pools, sources
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.dema import kept
 from heterotune_flwr.dema.maps import AlignmentResult
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.exchange import spill
 from heterotune_flwr.exchange.spill import Spill
 from heterotune_flwr.exchange.storage import load_tensors
@@ -44,7 +44,7 @@ from heterotune_flwr.federation.sampling import draw_tested
 from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
 from heterotune_flwr.reporting.progress import RunProgress
-from heterotune_flwr.reporting.status import Standing, follow
+from heterotune_flwr.reporting.status import Standing, follow, render
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.strategies import admission
 from heterotune_flwr.tuning import state_cache
@@ -461,3 +461,41 @@ def test_what_is_put_aside_is_read_in_parts_and_leaves_no_file(tmp_path):
     )
     assert np.array_equal(kept.scaled(np.float32(0.3))["t2"], np.float32(0.3) * tensors["t2"])
     assert not list(tmp_path.glob("*"))
+
+
+def test_the_status_of_very_many_clients_is_a_line_per_type():
+    events = [
+        {"event": "describe", "types": {}, "members": {f"c{i}": f"t{i % 2}" for i in range(60)}}
+    ]
+    events += [
+        {"event": "train_reply", "round": 1, "client_id": f"c{i}", "type": f"t{i % 2}"}
+        for i in range(10)
+    ]
+    events += [{"event": "client_failed", "client_id": "c3", "reason": "gone"}] * 2
+    text = render(follow(events, Standing("d", "running")), now=0.0).splitlines()
+    assert "t0: 30 clients, 5 have trained (5 answers), 0 failures" in text
+    assert "t1: 30 clients, 5 have trained (5 answers), 2 failures" in text
+    assert "  c3: 2 failures; gone" in text
+    assert len(text) < 8
+    few = render(follow(events[1:], Standing("d", "running")), now=0.0)
+    assert sum(line.startswith("c") for line in few.splitlines()) == 11
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "iid"])
+def test_a_thousand_clients_of_few_texts_each_have_training_and_own_tests(partition):
+    data = dataclasses.replace(SMALL, partition=partition)
+    for client in (0, 499, 999):
+        own = client_examples(data, client, 1000, 0)
+        assert own.train
+        assert own.personal_test
+        assert len(own.train) + len(own.personal_test) <= 8
+
+
+def test_a_client_without_a_text_is_refused_by_its_number(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(30)))
+    data = dataclasses.replace(SMALL, name="own", train=str(path), partition="iid")
+    with pytest.raises(DataError, match="client 30 of 40"):
+        client_examples(data, 0, 40, 0)
+    one = client_examples(data, 0, 30, 0)  # a single text is trained on
+    assert (len(one.train), len(one.personal_test)) == (1, 0)

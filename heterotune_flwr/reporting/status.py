@@ -17,6 +17,8 @@ from heterotune_flwr.federation.journal import read_events
 _RECENT = 5
 #: A running run that has written nothing for so long may be gone.
 QUIET_SECONDS = 900.0
+#: Clients that have a line each; of more, so many that failed most.
+_ROWS, _WORST = 48, 5
 
 
 @dataclass
@@ -229,6 +231,32 @@ def render(standing: Standing, now: float | None = None) -> str:
                 f"; is the ServerApp alive? If not: run again with resume = {standing.directory}"
             )
         lines.append(line)
+    few = len(standing.clients) <= _ROWS
+    return "\n".join(lines + (_rows(standing, now) if few else _summary(standing)))
+
+
+def _summary(standing: Standing) -> list[str]:
+    """A line per type, and the clients that failed most: for more clients than anybody reads lines of."""
+    found: dict[str, list[ClientStanding]] = {}
+    for client in standing.clients.values():
+        found.setdefault(client.type_key or "unknown type", []).append(client)
+    lines = []
+    for key, clients in sorted(found.items()):
+        trained = sum(client.answers > 0 for client in clients)
+        answers = sum(client.answers for client in clients)
+        failures = sum(client.failures for client in clients)
+        lines.append(
+            f"{key}: {len(clients)} clients, {trained} have trained ({answers} answers), {failures} failures"
+        )
+    failed = [client for client in standing.clients.values() if client.failures]
+    worst = sorted(failed, key=lambda client: (-client.failures, client.client_id))[:_WORST]
+    lines += [f"  {one.client_id}: {one.failures} failures; {one.last_failure}" for one in worst]
+    return lines
+
+
+def _rows(standing: Standing, now: float) -> list[str]:
+    """A line per client."""
+    lines: list[str] = []
     width = max([len(cid) for cid in standing.clients] + [6])
     kind = max([len(client.type_key) for client in standing.clients.values()] + [4])
     if standing.clients:
@@ -241,4 +269,4 @@ def render(standing: Standing, now: float | None = None) -> str:
         line = (f"{client_id:{width}}  {client.type_key:{kind}}  {client.bits:6} {examples:>8} {client.answers:>7} "
                 f"{client.failures:>8}  {seen}")  # fmt: skip
         lines.append(line + (f"; {client.last_failure}" if client.last_failure else ""))
-    return "\n".join(lines)
+    return lines
