@@ -494,7 +494,7 @@ def test_a_thousand_clients_of_few_texts_each_have_training_and_own_tests(partit
 def test_a_client_without_a_text_is_refused_by_its_number(tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(30)))
-    data = dataclasses.replace(SMALL, name="own", train=str(path), partition="iid")
+    data = dataclasses.replace(SMALL, name="own", train=str(path), test=str(path), partition="iid")
     with pytest.raises(DataError, match="client 30 of 40"):
         client_examples(data, 0, 40, 0)
     one = client_examples(data, 0, 30, 0)  # a single text is trained on
