@@ -67,11 +67,15 @@ def give_book(books: Path, name: str, state_dir: Path) -> None:
 
 
 def simulated_bank(
-    directory: Path, rounds: int = 2, types: str = _TYPES, brought: Brought = TINY
+    directory: Path,
+    rounds: int = 2,
+    types: str = _TYPES,
+    brought: Brought = TINY,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Config, dict[str, Any]]:
     """The run with the same nodes in this process: its configuration and final bank.
 
-    Their books are those in ``books`` beside ``directory`` (see :func:`join`).
+    Their books are those in ``books`` beside ``directory`` (see :func:`join`); ``settings``: more of single nodes.
     """
     text = configuration(directory, rounds, types)
     config = compose(text, "server.wait_seconds=1")
@@ -82,7 +86,7 @@ def simulated_bank(
         data = shard_file(place / "data.jsonl", config, number)
         nodes.append(
             {"client-id": name, "backbone": backbone, "bits": bits, "threads": 1, "worker": "off",
-             "data": str(data), "state-dir": str(place / "state")}
+             "data": str(data), "state-dir": str(place / "state"), **(settings or {}).get(name, {})}
         )  # fmt: skip
     grid = InProcessGrid(app, nodes, {"config": text, "overrides": ""})
     run_strategies(grid, config, Journal(directory), "simulated-0")

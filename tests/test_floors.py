@@ -319,3 +319,18 @@ def test_an_honest_run_of_real_nodes_passes_their_floors(tmp_path):
     trained = [e["client_id"] for e in events if e["event"] == "train_reply"]
     assert sorted(trained) == sorted([*NODES, *NODES])
     assert not [e for e in events if "class_sums" in str(e.get("discriminant"))]
+
+
+def test_a_run_goes_on_without_a_node_whose_budget_is_spent(tmp_path):
+    settings = {"client-0002": {"floor-trainings": 1}}
+    simulated_bank(tmp_path / "run", rounds=5, settings=settings)
+    events = read_events(tmp_path / "run" / "rounds.jsonl")
+    (left,) = [
+        e for e in events if e["event"] == "left_out"
+    ]  # said once, however often it is asked
+    assert (left["client_id"], left["round"]) == ("client-0002", 2)
+    assert "budget of 1 trainings" in left["reason"]
+    assert not [e for e in events if e["event"] in ("client_failed", "refused", "benched")]
+    trained = [e["client_id"] for e in events if e["event"] == "train_reply"]
+    assert trained.count("client-0002") == 1
+    assert trained.count("client-0000") == trained.count("client-0001") == 5
