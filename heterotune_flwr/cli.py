@@ -16,6 +16,7 @@ from heterotune_flwr import __version__, cli_backbones
 from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
+from heterotune_flwr.names import printable
 from heterotune_flwr.worker.cli import app as worker_app
 
 app = App(
@@ -117,8 +118,8 @@ def run(
         show(load_results(outcome.directory), outcome.directory)
     if outcome.failed:
         typer.echo(f"the end of {outcome.directory / 'flower.log'}:", err=True)
-        typer.echo(textwrap.indent(outcome.log_tail, "  | "), err=True)
-        typer.echo(f"the run failed: {outcome.reason}", err=True)
+        typer.echo(textwrap.indent(printable(outcome.log_tail), "  | "), err=True)
+        typer.echo(printable(f"the run failed: {outcome.reason}"), err=True)
         told = outcome.reason or ""  # where the reason says how to mend it, that comes first
         if (outcome.directory / "checkpoints").is_dir() and "checkpoint" not in told:
             typer.echo(f"go on with it: heterotune run --resume {outcome.directory}", err=True)
@@ -188,18 +189,23 @@ def align(config: Preset = "demo", overrides: Overrides = None) -> None:
 @app.command()
 def states(
     clear: Annotated[bool, typer.Option("--clear", help="remove all kept states")] = False,
+    state_dir: Annotated[
+        Path | None, typer.Option("--state-dir", help="a deployed node's [simulations': the cache]")
+    ] = None,
 ) -> None:
     """Show, or clear, the frozen states kept on this machine (they make training many times faster).
 
     They are computed from clients' own examples, never leave the machine, and are computed again when needed. Budgets:
-    HETEROTUNE_STATES_GB on disk (20), HETEROTUNE_STATES_MEMORY_GB per process (0.5).
+    HETEROTUNE_STATES_GB on disk (20), HETEROTUNE_STATES_MEMORY_GB per process (0.5); those that nobody has used for 30
+    days go too.
     """
     from heterotune_flwr.tuning.state_cache import disk_budget, prune, states_dir, usage
 
-    count, size = usage()
-    typer.echo(f"{count} tables, {size / 1e9:.3f} of {disk_budget() / 1e9:g} GB in {states_dir()}")
+    folder = states_dir(state_dir.expanduser().absolute() if state_dir else None)
+    count, size = usage(folder)
+    typer.echo(f"{count} tables, {size / 1e9:.3f} of {disk_budget() / 1e9:g} GB in {folder}")
     if clear:
-        typer.echo(f"removed {prune() / 1e9:.3f} GB")
+        typer.echo(f"removed {prune(folder=folder) / 1e9:.3f} GB")
 
 
 def main() -> None:
@@ -210,7 +216,7 @@ def main() -> None:
         typer.echo(str(error), err=True)
         sys.exit(130)
     except HeteroTuneError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(printable(f"error: {error}"), err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         code = 130

@@ -8,7 +8,6 @@ assumed as :data:`WORKING_GB` (interpreter and libraries, or the CUDA context) p
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,8 @@ from heterotune_flwr.backbones.headers import TensorHeader, tensor_headers
 from heterotune_flwr.backbones.quantized import stored_bits
 from heterotune_flwr.backbones.sources import AUTO, BITS, BackboneSpec, resolve_source
 from heterotune_flwr.errors import BackboneError
-from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.exchange.storage import atomic_write_text, private_folder
+from heterotune_flwr.jsons import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,8 @@ def _chosen(
         return widest
     if kept is None:
         return _fitting(source, revision, free_gb(device), f"free on {device}", device)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(kept.with_suffix(".lock"), mode=0o644):
+    private_folder(kept.parent)
+    with FileLock(kept.with_suffix(".lock"), mode=0o600):
         if kept.is_file() and (known := kept.read_text().strip()) in BITS:
             return known
         bits = _fitting(source, revision, free_gb(device), f"free on {device}", device)
@@ -171,7 +171,7 @@ def weight_bytes(source: str, directory: Path, bits: str) -> int:
     """
     tensors = tensor_headers(source, directory)
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = parse_json((directory / "config.json").read_text())
         text = config.get("text_config") or config
         vocabulary = int(text["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

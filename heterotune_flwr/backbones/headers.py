@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.jsons import parse_json
 
 _INDEX = "model.safetensors.index.json"
 #: A header is a few hundred kB even of the largest models; a damaged length would claim anything.
@@ -34,10 +35,19 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     try:
-        names = set(json.loads((directory / _INDEX).read_text())["weight_map"].values())
+        names = set(parse_json((directory / _INDEX).read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{_INDEX} is not readable ({error})") from error
+    if any(Path(str(name)).name != name for name in names):
+        raise ValueError(f"{_INDEX} names a file that is not beside it")
     return [directory / str(name) for name in sorted(names)]
+
+
+def _parsed(raw: bytes, path: Path) -> Any:
+    try:
+        return parse_json(raw)
+    except ValueError as error:
+        raise ValueError(f"{path.name} has a damaged header") from error
 
 
 def read_header(path: Path) -> list[TensorHeader]:
@@ -55,7 +65,8 @@ def read_header(path: Path) -> list[TensorHeader]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(size - 8, _LONGEST):
                 raise ValueError(f"{path.name} is truncated or no safetensors file ({size} bytes)")
-            header = json.loads(stream.read(length))
+            raw = stream.read(length)
+        header = _parsed(raw, path)
         header.pop("__metadata__", None)
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
         tensors = [
@@ -64,7 +75,7 @@ def read_header(path: Path) -> list[TensorHeader]:
         ]
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path.name} has a damaged header") from error
     if size != 8 + length + end:
         raise ValueError(f"{path.name} has {size} bytes, its header promises {8 + length + end}")
@@ -108,7 +119,7 @@ def damaged_json(directory: Path) -> str | None:
     """Name of the first JSON file of a directory that is not JSON, None if all are."""
     for path in sorted(directory.glob("*.json")):
         try:
-            json.loads(path.read_text())
+            parse_json(path.read_text())
         except (OSError, ValueError):
             return path.name
     return None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from heterotune_flwr.backbones.sources import file_digest, fresh_digest, hash_file, remember_digest
 from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.jsons import parse_json
 
 MANIFEST = "manifest.json"
 
@@ -30,7 +31,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a directory, None where it has none or an unreadable one."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = parse_json((directory / MANIFEST).read_text())
         sizes = [int(entry["bytes"]) for entry in manifest["files"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path, cache_dir
 from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.names import as_id
 from heterotune_flwr.plugins import load_plugin, plugin_names
 
 #: The shipped family, smallest first.
@@ -57,9 +58,9 @@ class BackboneSpec:
 
     @property
     def type_key(self) -> str:
-        """Identity of the model type, ``name[#revision]@bits``."""
+        """Identity of the model type, ``name[#revision]@bits``, an id whatever the names are (:mod:`..names`)."""
         revision = f"#{self.revision}" if self.revision else ""
-        return f"{self.name}{revision}@{self.bits}"
+        return as_id(f"{self.name}{revision}@{self.bits}")
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def describe_source(source: str, revision: str | None = None) -> Shape:
         return _describe_gguf(path)
     directory = resolve_source(source, revision, config_only=True)
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = parse_json((directory / "config.json").read_text())
         config = config.get("text_config") or config
         return Shape(
             hidden=int(config.get("hidden_size") or config["n_embd"]),

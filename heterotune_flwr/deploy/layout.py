@@ -52,6 +52,7 @@ from heterotune_flwr.deploy.values import check_days, check_path, check_ports, c
 from heterotune_flwr.deploy.versions import installed_versions
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.identity import code_hash
+from heterotune_flwr.jsons import parse_json
 
 MANIFEST = "deployment.json"
 _LOCK, LOCK_SECONDS = ".lock", 300.0
@@ -139,7 +140,7 @@ class Deployment:
             folder / MANIFEST, "the deployment", "make one with: heterotune deploy init"
         )
         try:
-            fields = json.loads(raw)
+            fields = parse_json(raw)
             fields.pop("version", None)
             nodes = {name: Node(**node) for name, node in fields.pop("nodes").items()}
             loaded = cls(folder=folder, nodes=nodes, **fields)

@@ -33,6 +33,7 @@ from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.federation.floors import Floors
 from heterotune_flwr.federation.holdout import held_size
 from heterotune_flwr.federation.identity import code_hash
+from heterotune_flwr.jsons import parse_json
 
 State = Literal["ok", "warn", "fail"]
 #: Flower refuses a message signed more than 5 s in the server's future or 305 s in its past.
@@ -189,6 +190,7 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
         format=client.get("format"),
         text_field=client.get("text-field", "text"),
         label_field=client.get("label-field", "label"),
+        references_field=client.get("references-field", "references"),
     )
     for key in ("data", "test"):
         if client.get(key):
@@ -280,7 +282,7 @@ def _manifest(settings: NodeSettings) -> dict[str, Any] | None:
         return None
     again = "copy it again from the server's node folder"
     try:
-        found = json.loads(read_bytes(path, NODE_MANIFEST, again))
+        found = parse_json(read_bytes(path, NODE_MANIFEST, again))
         if not isinstance(found.get("versions", {}), dict):
             raise ValueError("its versions are no table")
     except (ValueError, AttributeError) as error:

@@ -24,6 +24,7 @@ from heterotune_flwr.deploy.keys import how_to_make, public_of
 from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
 from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.storage import close_to_others
 from heterotune_flwr.federation.floors import Floors, checked_floors
 from heterotune_flwr.federation.identity import code_hash, required_of
 from heterotune_flwr.federation.superlink import toml_string
@@ -188,6 +189,7 @@ def supernode_command(settings: NodeSettings) -> list[str]:
         raise ConfigError(trouble)
     check_ca(settings)
     make_folder(settings.state_dir)
+    close_to_others(settings.state_dir)
     # A file, not an argument: arguments are seen by everybody on the machine and cannot quote every path.
     written = settings.state_dir / "node-config.toml"
     for old in (written, *unfinished(settings.state_dir)):

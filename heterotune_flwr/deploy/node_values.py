@@ -14,7 +14,7 @@ from heterotune_flwr.deploy.hosts import check_port, parse_server
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.floors import KEYS as FLOORS
 from heterotune_flwr.federation.identity import ANSWERS, CLASS_SUMS, GUEST, REPORTS
-from heterotune_flwr.tuning.client_state import FILE_NAME
+from heterotune_flwr.names import ID_RULE, is_id
 from heterotune_flwr.tuning.slots import lowest_slot
 
 #: Keys of the file: table -> key -> type of its value.
@@ -23,7 +23,8 @@ KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "client": {
         **dict.fromkeys(
             ("client-id", "backbone", "bits", "revision", "data", "format", "test", "anchors", "state-dir", "cache",
-             "text-field", "label-field", "slots", "report", "answers", "class-sums", "guest", "device", "worker"),
+             "text-field", "label-field", "references-field", "slots", "report", "answers", "class-sums", "guest",
+             "device", "worker"),
             (str,),
         ),
         "memory-gb": (int, float),
@@ -81,10 +82,9 @@ def check_values(path: Path, server: Mapping[str, Any], client: Mapping[str, Any
     device = client.get("device")
     if device not in (None, "cpu", "cuda") and not _CUDA.fullmatch(device):
         raise ConfigError(f"{path}: device is {device!r}; write cpu, cuda or cuda:0")
-    if not FILE_NAME.fullmatch(client["client-id"]):
+    if not is_id(client["client-id"]):
         raise ConfigError(
-            f"{path}: client-id is {client['client-id'][:80]!r}; it names files: letters, digits and _.@+#-, at most "
-            "200, a letter, digit or _ first"
+            f"{path}: client-id is {client['client-id'][:80]!r}; it names files: {ID_RULE}"
         )
     if client.get("slots"):
         try:

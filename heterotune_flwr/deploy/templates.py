@@ -236,6 +236,7 @@ data = "data.jsonl"   # .jsonl, .json, .csv, .parquet, or a directory saved by `
 # format = "parquet"  # where the name does not tell: jsonl | csv | parquet | dataset
 text-field = "text"   # column with the text, or with chat messages (a list of {role, content})
 label-field = "label" # column with the answer; not used for chat messages: the last reply of the assistant is it
+# references-field = "references" # column with a list of further right answers (docs/generation.md)
 # test = "test.jsonl" # public test set everybody is measured on, if this node should measure it
 
 state-dir = "state"   # this client's private weights and logs; keep it, and a node that comes back goes on with it

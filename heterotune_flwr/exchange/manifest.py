@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.jsons import parse_json
 
 #: Version of the record's format. 1 was the same without the number and with bf16, fp16 and fp32 alone.
 FORMAT = 2
@@ -73,8 +74,8 @@ class Manifest:
         if len(raw) > _MAX_BYTES:
             raise ExchangeError(f"the manifest has {len(raw)} bytes, more than {_MAX_BYTES}")
         try:
-            content: Any = json.loads(raw.decode("ascii"))
-        except (ValueError, RecursionError) as error:
+            content: Any = parse_json(raw.decode("ascii"))
+        except ValueError as error:
             reason = str(error)[:80]
             raise ExchangeError(f"the manifest of packed tensors is malformed: {reason}") from error
         if not isinstance(content, dict) or "tensors" not in content:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,38 @@ from safetensors.numpy import load_file, save
 
 from heterotune_flwr.errors import ExchangeError
 
+#: Of folders that only their owner enters.
+_OWNER = 0o700
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder, and missing parents, for its owner alone whatever the umask; one that is there stays.
+
+    ``Path.mkdir`` gives its mode to the last folder only.
+    """
+    missing = [path]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for folder in reversed(missing):
+        try:
+            folder.mkdir(_OWNER)
+            folder.chmod(_OWNER)
+        except FileExistsError:  # there, or another process was faster
+            if not folder.is_dir():
+                raise
+
+
+def close_to_others(path: Path) -> None:
+    """Take from others, and the group, what they may do with a file or folder of ours.
+
+    What is another user's, and a folder that all may write to (``/tmp``), stays as it is.
+    """
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        mode = stat.S_IMODE(found.st_mode)
+        if found.st_uid == os.geteuid() and mode & 0o077 and not mode & stat.S_ISVTX:
+            path.chmod(mode & ~0o077)
+
 
 def atomic_write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     """Replace ``path`` by ``data``; parents are made; readers never see a partial file.
@@ -23,7 +57,7 @@ def atomic_write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     Without ``durable`` the disk is not waited for: after a crash the file may be gone, and after one of the machine
     torn, so its reader must be able to tell (a digest).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -82,6 +116,6 @@ def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """
     try:
         loaded: dict[str, NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RecursionError) as error:
         raise ExchangeError(f"{path} cannot be read as safetensors: {error}") from error
     return loaded

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.storage import save_tensors
+from heterotune_flwr.jsons import parse_json
 
 #: Nested dictionaries of numbers, texts and arrays.
 State = dict[str, Any]
@@ -107,7 +108,7 @@ def load_state(path: Path) -> State:
             header = file.metadata() or {}
         if _digest(arrays, header[_TREE]) != header[_DIGEST]:
             raise ValueError("its checksum does not fit its contents")
-        state: State = _join(json.loads(header[_TREE]), arrays)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        state: State = _join(parse_json(header[_TREE]), arrays)
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ExchangeError(f"{path} is not a saved state: {error}") from error
     return state

@@ -30,6 +30,7 @@ from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import ConfigError, HeteroTuneError, RefusedByNodeError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import content_bytes
+from heterotune_flwr.exchange.storage import close_to_others, private_folder
 from heterotune_flwr.federation.anchor_work import Said, anchor_texts, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
@@ -69,6 +70,7 @@ from heterotune_flwr.federation.queries import (
 )
 from heterotune_flwr.federation.received import Received
 from heterotune_flwr.flower import Context, Message, RecordDict
+from heterotune_flwr.names import printable
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.controls import ClientControls
@@ -78,6 +80,7 @@ from heterotune_flwr.tuning.feedback import Feedback
 from heterotune_flwr.tuning.generation import GenerationReport, score_generation
 from heterotune_flwr.tuning.local import TrainReport, train_local
 from heterotune_flwr.tuning.slots import lowest_slot
+from heterotune_flwr.tuning.state_cache import keep_in
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
@@ -110,6 +113,11 @@ class Client:
             is_simulated(context.node_config),
         )
         identity = identify(config, context.node_config, context.run_id)
+        deployed = identity.partition is None
+        if deployed:
+            private_folder(identity.state_dir)
+            close_to_others(identity.state_dir)
+        keep_in(identity.state_dir if deployed else None)
         torch.set_num_threads(max(1, identity.threads))
         return cls(identity, config, load_backbone(identity.spec))
 
@@ -458,7 +466,7 @@ def respond(message: Message, context: Context, handler: Handler) -> Message:
         log.warning("%s refused: %s", message.metadata.message_type, error)
         content = error_content(str(error), ERROR_REFUSED, client_id)
     except HeteroTuneError as error:
-        log.error("%s: %s", message.metadata.message_type, error)
+        log.error("%s: %s", message.metadata.message_type, printable(str(error)))
         content = error_content(told(error, context.node_config), client_id=client_id)
     except Exception as error:
         log.exception("%s failed", message.metadata.message_type)

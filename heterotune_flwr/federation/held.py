@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
-from heterotune_flwr.federation.wire import read_field, read_texts
+from heterotune_flwr.federation.wire import read_field, read_id, read_texts
 
 _NAMES, _DIGEST = "held", "held_digest"
 #: Field of a reply: digest of all tensors the client now holds.
@@ -67,4 +67,4 @@ def joint_digest(keys: Mapping[str, str]) -> str:
 
 def read_kept(record: Mapping[str, Any]) -> str:
     """What a reply says is kept; empty where it says nothing."""
-    return read_field(record, KEPT, str) if KEPT in record else ""
+    return read_id(record, KEPT, empty=True) if KEPT in record else ""

@@ -3,10 +3,10 @@
 In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field`` and
-``label-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash``, ``floor-...`` (:mod:`.floors`), and
-``worker``, ``worker-idle-minutes`` (:mod:`heterotune_flwr.worker`); ``heterotune node start`` writes it from the
-node's file. It takes no path from the server, and nothing of its data answers the server: its columns
+``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field``,
+``label-field``, ``references-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash``, ``floor-...``
+(:mod:`.floors`), and ``worker``, ``worker-idle-minutes`` (:mod:`heterotune_flwr.worker`);
+``heterotune node start`` writes it from the node's file. It takes no path from the server, and nothing of its data answers the server: its columns
 are named here, its labels by the run.
 """
 
@@ -35,6 +35,7 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.floors import Floors
 from heterotune_flwr.federation.holdout import split
 from heterotune_flwr.federation.node_book import NodeBook
+from heterotune_flwr.names import ID_RULE, is_id
 
 #: What a deployed client must say about itself.
 REQUIRED = ("client-id", "backbone", "data", "state-dir")
@@ -248,6 +249,10 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             'flower-supernode --node-config \'client-id="..." backbone="..." bits="..." '
             'data="..." state-dir="..."\''
         )
+    if not is_id(str(node_config["client-id"])):
+        raise ConfigError.of(
+            "client-id in the node configuration", str(node_config["client-id"])[:80], ID_RULE
+        )
     check_code(str(node_config.get("code-hash") or ""))
     report = _choice(node_config, "report", REPORTS)
     answers = _choice(node_config, "answers", ANSWERS)
@@ -270,7 +275,9 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             train=str(node_config["data"]) if node_config.get("data") else None,
             test=str(test) if test else None,
             text_field=str(node_config.get("text-field", "text")),
-            label_field=str(node_config.get("label-field", "label")),
+            label_field=str(node_config.get("label-field") or "label"),
+            references_field=str(node_config.get("references-field") or "references"),
+            client_field="client",
             format=str(node_config["format"]) if node_config.get("format") else None,
             labels=public_labels(config.data),
             max_labels=0,

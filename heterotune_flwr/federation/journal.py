@@ -26,7 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import FederationError
-from heterotune_flwr.exchange.storage import atomic_write_text, save_tensors
+from heterotune_flwr.exchange.storage import (
+    atomic_write_text,
+    close_to_others,
+    private_folder,
+    save_tensors,
+)
+from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.names import safe_text
 
 #: Of the events' fields (docs/journal.md); raised when a reader of the older ones would misread a new one.
 VERSION = 1
@@ -34,6 +41,8 @@ VERSION = 1
 _PASSING = frozenset({"train_reply", "bytes", "progress"})
 #: Seconds between two events that tell how far asking or testing is.
 _PACE = 2.0
+#: Letters of an event's ``reason``.
+LONGEST_REASON = 2000
 
 
 def to_json(value: Any) -> Any:
@@ -76,8 +85,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def parse_event(line: bytes) -> dict[str, Any] | None:
     """One line of a journal, None for one that is empty or torn."""
     try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
+        event = parse_json(line)
+    except ValueError:
         return None
     return event if isinstance(event, dict) and "event" in event else None
 
@@ -115,14 +124,33 @@ class Pace:
             self._to.event("progress", done=done, clients=of, **self._fields)
 
 
+def _private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, from its first byte on."""
+    return os.open(path, flags, 0o600)
+
+
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """Append one event to a journal; the line is complete on disk when this returns."""
+    if isinstance(reason := fields.get("reason"), str):  # it may quote what a client sent
+        fields["reason"] = safe_text(reason, LONGEST_REASON)
+    record = to_json({"event": event, "time": time.time(), **fields})
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with writing(path), open(path, "ab", buffering=0, opener=_private) as stream:
+        # One write: a reader, or a crash, never sees two halves of different lines.
+        if stream.write(line) != len(line):
+            raise OSError("only part of an event could be written")
+        if event not in _PASSING:
+            os.fsync(stream.fileno())
+
+
 class Journal:
     """Writer of one run directory.
 
     Parameters
     ----------
     directory
-        Absolute path; made if missing. Events are appended to those of an earlier run in it; a last line that a
-        crash has torn is closed first.
+        Absolute path; made if missing, for its owner alone. Events are appended to those of an earlier run in it; a
+        last line that a crash has torn is closed first.
 
     """
 
@@ -130,21 +158,17 @@ class Journal:
         self.directory = directory
         self.path = directory / "rounds.jsonl"
         with writing(self.path):
-            directory.mkdir(parents=True, exist_ok=True)
+            private_folder(directory)
+            if self.path.exists():  # of an earlier start, perhaps by an older program
+                close_to_others(directory)
+                close_to_others(self.path)
             torn = self._close_torn_line()
         self.status("running")
         self.event("journal", version=VERSION, torn_line=torn)
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event; the line is complete on disk when this returns."""
-        record = to_json({"event": event, "time": time.time(), **fields})
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with writing(self.path), self.path.open("ab", buffering=0) as stream:
-            # One write: a reader, or a crash, never sees two halves of different lines.
-            if stream.write(line) != len(line):
-                raise OSError("only part of an event could be written")
-            if event not in _PASSING:
-                os.fsync(stream.fileno())
+        append_event(self.path, event, **fields)
 
     def _close_torn_line(self) -> bool:
         if not self.path.exists() or self.path.stat().st_size == 0:
@@ -160,7 +184,7 @@ class Journal:
         """Remember the run's name on its first start; return it when the run is resumed."""
         path = self.directory / "run.json"
         if resuming and path.exists():
-            return str(json.loads(path.read_text())["name"])
+            return str(parse_json(path.read_text())["name"])
         self._write("run.json", json.dumps({"name": name}) + "\n")
         return name
 

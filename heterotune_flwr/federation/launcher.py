@@ -17,11 +17,12 @@ from typing import Any
 from heterotune_flwr.config.compose import INLINE, to_yaml
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.exchange.storage import atomic_write_text, private_folder
 from heterotune_flwr.federation.journal import parse_event
 from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
+from heterotune_flwr.jsons import parse_json
 
 __all__ = ["Resources", "RunOutcome", "free_port", "launch", "launch_app", "stage_app"]
 
@@ -106,7 +107,7 @@ def _read_status(directory: Path) -> tuple[str, str | None]:
     path = directory / "status.json"
     if not path.exists():
         return "starting", None
-    content = json.loads(path.read_text())
+    content = parse_json(path.read_text())
     return str(content["state"]), content.get("reason")
 
 
@@ -201,7 +202,7 @@ def prepare_directory(directory: Path, resuming: bool = False) -> None:
     if not resuming:
         check_directory(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        private_folder(directory)
         for stale in (
             ("status.json",) if resuming else ("status.json", "rounds.jsonl", "flower.log")
         ):
@@ -239,7 +240,7 @@ def _following(directory: Path, resuming: bool) -> Iterator[None]:
     if not resuming:
         check_directory(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        private_folder(directory)
     except OSError as error:
         raise ConfigError(f"the run directory {directory} cannot be written: {error}") from error
     with run_lock(directory, FOLLOWER):

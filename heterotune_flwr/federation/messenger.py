@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from heterotune_flwr.federation.simulated import most_in_flight
 from heterotune_flwr.flower import Grid, Message, RecordDict
+from heterotune_flwr.names import safe_text
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 #: Longest pause where the next message goes out when an answer has come.
@@ -237,8 +238,8 @@ class _Conversation:
             self.replies.died.add(node_id)
         elif reply.error.code == _AWAY:
             self.replies.away.add(node_id)
-        lines = str(reply.error.reason or "no reason given").strip().splitlines()
-        self.replies.failures[node_id] = f"error {reply.error.code}: {lines[-1]}"
+        lines = str(reply.error.reason or "").strip().splitlines() or ["no reason given"]
+        self.replies.failures[node_id] = safe_text(f"error {reply.error.code}: {lines[-1]}")
 
     def _note_late(self, node_id: int) -> None:
         self.replies.late.add(node_id)

@@ -59,6 +59,7 @@ from heterotune_flwr.federation.wire import (
     pack_mask,
     read_config,
     read_field,
+    read_id,
     read_json,
     read_metrics,
     read_tensors,
@@ -143,7 +144,7 @@ class Header:
     def from_config(cls, record: Mapping[str, Any]) -> Header:
         """Read the header out of a ``config`` record."""
         return cls(
-            experiment=read_field(record, "experiment", str),
+            experiment=read_field(record, "experiment", str),  # names files: checked where it does
             seed=read_field(record, "seed", int),
             method=_read_method(read_json(record, "method")),
             round=read_field(record, "round", int),
@@ -222,7 +223,7 @@ class TrainRequest:
         return cls(
             header=Header.from_config(record),
             tensors=read_tensors(content, TENSORS) or {},
-            maps_digest=read_field(record, "maps_digest", str),
+            maps_digest=read_id(record, "maps_digest", empty=True),
             maps=read_tensors(content, MAPS),
             expected=read_texts(record, "expected"),
             local_steps=read_field(record, "local_steps", int),
@@ -290,15 +291,15 @@ class TrainReply:
         """Read the message content; deltas that are not ``expected`` are refused before they are decoded."""
         record = read_config(content)
         return cls(
-            client_id=read_field(record, "client_id", str),
-            type_key=read_field(record, "type_key", str),
+            client_id=read_id(record, "client_id"),
+            type_key=read_id(record, "type_key"),
             round=read_field(record, "round", int),
-            maps_digest=read_field(record, "maps_digest", str),
+            maps_digest=read_id(record, "maps_digest", empty=True),
             deltas=read_tensors(content, DELTAS, expected) or {},
             metrics=read_metrics(content),
             predictions=read_predictions(content),
             kept=read_kept(record),
-            code_hash=read_field(record, "code_hash", str),
+            code_hash=read_id(record, "code_hash", empty=True),
             answers=read_answers(record),
             class_sums=ClassSums.read(content),
         )
@@ -339,7 +340,7 @@ class EvaluateRequest:
         return cls(
             header=Header.from_config(record),
             tensors=read_tensors(content, TENSORS) or {},
-            maps_digest=read_field(record, "maps_digest", str),
+            maps_digest=read_id(record, "maps_digest", empty=True),
             maps=read_tensors(content, MAPS),
             scopes=scopes,
             discriminant=Discriminant.read(content),
@@ -372,10 +373,10 @@ class EvaluateReply:
         """Read the message content."""
         record = read_config(content)
         return cls(
-            client_id=read_field(record, "client_id", str),
-            type_key=read_field(record, "type_key", str),
+            client_id=read_id(record, "client_id"),
+            type_key=read_id(record, "type_key"),
             round=read_field(record, "round", int),
-            maps_digest=read_field(record, "maps_digest", str),
+            maps_digest=read_id(record, "maps_digest", empty=True),
             metrics=read_metrics(content),
             kept=read_kept(record),
         )

@@ -17,11 +17,16 @@ from heterotune_flwr.federation.wire import (
     FACTORS,
     read_config,
     read_field,
+    read_id,
     read_json,
     read_tensors,
     read_texts,
 )
 from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.names import LONGEST_LABEL, is_label
+
+#: Letters of a tensor's name.
+_LONGEST_NAME = 500
 
 #: What no description can be beyond: the server divides by these numbers, draws by them, and makes room by them.
 _MOST = {
@@ -50,7 +55,7 @@ def _read_shapes(record: ConfigRecord) -> dict[str, tuple[int, ...]]:
         sound &= isinstance(shape, list) and all(
             type(size) is int and 0 < size <= MAX_NUMBERS for size in shape
         )
-    if not sound:
+    if not sound or any(len(name) > _LONGEST_NAME or not name.isprintable() for name in raw):
         raise ExchangeError("field 'shapes' of the message is malformed")
     shapes = {name: tuple(shape) for name, shape in raw.items()}
     if sum(math.prod(shape) for shape in shapes.values()) > MAX_NUMBERS:
@@ -118,12 +123,12 @@ class DescribeReply:
         """Read the message content."""
         record = read_config(content)
         shapes = _read_shapes(record)
-        texts = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
+        ids = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
         numbers = (
             "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
             "train_examples", "personal_examples", "lowest_slot",
         )  # fmt: skip
-        fields: dict[str, Any] = {key: read_field(record, key, str) for key in texts}
+        fields: dict[str, Any] = {key: read_id(record, key) for key in ids}
         fields |= {key: read_field(record, key, int) for key in numbers}
         for key, value in fields.items():
             least = 1 if key in _AT_LEAST_ONE else 0
@@ -135,6 +140,10 @@ class DescribeReply:
         if len(labels) > MOST_LABELS or len(set(labels)) != len(labels):
             raise ExchangeError(
                 f"field 'labels' of the message names an answer twice, or more than {MOST_LABELS}"
+            )
+        if not all(map(is_label, labels)):
+            raise ExchangeError(
+                f"field 'labels' of the message has one of over {LONGEST_LABEL} letters, or with control characters"
             )
         return cls(
             **fields,
@@ -200,6 +209,4 @@ class AlignReply:
         factors = read_tensors(content, FACTORS)
         if factors is None:
             raise ExchangeError("the reply to query.align has no 'factors' record")
-        return cls(
-            read_field(record, "client_id", str), read_field(record, "type_key", str), factors
-        )
+        return cls(read_id(record, "client_id"), read_id(record, "type_key"), factors)

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.storage import private_folder
 from heterotune_flwr.federation.checkpoint import Checkpoints
 
 #: What may differ when a run goes on: how long, how patiently, on how many processes; not what is computed.
@@ -104,8 +105,9 @@ def check_rounds(directory: Path, config: Config) -> None:
 @contextmanager
 def run_lock(directory: Path, name: str = _LOCK) -> Iterator[None]:
     """Hold a run directory: two servers must not write to one (ConfigError: another one does)."""
-    lock = FileLock(directory / name, timeout=0)
+    lock = FileLock(directory / name, timeout=0, mode=0o600)
     try:
+        private_folder(directory)
         lock.acquire()
     except Timeout as error:
         raise ConfigError(

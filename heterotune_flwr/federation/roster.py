@@ -17,8 +17,9 @@ from heterotune_flwr.federation.messenger import (
 )
 from heterotune_flwr.federation.protocol import DESCRIBE, Header
 from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
-from heterotune_flwr.federation.wire import RemoteError, one_line
+from heterotune_flwr.federation.wire import RemoteError
 from heterotune_flwr.flower import Grid
+from heterotune_flwr.names import safe_text
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def without(
 
     """
     left = [
-        LeftOut(roster.clients[cid].node_id, one_line(cid), one_line(reasons[cid]))
+        LeftOut(roster.clients[cid].node_id, safe_text(cid), safe_text(reasons[cid]))
         for cid in roster.clients
         if cid in reasons
     ]
@@ -266,7 +267,7 @@ class _Heard:
             except HeteroTuneError as error:
                 refuses = isinstance(error, RemoteError)
                 name = error.client_id if isinstance(error, RemoteError) else ""
-                self.problems[node_id] = LeftOut(node_id, one_line(name), one_line(str(error)))
+                self.problems[node_id] = LeftOut(node_id, safe_text(name), safe_text(str(error)))
                 if not refuses:
                     self.wrong.add(node_id)
                 continue
@@ -281,7 +282,7 @@ class _Heard:
                 f"nodes {kept} and {refused} both call themselves {client_id}; {kept} takes part; give each its own "
                 "client-id"
             )
-            self.problems[refused] = LeftOut(refused, one_line(client_id), one_line(reason))
+            self.problems[refused] = LeftOut(refused, safe_text(client_id), safe_text(reason))
             self.wrong.add(refused)
             if kept == other:
                 return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 import traceback
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.federation.simulated import mend_poll
 from heterotune_flwr.flower import Context, Grid
+from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.strategies.build import build_strategy, check_strategy
 
@@ -108,7 +108,7 @@ def _earlier(journal: Journal) -> dict[tuple[str, int], dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        runs = json.loads(path.read_text())["runs"]
+        runs = parse_json(path.read_text())["runs"]
         return {(run["strategy"], run["seed"]): run for run in runs}
     except (ValueError, KeyError, TypeError) as error:
         journal.event("results_unreadable", reason=str(error))

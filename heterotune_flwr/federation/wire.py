@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -14,6 +13,8 @@ from heterotune_flwr.exchange.codecs import precise
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack, unpack
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.names import ID_RULE, is_id, safe_text
 
 CONFIG, METRICS = "config", "metrics"
 TENSORS, MAPS, FACTORS, DELTAS = "tensors", "maps", "factors", "deltas"
@@ -30,8 +31,8 @@ ERROR_FAILED, ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING, ERROR_REFUSED = (
     "refused_by_node",
 )
 
-#: Letters of a client's own words that are kept.
-_LONGEST_REASON = 300
+#: Letters of an error that travels.
+_LONGEST_ERROR = 1000
 T = TypeVar("T")
 
 
@@ -60,8 +61,12 @@ def read_config(content: RecordDict) -> ConfigRecord:
     if not isinstance(record, ConfigRecord):
         raise ExchangeError("the message has no 'config' record")
     if "error" in record:
-        kind = record.get("error_kind", ERROR_FAILED)
-        raise RemoteError(str(record["error"]), str(kind), str(record.get("client_id", "")))
+        kind, name = record.get("error_kind"), record.get("client_id")
+        raise RemoteError(
+            safe_text(str(record["error"]), _LONGEST_ERROR),
+            kind if kind in (ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING) else ERROR_FAILED,
+            name if isinstance(name, str) and is_id(name) else "",
+        )
     return record
 
 
@@ -79,6 +84,14 @@ def read_field(record: Mapping[str, Any], key: str, kind: type[T]) -> T:
     return value
 
 
+def read_id(record: Mapping[str, Any], key: str, empty: bool = False) -> str:
+    """Return an id (:mod:`..names`); where it may be ``empty``, that too."""
+    value = read_field(record, key, str)
+    if not is_id(value) and (value or not empty):
+        raise ExchangeError(f"field {key!r} of the message is no id: {ID_RULE}")
+    return value
+
+
 def read_texts(record: Mapping[str, Any], key: str) -> list[str]:
     """Return a list of texts."""
     values = read_field(record, key, list)
@@ -90,8 +103,8 @@ def read_texts(record: Mapping[str, Any], key: str) -> list[str]:
 def read_json(record: Mapping[str, Any], key: str) -> Any:
     """Return the JSON value of a text field."""
     try:
-        return json.loads(read_field(record, key, str))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_field(record, key, str))
+    except ValueError as error:
         raise ExchangeError(f"field {key!r} of the message is not JSON: {error}") from error
 
 
@@ -112,6 +125,8 @@ def read_metrics(content: RecordDict) -> dict[str, float]:
         raise ExchangeError("the message has no 'metrics' record")
     values: dict[str, float] = {}
     for key, value in record.items():
+        if not is_id(key):
+            raise ExchangeError(f"the name of a metric is no id: {ID_RULE}")
         if isinstance(value, list):
             raise ExchangeError(f"metric {key!r} is a list, expected a number")
         values[key] = float(value)
@@ -133,18 +148,11 @@ def unpack_mask(data: bytes, length: int) -> NDArray[np.bool_]:
 
 def error_content(message: str, kind: str = ERROR_FAILED, client_id: str = "") -> RecordDict:
     """Content of a reply that says in one line why there is no result."""
-    line = " ".join(message.split()) or "unknown error"
+    line = safe_text(message, _LONGEST_ERROR) or "unknown error"
     record = ConfigRecord({"error": line, "error_kind": kind})
     if client_id:
         record["client_id"] = client_id
     return RecordDict({CONFIG: record})
-
-
-def one_line(text: str) -> str:
-    """A client's words as a terminal and a journal can bear them."""
-    line = " ".join(text.split())
-    shown = "".join(char if char.isprintable() else "?" for char in line[:_LONGEST_REASON])
-    return shown if len(line) <= _LONGEST_REASON else f"{shown} ..."
 
 
 def add_tensors(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from heterotune_flwr.config.schema import Config
+from heterotune_flwr.names import printable
 from heterotune_flwr.reporting.tables import TITLES, human_bytes
 
 Event = dict[str, Any]
@@ -89,6 +90,7 @@ class RunProgress:
         return f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
 
     def _line(self, text: str, force: bool = False) -> None:
+        text = printable(text)
         if not self.console.is_terminal:
             now = time.monotonic()
             if force or now - self._last_line > LINE_SECONDS:
@@ -102,8 +104,8 @@ class RunProgress:
             self._bar.update(
                 self._task,
                 completed=self.fraction,
-                description=description,
-                note=note + self._eta(),
+                description=printable(description),
+                note=printable(note) + self._eta(),
             )
 
     def _name(self, event: Event) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.journal import read_events
+from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.names import printable
 
 #: Rounds whose pace tells the time left.
 _RECENT = 5
@@ -82,7 +83,7 @@ def read_status(directory: Path) -> Standing:
 
 def _state(directory: Path) -> tuple[str, str | None]:
     try:
-        status = json.loads((directory / "status.json").read_text())
+        status = parse_json((directory / "status.json").read_text())
         return str(status["state"]), status.get("reason")
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown", None
@@ -232,7 +233,10 @@ def render(standing: Standing, now: float | None = None) -> str:
             )
         lines.append(line)
     few = len(standing.clients) <= _ROWS
-    return "\n".join(lines + (_rows(standing, now) if few else _summary(standing)))
+    return "\n".join(
+        printable(line.replace("\n", " "))
+        for line in lines + (_rows(standing, now) if few else _summary(standing))
+    )
 
 
 def _summary(standing: Standing) -> list[str]:

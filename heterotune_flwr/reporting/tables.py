@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.names import printable
 
 TITLES = {
     "local_only": "local only",
@@ -45,7 +47,7 @@ def load_results(directory: Path) -> dict[str, Any]:
     """
     path = directory / "results.json"
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
+        results: dict[str, Any] = parse_json(path.read_text())
     except FileNotFoundError as error:
         if not (directory / "rounds.jsonl").exists():
             raise FederationError(f"{directory} is no run directory: no results.json") from error
@@ -60,6 +62,11 @@ def load_results(directory: Path) -> dict[str, Any]:
 
 def _title(strategy: str) -> str:
     return TITLES.get(strategy, strategy)
+
+
+def _shown(name: str) -> Text:
+    """A name out of a results file: no markup in it counts, and nothing a terminal would obey."""
+    return Text(printable(name))
 
 
 def _accuracies(
@@ -168,21 +175,25 @@ def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") 
     table = _empty_table(metric)
     table.add_column("model type", no_wrap=True)
     for strategy in strategies:
-        table.add_column(_title(strategy), justify="right", no_wrap=seeds > 1)
+        table.add_column(_shown(_title(strategy)), justify="right", no_wrap=seeds > 1)
     for rival in rivals:
         table.add_column(
-            f"gain over {_title(rival)}", justify="right", min_width=12 if seeds > 1 else None
+            _shown(f"gain over {_title(rival)}"),
+            justify="right",
+            min_width=12 if seeds > 1 else None,
         )
     types, guests = _types(results), _guest_types(results)
     for type_key in [*types, OVERALL]:
         style = "bold" if type_key == OVERALL else None
         cells = _row(results, strategies, rivals, type_key, metric, seeds)
         label = f"{type_key} (guest)" if type_key in guests else type_key
-        table.add_row(label, *cells, style=style, end_section=type_key in (types[-1], OVERALL))
+        table.add_row(
+            _shown(label), *cells, style=style, end_section=type_key in (types[-1], OVERALL)
+        )
     if personal := _own_tests(results, metric):
         cells = _row(results, strategies, rivals, OVERALL, personal, seeds)
         table.add_row("on own tests", *cells)
-    table.caption = _accuracy_note(results, seeds, subject if rivals else None)
+    table.caption = _shown(_accuracy_note(results, seeds, subject if rivals else None))
     return table
 
 
@@ -215,7 +226,7 @@ def _tall_table(results: Mapping[str, Any], metric: str) -> Table:
     for key in types:
         backbone, _, bits = key.partition("@")  # the bits on a line of their own
         guest = " (guest)" if key in guests else ""
-        table.add_column(f"{backbone}\n@{bits}{guest}", justify="right", no_wrap=True)
+        table.add_column(_shown(f"{backbone}\n@{bits}{guest}"), justify="right", no_wrap=True)
     for head in (OVERALL.replace(" ", "\n"), *(["on own\ntests"] if personal else []), "gain"):
         table.add_column(head, justify="right", no_wrap=True)
     for name in strategies:
@@ -224,8 +235,10 @@ def _tall_table(results: Mapping[str, Any], metric: str) -> Table:
         gain = None if name == subject else paired_gain(results, subject, name, OVERALL, metric)
         shown = "" if name == subject else _gain(gain, seeds)
         style = "bold" if name == subject else None
-        table.add_row(_title(name), *[_cell(cell, seeds) for cell in cells], shown, style=style)
-    table.caption = _accuracy_note(results, seeds, subject)
+        table.add_row(
+            _shown(_title(name)), *[_cell(cell, seeds) for cell in cells], shown, style=style
+        )
+    table.caption = _shown(_accuracy_note(results, seeds, subject))
     return table
 
 
@@ -296,7 +309,7 @@ def bytes_table(results: Mapping[str, Any]) -> Table:
         up = counts["up_per_client_round"]
         once = counts["one_time_up"] + counts["one_time_down"]
         table.add_row(
-            _title(strategy),
+            _shown(_title(strategy)),
             human_bytes(up),
             human_bytes(counts["down_per_client_round"]),
             _saved(up, counts["lora16_bytes"]),
@@ -348,8 +361,8 @@ def _print(
             )
         console.print(bytes_table(results))
         for line in faults(results):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"run directory: {directory}", soft_wrap=True, highlight=False)
+            console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"run directory: {directory}", soft_wrap=True, highlight=False, markup=False)
 
 
 def final_table(results: Mapping[str, Any], directory: Path, width: int = PLAIN_WIDTH) -> str:

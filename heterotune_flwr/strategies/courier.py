@@ -41,12 +41,12 @@ from heterotune_flwr.federation.wire import (
     ANSWERS,
     CONSENSUS,
     DISCRIMINANT,
-    one_line,
     read_config,
     read_field,
     read_metrics,
 )
 from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
+from heterotune_flwr.names import safe_text
 from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
 from heterotune_flwr.strategies.safety import Safety
@@ -350,7 +350,7 @@ class Courier:
 
     def _leave_out(self, client_id: str, round: int, reason: str) -> None:
         """Note that a node's owner forbids what was asked: no failure. Said once for every reason."""
-        reason = one_line(reason)
+        reason = safe_text(reason)
         if self._declined.get(client_id) == reason:
             return
         self._declined[client_id] = reason
@@ -376,7 +376,7 @@ class Courier:
         self, client_id: str, round: int, reason: str, event: str = "refused", **fields: Any
     ) -> None:
         """Journal that a client's answer is not used, and why (in one printable line, whatever the client wrote)."""
-        reason = one_line(reason)
+        reason = safe_text(reason)
         self._failed.setdefault(client_id, reason)
         self.event(event, round=round, client_id=client_id, reason=reason, **fields)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from heterotune_flwr.federation.outcome import by_type
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord
+from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.strategies.base import HeteroStrategy
 from heterotune_flwr.strategies.sharing import Shapes
 from heterotune_flwr.strategies.updates import ClientUpdate
@@ -101,7 +101,7 @@ class HeteroFL(HeteroStrategy):
         for entry in types:
             try:
                 folder = resolve_source(entry.backbone, entry.revision, config_only=True)
-                sizes = json.loads((folder / "config.json").read_text())
+                sizes = parse_json((folder / "config.json").read_text())
             except (BackboneError, OSError, ValueError):  # told by whoever loads it
                 continue
             if sizes.get("model_type") != "llama":

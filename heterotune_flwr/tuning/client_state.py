@@ -26,9 +26,8 @@ from safetensors import SafetensorError, safe_open
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.exchange.storage import atomic_write_bytes, load_tensors, save_tensors
+from heterotune_flwr.names import is_file_name
 
-#: What a client or experiment may be called.
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+#-]{0,199}")
 #: Before it there is no state, whatever an earlier run of the same name has left.
 _FIRST_ROUND = 1
 
@@ -37,8 +36,10 @@ Tensors = dict[str, NDArray[np.float32]]
 
 def _checked(name: str, what: str) -> str:
     """Refuse names that could leave the state directory: they come over the network."""
-    if not FILE_NAME.fullmatch(name):
-        raise ExchangeError(f"{what} {name!r} cannot name a file; use letters, digits, - and _")
+    if not is_file_name(name):
+        raise ExchangeError(
+            f"{what} {name[:80]!r} cannot name a file; use letters, digits, - and _"
+        )
     return name
 
 

@@ -1,9 +1,9 @@
 """Where frozen states are kept: in memory under a budget, on disk under another.
 
-``<cache>/states/<2 hex>/<key>.safetensors``, one table per list of examples, memory-mapped when read. The
-least recently used files go first when the disk budget is passed. They are derived from a client's
-private examples, so they stay on its machine, readable by their owner only; ``heterotune states clear``
-removes them.
+``<folder>/<2 hex>/<key>.safetensors``, one table per list of examples, memory-mapped when read. They are derived from a
+client's private examples, so they stay on its machine, readable by their owner only: a deployed node's in ``states`` of
+its ``state-dir``, a simulation's in that of the cache. The least recently used files go first when the disk budget is
+passed, and those that nobody has used for :data:`OLDEST_DAYS`; ``heterotune states --clear`` removes all.
 
 Budgets (GB = 10^9 bytes): ``HETEROTUNE_STATES_GB`` on disk (20), ``HETEROTUNE_STATES_MEMORY_GB`` per process (0.5).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,12 @@ from torch import Tensor
 
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.exchange.storage import atomic_write_bytes
+from heterotune_flwr.exchange.storage import atomic_write_bytes, private_folder
 
 log = logging.getLogger(__name__)
+
+#: Days after its last use that a table is kept.
+OLDEST_DAYS = 30.0
 
 
 def _budget(name: str, default: float) -> int:
@@ -101,9 +105,26 @@ written = _Written()
 memory = _Memory()
 
 
-def states_dir() -> Path:
-    """Folder of all kept states."""
-    return cache_dir() / "states"
+#: The state directory whose client this process works for; None in a simulation.
+_state_dir: Path | None = None
+_pruned: set[Path] = set()
+
+
+def states_dir(state_dir: Path | None = None) -> Path:
+    """Folder of kept states: a state directory's, else that of the client at work, else the cache's."""
+    return (state_dir or _state_dir or cache_dir()) / "states"
+
+
+def keep_in(state_dir: Path | None) -> None:
+    """Say whose states this process keeps from now on: those of a deployed node, or (None) of a simulation.
+
+    What nobody uses any more goes when a process first comes to a folder.
+    """
+    global _state_dir
+    _state_dir = state_dir
+    if states_dir() not in _pruned:
+        _pruned.add(states_dir())
+        prune(disk_budget())
 
 
 def states_path(key: str) -> Path:
@@ -151,8 +172,8 @@ def _computed(key: str, rows: int, hidden: int, compute: Callable[[], Tensor]) -
     path = states_path(key)
     table: Tensor | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with FileLock(path.with_suffix(".lock")):
+        private_folder(path.parent)
+        with FileLock(path.with_suffix(".lock"), mode=0o600):
             table = _from_disk(path, rows, hidden)
             if table is None:
                 table = compute()
@@ -166,10 +187,10 @@ def _computed(key: str, rows: int, hidden: int, compute: Callable[[], Tensor]) -
     return compute() if table is None else table
 
 
-def _files() -> list[tuple[Path, int, float]]:
+def _files(folder: Path) -> list[tuple[Path, int, float]]:
     """(path, bytes, time of last use) of every kept table."""
     found = []
-    for path in states_dir().glob("*/*.safetensors"):
+    for path in folder.glob("*/*.safetensors"):
         try:
             stat = path.stat()
         except OSError:
@@ -178,21 +199,22 @@ def _files() -> list[tuple[Path, int, float]]:
     return found
 
 
-def usage() -> tuple[int, int]:
-    """(number of kept tables on disk, their bytes)."""
-    files = _files()
+def usage(folder: Path | None = None) -> tuple[int, int]:
+    """(number of kept tables on disk, their bytes); ``folder``: :func:`states_dir`."""
+    files = _files(folder or states_dir())
     return len(files), sum(size for _, size, _ in files)
 
 
-def prune(limit: int = 0, keep: Path | None = None) -> int:
-    """Remove the least recently used tables until at most ``limit`` bytes are left; return the bytes removed.
+def prune(limit: int = 0, keep: Path | None = None, folder: Path | None = None) -> int:
+    """Remove tables of :data:`OLDEST_DAYS`, and the least recently used ones until at most ``limit`` bytes are left.
 
-    ``keep`` is never removed. A table in use stays readable for who has it open.
+    ``keep`` is never removed; ``folder``: :func:`states_dir`. A table in use stays readable for who has it open.
+    Returns the bytes removed.
     """
-    files = sorted(_files(), key=lambda item: item[2])
+    files = sorted(_files(folder or states_dir()), key=lambda item: item[2])
     total, removed = sum(size for _, size, _ in files), 0
-    for path, size, _ in files:
-        if total - removed <= limit:
+    for path, size, used in files:
+        if total - removed <= limit and used > time.time() - OLDEST_DAYS * 86400:
             break
         if path == keep:
             continue

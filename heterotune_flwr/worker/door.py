@@ -18,6 +18,7 @@ from heterotune_flwr.federation.discretion import told
 from heterotune_flwr.federation.identity import is_simulated
 from heterotune_flwr.federation.wire import error_content
 from heterotune_flwr.flower import Context, Message, content_from_bytes, content_to_bytes
+from heterotune_flwr.names import printable
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def answer(message: Message, context: Context) -> Message:
             log.warning("working without the worker: %s", error)
             return _here(message, context)
     except HeteroTuneError as error:
-        log.error("%s: %s", message.metadata.message_type, error)
+        log.error("%s: %s", message.metadata.message_type, printable(str(error)))
         name = str(context.node_config.get("client-id") or "")
         content = error_content(told(error, context.node_config), client_id=name)
         return Message(content, reply_to=message)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.jsons import parse_json
 
 MAGIC = b"HTW1"
 HEADER_LIMIT = 8 * 2**20
@@ -76,8 +77,8 @@ def receive_frame(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
         raise FrameError(f"malformed frame: {head_size} + {body_size} bytes are over the limit")
     head = _receive(sock, head_size)
     try:
-        header = json.loads(head)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(head)
+    except ValueError as error:
         raise FrameError("malformed frame: its header is not JSON") from error
     if not isinstance(header, dict) or not isinstance(header.get("kind"), str):
         raise FrameError("malformed frame: its header has no kind")

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from heterotune_flwr.names import printable
 from heterotune_flwr.worker.frames import FrameError, PeerGoneError, receive_frame, send_frame
 from heterotune_flwr.worker.jobs import Job, Runner
 from heterotune_flwr.worker.places import Lock, Place, build_id, check_peer
@@ -230,9 +231,17 @@ class _Log(RotatingFileHandler):
             os.dup2(self.stream.fileno(), handle)
 
 
+class _Printable(logging.Formatter):
+    """Lines of a log that a terminal may show: a server's words are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record without anything that a terminal would obey."""
+        return printable(super().format(record))
+
+
 def _start_log(path: Path) -> None:
     handler = _Log(path, maxBytes=LOG_BYTES, backupCount=1)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.adopt()
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("heterotune_flwr").setLevel(logging.INFO)

@@ -15,6 +15,7 @@ from typing import IO
 
 import heterotune_flwr
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.exchange.storage import close_to_others, private_folder
 from heterotune_flwr.worker.places import Lock, Place, WorkerUnavailableError
 
 IDLE_SECONDS = 1800.0
@@ -138,7 +139,8 @@ def worker_environment() -> dict[str, str]:
 def _spawn(place: Place, idle_seconds: float) -> subprocess.Popen[bytes]:
     """Start a worker that belongs to no terminal and holds no pipe of this process."""
     try:
-        place.state_dir.mkdir(parents=True, exist_ok=True)
+        private_folder(place.state_dir)
+        close_to_others(place.state_dir)
         with suppress(FileNotFoundError):
             if place.log.stat().st_size > LOG_BYTES:
                 os.replace(place.log, place.log.with_suffix(".log.1"))

@@ -47,7 +47,7 @@ def found(part, place):
         ('# device = "cuda:0"', 'device = "cuda:²"', "write cpu, cuda or cuda:0"),
         ('"clinic"', '"../../etc/x"', "client-id is"),
         ('"clinic"', '"клиника"', "client-id is"),
-        ('"clinic"', f'"{"n" * 5000}"', "at most 200"),
+        ('"clinic"', f'"{"n" * 5000}"', "at most 64"),
         ('"clinic"', '"a\\u0007b"', "client-id is"),
     ],
 )
