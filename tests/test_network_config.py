@@ -173,6 +173,14 @@ def test_hostile_yaml_is_one_line(case):
     assert "\n" not in caught.value.told
 
 
+def test_aliases_of_ones_own_file_are_counted():
+    own = compose("yaml:run: {name: &n x}\nstrategies: {a: {_component_: b.c, x: *n}}")
+    assert own.strategies["a"]["x"] == "x"
+    for text in (BOMB, "strategies: &s {own: *s}", "a: &a [*a]"):
+        with pytest.raises(ConfigError, match="not valid YAML"):
+            compose("yaml:" + text)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 20_000, "? " * 20_000, BOMB, "&a [*a]"])
 def test_hostile_values_of_overrides_are_texts_or_refused(text):
     for word in (f"server.rounds={text}", f"strategies.heterotune.x={text}"):

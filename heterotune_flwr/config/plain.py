@@ -23,6 +23,8 @@ LONGEST = 1 << 18
 DEEPEST = 32
 #: Of a whole number: OmegaConf and YAML's base 60 know no bound, and an endless number takes for ever to write.
 _LARGEST = 2**63
+#: Values of a configuration, those that aliases stand for counted each time.
+_MOST = 1 << 18
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
     r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
@@ -106,26 +108,38 @@ def load_plain(text: str, where: str, trusted: bool = True, kind: Any = Config) 
 def _loaded(loader: _Loader, kind: Any) -> Any:
     try:
         node = loader.get_single_node()
+        _check_count(node)
         return None if node is None else loader.construct_document(literal(node, kind))
     finally:
         loader.dispose()
 
 
-def _check_kinds(value: Any) -> None:
-    """Refuse what a configuration cannot hold: bytes, sets, dates, endless numbers, keys that are lists."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str | int | float | bool | None):
-                raise ValueError("a key that is no text")
-            _check_kinds(item)
-    elif isinstance(value, list):
-        for item in value:
-            _check_kinds(item)
-    elif isinstance(value, int):
-        if abs(value) >= _LARGEST:
+def _check_count(root: yaml.Node | None) -> None:
+    """Refuse more than :data:`_MOST` values: aliases can stand for a billion, or for one without end."""
+    waiting, seen = [] if root is None else [root], 0
+    while waiting:
+        node, seen = waiting.pop(), seen + 1
+        if seen > _MOST:
+            raise ValueError(f"more than {_MOST} values")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+
+
+def _check_kinds(loaded: Any) -> None:
+    """Refuse what a configuration cannot hold: bytes, sets, dates, endless numbers."""
+    waiting = [loaded]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and abs(value) >= _LARGEST:
             raise ValueError("a number of too many digits")
-    elif not isinstance(value, str | float | None):
-        raise ValueError(f"a {type(value).__name__}, which no setting is")
+        elif not isinstance(value, str | int | float | None):
+            raise ValueError(f"a {type(value).__name__}, which no setting is")
 
 
 def refuse_interpolation(value: Any) -> None:

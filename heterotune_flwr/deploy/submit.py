@@ -69,8 +69,10 @@ def submit(
         settled, directory = check_resumable(resume, given, None), resume.expanduser().resolve()
     else:
         settled, directory = settle(deployment, config or "demo", overrides)
+    text = INLINE + to_yaml(settled)
+    compose(text, trusted=False)  # as every node will read it
     values = {
-        "config": INLINE + to_yaml(settled),
+        "config": text,
         "overrides": "",
         "resume": "" if resume is None else str(directory),
     }
