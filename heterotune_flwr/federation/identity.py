@@ -6,8 +6,8 @@ machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and opt
 ``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field``,
 ``label-field``, ``references-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash``, ``floor-...``
 (:mod:`.floors`), and ``worker``, ``worker-idle-minutes`` (:mod:`heterotune_flwr.worker`);
-``heterotune node start`` writes it from the node's file. It takes no path from the server, and nothing of its data answers the server: its columns
-are named here, its labels by the run.
+``heterotune node start`` writes it from the node's file. It takes no path from the server, and
+nothing of its data answers the server: its columns are named here, its labels by the run.
 """
 
 from __future__ import annotations
