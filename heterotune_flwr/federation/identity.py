@@ -179,7 +179,7 @@ def _turns(counts: tuple[int, ...]) -> tuple[int, ...]:
 #: What the configuration of a deployed client says in words.
 _WORDS = (
     "client-id", "backbone", "bits", "revision", "data", "format", "test", "anchors", "state-dir", "text-field",
-    "label-field", "slots", "code-hash",
+    "label-field", "references-field", "slots", "code-hash",
 )  # fmt: skip
 
 
