@@ -233,10 +233,8 @@ def render(standing: Standing, now: float | None = None) -> str:
             )
         lines.append(line)
     few = len(standing.clients) <= _ROWS
-    return "\n".join(
-        printable(line.replace("\n", " "))
-        for line in lines + (_rows(standing, now) if few else _summary(standing))
-    )
+    lines += _rows(standing, now) if few else _summary(standing)
+    return "\n".join(printable(line.replace("\n", " ")) for line in lines)
 
 
 def _summary(standing: Standing) -> list[str]:
