@@ -87,7 +87,7 @@ def test_a_class_nobody_has_lies_at_the_mean():
 def test_latents_count_by_their_correlation():
     """M = rho / spread^2: in standard deviations, a latent counts by how alike the types see it."""
     spreads = np.array([2.0, 0.5])
-    nobody = SimpleNamespace(clients={}, labels=["a", "b", "c"])
+    nobody = SimpleNamespace(clients={}, labels=["a", "b", "c"], usual_examples=0.0)
     known = SharedDiscriminant(DiscriminantOptions(), spreads, 2.0, nobody)
     np.testing.assert_allclose(known.metric * spreads**2, np.sqrt(spreads))
     equal = SharedDiscriminant(DiscriminantOptions(), np.ones(2), 0.0, nobody)
@@ -145,7 +145,9 @@ def judged(classes, **options):
         key: SimpleNamespace(info=SimpleNamespace(type_key=key, train_examples=60))
         for key in classes
     }
-    roster = SimpleNamespace(clients=clients, labels=["a", "b", "c"], type_keys=sorted(classes))
+    roster = SimpleNamespace(
+        clients=clients, labels=["a", "b", "c"], type_keys=sorted(classes), usual_examples=60.0
+    )
     server = SharedDiscriminant(DiscriminantOptions(**options), np.ones(5), 0.0, roster)
     replies = [
         SimpleNamespace(

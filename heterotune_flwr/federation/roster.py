@@ -16,6 +16,7 @@ from heterotune_flwr.federation.messenger import (
     wait_for_nodes,
 )
 from heterotune_flwr.federation.protocol import DESCRIBE, Header
+from heterotune_flwr.federation.pull import usual_examples
 from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.federation.wire import RemoteError
 from heterotune_flwr.flower import Grid
@@ -62,6 +63,11 @@ class Roster:
     def learners(self) -> list[str]:
         """Ids of the clients that have examples to train on, sorted; the others are guests."""
         return [cid for cid, client in self.clients.items() if client.info.train_examples > 0]
+
+    @functools.cached_property
+    def usual_examples(self) -> float:
+        """Examples of the median client (:mod:`.pull` says what for)."""
+        return usual_examples(client.info.train_examples for client in self.clients.values())
 
     @property
     def guest_types(self) -> list[str]:

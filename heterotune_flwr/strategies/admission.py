@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import payload_bytes
@@ -22,9 +24,10 @@ _WAITING = 4_000_000
 
 @dataclass(frozen=True)
 class Admitted:
-    """The usable updates of a round by client id, in client order."""
+    """The usable updates of a round by client id, in client order; ``shares``: of those that are shortened."""
 
     candidates: dict[str, Candidate]
+    shares: dict[str, float] = field(default_factory=dict)
 
     @property
     def reports(self) -> list[TrainReply]:
@@ -33,8 +36,18 @@ class Admitted:
 
     @property
     def updates(self) -> list[ClientUpdate]:
-        """Their updates."""
-        return [candidate.update for candidate in self.candidates.values()]
+        """Their updates, as long as they may be."""
+        return [
+            _shortened(candidate.update, self.shares.get(client_id, 1.0))
+            for client_id, candidate in self.candidates.items()
+        ]
+
+
+def _shortened(update: ClientUpdate, share: float) -> ClientUpdate:
+    if share == 1.0:
+        return update
+    deltas = {name: np.float32(share) * value for name, value in update.deltas.items()}
+    return replace(update, deltas=deltas)
 
 
 class Intake:
@@ -120,7 +133,10 @@ def admit(
     for client_id, reason in sorted(gate.compare(found).items()):
         courier.quarantine(client_id, server_round, "size", reason)
         del found[client_id]
-    return Admitted({client_id: found[client_id] for client_id in sorted(found)})
+    shares = gate.shorten(found)
+    for client_id, share in sorted(shares.items()):
+        courier.event("shortened", round=server_round, client_id=client_id, to=round(share, 3))
+    return Admitted({client_id: found[client_id] for client_id in sorted(found)}, shares)
 
 
 def read_evaluations(

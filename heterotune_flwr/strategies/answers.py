@@ -25,6 +25,7 @@ from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.consensus import Lesson, as_answers
 from heterotune_flwr.federation.protocol import TrainReply
+from heterotune_flwr.federation.pull import no_louder
 from heterotune_flwr.strategies.consensus import Consensus, voices
 
 Matrix = NDArray[np.float64]
@@ -33,8 +34,6 @@ Matrix = NDArray[np.float64]
 _BINS = 256
 #: Answers given to at least this share of the anchors, and to two of them by two clients, are made equally frequent.
 _FREQUENT = 0.01
-#: How many times as sure as the median client one may be of an answer: sureness is its own word.
-_SUREST = 4.0
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -171,7 +170,7 @@ class AnswerConsensus(Consensus):
         loud = voices([bags(answers).astype(np.float32) for answers, _ in said], options.trust)
         spoken = np.array([[bool(answer) for answer in answers] for answers, _ in said], float)
         sure = np.stack([sureness for _, sureness in said])
-        sure = np.minimum(sure, _SUREST * np.median(sure, axis=0)) ** options.confidence
+        sure = no_louder(sure) ** options.confidence
         weights = _shares(np.asarray(loud)[:, None] * sure * spoken)
         return evened(weights, [answers for answers, _ in said], options.balance)
 

@@ -20,6 +20,7 @@ import numpy as np
 from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.federation import pull
 from heterotune_flwr.federation.outcome import by_type, statistics
 from heterotune_flwr.federation.protocol import (
     EVALUATE,
@@ -182,8 +183,11 @@ class HeteroStrategy(Sharing):
         self, discriminant: SharedDiscriminant, server_round: int, reports: Sequence[TrainReply]
     ) -> dict[str, Any]:
         """Pool what clients tell of their classes; what is known now, for the journal."""
-        before = discriminant.alone
+        before, doubted = discriminant.alone, discriminant.doubted
         known, refused = discriminant.hear(reports)
+        for client_id in sorted(discriminant.doubted.keys() - doubted):
+            share = round(discriminant.doubted[client_id], 3)
+            self.courier.event("classes_doubted", round=server_round, client_id=client_id, to=share)
         self._refuse(refused, server_round, "class_sums", "class_sums_refused")
         for type_key in sorted(discriminant.alone - before):
             self.courier.event(
@@ -255,7 +259,7 @@ class HeteroStrategy(Sharing):
             shapes=trained,
             work=Work(
                 assignment.examples, assignment.steps, assignment.learning_rate,
-                train.optimizer, train.clip_norm, train.warmup_ratio,
+                train.optimizer, train.clip_norm, train.warmup_ratio, pull.MOST * self.roster.usual_examples,
             ),
             expected=self.courier.expected(trained),
         )  # fmt: skip

@@ -21,6 +21,7 @@ from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.consensus import MOST_FOCUS, Lesson, as_probabilities
 from heterotune_flwr.federation.protocol import TrainReply
+from heterotune_flwr.federation.pull import no_louder
 from heterotune_flwr.strategies.options import check_keys, check_number, check_scope
 
 Array = NDArray[np.float32]
@@ -138,11 +139,13 @@ def heard(
 ) -> tuple[NDArray[np.float64], list[float]]:
     """Average label probabilities (``n x C`` each), louder where a client is sure of itself.
 
-    ``w_i(n) ~ shares_i exp(-confidence H(p_i(n)))`` with H the entropy in nats, normalised on every anchor n.
+    ``w_i(n) ~ shares_i exp(-confidence H(p_i(n)))`` with H the entropy in nats, normalised on every anchor n; nobody is
+    much louder than the median client (:func:`..federation.pull.no_louder`).
     Returns the mean (``n x C``) and every client's share in it, averaged over anchors.
     """
     said = np.asarray(predictions, np.float64)
     weights = np.asarray(shares)[:, None] * np.exp(-confidence * entropies(said))
+    weights = no_louder(weights)
     weights = weights / weights.sum(axis=0)
     mean: NDArray[np.float64] = np.einsum("in,inc->nc", weights, said)
     return mean, [float(share) for share in weights.mean(axis=1)]

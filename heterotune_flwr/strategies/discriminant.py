@@ -2,7 +2,8 @@
 
 A client tells once how many examples it has of each class and the sum of their latents (of the bare backbone, behind
 its type's maps). Sums of different models add up, since the alignment gives the same text the same latents. So the
-server knows, without any training, what training on everybody's examples together would find::
+server knows, without any training, what training on everybody's examples together would find (:mod:`.class_pool` bounds
+what one client's sums count for)::
 
     m_c = (s_c + k m) / (n_c + k)                          means, drawn towards the mean m of all classes by k examples
     g_c(z) = m_c' M z - m_c' M m_c / 2,   M = diag(rho / spread^2)
@@ -41,14 +42,18 @@ from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
-from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
+from heterotune_flwr.federation import pull
+from heterotune_flwr.federation.discriminant import Discriminant
 from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.strategies.class_pool import Classes, ClassPool
 from heterotune_flwr.strategies.options import check_between, check_keys, check_number, check_scope
 
 #: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared
 #: and it lies further off than honest ones do (root mean square over latents, in their standard deviations).
 _FARTHER, _COMPARABLE, _FAR = 3.0, 3, 3.0
+#: A client whose examples count for less than this share of what it told of is put on record.
+_DOUBTED = 0.5
 #: A type is judged by so many classes in common with the others, and so many examples of them per label of the task.
 _IN_COMMON, _JUDGED = 3, 2
 Matrix = NDArray[np.float64]
@@ -105,17 +110,6 @@ class DiscriminantOptions:
         """The same of an entry that may be null; None for that, and where the weight is 0."""
         options = None if given is None else cls.read(given)
         return options if options is not None and options.weight > 0 else None
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Examples of every class (``C``) and the sums of their latents (``C x r``), of some clients."""
-
-    counts: Matrix
-    sums: Matrix
-
-    def __add__(self, other: Classes) -> Classes:
-        return Classes(self.counts + other.counts, self.sums + other.sums)
 
 
 def agreement(one: Classes, other: Classes, metric: Matrix) -> float | None:
@@ -224,6 +218,8 @@ class SharedDiscriminant:
         self.spreads = np.asarray(spreads, np.float64)
         rho = self.spreads ** (1.0 / weighting) if weighting else np.ones_like(self.spreads)
         self.metric = rho / np.maximum(self.spreads, 1e-12) ** 2
+        most = pull.MOST_TOLD * self.roster.usual_examples
+        self._pool = ClassPool(self.classes, self.metric, most)
         #: What has been told, by type.
         self._totals: dict[str, Classes] = {}
         #: How well each type agrees with the others, and those that have classes of their own alone.
@@ -235,14 +231,14 @@ class SharedDiscriminant:
 
     def memory(self) -> State:
         """What has been told so far."""
-        totals = {key: dataclasses.asdict(total) for key, total in self._totals.items()}
-        return {"totals": totals, "told": sorted(self._told), "reaches": self._reaches}
+        told = self._pool.memory()
+        return {"pool": told, "told": sorted(self._told), "reaches": self._reaches}
 
     def recall(self, memory: State) -> None:
         """Go on from :meth:`memory`."""
-        self._totals = {key: Classes(**total) for key, total in memory["totals"].items()}
+        self._pool.recall(memory["pool"])
         self._told, self._reaches = set(memory["told"]), dict(memory["reaches"])
-        self._judge()
+        self._settle()
 
     def asks(self, client_id: str) -> int:
         """Examples a class must have to be told of; 0: the client has told already, or has nothing to tell."""
@@ -304,9 +300,9 @@ class SharedDiscriminant:
                 )
                 del self._reaches[client_id]
             elif report.class_sums is not None:
-                self._add(report.type_key, report.class_sums)
+                self._pool.add(client_id, report.type_key, report.class_sums)
         if told:
-            self._judge()
+            self._settle()
         examples = int(sum(float(total.counts.sum()) for total in self._totals.values()))
         known: dict[str, Any] = {"clients": len(self._reaches), "examples": examples}
         if self.agreements:
@@ -328,17 +324,19 @@ class SharedDiscriminant:
             return self._totals.get(type_key)
         return _pooled(total for key, total in self._totals.items() if key not in self.alone)
 
-    def _add(self, type_key: str, told: ClassSums) -> None:
-        new = Classes(told.counts.astype(np.float64), told.sums.astype(np.float64))
-        known = self._totals.get(type_key)
-        self._totals[type_key] = new if known is None else known + new
+    @property
+    def doubted(self) -> dict[str, float]:
+        """Clients whose examples count for less than half of what they told of, and for what share of it."""
+        return {cid: share for cid, share in self._pool.shares.items() if share < _DOUBTED}
 
-    def _judge(self) -> None:
-        """Find who agrees with the others."""
+    def _settle(self) -> None:
+        """Find which types agree with the others, and pool what is told among those that do."""
         if self.options.scope == "all":
             self.agreements, self.alone = who_agrees(
-                self._totals, self.metric, self.options.agreement
+                self._pool.totals(), self.metric, self.options.agreement
             )
+        groups = {key: key if self._by_itself(key) else "" for key in self.roster.type_keys}
+        self._totals = self._pool.totals(groups)
 
 
 def _pooled(totals: Iterable[Classes]) -> Classes | None:

@@ -20,7 +20,8 @@ square of an update over the sum of its steps' rates is at most about 1 and near
 SGD, whose gradients are clipped, goes no further than that sum times ``clip_norm`` in Euclidean norm. An
 update's *reach* is its length in these units. Refused is a reach above the ceiling, or above ``limit`` times the usual
 one: the round's median, each type being measured from its own level in past rounds. Few updates of a kind seen for the
-first time have no usual reach: for them the ceiling alone acts.
+first time have no usual reach: for them the ceiling alone acts. Below the limit, an update is shortened to what one
+client may pull (:meth:`UpdateGate.shorten`, :mod:`..federation.pull`).
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.federation.protocol import TrainReply
+from heterotune_flwr.federation.pull import longest
 from heterotune_flwr.flower import RecordDict
 from heterotune_flwr.strategies.updates import (
     ClientUpdate,
@@ -145,6 +147,7 @@ class UpdateGate:
                 )
         update = _stage("work", lambda: as_update(reply, asked.type_key, asked.work))
         _stage("work", lambda: _check_metrics(reply.metrics))
+        reply = replace(reply, metrics={**reply.metrics, "examples": update.examples})
         _stage("tensors", lambda: check_update(update, asked.shapes))
         last = self._last.get(asked.client_id)
         if last is not None and last[1] == fingerprint_of(update.deltas):
@@ -157,11 +160,7 @@ class UpdateGate:
         refused = {}
         usual = self._usual(candidates, reaches)
         for client_id, value in reaches.items():
-            slack = (
-                _SGD_SLACK
-                if candidates[client_id].asked.work.optimizer == "sgd" and value <= 1
-                else 1.0
-            )
+            slack = _slack(candidates[client_id], value)
             if self.ceiling is not None and value > self.ceiling:
                 refused[client_id] = (
                     f"sends an update {value:.3g} times longer than its steps can make"
@@ -170,6 +169,23 @@ class UpdateGate:
                 times = value / usual[client_id]
                 refused[client_id] = f"sends an update {times:.3g} times longer than the usual ones"
         return refused
+
+    def shorten(self, candidates: Mapping[str, Candidate]) -> dict[str, float]:
+        """Client id -> share of its update that is used, where it is longer than one client's may be.
+
+        What counts in a mean is examples times length: :data:`..federation.pull.MOST` times the usual, so that who has
+        twice as many examples as the median client cannot be longer too.
+        """
+        reaches = {cid: reach(c.update, c.asked.work) for cid, c in candidates.items()}
+        usual = self._usual(candidates, reaches)
+        shares = {}
+        for client_id, length in usual.items():
+            candidate, value = candidates[client_id], reaches[client_id]
+            times = longest(candidate.update.examples, candidate.asked.work.most)
+            allowed = _slack(candidate, value) * times * length
+            if value > allowed:
+                shares[client_id] = allowed / value
+        return shares
 
     def _usual(
         self, candidates: Mapping[str, Candidate], reaches: Mapping[str, float]
@@ -231,6 +247,11 @@ class UpdateGate:
         self._levels = {key: float(value) for key, value in state["levels"].items()}
         self._last = {cid: list(entry) for cid, entry in state["last"].items()}
         self.counts = {cid: dict(counts) for cid, counts in state["counts"].items()}
+
+
+def _slack(candidate: Candidate, value: float) -> float:
+    """What an honest update may be longer than others for its optimizer's sake."""
+    return _SGD_SLACK if candidate.asked.work.optimizer == "sgd" and value <= 1 else 1.0
 
 
 def _stage(check: str, step: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.federation.pull import no_heavier
 from heterotune_flwr.strategies.lora_family import RankedLoRAStrategy, layers, product
 from heterotune_flwr.strategies.updates import ClientUpdate
 
@@ -15,7 +16,8 @@ class HETLoRA(RankedLoRAStrategy):
     """HETLoRA (arXiv 2401.06432): zero-padded factors, weighed by the size of each client's change.
 
     A client of rank r trains the first r components. Its factors are padded with zeros and averaged with weights
-    ``|B_i A_i|_F / sum_j |B_j A_j|_F``, the norms taken over all layers (the paper's sparsity-weighted aggregation).
+    ``|B_i A_i|_F / sum_j |B_j A_j|_F``, the norms taken over all layers (the paper's sparsity-weighted aggregation),
+    none above one and a quarter times the median one.
     The paper's pruning of a client's rank during training is not part of this. Heterogeneity: any model types
     (each a federation of its own), any bits, any ranks (``ranks``).
     """
@@ -27,7 +29,7 @@ class HETLoRA(RankedLoRAStrategy):
             sum(float(np.sum(product(value, a, b) ** 2)) for _, a, b in layers(value))
             for value in values
         ]
-        norms = np.sqrt(squares)
+        norms = no_heavier(np.sqrt(squares))
         weights = norms / norms.sum() if norms.sum() > 0 else np.full(len(norms), 1 / len(norms))
         step: Tensors = {}
         for name, old in state.items():

@@ -18,6 +18,7 @@ from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation import pull
 from heterotune_flwr.federation.consensus import Lesson
 from heterotune_flwr.federation.outcome import Outcome
 from heterotune_flwr.federation.protocol import resolve_output
@@ -228,6 +229,7 @@ class Sharing(Strategy):
                 self.method = without_views(self.method)
             self.maps = session.maps.get(self.roster, self.method, seed)
         self.courier = Courier(self.context, self.roster, self.maps)
+        self._tell_of_weights()
         self._check_consensus()
         self._prepare_discriminant()
         if self.consensus is not None and self.roster.guest_types:
@@ -256,6 +258,14 @@ class Sharing(Strategy):
                 self._groups[type_key][name] = group
         self._shapes = shapes
         self.state = {group: self.first_values(group) for group in sorted(shapes)}
+
+    def _tell_of_weights(self) -> None:
+        """Put on record who has more examples than one client may count as."""
+        most = pull.MOST * self.roster.usual_examples
+        declared = {cid: client.info.train_examples for cid, client in self.roster.clients.items()}
+        more = {cid: count for cid, count in declared.items() if count > most}
+        if more:
+            self.courier.event("counted_less", most=most, clients=more)
 
     @property
     def _closed(self) -> bool:

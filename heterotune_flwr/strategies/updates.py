@@ -26,7 +26,7 @@ class Work:
     """What was asked of a client: at most these examples and steps, at this learning rate, with this optimizer.
 
     The rate is the one after the warm-up, which takes ``warmup_ratio`` of the steps. ``clip_norm`` limits the norm of
-    a step's gradient.
+    a step's gradient. Whatever the client has, it counts as ``most`` examples at most (:mod:`..federation.pull`).
     """
 
     examples: int
@@ -35,6 +35,7 @@ class Work:
     optimizer: str = "adamw"
     clip_norm: float = 1.0
     warmup_ratio: float = 0.0
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def as_update(reply: TrainReply, type_key: str, asked: Work) -> ClientUpdate:
     for name, limit in (("examples", asked.examples), ("steps", asked.steps)):
         if weights[name] > limit:
             raise FederationError(f"reports {name} = {weights[name]}, more than its {limit}")
+    weights["examples"] = min(weights["examples"], asked.most)
     return ClientUpdate(
         reply.client_id,
         type_key,
