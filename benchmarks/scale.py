@@ -288,7 +288,8 @@ def main() -> None:
     if options.aggregate:
         print(json.dumps(aggregate(options.aggregate)))
         return
-    values = measure(*options.clients, options.updates)
+    few, many = options.clients
+    values = measure(few, many, options.updates)
     print(json.dumps(values, indent=2))
     if (options.clients, options.updates) == ([100, 1000], 10_000):
         write_results("scale", values)
