@@ -500,7 +500,9 @@ def test_alignment_asks_another_client_when_the_first_cannot(tmp_path):
     federation = ToyFederation(config, fail={("client-0000", 0)})
     strategy, log = start(config, federation)
     asked = [entry[1] for entry in federation.log if entry[0] == "align"]
-    assert asked == ["client-0002", "client-0001", "client-0000", "client-0003"]
+    assert sorted(asked) == [f"client-000{n}" for n in range(6)]
+    told = {e["type"]: e["reason"] for e in log if e["event"] in ("unchecked", "factors_refused")}
+    assert told == {"small@fp32": "aligned by one client, client-0003: unchecked"}
     assert len([e for e in log if e["event"] == "align"]) == 1
     assert len(strategy.maps.digests) == 3
 

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, public_words
 from heterotune_flwr.dema.kept import kept_maps, maps_path
-from heterotune_flwr.dema.maps import AlignmentResult, compute_maps, join_type
+from heterotune_flwr.dema.maps import APART, AlignmentResult, compute_maps, join_type
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors
@@ -22,6 +20,7 @@ from heterotune_flwr.exchange.storage import load_tensors, save_tensors
 
 __all__ = [
     "AlignmentResult",
+    "Trust",
     "align_types",
     "compute_maps",
     "factors_path",
@@ -32,13 +31,33 @@ __all__ = [
 ]
 
 #: Counts up when the factors' meaning changes, so that old cache files are not used.
-VERSION = 3
+VERSION = 4
 #: The same of those of whole texts.
-TEXT_VERSION = 2
+TEXT_VERSION = 3
 #: What is read of the anchors, each kept by itself: what slots see, and the second view of a text.
 SLOTS, TEXTS = "slots", "texts"
 #: Called with one of them and types.
 Ask = Callable[[str, list[str]], dict[str, Tensors]]
+
+
+@dataclass
+class Trust:
+    """What whoever asks has found out of the factors it got; all are trusted where nobody fills it.
+
+    Attributes
+    ----------
+    unchecked
+        Types of which one client alone has told: used, never put into the cache.
+    apart
+        Types whose clients disagree: as ``unchecked``, and without a say in the others' maps.
+    lost
+        Type -> why there are no usable factors of it: it gets no maps.
+
+    """
+
+    unchecked: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
+    lost: dict[str, str] = field(default_factory=dict)
 
 
 def parts_of(method: MethodConfig) -> list[str]:
@@ -100,8 +119,9 @@ def align_types(
     labels: Sequence[str] | None,
     ask: Ask,
     seed: int = 0,
+    trust: Trust | None = None,
 ) -> AlignmentResult:
-    """Maps for all types of a run.
+    """Maps for all types of a run whose factors can be had.
 
     Parameters
     ----------
@@ -114,14 +134,24 @@ def align_types(
         them (a Flower query inside a run, direct calls in ``heterotune align``).
     seed
         For the held-out split and the controls.
+    trust
+        What ``ask`` finds out; factors that are not trusted are not put into the cache.
+
+    Raises
+    ------
+    FederationError
+        There are factors of no type.
 
     """
-    gathered = _Gathered.of(fingerprints, config, method, labels, config.alignment.cache, ask)
+    trust, caching = trust or Trust(), config.alignment.cache
+    gathered = _Gathered.of(fingerprints, config, method, labels, caching, ask, trust)
+    if not gathered.factors:
+        raise FederationError(next(iter(trust.lost.values())))
     given = (gathered.factors, config.alignment, method, labels, seed)
-    if config.alignment.cache:
+    if caching and not (trust.unchecked | trust.apart):
         result = kept_maps(maps_path(*given), lambda: compute_maps(*given))
     else:
-        result = compute_maps(*given)
+        result = compute_maps(*given, trust.apart)
     gathered.remember()
     return result
 
@@ -134,6 +164,7 @@ def join_known(
     method: MethodConfig,
     labels: Sequence[str] | None,
     ask: Ask,
+    trust: Trust,
 ) -> tuple[Tensors, list[float]]:
     """Maps and quality of one type that comes when the others' maps are settled (:func:`.maps.join_type`).
 
@@ -148,10 +179,12 @@ def join_known(
         raise ConfigError(f"alignment.control={alignment.control} is drawn for all types at once")
     # Factors over words are for the words that this very set of types shares.
     caching = alignment.cache and alignment.output == "labels"
-    gathered = _Gathered.of({type_key: fingerprint}, config, method, labels, caching, ask)
-    joined = join_type(known, gathered.factors[type_key], method)
+    gathered = _Gathered.of({type_key: fingerprint}, config, method, labels, caching, ask, trust)
+    if type_key in trust.lost:
+        raise FederationError(trust.lost[type_key])
+    maps, quality = join_type(known, gathered.factors[type_key], method)
     gathered.remember()
-    return joined
+    return maps, [APART] * len(quality) if type_key in trust.apart else quality
 
 
 @dataclass
@@ -170,6 +203,7 @@ class _Gathered:
         labels: Sequence[str] | None,
         caching: bool,
         ask: Ask,
+        trust: Trust,
     ) -> _Gathered:
         """Read what is in the cache, and ask for the rest."""
         gathered = cls({key: {} for key in sorted(fingerprints)})
@@ -181,14 +215,28 @@ class _Gathered:
             found = _cached_factors(paths) if caching else {}
             missing = [key for key in paths if key not in found]
             fresh = ask(part, missing) if missing else {}
-            for key in missing:
-                _check_finite(fresh[key], key)
-                found[key] = fresh[key]
-                if caching:
-                    gathered.fresh[paths[key]] = fresh[key]
+            found |= fresh
+            if caching:
+                doubted = trust.unchecked | trust.apart
+                gathered.fresh |= {paths[k]: v for k, v in fresh.items() if k not in doubted}
             for key, factors in gathered.factors.items():
-                factors |= found[key]
+                factors |= found.get(key, {})
+        gathered._agree_on_anchors(trust)
+        for key in trust.lost:
+            gathered.factors.pop(key, None)
         return gathered
+
+    def _agree_on_anchors(self, trust: Trust) -> None:
+        """Types that have read another number of anchors than most cannot be aligned with them."""
+        counts = {
+            key: len(next(v for n, v in sorted(own.items()) if n.endswith(".scores")))
+            for key, own in self.factors.items()
+            if key not in trust.lost
+        }
+        usual = max(counts.values(), key=list(counts.values()).count, default=0)
+        for key, count in counts.items():
+            if count != usual:
+                trust.lost[key] = f"{key} has read {count} anchors, the others {usual}"
 
     def remember(self) -> None:
         """Put factors that have been of use into the cache."""
@@ -205,11 +253,3 @@ def _cached_factors(paths: Mapping[str, Path]) -> dict[str, Tensors]:
             except ExchangeError:
                 path.unlink(missing_ok=True)
     return found
-
-
-def _check_finite(factors: Tensors, key: str) -> None:
-    for name, value in factors.items():
-        if not np.isfinite(value).all():
-            raise FederationError(
-                f"the alignment factors of {key} hold numbers in {name} that are not finite"
-            )

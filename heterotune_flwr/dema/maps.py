@@ -17,19 +17,21 @@ At deeper slots ``W`` is replaced by its average gradient with respect to the sl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.dema.bank import TEXT, generator
-from heterotune_flwr.dema.gcca import Matrix, fit_slot, ridge, unit_variance
+from heterotune_flwr.dema.gcca import Matrix, SlotFit, fit_slot, ridge, unit_variance
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 
 #: Ridge of the output maps, relative to the mean eigenvalue of the Gram matrix.
 LAST_RIDGE, DEEP_RIDGE = 1e-6, 1e-2
+#: Quality of a type whose factors nobody vouches for: it shares nothing, whatever ``alignment.quality_threshold`` is.
+APART = -1.0
 Factors = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
 
 
@@ -199,8 +201,12 @@ def compute_maps(
     method: MethodConfig,
     labels: Sequence[str] | None,
     seed: int = 0,
+    apart: Collection[str] = (),
 ) -> AlignmentResult:
     """Align all types at once.
+
+    Those ``apart``, and of three or more those whose latents hardly correlate with the others', have no say in what the
+    latents are: they are fitted to the others' (:func:`join_type`), so that their factors can spoil nobody else's maps.
 
     Parameters
     ----------
@@ -212,6 +218,8 @@ def compute_maps(
         Closed label set, None for open text.
     seed
         For the held-out split and the controls' random draws.
+    apart
+        Types whose factors nobody vouches for; they share nothing (quality :data:`APART`).
 
     Raises
     ------
@@ -220,24 +228,25 @@ def compute_maps(
 
     """
     width = _output_width(alignment, method, labels)
+    fits = _fit_core(factors, alignment, method, seed, apart)
+    core = {key: factors[key] for key in next(iter(fits.values())).quality}
     known: dict[str, Matrix] = (
-        {"label_functionals": label_functionals(factors, alignment.label_geometry)}
+        {"label_functionals": label_functionals(core, alignment.label_geometry)}
         if alignment.output == "labels"
-        else {"functionals": vocabulary_functionals(factors, width)}
+        else {"functionals": vocabulary_functionals(core, width)}
     )
     coefficients: dict[str, dict[str, Matrix]] = {key: {} for key in factors}
     quality: dict[str, list[float]] = {key: [] for key in factors}
-    shrinkage: list[float] = []
-    for place in places_of(method):
-        scores = {key: np.asarray(own[f"{place}.scores"], dtype=np.float64)
-                  for key, own in factors.items()}  # fmt: skip
-        fit = fit_slot(scores, method.latent, list(alignment.shrinkage), alignment.weighting, seed)
-        shrinkage.append(fit.shrinkage)
-        known[f"{place}.latents"] = fit.latents
-        known[f"{place}.weights"] = fit.weights
-        for key in factors:
-            coefficients[key][place] = fit.coefficients[key]
-            quality[key].append(round(fit.quality[key], 4))
+    for place, fit in fits.items():
+        known[f"{place}.latents"], known[f"{place}.weights"] = fit.latents, fit.weights
+        for key, own in factors.items():
+            if key in core:
+                found, reached = fit.coefficients[key], fit.quality[key]
+            else:
+                found, reached = _joined(own, place, fit.latents, fit.weights, fit.shrinkage)
+            coefficients[key][place] = found
+            quality[key].append(APART if key in apart else round(reached, 4))
+    shrinkage = [fit.shrinkage for fit in fits.values()]
     maps = {
         key: _type_maps(own, method.slots, coefficients[key], _Functionals.known(known))
         for key, own in factors.items()
@@ -268,24 +277,58 @@ def join_type(
     coefficients: dict[str, Matrix] = {}
     quality: list[float] = []
     for index, place in enumerate(places_of(method)):
-        latents = result.anchor_latents[f"{place}.latents"]
-        scores = np.asarray(own[f"{place}.scores"], dtype=np.float64)
-        if len(scores) != len(latents):
-            raise ConfigError(
-                f"the new type saw {len(scores)} anchors, the federation was aligned on {len(latents)}"
-            )
-        k = result.shrinkage[index]
-        cut = round(0.8 * len(scores))
-        centred = scores - scores[:cut].mean(axis=0)
-        reached = centred[cut:] @ ridge(scores[:cut], latents[:cut], k)
-        columns = [
-            np.corrcoef(reached[:, j], latents[cut:, j])[0, 1] for j in range(latents.shape[1])
-        ]
-        quality.append(round(float(np.nanmean(columns)), 4))
-        weights = result.anchor_latents[f"{place}.weights"]
-        coefficients[place] = unit_variance(scores, ridge(scores, latents, k)) * weights
+        coefficients[place], reached = _joined(
+            own,
+            place,
+            result.anchor_latents[f"{place}.latents"],
+            result.anchor_latents[f"{place}.weights"],
+            result.shrinkage[index],
+        )
+        quality.append(round(reached, 4))
     maps = _type_maps(own, method.slots, coefficients, _Functionals.known(result.anchor_latents))
     return {name: value.astype(np.float32) for name, value in maps.items()}, quality
+
+
+def _joined(
+    own: Factors, place: str, latents: Matrix, weights: Matrix, k: float
+) -> tuple[Matrix, float]:
+    """Coefficients of a type by ridge onto known latents, and the correlation on a fifth of the anchors held out."""
+    scores = np.asarray(own[f"{place}.scores"], dtype=np.float64)
+    if len(scores) != len(latents):
+        raise ConfigError(
+            f"the new type saw {len(scores)} anchors, the federation was aligned on {len(latents)}"
+        )
+    cut = round(0.8 * len(scores))
+    centred = scores - scores[:cut].mean(axis=0)
+    reached = centred[cut:] @ ridge(scores[:cut], latents[:cut], k)
+    columns = [np.corrcoef(reached[:, j], latents[cut:, j])[0, 1] for j in range(latents.shape[1])]
+    found = unit_variance(scores, ridge(scores, latents, k)) * weights
+    return found, float(np.nanmean(columns))
+
+
+def _fit_core(
+    factors: Mapping[str, Factors],
+    alignment: AlignmentConfig,
+    method: MethodConfig,
+    seed: int,
+    apart: Collection[str],
+) -> dict[str, SlotFit]:
+    """The shared latents of every place, of the types that have a say in them."""
+    core = sorted(set(factors) - set(apart)) or sorted(factors)
+    while True:
+        fits = {
+            place: fit_slot(
+                {key: np.asarray(factors[key][f"{place}.scores"], np.float64) for key in core},
+                method.latent, list(alignment.shrinkage), alignment.weighting, seed,
+            )
+            for place in places_of(method)
+        }  # fmt: skip
+        mean = {key: float(np.mean([fit.quality[key] for fit in fits.values()])) for key in core}
+        worst = min(core, key=lambda key: mean[key])
+        # Of two that do not correlate nobody knows which is right.
+        if len(core) < 3 or mean[worst] >= alignment.quality_threshold:
+            return fits
+        core.remove(worst)
 
 
 def _rotation(rng: np.random.Generator, size: int) -> Matrix:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,27 +14,29 @@ from numpy.typing import NDArray
 from heterotune_flwr.config.schema import Config, MethodConfig, ServerConfig
 from heterotune_flwr.dema.alignment import (
     TEXTS,
+    Trust,
     align_types,
     join_known,
     load_anchors,
     public_words,
 )
+from heterotune_flwr.dema.factor_checks import fault_of
 from heterotune_flwr.dema.maps import places_of
-from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
+from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import (
     Tensors,
-    content_bytes,
     round_trip,
     tensor_digest,
 )
+from heterotune_flwr.federation.factors_asked import Question, ask_types
 from heterotune_flwr.federation.journal import Journal, writing
 from heterotune_flwr.federation.kept_maps import KeptMaps
-from heterotune_flwr.federation.messenger import converse, make_message
-from heterotune_flwr.federation.protocol import ALIGN, Header, pack_mask, unpack_mask
-from heterotune_flwr.federation.queries import AlignReply, AlignRequest
-from heterotune_flwr.federation.roster import AGAIN_SECONDS, Client, Roster
-from heterotune_flwr.flower import Grid
+from heterotune_flwr.federation.protocol import Header, pack_mask, unpack_mask
+from heterotune_flwr.federation.queries import AlignRequest
+from heterotune_flwr.federation.roster import Client, Roster
+from heterotune_flwr.federation.wire import one_line
+from heterotune_flwr.flower import Grid, is_simulation
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Maps:
     spreads
         Standard deviation over the anchors of every latent of the last slot, then of whole texts where they are
         aligned; None where an older program made the maps.
+    lost, away
+        Type -> why it has no maps, and whether the reason of one was that its clients were away.
 
     """
 
@@ -62,6 +65,8 @@ class Maps:
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
     spreads: NDArray[np.float64] | None = None
+    lost: dict[str, str] = field(default_factory=dict)
+    away: bool = False
 
 
 def query_seconds(server: ServerConfig) -> float:
@@ -84,6 +89,8 @@ class _Inquiry:
     seed: int
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
+    trust: Trust = field(default_factory=Trust)
+    away: bool = False
 
     def pay(self, client_id: str, down: int, up: int) -> None:
         """Add what one question has cost."""
@@ -149,8 +156,10 @@ class MapsService:
             joined = [key for key in roster.type_keys if key not in kept.tensors]
             for type_key in joined:
                 kept = self._join(kept, type_key, inquiry)
-                self._unsaved[path] = kept
-        tensors, quality = kept.of(roster.type_keys)
+                if type_key in kept.tensors:
+                    self._unsaved[path] = kept
+        present = [key for key in roster.type_keys if key in kept.tensors]
+        tensors, quality = kept.of(present)
         self._journal.event(
             "align",
             seed=seed,
@@ -158,14 +167,17 @@ class MapsService:
             shrinkage=shrinkage,
             cached=not inquiry.up,
             bytes_up=sum(inquiry.up.values()),
-            joined=joined,
+            joined=[key for key in joined if key in present],
         )
         digests = {key: tensor_digest(value) for key, value in tensors.items()}
         places = [f"{place}.weights" for place in places_of(method)[method.slots - 1 :]]
         spreads = None
         if set(places) <= set(kept.latents):
             spreads = np.concatenate([np.asarray(kept.latents[p], np.float64) for p in places])
-        return Maps(tensors, digests, quality, inquiry.down, inquiry.up, spreads)
+        lost = {key: inquiry.trust.lost[key] for key in roster.type_keys if key not in present}
+        return Maps(
+            tensors, digests, quality, inquiry.down, inquiry.up, spreads, lost, inquiry.away
+        )
 
     def _align(self, inquiry: _Inquiry) -> KeptMaps:
         """Align all types of a roster with each other."""
@@ -177,12 +189,17 @@ class MapsService:
             what = (part, method.slots)
             missing = [key for key in type_keys if (key, *what) not in self._factors]
             fresh = self._ask(inquiry, missing, shared, part)
-            self._factors |= {(key, *what): value for key, value in fresh.items()}
-            return {key: self._factors[key, *what] for key in type_keys}
+            doubted = inquiry.trust.unchecked | inquiry.trust.apart
+            sure = {key: value for key, value in fresh.items() if key not in doubted}
+            self._factors |= {(key, *what): value for key, value in sure.items()}
+            known = {key: self._factors[key, *what] for key in type_keys if key not in missing}
+            return known | fresh
 
-        result = align_types(fingerprints, self._config, method, roster.labels, ask, inquiry.seed)
+        result = align_types(
+            fingerprints, self._config, method, roster.labels, ask, inquiry.seed, inquiry.trust
+        )
         codec = exact_codec(self._config.exchange)
-        tensors = {key: round_trip(result.maps[key], codec) for key in roster.type_keys}
+        tensors = {key: round_trip(maps, codec) for key, maps in result.maps.items()}
         return KeptMaps(
             tensors, result.quality, fingerprints, result.shrinkage, result.anchor_latents, shared
         )
@@ -201,13 +218,13 @@ class MapsService:
                 shared &= kept.words
             maps, quality = join_known(
                 kept.known(shared), type_key, fingerprint, self._config, inquiry.method, roster.labels,
-                lambda part, keys: self._ask(inquiry, keys, shared, part),
+                lambda part, keys: self._ask(inquiry, keys, shared, part), inquiry.trust,
             )  # fmt: skip
         except HeteroTuneError as error:
-            raise FederationError(
-                f"{', '.join(members)} would bring a new type, {type_key}, into this run, and that cannot be: {error}; "
-                f"nothing of the run has changed: stop {', '.join(members)} and resume it, or start a new run"
-            ) from error
+            inquiry.trust.lost[type_key] = (
+                f"{type_key} is new in this run, and cannot join it: {error}; start a new run with it"
+            )
+            return kept
         maps = round_trip(maps, exact_codec(self._config.exchange))
         return kept.with_type(type_key, maps, quality, fingerprint)
 
@@ -221,11 +238,7 @@ class MapsService:
     def _ask(
         self, inquiry: _Inquiry, type_keys: list[str], shared: NDArray[np.bool_], part: str
     ) -> dict[str, Tensors]:
-        """Get one part of the factors of some types, each from its first client that can give them.
-
-        Where all of a type failed, those whose process died or whose node was away are asked again while
-        ``server.wait_seconds`` last: they may be restarting.
-        """
+        """Get one part of the factors of some types (:mod:`.factors_asked`); what is wrong goes on record."""
         if not type_keys:
             return {}
         roster, slots = inquiry.roster, inquiry.method.slots
@@ -239,36 +252,28 @@ class MapsService:
         )
         header = Header(f"{self._run_name}-align", inquiry.seed, inquiry.method)
         request = AlignRequest(header, slots, self.words(), pack_mask(shared), part == TEXTS)
-        content = request.to_content()
+        labels = len(roster.labels or ()) if self._config.alignment.output == "labels" else 0
+
+        def fault(client_id: str, factors: Tensors) -> str:
+            hidden = roster.clients[client_id].info.hidden
+            return fault_of(factors, slots, part == TEXTS, hidden, labels, slots > 1)
+
         server = self._config.server
-        timeout, deadline = query_seconds(server), time.monotonic() + server.wait_seconds
-        factors: dict[str, Tensors] = {}
-        waiting = {key: roster.of_type(key) for key in type_keys}
-        reasons: list[str] = []
-        by_node = roster.node_to_client()
-        passing: dict[str, list[str]] = {key: [] for key in type_keys}
-        while waiting:
-            asked = {roster.clients[members[0]].node_id: key for key, members in waiting.items()}
-            messages = [make_message(content, node, ALIGN, 0, timeout) for node in asked]
-            replies = converse(self._grid, messages, timeout)
-            problems = dict(replies.failures)
-            for message in replies.messages:
-                node = message.metadata.src_node_id
-                try:
-                    reply = AlignReply.from_content(message.content)
-                    factors[asked[node]] = reply.factors
-                    inquiry.pay(
-                        by_node[node], content_bytes(content), content_bytes(message.content)
-                    )
-                except HeteroTuneError as error:
-                    problems[node] = str(error)
-            reasons += [f"{by_node[node]}: {reason}" for node, reason in sorted(problems.items())]
-            for node in replies.passing:
-                passing[asked[node]].append(by_node[node])
-            waiting = {key: rest[1:] for key, rest in waiting.items() if key not in factors}
-            for key in [key for key, rest in waiting.items() if not rest]:
-                if not passing[key] or time.monotonic() + AGAIN_SECONDS > deadline:
-                    raise FederationError(f"no client of {key} could be aligned; {reasons[0]}")
-                time.sleep(AGAIN_SECONDS)
-                waiting[key], passing[key] = passing[key], []
+        question = Question(
+            request.to_content(), fault, inquiry.pay, query_seconds(server), server.wait_seconds,
+            1 if is_simulation(self._grid) else 2,
+        )  # fmt: skip
+        factors, answers = ask_types(self._grid, roster, type_keys, question, inquiry.trust)
+        for key, one in answers.items():
+            for reason in one.reasons:
+                self._journal.event("factors_refused", type=key, reason=one_line(reason))
+            if key in inquiry.trust.unchecked:
+                reason = f"aligned by one client, {one.told[0][0]}: unchecked"
+                self._journal.event("unchecked", type=key, reason=one_line(reason))
+            if key in inquiry.trust.apart:
+                told = ", ".join(client_id for client_id, _ in one.told)
+                reason = f"{told} disagree about its factors: it shares nothing with other types"
+                self._journal.event("apart", type=key, reason=one_line(reason))
+            if key in inquiry.trust.lost and one.passing:
+                inquiry.away = True
         return factors

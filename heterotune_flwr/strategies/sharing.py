@@ -228,6 +228,12 @@ class Sharing(Strategy):
             if self._discriminant_options is None or not self._closed:
                 self.method = without_views(self.method)
             self.maps = session.maps.get(self.roster, self.method, seed)
+            if lost := self.maps.lost:
+                needed = session.minimum if self.maps.away else session.least
+                reasons = {
+                    cid: why for key, why in lost.items() for cid in self.roster.of_type(key)
+                }
+                self.roster = session.without(self.roster, reasons, needed)
         self.courier = Courier(self.context, self.roster, self.maps)
         self._tell_of_weights()
         self._check_consensus()
