@@ -102,8 +102,8 @@ def run(
         resolved = with_absolute_paths(resolved)
         check_directory(place)
         resolved = settle_bits(resolved)  # every process of the run takes the same bits
-    preflight(resolved)
-    for line in columns_recognised(resolved.data):
+    notes = [*preflight(resolved), *columns_recognised(resolved.data)]
+    for line in notes:
         typer.echo(line, err=True)
     if dry_run:
         resolved.strategies = {name: resolved.strategies[name] for name in resolved.run.compare}
@@ -111,7 +111,7 @@ def run(
         return
     started, began = time.monotonic(), time.time()
     with RunProgress(resolved) as progress:
-        outcome = launch(resolved, progress, resuming=resume is not None)
+        outcome = launch(resolved, progress, resume is not None, notes)
     results = outcome.directory / "results.json"
     # Of a run that failed only what this start has computed, not an earlier one's.
     if results.exists() and (not outcome.failed or results.stat().st_mtime >= began):

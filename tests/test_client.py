@@ -390,6 +390,32 @@ def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):
         load_tensors(tmp_path / "run" / "state" / "clients" / "run" / "hospital-7.safetensors")
 
 
+def test_a_deployed_client_without_a_test_is_measured_on_what_it_holds_back(
+    world, folder, tmp_path
+):
+    node = {
+        "client-id": "hospital-7", "backbone": str(folder / "two"), "bits": "bf16",
+        "data": str(folder / "test.jsonl"), "state-dir": str(tmp_path / "mine"),
+        "floor-step-examples": 1, "floor-test-examples": 1, "floor-round-examples": 1,
+    }  # fmt: skip
+    own = f"data.labels=[{','.join(LABELS)}]"
+    maps, digest = make_maps(48)
+    alone = World(world.path, inline(world), own, **node)
+    alone.train(0, 1, maps=maps, digest=digest)
+    found = alone.evaluate(0, digest=digest)
+    assert found["personal_examples"] > 0
+    assert not any(name.startswith("global") for name in found)
+    tested = World(world.path, inline(world), own, **node, test=str(folder / "test.jsonl"))
+    assert tested.evaluate(0, digest=digest)["global_examples"] > 0
+    # The shipped test is for runs about the shipped set, whose labels the server does not name.
+    shipped = identify(compose("demo"), node)
+    assert len(shipped.global_test()) == 640
+    assert identify(compose("demo", own), node).global_test() == []
+    same = f"data.labels=[{','.join(shipped.data.labels or ())}]"
+    assert len(identify(compose("demo", same), node).global_test()) == 640
+    assert identify(compose("demo", "data.name=tickets"), node).global_test() == []
+
+
 def test_clients_that_train_fewer_slots_share_a_bank_with_the_others(world):
     """Weak clients (``one``) train the last slot, the others both; the lower slot is the mean of those alone."""
     path, overrides = str(world.path / "run.yaml"), (

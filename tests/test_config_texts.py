@@ -39,7 +39,7 @@ def at(config: Config, path: str) -> Any:
         ("types=[{backbone: 007, revision: 0123, clients: 02}]", None), ("run.name=007", "007"),
         ("run.compare.0=no_such", None), ("strategies.heterotune.train.optimizer=off", "off"),
         ("server.rounds=010", 10), ("run.seeds=[010,2]", [10, 2]), ("data.alpha=007.50", 7.5), ("data.alpha=1e-1", 0.1),
-        ("strategies.mean.weight=010", 10),
+        ("strategies.mean.weight=010", 10), ("run.seeds=[8589934592]", [2**33]),
     ],
 )  # fmt: skip
 def test_an_override_means_what_it_says(override: str, meant: object) -> None:

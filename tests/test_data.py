@@ -9,11 +9,14 @@ from dataclasses import replace
 
 import pytest
 from tiny_backbones import LABELS, save_tokenizer, write_rows
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data import client_examples, global_test, label_set, own_examples
-from heterotune_flwr.data.sources import Example, training_pool
+from heterotune_flwr.data.sources import Example, own_file, training_pool
 from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
+from heterotune_flwr.data.tokens import encode_texts
 from heterotune_flwr.errors import DataError
 
 
@@ -109,10 +112,65 @@ def test_own_columns_are_not_those_of_the_shipped_test(tmp_path):
         train=str(tmp_path / "mine.jsonl"), text_field="prompt", label_field="kind", format="jsonl"
     )
     mine = replace(mine, labels=label_set(DataConfig()), client_field="x", references_field="y")
-    assert training_pool(mine) == (Example("a", "games"),)
-    assert global_test(mine) == global_test(DataConfig())
     own_test = replace(mine, test=mine.train)
+    assert training_pool(own_test) == (Example("a", "games"),)
     assert global_test(own_test) == [Example("a", "games")]
+    with pytest.raises(DataError, match="too few to keep"):  # the shipped test is about other texts
+        global_test(mine)
+
+
+def test_a_training_file_alone_is_split_by_client(tmp_path, data):
+    alone = replace(data, test=None, test_share=0.2)
+    train, test = training_pool(alone), global_test(alone)
+    assert len(train) == 240
+    assert len(test) == 60
+    assert sorted((*train, *test), key=lambda e: e.row) == list(own_file(alone))
+    whole, kept = (Counter(e.client for e in part) for part in (own_file(alone), test))
+    assert all(abs(kept[name] - 0.2 * count) <= 1 for name, count in whole.items())
+    # Equal texts, whoever has them, lie on one side; the order of the rows plays no part.
+    rows = (tmp_path / "train.jsonl").read_text().splitlines()
+    twice = [*reversed(rows), *(row.replace("owner-", "other-") for row in rows)]
+    (tmp_path / "twice.jsonl").write_text("\n".join(twice) + "\n")
+    again = replace(alone, train=str(tmp_path / "twice.jsonl"))
+    assert not {e.text for e in training_pool(again)} & {e.text for e in global_test(again)}
+    assert len(global_test(again)) == 120
+    backwards = replace(alone, train=str(tmp_path / "backwards.jsonl"))
+    (tmp_path / "backwards.jsonl").write_text("\n".join(reversed(rows)) + "\n")
+    assert {e.text for e in global_test(backwards)} == {e.text for e in test}
+
+
+def test_clients_of_one_row_give_their_share_too(tmp_path, data):
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2], "client": f"c{n}"} for n in range(10)]
+    (tmp_path / "ones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = replace(data, train=str(tmp_path / "ones.jsonl"), test=None)
+    assert (len(training_pool(alone)), len(global_test(alone))) == (8, 2)
+
+
+def test_a_large_test_file_of_ones_own_is_not_cut_at_its_beginning(tmp_path, data):
+    rows = [{"text": f"text {n}", "label": LABELS[n // 100]} for n in range(300)]  # sorted
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = replace(data, test=str(tmp_path / "sorted.jsonl"), global_test_examples=60)
+    assert {e.label for e in global_test(own)} == set(LABELS)
+    assert global_test(own) == global_test(own)
+    assert len(global_test(own)) == 60
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "iid", "natural"])
+def test_all_rows_are_dealt_out_where_no_number_is_given(data, partition):
+    data = replace(data, examples_per_client=None, partition=partition)
+    parts = [client_examples(data, i, 7, seed=3) for i in range(7)]
+    held = [e.row for part in parts for e in (*part.train, *part.personal_test)]
+    assert sorted(held) == list(range(1, 301))
+    assert all(len(part.personal_test) == 5 for part in parts)
+    assert client_examples(data, 6, 7, seed=3) == parts[6]
+    if partition == "dirichlet":
+        assert max(map(len, (p.train for p in parts))) - min(map(len, (p.train for p in parts))) < 2
+        shares = [Counter(e.label for e in part.train) for part in parts]
+        assert max(max(share.values()) / share.total() for share in shares) > 0.6  # skewed
+    small = replace(data, personal_test_examples=500)
+    assert len(client_examples(small, 0, 7, seed=3).personal_test) in (10, 11)
+    with pytest.raises(DataError, match=r"empty shard|clients in column"):
+        client_examples(data, 0, 301, seed=3)
 
 
 def test_what_is_no_text_is_refused_when_it_is_read(tmp_path, data):
@@ -215,8 +273,15 @@ def test_long_prompts_keep_their_end(tokenizer):
     assert encode_prompt(tokenizer, form, "garden " * 50, 16) == whole[-16:]
     encoded = encode_example(tokenizer, form, Example("garden " * 50, "music"), 16)
     assert len(encoded.prompt) + len(encoded.answer) == 16
-    with pytest.raises(DataError, match="leaves no room"):
-        encode_example(tokenizer, form, Example("a", "music"), 2)
+
+
+def test_of_an_answer_that_leaves_no_room_the_beginning_is_kept(tokenizer):
+    form = "Package: {text}\nSection:"
+    whole = encode_example(tokenizer, form, Example("garden " * 20, "music " * 60), 900)
+    cut = encode_example(tokenizer, form, Example("garden " * 20, "music " * 60), 16)
+    assert cut.answer == whole.answer[:8]
+    assert cut.prompt == whole.prompt[-8:]
+    assert encode_example(tokenizer, form, Example("a", "music"), 8).answer[-1] == 2  # its end
 
 
 def test_labels_must_differ_in_their_first_token(tokenizer):
@@ -224,3 +289,72 @@ def test_labels_must_differ_in_their_first_token(tokenizer):
         label_tokens(tokenizer, ["fruit", "music", "music box"], "{text}:")
     with pytest.raises(DataError, match=r"no \{text\}"):
         label_tokens(tokenizer, LABELS, "Section:")
+
+
+def _unigram():
+    """A vocabulary in which control tokens are found like words: a unigram model knows no difference."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁see", -1.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in "sailtec/"] + [("<", -4.0), (">", -4.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    around = [("<s>", 1), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=around)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+class _Slow(PreTrainedTokenizer):
+    """A tokenizer in Python, letter by letter."""
+
+    def __init__(self, **kwargs):
+        self._ids = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", *"seatil </>"])}
+        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs)
+
+    vocab_size = property(lambda self: len(self._ids))
+
+    def get_vocab(self):
+        return dict(self._ids)
+
+    def _tokenize(self, text, **kwargs):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self._ids.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return list(self._ids)[index]
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return [1, *token_ids_0]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes with bos", "unigram", "slow"])
+def test_control_tokens_in_texts_are_text(kind, tmp_path):
+    if kind == "unigram":
+        tokenizer = _unigram()
+    elif kind == "slow":
+        tokenizer = _Slow()
+    else:
+        tokenizer = save_tokenizer(tmp_path)
+    if kind == "bytes with bos":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            "<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    has_bos = kind != "bytes"
+    text = f"{bos}see {eos} tail{eos}"
+    ids = encode_prompt(tokenizer, "{text}", text, 128)
+    assert [n for n, token in enumerate(ids) if token in controls] == ([0] if has_bos else [])
+    assert tokenizer.decode(ids[has_bos:]).replace(" ", "") == text.replace(" ", "")
+    both = encode_example(tokenizer, f"see {eos}: {{text}}", Example(text, f"tail {eos} tail"), 128)
+    assert both.answer[-1] == tokenizer.eos_token_id
+    assert not controls & {*both.answer[:-1], *both.prompt[has_bos:]}
+    labels = label_tokens(tokenizer, [eos], "{text}:")
+    assert not controls & set(labels)
+    # A text without any is encoded as ever, with other texts or alone.
+    plain = "see tail"
+    assert encode_texts(tokenizer, [text, plain])[1] == list(tokenizer(plain)["input_ids"])
+    assert encode_texts(tokenizer, []) == []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
-from heterotune_flwr.data import Example, sources
+from heterotune_flwr.data import Example, client_examples, sources
 from heterotune_flwr.data.sources import columns_recognised, global_test, how_read, read_examples
 from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.errors import DataError
@@ -155,6 +155,8 @@ def test_an_answer_outside_the_labels_is_told_with_its_row(tmp_path: Path) -> No
     data = DataConfig(name="own", train=str(path), test=str(path), labels=["yes", "no"])
     with pytest.raises(DataError, match=r"a\.jsonl: the answer of row 5 is not"):
         global_test(data)
+    with pytest.raises(DataError, match=r"a\.jsonl: the answer of row 5 is not"):
+        client_examples(data, 0, 1, seed=0)
 
 
 def test_examples_of_another_package_must_be_texts(monkeypatch: pytest.MonkeyPatch) -> None:

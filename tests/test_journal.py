@@ -25,7 +25,9 @@ def documented(optional: bool = False) -> dict[str, set[str]]:
 
 
 def test_every_event_of_the_code_is_documented():
-    called = re.compile(r"\.event\(\s*\"(\w+)\"|\._?refuse\([^()]*(?:\([^()]*\))?[^()]*, \"(\w+)\"")
+    calls = r"(?:\.event\(|append_event\(journal, |_tell\()\s*\"(\w+)\""
+    refusals = r"\._?refuse\([^()]*(?:\([^()]*\))?[^()]*, \"(\w+)\""
+    called = re.compile(f"{calls}|{refusals}")
     found = {"refused"}
     for path in (ROOT / "heterotune_flwr").rglob("*.py"):
         for one, other in called.findall(path.read_text()):

@@ -234,7 +234,7 @@ def test_bad_sources_and_settings_are_one_clear_line(folder: Path, tmp_path: Pat
         preflight(
             compose("open_text", ["data.name=natural_instructions", "data.partition=natural"])
         )
-    with pytest.raises(ConfigError, match=r"data.test_share is 1.0, must be between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"data.test_share is 1.0; it must be between 0 and 1"):
         compose("open_text", ["data.test_share=1.0"])
     with pytest.raises(ConfigError, match=r"it must be below data.max_length"):
         compose("open_text", ["data.max_answer_tokens=128"])
@@ -255,7 +255,7 @@ def test_a_directory_is_made_absolute_and_a_hub_id_stays(
 def test_rows_of_a_table_file_may_have_further_answers(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "a", "label": "b", "refs": ["b", "c"]}) + "\n")
-    data = DataConfig(name="own", train=str(path), references_field="refs")
+    data = DataConfig(name="own", train=str(path), test=str(path), references_field="refs")
     assert training_pool(data)[0].answers == ("b", "b", "c")
     assert training_pool(replace(data, references_field="references"))[0].answers == ("b",)
     path.write_text(json.dumps({"text": "a", "label": "b", "refs": ["b", {}]}) + "\n")

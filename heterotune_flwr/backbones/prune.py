@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heterotune_flwr.backbones.cpu_compute import slow_bfloat16
+from heterotune_flwr.data.tokens import encode_texts
 from heterotune_flwr.errors import BackboneError
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Activations:
 def _packed(tokenizer: Any, texts: Sequence[str], size: int) -> Tensor:
     """All texts, separated by eos, cut into rows of ``size`` tokens."""
     ids: list[int] = []
-    for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+    for row in encode_texts(tokenizer, texts, special=False):
         ids += [*row, tokenizer.eos_token_id]
     count = len(ids) // size
     if count < 1:

@@ -34,7 +34,7 @@ MINIMA: dict[str, float] = {
     "method.slots": 1, "method.latent": 1, "method.ngrams": 0, "method.inner": 0, "method.experts_global": 0,
     "method.experts_type": 0, "method.experts_private": 0, "method.lora_rank": 1,
     "method.core_rank": 0, "method.core_from": 0,
-    "data.examples_per_client": 1, "data.personal_test_examples": 0, "data.global_test_examples": 0,
+    "data.personal_test_examples": 0, "data.global_test_examples": 0,
     "data.max_length": 8, "data.generate": 0, "data.max_answer_tokens": 1, "data.groups_per_client": 1,
     "data.instances_per_task": 1, "data.demonstrations": 0,
     "train.local_steps": 1, "train.batch_size": 1, "server.rounds": 1,
@@ -52,6 +52,7 @@ _ABOVE: dict[str, float] = {
     "server.norm_limit": 1, "server.norm_ceiling": 1, "server.deadline_factor": 1, "server.quorum": 0,
     "server.query_seconds": 0, "server.min_clients": 0,
     "server.evaluate_clients": 0,
+    "data.examples_per_client": 0,
 }  # fmt: skip
 _POSITIVE = (
     "server.timeout_seconds", "server.wait_seconds", "data.alpha", "train.learning_rate", "train.clip_norm",

@@ -43,6 +43,11 @@ from heterotune_flwr.errors import ConfigError
 
 INLINE = "yaml:"
 _SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
+#: Keys of ``data`` that fit a preset's own data set: with another training file they take their defaults.
+ABOUT_SHIPPED = {
+    "label_field", "client_field", "examples_per_client", "personal_test_examples", "global_test_examples",
+    "max_answer_tokens",
+}  # fmt: skip
 
 
 def conf_root() -> Path:
@@ -264,11 +269,15 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
     """
     if not trusted:
         _check_untrusted(config, overrides)
-    content = _expand(_find_preset(config, trusted))
+    found = _find_preset(config, trusted)
+    content = _expand(found)
     _check_sections(content)
+    said = set() if _is_shipped(config) else set(found.get("data") or {})
     if content.get("strategies") is None:
         content["strategies"] = {}
     for path, value in parse_overrides(overrides, trusted):
+        if path[0] == "data":
+            said |= set(value or {}) if len(path) == 1 and isinstance(value, dict) else {path[-1]}
         if path[0] == "strategies" and len(path) > 1 and path[1] not in content["strategies"]:
             content["strategies"][path[1]] = _group("strategy", path[1])
         if len(path) == 2 and path[0] == "train":
@@ -280,6 +289,7 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
     _check_sections(content)
     _check_keys(content, Config, "")
     check_texts(content)
+    _forget_shipped_data(content.get("data"), said)
     _add_compared_strategies(content)
     if not trusted:
         refuse_interpolation(content)
@@ -294,6 +304,20 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
     check_choices(result)
     check_numbers(result)
     return result
+
+
+def _is_shipped(config: str) -> bool:
+    own = config.startswith(INLINE) or Path(config).suffix in (".yaml", ".yml")
+    return not own or not (config.startswith(INLINE) or Path(config).expanduser().is_file())
+
+
+def _forget_shipped_data(data: Any, said: set[str]) -> None:
+    """With data of one's own, what a preset or group says of the shipped ones' columns and sizes does not hold."""
+    if not isinstance(data, dict) or data.get("train") is None:
+        return
+    if data.get("name") != NATURAL_INSTRUCTIONS:
+        for key in ABOUT_SHIPPED - said:
+            data.pop(key, None)
 
 
 def _check_untrusted(config: str, overrides: str | Sequence[str]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from heterotune_flwr.errors import ConfigError
 
-#: Bound of rounds, steps, tokens, widths; and of seeds, which are any 63 bits.
-_LARGEST, _LARGEST_SEED = 2**31 - 1, 2**63 - 1
-_SEEDS = "run.seeds"
+#: Bound of rounds, steps, tokens, widths; and of seeds and what a strategy of one's own has, which are any 63 bits.
+_LARGEST, _LARGEST_LONG = 2**31 - 1, 2**63 - 1
+_LONG = ("run.seeds", "strategies.")
 
 
 def check_numbers(value: Any, where: str = "") -> None:
@@ -25,7 +25,7 @@ def check_numbers(value: Any, where: str = "") -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError.of(where, value, "it must be a finite number")
     elif isinstance(value, int):
-        largest = _LARGEST_SEED if where.startswith(_SEEDS) else _LARGEST
+        largest = _LARGEST_LONG if where.startswith(_LONG) else _LARGEST
         if abs(value) > largest:
             raise ConfigError(
                 f"{where} is a number of too many digits, it must be at most {largest}"

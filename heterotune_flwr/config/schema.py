@@ -47,7 +47,7 @@ class DataConfig:
         "path of a .jsonl/.json/.csv/.tsv/.parquet file, or a saved `datasets` folder, with the clients' pool; for "
         "natural_instructions a directory of task .json files or a hub id", None
     )  # fmt: skip
-    test: str | None = _help("path of the global test file", None)
+    test: str | None = _help("path of the global test file; null: see `test_share`", None)
     format: str | None = _help(
         "jsonl | csv | parquet | dataset, for `train` and `test`; null: by their names", None
     )
@@ -75,7 +75,9 @@ class DataConfig:
     groups_per_client: int = _help(
         "partition natural: natural clients (tasks) that one client of the run holds", 1
     )
-    examples_per_client: int = _help("training examples per client", 96)
+    examples_per_client: int | None = _help(
+        "training examples per client; null: all rows of the file are dealt out", None
+    )
     personal_test_examples: int = _help("held-out examples per client, from its own mixture", 32)
     global_test_examples: int = _help("size limit of the global test set", 640)
     max_length: int = _help("tokens per example; longer prompts keep their end", 128)
@@ -93,7 +95,8 @@ class DataConfig:
     instances_per_task: int = _help("natural_instructions: the first so many of each task", 500)
     demonstrations: int = _help("natural_instructions: positive examples shown in the prompt", 0)
     test_share: float = _help(
-        "natural_instructions: share of each task's instances kept for the global test where no `test` is given", 0.1
+        "share of each natural client's rows (natural_instructions: of each task's instances) kept for the global test "
+        "where `train` is given and no `test`", 0.2
     )  # fmt: skip
 
 

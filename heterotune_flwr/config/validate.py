@@ -15,8 +15,8 @@ from heterotune_flwr.backbones.tokenizer import (
     learned_positions,
     load_tokenizer,
 )
+from heterotune_flwr.config.own_data import own_data
 from heterotune_flwr.config.schema import Config
-from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import label_tokens
@@ -44,8 +44,12 @@ def settle_bits(config: Config) -> Config:
     return settled
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config) -> list[str]:
     """Check a simulated run as far as possible without loading weights (a second or two).
+
+    Returns
+    -------
+    What its owner should know of data of their own, line by line (:mod:`.own_data`).
 
     Raises
     ------
@@ -72,9 +76,8 @@ def preflight(config: Config) -> None:
             "data.generate is for open text, but the answers are a closed label set; set data.max_labels=0 (or "
             "train.loss=tokens), or data.generate=0"
         )
-    splits_itself = config.data.name == NATURAL_INSTRUCTIONS and config.data.train is not None
-    if (config.data.train is None) != (config.data.test is None) and not splits_itself:
-        raise DataError("data.train and data.test belong together: give both files, or none")
+    if config.data.train is None and config.data.test is not None:
+        raise DataError("data.test is for a training file of your own: give it with data.train")
     anchors = load_anchors(config.alignment)
     for name in config.run.compare:
         ngrams = strategy_config(name, config.strategies[name], config).method.ngrams
@@ -101,6 +104,7 @@ def preflight(config: Config) -> None:
     tokenizers = _tokenizers(config)
     if labels and (config.train.loss != "tokens" or config.alignment.output == "labels"):
         _check_labels(config, labels, tokenizers)
+    return own_data(config, tokenizers)
 
 
 def _check_backbones(config: Config) -> None:

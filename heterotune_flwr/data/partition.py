@@ -4,8 +4,10 @@
     Every client draws its own label mixture ``p ~ Dir(alpha)`` and then its examples label by label
     from the pool (our definition; a partitioner that deals out the whole pool cannot give every
     client the same number of examples). Clients share no example while the pool lasts; where a
-    label runs out its examples are dealt a second time, and a log line says so. For open text, whose
-    answers hardly repeat, natural clients (tasks, topics) take the labels' place where the file names them.
+    label runs out its examples are dealt a second time, and a log line says so. Without a number of
+    examples per client the whole pool is dealt out, every example once, in equal shares: who comes later
+    gets of a label what is left. For open text, whose answers hardly repeat, natural clients (tasks,
+    topics) take the labels' place where the file names them.
 ``iid``, ``natural``
     The partitioners of flwr-datasets; ``natural`` takes the largest natural clients, ``groups_per_client``
     of them for every client of the run.
@@ -25,13 +27,15 @@ from numpy.typing import NDArray
 from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.pools import Pool, answers_of
-from heterotune_flwr.data.sources import check_labels, label_set, training_pool
+from heterotune_flwr.data.sources import check_labels, label_set, own_file, training_pool
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 
 log = logging.getLogger(__name__)
 
 PARTITIONS = ("dirichlet", "iid", "natural")
+#: Share of a client's own examples that is held out at most, where a run does not say how many it trains on.
+_HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class _Deck:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def left(self) -> int:
+        """Examples that were not dealt yet."""
+        return len(self._indices) - self._next
 
     def deal(self, count: int) -> list[int]:
         """``count`` different examples; needs ``count <= len(self)``."""
@@ -87,7 +96,12 @@ def _label_counts(
 
 
 def _dirichlet(
-    pool: Sequence[Example], total: int, alpha: float, num_partitions: int, seed: int, closed: bool
+    pool: Sequence[Example],
+    total: int | None,
+    alpha: float,
+    num_partitions: int,
+    seed: int,
+    closed: bool,
 ) -> list[list[int]]:
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(pool):
@@ -99,7 +113,11 @@ def _dirichlet(
     for partition in range(num_partitions):
         rng = generator(seed, f"data.dirichlet.{partition}")
         mixture = rng.dirichlet(np.full(len(names), alpha))
-        counts = _label_counts(mixture, sizes, total, rng)
+        share = total
+        if share is None:
+            share = len(pool) // num_partitions + (partition < len(pool) % num_partitions)
+            sizes = np.array([deck.left for deck in decks], dtype=np.int64)
+        counts = _label_counts(mixture, sizes, share, rng)
         dealt = [
             i for deck, n in zip(decks, counts.tolist(), strict=True) if n for i in deck.deal(n)
         ]
@@ -158,7 +176,14 @@ def _natural(
 
 
 def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
-    """Cut a share to size: (training, personal test), in the configured proportion when short."""
+    """Cut a share to size: (training, personal test), in the configured proportion when short.
+
+    Without a number of training examples the personal test is at most a quarter of the share.
+    """
+    if data.examples_per_client is None:
+        most = max(int(len(indices) * _HELD_OUT), 1) if len(indices) > 1 else 0
+        held = min(data.personal_test_examples, most)
+        return indices[: len(indices) - held], indices[len(indices) - held :]
     wanted = data.examples_per_client + data.personal_test_examples
     total = min(len(indices), wanted)
     held = round(total * data.personal_test_examples / wanted)
@@ -171,7 +196,7 @@ def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
 def _shares(
     of: Pool,
     partition: str,
-    total: int,
+    total: int | None,
     alpha: float,
     num_partitions: int,
     seed: int,
@@ -187,22 +212,30 @@ def _shares(
     return _natural(pool, num_partitions, seed, field, groups)
 
 
+def _total(data: DataConfig) -> int | None:
+    """Examples of a client; None where the whole pool is dealt out."""
+    if data.examples_per_client is None:
+        return None
+    return data.examples_per_client + data.personal_test_examples
+
+
 def _check(data: DataConfig, pool: Sequence[Example], num_partitions: int) -> None:
     if data.partition not in PARTITIONS:
         raise DataError(
             f"data.partition is {data.partition!r}; choose one of {', '.join(PARTITIONS)}"
         )
-    if data.examples_per_client < 1:
+    if data.examples_per_client is not None and data.examples_per_client < 1:
         raise DataError("data.examples_per_client must be at least 1: a shard would be empty")
     if data.alpha <= 0:
         raise DataError(f"data.alpha is {data.alpha}; a Dirichlet concentration is positive")
-    total = data.examples_per_client + data.personal_test_examples
-    if data.partition == "dirichlet" and total > len(pool):
+    total = _total(data)
+    if data.partition == "dirichlet" and total is not None and total > len(pool):
         raise DataError(
             f"a client wants {total} examples but the training file holds {len(pool)}; lower "
             "data.examples_per_client or data.personal_test_examples"
         )
-    if data.partition == "iid" and num_partitions > len(pool):
+    dealt_out = data.partition == "iid" or (data.partition == "dirichlet" and total is None)
+    if dealt_out and num_partitions > len(pool):
         raise DataError(
             f"client {len(pool)} of {num_partitions} would get an empty shard: the training file "
             f"holds only {len(pool)} examples"
@@ -227,13 +260,12 @@ def client_examples(
     pool = training_pool(data)
     labels = label_set(data)
     if labels is not None and not set(answers_of(pool)) <= set(labels):
-        check_labels(pool, labels, "the training file")
+        check_labels(pool, labels, f"training data {data.train or data.name}")
     _check(data, pool, num_partitions)
-    total = data.examples_per_client + data.personal_test_examples
     shares = _shares(
         Pool(pool),
         data.partition,
-        total,
+        _total(data),
         data.alpha,
         num_partitions,
         seed,
@@ -252,6 +284,6 @@ def client_examples(
 
 def own_examples(data: DataConfig) -> tuple[Example, ...]:
     """All examples of a deployed client's own file (``data.train``), in file order (DataError as above)."""
-    pool = training_pool(data)
+    pool = own_file(data)
     check_labels(pool, label_set(data), f"data file {data.train!r}")
     return pool

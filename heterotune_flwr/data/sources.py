@@ -17,9 +17,11 @@ from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.layouts import arranged, described, recognised
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS, read_tasks
-from heterotune_flwr.data.pools import answers_of
+from heterotune_flwr.data.pools import Pool, answers_of
+from heterotune_flwr.data.split import split
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.values import needed_text, plain_text
+from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
 
@@ -29,8 +31,6 @@ log = logging.getLogger(__name__)
 EMBEDDED = ("debian_sections",)
 #: Told of an answer that is not among the labels.
 OUTSIDE = "an answer in its data is not among the labels of the run (data.labels)"
-#: Columns and form of the files that ship with the package, whatever those of a user's own files are.
-_SHIPPED = DataConfig()
 
 
 def _column(row: Mapping[str, Any], key: str, setting: str, where: str) -> str:
@@ -135,9 +135,7 @@ def _read(
 
 
 def _table(data: DataConfig, part: str) -> tuple[Example, ...]:
-    """Examples of a part. Columns named for a file of one's own are not those of the shipped test beside it."""
-    mixed = part == "test" and data.test is None and data.train is not None
-    return _cached(_path(data, part), _SHIPPED if mixed else data)
+    return _cached(_path(data, part), data)
 
 
 def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
@@ -176,6 +174,11 @@ def _check_texts(example: Example, where: str) -> None:
             needed_text(value, where, name)
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a data set comes with this package or with an installed one."""
+    return name in EMBEDDED or name in plugin_names("data")
+
+
 def _is_plugin(data: DataConfig) -> bool:
     return data.train is None and data.test is None and data.name in plugin_names("data")
 
@@ -187,8 +190,19 @@ def columns_recognised(data: DataConfig) -> list[str]:
     return [f"{path} is {how}" for path in dict.fromkeys(paths) if (how := how_read(path, data))]
 
 
+def splits(data: DataConfig) -> bool:
+    """Whether the test is a part of the run's own training file (:mod:`.split`)."""
+    return data.train is not None and data.test is None and data.name != NATURAL_INSTRUCTIONS
+
+
 def training_pool(data: DataConfig) -> tuple[Example, ...]:
-    """All examples clients can draw from (or a deployed client's own file), in file order."""
+    """All examples that a simulation's clients can draw from, in file order."""
+    pool = own_file(data)
+    return split(Pool(pool), data.test_share)[0] if splits(data) else pool
+
+
+def own_file(data: DataConfig) -> tuple[Example, ...]:
+    """All examples of the training data: of a deployed client its own, of a simulation those for the test too."""
     if data.name == NATURAL_INSTRUCTIONS and data.train is not None:
         return read_tasks(data.train, data, None if data.test is not None else "train")
     if _is_plugin(data):
@@ -197,7 +211,9 @@ def training_pool(data: DataConfig) -> tuple[Example, ...]:
 
 
 def global_test(data: DataConfig) -> list[Example]:
-    """The test set everybody is measured on: the first ``global_test_examples`` of the test file.
+    """The test set everybody is measured on: ``global_test_examples`` of the test file at most.
+
+    They are the file's first; of a file of one's own, which may be sorted, a random choice that is always the same.
 
     Raises
     ------
@@ -210,8 +226,14 @@ def global_test(data: DataConfig) -> list[Example]:
     elif data.name == NATURAL_INSTRUCTIONS and (data.test or data.train) is not None:
         where = str(data.test or data.train)
         found = read_tasks(where, data, None if data.test is not None else "test")
+    elif splits(data):
+        where, found = str(data.train), split(Pool(own_file(data)), data.test_share)[1]
     else:
         where, found = str(_path(data, "test")), _table(data, "test")
+    used = min(data.global_test_examples, data.generate or data.global_test_examples)
+    if (data.test is not None or splits(data)) and used < len(found):
+        order = generator(0, "data.test").permutation(len(found))
+        found = tuple(found[index] for index in order.tolist())
     examples = list(found[: data.global_test_examples])
     check_labels(examples, label_set(data), where)
     return examples
@@ -225,7 +247,7 @@ def label_set(data: DataConfig) -> list[str] | None:
         return list(data.labels)
     if data.max_labels < 1:
         return None
-    found = list(answers_of(training_pool(data)))
+    found = list(answers_of(own_file(data)))
     if len(found) < 2:
         raise DataError(f"every example has the answer {found[0]!r}: there is nothing to learn")
     return found if len(found) <= data.max_labels else None

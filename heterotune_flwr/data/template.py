@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.tokens import encode_text
 from heterotune_flwr.errors import DataError
 
 #: Stands for a task's text where only the prompt's end matters.
@@ -41,9 +42,9 @@ def render_prompt(prompt: str, text: str) -> str:
     return prompt.replace("{text}", text)
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_opening(tokenizer: Any, text: str) -> list[int]:
     """Ids with the tokenizer's leading special tokens and without a trailing eos."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = encode_text(tokenizer, text)
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -67,12 +68,12 @@ def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
         The answer adds nothing.
 
     """
-    before = encode_text(tokenizer, prompt)
-    together = encode_text(tokenizer, f"{prompt} {answer}")
+    before = encode_opening(tokenizer, prompt)
+    together = encode_opening(tokenizer, f"{prompt} {answer}")
     if together[: len(before)] == before:
         ids = together[len(before) :]
     else:  # the tokenizer merges across the boundary
-        ids = list(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])
+        ids = encode_text(tokenizer, f" {answer}", special=False)
     if not ids:
         raise DataError(f"the answer {answer!r} has no tokens after the prompt")
     return ids
@@ -106,7 +107,7 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], prompt: str) -> list[int
 
 def encode_prompt(tokenizer: Any, prompt: str, text: str, max_length: int) -> list[int]:
     """Ids of the rendered prompt; its last position is where the answer is read."""
-    ids = encode_text(tokenizer, render_prompt(prompt, text))
+    ids = encode_opening(tokenizer, render_prompt(prompt, text))
     return truncate_prompt(tokenizer, ids, max_length)
 
 
@@ -115,23 +116,15 @@ def encode_example(
 ) -> EncodedExample:
     """Ids of prompt and answer (+eos), together at most ``max_length``; the prompt gives way.
 
-    Raises
-    ------
-    DataError
-        The answer alone leaves no room for a prompt.
-
+    Of an answer that leaves no room for a prompt the beginning is kept, and half of the length for the prompt's end.
     """
     rendered = render_prompt(prompt, example.text)
     answer = answer_ids(tokenizer, rendered, example.label)
     if tokenizer.eos_token_id is not None:
         answer = [*answer, int(tokenizer.eos_token_id)]
+    asked = encode_opening(tokenizer, rendered)
     room = max_length - len(answer)
     if room < 1:
-        raise DataError(
-            f"an answer of {len(answer)} tokens leaves no room for its prompt in "
-            f"data.max_length={max_length}",
-            "an answer in its data leaves no room for a prompt (data.max_length)",
-        )
-    return EncodedExample(
-        truncate_prompt(tokenizer, encode_text(tokenizer, rendered), room), answer
-    )
+        room = min(len(asked), max_length // 2)
+        answer = answer[: max_length - room]
+    return EncodedExample(truncate_prompt(tokenizer, asked, room), answer)

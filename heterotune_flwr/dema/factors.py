@@ -26,6 +26,7 @@ from heterotune_flwr.data.template import (
     label_tokens,
     render_prompt,
 )
+from heterotune_flwr.data.tokens import plainly
 from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.dema.structure import DecoderStructure, find_structure, slot_blocks
 from heterotune_flwr.dema.text_view import blocks_read, entering, text_mean
@@ -101,7 +102,7 @@ def _word_spans(
     tokenizer = backbone.tokenizer
     if not tokenizer.is_fast:
         raise BackboneError(f"{backbone.spec.type_key}: word spans need a fast tokenizer")
-    encoded = tokenizer(rendered, return_offsets_mapping=True)
+    encoded = tokenizer(rendered, return_offsets_mapping=True, **plainly(tokenizer))
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     if len(ids) > limit:  # as a prompt is cut: the end stays, and a leading bos
         head = 1 if ids[0] == tokenizer.bos_token_id and limit > 1 else 0

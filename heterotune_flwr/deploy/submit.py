@@ -22,7 +22,7 @@ from heterotune_flwr.config.schema import Config
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
 from heterotune_flwr.errors import ConfigError, LeftRunningError
-from heterotune_flwr.federation.identity import NGRAMS_SIMULATED
+from heterotune_flwr.federation.identity import NGRAMS_SIMULATED, about_shipped
 from heterotune_flwr.federation.launcher import check_directory
 from heterotune_flwr.federation.resume import check_resumable
 from heterotune_flwr.federation.server import check_strategies, run_directory
@@ -114,6 +114,12 @@ def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tup
     for name in settled.run.compare:
         if strategy_config(name, settled.strategies[name], settled).method.ngrams:
             raise ConfigError(f"strategies.{name}: {NGRAMS_SIMULATED}")
+    if not about_shipped(settled.data):
+        typer.echo(
+            "note: the run is about data of the nodes' own, so they are measured on their own tests alone (test in "
+            "node.toml, and the examples they hold back), never on a shipped set",
+            err=True,
+        )
     if settled.run.dir is None:
         # Where the units let the ServerApp write.
         settled.run.dir = str(deployment.folder / "runs" / run_directory(settled).name)

@@ -25,7 +25,7 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
-from heterotune_flwr.data.sources import examples_digest, global_test, label_set
+from heterotune_flwr.data.sources import examples_digest, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
 from heterotune_flwr.errors import ConfigError, HeteroTuneError, RefusedByNodeError
 from heterotune_flwr.exchange.directions import exact_codec
@@ -148,7 +148,7 @@ class Client:
         """Token ids of ``train``, ``personal`` or ``global`` examples."""
         task = self.task()
         if part == "global":
-            return encodings.encoded(task, ("global",), lambda: global_test(self.identity.data))
+            return encodings.encoded(task, ("global",), self.identity.global_test)
         key = (part, *self.identity.examples_key(seed))
         if part == "train":
             return encodings.encoded(task, key, lambda: self.data(seed).train)
@@ -162,7 +162,7 @@ class Client:
             data = replace(data, generate=max(MOST_HELD, self.identity.floors.test_examples))
         if scope == "personal":
             return score_generation(adapter, task, self.data(seed).personal_test, data)
-        examples = global_test(data)
+        examples = self.identity.global_test()
         settings = (data.generate, data.max_answer_tokens, data.stop, task.max_length, task.prompt)
         key = f"generation {examples_digest(examples[: data.generate])} {settings}"
         return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
@@ -346,6 +346,8 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     metrics: dict[str, float] = {}
     for scope in request.scopes:
         encoded = client.encoded(scope, header.seed)
+        if not len(encoded):
+            continue  # without a test of its own, in a run about no shipped data set
         task = adapter.reads(client.task())
         shared = request.discriminant
         cache = client.config.train.cache_states

@@ -28,8 +28,10 @@ from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, TypeConfig
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.data.partition import ClientData, client_examples, own_examples
-from heterotune_flwr.data.sources import EMBEDDED, label_set
+from heterotune_flwr.data.sources import EMBEDDED, global_test, is_shipped, label_set
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.floors import Floors
@@ -121,6 +123,26 @@ class Identity:
                 f"alignment.anchors: {need}",
             )
         return config.alignment
+
+    def global_test(self) -> list[Example]:
+        """Return the run's common test; nothing where a deployed client has none (DataError as in :mod:`..data`).
+
+        A deployed client's is its own test file; without one the shipped test, where the run is about a shipped set.
+        """
+        data = self.data
+        own = data.test is not None or data.name == NATURAL_INSTRUCTIONS
+        if self.partition is not None or own:
+            return global_test(data)
+        if not is_shipped(data.name):
+            return []
+        return global_test(
+            DataConfig(
+                name=data.name,
+                labels=data.labels,
+                max_labels=data.max_labels,
+                global_test_examples=data.global_test_examples,
+            )
+        )
 
     def examples(self, seed: int) -> ClientData:
         """Return the client's own examples for a run's seed (DataError as in :mod:`..data`).
@@ -239,6 +261,13 @@ def public_labels(data: DataConfig) -> list[str] | None:
     return data.labels
 
 
+def about_shipped(data: DataConfig) -> bool:
+    """Whether a run of real nodes is about a shipped data set, whose test then measures all of them."""
+    if not is_shipped(data.name) or data.train is not None:
+        return False
+    return data.labels is None or data.labels == label_set(DataConfig(name=data.name))
+
+
 def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str) -> Identity:
     _check_words(node_config)
     guest = _choice(node_config, "guest", GUEST) == "yes"
@@ -272,6 +301,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         ),
         data=dataclasses.replace(
             config.data,
+            name=_named(config.data),
             train=str(node_config["data"]) if node_config.get("data") else None,
             test=str(test) if test else None,
             text_field=str(node_config.get("text-field", "text")),
@@ -311,6 +341,11 @@ def _check_words(node_config: Mapping[str, Any]) -> None:
                 value,
                 'it is a text; write it in quotes: key="..."',
             )
+
+
+def _named(data: DataConfig) -> str:
+    """The data set that a deployed client's examples are of: a shipped one only where the run is about it."""
+    return "own" if is_shipped(data.name) and not about_shipped(data) else data.name
 
 
 def required_of(guest: bool) -> tuple[str, ...]:

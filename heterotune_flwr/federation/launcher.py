@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from heterotune_flwr.config.compose import INLINE, to_yaml
 from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text, private_folder
-from heterotune_flwr.federation.journal import parse_event
+from heterotune_flwr.federation.journal import append_event, parse_event
 from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
@@ -294,7 +294,9 @@ def _gpu_share(workers: int) -> float:
     return int(1000 * min(1.0, count / workers)) / 1000 if count else 0.0
 
 
-def launch(config: Config, on_event: OnEvent, resuming: bool = False) -> RunOutcome:
+def launch(
+    config: Config, on_event: OnEvent, resuming: bool = False, notes: Sequence[str] = ()
+) -> RunOutcome:
     """Run ``config`` in a Flower simulation of its own and wait for its end.
 
     Parameters
@@ -305,6 +307,8 @@ def launch(config: Config, on_event: OnEvent, resuming: bool = False) -> RunOutc
         Called with every journal event, in order, while the run goes on.
     resuming
         Go on with the run in ``run.dir`` after its last checkpoint.
+    notes
+        What was said of the data; a new run's journal begins with it.
 
     Raises
     ------
@@ -326,6 +330,9 @@ def launch(config: Config, on_event: OnEvent, resuming: bool = False) -> RunOutc
         "resume": str(directory) if resuming else "",
     }
     with _following(directory, resuming):
+        if notes and not resuming:
+            journal = directory / "rounds.jsonl"
+            append_event(journal, "data", notes=list(notes))
         app = stage_app(directory / "flower" / "app")
         resources = plan_resources(config, supernodes)
         return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)

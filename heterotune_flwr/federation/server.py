@@ -16,6 +16,7 @@ from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.outcome import MEASURES
 from heterotune_flwr.federation.ray_pool import mend_actor_pool
 from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock, saved_config
 from heterotune_flwr.federation.session import Session, StrategyContext
@@ -70,6 +71,7 @@ def run_strategies(
             if (name, seed) in finished:
                 results["runs"].append(finished[name, seed])
                 journal.event("already_finished", strategy=name, seed=seed)
+                _check_measured(finished[name, seed], None)
                 continue
             context = StrategyContext(name, config, seed, session)
             with _named(name, seed):
@@ -80,8 +82,22 @@ def run_strategies(
             )
             results["runs"].append(strategy.outcome.to_json())
             journal.results(results)
+            _check_measured(results["runs"][-1], strategy.courier.first_failure)
     journal.event("end")
     return results
+
+
+def _check_measured(run: dict[str, Any], failure: str | None) -> None:
+    """Refuse to call a strategy finished of which nothing was measured in the end (FederationError)."""
+    if any(row[name] is not None for row in run["clients"] for name in MEASURES):
+        return
+    why = failure or (
+        "no client has a test: give nodes one (test in node.toml), or let them hold examples back "
+        "(data.personal_test_examples)"
+    )
+    raise FederationError(
+        f"strategy {run['strategy']} (seed {run['seed']}): nothing was evaluated in the end; {why}"
+    )
 
 
 @contextmanager

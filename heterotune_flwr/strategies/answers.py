@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from heterotune_flwr.federation.consensus import Lesson, as_answers
 from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.pull import no_louder
 from heterotune_flwr.strategies.consensus import Consensus, voices
+from heterotune_flwr.tuning.text_metrics import folded, words
 
 Matrix = NDArray[np.float64]
 
@@ -34,14 +34,13 @@ Matrix = NDArray[np.float64]
 _BINS = 256
 #: Answers given to at least this share of the anchors, and to two of them by two clients, are made equally frequent.
 _FREQUENT = 0.01
-_WORD = re.compile(r"[^\W_]+")
 
 
 def bags(answers: Sequence[str]) -> Matrix:
     """Words of every answer as shares (``n x 256``, rows sum to 1; zero where there is no word), hashed."""
     found: Matrix = np.zeros((len(answers), _BINS))
     for row, answer in zip(found, answers, strict=True):
-        for word in _WORD.findall(answer.lower()):
+        for word in words(answer):
             row[zlib.crc32(word.encode()) % _BINS] += 1.0
     found /= np.maximum(found.sum(axis=1, keepdims=True), 1.0)
     return found
@@ -57,7 +56,7 @@ def evened(weights: Matrix, answers: Sequence[Sequence[str]], iterations: int) -
     names: dict[str, int] = {}
     index = np.array(
         [
-            [names.setdefault(" ".join(a.lower().split()), len(names)) for a in own]
+            [names.setdefault(" ".join(folded(a).split()), len(names)) for a in own]
             for own in answers
         ]
     )

@@ -37,6 +37,11 @@ def test_a_place_that_the_units_keep_closed_is_told(lab, tmp_path, capsys):
     settle(lab, "demo", [f"run.dir={lab.folder / 'runs' / 'mine'}"])
     settle(lab, "demo", [])
     assert not capsys.readouterr().err
+
+
+def test_a_run_about_other_labels_says_what_measures_it(lab, capsys):
+    settle(lab, "demo", ["data.labels=[fruit,motor]"])
+    assert "measured on their own tests alone" in capsys.readouterr().err
     assert not list((lab.folder / "runs").iterdir())
 
 

@@ -1,0 +1,141 @@
+"""What a run does with data of one's own, said before it starts: rows used, texts cut, answers that cannot match."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.config.schema import Config, DataConfig
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.lengths import Lengths, lengths
+from heterotune_flwr.data.partition import ClientData, client_examples
+from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
+from heterotune_flwr.dema.anchors import SHIPPED
+from heterotune_flwr.strategies.build import strategy_config
+from heterotune_flwr.tuning.task import loss_kind
+
+#: Clients, and labels of one, that are told one by one.
+_CLIENTS, _LABELS = 12, 8
+#: What the texts of a shipped anchor set are about.
+_ABOUT = {"wordnet": "the words of a dictionary"}
+
+
+def own_data(config: Config, tokenizers: dict[str, Any]) -> list[str]:
+    """Lines about a simulated run's own training data (none where it takes a shipped set).
+
+    Parameters
+    ----------
+    config
+        A configuration that passed the other checks.
+    tokenizers
+        By type, as a line may name them.
+
+    """
+    if config.data.train is None:
+        return []
+    return [*_used(config), *_texts(config, tokenizers), *_settings(config)]
+
+
+def _used(config: Config) -> Iterator[str]:
+    data, seed = config.data, config.run.seeds[0]
+    total = sum(entry.clients for entry in config.types)
+    clients = [client_examples(data, index, total, seed) for index in range(total)]
+    rows, test = len(own_file(data)), len(global_test(data))
+    train = sum(len(client.train) for client in clients)
+    personal = sum(len(client.personal_test) for client in clients)
+    used = len({id(e) for client in clients for e in (*client.train, *client.personal_test)})
+    whose = "kept of them for the test (data.test_share)" if splits(data) else "of the test file"
+    yield (
+        f"{Path(str(data.train)).name}: {used} of {rows} rows go to {total} clients ({train} to train, {personal} for "
+        f"their personal tests); {test} rows {whose} test everybody"
+    )
+    yield "per client: " + _counts(clients, closed=label_set(data) is not None)
+
+
+def _counts(clients: Sequence[ClientData], closed: bool) -> str:
+    told = []
+    for number, client in enumerate(clients[:_CLIENTS]):
+        examples = [*client.train, *client.personal_test]
+        text = f"{number}: {len(examples)}"
+        if closed:
+            common = Counter(example.label for example in examples).most_common()
+            labels = ", ".join(f"{label} {count}" for label, count in common[:_LABELS])
+            text += f" ({labels}{', ...' if len(common) > _LABELS else ''})"
+        told.append(text)
+    rest = [len(client.train) + len(client.personal_test) for client in clients[_CLIENTS:]]
+    if rest:
+        told.append(f"{len(rest)} more of {min(rest)} to {max(rest)}")
+    return "; ".join(told)
+
+
+def _texts(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
+    """What is cut, and which answers can never match, for the type that fits the texts least."""
+    data = config.data
+    rows = list(own_file(data))
+    if not splits(data):
+        rows += global_test(data)
+    tokens = loss_kind(config.train, label_set(data)) == "tokens"
+    found = {name: lengths(one, data, rows, tokens) for name, one in tokenizers.items()}
+    name = max(found, key=lambda one: found[one].cut)
+    worst = found[name]
+    yield _cut(worst, name, data)
+    if tokens:
+        yield from _over_long(rows, worst, name, data)
+    if tokens and data.generate:
+        yield from _unmatched(rows, max(found.values(), key=lambda one: sum(one.answers)), data)
+
+
+def _cut(of: Lengths, name: str, data: DataConfig) -> str:
+    if not of.cut:
+        return f"no text is cut: the longest has {max(of.totals)} of data.max_length={data.max_length} tokens ({name})"
+    mend = ""
+    if of.most > data.max_length:
+        mend = f"; 99 of 100 would fit whole with data.max_length={of.most}"
+    return (
+        f"warning: {100 * of.cut / len(of.totals):.3g} % of the prompts are cut to fit data.max_length="
+        f"{data.max_length} tokens ({name}), one to its last {of.shortest}{mend}"
+    )
+
+
+def _over_long(rows: Sequence[Example], of: Lengths, name: str, data: DataConfig) -> Iterator[str]:
+    found = [n for n, answer in enumerate(of.answers) if answer >= data.max_length]
+    if found:
+        first = found[0]
+        yield (
+            f"warning: {len(found)} of {len(rows)} answers leave no room for a prompt and are cut, the first in row "
+            f"{rows[first].row or first + 1}: {of.answers[first]} tokens ({name}), data.max_length is {data.max_length}"
+        )
+
+
+def _unmatched(rows: Sequence[Example], of: Lengths, data: DataConfig) -> Iterator[str]:
+    """Right answers that no generated one can equal."""
+    if data.stop is not None:
+        held = sum(all(data.stop in answer for answer in row.answers) for row in rows)
+        if held:
+            yield (
+                f"warning: {held} of {len(rows)} right answers hold data.stop ({data.stop!r}), before which every "
+                "generated answer ends: they can never match; set data.stop=null or another text"
+            )
+    longer = sum(answer - 1 > data.max_answer_tokens for answer in of.answers)
+    if longer:
+        yield (
+            f"warning: {longer} of {len(rows)} right answers have more than data.max_answer_tokens="
+            f"{data.max_answer_tokens} tokens (up to {max(of.answers) - 1}): they can never match"
+        )
+
+
+def _settings(config: Config) -> Iterator[str]:
+    """What a preset brings that is about its own data set."""
+    chosen = config.alignment.anchors
+    kinds = {
+        strategy_config(n, config.strategies[n], config).method.kind for n in config.run.compare
+    }
+    if chosen in SHIPPED and "dema" in kinds:
+        yield (
+            f"warning: the models are aligned on {_ABOUT.get(chosen, 'descriptions of Debian packages')} ({chosen}), "
+            "not on texts like yours: give public ones with alignment.anchors=FILE"
+        )
+    if config.data.prompt == DataConfig().prompt:
+        yield f"warning: data.prompt is the demonstration's, {config.data.prompt!r}; give your own"
