@@ -35,8 +35,8 @@ from heterotune_flwr.federation.kept_maps import KeptMaps
 from heterotune_flwr.federation.protocol import Header, pack_mask, unpack_mask
 from heterotune_flwr.federation.queries import AlignRequest
 from heterotune_flwr.federation.roster import Client, Roster
-from heterotune_flwr.federation.wire import one_line
 from heterotune_flwr.flower import Grid, is_simulation
+from heterotune_flwr.names import safe_text
 
 
 @dataclass(frozen=True)
@@ -266,14 +266,14 @@ class MapsService:
         factors, answers = ask_types(self._grid, roster, type_keys, question, inquiry.trust)
         for key, one in answers.items():
             for reason in one.reasons:
-                self._journal.event("factors_refused", type=key, reason=one_line(reason))
+                self._journal.event("factors_refused", type=key, reason=safe_text(reason))
             if key in inquiry.trust.unchecked:
                 reason = f"aligned by one client, {one.told[0][0]}: unchecked"
-                self._journal.event("unchecked", type=key, reason=one_line(reason))
+                self._journal.event("unchecked", type=key, reason=safe_text(reason))
             if key in inquiry.trust.apart:
                 told = ", ".join(client_id for client_id, _ in one.told)
                 reason = f"{told} disagree about its factors: it shares nothing with other types"
-                self._journal.event("apart", type=key, reason=one_line(reason))
+                self._journal.event("apart", type=key, reason=safe_text(reason))
             if key in inquiry.trust.lost and one.passing:
                 inquiry.away = True
         return factors
