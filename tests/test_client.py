@@ -391,7 +391,7 @@ def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):
 
 
 def test_a_deployed_client_without_a_test_is_measured_on_what_it_holds_back(
-    world, folder, tmp_path
+    world, folder, tmp_path, caplog
 ):
     node = {
         "client-id": "hospital-7", "backbone": str(folder / "two"), "bits": "bf16",
@@ -401,6 +401,9 @@ def test_a_deployed_client_without_a_test_is_measured_on_what_it_holds_back(
     own = f"data.labels=[{','.join(LABELS)}]"
     maps, digest = make_maps(48)
     alone = World(world.path, inline(world), own, **node)
+    with caplog.at_level("INFO"):
+        alone.describe(0)
+    assert "of 30 own examples: no text is cut" in caplog.text
     alone.train(0, 1, maps=maps, digest=digest)
     found = alone.evaluate(0, digest=digest)
     assert found["personal_examples"] > 0

@@ -71,12 +71,21 @@ def _counts(clients: Sequence[ClientData], closed: bool) -> str:
 
 
 def _texts(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
-    """What is cut, and which answers can never match, for the type that fits the texts least."""
     data = config.data
     rows = list(own_file(data))
     if not splits(data):
         rows += global_test(data)
     tokens = loss_kind(config.train, label_set(data)) == "tokens"
+    yield from how_they_fit(rows, data, tokens, tokenizers)
+
+
+def how_they_fit(
+    rows: Sequence[Example], data: DataConfig, tokens: bool, tokenizers: dict[str, Any]
+) -> Iterator[str]:
+    """Say what is cut, and which answers can never match, for the type that fits the texts least.
+
+    ``tokens``: the answers are written token by token, not labels.
+    """
     found = {name: lengths(one, data, rows, tokens) for name, one in tokenizers.items()}
     name = max(found, key=lambda one: found[one].cut)
     worst = found[name]

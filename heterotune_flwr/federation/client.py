@@ -22,6 +22,7 @@ from torch import Tensor
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.own_data import how_they_fit
 from heterotune_flwr.config.rates import path_length
 from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.partition import ClientData
@@ -214,7 +215,11 @@ def describe(message: Message, context: Context) -> RecordDict:
     backbone = client.backbone
     data = client.data(request.header.seed)
     mask = _words_known(backbone, tuple(request.words)) if request.words else b""
-    client.task()  # label collisions come to light here, before any training
+    task = client.task()  # label collisions come to light here, before any training
+    if client.identity.partition is None and len(rows := [*data.train, *data.personal_test]):
+        found = {client.type_key: backbone.tokenizer}
+        for line in how_they_fit(rows, client.identity.data, task.kind == "tokens", found):
+            log.info("of %d own examples: %s", len(rows), line)
     adapter = client.adapter(request.header.method)
     reply = DescribeReply(
         client_id=client.client_id,
