@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from test_client import (
     METHOD,
     World,
@@ -21,11 +22,12 @@ from tiny_backbones import LABELS, write_rows
 from benchmarks.lab_run import NODES, simulated_bank
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError, RefusedByNodeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.discriminant import Discriminant
-from heterotune_flwr.federation.floors import KEYS, Floors, Guard, check_maps
-from heterotune_flwr.federation.holdout import held_size, split
+from heterotune_flwr.federation.floors import KEYS, MOST_LOSS, Floors, Guard, check_maps
+from heterotune_flwr.federation.holdout import held_size, split, whole_test
 from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.node_book import FILE, NodeBook
@@ -42,8 +44,11 @@ from heterotune_flwr.federation.protocol import (
     TrainRequest,
 )
 from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.tuning.evaluate import bounded
 
 ROWS = 80
+SHARED = replace(METHOD, experts_private=0)
+VAST = replace(METHOD, latent=8192, inner=8192)
 MAPS, DIGEST = make_maps(48)
 
 
@@ -119,7 +124,9 @@ TENSOR = "slots.0.experts.global.0.up.weight"
         ("train.logit_adjustment=1000", {}, "logit_adjustment"),
         ("data.max_length=8", {}, "max_length"),
         ("'data.prompt=Section:'", {}, "must hold {text}"),
+        ("'data.prompt={text}{text}'", {}, "hold {text} once"),
         ("data.name=natural_instructions", {}, "simulations"),
+        ("", {"header": Header("run", 0, VAST, 1)}, "size of the adapter"),
         ("", {"expected": ["slots.0.experts.private.0.up.weight"]}, "private experts never leave"),
         ("", {"controls": {TENSOR: np.full((8, 4), 1e9, np.float32)}}, "control variates"),
     ],
@@ -161,6 +168,46 @@ def test_one_example_moves_a_test_by_no_more_than_its_bound(node):
     assert worst < 20.0
 
 
+@pytest.mark.parametrize("bias", [1e3, float(np.finfo(np.float32).max)])
+def test_one_example_moves_no_loss_by_more_than_its_bound(bias):
+    losses = torch.tensor([0.5, bias, float("inf"), float("nan")])
+    assert bounded(losses, MOST_LOSS).tolist() == [0.5, 20.0, 20.0, 20.0]
+    assert bounded(losses, float("inf")) is losses
+
+
+def test_every_loss_on_own_rows_is_bounded(world, folder, tmp_path):  # noqa: F811
+    own = tmp_path / "test.jsonl"
+    node = Node(world, folder, tmp_path, test=str(own))
+    write_rows(own, 30, offset=500)
+    told = node.test(discriminant=zeros([0, 900, 900]), scopes=["global", "personal"])
+    assert 5.0 < told["global_loss"] < 20.0
+    big = {"slots.0.map.up.weight": MAPS["slots.0.map.up.weight"] * 800}
+    maps = {**MAPS, **big}
+    start = {TENSOR: np.full(node.describe().shapes[TENSOR], 25.0, np.float32)}
+    digest = tensor_digest(maps)
+    steep = node.train(
+        tensors=start, maps=maps, maps_digest=digest, learning_rate=1e-6, local_steps=4
+    )
+    assert 5.0 < steep.metrics["loss"] <= 20.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"), [(20, 20), (32, 32), (33, 33), (51, 51), (52, 32), (640, 32)]
+)
+def test_answers_are_generated_of_all_rows_or_of_many_fewer(node, rows, told):
+    assert Guard(node.identity(), compose("demo")).generated(rows) == told
+
+
+def test_which_rows_of_a_test_file_are_told_is_not_the_runs_choice(world, folder, tmp_path):  # noqa: F811
+    own = tmp_path / "test.jsonl"
+    write_rows(own, 33, offset=500)
+    node = Node(world, folder, tmp_path, test=str(own))
+    first = node.identity().global_test()
+    assert len(first) == 33
+    for words in ("data.generate=1", "data.generate=100", "data.global_test_examples=32"):
+        assert node.identity(words).global_test() == first
+
+
 def test_a_hold_out_is_stable_row_by_row(tmp_path):
     book, floors = NodeBook(tmp_path / "one"), Floors()
     pool = [Example(f"text {n}", "ab"[n % 2]) for n in range(100)]
@@ -187,6 +234,24 @@ def test_a_guests_test_grows_by_as_many_rows_as_a_test_needs(tmp_path):
     for count, tested in ((30, 30), (31, 30), (49, 30), (50, 50)):
         found = split(pool[:count], "file", book, floors, guest=True)
         assert (len(found.train), len(found.personal_test)) == (0, tested)
+
+
+def test_no_two_tests_of_a_file_that_is_a_test_as_a_whole_differ_by_a_few_rows(tmp_path):
+    book, floors = NodeBook(tmp_path), Floors()
+    pool = [Example(f"text {n}", "a") for n in range(120)]
+
+    def tested(rows):
+        return {row.text for row in whole_test(rows, "file", book, floors)}
+
+    seen = [tested(pool[:50])]
+    steps = (pool[1:50], pool[1:60], pool[1:69], pool[1:70], pool[2:100], pool[2:25], pool[2:44])
+    for rows in steps:  # one is gone, some come, enough come, another is gone, too few are left
+        found = tested(rows)
+        assert found == tested(rows[::-1])
+        assert found <= {row.text for row in rows}
+        assert all(not found or found == other or len(found ^ other) >= 20 for other in seen)
+        seen.append(found)
+    assert [len(found) for found in seen] == [50, 29, 29, 29, 69, 78, 0, 0]
 
 
 @pytest.mark.parametrize("rows", [31, 51, 52, 79, 80, 128, 10_000])
@@ -240,6 +305,33 @@ def test_a_budget_is_spent_once_and_what_was_answered_is_free(world, folder, tmp
         node.test()
     node.config["floor-tests"] = 3
     assert node.test() == first
+
+
+def test_what_a_node_keeps_of_earlier_rounds_is_part_of_what_is_asked(world, folder, tmp_path):  # noqa: F811
+    node = Node(world, folder, tmp_path, **{"floor-trainings": 3})
+    shapes = node.describe(method=SHARED).shapes
+    start = initial_tensors(shapes, 0)
+    zero = {TENSOR: np.zeros(shapes[TENSOR], np.float32)}
+
+    def ask(round, rate):
+        header = Header("run", 0, SHARED, round)
+        node.train(
+            header=header, learning_rate=rate, tensors=start, expected=[TENSOR], controls=zero
+        )
+
+    for round, rate in ((1, 0.01), (2, 0.01), (1, 0.02)):  # the node's own variate is another one
+        ask(round, rate)
+    with refused("budget of 3 trainings"):
+        ask(2, 0.01)
+
+
+def test_lists_of_labels_are_counted_against_a_test_file_too(world, folder, tmp_path):  # noqa: F811
+    own = tmp_path / "test.jsonl"
+    write_rows(own, 30)
+    node = Node(world, folder, tmp_path, test=str(own), guest="yes", data="", **{"floor-tests": 1})
+    node.test(scopes=["global"])
+    with refused("budget of 1 label lists"):
+        node.test(f"data.labels=[{','.join(LABELS)},more]", scopes=["global"])
 
 
 def test_maps_stay_those_that_a_run_began_with(node):

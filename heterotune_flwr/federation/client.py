@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -35,8 +34,7 @@ from heterotune_flwr.exchange.storage import close_to_others, private_folder
 from heterotune_flwr.federation.anchor_work import Said, anchor_texts, anchor_work
 from heterotune_flwr.federation.discretion import LOG, told
 from heterotune_flwr.federation.encodings import encodings
-from heterotune_flwr.federation.floors import MOST_LOSS, Guard, check_message
-from heterotune_flwr.federation.holdout import MOST_HELD
+from heterotune_flwr.federation.floors import Guard, check_message
 from heterotune_flwr.federation.identity import (
     NGRAMS_SIMULATED,
     Identity,
@@ -149,7 +147,9 @@ class Client:
         """Token ids of ``train``, ``personal`` or ``global`` examples."""
         task = self.task()
         if part == "global":
-            return encodings.encoded(task, ("global",), self.identity.global_test)
+            own = self.identity.data.test
+            stamp = self.identity.stamp(own) if own else ""
+            return encodings.encoded(task, ("global", stamp), self.identity.global_test)
         key = (part, *self.identity.examples_key(seed))
         if part == "train":
             return encodings.encoded(task, key, lambda: self.data(seed).train)
@@ -158,12 +158,12 @@ class Client:
     def generation(self, adapter: AttachedAdapter, scope: str, seed: int) -> GenerationReport:
         """Scores of the answers the adapter generates on the ``personal`` or ``global`` test."""
         data, task = self.identity.data, self.task()
-        if self.identity.floors and (scope == "personal" or data.test is not None):
-            # Of a node's own rows a run cannot choose how many are told of.
-            data = replace(data, generate=max(MOST_HELD, self.identity.floors.test_examples))
-        if scope == "personal":
-            return score_generation(adapter, task, self.data(seed).personal_test, data)
-        examples = self.identity.global_test()
+        personal = scope == "personal"
+        examples = self.data(seed).personal_test if personal else self.identity.global_test()
+        if self.guard.own_test(scope):
+            data = replace(data, generate=self.guard.generated(len(examples)))
+        if personal:
+            return score_generation(adapter, task, examples, data)
         settings = (data.generate, data.max_answer_tokens, data.stop, task.max_length, task.prompt)
         key = f"generation {examples_digest(examples[: data.generate])} {settings}"
         return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
@@ -277,7 +277,7 @@ def train(message: Message, context: Context) -> RecordDict:
     )
     controls = ClientControls.of(request.controls, store, header.round)
     _use_maps(adapter, store, request.maps_digest, request.maps)
-    client.guard.charge(request, start)
+    client.guard.charge(request, start, controls.own)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
     task = adapter.reads(client.task())
@@ -303,6 +303,7 @@ def train(message: Message, context: Context) -> RecordDict:
         memory_gb=client.identity.memory_gb,
         corrections=controls.corrections,
         distillation=lesson.distillation(header.round) if lesson else None,
+        most=client.guard.most_loss(own=True),
     )
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}
@@ -358,12 +359,13 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         cache = client.config.train.cache_states
         offsets = discriminant_logits(shared, adapter, task, encoded, cache)
         rows = make_rows(adapter, encoded, cache, offsets=offsets)
-        if scope == "global":
+        own = client.guard.own_test(scope)
+        if scope == "personal" or own:
+            prior = client.prior(header.seed) if scope == "personal" else None
+            report = evaluate(adapter, task, rows, prior, client.guard.most_loss(own))
+        else:
             key = task.data_key(encoded) + (shared.digest if shared else "")
             report = evaluate_once(adapter, task, rows, key)
-        else:
-            most = MOST_LOSS if client.identity.floors else math.inf
-            report = evaluate(adapter, task, rows, client.prior(header.seed), most)
         metrics |= _eval_metrics(scope, report)
         if client.identity.data.generate and task.kind == "tokens":
             metrics |= _eval_metrics(scope, client.generation(adapter, scope, header.seed))

@@ -14,16 +14,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import Config
+from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
-from heterotune_flwr.data.sources import global_test
 from heterotune_flwr.errors import ConfigError, RefusedByNodeError
 from heterotune_flwr.federation.protocol import EvaluateRequest, Header, TrainRequest
 from heterotune_flwr.federation.queries import AlignRequest, DescribeRequest
@@ -107,6 +108,8 @@ _LARGEST_MAP, _LARGEST_LOGITS = 1e3, 1e3
 _LEAST_READ, _LEAST_RANK = 8.0, 4.0
 #: A single example's loss counts for no more than this, in nats: a test's mean moves by so much over its size.
 MOST_LOSS = 20.0
+#: Rows that are held out of a file of four times as many or more.
+MOST_HELD = 32
 #: Decimals of a loss, and of whatever else is measured on examples.
 _DECIMALS = 3
 _EXACT = ("examples", "steps", "learning_rate")
@@ -123,9 +126,11 @@ _SETTINGS: dict[str, tuple[float, float]] = {
 #: Fields of an adapter's settings -> largest.
 _METHOD: dict[str, float] = {
     "slots": 1024, "latent": 8192, "output": 8192, "ngrams": 8192, "inner": 8192, "experts_global": 64,
-    "experts_type": 64, "experts_private": 64, "core_rank": 4096, "core_scale": 100, "private_dropout": 1,
-    "lora_rank": 4096, "lora_alpha": 1e4, "sub_width": 1, "sub_window": 1e6,
+    "experts_type": 64, "experts_private": 64, "core_rank": 1024, "core_scale": 100, "private_dropout": 1,
+    "lora_rank": 1024, "lora_alpha": 1e4, "sub_width": 1, "sub_window": 1e6,
 }  # fmt: skip
+#: Most numbers of an adapter's experts: 256 MB.
+_MOST_NUMBERS = 1 << 26
 #: Fields of a training request -> smallest and largest.
 _TRAINING: dict[str, tuple[float, float]] = {
     "learning_rate": (0.0, 10.0),
@@ -149,8 +154,8 @@ def check_settings(config: Config, floors: Floors, guest: bool) -> None:
         _refuse(
             "data.name natural_instructions chooses rows by the run's settings; it is for simulations"
         )
-    if "{text}" not in data.prompt or len(data.prompt) > _PROMPT:
-        _refuse(f"data.prompt must hold {{text}} and have at most {_PROMPT} letters")
+    if data.prompt.count("{text}") != 1 or len(data.prompt) > _PROMPT:
+        _refuse(f"data.prompt must hold {{text}} once and have at most {_PROMPT} letters")
     labels = data.labels or []
     if len(labels) > _LABELS or any(len(label) > _LETTERS for label in labels):
         _refuse(f"data.labels are at most {_LABELS} labels of at most {_LETTERS} letters")
@@ -170,12 +175,13 @@ def check_maps(maps: Tensors) -> None:
     for name, value in maps.items():
         if not name.endswith("down.weight") or value.ndim != 2:
             continue
+        _within("the number of latents", len(value), 1, _METHOD["latent"])
         weights = value[np.any(value, axis=1)].astype(np.float64)
         squares = weights**2
         width = weights.shape[1]
         read = squares.sum(axis=1) ** 2 / np.maximum((squares**2).sum(axis=1), 1e-300)
-        energies = np.linalg.svd(weights, compute_uv=False) ** 2 if len(weights) else np.zeros(1)
-        rank = energies.sum() ** 2 / max(float((energies**2).sum()), 1e-300)
+        inner = weights @ weights.T  # its eigenvalues are the directions' energies
+        rank = squares.sum() ** 2 / max(float(np.square(inner).sum()), 1e-300)
         if (
             not len(weights)
             or np.median(read) < min(_LEAST_READ, width / 4)
@@ -236,16 +242,16 @@ class Guard:
                 self._numbers(request)
         return request
 
-    def charge(self, request: TrainRequest | EvaluateRequest, start: Tensors) -> None:
+    def charge(self, request: TrainRequest | EvaluateRequest, *start: Tensors) -> None:
         """Take an admitted request off the budget of the files it reads; what was answered before is free.
 
-        The same request with the same ``start`` values has the same answer, so asking again brings nothing and costs
-        nothing: neither does a resumed run.
+        The same request with the same ``start`` (values, and the node's own control variates) has the same answer, so
+        asking again brings nothing and costs nothing: neither does a resumed run.
         """
         identity, floors = self.identity, self.identity.floors
         if floors is None:
             return
-        asked = [request, start, self.config.data, self.config.train, self.config.exchange]
+        asked = [request, *start, self.config.data, self.config.train, self.config.exchange]
         if isinstance(request, TrainRequest):
             files = [] if identity.guest else [identity.data.train]
             kind, most, key = TRAINING, floors.trainings, "trainings"
@@ -259,6 +265,23 @@ class Guard:
             digest = _digest([*asked, identity.stamp(path)])
             if not identity.book.charge(identity.account(path), kind, digest, most):
                 self._spent(kind, most, key)
+
+    def own_test(self, scope: str) -> bool:
+        """Whether a test is of a deployed node's own rows."""
+        return self.identity.floors is not None and bool(self._own([scope]))
+
+    def most_loss(self, own: bool) -> float:
+        """What a single loss on examples counts for at most, in nats; on a deployed node's ``own`` it is bounded."""
+        return MOST_LOSS if own and self.identity.floors is not None else math.inf
+
+    def generated(self, rows: int) -> int:
+        """Of how many rows of an own test answers are generated: of all, or of so few that none is singled out.
+
+        A run has no say in it: scores of all rows but one beside the loss of all would tell of that one.
+        """
+        least = (self.identity.floors or Floors()).test_examples
+        most = max(MOST_HELD, least)
+        return most if rows >= most + least else rows
 
     def told(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics as they leave: what is measured rounded, counts as they are.
@@ -281,10 +304,13 @@ class Guard:
             value = getattr(header.method, name)
             if value is not None:
                 _within(f"method.{name}", value, 0, most)
-        path, labels = self.identity.data.train, self.config.data.labels
-        if path and labels:  # whether an answer is among them is a question about the rows
-            account, asked = self.identity.account(path), _digest(labels)
-            if not self.identity.book.charge(account, LABELS, asked, floors.tests):
+        _within("the size of the adapter", _numbers_of(header.method), 0, _MOST_NUMBERS)
+        data, labels = self.identity.data, self.config.data.labels
+        # Whether an answer is among the labels is a question about the rows.
+        for path in filter(None, [data.train, data.test] if labels else []):
+            if not self.identity.book.charge(
+                self.identity.account(path), LABELS, _digest(labels), floors.tests
+            ):
                 self._spent("label list", floors.tests, "tests")
         self._disk(floors)
 
@@ -323,7 +349,7 @@ class Guard:
             personal = scope == "personal"
             seed = request.header.seed
             sizes[scope] = len(
-                identity.examples(seed).personal_test if personal else global_test(identity.data)
+                identity.examples(seed).personal_test if personal else identity.global_test()
             )
         told = [scope for scope in request.scopes if sizes[scope] >= least]
         if not told:
@@ -355,8 +381,7 @@ class Guard:
 
     def _disk(self, floors: Floors) -> None:
         parts = (self.identity.state_dir / part for part in _KEPT)
-        files = (path for part in parts for path in part.rglob("*") if path.is_file())
-        if sum(path.stat().st_size for path in files) > floors.state_gb * 1e9:
+        if sum(_size(path) for part in parts for path in part.rglob("*")) > floors.state_gb * 1e9:
             _refuse(
                 f"this node keeps more than {floors.state_gb:g} GB of runs; its owner can remove old ones from its "
                 "state-dir, or raise state-gb in its node.toml"
@@ -367,6 +392,26 @@ class Guard:
             f"this node's budget of {most} {kind}s on its data file is spent; its owner can raise {key} in [floors] of "
             "node.toml"
         )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where it is none, or another process has just replaced it."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
+def _numbers_of(method: MethodConfig) -> int:
+    """How many numbers the experts of an adapter have, whatever the model."""
+    output = method.output or method.latent
+    expert = method.inner * (method.latent + output) if method.inner else method.latent * output
+    return (
+        method.slots
+        * (method.experts_global + method.experts_type + method.experts_private)
+        * expert
+    )
 
 
 def check_message(node_config: Mapping[str, Any], size: int) -> None:

@@ -3,9 +3,10 @@
 No setting of a run and no seed has a say in it. Rows are told apart by keyed hashes of what stands in them
 (:mod:`.node_book`), so neither their order nor a row more changes who is held out:
 
-* rows that come later are trained on; a guest, who tests on all it has, takes them into its test when there are as many
-  as a test needs, so that no two tests differ by a few rows;
-* where a row that was held out is gone, everything is drawn anew: the old test without it would tell what it was.
+* rows that come later are trained on. Of a file that is a test as a whole (a guest's, a test file) they are taken in
+  when there are as many as a test needs, so that no two tests differ by a few rows;
+* where a row that was held out is gone, everything is drawn anew: the old test without it would tell what it was. A
+  file that is a test as a whole then leaves as many rows aside as a test needs, until as many have come.
 """
 
 from __future__ import annotations
@@ -16,11 +17,8 @@ from collections.abc import Sequence
 
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
-from heterotune_flwr.federation.floors import Floors
+from heterotune_flwr.federation.floors import MOST_HELD, Floors
 from heterotune_flwr.federation.node_book import NodeBook
-
-#: Rows that are held out of a file of four times as many or more.
-MOST_HELD = 32
 
 
 def held_size(rows: int, floors: Floors) -> int:
@@ -36,31 +34,48 @@ def split(
 ) -> ClientData:
     """What a node trains on and what it holds out, of all its rows; a guest trains on none."""
     names = _names(pool, book)
-    held = _held(names, account, book, floors, guest)
+    held = (_tested if guest else _held)(names, account, book, floors)
     tested = [row for row, name in zip(pool, names, strict=True) if name in held]
     rest = [row for row, name in zip(pool, names, strict=True) if name not in held]
     return ClientData([] if guest else rest, tested)
 
 
-def _held(
-    names: Sequence[str], account: str, book: NodeBook, floors: Floors, guest: bool
-) -> set[str]:
-    """Names of the rows that are held out."""
-    kept, present = book.held(account), set(names)
-    if kept and kept <= present:
-        late = present - kept
-        if not guest or len(late) < floors.test_examples:
-            return kept
-    size = held_size(len(names), floors)
-    if guest:
-        size = len(names) if len(names) >= floors.test_examples else 0
-    if not size and not kept:
-        return set()
-    draw = book.draw_number(account)
-    ranked = sorted(present, key=lambda name: book.keyed(f"draw {draw} {name}"))
-    found = set(ranked[:size])
+def whole_test(
+    pool: Sequence[Example], account: str, book: NodeBook, floors: Floors
+) -> list[Example]:
+    """The rows of a node's test file that are tested."""
+    return split(pool, account, book, floors, guest=True).personal_test
+
+
+def _held(names: Sequence[str], account: str, book: NodeBook, floors: Floors) -> set[str]:
+    """Names of the rows that are held out of a file to train on."""
+    kept, size = book.held(account), held_size(len(names), floors)
+    if kept <= set(names) and (kept or not size):
+        return kept
+    found = set(_ranked(names, account, book)[:size])
     book.hold(account, found)
     return found
+
+
+def _tested(names: Sequence[str], account: str, book: NodeBook, floors: Floors) -> set[str]:
+    """Names of the rows that are tested of a file that is a test as a whole."""
+    beside, least = f"{account} aside", floors.test_examples
+    kept, aside, present = book.held(account), book.held(beside), set(names)
+    if kept <= present:
+        if len(present - kept - aside) < least:
+            return kept
+        found = present
+    else:
+        left = len(present) - least
+        found = set(_ranked(names, account, book)[: left if left >= least else 0])
+    book.hold(account, found)
+    book.hold(beside, present - found)
+    return found
+
+
+def _ranked(names: Sequence[str], account: str, book: NodeBook) -> list[str]:
+    draw = book.draw_number(account)
+    return sorted(names, key=lambda name: book.keyed(f"draw {draw} {name}"))
 
 
 def _names(pool: Sequence[Example], book: NodeBook) -> list[str]:

@@ -34,8 +34,8 @@ from heterotune_flwr.data.partition import ClientData, client_examples, own_exam
 from heterotune_flwr.data.sources import EMBEDDED, global_test, is_shipped, label_set
 from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.floors import Floors
-from heterotune_flwr.federation.holdout import split
+from heterotune_flwr.federation.floors import MOST_HELD, Floors
+from heterotune_flwr.federation.holdout import split, whole_test
 from heterotune_flwr.federation.node_book import NodeBook
 from heterotune_flwr.names import ID_RULE, is_id
 
@@ -127,12 +127,15 @@ class Identity:
     def global_test(self) -> list[Example]:
         """Return the run's common test; nothing where a deployed client has none (DataError as in :mod:`..data`).
 
-        A deployed client's is its own test file; without one the shipped test, where the run is about a shipped set.
+        A deployed client's is its own test file, of which a run chooses no rows (:mod:`.holdout`); without one the
+        shipped test, where the run is about a shipped set.
         """
         data = self.data
-        own = data.test is not None or data.name == NATURAL_INSTRUCTIONS
-        if self.partition is not None or own:
+        if self.partition is not None or data.name == NATURAL_INSTRUCTIONS:
             return global_test(data)
+        if data.test is not None:
+            found = global_test(dataclasses.replace(data, generate=MOST_HELD))
+            return whole_test(found, self.account(data.test), self.book, self.floors or Floors())
         if not is_shipped(data.name):
             return []
         return global_test(

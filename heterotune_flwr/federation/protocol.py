@@ -114,6 +114,9 @@ def resolve_output(
     )
 
 
+#: What an ``evaluate`` can be about.
+_SCOPES: tuple[set[str], ...] = ({"global"}, {"personal"}, {"global", "personal"})
+
 # --------------------------------------------------------------------------------- the messages
 
 
@@ -335,8 +338,8 @@ class EvaluateRequest:
         """Read the message content."""
         record = read_config(content)
         scopes = read_texts(record, "scope")
-        if not scopes or set(scopes) - {"global", "personal"}:
-            raise ExchangeError(f"field 'scope' is {scopes}; choose among global and personal")
+        if len(set(scopes)) != len(scopes) or set(scopes) not in _SCOPES:
+            raise ExchangeError("field 'scope' of the message: choose among global and personal")
         return cls(
             header=Header.from_config(record),
             tensors=read_tensors(content, TENSORS) or {},

@@ -24,12 +24,8 @@ DISCRIMINANT, CLASS_SUMS, CLASS_COUNTS = "discriminant", "class_sums", "class_co
 
 #: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again, ``tensors_missing`` all
 #: tensors. ``refused_by_node``: its owner's floors forbid what was asked, which is no failure.
-ERROR_FAILED, ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING, ERROR_REFUSED = (
-    "failed",
-    "maps_missing",
-    "tensors_missing",
-    "refused_by_node",
-)
+ERROR_KINDS = ("failed", "maps_missing", "tensors_missing", "refused_by_node")
+ERROR_FAILED, ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING, ERROR_REFUSED = ERROR_KINDS
 
 #: Letters of an error that travels.
 _LONGEST_ERROR = 1000
@@ -64,7 +60,7 @@ def read_config(content: RecordDict) -> ConfigRecord:
         kind, name = record.get("error_kind"), record.get("client_id")
         raise RemoteError(
             safe_text(str(record["error"]), _LONGEST_ERROR),
-            kind if kind in (ERROR_MAPS_MISSING, ERROR_TENSORS_MISSING) else ERROR_FAILED,
+            kind if kind in ERROR_KINDS else ERROR_FAILED,
             name if isinstance(name, str) and is_id(name) else "",
         )
     return record

@@ -45,17 +45,22 @@ def evaluate(
 ) -> EvalReport:
     """Evaluate the adapter with the values it holds, for data with these log label frequencies (C).
 
-    ``most``: what a single loss counts for at most, in nats.
+    ``most``: what a single loss counts for at most, in nats; where there is such a bound, one that is no number too.
     """
     total_loss, total_rows, total_right = 0.0, 0, 0
     for start in range(0, len(rows), _BATCH):
         chosen = list(range(start, min(start + _BATCH, len(rows))))
         states, targets, owners = rows.rows(chosen)
         losses, correct = task.losses(states, targets, rows.offsets(chosen, prior))
-        total_loss += float(losses.double().clamp(max=most).sum())
+        total_loss += float(bounded(losses.double(), most).sum())
         total_rows += len(losses)
         total_right += int(examples_correct(correct, owners, len(chosen)).sum())
     return EvalReport(total_loss / max(total_rows, 1), total_right / max(len(rows), 1), len(rows))
+
+
+def bounded(losses: torch.Tensor, most: float) -> torch.Tensor:
+    """Losses, none above ``most``, nor NaN where that is a number."""
+    return losses.nan_to_num(nan=most).clamp(max=most) if math.isfinite(most) else losses
 
 
 #: Explicit per-process memory of results by everything they depend on.

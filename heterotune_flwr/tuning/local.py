@@ -90,10 +90,11 @@ class _Loop:
     terms: GradientTerms
     distillation: Distillation | None
     anchor_batch: int
+    most: float = math.inf
     halved: bool = False
 
     def __post_init__(self) -> None:
-        self.totals = torch.zeros(2, device=self.adapter.backbone.device)
+        self.totals = torch.zeros(3, device=self.adapter.backbone.device)
 
     def step(self, chosen: list[int], anchors: list[int]) -> None:
         """One optimizer step; short of memory, once in half as many examples at a time."""
@@ -140,7 +141,7 @@ class _Loop:
             torch.cuda.empty_cache()
 
     def _gradients(self, chosen: list[int], anchors: list[int]) -> torch.Tensor:
-        """Gradient of the mean loss over a batch's rows, in parts; returns (mean loss, accuracy).
+        """Gradient of the mean loss over a batch's rows, in parts; returns (mean loss, accuracy, bounded mean loss).
 
         Without examples the loss is that of the anchors.
         """
@@ -154,13 +155,14 @@ class _Loop:
             loss.backward()  # type: ignore[no-untyped-call]
             totals[0] += loss.detach()
             totals[1] += examples_correct(correct, owners, len(part)).sum() / len(chosen)
+            totals[2] += losses.detach().clamp(max=self.most).sum() / count
         if self.distillation is not None:
             size = min(self.micro_batch, self.anchor_batch)
             for part in self._parts(self.distillation, anchors, size):
                 anchored = self.distillation.losses(self.task, part).sum() / len(anchors)
                 anchored.backward()  # type: ignore[no-untyped-call]
                 if not chosen:
-                    totals[0] += anchored.detach()
+                    totals[[0, 2]] += anchored.detach()
         return totals
 
     def _parts(self, of: Rows | Distillation, chosen: list[int], most: int) -> list[list[int]]:
@@ -183,6 +185,7 @@ def train_local(
     memory_gb: float | None = None,
     corrections: Mapping[str, torch.Tensor] | None = None,
     distillation: Distillation | None = None,
+    most: float = math.inf,
 ) -> TrainReport:
     """Train the attached adapter in place, from the values it holds.
 
@@ -206,6 +209,8 @@ def train_local(
     distillation
         Anchors fitted beside the examples in every step (:mod:`.distill`), or alone where there are no examples; the
         rate then sinks to nothing over the steps, as no other round follows.
+    most
+        What a single loss counts for at most in the loss that is reported, in nats; it is trained on as it is.
 
     Raises
     ------
@@ -242,6 +247,7 @@ def train_local(
         terms,
         distillation,
         anchor_batch,
+        most,
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -258,7 +264,7 @@ def train_local(
         for chosen in batches(len(rows), config.batch_size, steps, rng):
             anchors = distillation.draw(config.batch_size, rng) if distillation else []
             loop.step(chosen, anchors)
-    mean_loss, accuracy = (loop.totals / max(steps, 1)).tolist()
+    mean_loss, accuracy, told_loss = (loop.totals / max(steps, 1)).tolist()
     if not math.isfinite(mean_loss):
         raise FederationError(
             f"local training on {adapter.backbone.type_key} diverged (loss {mean_loss}); lower "
@@ -268,7 +274,7 @@ def train_local(
     return TrainReport(
         examples=len(distillation.chosen) if anchors_alone and distillation else len(rows),
         steps=steps,
-        loss=mean_loss,
+        loss=told_loss,
         accuracy=None if anchors_alone else accuracy,
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(device),
