@@ -301,7 +301,7 @@ def test_what_is_under_way_is_told_now_and_then(tmp_path, monkeypatch):
     told = []
 
     class Told:
-        def event(self, event, **fields):
+        def event(self, event, /, **fields):
             told.append((event, fields))
 
     pace = journal.Pace(Told(), "asking")

@@ -23,6 +23,7 @@ Matrix = NDArray[Any]
 _CORRELATION, _DIFFERENCE, _ROWS, _GRADIENTS = 0.95, 0.35, 0.05, 0.3
 #: Larger numbers no backbone has.
 _LARGEST = 1e8
+_WORDS = ("words.left", "words.singular", "words.right")
 #: Ridge of the whitening, in mean squared singular values: the order of ``alignment.shrinkage``.
 _RIDGE = 0.1
 
@@ -46,6 +47,13 @@ def fault_of(
     wanted += [f"slots.{slot}.pullback" for slot in range(slots - 1)] if deep and not texts else []
     if missing := [name for name in wanted if name not in factors]:
         return f"{missing[0]} is missing"
+    known = {
+        *wanted,
+        *([] if texts else _WORDS),
+        *(f"slots.{slot}.pullback" for slot in range(slots - 1)),
+    }
+    if others := sorted(set(factors) - known):
+        return f"{others[0]} was not asked for"
     rows = len(factors[f"{places[0]}.scores"])
     for place in places:
         scores, basis, mean = (factors[f"{place}.{part}"] for part in ("scores", "basis", "mean"))
@@ -71,7 +79,7 @@ def _fault_of_outputs(factors: Tensors, slots: int, hidden: int, labels: int) ->
         return f"label_rows has the shape {list(factors['label_rows'].shape)}"
     if labels and not factors["label_rows"].any(axis=1).all():
         return "label_rows holds a row of nothing"
-    parts = [factors.get(f"words.{part}") for part in ("left", "singular", "right")]
+    parts = [factors.get(name) for name in _WORDS]
     count = 0
     if any(part is not None for part in parts):
         left, singular, right = parts
@@ -127,7 +135,9 @@ def _same_reading(a: Mapping[str, Matrix], b: Mapping[str, Matrix], place: str) 
     ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))
     reads = np.linalg.solve(gram + ridge, theirs.T @ latents)
     # The smallest states that give these scores; the basis of whole texts is scaled, so it is no orthogonal one.
-    states = scores @ np.linalg.solve(basis @ basis.T + 1e-12 * np.eye(len(basis)), basis)
+    lengths = basis @ basis.T
+    tiny = 1e-12 * np.trace(lengths) / len(basis) * np.eye(len(basis))
+    states = scores @ np.linalg.solve(lengths + tiny, basis)
     shifted = (states + (mean - their_mean)) @ (their_basis.T @ reads)
     of_texts, of_states = theirs @ reads, shifted - shifted.mean(axis=0)
     # Where both stand matters to the gate: a mean that is elsewhere shifts every latent.

@@ -94,7 +94,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 class _Journals(Protocol):
     """Anything that writes events: a journal, or who adds fields of its own on the way there."""
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, /, **fields: Any) -> None:
         """Write one."""
 
 
@@ -129,7 +129,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def append_event(path: Path, event: str, **fields: Any) -> None:
+def append_event(path: Path, event: str, /, **fields: Any) -> None:
     """Append one event to a journal; the line is complete on disk when this returns."""
     if isinstance(reason := fields.get("reason"), str):  # it may quote what a client sent
         fields["reason"] = safe_text(reason, LONGEST_REASON)
@@ -166,7 +166,7 @@ class Journal:
         self.status("running")
         self.event("journal", version=VERSION, torn_line=torn)
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, /, **fields: Any) -> None:
         """Append one event; the line is complete on disk when this returns."""
         append_event(self.path, event, **fields)
 

@@ -267,7 +267,7 @@ class MapsService:
         for key, one in answers.items():
             for reason in one.reasons:
                 self._journal.event("factors_refused", type=key, reason=safe_text(reason))
-            if key in inquiry.trust.unchecked:
+            if key in inquiry.trust.unchecked and one.told:
                 reason = f"aligned by one client, {one.told[0][0]}: unchecked"
                 self._journal.event("unchecked", type=key, reason=safe_text(reason))
             if key in inquiry.trust.apart:

@@ -10,7 +10,7 @@ import numpy as np
 
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import payload_bytes
-from heterotune_flwr.exchange.spill import Spill
+from heterotune_flwr.exchange.spill import Spill, Stored
 from heterotune_flwr.federation.journal import writing
 from heterotune_flwr.federation.protocol import DELTAS, EvaluateReply, TrainReply
 from heterotune_flwr.flower import ArrayRecord, Message
@@ -46,8 +46,10 @@ class Admitted:
 def _shortened(update: ClientUpdate, share: float) -> ClientUpdate:
     if share == 1.0:
         return update
-    deltas = {name: np.float32(share) * value for name, value in update.deltas.items()}
-    return replace(update, deltas=deltas)
+    factor, deltas = np.float32(share), update.deltas
+    if isinstance(deltas, Stored):  # stays where it is
+        return replace(update, deltas=deltas.scaled(factor))
+    return replace(update, deltas={name: factor * value for name, value in deltas.items()})
 
 
 class Intake:
@@ -152,6 +154,8 @@ def read_evaluations(
             reply = EvaluateReply.from_content(message.content)
             if reply.client_id != client_id:
                 raise FederationError(f"answers as {reply.client_id}")
+            if reply.type_key != courier.roster.clients[client_id].info.type_key:
+                raise FederationError(f"answers as type {reply.type_key}")
             if reply.round != server_round:
                 raise FederationError(f"answers round {reply.round} instead of {server_round}")
             answers.append(reply)

@@ -44,17 +44,18 @@ from heterotune_flwr.federation.wire import (
     read_config,
     read_field,
     read_metrics,
+    read_texts,
 )
 from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
 from heterotune_flwr.names import safe_text
+from heterotune_flwr.strategies.evaluation import check_tests
 from heterotune_flwr.strategies.gate import MOST_METRICS
 from heterotune_flwr.strategies.resend import Resend
 from heterotune_flwr.strategies.safety import Safety
+from heterotune_flwr.strategies.updates import RESERVED
 
 log = logging.getLogger(__name__)
 
-#: Keys of a journalled reply that no metric of a client may take.
-RESERVED = frozenset({"event", "time", "strategy", "seed", "round", "of", "client_id", "type"})
 #: Different records of tensors that are kept to be sent again.
 _RECORDS = 64
 
@@ -196,8 +197,11 @@ class Courier:
                 config = read_config(reply.content)
                 kept = read_kept(config)
                 self._account(client_id, request, reply, kind, round)
+                metrics = read_metrics(reply.content)
                 if kind == TRAIN:
-                    self._journal_reply(client_id, round, read_metrics(reply.content))
+                    self._journal_reply(client_id, round, metrics)
+                else:
+                    check_tests(metrics, read_texts(read_config(request.content), "scope"))
             except RemoteError as error:
                 if _can_send_more(request, error.kind) or (
                     error.kind == ERROR_MAPS_MISSING and client_id in self._spared
@@ -385,7 +389,7 @@ class Courier:
         self.safety.gate.count(client_id, check)
         self.refuse(client_id, round, reason, check=check)
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, /, **fields: Any) -> None:
         """Journal an event of this strategy."""
         self.context.session.journal.event(
             event, strategy=self.context.name, seed=self.context.seed, **fields

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 
+from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation.outcome import MEASURES, ClientRow
 from heterotune_flwr.federation.protocol import EvaluateReply
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.sampling import draw_tested
+from heterotune_flwr.strategies.gate import MOST_METRICS
+
+#: No loss of a model is larger.
+_LARGEST_LOSS = 1e6
+
+
+def check_tests(metrics: Mapping[str, float], scopes: Collection[str]) -> None:
+    """Refuse results that no test can have, or of a test that was not asked for.
+
+    They are a client's own word, and the means over all clients are made of them.
+
+    Raises
+    ------
+    FederationError
+        One line about the first thing that is wrong.
+
+    """
+    if len(metrics) > MOST_METRICS:
+        raise FederationError(f"reports {len(metrics)} metrics, more than {MOST_METRICS}")
+    for name, value in sorted(metrics.items()):
+        scope, _, measure = name.partition("_")
+        if scope in ("global", "personal") and scope not in scopes:
+            raise FederationError(f"reports {name}, which was not asked for")
+        most = _LARGEST_LOSS if measure == "loss" else 1.0
+        if not math.isfinite(value) or (name in MEASURES and not 0 <= value <= most):
+            raise FederationError(f"reports {name} = {value}")
 
 
 def tested(roster: Roster, wanted: float | None, seed: int) -> list[str]:

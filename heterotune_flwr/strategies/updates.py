@@ -18,7 +18,14 @@ from heterotune_flwr.exchange.spill import Stored, loaded
 from heterotune_flwr.federation.protocol import TrainReply
 
 Shapes = dict[str, tuple[int, ...]]
-_NOT_AVERAGED = {"examples", "steps", "learning_rate", "seconds", "peak_memory_mb"}
+#: Keys of what is journalled of replies and of rounds that no metric of a client may take.
+RESERVED = frozenset(
+    {
+        "event", "time", "strategy", "seed", "round", "of", "client_id", "type", "types", "clients", "client_seconds",
+        "consensus", "discriminant", "bytes_up", "bytes_down",
+    }
+)  # fmt: skip
+_NOT_AVERAGED = RESERVED | {"examples", "steps", "learning_rate", "seconds", "peak_memory_mb"}
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Memory(Journal):
         self.seen = []
         super().__init__(directory)
 
-    def event(self, event, **fields):
+    def event(self, event, /, **fields):
         super().event(event, **fields)
         self.seen.append({"event": event, **fields})
 

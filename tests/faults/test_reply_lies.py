@@ -1,0 +1,148 @@
+"""Lies in what a client says beside its update: names of metrics, results of tests, refusals, predictions, factors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fault_federation import run, toy_spec
+from test_factor_lies import HONEST, aligning, one
+
+from heterotune_flwr.dema.factor_checks import fault_of, same_backbone
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.spill import Spill, Stored
+from heterotune_flwr.federation.consensus import as_probabilities
+from heterotune_flwr.federation.protocol import ERROR_REFUSED, error_content
+from heterotune_flwr.flower import ConfigRecord, Message, MetricRecord
+from heterotune_flwr.strategies.admission import _shortened
+from heterotune_flwr.strategies.updates import RESERVED, ClientUpdate
+
+LIAR = "client-0003"
+
+
+def answering(kind, change, liar=LIAR):
+    """``change``: honest content of replies to messages of a kind -> another."""
+
+    def prepare(federation, grid):
+        honest = getattr(federation, kind)
+
+        def lying(message, context):
+            reply = honest(message, context)
+            if federation.who(context)[0] == liar:
+                reply = Message(change(reply.content), reply_to=message)
+            return reply
+
+        setattr(federation, kind, lying)
+        grid._app = federation.app()
+
+    return prepare
+
+
+def results(**values):
+    def change(content):
+        content["metrics"] = MetricRecord({**content["metrics"], **values})
+        return content
+
+    return change
+
+
+def of_type(type_key, change):
+    def changed(content):
+        content["config"] = ConfigRecord({**content["config"], "type_key": type_key})
+        return change(content)
+
+    return changed
+
+
+def play(prepare=None, clients=(2, 2, 2)):
+    return run(toy_spec("heterotune"), clients, prepare=prepare, rounds=2, wait_seconds=0.1)
+
+
+def test_metrics_may_have_any_name_even_where_everybody_uses_it():
+    def named(federation, grid):
+        federation.extra_metrics = dict.fromkeys([*RESERVED, "self", "path", "fields"], 7.0)
+
+    ended = play(named)
+    assert [event["round"] for event in ended.of("round")] == [1, 2]
+    assert all(event["clients"] == 6 for event in ended.of("round"))
+    assert ended.loss() == play().loss()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        results(personal_loss=float("nan")),
+        results(personal_loss=1e300),
+        results(personal_loss=-1.0),
+        results(personal_accuracy=7.0),
+        results(personal_rouge_l=float("inf")),
+        results(personal_examples=float("nan")),
+        results(global_loss=0.001, global_accuracy=1.0, global_examples=300.0),
+        results(**{f"m{index}": 0.0 for index in range(100)}),
+        of_type("large@fp32", results()),
+    ],
+)
+def test_results_that_no_test_has_or_that_were_not_asked_for_are_refused(change):
+    ended, honest = play(answering("evaluate", change)), play()
+    assert {event["client_id"] for event in ended.of("refused")} == {LIAR}
+    for row, other in zip(ended.strategy.outcome.rows, honest.strategy.outcome.rows, strict=True):
+        if row.client_id == LIAR:  # of a type whose global test another was asked for
+            assert row.personal_loss is None
+            assert row.global_loss == other.global_loss
+        else:
+            assert row == other
+
+
+def test_the_next_client_of_a_type_is_tested_where_the_first_one_lies():
+    change = results(global_accuracy=2.0)
+    ended = play(answering("evaluate", change, "client-0000"))
+    assert ended.loss() == play().loss()
+
+
+def test_a_nodes_refusal_is_no_failure():
+    content = error_content("its budget is spent", ERROR_REFUSED)
+    ended = play(answering("train", lambda _: content))
+    assert {event["client_id"] for event in ended.of("left_out")} == {LIAR}
+    assert not ended.of("client_failed")
+
+
+def test_predictions_of_any_size_are_probabilities_or_refused():
+    large = as_probabilities(np.full((3, 4), 3e38, np.float32), 3, 4)
+    np.testing.assert_allclose(large, 0.25)
+    with pytest.raises(ExchangeError):
+        as_probabilities(np.full((3, 4), np.inf, np.float32), 3, 4)
+
+
+def test_two_equal_rows_of_a_basis_are_no_backbone_and_no_error():
+    def doubled(basis):
+        return np.vstack([basis[:1], basis[:1], basis[2:]]) * np.float32(1e4)
+
+    told = one("slots.0.basis", doubled)(HONEST)
+    assert not fault_of(told, 1, False, 24, 6, False)
+    assert not same_backbone(HONEST, told)
+    assert not same_backbone(told, HONEST)
+    assert play(aligning(one("slots.0.basis", doubled))).of("apart")
+
+
+def test_factors_that_were_not_asked_for_are_refused():
+    told = {**HONEST, "more": np.ones(3, np.float32)}
+    assert "not asked for" in fault_of(told, 1, False, 24, 6, False)
+
+
+def test_the_one_client_of_a_type_may_be_right_about_one_part_and_wrong_about_another():
+    def half(factors):
+        return {} if any(name.startswith("text") for name in factors) else factors
+
+    ended = play(aligning(half), (1, 2, 2))
+    assert [event["client_id"] for event in ended.of("left_out")] == ["client-0000"]
+    assert ended.finite()
+
+
+def test_a_shortened_update_stays_in_its_file(tmp_path):
+    deltas = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
+    stored = Spill(tmp_path).put(deltas, 1.0, "print")
+    update = ClientUpdate("c", "t", 8, 2, 0.1, stored)
+    short = _shortened(update, 0.3)
+    assert isinstance(short.deltas, Stored)
+    whole = _shortened(ClientUpdate("c", "t", 8, 2, 0.1, deltas), 0.3)
+    for name, value in whole.deltas.items():
+        assert np.array_equal(short.deltas[name], value)
