@@ -73,7 +73,16 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
     assert [r["strategy"] for r in saved["runs"]] == ["local_only", "heterotune"]
     assert len(results["runs"]) == 2
     kinds = [json.loads(line)["event"] for line in (directory / "rounds.jsonl").open()]
-    assert kinds[:6] == ["journal", "asking", "describe", "aligning", "align", "start"]
+    one_client_each = ["unchecked"] * 3
+    assert kinds[:9] == [
+        "journal",
+        "asking",
+        "describe",
+        "aligning",
+        *one_client_each,
+        "align",
+        "start",
+    ]
     assert kinds.count("checkpoint") == 10  # rounds 0 to 3 of both, and again after the evaluations
     assert kinds[-1] == "end"
     assert kinds.count("round") == 6
