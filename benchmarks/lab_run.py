@@ -32,7 +32,7 @@ groups: {types: tiny, data: debian_sections, method: dema, alignment: labels, tr
   server: deployment}
 strategies: [heterotune]
 types: TYPES
-data: {examples_per_client: 24, personal_test_examples: 8}
+data: {examples_per_client: 32, personal_test_examples: 8}
 method: {latent: 32, inner: 8}
 alignment: {count: 200, components: 64}
 train: {local_steps: 3}

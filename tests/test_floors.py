@@ -44,6 +44,7 @@ from heterotune_flwr.federation.protocol import (
     TrainRequest,
 )
 from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.tuning import local
 from heterotune_flwr.tuning.evaluate import bounded
 
 ROWS = 80
@@ -254,15 +255,15 @@ def test_no_two_tests_of_a_file_that_is_a_test_as_a_whole_differ_by_a_few_rows(t
     assert [len(found) for found in seen] == [50, 29, 29, 29, 69, 78, 0, 0]
 
 
-@pytest.mark.parametrize("rows", [31, 51, 52, 79, 80, 128, 10_000])
+@pytest.mark.parametrize("rows", [31, 59, 60, 79, 80, 128, 10_000])
 def test_what_is_held_out_leaves_enough_to_train_on(rows):
     held = held_size(rows, Floors())
-    assert held == 0 or (20 <= held <= 32 and rows - held >= 32)
+    assert held == 0 or (20 <= held <= 32 and rows - held >= 40)
 
 
 def test_a_node_with_few_rows_says_so_and_takes_no_part(world, folder, tmp_path):  # noqa: F811
-    with refused("fewer than 32 examples.*keeps its bare model") as caught:
-        Node(world, folder, tmp_path, rows=31).describe()
+    with refused("fewer than 40 examples.*keeps its bare model") as caught:
+        Node(world, folder, tmp_path, rows=39).describe()
     assert caught.value.client_id == "clinic"
     few = Node(world, folder, tmp_path, rows=40)
     told = few.describe()
@@ -323,6 +324,30 @@ def test_what_a_node_keeps_of_earlier_rounds_is_part_of_what_is_asked(world, fol
         ask(round, rate)
     with refused("budget of 3 trainings"):
         ask(2, 0.01)
+
+
+def test_no_two_trainings_or_passes_differ_by_a_single_example(node, monkeypatch):
+    seen, step = [], local._Loop.step
+
+    def watched(loop, chosen, anchors):
+        seen[-1].append(frozenset(chosen))
+        step(loop, chosen, anchors)
+
+    monkeypatch.setattr(local._Loop, "step", watched)
+
+    def trained(size, steps):
+        seen.append([])
+        node.train(f"train.batch_size={size}", local_steps=steps, learning_rate=1e-9)
+        return seen[-1]
+
+    for size, steps, each in ((8, 6, 8), (15, 3, 17), (17, 3, 17), (25, 2, 26), (51, 1, 52)):
+        first, second = trained(size, 2 * steps), trained(size, steps)
+        assert {len(batch) for batch in first + second} == {each}
+        used = frozenset().union(*first)
+        assert len(used) == each * steps <= 60 - 8
+        assert used == frozenset().union(*first[:steps]) == frozenset().union(*first[steps:])
+        assert len(used ^ frozenset().union(*second)) > 2
+        assert trained(size, steps) == second  # asked again: the same answer
 
 
 def test_lists_of_labels_are_counted_against_a_test_file_too(world, folder, tmp_path):  # noqa: F811

@@ -215,11 +215,11 @@ def _own_examples(
     examples: Sequence[Example], guest: bool, read: str | None, floors: Floors
 ) -> Finding:
     digest, count = examples_digest(examples)[:12], len(examples)
-    few = not guest and count < floors.round_examples
+    few = not guest and count < floors.rows
     state: State = "warn" if few else "ok"
     mend = (
-        f"a round trains on at least {floors.round_examples} (round-examples in [floors]): this node takes no part and "
-        'keeps its bare model; guest = "yes" joins without training on them'
+        f"a round needs at least {floors.rows} (round-examples and step-examples in [floors]): this node takes no part "
+        'and keeps its bare model; guest = "yes" joins without training on them'
     ) if few else ""  # fmt: skip
     answers = len({example.label for example in examples})
     held = held_size(count, floors)

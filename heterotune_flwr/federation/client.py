@@ -284,8 +284,10 @@ def train(message: Message, context: Context) -> RecordDict:
     lesson = anchor_work(
         request.lesson, client.identity, config, task, adapter, header.seed, request.discriminant
     )
+    aside, size = client.guard.steps(len(encoded))
     settings = replace(
         config.train,
+        batch_size=size,
         optimizer=request.optimizer,
         proximal=request.proximal,
         warmup_ratio=request.warmup_ratio,
@@ -296,7 +298,7 @@ def train(message: Message, context: Context) -> RecordDict:
         task,
         make_rows(adapter, encoded, config.train.cache_states),
         settings,
-        seed=_step_seed(header, client.identity),
+        seed=_step_seed(header, client.identity, [size, request.local_steps]),
         local_steps=request.local_steps,
         learning_rate=request.learning_rate,
         prior=client.prior(header.seed),
@@ -304,6 +306,7 @@ def train(message: Message, context: Context) -> RecordDict:
         corrections=controls.corrections,
         distillation=lesson.distillation(header.round) if lesson else None,
         most=client.guard.most_loss(own=True),
+        aside=aside,
     )
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}
@@ -426,14 +429,15 @@ def _use_maps(
     adapter.load_maps(held, digest)
 
 
-def _step_seed(header: Header, identity: Identity) -> int:
+def _step_seed(header: Header, identity: Identity, steps: Sequence[int]) -> int:
     """Seed of this client's batches and dropout in this round: no state, so resume is exact.
 
-    Of a deployed client the server does not know it: who is in a batch with whom is nobody's business.
+    Of a deployed client the server does not know it, and trainings in steps of another size or number have seeds that
+    have nothing to do with one another: 32 and 33 rows in one order would tell one row's gradient.
     """
     name = f"train.{identity.client_id}.{header.round}"
     if identity.floors is not None:
-        name = identity.book.keyed(name)
+        name = identity.book.keyed(f"{name} {list(steps)}")
     return int(generator(header.seed, name).integers(2**62))
 
 

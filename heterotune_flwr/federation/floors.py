@@ -51,11 +51,12 @@ class Floors:
 
     test_examples: int = _floor(20, "a test of this node's rows is of at least so many")
     step_examples: int = _floor(
-        8, "a training step is on at least so many examples (train.batch_size)"
+        8,
+        "a training step is on at least so many examples (train.batch_size); as many others sit each training out",
     )
     round_examples: int = _floor(
         32,
-        "a round trains on at least so many different examples; with fewer rows this node does not train",
+        "a round trains on at least so many different examples; a node with fewer beside step-examples does not train",
     )
     local_steps: int = _floor(1000, "most training steps of one round")
     trainings: int = _floor(5000, "most different trainings answered on one data file, ever")
@@ -72,6 +73,11 @@ class Floors:
             if key.startswith(PREFIX)
         }
         return cls(**checked_floors(given, "the node configuration", PREFIX))
+
+    @property
+    def rows(self) -> int:
+        """Fewest examples that a node trains with: those of a round, and those that each training leaves out."""
+        return self.round_examples + self.step_examples
 
     def to_config(self) -> dict[str, Any]:
         """What :meth:`of` reads back."""
@@ -266,6 +272,20 @@ class Guard:
             if not identity.book.charge(identity.account(path), kind, digest, most):
                 self._spent(kind, most, key)
 
+    def steps(self, rows: int) -> tuple[int, int]:
+        """How many of so many examples a training leaves out, and how many a step is on.
+
+        No two trainings, steps or passes over the examples may differ by a single one: their difference would be its
+        gradient. So some are left out, others each time, and the rest is divided into equal steps without remainder.
+        """
+        floors, size = self.identity.floors, self.config.train.batch_size
+        if floors is None or not rows:
+            return 0, size
+        used = rows - floors.step_examples
+        counts = range(max(1, used // size), 0, -1)
+        count = next((n for n in counts if used - used % n >= floors.round_examples), 1)
+        return rows - used // count * count, used // count
+
     def own_test(self, scope: str) -> bool:
         """Whether a test is of a deployed node's own rows."""
         return self.identity.floors is not None and bool(self._own([scope]))
@@ -315,11 +335,11 @@ class Guard:
         self._disk(floors)
 
     def _rows(self, rows: int, floors: Floors) -> None:
-        least = floors.round_examples
+        least = floors.rows
         if not self.identity.guest and rows < least:
             _refuse(
-                f"this node has fewer than {least} examples to train on (round-examples in its node.toml): it keeps "
-                "its bare model"
+                f"this node has fewer than {least} examples to train on (round-examples and step-examples in its "
+                "node.toml): it keeps its bare model"
             )
 
     def _work(self, request: TrainRequest, rows: int, floors: Floors) -> None:

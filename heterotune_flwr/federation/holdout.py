@@ -24,7 +24,7 @@ from heterotune_flwr.federation.node_book import NodeBook
 def held_size(rows: int, floors: Floors) -> int:
     """How many of so many rows are held out: a quarter, 32 at most and as a test needs at least; none of too few."""
     least = floors.test_examples
-    if rows < least + floors.round_examples:
+    if rows < least + floors.rows:
         return 0
     return max(min(rows // 4, MOST_HELD), least)
 

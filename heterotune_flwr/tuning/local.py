@@ -186,6 +186,7 @@ def train_local(
     corrections: Mapping[str, torch.Tensor] | None = None,
     distillation: Distillation | None = None,
     most: float = math.inf,
+    aside: int = 0,
 ) -> TrainReport:
     """Train the attached adapter in place, from the values it holds.
 
@@ -211,6 +212,8 @@ def train_local(
         rate then sinks to nothing over the steps, as no other round follows.
     most
         What a single loss counts for at most in the loss that is reported, in nats; it is trained on as it is.
+    aside
+        Examples, drawn by ``seed``, that this training leaves out.
 
     Raises
     ------
@@ -261,9 +264,12 @@ def train_local(
     ):
         torch.manual_seed(seed % 2**63)
         rng = np.random.default_rng(seed % 2**63)
-        for chosen in batches(len(rows), config.batch_size, steps, rng):
-            anchors = distillation.draw(config.batch_size, rng) if distillation else []
-            loop.step(chosen, anchors)
+        used = rng.permutation(len(rows))[aside:].tolist() if aside else range(len(rows))
+        # Else what is drawn of the anchors would choose the examples of later batches.
+        public = np.random.default_rng([seed % 2**63, 1]) if aside else rng
+        for chosen in batches(len(used), config.batch_size, steps, rng):
+            anchors = distillation.draw(config.batch_size, public) if distillation else []
+            loop.step([used[index] for index in chosen], anchors)
     mean_loss, accuracy, told_loss = (loop.totals / max(steps, 1)).tolist()
     if not math.isfinite(mean_loss):
         raise FederationError(
