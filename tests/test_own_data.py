@@ -57,6 +57,14 @@ def test_many_clients_are_told_in_one_line(tmp_path, tokenizer):
     assert "; 36 more of 10 to 10" in text
 
 
+def test_labels_of_several_lines_are_told_in_one(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "train.jsonl", 60)
+    path.write_text(path.read_text().replace('"motor"', json.dumps("motor\n\n" + "very " * 99)))
+    lines = own_data(compose("quick", [f"data.train={path}"]), {"mine": tokenizer})
+    assert not any("\n" in line for line in lines)
+    assert any("motor very very" in line and len(line) < 1500 for line in lines)
+
+
 def test_what_is_cut_is_counted_with_what_is_left(tmp_path, tokenizer):
     rows = [{"text": "red apples " * (60 if n % 4 == 0 else 1), "label": LABELS[n % 3]} for n in range(40)]  # fmt: skip
     path = rows_of(tmp_path / "long.jsonl", [{**r, "text": f"{r['text']}{n}"} for n, r in enumerate(rows)])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,51 @@ def test_a_table_of_positions_has_an_end(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="learned 48 positions"):
         preflight(run_of(tmp_path, "data.max_length=64"))
     assert load(save_backbone(tmp_path / "rotary")).positions is None
+
+
+def test_positions_that_a_table_keeps_for_itself_are_not_offered(tmp_path: Path) -> None:
+    """OPT's table has two rows more than a text may have tokens: the check before a run knows it too."""
+    tokenizer = save_tokenizer(tmp_path)
+    config = AutoConfig.for_model(
+        "opt", vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=48,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"learned 48 positions; set data\.max_length=48"):
+        preflight(run_of(tmp_path, "data.max_length=50"))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"is_encoder_decoder": True}, "an encoder"),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "an encoder"),
+        ({"model_type": "wonder"}, "does not know"),
+        ({"model_type": "wonder", "auto_map": {"AutoConfig": "mine.Mine"}}, "never run"),
+        ({"hidden_size": None}, "no 'n_embd'"),
+    ],
+)
+def test_what_is_no_decoder_or_brings_its_own_code_is_refused_before_work(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], change: dict[str, Any], match: str
+) -> None:
+    save_backbone(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of a model folder ran')")
+    with pytest.raises(BackboneError, match=match) as caught:
+        preflight(run_of(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert "[y/N]" not in capfd.readouterr().out
+
+
+def test_a_tokenizer_that_brings_its_own_code_asks_nobody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_backbone(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "Wonder", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of a model folder ran')")
+    with contextlib.suppress(BackboneError):  # the library may know the file without the class
+        preflight(run_of(tmp_path))
+    assert "[y/N]" not in capfd.readouterr().out

@@ -65,7 +65,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+        )
     except Exception as error:  # the reader raises whatever a damaged file makes it raise
         reason = " ".join(str(error).split())[:200]
         raise BackboneError(f"{str(gguf)!r} is not a readable GGUF model: {reason}") from error

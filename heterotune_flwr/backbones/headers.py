@@ -34,6 +34,8 @@ def weight_files(directory: Path) -> list[Path]:
     """Weight files of a backbone in order (ValueError for an unreadable index of shards)."""
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
+    if not (directory / _INDEX).exists():
+        raise ValueError("there is no model.safetensors (nor shards with an index)")
     try:
         names = set(parse_json((directory / _INDEX).read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

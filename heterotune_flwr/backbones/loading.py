@@ -205,7 +205,7 @@ def _stored_config(directory: Path) -> Any:
     """Configuration of a checkpoint quantized already, computing in bfloat16 as every other here."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         if isinstance(found := getattr(part, "quantization_config", None), dict):
             found["bnb_4bit_compute_dtype"] = "bfloat16"
@@ -234,6 +234,7 @@ def _from_pretrained(spec: BackboneSpec, directory: Path, device: str, **given: 
         device_map={"": device},
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=False,  # None asks at the terminal whether to run what lies in the folder
         output_loading_info=True,
         **given,
     )

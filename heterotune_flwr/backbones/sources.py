@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,13 @@ class BackboneSpec:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a backbone's configuration says: d, number of decoder blocks, vocabulary size."""
+    """What a backbone's configuration says: d, number of decoder blocks, vocabulary size, longest sequence if told."""
 
     hidden: int
     layers: int
     vocabulary: int
     family: str = ""
+    positions: int | None = None
 
 
 def fetched_dir(name: str) -> Path:
@@ -214,17 +216,41 @@ def describe_source(source: str, revision: str | None = None) -> Shape:
     directory = resolve_source(source, revision, config_only=True)
     try:
         config = parse_json((directory / "config.json").read_text())
+        _check_decoder(source, config)
         config = config.get("text_config") or config
+        most = config.get("max_position_embeddings") or config.get("n_positions")
         return Shape(
             hidden=int(config.get("hidden_size") or config["n_embd"]),
             layers=int(config.get("num_hidden_layers") or config["n_layer"]),
             vocabulary=int(config["vocab_size"]),
             family=str(config.get("model_type", "")),
+            positions=int(most) if most else None,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise BackboneError(
+            f"config.json of backbone {source!r} does not describe a decoder (no {error.args[0]!r})"
+        ) from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BackboneError(
             f"config.json of backbone {source!r} does not describe a decoder ({error})"
         ) from error
+
+
+def _check_decoder(source: str, config: Mapping[str, Any]) -> None:
+    """Refuse encoders, and families that transformers knows only by code from the model's own folder."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    family = str(config.get("model_type", ""))
+    heads = ", ".join(map(str, config.get("architectures") or ()))
+    if config.get("is_encoder_decoder") or "ForMaskedLM" in heads:
+        raise BackboneError(
+            f"backbone {source!r} is {heads or family}, an encoder: decoder-only language models alone are trained here"
+        )
+    if family and family not in CONFIG_MAPPING:
+        raise BackboneError(
+            f"backbone {source!r} is of a family that transformers does not know ({family!r}); code that comes with a "
+            "model is never run here"
+        )
 
 
 def fingerprint(directory: Path, bits: str) -> str:

@@ -49,7 +49,7 @@ def load_tokenizer(source: str, directory: Path, rows: int) -> Any:
             f"backbone {source!r} has no tokenizer in {directory} (no tokenizer.json, vocabulary or *.model): copy "
             "these files from where the model came from"
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     _forget_added(tokenizer, rows)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -13,11 +13,14 @@ from heterotune_flwr.data.lengths import Lengths, lengths
 from heterotune_flwr.data.partition import ClientData, client_examples
 from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
 from heterotune_flwr.dema.anchors import SHIPPED
+from heterotune_flwr.names import safe_text
 from heterotune_flwr.strategies.build import strategy_config
 from heterotune_flwr.tuning.task import loss_kind
 
 #: Clients, and labels of one, that are told one by one.
 _CLIENTS, _LABELS = 12, 8
+#: Letters of a label that are told.
+_LETTERS = 40
 #: What the texts of a shipped anchor set are about.
 _ABOUT = {"wordnet": "the words of a dictionary"}
 
@@ -61,7 +64,9 @@ def _counts(clients: Sequence[ClientData], closed: bool) -> str:
         text = f"{number}: {len(examples)}"
         if closed:
             common = Counter(example.label for example in examples).most_common()
-            labels = ", ".join(f"{label} {count}" for label, count in common[:_LABELS])
+            labels = ", ".join(
+                f"{safe_text(label, _LETTERS)} {count}" for label, count in common[:_LABELS]
+            )
             text += f" ({labels}{', ...' if len(common) > _LABELS else ''})"
         told.append(text)
     rest = [len(client.train) + len(client.personal_test) for client in clients[_CLIENTS:]]

@@ -132,9 +132,9 @@ def _tokenizers(config: Config) -> dict[str, Any]:
     found = {}
     for entry in config.types:
         directory = resolve_source(entry.backbone, entry.revision)
-        rows = describe_source(entry.backbone, entry.revision).vocabulary
+        shape = describe_source(entry.backbone, entry.revision)
         try:
-            found[entry.backbone] = load_tokenizer(entry.backbone, directory, rows)
+            found[entry.backbone] = load_tokenizer(entry.backbone, directory, shape.vocabulary)
         except BackboneError:
             raise
         except Exception as error:  # damaged files make the library raise whatever it likes
@@ -143,7 +143,8 @@ def _tokenizers(config: Config) -> dict[str, Any]:
                 f"the tokenizer of backbone {entry.backbone!r} cannot be read from {directory} ({reason})"
             ) from error
         tensors = tensor_headers(entry.backbone, directory)
-        positions = learned_positions(((tensor.name, tensor.shape) for tensor in tensors), None)
+        tables = ((tensor.name, tensor.shape) for tensor in tensors)
+        positions = learned_positions(tables, shape.positions)
         check_positions(entry.backbone, positions, config.data.max_length)
     return found
 

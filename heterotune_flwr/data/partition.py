@@ -237,8 +237,8 @@ def _check(data: DataConfig, pool: Sequence[Example], num_partitions: int) -> No
     dealt_out = data.partition == "iid" or (data.partition == "dirichlet" and total is None)
     if dealt_out and num_partitions > len(pool):
         raise DataError(
-            f"client {len(pool)} of {num_partitions} would get an empty shard: the training file "
-            f"holds only {len(pool)} examples"
+            f"client {len(pool)} of {num_partitions} would get an empty shard: "
+            f"{len(pool)} examples are left to deal out beside the test"
         )
 
 

@@ -74,7 +74,7 @@ def _blocks(model: nn.Module, layers: int) -> str:
         children = ", ".join(child for child, _ in module[0].named_children())
         raise BackboneError(
             f"no MLP found in {name}.0 of {type(model).__name__} (children: {children}); name the "
-            "blocks' MLPs with mlp_modules and the final norm with final_norm_module"
+            "blocks' MLPs and the final norm with mlp_modules and final_norm_module of a DeMAConfig (not in a run)"
         )
     raise BackboneError(
         f"{type(model).__name__} has no list of {layers} decoder blocks: DeMA needs a decoder-only model"
