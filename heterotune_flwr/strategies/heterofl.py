@@ -136,8 +136,9 @@ class HeteroFL(HeteroStrategy):
         return replace(self.method, sub_width=self.ratio_of(client_id), sub_window=self._window)
 
     def client_shapes(self, client_id: str) -> Shapes:
-        """Shapes of the client's slice."""
-        return self._cut[self.ratio_of(client_id)].clients[client_id].info.shapes
+        """Shapes of the client's slice, as most clients tell them: it may itself have failed to at this width."""
+        type_key = self.roster.clients[client_id].info.type_key
+        return self._cut[self.ratio_of(client_id)].shapes(type_key)
 
     def outgoing(self, client_id: str) -> Tensors:
         """The client's slice of the parent's changes."""

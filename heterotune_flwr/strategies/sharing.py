@@ -24,7 +24,7 @@ from heterotune_flwr.federation.outcome import Outcome
 from heterotune_flwr.federation.protocol import resolve_output
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.flower import Grid, Strategy
+from heterotune_flwr.flower import Grid, Strategy, is_simulation
 from heterotune_flwr.strategies.answers import AnswerConsensus
 from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
 from heterotune_flwr.strategies.courier import Courier
@@ -222,7 +222,7 @@ class Sharing(Strategy):
         """Describe the clients, get the maps, lay out the groups and their first values."""
         session, seed = self.context.session, self.context.seed
         self.roster = session.roster(self.method, seed)
-        self.check_types({key: self._bits(key) for key in self.roster.type_keys})
+        self._check_who_came()
         self.method = resolve_output(self.method, self.config.alignment, self.roster.labels)
         if self.method.kind == "dema":
             if self._discriminant_options is None or not self._closed:
@@ -264,6 +264,33 @@ class Sharing(Strategy):
                 self._groups[type_key][name] = group
         self._shapes = shapes
         self.state = {group: self.first_values(group) for group in sorted(shapes)}
+
+    def _check_who_came(self) -> None:
+        """Leave out types that the strategy cannot work with; where most clients are of such, the settings are wrong.
+
+        A client's type is its own word: a single one must not be able to end the run of the others. Types with more
+        clients come first, of as many the one with the smallest node id.
+        """
+        roster, session = self.roster, self.context.session
+        kept: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        errors: list[ConfigError] = []
+        first = {
+            key: min(roster.clients[c].node_id for c in roster.of_type(key))
+            for key in roster.type_keys
+        }
+        for key in sorted(first, key=lambda key: (-len(roster.of_type(key)), first[key])):
+            try:
+                self.check_types({**kept, key: self._bits(key)})
+            except ConfigError as error:
+                errors.append(error)
+                reasons |= dict.fromkeys(roster.of_type(key), str(error))
+            else:
+                kept[key] = self._bits(key)
+        if errors and (is_simulation(session.grid) or 2 * len(reasons) >= len(roster.clients)):
+            raise errors[0]
+        if errors:
+            self.roster = session.without(roster, reasons, session.least)
 
     def _tell_of_weights(self) -> None:
         """Put on record who has more examples than one client may count as."""

@@ -8,7 +8,7 @@ from fault_federation import run, toy_spec
 from test_factor_lies import HONEST, aligning, one
 
 from heterotune_flwr.dema.factor_checks import fault_of, same_backbone
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.spill import Spill, Stored
 from heterotune_flwr.federation.consensus import as_probabilities
 from heterotune_flwr.federation.protocol import ERROR_REFUSED, error_content
@@ -146,3 +146,51 @@ def test_a_shortened_update_stays_in_its_file(tmp_path):
     whole = _shortened(ClientUpdate("c", "t", 8, 2, 0.1, deltas), 0.3)
     for name, value in whole.deltas.items():
         assert np.array_equal(short.deltas[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "clients", "lie"),
+    [
+        ("heterofl", (6,), {"type_key": "evil@fp32", "fingerprint": "e" * 16}),
+        ("fedrolex", (6,), {"type_key": "evil@bf16", "bits": "bf16"}),
+        ("flora", (3, 2, 2), {"type_key": "evil@nf4", "bits": "nf4"}),
+        ("fedex_lora", (3, 2, 2), {"type_key": "evil@nf4", "bits": "nf4"}),
+    ],
+)
+def test_one_client_of_a_type_that_the_strategy_cannot_use_is_left_out(name, clients, lie):
+    def described(content):
+        content["config"] = ConfigRecord({**content["config"], **lie})
+        return content
+
+    ended = run(toy_spec(name), clients, prepare=answering("describe", described), rounds=1)
+    assert [event["client_id"] for event in ended.of("left_out")] == [LIAR]
+    assert ended.finite()
+    assert len(ended.strategy.outcome.rows) == sum(clients) - 1
+
+
+@pytest.mark.parametrize("name", ["heterofl", "flora"])
+def test_where_most_clients_are_of_such_types_the_settings_are_wrong(name):
+    def quantized(federation, grid):
+        for index in range(6):
+            answering("describe", quantize, f"client-{index:04d}")(federation, grid)
+
+    def quantize(content):
+        content["config"] = ConfigRecord({**content["config"], "bits": "nf4"})
+        return content
+
+    with pytest.raises(ConfigError):
+        run(toy_spec(name), (6,), prepare=quantized, rounds=1)
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
+def test_a_client_that_describes_itself_at_one_width_alone_ends_nothing(name):
+    asked = []
+
+    def once(content):
+        asked.append(content)
+        return content if len(asked) == 1 else error_content("no")
+
+    ended = run(toy_spec(name), (6,), prepare=answering("describe", once), rounds=2)
+    assert len(asked) > 1
+    assert ended.finite()
+    assert len(ended.of("round")) == 2
