@@ -112,11 +112,15 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Need:
-    """How many clients a run waits for, and how long; how many it goes on with once some were left out."""
+    """How many clients a run waits for, and how long; how many it goes on with once some were left out.
+
+    ``begun``: the run has described its clients before, and goes on with those that still answer after the wait.
+    """
 
     waited_for: int
     least: int
     wait_seconds: float
+    begun: bool = False
 
 
 def _check_enough(
@@ -205,7 +209,7 @@ def describe_clients(
     """
     deadline = time.monotonic() + need.wait_seconds
     nodes = wait_for_nodes(grid, need.waited_for, need.wait_seconds)
-    if len(nodes) < need.waited_for:
+    if len(nodes) < (need.least if need.begun else need.waited_for):
         raise FederationError(
             f"only {len(nodes)} of {need.waited_for} clients appeared within {need.wait_seconds:.0f} s; start "
             "more, or lower server.min_clients"
@@ -230,7 +234,8 @@ def describe_clients(
     left_out = [heard.problems[node] for node in sorted(heard.problems)]
     for one in left_out:
         tell(one)
-    needed = need.waited_for if heard.answered < need.waited_for else need.least
+    too_few = heard.answered < need.waited_for and not need.begun
+    needed = need.waited_for if too_few else need.least
     _check_enough(heard.found, needed, need.waited_for, left_out)
     found = dict(sorted(heard.found.items()))
     roster = Roster(found, dict.fromkeys(found, content_bytes(content)), heard.received)

@@ -66,7 +66,9 @@ class Session:
                 self.grid,
                 Header(f"{self.run_name}-describe", seed, method),
                 words,
-                Need(self.minimum, self.least, self.config.server.wait_seconds),
+                Need(
+                    self.minimum, self.least, self.config.server.wait_seconds, bool(self._rosters)
+                ),
                 query_seconds(self.config.server),
                 self._unfit(method, len(words)),
                 self._left_out,

@@ -190,7 +190,9 @@ def test_a_client_that_describes_itself_at_one_width_alone_ends_nothing(name):
         asked.append(content)
         return content if len(asked) == 1 else error_content("no")
 
-    ended = run(toy_spec(name), (6,), prepare=answering("describe", once), rounds=2)
+    ended = run(
+        toy_spec(name), (6,), prepare=answering("describe", once), rounds=2, wait_seconds=0.1
+    )
     assert len(asked) > 1
     assert ended.finite()
     assert len(ended.of("round")) == 2
