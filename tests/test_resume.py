@@ -285,14 +285,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
         checkpoints.latest("mine", 0)
 
 
-def test_newer_and_foreign_files_are_refused(tmp_path, monkeypatch):
+def test_older_newer_and_foreign_files_are_refused(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path)
     folder = tmp_path / "checkpoints" / "mine-seed0"
-    monkeypatch.setattr(checkpoint, "VERSION", 99)
-    checkpoints.save("mine", 0, 4, {"n": 4})
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
-        checkpoints.latest("mine", 0)
+    for version in (1, 99):
+        monkeypatch.setattr(checkpoint, "VERSION", version)
+        checkpoints.save("mine", 0, 4, {"n": 4})
+        monkeypatch.undo()
+        with pytest.raises(CheckpointError, match=f"version {version}, this program reads 2;"):
+            checkpoints.latest("mine", 0)
     save_tensors(folder / "round-000004.safetensors", {"x": np.ones(2)})
     with pytest.raises(CheckpointError, match="no checkpoint of this program"):
         checkpoints.latest("mine", 0)
