@@ -134,3 +134,8 @@ def test_the_schema_knows_its_texts() -> None:
         "server.rounds",
     ):
         assert kind_at(path.split(".")) not in (str, str | None), path
+
+
+def test_one_value_for_a_list_is_refused_in_the_users_words():
+    with pytest.raises(ConfigError, match=r"run\.seeds: it must be a list, like"):
+        compose("quick", ["run.seeds=0"])

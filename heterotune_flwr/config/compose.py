@@ -299,6 +299,8 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "configuration"
         reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:  # it names classes alone
+            reason = "it must be a list, like [0, 1]"
         raise ConfigError(f"{key}: {reason}", expected_at(str(key))) from error
     assert isinstance(result, Config)
     check_choices(result)
