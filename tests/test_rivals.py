@@ -130,7 +130,8 @@ def test_hetlora_pads_with_zeros_and_weighs_by_the_size_of_the_change(tmp_path):
     answers = [federation.answered[cid, 1] for cid in ids]
     norms = np.array([np.linalg.norm(change(answer)) for answer in answers])
     expected = np.zeros((4, answers[0][A].shape[1]))
-    for weight, answer in zip(norms / norms.sum(), answers, strict=True):
+    weights = np.minimum(norms, 1.25 * np.median(norms))  # the largest does not decide alone
+    for weight, answer in zip(weights / weights.sum(), answers, strict=True):
         expected[: len(answer[A])] += weight * answer[A]
     np.testing.assert_allclose(strategy.state[SMALL][A], expected, atol=1e-6)
 
