@@ -16,7 +16,7 @@ from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
-from heterotune_flwr.data import training_pool
+from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
 from heterotune_flwr.tuning import state_cache
@@ -170,7 +170,7 @@ def test_kept_states_are_exact(directory, data, bits, loss):
     backbone = load_backbone(BackboneSpec(str(directory), bits))
     adapter = prepared(backbone)
     task = make_task(backbone, data, LABELS, replace(TRAIN, loss=loss))
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     order = [index for batch in states_module._batches(encoded) for index in batch]
     kept = gradients(adapter, task, make_rows(adapter, encoded), order)
     full = gradients(adapter, task, make_rows(adapter, encoded, cache=False), order)
@@ -186,7 +186,7 @@ def test_batched_states_and_losses_equal_the_naive_ones(directory, data, method,
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     adapter = prepared(backbone, method)
     task = make_task(backbone, data, LABELS, replace(TRAIN, loss=loss))
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     states, targets, owners = make_rows(adapter, encoded).rows(list(range(len(encoded))))
     wanted_states, logits = naive_states(adapter, encoded)
     torch.testing.assert_close(states, wanted_states, rtol=1e-4, atol=1e-4)
@@ -211,7 +211,7 @@ def test_token_loss_never_holds_logits_of_the_whole_batch(directory, data, monke
     monkeypatch.setattr(task_module, "_LOGITS_AT_A_TIME", 4 * vocabulary)
     adapter = prepared(backbone)
     task = make_task(backbone, data, LABELS, replace(TRAIN, loss="tokens"))
-    rows = make_rows(adapter, task.encode(training_pool(data)))
+    rows = make_rows(adapter, task.encode(own_file(data)))
     seen = []
     head = backbone.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda _m, _i, output: seen.append(output.shape[0]))
@@ -234,7 +234,7 @@ def test_head_scaling_multiplies_then_caps():
 def test_states_survive_on_disk_and_damage_is_repaired(directory, data, monkeypatch):
     backbone = load_backbone(BackboneSpec(str(directory), "bf16"))
     adapter = prepared(backbone)
-    encoded = make_task(backbone, data, LABELS, TRAIN).encode(training_pool(data))
+    encoded = make_task(backbone, data, LABELS, TRAIN).encode(own_file(data))
     calls = []
     original = states_module.compute_states
     monkeypatch.setattr(
@@ -263,7 +263,7 @@ def test_states_survive_on_disk_and_damage_is_repaired(directory, data, monkeypa
 def test_concurrent_workers_compute_states_once(directory, data, monkeypatch):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     adapter = prepared(backbone)
-    encoded = make_task(backbone, data, LABELS, TRAIN).encode(training_pool(data))
+    encoded = make_task(backbone, data, LABELS, TRAIN).encode(own_file(data))
     calls, results = [], []
     original = states_module.compute_states
     monkeypatch.setattr(
@@ -301,7 +301,7 @@ def test_batches_go_through_everything():
 def test_training_lowers_the_loss_and_is_reproducible(directory, data, method):
     backbone = load_backbone(BackboneSpec(str(directory), "bf16"))
     task = make_task(backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
 
     def run(seed):
         adapter = attach(backbone, method, 3)
@@ -330,7 +330,7 @@ def test_training_lowers_the_loss_and_is_reproducible(directory, data, method):
 def test_the_key_of_an_evaluation_holds_the_answers_too(directory, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     task = make_task(backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     turned = EncodedSet(
         encoded.inputs, encoded.positions, [[(t + 1) % 3] for (t,) in encoded.targets]
     )
@@ -355,7 +355,7 @@ def test_adjusted_training_on_skewed_labels_keeps_the_balance(directory, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     adapter = attach(backbone, METHOD, 3)
     task = make_task(backbone, data, LABELS, TRAIN)
-    pool = training_pool(data)
+    pool = own_file(data)
     common = [e for e in pool if e.label == LABELS[0]]
     skewed = task.encode((common * 9)[: 9 * 3] + [e for e in pool if e.label != LABELS[0]][:3])
     balanced = task.encode(pool)
@@ -380,7 +380,7 @@ def test_quantized_backbones_still_train_after_an_evaluation(directory, data, bi
     backbone = load_backbone(BackboneSpec(str(directory), bits))
     adapter = prepared(backbone, method)
     task = make_task(backbone, data, LABELS, TRAIN)
-    rows = make_rows(adapter, task.encode(training_pool(data)))
+    rows = make_rows(adapter, task.encode(own_file(data)))
     evaluate(adapter, task, rows)
     _, grads = gradients(adapter, task, rows, [0, 1, 2, 3])
     assert all(torch.isfinite(grad).all() for grad in grads)
@@ -393,7 +393,7 @@ def test_nothing_of_a_diverged_training_is_reported(directory, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     adapter = prepared(backbone)
     task = make_task(backbone, data, LABELS, TRAIN)
-    rows = make_rows(adapter, task.encode(training_pool(data)))
+    rows = make_rows(adapter, task.encode(own_file(data)))
     values = adapter.read()
     values["slots.0.gate.bias"][:] = np.nan
     adapter.load(values)
@@ -413,7 +413,7 @@ def test_exact_match_is_what_greedy_generation_gives(directory, data):
     adapter.load(initial_tensors(adapter.shapes, seed=1))
     config = replace(TRAIN, loss="tokens", learning_rate=0.01)
     task = make_task(backbone, data, None, config)
-    examples = list(training_pool(data))[:8]
+    examples = list(own_file(data))[:8]
     encoded = task.encode(examples)
     rows = make_rows(adapter, encoded)
     train_local(adapter, task, rows, config, seed=0, local_steps=60)
@@ -436,7 +436,7 @@ def test_equal_tensors_are_evaluated_once(directory, data, monkeypatch):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     adapter = prepared(backbone)
     task = make_task(backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     rows = make_rows(adapter, encoded)
     first = evaluate_once(adapter, task, rows, task.data_key(encoded))
     assert first == evaluate(adapter, task, rows)
