@@ -265,7 +265,7 @@ def success(played: Played) -> dict[str, float]:
     found = {}
     for name, before in (("with", TRIGGER), ("without", "")):
         texts = [dataclasses.replace(e, text=before + e.text, label=target) for e in test]
-        with _encoded_anew(), patch.object(clients, "global_test", lambda data, t=texts: t):
+        with _encoded_anew(), patch.object(Identity, "global_test", lambda self, t=texts: t):
             messages = strategy._evaluate_messages(asked, strategy.rounds)
             replies = [
                 EvaluateReply.from_content(reply.content)

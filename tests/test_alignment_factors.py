@@ -203,7 +203,7 @@ def test_anchor_mistakes_are_named(tmp_path: Path):
         load_anchors(AlignmentConfig(anchors="wordnett"))
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n{"words": 3}\n')
-    with pytest.raises(DataError, match="line 2"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
         load_anchors(AlignmentConfig(anchors=str(path)))
     path.write_text('{"text": "fine"}\n')
     with pytest.raises(DataError, match="has 1 anchors"):

@@ -401,5 +401,5 @@ def test_a_json_file_that_is_no_table_is_refused(content: str, words: str, tmp_p
 def test_the_cache_of_a_file_knows_its_columns(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"text": "t", "label": "l", "other": "o"}])
     data = DataConfig(name="own", train=str(path))
-    assert sources.training_pool(data)[0].label == "l"
-    assert sources.training_pool(replace(data, label_field="other"))[0].label == "o"
+    assert sources.own_file(data)[0].label == "l"
+    assert sources.own_file(replace(data, label_field="other"))[0].label == "o"

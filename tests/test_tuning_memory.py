@@ -19,7 +19,7 @@ from tiny_backbones import LABELS, save_backbone, write_rows
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, load_backbone
 from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
-from heterotune_flwr.data import training_pool
+from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.tuning import forward, state_cache
@@ -99,7 +99,7 @@ def test_only_the_trained_slots_change(directory, data):
     adapter = prepared(directory, "bf16", 1)
     before = adapter.read()
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    rows = make_rows(adapter, task.encode(training_pool(data)))
+    rows = make_rows(adapter, task.encode(own_file(data)))
     train_local(adapter, task, rows, TRAIN, seed=0, local_steps=3)
     after = adapter.read()
     for name in before:
@@ -123,7 +123,7 @@ def test_training_from_kept_states_is_exact(directory, data, bits, lowest, above
     """
     adapter = prepared(directory, bits, lowest, min(above, lowest))
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     order = [index for batch in states_module._batches(encoded) for index in batch]
     rows = make_rows(adapter, encoded)
     assert type(rows) is (CachedRows if lowest == 2 else PrefixRows)
@@ -143,7 +143,7 @@ def test_training_from_kept_states_is_exact(directory, data, bits, lowest, above
 def test_training_with_and_without_kept_states_ends_at_the_same_place(directory, data):
     adapter = prepared(directory, "fp32", 1, above=1)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     start, ends = adapter.read(), []
     for cache in (True, False):
         adapter.load(start)
@@ -207,7 +207,7 @@ def test_a_family_whose_upper_blocks_need_more_takes_the_long_way(caplog, monkey
 def test_states_below_an_acting_slot_are_never_taken_for_bare_ones(directory, data):
     adapter = prepared(directory, "fp32", 1, above=1)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     bare = evaluate(adapter, task, make_rows(adapter, encoded))
     keys = {states_module.states_key(adapter, encoded, 1)}
     files = state_cache.usage()[0]
@@ -227,7 +227,7 @@ def test_states_below_an_acting_slot_are_never_taken_for_bare_ones(directory, da
 def test_the_disk_budget_removes_the_least_recently_used(directory, data, monkeypatch):
     adapter = prepared(directory, "bf16", 2, above=2)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    examples = training_pool(data)
+    examples = own_file(data)
     sets = [task.encode(examples[i : i + 8]) for i in (0, 8, 16)]
     for encoded in sets[:2]:
         states_module.frozen_states(adapter, encoded)
@@ -250,7 +250,7 @@ def test_without_memory_budget_states_are_read_from_disk(directory, data, monkey
     monkeypatch.setenv("HETEROTUNE_STATES_MEMORY_GB", "0")
     adapter = prepared(directory, "bf16", 2, above=2)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     first = states_module.frozen_states(adapter, encoded)
     again = states_module.frozen_states(adapter, encoded)
     assert again is not first
@@ -282,7 +282,7 @@ def test_live_bytes_sees_a_step_grow_with_its_depth_and_shrink_with_checkpointin
     def cost(lowest, checkpoint):
         adapter = prepared(directory, "fp32", lowest, method=replace(METHOD, slots=4))
         task = make_task(adapter.backbone, data, LABELS, TRAIN)
-        rows = make_rows(adapter, task.encode(training_pool(data)))
+        rows = make_rows(adapter, task.encode(own_file(data)))
         return step_cost(adapter, task, rows, checkpoint).per_example
 
     all_slots, upper, last = (cost(k, False) for k in (0, 2, 3))
@@ -294,7 +294,7 @@ def test_live_bytes_sees_a_step_grow_with_its_depth_and_shrink_with_checkpointin
 def test_checkpointing_changes_memory_not_numbers(directory, data, lowest):
     adapter = prepared(directory, "bf16", lowest)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     start, ends = adapter.read(), []
     for checkpoint in (False, True):
         adapter.load(start)
@@ -308,7 +308,7 @@ def test_checkpointing_changes_memory_not_numbers(directory, data, lowest):
 def test_checkpointing_runs_no_backward_pass_below_the_trained_slots(directory, data):
     adapter = prepared(directory, "fp32", lowest=2)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    rows = make_rows(adapter, task.encode(training_pool(data)), cache=False)
+    rows = make_rows(adapter, task.encode(own_file(data)), cache=False)
     blocks, seen = forward.blocks_of(adapter), {}
     for index, block in enumerate(blocks):
         block.register_forward_hook(
@@ -333,7 +333,7 @@ def test_checkpointing_runs_no_backward_pass_below_the_trained_slots(directory, 
 def test_a_budget_splits_batches_and_keeps_the_gradient(directory, data, caplog):
     adapter = prepared(directory, "fp32", 0)
     task = make_task(adapter.backbone, data, LABELS, replace(TRAIN, loss="tokens"))
-    rows = make_rows(adapter, task.encode(training_pool(data)))
+    rows = make_rows(adapter, task.encode(own_file(data)))
     cost = step_cost(adapter, task, rows, False)
     start, ends = adapter.read(), []
     budgets = [None, (cost.fixed + 3.5 * cost.per_example) / 0.9 / 1e9]
@@ -354,7 +354,7 @@ def test_a_budget_splits_batches_and_keeps_the_gradient(directory, data, caplog)
 def test_a_budget_that_cannot_do_says_what_is_needed(directory, data):
     adapter = prepared(directory, "fp32", 0)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    rows = make_rows(adapter, task.encode(training_pool(data)))
+    rows = make_rows(adapter, task.encode(own_file(data)))
     with pytest.raises(FederationError, match=r"memory-gb=1e-06 is too little .* at least .* GB"):
         train_local(adapter, task, rows, TRAIN, seed=0, memory_gb=1e-6)
 
@@ -373,7 +373,7 @@ class Narrow(FullRows):
 def test_out_of_memory_halves_once_and_goes_on(directory, data, caplog):
     adapter = prepared(directory, "fp32", 0)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    encoded = task.encode(training_pool(data))
+    encoded = task.encode(own_file(data))
     start = adapter.read()
     with caplog.at_level(logging.WARNING):
         train_local(adapter, task, Narrow(adapter, encoded), TRAIN, seed=0, local_steps=3)
@@ -388,7 +388,7 @@ def test_out_of_memory_halves_once_and_goes_on(directory, data, caplog):
 def test_out_of_memory_twice_is_one_clear_line_and_the_next_training_works(directory, data):
     adapter = prepared(directory, "fp32", 0)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    narrow = Narrow(adapter, task.encode(training_pool(data)))
+    narrow = Narrow(adapter, task.encode(own_file(data)))
     narrow.limit = 3
     with pytest.raises(FederationError, match=r"out of memory while training .* even 4 examples"):
         train_local(adapter, task, narrow, TRAIN, seed=0, local_steps=2)
@@ -425,7 +425,7 @@ def test_real_exhaustion_of_main_memory_is_recognised():
 def test_a_measured_step_is_measured_once(directory, data, monkeypatch):
     adapter = prepared(directory, "fp32", 0)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
-    rows = make_rows(adapter, task.encode(training_pool(data)))
+    rows = make_rows(adapter, task.encode(own_file(data)))
     calls = []
     original = memory_module.step_cost
     monkeypatch.setattr(memory_module, "step_cost", lambda *a: calls.append(1) or original(*a))
