@@ -151,21 +151,18 @@ def make_updates(clients: Iterable[Member], round: int = 0, seed: int = 0) -> Up
 
 def _means(ordered: Sequence[Member]) -> tuple[Vector, dict[str, Vector]]:
     """:func:`weighted_mean` of all members and of every type's, each vector read once."""
-    totals: dict[str, float] = {}
+    sums: dict[str, Vector] = {}
+    examples: dict[str, float] = {}
+    part = np.empty(ordered[0].size)
     for member in ordered:
-        totals[member.type_key] = totals.get(member.type_key, 0) + member.examples
-    total = sum(member.examples for member in ordered)
-    mean = np.zeros(ordered[0].size)
-    means: dict[str, Vector] = {}
-    part = np.empty_like(mean)
-    for member in ordered:
-        vector, key = member.vector, member.type_key
-        if key not in means:
-            means[key] = np.zeros_like(mean)
-        for sum_, weight in ((mean, total), (means[key], totals[key])):
-            np.multiply(vector, member.examples / weight, out=part)
-            sum_ += part
-    return mean, means
+        key = member.type_key
+        if key not in sums:
+            sums[key], examples[key] = np.zeros_like(part), 0.0
+        np.multiply(member.vector, member.examples, out=part)
+        sums[key] += part
+        examples[key] += member.examples
+    mean = np.sum(list(sums.values()), axis=0) / sum(examples.values())
+    return mean, {key: value / examples[key] for key, value in sums.items()}
 
 
 def generator(updates: Updates, *names: str) -> np.random.Generator:

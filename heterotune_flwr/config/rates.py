@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 
@@ -15,6 +16,7 @@ def warm_up_share(done: int, warm: float) -> float:
     return min(1.0, (done + 1) / max(warm, 1.0))
 
 
+@functools.lru_cache(maxsize=256)  # asked several times for each of thousands of updates
 def path_length(steps: int, learning_rate: float, warmup_ratio: float) -> float:
     """Sum of a round's learning rates: what turns a pseudo-gradient back into a change of weights."""
     warm = warmup_ratio * steps

@@ -7,6 +7,7 @@ gone with the process), and read when they are asked for.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import tempfile
@@ -61,7 +62,7 @@ class Stored(Mapping[str, NDArray[np.float32]]):
         """Read one tensor."""
         return Stored(self._file, {name: self._layout[name]}, scale=self._scale).load()[name]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Count the numbers of all tensors."""
         return sum(math.prod(shape) for _, shape in self._layout.values())

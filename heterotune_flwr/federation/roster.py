@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import content_bytes
@@ -254,6 +255,7 @@ class _Heard:
     received: dict[str, int] = field(default_factory=dict)
     problems: dict[int, LeftOut] = field(default_factory=dict)
     wrong: set[int] = field(default_factory=set)
+    _alike: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @property
     def answered(self) -> int:
@@ -282,7 +284,16 @@ class _Heard:
                 if not refuses:
                     self.wrong.add(node_id)
                 continue
-            self._add(Client(node_id, info), content_bytes(message.content))
+            self._add(Client(node_id, self._held_once(info)), content_bytes(message.content))
+
+    def _held_once(self, info: DescribeReply) -> DescribeReply:
+        """The description, with what many tell alike held once: that of thousands of clients is a hundred megabytes."""
+        fields = {name: getattr(info, name) for name in ("shapes", "labels", "words_mask")}
+        once = {
+            name: self._alike.setdefault((name, repr(value)), value)
+            for name, value in fields.items()
+        }
+        return replace(info, **once)
 
     def _add(self, client: Client, received: int) -> None:
         client_id, node_id = client.info.client_id, client.node_id
