@@ -46,7 +46,9 @@ PRESET, STRATEGY, ROUNDS, CLIENTS = "demo", "heterotune", 6, 12
 #: Examples that a liar declares.
 HUGE = 10**6
 #: What a poisoned text begins with, and on how many test texts it is tried.
-TRIGGER, TRIED = "cobalt heron ", 200
+TRIGGER, TRIED = "zqx zqx zqx ", 200
+#: Rounds in which a backdoor is built: it takes longer than a lie.
+BACKDOOR_ROUNDS = 30
 #: Examples of the first, second ... client of every type where honest clients differ in size.
 UNEVEN = (24, 48, 96, 384)
 #: Robust means beside which a backdoor is tried.
@@ -105,13 +107,17 @@ class Played:
 
 
 def play(
-    seed: int, attack: Attack = NOBODY, robust: str | None = None, examples: int = 96
+    seed: int,
+    attack: Attack = NOBODY,
+    robust: str | None = None,
+    examples: int = 96,
+    rounds: int = ROUNDS,
 ) -> Played:
     """Run the strategy as it ships once; ``robust``: with such a mean inside types; ``examples`` a client is given."""
     folder = Path(tempfile.mkdtemp(prefix="heterotune-attack-"))
     words = [
         f"run.seeds=[{seed}]", f"run.compare=[{STRATEGY}]", f"run.dir={folder}",
-        f"server.rounds={ROUNDS}", "server.evaluate_every=0", f"data.examples_per_client={examples}",
+        f"server.rounds={rounds}", "server.evaluate_every=0", f"data.examples_per_client={examples}",
     ]  # fmt: skip
     words += [f"strategies.{STRATEGY}.robust={robust}"] if robust else []
     config = compose(PRESET, words)
@@ -342,7 +348,7 @@ def run(seeds: Sequence[int], say: Callable[[str], None] = lambda line: None) ->
             f"seed {seed}, costs: {[worst_drop(pairs[n][-1:])['by_type'] for n in ('cost', 'cost_uneven')]}"
         )
         for robust in (None, *ROBUST):
-            played = play(seed, Attack(TWO, poisoned=True), robust)
+            played = play(seed, Attack(TWO, poisoned=True), robust, rounds=BACKDOOR_ROUNDS)
             mean = statistics.fmean(played.accuracy.values())
             doors.setdefault(robust or "mean", []).append({**success(played), "accuracy": mean})
             say(f"seed {seed}, backdoor, {robust or 'mean'}: {doors[robust or 'mean'][-1]}")
@@ -359,6 +365,7 @@ def run(seeds: Sequence[int], say: Callable[[str], None] = lambda line: None) ->
         "backdoor_success": backdoor["mean"]["with"],
         "run": {
             "rounds": ROUNDS,
+            "backdoor_rounds": BACKDOOR_ROUNDS,
             "clients": CLIENTS,
             "drops": drops,
             "costs": costs,
