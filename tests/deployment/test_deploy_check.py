@@ -90,7 +90,7 @@ def test_troubles_of_the_machine_have_a_remedy_each(node):
 
 def test_a_nodes_files_are_read_as_in_a_run(node):
     turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
-    rows = [{"conversations": turns}] * 32
+    rows = [{"conversations": turns}] * 40
     (node / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     findings = found(node_check.check_node(node / "node.toml", offline=True))
     assert findings["data"].state == "ok"
@@ -99,7 +99,7 @@ def test_a_nodes_files_are_read_as_in_a_run(node):
     (node / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     findings = found(node_check.check_node(node / "node.toml", offline=True))
     assert findings["data"].state == "fail"
-    assert "data.jsonl:33: 'conversations' is no conversation" in findings["data"].message
+    assert "data.jsonl:41: 'conversations' is no conversation" in findings["data"].message
 
 
 def test_a_backbone_that_does_not_fit_names_bits_that_do(node):

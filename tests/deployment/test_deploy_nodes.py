@@ -27,12 +27,12 @@ def nodes(tmp_path):
     import pyarrow.parquet as pq
 
     deployment = initialise(tmp_path / "lab", ["h.org"], ["quiet", "chatty"], {}, 9, False)
-    examples = training_pool(DataConfig())[:64]
-    table = [{"description": e.text, "section": e.label} for e in examples[:32]]
+    examples = training_pool(DataConfig())[:80]
+    table = [{"description": e.text, "section": e.label} for e in examples[:40]]
     pq.write_table(pa.Table.from_pylist(table), deployment.node("quiet") / "mine.parquet")
     chats = [
         {"chat": [{"role": "user", "content": e.text}, {"role": "assistant", "content": e.label}]}
-        for e in examples[32:]
+        for e in examples[40:]
     ]
     lines = "".join(json.dumps(row) + "\n" for row in chats)
     (deployment.node("chatty") / "data.jsonl").write_text(lines)
