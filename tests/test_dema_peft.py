@@ -108,7 +108,9 @@ def test_no_decoder_no_mlp_no_norm() -> None:
         "opt", vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
         num_attention_heads=4, word_embed_proj_dim=32,
     )  # fmt: skip
-    with pytest.raises(BackboneError, match="name the blocks' MLPs with mlp_modules"):
+    with pytest.raises(
+        BackboneError, match="name the blocks' MLPs and the final norm with mlp_modules"
+    ):
         find_structure(AutoModelForCausalLM.from_config(opt))
     model = tiny_model()
     del model.model.norm
