@@ -33,10 +33,10 @@ from benchmarks.probe_clients import LatentTask, Schedule, draw_clients, latent_
 from benchmarks.probe_consensus import OPTIONS
 from benchmarks.probe_federation import SHARINGS, federate
 from benchmarks.probe_states import Task, TypeStates, load_task, load_type
+from heterotune_flwr.alignment.factors import principal_components
+from heterotune_flwr.alignment.maps import AlignmentResult, compute_maps
 from heterotune_flwr.backbones.sources import EMBEDDED, is_present
-from heterotune_flwr.config.schema import AlignmentConfig, DataConfig, MethodConfig
-from heterotune_flwr.dema.factors import principal_components
-from heterotune_flwr.dema.maps import AlignmentResult, compute_maps
+from heterotune_flwr.schema import AlignmentConfig, DataConfig, MethodConfig
 
 FAMILIES = {
     "real": ("smollm2", "gemma3-270m"),

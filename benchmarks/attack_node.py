@@ -32,15 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client_app.app import app
-from heterotune_flwr.config.schema import DataConfig, MethodConfig
+from heterotune_flwr.channels.statistics.client import shared_latents
+from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.client.handlers import Client
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import label_set, training_pool
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.packing import Tensors, pack, tensor_digest
-from heterotune_flwr.federation.client import Client
-from heterotune_flwr.federation.discriminant import Discriminant
 from heterotune_flwr.federation.in_process import InProcessGrid
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.flower import Message, RecordDict
+from heterotune_flwr.protocol.messages import (
     DESCRIBE,
     EVALUATE,
     TRAIN,
@@ -51,10 +52,9 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
-from heterotune_flwr.flower import Message, RecordDict
+from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.schema import DataConfig, MethodConfig
 from heterotune_flwr.tuning.adapters import detach_all
-from heterotune_flwr.tuning.discriminant import shared_latents
 
 #: Rows of the node's file, records that are asked about, and texts among which a member is to be found.
 ROWS, RECORDS, CANDIDATES = 128, 20, 2000

@@ -25,10 +25,10 @@ import numpy as np
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import ALIGN, DESCRIBE
-from heterotune_flwr.federation.queries import AlignReply, DescribeReply
-from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.flower import Context, Message
+from heterotune_flwr.protocol.messages import ALIGN, DESCRIBE
+from heterotune_flwr.protocol.queries import AlignReply, DescribeReply
+from heterotune_flwr.run import run_strategies
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 STRATEGY = {"heterotune": {"_component_": "heterotune_flwr.strategies.heterotune.HeteroTune"}}

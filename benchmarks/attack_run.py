@@ -23,24 +23,24 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.channels.statistics import class_pool
+from heterotune_flwr.channels.statistics.record import ClassSums
+from heterotune_flwr.client import handlers as clients
+from heterotune_flwr.client.encodings import encodings
+from heterotune_flwr.client.identity import Identity
+from heterotune_flwr.cmga import pull
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.exchange.directions import up_codec
-from heterotune_flwr.federation import client as clients
-from heterotune_flwr.federation import pull
-from heterotune_flwr.federation.discriminant import ClassSums
-from heterotune_flwr.federation.encodings import encodings
-from heterotune_flwr.federation.identity import Identity
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.protocol import DESCRIBE, TRAIN, EvaluateReply, TrainReply
-from heterotune_flwr.federation.queries import DescribeReply
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import Context, Message, RecordDict
-from heterotune_flwr.strategies import class_pool
-from heterotune_flwr.strategies.base import HeteroStrategy
+from heterotune_flwr.protocol.messages import DESCRIBE, TRAIN, EvaluateReply, TrainReply
+from heterotune_flwr.protocol.queries import DescribeReply
 from heterotune_flwr.strategies.build import build_strategy
+from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 PRESET, STRATEGY, ROUNDS, CLIENTS = "demo", "heterotune", 6, 12
 #: Examples that a liar declares.

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import load_backbone
+from heterotune_flwr.client.identity import expand_types
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.data.template import encode_prompt, label_tokens
-from heterotune_flwr.federation.identity import expand_types
+from heterotune_flwr.schema import Config
 
 
 class _Bank(nn.Module):

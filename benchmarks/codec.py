@@ -31,17 +31,17 @@ from benchmarks.common import (
     write_results,
 )
 from client_app.app import app
+from heterotune_flwr.client.received import Received
 from heterotune_flwr.config.compose import compose, conf_root
-from heterotune_flwr.config.schema import ExchangeConfig, MethodConfig
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import EvaluateRequest, Header, TrainReply, TrainRequest
-from heterotune_flwr.federation.received import Received
-from heterotune_flwr.federation.server import run_strategies
-from heterotune_flwr.strategies.resend import Resend
+from heterotune_flwr.federation.resend import Resend
+from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainReply, TrainRequest
+from heterotune_flwr.run import run_strategies
+from heterotune_flwr.schema import ExchangeConfig, MethodConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 
 PROFILES = ("bf16", "tiny", "int8", "topk")  # nf4 is tiny by another name

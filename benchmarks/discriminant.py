@@ -38,20 +38,20 @@ from benchmarks.alignment_probe import ALIGNMENT, FAMILIES, METHOD, Laboratory, 
 from benchmarks.common import write_results
 from benchmarks.probe_clients import draw_clients
 from benchmarks.probe_states import Task, load_task, load_type
+from heterotune_flwr.alignment.factors import collect_text_states, text_components
+from heterotune_flwr.alignment.maps import compute_maps
+from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.config.schema import DataConfig
-from heterotune_flwr.dema.anchors import load_anchors
-from heterotune_flwr.dema.bank import TEXT
-from heterotune_flwr.dema.factors import collect_text_states, text_components
-from heterotune_flwr.dema.maps import compute_maps
-from heterotune_flwr.dema.ngrams import NgramView
-from heterotune_flwr.strategies.discriminant import Classes as Told
-from heterotune_flwr.strategies.discriminant import (
+from heterotune_flwr.channels.statistics.server import Classes as Told
+from heterotune_flwr.channels.statistics.server import (
     DiscriminantOptions,
     linear_discriminant,
     who_agrees,
 )
+from heterotune_flwr.dema.bank import TEXT
+from heterotune_flwr.dema.ngrams import NgramView
+from heterotune_flwr.schema import DataConfig
 
 CLIENTS = (1, 2, 4, 16)
 #: Neither the headline's nor those of its sweeps.

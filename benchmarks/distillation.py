@@ -28,26 +28,26 @@ from numpy.typing import NDArray
 
 from benchmarks.common import flower_run, write_results
 from benchmarks.headline_suites import SUITES, SWEEP_SEED, shipped
-from heterotune_flwr.config.compose import compose
-from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.sources import global_test
-from heterotune_flwr.dema.anchors import entropies, load_anchors
-from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.exchange.trees import State, load_state
-from heterotune_flwr.federation.anchor_work import anchor_work
-from heterotune_flwr.federation.client import Client
-from heterotune_flwr.flower import Context, RecordDict
-from heterotune_flwr.strategies.build import strategy_config
-from heterotune_flwr.strategies.consensus import (
+from heterotune_flwr.alignment.public_texts import entropies, load_anchors
+from heterotune_flwr.channels.predictions.client import anchor_work
+from heterotune_flwr.channels.predictions.loss import Distillation, predict
+from heterotune_flwr.channels.predictions.server import (
     Consensus,
     ConsensusOptions,
     balanced,
     heard,
     voices,
 )
+from heterotune_flwr.client.handlers import Client
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.sources import global_test
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.exchange.trees import State, load_state
+from heterotune_flwr.flower import Context, RecordDict
+from heterotune_flwr.strategies.build import strategy_config
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.client_state import ClientStore
-from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import Task

@@ -26,7 +26,7 @@ from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.storage import atomic_write_text, load_tensors
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.sampling import named_generator
-from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.run import run_strategies
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 ROUNDS = 30

@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange import Expected, pack, unpack
 from heterotune_flwr.exchange.arrays import flat_array
 from heterotune_flwr.exchange.codecs import find_codec
 from heterotune_flwr.exchange.manifest import Manifest
-from heterotune_flwr.federation.held import Held
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.flower import Array, ArrayRecord, content_from_bytes, content_to_bytes
+from heterotune_flwr.protocol.cached import Held
+from heterotune_flwr.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
     Header,
@@ -29,8 +29,8 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.federation.queries import AlignReply, DescribeReply
-from heterotune_flwr.flower import Array, ArrayRecord, content_from_bytes, content_to_bytes
+from heterotune_flwr.protocol.queries import AlignReply, DescribeReply
+from heterotune_flwr.schema import MethodConfig
 
 CODECS = ("bf16", "fp16", "fp32", "int8", "nf4", "topk:0.1", "topk:0.5")
 #: Codecs for which one tensor has one encoding: what is accepted must come back byte for byte.

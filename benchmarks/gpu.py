@@ -42,8 +42,8 @@ from heterotune_flwr.backbones.loading import (
     load_backbone,
 )
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.data.sources import label_set
+from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.tuning.adapters import detach
 from heterotune_flwr.tuning.memory import weight_bytes
 from heterotune_flwr.tuning.task import make_task

@@ -13,9 +13,9 @@ import yaml
 
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.config.compose import conf_root
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.sources import global_test, training_pool
 from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.schema import DataConfig
 
 _ANNEALED: Mapping[str, Any] = {"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}
 #: The same without warm-up, as measured before there was one.

@@ -12,14 +12,14 @@ import numpy as np
 
 from benchmarks.lab import Lab
 from client_app.app import app
+from heterotune_flwr.client.node_book import FILE, NodeBook
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.node_book import FILE, NodeBook
-from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.run import run_strategies
+from heterotune_flwr.schema import Config
 
 #: Simulated client -> its backbone; nodes have the same names.
 NODES = {"client-0000": "tiny-a", "client-0001": "tiny-b", "client-0002": "tiny-a"}
@@ -58,7 +58,7 @@ def shard_file(path: Path, config: Config, partition: int) -> Path:
 
 
 def give_book(books: Path, name: str, state_dir: Path) -> None:
-    """Give a node the book (:mod:`heterotune_flwr.federation.node_book`) of its name: with another secret it would
+    """Give a node the book (:mod:`heterotune_flwr.client.node_book`) of its name: with another secret it would
     hold out other rows and draw other batches, and no two runs of it could be compared.
     """
     NodeBook(books / name)

@@ -20,10 +20,10 @@ import torch
 from heterotune_flwr.backbones.cpu_compute import slow_bfloat16
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import MethodConfig, TrainConfig
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.memory import LiveBytes, weight_bytes

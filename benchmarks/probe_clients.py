@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from heterotune_flwr.config.schema import DataConfig, MethodConfig
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
+from heterotune_flwr.schema import DataConfig, MethodConfig
 
 
 @dataclass(frozen=True)

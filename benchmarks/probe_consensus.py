@@ -1,8 +1,8 @@
 """The type phase in the laboratory: what all clients of a run predict on public anchors teaches each of them.
 
-The product's own rules (:mod:`heterotune_flwr.strategies.consensus`) on latents instead of backbones. Only clients
-that share across types take part. Backbones without any data ("guests") fit the predictions on all anchors after the
-last round (:mod:`heterotune_flwr.strategies.guests`).
+The product's own rules (:mod:`heterotune_flwr.channels.predictions.server`) on latents instead of backbones. Only
+clients that share across types take part. Backbones without any data ("guests") fit the predictions on all anchors
+after the last round (:mod:`heterotune_flwr.strategies.guests`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.probe_clients import LatentTask, mixture
-from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced, heard, voices
+from heterotune_flwr.channels.predictions.server import ConsensusOptions, balanced, heard, voices
 
 #: Of ``conf/strategy/heterotune.yaml``.
 OPTIONS = ConsensusOptions(anchors=512, pool=1024, batch=64, guest_anchors=6000)
@@ -31,7 +31,7 @@ class Lessons:
     kinds, runs
         Type and run of every client that learns.
     options
-        See :class:`heterotune_flwr.strategies.consensus.ConsensusOptions`.
+        See :class:`heterotune_flwr.channels.predictions.server.ConsensusOptions`.
 
     """
 

@@ -20,8 +20,8 @@ from torch.nn import functional
 from benchmarks.probe_chain import CHAINS, ChainServers, Clients
 from benchmarks.probe_clients import Adam, LatentTask, Schedule, initial_bank, mixture
 from benchmarks.probe_consensus import OPTIONS, Lessons
-from heterotune_flwr.config.rates import sinking_share
-from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.rates import sinking_share
+from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.strategies.guests import RATE_SHARE
 
 SHARINGS = ("alone", "within", "across")

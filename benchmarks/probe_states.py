@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.alignment.public_texts import (
+    SHIPPED,
+    anchor_digest,
+    load_anchors,
+    public_words,
+)
 from heterotune_flwr.backbones.assets import cache_dir
-from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
 from heterotune_flwr.data.sources import global_test, label_set, training_pool
-from heterotune_flwr.dema.anchors import SHIPPED, anchor_digest, load_anchors, public_words
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
+from heterotune_flwr.schema import AlignmentConfig, DataConfig
 
 Array = NDArray[np.float32]
 ANCHORS = 6000
@@ -127,8 +132,8 @@ def load_type(spec: str, task: Task, anchors: Sequence[str] = SHIPPED) -> TypeSt
 def _compute_states(spec: Any, texts: list[str], data: DataConfig, path: Path, name: str) -> None:
     import torch
 
+    from heterotune_flwr.alignment.factors import collect_states
     from heterotune_flwr.backbones.loading import load_backbone
-    from heterotune_flwr.dema.factors import collect_states
 
     torch.set_num_threads(1)
     print(f"{spec.type_key}: computing the states of {len(texts)} texts ({name})", flush=True)
@@ -137,9 +142,9 @@ def _compute_states(spec: Any, texts: list[str], data: DataConfig, path: Path, n
 
 
 def _compute_head(spec: Any, words: list[str], task: Task, path: Path) -> None:
+    from heterotune_flwr.alignment.factors import unembedding_rows, word_token, words_mask
     from heterotune_flwr.backbones.loading import load_backbone
     from heterotune_flwr.data.template import label_tokens
-    from heterotune_flwr.dema.factors import unembedding_rows, word_token, words_mask
 
     backbone = load_backbone(spec)
     mask = words_mask(backbone.tokenizer, words)

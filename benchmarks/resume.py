@@ -51,8 +51,8 @@ def child(directory: Path, resume: bool, die_at: int | None) -> None:
     """Run server and clients in this process; ``die_at``: SIGKILL at so many flushes and renames."""
     from client_app.app import app
     from heterotune_flwr.federation.in_process import InProcessGrid
-    from heterotune_flwr.federation.server import run
     from heterotune_flwr.flower import Context, RecordDict
+    from heterotune_flwr.run import run
 
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     config = compose(PRESET, [*SETTINGS, f"run.dir={directory}"])
@@ -98,7 +98,7 @@ def banks(directory: Path) -> dict[tuple[str, str], bytes]:
 def start(directory: Path, resume: bool = False, die_at: int | None = None) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "transformers", "peft", "heterotune_flwr.federation.client"]
+        ["torch", "transformers", "peft", "heterotune_flwr.client.handlers"]
     )
     process = context.Process(target=child, args=(directory, resume, die_at))
     process.start()

@@ -33,13 +33,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import write_results
+from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import TypeConfig
 from heterotune_flwr.dema.bank import bank_shapes
-from heterotune_flwr.federation.identity import code_hash
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.flower import Context, Message, RecordDict
+from heterotune_flwr.protocol.messages import (
     ALIGN,
     DESCRIBE,
     EVALUATE,
@@ -49,13 +49,13 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.federation.queries import (
+from heterotune_flwr.protocol.queries import (
     AlignReply,
     DescribeReply,
     DescribeRequest,
 )
-from heterotune_flwr.federation.server import run_strategies
-from heterotune_flwr.flower import Context, Message, RecordDict
+from heterotune_flwr.run import run_strategies
+from heterotune_flwr.schema import TypeConfig
 
 SETTINGS = (
     "data.examples_per_client=16", "data.personal_test_examples=4", "server.participation=0.1",

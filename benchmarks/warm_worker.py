@@ -29,11 +29,11 @@ import numpy as np
 
 from benchmarks.common import write_results
 from heterotune_flwr.backbones.sources import describe_source
-from heterotune_flwr.config.schema import DataConfig, MethodConfig
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.exchange.packing import tensor_digest
-from heterotune_flwr.federation.protocol import TRAIN, Header, TrainReply, TrainRequest
 from heterotune_flwr.flower import content_from_bytes, content_to_bytes
+from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.schema import DataConfig, MethodConfig
 from heterotune_flwr.worker.cli import ask_status
 from heterotune_flwr.worker.link import find
 from heterotune_flwr.worker.places import Place

@@ -37,7 +37,7 @@ from benchmarks.common import read_results, write_results
 from benchmarks.probe_clients import Schedule, draw_clients
 from benchmarks.probe_federation import federate, zero_shot
 from benchmarks.probe_states import load_task, load_type
-from heterotune_flwr.dema.anchors import SHIPPED
+from heterotune_flwr.alignment.public_texts import SHIPPED
 
 _ANCHORS = ("debian-other", "debian-near")
 _BANK = replace(SCHEDULE, rounds=10, rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), rule="cmga")

@@ -82,13 +82,13 @@ def run(
     server.rounds=60.
     """
     from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
-    from heterotune_flwr.config.validate import preflight, settle_bits
     from heterotune_flwr.data.sources import columns_recognised
     from heterotune_flwr.federation.launcher import check_directory, launch
     from heterotune_flwr.federation.resume import check_resumable
-    from heterotune_flwr.federation.server import run_directory
+    from heterotune_flwr.preflight import preflight, settle_bits
     from heterotune_flwr.reporting.progress import RunProgress
     from heterotune_flwr.reporting.tables import load_results, show
+    from heterotune_flwr.run import run_directory
 
     if resume is not None:
         given = [*([config] if config is not None else []), *(overrides or [])]
@@ -176,8 +176,8 @@ app.add_typer(cli_backbones.app, name="backbones")
 @app.command()
 def align(config: Preset = "demo", overrides: Overrides = None) -> None:
     """Compute the latent maps of a run's types on this machine beforehand (runs then reuse them)."""
+    from heterotune_flwr.alignment.beforehand import prealign
     from heterotune_flwr.config.compose import compose
-    from heterotune_flwr.federation.prealign import prealign
     from heterotune_flwr.strategies.build import aligned_methods
 
     composed = compose(config, overrides or [])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from heterotune_flwr.backbones.structure import find_structure, slot_blocks
 from heterotune_flwr.dema import DeMAConfig, load_tensors, read_maps, trainable_tensors
-from heterotune_flwr.dema.structure import find_structure, slot_blocks
 
 #: family -> (blocks, extra configuration); depths differ so that no family fits by luck
 FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
-from heterotune_flwr.dema.gcca import (
+from heterotune_flwr.alignment.gcca import (
     fit_slot,
     held_out_quality,
     latent_weights,
@@ -19,8 +18,9 @@ from heterotune_flwr.dema.gcca import (
     shared_latents,
     unit_variance,
 )
-from heterotune_flwr.dema.maps import compute_maps, join_type, label_functionals
+from heterotune_flwr.alignment.maps import compute_maps, join_type, label_functionals
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 
 SEEDS = st.integers(0, 10_000)
 LABELS = ["a", "b", "c", "d"]
@@ -362,5 +362,5 @@ def test_label_outputs_need_labels_and_their_width():
 
 
 def test_the_mathematics_imports_no_torch():
-    code = "import sys, heterotune_flwr.dema.maps, heterotune_flwr.dema.alignment; assert 'torch' not in sys.modules"
+    code = "import sys, heterotune_flwr.alignment.align; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,12 +12,8 @@ import pytest
 import torch
 from tiny_backbones import LABELS, save_backbone
 
-from heterotune_flwr.backbones.head import HeadScaling
-from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
-from heterotune_flwr.config.schema import AlignmentConfig, Config, DataConfig, MethodConfig
-from heterotune_flwr.dema.alignment import align_types, factors_path
-from heterotune_flwr.dema.anchors import SHIPPED, anchor_digest, load_anchors, public_words
-from heterotune_flwr.dema.factors import (
+from heterotune_flwr.alignment.align import align_types, factors_path
+from heterotune_flwr.alignment.factors import (
     alignment_factors,
     collect_states,
     principal_components,
@@ -25,9 +21,18 @@ from heterotune_flwr.dema.factors import (
     unembedding_rows,
     words_mask,
 )
-from heterotune_flwr.dema.structure import find_structure, slot_blocks
+from heterotune_flwr.alignment.public_texts import (
+    SHIPPED,
+    anchor_digest,
+    load_anchors,
+    public_words,
+)
+from heterotune_flwr.backbones.head import HeadScaling
+from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
+from heterotune_flwr.backbones.structure import find_structure, slot_blocks
 from heterotune_flwr.errors import BackboneError, DataError
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, MethodConfig
 
 DATA = DataConfig(prompt="Package: {text}\nSection:", max_length=64)
 TEXTS = [

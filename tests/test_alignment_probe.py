@@ -14,10 +14,10 @@ from benchmarks.alignment_probe import read_out, table_row
 from benchmarks.probe_clients import LatentTask, Schedule, initial_bank, latent_task, mixture
 from benchmarks.probe_consensus import Lessons
 from benchmarks.probe_federation import Groups, aggregate, federate
-from heterotune_flwr.config.schema import MethodConfig, TrainConfig
+from heterotune_flwr.channels.predictions.server import ConsensusOptions, balanced
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import DeMALayer
-from heterotune_flwr.strategies.consensus import ConsensusOptions, balanced
+from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.terms import make_optimizer
 
 METHOD = MethodConfig(latent=6, inner=4, experts_global=3)

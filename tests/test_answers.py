@@ -16,32 +16,32 @@ from test_generation import prepared, prompts_of
 from test_lora_variants import run
 from test_tuning import METHOD, data, directory  # noqa: F401
 
+from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.channels.answers.leak_filter import repeating
+from heterotune_flwr.channels.answers.server import AnswerConsensus, bags, evened
+from heterotune_flwr.channels.predictions.client import _Answering
+from heterotune_flwr.channels.predictions.loss import Distillation
+from heterotune_flwr.channels.predictions.record import LONGEST_ANSWER, Lesson, as_answers
+from heterotune_flwr.channels.predictions.server import Consensus, ConsensusOptions
+from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import AlignmentConfig, DataConfig, TrainConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
-from heterotune_flwr.dema.anchors import anchor_digest, load_anchors
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import load_state, save_state
-from heterotune_flwr.federation.anchor_work import _Answering
-from heterotune_flwr.federation.consensus import LONGEST_ANSWER, Lesson, as_answers
-from heterotune_flwr.federation.identity import identify
-from heterotune_flwr.federation.own_words import repeating
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.federation.transport import _label
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.protocol.messages import (
     TRAIN,
     Header,
     RemoteError,
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.flower import ConfigRecord, RecordDict
-from heterotune_flwr.strategies.answers import AnswerConsensus, bags, evened
-from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
-from heterotune_flwr.strategies.courier import _label
+from heterotune_flwr.schema import AlignmentConfig, DataConfig, TrainConfig
 from heterotune_flwr.tuning import generation
-from heterotune_flwr.tuning.distill import Distillation
 from heterotune_flwr.tuning.generation import draw_answers, generate_answers
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import make_rows

@@ -83,8 +83,8 @@ def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> No
     from client_app.app import app
     from heterotune_flwr.config.compose import compose
     from heterotune_flwr.federation.in_process import InProcessGrid
-    from heterotune_flwr.federation.server import run
     from heterotune_flwr.flower import Context, RecordDict
+    from heterotune_flwr.run import run
 
     run_config = {"config": "quick", "overrides": f"run.dir={tmp_path} server.rounds=1"}
     nodes = [{"partition-id": i, "num-partitions": 6} for i in range(6)]

@@ -13,16 +13,17 @@ from tiny_backbones import LABELS, save_backbone, write_rows
 
 from client_app.app import app
 from heterotune_flwr.backbones import loading
+from heterotune_flwr.client.identity import code_hash, expand_types, identify
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import MethodConfig, TypeConfig
 from heterotune_flwr.dema.bank import initial_tensors, slot_of
 from heterotune_flwr.errors import BackboneError, ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.exchange.storage import load_tensors
-from heterotune_flwr.federation.identity import code_hash, expand_types, identify
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Message
+from heterotune_flwr.protocol.messages import (
     ALIGN,
     DESCRIBE,
     ERROR_MAPS_MISSING,
@@ -37,14 +38,13 @@ from heterotune_flwr.federation.protocol import (
     pack_mask,
     unpack_mask,
 )
-from heterotune_flwr.federation.queries import (
+from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
     DescribeReply,
     DescribeRequest,
 )
-from heterotune_flwr.federation.session import Session, StrategyContext
-from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Message
+from heterotune_flwr.schema import MethodConfig, TypeConfig
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.tuning.adapters import detach_all
 from heterotune_flwr.tuning.state_cache import forget_states

@@ -15,8 +15,8 @@ from heterotune_flwr.config.compose import (
     presets,
     to_yaml,
 )
-from heterotune_flwr.config.validate import preflight
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
+from heterotune_flwr.preflight import preflight
 
 GROUPS = sorted(path for path in conf_root().glob("*/*.yaml") if path.parent.name != "strategy")
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from heterotune_flwr.config.compose import compose, to_yaml
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.config.texts import kind_at
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.schema import Config
 
 
 def at(config: Config, path: str) -> Any:

@@ -15,35 +15,35 @@ from test_lora_variants import run
 from test_tuning import data, directory, prepared  # noqa: F401
 from toy_federation import ToyFederation, toy_config
 
+from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import AlignmentConfig, TrainConfig
-from heterotune_flwr.data.sources import Example, training_pool
-from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
-from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.exchange.packing import content_bytes
-from heterotune_flwr.federation.consensus import Lesson, as_probabilities
-from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import (
-    TRAIN,
-    Header,
-    RemoteError,
-    TrainReply,
-    TrainRequest,
-)
-from heterotune_flwr.federation.session import Session, StrategyContext
-from heterotune_flwr.flower import ConfigRecord, RecordDict
-from heterotune_flwr.strategies import build_strategy
-from heterotune_flwr.strategies.build import check_strategy
-from heterotune_flwr.strategies.consensus import (
+from heterotune_flwr.channels.predictions.loss import Distillation, predict
+from heterotune_flwr.channels.predictions.record import Lesson, as_probabilities
+from heterotune_flwr.channels.predictions.server import (
     Consensus,
     ConsensusOptions,
     balanced,
     heard,
     voices,
 )
-from heterotune_flwr.tuning.distill import Distillation, predict
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.data.sources import Example, training_pool
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.packing import content_bytes
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.protocol.messages import (
+    TRAIN,
+    Header,
+    RemoteError,
+    TrainReply,
+    TrainRequest,
+)
+from heterotune_flwr.schema import AlignmentConfig, TrainConfig
+from heterotune_flwr.strategies import build_strategy
+from heterotune_flwr.strategies.build import check_strategy
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task

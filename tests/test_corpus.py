@@ -4,10 +4,10 @@ import random
 
 import pytest
 
+from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.backbones.embedded import corpus
 from heterotune_flwr.backbones.embedded.corpus import Package, near_anchors, split_task, write_near
-from heterotune_flwr.config.schema import AlignmentConfig
-from heterotune_flwr.dema.anchors import load_anchors
+from heterotune_flwr.schema import AlignmentConfig
 
 
 def packages(section, count, start=0):

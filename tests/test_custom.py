@@ -15,13 +15,13 @@ from heterotune_flwr import plugins
 from heterotune_flwr.backbones.sources import resolve_source
 from heterotune_flwr.cmga import build_chain
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data import global_test, sources, training_pool
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError, ExchangeError
 from heterotune_flwr.exchange import pack, round_trip, unpack
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.strategies import build_strategy
 
 PAGE = (Path(__file__).parents[1] / "docs" / "custom-strategy.md").read_text()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
+from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.data import Example, client_examples, sources
 from heterotune_flwr.data.sources import columns_recognised, global_test, how_read, read_examples
-from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.errors import DataError
+from heterotune_flwr.schema import AlignmentConfig, DataConfig
 
 SECRET = "SECRET-4711"
 

@@ -19,7 +19,6 @@ from dema_models import (
 )
 from peft import get_peft_model
 
-from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema import (
     DeMAConfig,
     DeMALayer,
@@ -33,6 +32,7 @@ from heterotune_flwr.dema import (
 from heterotune_flwr.dema.access import slot_layers
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.schema import MethodConfig
 
 MAPS = ("down.weight", "down.bias", "up.weight")
 

@@ -24,9 +24,9 @@ from peft import PeftModel, get_peft_model
 from peft.utils import PeftType
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from heterotune_flwr.backbones.structure import find_structure, slot_blocks
 from heterotune_flwr.dema import DeMAConfig, load_tensors, registration
 from heterotune_flwr.dema.access import slot_layers, trainable_tensors
-from heterotune_flwr.dema.structure import find_structure, slot_blocks
 from heterotune_flwr.errors import BackboneError, HeteroTuneError
 
 families = pytest.mark.parametrize("family", FAMILIES)

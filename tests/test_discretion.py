@@ -10,10 +10,10 @@ from test_client import METHOD, World, deployed_node, inline
 from test_client import folder as folder
 from test_client import world as world
 
+from heterotune_flwr.client.redaction import told
 from heterotune_flwr.errors import BackboneError, DataError
-from heterotune_flwr.federation.discretion import told
-from heterotune_flwr.federation.protocol import DESCRIBE, Header, RemoteError
-from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.protocol.messages import DESCRIBE, Header, RemoteError
+from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
 
 GOOD = {"text": "patient SECRET", "label": "fruit"}
 FILES = {

@@ -22,16 +22,8 @@ from toy_federation import Backbone, ToyFederation, toy_config
 from toy_federation import class_sums as toy_sums
 from toy_federation import latents as toy_latents
 
-from heterotune_flwr.config.compose import compose
-from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.exchange.packing import round_trip
-from heterotune_flwr.federation.discriminant import ClassSums, Discriminant
-from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.session import Session, StrategyContext
-from heterotune_flwr.flower import RecordDict
-from heterotune_flwr.strategies import build_strategy
-from heterotune_flwr.strategies.build import check_strategy
-from heterotune_flwr.strategies.discriminant import (
+from heterotune_flwr.channels.statistics.record import ClassSums, Discriminant
+from heterotune_flwr.channels.statistics.server import (
     Classes,
     DiscriminantOptions,
     SharedDiscriminant,
@@ -39,6 +31,14 @@ from heterotune_flwr.strategies.discriminant import (
     linear_discriminant,
     who_agrees,
 )
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.packing import round_trip
+from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.flower import RecordDict
+from heterotune_flwr.strategies import build_strategy
+from heterotune_flwr.strategies.build import check_strategy
 
 #: HeteroTune with nothing but its bank and the discriminant.
 PLAIN = {

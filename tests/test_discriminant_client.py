@@ -17,13 +17,14 @@ from tiny_backbones import LABELS
 
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.channels.predictions.loss import Distillation, predict
+from heterotune_flwr.channels.statistics.client import class_sums, discriminant_logits
+from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.federation.discriminant import Discriminant
-from heterotune_flwr.federation.identity import identify
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.protocol.messages import (
     TRAIN,
     EvaluateRequest,
     Header,
@@ -31,9 +32,8 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     TrainRequest,
 )
+from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.tuning.adapters import attach
-from heterotune_flwr.tuning.discriminant import class_sums, discriminant_logits
-from heterotune_flwr.tuning.distill import Distillation, predict
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.states import bare_states, make_rows
 from heterotune_flwr.tuning.task import make_task

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
-from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange import (
     content_bytes,
@@ -23,7 +22,8 @@ from heterotune_flwr.exchange import (
     tensor_digest,
     unpack,
 )
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.flower import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from heterotune_flwr.protocol.messages import (
     ERROR_MAPS_MISSING,
     EvaluateReply,
     EvaluateRequest,
@@ -36,13 +36,13 @@ from heterotune_flwr.federation.protocol import (
     resolve_output,
     unpack_mask,
 )
-from heterotune_flwr.federation.queries import (
+from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
     DescribeReply,
     DescribeRequest,
 )
-from heterotune_flwr.flower import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 
 arrays = hnp.arrays(
     np.float32,

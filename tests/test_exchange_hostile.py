@@ -16,8 +16,8 @@ from benchmarks import fuzz_target
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange import Expected, pack, unpack
 from heterotune_flwr.exchange.manifest import Manifest
-from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.flower import Array, ArrayRecord
+from heterotune_flwr.protocol.messages import TrainReply
 
 GOOD = {"format": 2, "codec": "fp32", "tensors": [["a", [2, 3]]]}
 SHAPES = {"a": (2, 3)}

@@ -18,7 +18,7 @@ from heterotune_flwr.federation.journal import VERSION, Journal, to_json
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
 from heterotune_flwr.federation.messenger import converse, make_message, wait_for_nodes
 from heterotune_flwr.federation.outcome import ClientRow, statistics
-from heterotune_flwr.federation.server import check_strategies, run, run_directory
+from heterotune_flwr.federation.updates import ClientUpdate, check_update, mean_delta
 from heterotune_flwr.flower import (
     ArrayRecord,
     ClientApp,
@@ -27,7 +27,7 @@ from heterotune_flwr.flower import (
     Message,
     RecordDict,
 )
-from heterotune_flwr.strategies.updates import ClientUpdate, check_update, mean_delta
+from heterotune_flwr.run import check_strategies, run, run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,7 +137,7 @@ def test_run_directory_is_absolute(tmp_path):
 
 def test_the_server_side_imports_no_torch():
     rooms = ("server_app.app", "heterotune_flwr.strategies", "heterotune_flwr.cmga",
-             "heterotune_flwr.federation.in_process", "heterotune_flwr.dema.alignment")  # fmt: skip
+             "heterotune_flwr.federation.in_process", "heterotune_flwr.alignment.align")  # fmt: skip
     code = f"import sys, {', '.join(rooms)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

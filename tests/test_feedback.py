@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_client import METHOD, World, folder, make_maps, world  # noqa: F401  (fixtures)
 
-from heterotune_flwr.config.schema import ExchangeConfig
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.packing import round_trip, tensor_digest
-from heterotune_flwr.federation.protocol import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.schema import ExchangeConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.feedback import Feedback
 

@@ -20,18 +20,18 @@ from test_client import (
 from tiny_backbones import LABELS, write_rows
 
 from benchmarks.lab_run import NODES, simulated_bank
+from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.client.floors import KEYS, MOST_LOSS, Floors, Guard, check_maps
+from heterotune_flwr.client.holdout import held_size, split, whole_test
+from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.node_book import FILE, NodeBook
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError, RefusedByNodeError
 from heterotune_flwr.exchange.packing import tensor_digest
-from heterotune_flwr.federation.discriminant import Discriminant
-from heterotune_flwr.federation.floors import KEYS, MOST_LOSS, Floors, Guard, check_maps
-from heterotune_flwr.federation.holdout import held_size, split, whole_test
-from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.federation.journal import read_events
-from heterotune_flwr.federation.node_book import FILE, NodeBook
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.protocol.messages import (
     DESCRIBE,
     ERROR_REFUSED,
     EVALUATE,
@@ -43,7 +43,7 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.tuning import local
 from heterotune_flwr.tuning.evaluate import bounded
 

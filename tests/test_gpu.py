@@ -13,8 +13,8 @@ from test_tuning import _cache, data, directory, prepared, random_values  # noqa
 from tiny_backbones import LABELS
 
 from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
-from heterotune_flwr.config.schema import MethodConfig, TrainConfig
 from heterotune_flwr.data import training_pool
+from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.generation import generate_answers
 from heterotune_flwr.tuning.local import peak_memory_mb, train_local

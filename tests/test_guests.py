@@ -13,32 +13,32 @@ from test_strategies import config_dir, events, start
 from test_tuning import data, directory, prepared  # noqa: F401
 from toy_federation import ToyFederation, toy_config
 
+from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.channels.predictions.loss import Distillation
+from heterotune_flwr.channels.predictions.record import Lesson
+from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import AlignmentConfig
-from heterotune_flwr.config.validate import preflight
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.dema.anchors import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.deploy.node_check import check_node
 from heterotune_flwr.deploy.node_config import read_node_settings
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import round_trip
-from heterotune_flwr.federation.consensus import Lesson
-from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.preflight import preflight
+from heterotune_flwr.protocol.messages import (
     TRAIN,
     Header,
     RemoteError,
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.reporting.status import read_status
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.tuning.distill import Distillation
+from heterotune_flwr.run import run_strategies
+from heterotune_flwr.schema import AlignmentConfig
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task

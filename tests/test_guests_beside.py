@@ -10,13 +10,13 @@ from test_tuning import LABELS, data, directory  # noqa: F401
 from test_tuning_memory import TRAIN, Narrow, prepared
 from toy_federation import ToyFederation, toy_config
 
+from heterotune_flwr.channels.predictions.loss import Distillation
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation import roster
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.server import run_strategies
-from heterotune_flwr.tuning.distill import Distillation
+from heterotune_flwr.run import run_strategies
 from heterotune_flwr.tuning.local import train_local
 from heterotune_flwr.tuning.states import FullRows, make_rows
 from heterotune_flwr.tuning.task import EncodedSet, make_task

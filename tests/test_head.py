@@ -10,13 +10,13 @@ import torch
 from tiny_backbones import LABELS, save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from heterotune_flwr.alignment.factors import unembedding_rows
 from heterotune_flwr.backbones.head import HeadScaling, measured_scaling
 from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
-from heterotune_flwr.config.schema import DataConfig, TrainConfig
+from heterotune_flwr.backbones.structure import find_structure
 from heterotune_flwr.data.template import label_tokens
-from heterotune_flwr.dema.factors import unembedding_rows
-from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.schema import DataConfig, TrainConfig
 from heterotune_flwr.tuning.task import make_task
 
 #: family -> (extra configuration, what must be measured)

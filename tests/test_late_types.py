@@ -14,8 +14,8 @@ from heterotune_flwr.exchange.trees import load_state, save_state
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.kept_maps import KeptMaps
-from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.reporting.tables import final_table
+from heterotune_flwr.run import run_strategies
 from heterotune_flwr.strategies.build import build_strategy
 
 SMALL, MIDDLE, LARGE = "small@fp32", "middle@fp32", "large@fp32"

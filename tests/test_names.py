@@ -12,12 +12,14 @@ from rich.console import Console
 from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.flower import Message
+from heterotune_flwr.names import as_id, is_file_name, is_id, is_label, printable, safe_text
+from heterotune_flwr.protocol.messages import (
     DESCRIBE,
     EVALUATE,
     TRAIN,
@@ -26,14 +28,12 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     error_content,
 )
-from heterotune_flwr.federation.queries import DescribeReply
-from heterotune_flwr.federation.server import run_strategies
-from heterotune_flwr.federation.wire import read_config
-from heterotune_flwr.flower import Message
-from heterotune_flwr.names import as_id, is_file_name, is_id, is_label, printable, safe_text
+from heterotune_flwr.protocol.queries import DescribeReply
+from heterotune_flwr.protocol.wire import read_config
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.status import Standing, follow, render
 from heterotune_flwr.reporting.tables import final_table
+from heterotune_flwr.run import run_strategies
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.worker.server import _Printable
 

@@ -12,15 +12,15 @@ from test_discriminant_client import adapted  # noqa: F401  (fixture)
 from test_lora_variants import run
 from test_tuning import data, directory  # noqa: F401  (fixtures)
 
+from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.channels.statistics.client import class_sums, shared_latents
+from heterotune_flwr.client.handlers import Client
+from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
-from heterotune_flwr.config.validate import preflight
-from heterotune_flwr.dema.anchors import load_anchors
 from heterotune_flwr.dema.ngrams import NgramView, ngrams
 from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.federation.client import Client
-from heterotune_flwr.federation.identity import identify
-from heterotune_flwr.tuning.discriminant import class_sums, shared_latents
+from heterotune_flwr.preflight import preflight
+from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.tuning.task import EncodedSet
 
 HETEROTUNE = "heterotune_flwr.strategies.heterotune.HeteroTune"

@@ -23,6 +23,7 @@ from heterotune_flwr.backbones.headers import (
     weight_files,
 )
 from heterotune_flwr.backbones.sources import describe_source
+from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import BackboneError, ExchangeError
 from heterotune_flwr.exchange.storage import (
@@ -33,10 +34,9 @@ from heterotune_flwr.exchange.storage import (
 )
 from heterotune_flwr.exchange.trees import load_state
 from heterotune_flwr.exchange.trees import read_header as read_state_header
-from heterotune_flwr.federation.identity import identify
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.resume import run_lock
-from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.run import run_strategies
 from heterotune_flwr.tuning import state_cache
 
 

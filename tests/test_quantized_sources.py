@@ -24,8 +24,8 @@ from heterotune_flwr.backbones.loading import (
 )
 from heterotune_flwr.backbones.sources import BITS, QUANTIZED
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.validate import preflight
 from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.preflight import preflight
 
 IDS = torch.tensor([[5, 9, 30, 7, 12, 3, 100, 64]])
 #: bits -> what people write who publish such a checkpoint; float16 and float32 computing are usual

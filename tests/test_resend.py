@@ -9,23 +9,23 @@ import pytest
 from test_client import World, folder, world  # noqa: F401  (fixtures)
 from toy_federation import ToyFederation, toy_config
 
+from heterotune_flwr.client.received import Received
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import ExchangeConfig, MethodConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import round_trip, tensor_digest
 from heterotune_flwr.exchange.storage import load_tensors
-from heterotune_flwr.federation.held import Held
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.federation.resend import Resend
+from heterotune_flwr.protocol.cached import Held
+from heterotune_flwr.protocol.messages import (
     ERROR_TENSORS_MISSING,
     EvaluateRequest,
     Header,
     RemoteError,
     TrainRequest,
 )
-from heterotune_flwr.federation.received import Received
-from heterotune_flwr.federation.server import run_strategies
-from heterotune_flwr.strategies.resend import Resend
+from heterotune_flwr.run import run_strategies
+from heterotune_flwr.schema import ExchangeConfig, MethodConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 
 HEADER = Header("run", 0, MethodConfig(output=4), 1)

@@ -21,8 +21,8 @@ from heterotune_flwr.federation.checkpoint import CheckpointError, Checkpoints
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock
-from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.flower import Error, Message
+from heterotune_flwr.run import run_strategies
 
 HERE = "heterotune_flwr.strategies"
 LORA = {"kind": "lora", "lora_rank": 4}

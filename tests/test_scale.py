@@ -17,36 +17,35 @@ from test_client import folder, world  # noqa: F401  (fixtures)
 from toy_federation import ToyFederation, toy_config
 
 from client_app.app import app
+from heterotune_flwr.alignment import kept
+from heterotune_flwr.alignment.maps import AlignmentResult
+from heterotune_flwr.client.identity import expand_types
 from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import (
+from heterotune_flwr.data import partition, pools, sources
+from heterotune_flwr.data.partition import client_examples
+from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.exchange import spill
+from heterotune_flwr.exchange.spill import Spill
+from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.federation import admission, journal, simulated
+from heterotune_flwr.federation.in_process import InProcessGrid
+from heterotune_flwr.federation.journal import Journal, read_events
+from heterotune_flwr.federation.messenger import Enough, converse, make_message
+from heterotune_flwr.federation.sampling import draw_tested
+from heterotune_flwr.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
+from heterotune_flwr.reporting.progress import RunProgress
+from heterotune_flwr.reporting.status import Standing, follow, render
+from heterotune_flwr.reporting.tables import final_table
+from heterotune_flwr.run import run_strategies
+from heterotune_flwr.schema import (
     AlignmentConfig,
     Config,
     DataConfig,
     MethodConfig,
     TypeConfig,
 )
-from heterotune_flwr.data import partition, pools, sources
-from heterotune_flwr.data.partition import client_examples
-from heterotune_flwr.dema import kept
-from heterotune_flwr.dema.maps import AlignmentResult
-from heterotune_flwr.errors import ConfigError, DataError
-from heterotune_flwr.exchange import spill
-from heterotune_flwr.exchange.spill import Spill
-from heterotune_flwr.exchange.storage import load_tensors
-from heterotune_flwr.federation import journal, simulated
-from heterotune_flwr.federation.identity import expand_types
-from heterotune_flwr.federation.in_process import InProcessGrid
-from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.messenger import Enough, converse, make_message
-from heterotune_flwr.federation.sampling import draw_tested
-from heterotune_flwr.federation.server import run_strategies
-from heterotune_flwr.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
-from heterotune_flwr.reporting.progress import RunProgress
-from heterotune_flwr.reporting.status import Standing, follow, render
-from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.strategies import admission
 from heterotune_flwr.tuning import state_cache
 
 SMALL = DataConfig(examples_per_client=6, personal_test_examples=2)

@@ -338,7 +338,7 @@ def test_four_processes_hold_one_copy(bits):
 
 def test_a_truncated_source_stops_a_run_before_it_starts(directory, tmp_path):
     from heterotune_flwr.config.compose import compose
-    from heterotune_flwr.config.validate import preflight
+    from heterotune_flwr.preflight import preflight
 
     source = _damaged_copy(directory, tmp_path / "hurt")
     file = source / "model.safetensors"

@@ -14,14 +14,14 @@ from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.protocol import TrainReply
 from heterotune_flwr.federation.sampling import sample_clients
-from heterotune_flwr.federation.server import check_strategies, run_strategies
 from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.federation.updates import Work, as_update
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
+from heterotune_flwr.protocol.messages import TrainReply
+from heterotune_flwr.run import check_strategies, run_strategies
 from heterotune_flwr.strategies import HeteroTune, build_strategy
 from heterotune_flwr.strategies.build import check_strategy
-from heterotune_flwr.strategies.updates import Work, as_update
 
 HERE = "heterotune_flwr.strategies"
 SPECS = {

@@ -18,13 +18,13 @@ from transformers import LlamaForCausalLM
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import MethodConfig, TypeConfig
 from heterotune_flwr.data import training_pool
 from heterotune_flwr.dema.bank import initial_tensors, tier_of
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.slices import as_fraction, open_mesh, window
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.schema import MethodConfig, TypeConfig
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy
 from heterotune_flwr.tuning.adapters import attach, detach

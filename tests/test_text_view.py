@@ -12,18 +12,18 @@ from test_discriminant_client import adapted  # noqa: F401  (fixture)
 from test_tuning import data, directory  # noqa: F401  (fixtures)
 from tiny_backbones import LABELS
 
-from heterotune_flwr.backbones.loading import load_backbone
-from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig, TrainConfig
-from heterotune_flwr.data.sources import training_pool
-from heterotune_flwr.dema import read_maps
-from heterotune_flwr.dema.factors import (
+from heterotune_flwr.alignment.factors import (
     collect_text_states,
     principal_components,
     text_components,
 )
-from heterotune_flwr.dema.maps import compute_maps, join_type
+from heterotune_flwr.alignment.maps import compute_maps, join_type
+from heterotune_flwr.backbones.loading import load_backbone
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.data.sources import training_pool
+from heterotune_flwr.dema import read_maps
 from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.schema import AlignmentConfig, MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.states import bare_text_states
 from heterotune_flwr.tuning.task import make_task

@@ -12,6 +12,7 @@ import torch
 from tiny_backbones import LABELS, save_backbone, save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from heterotune_flwr.alignment.factors import collect_states
 from heterotune_flwr.backbones.loading import (
     Backbone,
     BackboneSpec,
@@ -19,12 +20,11 @@ from heterotune_flwr.backbones.loading import (
     load_backbone,
 )
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
-from heterotune_flwr.config.validate import preflight
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
-from heterotune_flwr.dema.factors import collect_states
 from heterotune_flwr.errors import BackboneError, ConfigError
+from heterotune_flwr.preflight import preflight
+from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach, detach_all
 from heterotune_flwr.tuning.forward import final_states
 from heterotune_flwr.tuning.generation import generate_answers

@@ -15,10 +15,10 @@ from torch.nn import functional
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
-from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
+from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.tuning import state_cache
 from heterotune_flwr.tuning import states as states_module
 from heterotune_flwr.tuning import task as task_module

@@ -18,10 +18,10 @@ from tiny_backbones import LABELS, save_backbone, write_rows
 
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, load_backbone
-from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.tuning import forward, state_cache
 from heterotune_flwr.tuning import memory as memory_module
 from heterotune_flwr.tuning import states as states_module

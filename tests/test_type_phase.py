@@ -7,13 +7,13 @@ import pytest
 from test_strategies import events, start
 from toy_federation import ToyFederation, toy_config
 
+from heterotune_flwr.channels.predictions.record import Lesson
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import round_trip
-from heterotune_flwr.federation.consensus import Lesson
+from heterotune_flwr.federation.transport import _label
 from heterotune_flwr.flower import ConfigRecord, RecordDict
 from heterotune_flwr.strategies.build import check_strategy
-from heterotune_flwr.strategies.courier import _label
 
 SPEC = {
     "_component_": "heterotune_flwr.strategies.HeteroTune",

@@ -26,10 +26,10 @@ from typer.testing import CliRunner
 from benchmarks.lab_run import give_book
 from client_app.app import app
 from heterotune_flwr import cli
-from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.storage import load_tensors
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.flower import Context, Message, RecordDict, identify_process
+from heterotune_flwr.protocol.messages import (
     DESCRIBE,
     EVALUATE,
     TRAIN,
@@ -40,8 +40,8 @@ from heterotune_flwr.federation.protocol import (
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
-from heterotune_flwr.flower import Context, Message, RecordDict, identify_process
+from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.worker import link
 from heterotune_flwr.worker.cli import ask_status
 from heterotune_flwr.worker.frames import MAGIC, receive_frame, send_frame
@@ -191,9 +191,9 @@ THIN = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from client_app.app import app
-from heterotune_flwr.config.schema import MethodConfig
-from heterotune_flwr.federation.protocol import DESCRIBE, Header
-from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.schema import MethodConfig
+from heterotune_flwr.protocol.messages import DESCRIBE, Header
+from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.flower import Context, Message, RecordDict, identify_process
 identify_process()
 context = Context(run_id=5, node_id=77, node_config=json.loads({config!r}), state=RecordDict(),

@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.federation import superlink as superlinks
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
 from heterotune_flwr.programs import program
+from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.worker.cli import ask_status
 from heterotune_flwr.worker.places import Place
 

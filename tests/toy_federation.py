@@ -12,22 +12,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from heterotune_flwr.config.schema import (
-    AlignmentConfig,
-    Config,
-    DataConfig,
-    MethodConfig,
-    RunConfig,
-    ServerConfig,
-    TrainConfig,
-    TypeConfig,
-)
-from heterotune_flwr.dema.anchors import round_anchors
+from heterotune_flwr.alignment.public_texts import round_anchors
+from heterotune_flwr.channels.statistics.record import ClassSums
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.packing import tensor_digest
-from heterotune_flwr.federation.discriminant import ClassSums
 from heterotune_flwr.federation.in_process import InProcessGrid
-from heterotune_flwr.federation.protocol import (
+from heterotune_flwr.flower import ClientApp, Message
+from heterotune_flwr.protocol.messages import (
     ERROR_MAPS_MISSING,
     EvaluateReply,
     EvaluateRequest,
@@ -37,13 +28,22 @@ from heterotune_flwr.federation.protocol import (
     pack_mask,
     resolve_output,
 )
-from heterotune_flwr.federation.queries import (
+from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
     DescribeReply,
     DescribeRequest,
 )
-from heterotune_flwr.flower import ClientApp, Message
+from heterotune_flwr.schema import (
+    AlignmentConfig,
+    Config,
+    DataConfig,
+    MethodConfig,
+    RunConfig,
+    ServerConfig,
+    TrainConfig,
+    TypeConfig,
+)
 
 MEANING, ANCHORS, COMPONENTS = 10, 300, 16
 LABELS = [f"label-{i}" for i in range(6)]

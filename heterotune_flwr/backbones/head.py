@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heterotune_flwr.dema.structure import find_structure
+from heterotune_flwr.backbones.structure import find_structure
 
 #: Where a soft cap still does nothing, and where nothing else is left of the logits.
 _SMALL, _LARGE = 2.0**-10, 2.0**20

@@ -332,9 +332,9 @@ def prune_and_heal(
 
 def build_pruned(directory: Path, report: Report) -> None:
     """``smollm2-pruned``: the fetched SmolLM2 at 384 x 20, healed on the shipped anchors."""
+    from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
     from heterotune_flwr.backbones.sources import resolve_source
-    from heterotune_flwr.config.schema import AlignmentConfig
-    from heterotune_flwr.dema.anchors import SHIPPED, load_anchors
+    from heterotune_flwr.schema import AlignmentConfig
 
     texts = [
         text

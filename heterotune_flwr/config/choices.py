@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from heterotune_flwr.backbones.sources import AUTO, BITS
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.codecs import codec_names
 from heterotune_flwr.exchange.directions import check_directions
+from heterotune_flwr.schema import Config
 
 #: dotted key -> allowed values
 CHOICES: dict[str, tuple[str, ...]] = {

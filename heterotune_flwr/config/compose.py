@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.choices import check_choices, nearest
 from heterotune_flwr.config.numbers import check_numbers
@@ -29,7 +30,6 @@ from heterotune_flwr.config.plain import (
     load_plain,
     refuse_interpolation,
 )
-from heterotune_flwr.config.schema import Config, TypeConfig
 from heterotune_flwr.config.texts import (
     STRATEGY,
     check_texts,
@@ -38,8 +38,8 @@ from heterotune_flwr.config.texts import (
     override_text,
 )
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
-from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.schema import Config, TypeConfig
 
 INLINE = "yaml:"
 _SECTIONS = tuple(f.name for f in dataclasses.fields(Config))

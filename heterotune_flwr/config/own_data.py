@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.config.schema import Config, DataConfig
+from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import Lengths, lengths
 from heterotune_flwr.data.partition import ClientData, client_examples
 from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
-from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.names import safe_text
+from heterotune_flwr.schema import Config, DataConfig
 from heterotune_flwr.strategies.build import strategy_config
 from heterotune_flwr.tuning.task import loss_kind
 

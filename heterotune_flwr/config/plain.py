@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from heterotune_flwr.config.schema import Config, TypeConfig
 from heterotune_flwr.config.texts import literal
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.schema import Config, TypeConfig
 
 #: Letters of a configuration, overrides included, that a deployed client reads.
 LONGEST = 1 << 18

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from heterotune_flwr.config.schema import Config, MethodConfig, TrainConfig
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.schema import Config, MethodConfig, TrainConfig
 
 _STR, _INT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.chat import from_chat
 from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.errors import DataError
+from heterotune_flwr.schema import DataConfig
 
 _CHATS = ("messages", "conversations", "conversation")
 _INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.template import render_prompt
 from heterotune_flwr.data.tokens import encode_texts
+from heterotune_flwr.schema import DataConfig
 
 
 @dataclass(frozen=True)

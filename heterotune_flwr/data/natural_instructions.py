@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.errors import DataError
+from heterotune_flwr.schema import DataConfig
 
 #: Value of ``data.name``.
 NATURAL_INSTRUCTIONS = "natural_instructions"

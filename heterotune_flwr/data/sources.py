@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.layouts import arranged, described, recognised
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS, read_tasks
@@ -24,6 +23,7 @@ from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
+from heterotune_flwr.schema import DataConfig
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """DeMA, the dense mixture of adapters: a PEFT tuner, its bank and its latent alignment.
 
 The names below are imported on first use, so that the server's numpy-only modules
-(:mod:`.bank`, :mod:`.gcca`, :mod:`.maps`) load without torch. Importing this package registers the tuner with PEFT: at
-once where PEFT is imported already, else as soon as it is.
+(:mod:`.bank`, :mod:`..alignment.gcca`, :mod:`..alignment.maps`) load without torch. Importing this package registers
+the tuner with PEFT: at once where PEFT is imported already, else as soon as it is.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils import TaskType
 
-from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.registration import register
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.schema import MethodConfig
 
 ACTIVATIONS = ("silu", "linear")
 GATES = ("dense", "top1", "uniform")

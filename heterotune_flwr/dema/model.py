@@ -10,9 +10,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from heterotune_flwr.backbones.structure import find_structure, slot_blocks, text_config
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import MERGE_MESSAGE, DeMALayer, MergeError
-from heterotune_flwr.dema.structure import find_structure, slot_blocks, text_config
 from heterotune_flwr.errors import BackboneError, ConfigError, HeteroTuneError
 
 

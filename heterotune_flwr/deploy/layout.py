@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from heterotune_flwr import __version__
+from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.deploy import certificates, pairs, templates
 from heterotune_flwr.deploy.explain import explain
 from heterotune_flwr.deploy.files import (
@@ -51,7 +52,6 @@ from heterotune_flwr.deploy.keys import (
 from heterotune_flwr.deploy.values import check_days, check_path, check_ports, check_user
 from heterotune_flwr.deploy.versions import installed_versions
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.identity import code_hash
 from heterotune_flwr.jsons import parse_json
 
 MANIFEST = "deployment.json"

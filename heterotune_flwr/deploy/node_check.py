@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from heterotune_flwr.config.schema import AlignmentConfig, DataConfig
+from heterotune_flwr.alignment.public_texts import SHIPPED
+from heterotune_flwr.client.floors import Floors
+from heterotune_flwr.client.holdout import held_size
+from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import examples_digest, how_read, read_examples
-from heterotune_flwr.dema.anchors import SHIPPED
 from heterotune_flwr.deploy import certificates
 from heterotune_flwr.deploy.files import make_folder, present, read_bytes, unwritten
 from heterotune_flwr.deploy.keys import key_fingerprint, public_of
@@ -30,10 +32,8 @@ from heterotune_flwr.deploy.node_config import (
 from heterotune_flwr.deploy.server_probe import Seen, look
 from heterotune_flwr.deploy.versions import LIBRARIES, MISSING, installed_versions
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
-from heterotune_flwr.federation.floors import Floors
-from heterotune_flwr.federation.holdout import held_size
-from heterotune_flwr.federation.identity import code_hash
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.schema import AlignmentConfig, DataConfig
 
 State = Literal["ok", "warn", "fail"]
 #: Flower refuses a message signed more than 5 s in the server's future or 305 s in its past.
@@ -233,7 +233,7 @@ def _own_examples(
 
 
 def _anchors(settings: NodeSettings) -> Iterator[Finding]:
-    from heterotune_flwr.dema.anchors import load_anchors
+    from heterotune_flwr.alignment.public_texts import load_anchors
 
     if given := settings.client.get("anchors"):
         if given not in SHIPPED and not present(Path(given), "the anchors"):

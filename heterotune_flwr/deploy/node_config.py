@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.dema.anchors import SHIPPED
+from heterotune_flwr.alignment.public_texts import SHIPPED
+from heterotune_flwr.client.floors import Floors, checked_floors
+from heterotune_flwr.client.identity import code_hash, required_of
 from heterotune_flwr.deploy.certificates import load_certificate
 from heterotune_flwr.deploy.files import (
     make_folder,
@@ -25,8 +27,6 @@ from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
 from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import close_to_others
-from heterotune_flwr.federation.floors import Floors, checked_floors
-from heterotune_flwr.federation.identity import code_hash, required_of
 from heterotune_flwr.federation.superlink import toml_string
 from heterotune_flwr.programs import program, search_path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 from omegaconf import OmegaConf
 
+from heterotune_flwr.client.identity import NGRAMS_SIMULATED, about_shipped
 from heterotune_flwr.config.compose import (
     INLINE,
     compose,
@@ -18,16 +19,15 @@ from heterotune_flwr.config.compose import (
     to_yaml,
     with_absolute_paths,
 )
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
 from heterotune_flwr.errors import ConfigError, LeftRunningError
-from heterotune_flwr.federation.identity import NGRAMS_SIMULATED, about_shipped
 from heterotune_flwr.federation.launcher import check_directory
 from heterotune_flwr.federation.resume import check_resumable
-from heterotune_flwr.federation.server import check_strategies, run_directory
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import toml_string
+from heterotune_flwr.run import check_strategies, run_directory
+from heterotune_flwr.schema import Config
 from heterotune_flwr.strategies.build import strategy_config
 
 

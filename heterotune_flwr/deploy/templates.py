@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from string import Template
 
+from heterotune_flwr.client.floors import KEYS, Floors
 from heterotune_flwr.deploy.hosts import Address
-from heterotune_flwr.federation.floors import KEYS, Floors
 
 #: Flower's server-side patience with a node it believes online (two missed heartbeats of 30 s): a node that comes
 #: back sooner under the same key is refused (exit code 305), so a restart waits longer.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from heterotune_flwr.config.schema import ExchangeConfig
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.codecs import TOPK, find_codec, precise, topk_name
+from heterotune_flwr.schema import ExchangeConfig
 
 
 def _full(name: str, exchange: ExchangeConfig) -> str:

@@ -4,7 +4,7 @@ Factors are a client's own word, and all types' maps are made from them; what is
 runs too, under a fingerprint that the client claims. So one client alone is believed only in this machine's own
 simulation, where every client is the same program (a second one would double the work before a first run: of the
 embedded family 1.5 minutes of one core). Elsewhere two are asked at once, a third where they disagree, and so on up to
-:data:`MOST_ASKED`; the first pair that agrees (:func:`..dema.factor_checks.same_backbone`) is right.
+:data:`MOST_ASKED`; the first pair that agrees (:func:`..alignment.factor_checks.same_backbone`) is right.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from heterotune_flwr.dema.alignment import Trust
-from heterotune_flwr.dema.factor_checks import same_backbone
+from heterotune_flwr.alignment.align import Trust
+from heterotune_flwr.alignment.factor_checks import same_backbone
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.packing import Tensors, content_bytes
 from heterotune_flwr.federation.messenger import converse, make_message
-from heterotune_flwr.federation.protocol import ALIGN
-from heterotune_flwr.federation.queries import AlignReply
 from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.flower import Grid, RecordDict
+from heterotune_flwr.protocol.messages import ALIGN
+from heterotune_flwr.protocol.queries import AlignReply
 
 #: Clients of a type whose factors are compared at most.
 MOST_ASKED = 5

@@ -19,11 +19,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from heterotune_flwr.config.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.dema.bank import bank_shapes
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.protocol import resolve_output, unpack_mask
-from heterotune_flwr.federation.queries import DescribeReply
+from heterotune_flwr.protocol.messages import resolve_output, unpack_mask
+from heterotune_flwr.protocol.queries import DescribeReply
+from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 
 #: Client ids, most trusted first.
 Order = list[str]

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import MethodConfig
-from heterotune_flwr.dema.alignment import AlignmentResult
+from heterotune_flwr.alignment.align import AlignmentResult
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import load_state, save_state
+from heterotune_flwr.schema import MethodConfig
 
 
 @dataclass(frozen=True)

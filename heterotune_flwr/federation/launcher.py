@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 from heterotune_flwr.config.compose import INLINE, to_yaml
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import atomic_write_text, private_folder
 from heterotune_flwr.federation.journal import append_event, parse_event
@@ -23,6 +22,7 @@ from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.schema import Config
 
 __all__ = ["Resources", "RunOutcome", "free_port", "launch", "launch_app", "stage_app"]
 

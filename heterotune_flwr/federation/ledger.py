@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heterotune_flwr.exchange.packing import content_bytes, payload_bytes
-from heterotune_flwr.federation.wire import MAPS
 from heterotune_flwr.flower import ArrayRecord, RecordDict, content_to_bytes
+from heterotune_flwr.protocol.wire import MAPS
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import Config, MethodConfig, ServerConfig
-from heterotune_flwr.dema.alignment import (
+from heterotune_flwr.alignment.align import (
     TEXTS,
     Trust,
     align_types,
@@ -20,8 +19,8 @@ from heterotune_flwr.dema.alignment import (
     load_anchors,
     public_words,
 )
-from heterotune_flwr.dema.factor_checks import fault_of
-from heterotune_flwr.dema.maps import places_of
+from heterotune_flwr.alignment.factor_checks import fault_of
+from heterotune_flwr.alignment.maps import places_of
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import (
@@ -32,11 +31,12 @@ from heterotune_flwr.exchange.packing import (
 from heterotune_flwr.federation.factors_asked import Question, ask_types
 from heterotune_flwr.federation.journal import Journal, writing
 from heterotune_flwr.federation.kept_maps import KeptMaps
-from heterotune_flwr.federation.protocol import Header, pack_mask, unpack_mask
-from heterotune_flwr.federation.queries import AlignRequest
 from heterotune_flwr.federation.roster import Client, Roster
 from heterotune_flwr.flower import Grid, is_simulation
 from heterotune_flwr.names import safe_text
+from heterotune_flwr.protocol.messages import Header, pack_mask, unpack_mask
+from heterotune_flwr.protocol.queries import AlignRequest
+from heterotune_flwr.schema import Config, MethodConfig, ServerConfig
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import private_folder
 from heterotune_flwr.federation.checkpoint import Checkpoints
+from heterotune_flwr.schema import Config
 
 #: What may differ when a run goes on: how long, how patiently, on how many processes; not what is computed.
 MAY_CHANGE = (

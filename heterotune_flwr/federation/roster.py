@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from heterotune_flwr.cmga.pull import usual_examples
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.messenger import (
@@ -16,12 +17,11 @@ from heterotune_flwr.federation.messenger import (
     make_message,
     wait_for_nodes,
 )
-from heterotune_flwr.federation.protocol import DESCRIBE, Header
-from heterotune_flwr.federation.pull import usual_examples
-from heterotune_flwr.federation.queries import DescribeReply, DescribeRequest
-from heterotune_flwr.federation.wire import RemoteError
 from heterotune_flwr.flower import Grid
 from heterotune_flwr.names import safe_text
+from heterotune_flwr.protocol.messages import DESCRIBE, Header
+from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.protocol.wire import RemoteError
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Roster:
 
     @functools.cached_property
     def usual_examples(self) -> float:
-        """Examples of the median client (:mod:`.pull` says what for)."""
+        """Examples of the median client (:mod:`..cmga.pull` says what for)."""
         return usual_examples(client.info.train_examples for client in self.clients.values())
 
     @property

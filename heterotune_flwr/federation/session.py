@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from heterotune_flwr.client.identity import code_hash, public_labels
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
-from heterotune_flwr.config.schema import Config, DataConfig, MethodConfig
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.fitting import Reference, by_node, unfit
-from heterotune_flwr.federation.identity import code_hash, public_labels
 from heterotune_flwr.federation.journal import Journal, Pace
 from heterotune_flwr.federation.maps_service import Maps, MapsService, query_seconds
-from heterotune_flwr.federation.protocol import Header
 from heterotune_flwr.federation.roster import (
     Client,
     LeftOut,
@@ -27,6 +25,8 @@ from heterotune_flwr.federation.roster import (
     without,
 )
 from heterotune_flwr.flower import Grid, is_simulation
+from heterotune_flwr.protocol.messages import Header
+from heterotune_flwr.schema import Config, DataConfig, MethodConfig
 
 __all__ = ["Maps", "Session", "StrategyContext"]
 

@@ -9,9 +9,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from heterotune_flwr.config.schema import Config
 from heterotune_flwr.names import printable
 from heterotune_flwr.reporting.tables import TITLES, human_bytes
+from heterotune_flwr.schema import Config
 
 Event = dict[str, Any]
 #: A line at most this often when the output is not a terminal.

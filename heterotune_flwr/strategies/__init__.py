@@ -1,6 +1,6 @@
-"""One strategy, one file; :mod:`.base` holds what every heterogeneous strategy shares."""
+"""One strategy, one file; :mod:`.strategy` holds what every heterogeneous strategy shares."""
 
-from heterotune_flwr.strategies.base import HeteroStrategy, Scope
+from heterotune_flwr.federation.updates import ClientUpdate, mean_delta
 from heterotune_flwr.strategies.build import build_strategy
 from heterotune_flwr.strategies.fed_sb import FedSB
 from heterotune_flwr.strategies.fedex_lora import FedExLoRA
@@ -18,7 +18,7 @@ from heterotune_flwr.strategies.hetlora import HETLoRA
 from heterotune_flwr.strategies.local_only import LocalOnly
 from heterotune_flwr.strategies.rolora import RoLoRA
 from heterotune_flwr.strategies.scaffold import Scaffold
-from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
+from heterotune_flwr.strategies.strategy import HeteroStrategy, Scope
 from heterotune_flwr.strategies.within_type import WithinType
 
 __all__ = [

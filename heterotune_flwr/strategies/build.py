@@ -9,17 +9,17 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from heterotune_flwr.channels.statistics.server import DiscriminantOptions, without_views
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.choices import check_choices
-from heterotune_flwr.config.schema import Config, MethodConfig
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.base import HeteroStrategy
-from heterotune_flwr.strategies.discriminant import DiscriminantOptions, without_views
+from heterotune_flwr.schema import Config, MethodConfig
 from heterotune_flwr.strategies.heterotune import HeteroTune
 from heterotune_flwr.strategies.sharing import OPEN_TEXT, closed_task, surely_open
+from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 #: Training settings a strategy may have of its own; the others are the clients'.
 _TRAIN_KEYS = ("local_steps", "learning_rate", "last_rate", "warmup_ratio", "optimizer", "proximal")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.dema.bank import RESIDUAL
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.federation.updates import ClientUpdate
 from heterotune_flwr.strategies.lora_family import (
     Matrix,
     ResidualLoRAStrategy,
@@ -17,7 +18,6 @@ from heterotune_flwr.strategies.lora_family import (
     product,
     shares,
 )
-from heterotune_flwr.strategies.updates import ClientUpdate
 
 
 class FedExLoRA(ResidualLoRAStrategy):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from heterotune_flwr.channels.predictions.server import ConsensusOptions
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.base import Scope
-from heterotune_flwr.strategies.consensus import ConsensusOptions
 from heterotune_flwr.strategies.lora_family import LoRAStrategy
+from heterotune_flwr.strategies.strategy import Scope
 
 
 class FedMKT(LoRAStrategy):
@@ -28,7 +28,7 @@ class FedMKT(LoRAStrategy):
     context
         See :class:`StrategyContext`.
     consensus
-        See :class:`.consensus.ConsensusOptions`.
+        See :class:`..channels.predictions.server.ConsensusOptions`.
 
     """
 

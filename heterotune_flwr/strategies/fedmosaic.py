@@ -7,7 +7,7 @@ from dataclasses import replace
 from heterotune_flwr.dema.bank import slot_of, tier_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.base import HeteroStrategy, Scope
+from heterotune_flwr.strategies.strategy import HeteroStrategy, Scope
 
 
 class FedMosaic(HeteroStrategy):

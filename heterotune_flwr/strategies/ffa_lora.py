@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from heterotune_flwr.strategies.base import Scope
 from heterotune_flwr.strategies.lora_family import LoRAStrategy
+from heterotune_flwr.strategies.strategy import Scope
 
 
 class FFALoRA(LoRAStrategy):

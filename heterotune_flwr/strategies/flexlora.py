@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.federation.updates import ClientUpdate
 from heterotune_flwr.strategies.lora_family import RankedLoRAStrategy, layers, product, shares
-from heterotune_flwr.strategies.updates import ClientUpdate
 
 
 class FlexLoRA(RankedLoRAStrategy):

@@ -9,13 +9,13 @@ import numpy as np
 from heterotune_flwr.dema.bank import RESIDUAL
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.session import StrategyContext
+from heterotune_flwr.federation.updates import ClientUpdate
 from heterotune_flwr.strategies.lora_family import (
     RankedLoRAStrategy,
     ResidualLoRAStrategy,
     layers,
     shares,
 )
-from heterotune_flwr.strategies.updates import ClientUpdate
 
 
 class FLoRA(RankedLoRAStrategy, ResidualLoRAStrategy):

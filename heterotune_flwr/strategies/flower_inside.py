@@ -13,6 +13,7 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
+from heterotune_flwr.federation.updates import ClientUpdate
 from heterotune_flwr.flower import (
     Array,
     ArrayRecord,
@@ -23,7 +24,6 @@ from heterotune_flwr.flower import (
     RecordDict,
     Strategy,
 )
-from heterotune_flwr.strategies.updates import ClientUpdate
 from heterotune_flwr.strategies.within_type import WithinType
 
 #: Flower waits for this many nodes; here all that are there have answered already.

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from heterotune_flwr.federation.protocol import TRAIN
+from heterotune_flwr.federation.admission import Admitted, Intake, admit
+from heterotune_flwr.federation.updates import check_step, mean_delta, training_summary
 from heterotune_flwr.flower import Grid
-from heterotune_flwr.strategies.admission import Admitted, Intake, admit
+from heterotune_flwr.protocol.messages import TRAIN
 from heterotune_flwr.strategies.sharing import Assignment
-from heterotune_flwr.strategies.updates import check_step, mean_delta, training_summary
 
 if TYPE_CHECKING:
-    from heterotune_flwr.strategies.base import HeteroStrategy
+    from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 #: Share of the strategy's learning rate that a guest begins with: what suits many short rounds is much for a long one.
 RATE_SHARE = 0.5

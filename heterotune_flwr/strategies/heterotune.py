@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from heterotune_flwr.channels.predictions.server import ConsensusOptions
+from heterotune_flwr.channels.statistics.server import DiscriminantOptions
 from heterotune_flwr.cmga import DEFAULT_CHAIN, Member, build_chain, make_updates
 from heterotune_flwr.cmga.base import LazyMember
 from heterotune_flwr.cmga.robust import RobustMean
@@ -17,10 +19,8 @@ from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.spill import Stored
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.base import GLOBAL, HeteroStrategy, Scope
-from heterotune_flwr.strategies.consensus import ConsensusOptions
-from heterotune_flwr.strategies.discriminant import DiscriminantOptions
-from heterotune_flwr.strategies.updates import ClientUpdate
+from heterotune_flwr.federation.updates import ClientUpdate
+from heterotune_flwr.strategies.strategy import GLOBAL, HeteroStrategy, Scope
 
 #: How far from the last shared bank a type may be that is mixed into the others', in medians over types.
 _FARTHEST = 2.0
@@ -31,7 +31,7 @@ class HeteroTune(HeteroStrategy):
 
     Our definition (docs/method.md, sections 2 to 5). Every round:
 
-    1. *update gate* (:mod:`.gate`): unreadable, misshapen, non-finite or far too long updates of a
+    1. *update gate* (:mod:`..federation.update_gate`): unreadable, misshapen, non-finite or far too long updates of a
        client are refused and reported, the round goes on without them;
     2. *pseudo-gradients* per slot: ``Delta_i / (steps_i * lr_i)``, comparable between clients that
        did different amounts of work (FedNova, arXiv 2007.07481);
@@ -39,12 +39,12 @@ class HeteroTune(HeteroStrategy):
        optimizer, as one chain of small transforms (:mod:`heterotune_flwr.cmga`);
     4. *step*: the direction times the mean ``steps_i * lr_i`` is added to the shared bank;
     5. *consensus* (closed label sets): predictions on public anchors are averaged over all clients, and each client
-       fits them beside its own examples in the next round (:mod:`.consensus`);
+       fits them beside its own examples in the next round (:mod:`..channels.predictions.server`);
     6. *type phase*: in the last rounds each type goes on with a bank of its own, averaged inside the type. What
        crosses types then is the consensus, and every round a little of the mean of all types' banks (``mixing``):
        first what all models can share, then what suits one model.
     7. *discriminant* (closed label sets): what all clients' classes are in the shared latents, told once and summed
-       over types, adds to every model's logits (:mod:`.discriminant`).
+       over types, adds to every model's logits (:mod:`..channels.statistics.server`).
 
     What one type shares (type experts, cores unless ``method.core_scope`` keeps them on their client, and slots whose
     alignment is below the quality threshold) is averaged inside the type; private experts stay on their client. The
@@ -57,7 +57,7 @@ class HeteroTune(HeteroStrategy):
     chain
         The CMGA chain as a list of ``{transform: name, option: value}``; null for the default.
     consensus
-        Options of :class:`.consensus.ConsensusOptions`; null for none.
+        Options of :class:`..channels.predictions.server.ConsensusOptions`; null for none.
     type_phase
         Share of the rounds that the type phase takes, 0 to less than 1, rounded down to whole rounds; the consensus
         is then at work in it alone. 0, or no consensus: there is none, and the consensus is at work in every round.
@@ -65,7 +65,7 @@ class HeteroTune(HeteroStrategy):
         Share of the mean over types, 0 to 1, that every type's experts take after every round of the type phase; in
         it a type counts as at most twice as far from the last shared bank as the median type.
     discriminant
-        Options of :class:`.discriminant.DiscriminantOptions`; null for none.
+        Options of :class:`..channels.statistics.server.DiscriminantOptions`; null for none.
 
     """
 

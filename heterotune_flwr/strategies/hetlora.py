@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from heterotune_flwr.cmga.pull import no_heavier
 from heterotune_flwr.exchange.packing import Tensors
-from heterotune_flwr.federation.pull import no_heavier
+from heterotune_flwr.federation.updates import ClientUpdate
 from heterotune_flwr.strategies.lora_family import RankedLoRAStrategy, layers, product
-from heterotune_flwr.strategies.updates import ClientUpdate
 
 
 class HETLoRA(RankedLoRAStrategy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heterotune_flwr.strategies.base import HeteroStrategy, Scope
+from heterotune_flwr.strategies.strategy import HeteroStrategy, Scope
 
 
 class LocalOnly(HeteroStrategy):

@@ -12,15 +12,15 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import RESIDUAL
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.directions import down_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.base import HeteroStrategy
+from heterotune_flwr.federation.updates import ClientUpdate
+from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.strategies.sharing import Shapes
-from heterotune_flwr.strategies.updates import ClientUpdate
+from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 Matrix = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ import numpy as np
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
+from heterotune_flwr.federation.updates import ClientUpdate, mean_delta
 from heterotune_flwr.strategies.within_type import WithinType
 
 

@@ -1,7 +1,7 @@
 """Which tensors are shared with whom, and what else a strategy may decide.
 
 :class:`Sharing` holds the server's copy of every *group* of tensors and the methods a strategy overrides;
-:class:`.base.HeteroStrategy` runs the rounds on top of it.
+:class:`.strategy.HeteroStrategy` runs the rounds on top of it.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from heterotune_flwr.config.rates import sinking_share
-from heterotune_flwr.config.schema import DataConfig, MethodConfig, TrainConfig, TypeConfig
-from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.exchange.packing import Tensors
-from heterotune_flwr.exchange.trees import State
-from heterotune_flwr.federation import pull
-from heterotune_flwr.federation.consensus import Lesson
-from heterotune_flwr.federation.outcome import Outcome
-from heterotune_flwr.federation.protocol import resolve_output
-from heterotune_flwr.federation.roster import Roster
-from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.flower import Grid, Strategy, is_simulation
-from heterotune_flwr.strategies.answers import AnswerConsensus
-from heterotune_flwr.strategies.consensus import Consensus, ConsensusOptions
-from heterotune_flwr.strategies.courier import Courier
-from heterotune_flwr.strategies.discriminant import (
+from heterotune_flwr.channels.answers.server import AnswerConsensus
+from heterotune_flwr.channels.predictions.record import Lesson
+from heterotune_flwr.channels.predictions.server import Consensus, ConsensusOptions
+from heterotune_flwr.channels.statistics.server import (
     DiscriminantOptions,
     SharedDiscriminant,
     without_views,
 )
-from heterotune_flwr.strategies.updates import ClientUpdate, mean_delta
+from heterotune_flwr.cmga import pull
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.federation.outcome import Outcome
+from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.federation.transport import Courier
+from heterotune_flwr.federation.updates import ClientUpdate, mean_delta
+from heterotune_flwr.flower import Grid, Strategy, is_simulation
+from heterotune_flwr.protocol.messages import resolve_output
+from heterotune_flwr.rates import sinking_share
+from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig, TypeConfig
 
 if TYPE_CHECKING:
-    from heterotune_flwr.strategies.admission import Intake
+    from heterotune_flwr.federation.admission import Intake
 
 Scope = Literal["global", "type", "client", "fixed"]
 Shapes = dict[str, tuple[int, ...]]

@@ -22,7 +22,7 @@ from heterotune_flwr.federation.outcome import ClientRow
 from heterotune_flwr.federation.resume import MAY_CHANGE, settings_digest
 
 if TYPE_CHECKING:
-    from heterotune_flwr.strategies.base import HeteroStrategy
+    from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 
 def save(strategy: HeteroStrategy, round: int, evaluated: bool) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from heterotune_flwr.channels.predictions.server import ConsensusOptions
+from heterotune_flwr.channels.statistics.server import DiscriminantOptions
 from heterotune_flwr.dema.bank import tier_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.strategies.base import HeteroStrategy, Scope
-from heterotune_flwr.strategies.consensus import ConsensusOptions
-from heterotune_flwr.strategies.discriminant import DiscriminantOptions
+from heterotune_flwr.strategies.strategy import HeteroStrategy, Scope
 
 
 class WithinType(HeteroStrategy):
@@ -25,10 +25,11 @@ class WithinType(HeteroStrategy):
     context
         See :class:`StrategyContext`.
     consensus
-        Options of :class:`.consensus.ConsensusOptions`, its scope ``type`` and no other: what HeteroTune gains beyond
-        it is not what public texts teach a type by itself. Null for none.
+        Options of :class:`..channels.predictions.server.ConsensusOptions`, its scope ``type`` and no other: what
+        HeteroTune gains beyond it is not what public texts teach a type by itself. Null for none.
     discriminant
-        Options of :class:`.discriminant.DiscriminantOptions`, its scope ``type`` likewise; null for none.
+        Options of :class:`..channels.statistics.server.DiscriminantOptions`, its scope ``type`` likewise; null for
+        none.
 
     """
 

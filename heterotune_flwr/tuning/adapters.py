@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn import functional
 
 from heterotune_flwr.backbones.loading import Backbone
-from heterotune_flwr.config.schema import MethodConfig
+from heterotune_flwr.backbones.structure import find_structure
 from heterotune_flwr.dema.bank import RESIDUAL, TEXT, slot_of
-from heterotune_flwr.dema.structure import find_structure
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.tuning.cores import Cores, attach_cores, forget_cores
 from heterotune_flwr.tuning.lora import attach_lora
 from heterotune_flwr.tuning.task import Task

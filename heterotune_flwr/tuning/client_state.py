@@ -4,7 +4,7 @@ Files, not memory: virtual clients share worker processes, and a deployed client
 for every message. ``<state dir>/clients/<experiment>/<client id>.safetensors`` and
 ``<state dir>/maps/<digest>.safetensors`` (content-addressed, shared by the clients of a type). Beside the first lie
 ``<client id>~residual.safetensors`` (:mod:`.feedback`) and ``<client id>~received.safetensors``
-(:mod:`..federation.received`).
+(:mod:`..client.received`).
 
 The state before the last trained round stays beside the newest one, as
 ``<client id>.previous.safetensors``. A message whose reply was lost may come again: training round

@@ -24,8 +24,8 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from heterotune_flwr.backbones.loading import Backbone, linear_sides
-from heterotune_flwr.config.schema import MethodConfig
-from heterotune_flwr.dema.structure import find_structure
+from heterotune_flwr.backbones.structure import find_structure
+from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.tuning.lora import dense_weight, singular_vectors
 
 

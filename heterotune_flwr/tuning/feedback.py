@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.config.schema import ExchangeConfig
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import find_codec
 from heterotune_flwr.exchange.directions import exact_codec, up_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
+from heterotune_flwr.schema import ExchangeConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterotune_flwr.dema.structure import find_structure, slot_blocks
-from heterotune_flwr.dema.text_view import blocks_read, entering, text_mean
+from heterotune_flwr.alignment.views import blocks_read, entering, text_mean
+from heterotune_flwr.backbones.structure import find_structure, slot_blocks
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.cores import first_core_block
 from heterotune_flwr.tuning.task import EncodedSet
@@ -110,7 +110,7 @@ def block_inputs(
 def text_states(
     adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]
 ) -> list[Tensor]:
-    """The second view of examples (``2 d`` each; :mod:`..dema.text_view`); nothing above its blocks is computed."""
+    """The second view of examples (``2 d`` each; :mod:`..alignment.views`); nothing above its blocks is computed."""
     read = blocks_read(adapter.backbone.layers)
     return [text_mean(states) for states in _inputs_of(adapter, encoded, indices, read)]
 

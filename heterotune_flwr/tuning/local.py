@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from heterotune_flwr.backbones.batches import parts_by_length
-from heterotune_flwr.config.schema import TrainConfig
+from heterotune_flwr.channels.predictions.loss import Distillation
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter
-from heterotune_flwr.tuning.distill import Distillation
 from heterotune_flwr.tuning.memory import checkpointing, choose_micro_batch, is_out_of_memory
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
@@ -208,8 +208,8 @@ def train_local(
     corrections
         Added to every gradient, by name of the trained tensor (:class:`.terms.GradientTerms`).
     distillation
-        Anchors fitted beside the examples in every step (:mod:`.distill`), or alone where there are no examples; the
-        rate then sinks to nothing over the steps, as no other round follows.
+        Anchors fitted beside the examples in every step (:mod:`..channels.predictions.loss`), or alone where there are
+        no examples; the rate then sinks to nothing over the steps, as no other round follows.
     most
         What a single loss counts for at most in the loss that is reported, in nats; it is trained on as it is.
     aside

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heterotune_flwr.backbones.loading import Backbone
-from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.dema.bank import RESIDUAL
+from heterotune_flwr.schema import MethodConfig
 
 #: Layers whose smaller side is longer than this are decomposed by a randomised method.
 _EXACT_SVD = 1024

@@ -323,7 +323,7 @@ def bare_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = Tru
 
 
 def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Means over whole texts in the backbone alone (``n x 2 d``, float32; :mod:`..dema.text_view`).
+    """Means over whole texts in the backbone alone (``n x 2 d``, float32; :mod:`..alignment.views`).
 
     ``cache``: kept as :func:`frozen_states`.
     """

@@ -27,10 +27,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from heterotune_flwr.backbones.loading import Backbone
-from heterotune_flwr.config.schema import MethodConfig
 from heterotune_flwr.data.template import label_tokens
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.slices import as_fraction, open_mesh, sliced_sizes
+from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.tuning.task import Task
 
 

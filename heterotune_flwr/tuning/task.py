@@ -24,11 +24,11 @@ from torch.nn import functional
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.tokenizer import check_positions
-from heterotune_flwr.config.schema import DataConfig, TrainConfig
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import OUTSIDE
 from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
 from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.schema import DataConfig, TrainConfig
 
 LOSSES = ("auto", "labels", "tokens")
 #: Full-vocabulary logits that exist at the same time (32 MB in float32).

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from heterotune_flwr.config.rates import sinking_share, warm_up_share
-from heterotune_flwr.config.schema import TrainConfig
 from heterotune_flwr.dema.bank import tier_of
+from heterotune_flwr.rates import sinking_share, warm_up_share
+from heterotune_flwr.schema import TrainConfig
 
 OPTIMIZERS = ("adamw", "sgd")
 

@@ -7,7 +7,7 @@ process is a thin one without torch: it hands the message over a local socket an
     link.py      the client's side of the socket: hand a message over, survive a worker's death
     start.py     connect to the worker of a state directory, start it where there is none
     server.py    the worker: socket, queue, heartbeats, end
-    jobs.py      one message: the handlers of federation/client.py, the device's lock, counters
+    jobs.py      one message: the handlers of client/handlers.py, the device's lock, counters
     frames.py    what travels over the socket
     places.py    where the socket and the locks lie, and who may use them
 """

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from heterotune_flwr.client.identity import is_simulated
+from heterotune_flwr.client.redaction import told
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
-from heterotune_flwr.federation.discretion import told
-from heterotune_flwr.federation.identity import is_simulated
-from heterotune_flwr.federation.wire import error_content
 from heterotune_flwr.flower import Context, Message, content_from_bytes, content_to_bytes
 from heterotune_flwr.names import printable
+from heterotune_flwr.protocol.wire import error_content
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def idle_seconds(node_config: Mapping[str, Any]) -> float:
 
 def _here(message: Message, context: Context) -> Message:
     """Answer in this process; torch comes in here."""
-    from heterotune_flwr.federation import client
+    from heterotune_flwr.client import handlers as client
 
     return client.respond(message, context, client.HANDLERS[message.metadata.message_type])
 

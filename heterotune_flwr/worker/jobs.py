@@ -1,4 +1,4 @@
-"""One message in the worker: the handlers of ``federation/client.py``, and what is counted."""
+"""One message in the worker: the handlers of ``client/handlers.py``, and what is counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.errors import ExchangeError, HeteroTuneError
-from heterotune_flwr.federation.wire import CONFIG
 from heterotune_flwr.flower import (
     ConfigRecord,
     Context,
@@ -25,6 +24,7 @@ from heterotune_flwr.flower import (
     content_to_bytes,
     identify_process,
 )
+from heterotune_flwr.protocol.wire import CONFIG
 from heterotune_flwr.worker.places import Lock, Place, runtime_dir
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Runner:
     def prepare(self) -> None:
         """Import what every job needs (torch and all), and find the device."""
         from heterotune_flwr.backbones.loading import default_device
-        from heterotune_flwr.federation import client
+        from heterotune_flwr.client import handlers as client
 
         identify_process()
         log.info("handlers for %s", ", ".join(client.HANDLERS))
@@ -112,7 +112,7 @@ class Runner:
 
     def _respond(self, job: Job) -> tuple[bytes, bool]:
         """Return (content of the reply, whether it reports an error)."""
-        from heterotune_flwr.federation import client
+        from heterotune_flwr.client import handlers as client
 
         kind, context = self._read(job.header)
         if kind not in client.HANDLERS:

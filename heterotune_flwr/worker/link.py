@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from heterotune_flwr.errors import FederationError
-from heterotune_flwr.federation.protocol import ALIGN, DESCRIBE, EVALUATE, TRAIN
+from heterotune_flwr.protocol.messages import ALIGN, DESCRIBE, EVALUATE, TRAIN
 from heterotune_flwr.worker.frames import FrameError, PeerGoneError, receive_frame, send_frame
 from heterotune_flwr.worker.places import Place, WorkerUnavailableError, build_id, check_peer
 from heterotune_flwr.worker.start import IDLE_SECONDS, connect, ensure

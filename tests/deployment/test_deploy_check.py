@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks.tls_server import TlsServer
 from heterotune_flwr.cli import app
+from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.deploy import certificates, node_check
 from heterotune_flwr.deploy.layout import initialise
 from heterotune_flwr.deploy.node_config import (
@@ -19,7 +20,6 @@ from heterotune_flwr.deploy.node_config import (
     supernode_command,
 )
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.identity import code_hash
 
 
 @pytest.fixture

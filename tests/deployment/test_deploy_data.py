@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from heterotune_flwr.config.schema import DataConfig
+from heterotune_flwr.client.identity import COUNTED, Identity, check_code, code_hash
 from heterotune_flwr.data.sources import read_examples
 from heterotune_flwr.errors import ConfigError, DataError
-from heterotune_flwr.federation.identity import COUNTED, Identity, check_code, code_hash
+from heterotune_flwr.schema import DataConfig
 
 ROWS = [{"q": f"what is {i}?", "a": f"number {i}"} for i in range(2500)]
 COLUMNS = {"text_field": "q", "label_field": "a"}

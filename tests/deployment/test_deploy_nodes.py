@@ -10,14 +10,14 @@ import pytest
 from benchmarks.lab_run import configuration
 from client_app.app import app
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.config.schema import DataConfig
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.deploy.layout import initialise
 from heterotune_flwr.deploy.node_config import read_node_settings
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.server import run_strategies
+from heterotune_flwr.run import run_strategies
+from heterotune_flwr.schema import DataConfig
 
 
 @pytest.fixture

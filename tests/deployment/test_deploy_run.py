@@ -19,11 +19,11 @@ from benchmarks.lab_run import (
     shard_file,
     simulated_bank,
 )
+from heterotune_flwr.client.node_book import NodeBook
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.partition import client_examples, own_examples
 from heterotune_flwr.deploy.submit import submit
 from heterotune_flwr.federation.journal import read_events
-from heterotune_flwr.federation.node_book import NodeBook
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.reporting.status import read_status
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from wire_faults import FAULTS, Hostile
 
 from heterotune_flwr.errors import FederationError
-from heterotune_flwr.federation.bench import Bench
+from heterotune_flwr.federation.cooldown import Bench
 from heterotune_flwr.federation.deadlines import ReplyTimes
+from heterotune_flwr.federation.safety import Safety
 from heterotune_flwr.federation.sampling import sample_clients
-from heterotune_flwr.strategies.base import HeteroStrategy
-from heterotune_flwr.strategies.safety import Safety
+from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 IDS = [f"client-{i:04d}" for i in range(10)]
 

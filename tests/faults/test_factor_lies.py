@@ -10,14 +10,14 @@ import pytest
 from fault_federation import run, toy_spec
 from toy_federation import Backbone, ToyFederation, toy_config
 
-from heterotune_flwr.dema.factor_checks import fault_of, same_backbone
+from heterotune_flwr.alignment.factor_checks import fault_of, same_backbone
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation import factors_asked
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.queries import AlignReply, DescribeReply
-from heterotune_flwr.federation.server import run_strategies
 from heterotune_flwr.flower import Message
+from heterotune_flwr.protocol.queries import AlignReply, DescribeReply
+from heterotune_flwr.run import run_strategies
 
 HONEST = {name: value.astype(np.float32) for name, value in Backbone("small").factors().items()}
 rng = np.random.default_rng(0)

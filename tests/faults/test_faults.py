@@ -10,8 +10,8 @@ from fault_cases import PLACES, applies, play
 from fault_federation import SHIPPED, run, toy_spec
 from wire_faults import FAULTS, Hostile
 
-from heterotune_flwr.federation.protocol import error_content
 from heterotune_flwr.flower import Message
+from heterotune_flwr.protocol.messages import error_content
 
 NAMES = list(FAULTS)
 

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_faults import CODEC, Hostile
 
-from heterotune_flwr.federation import pull
-from heterotune_flwr.federation.discriminant import ClassSums
-from heterotune_flwr.federation.protocol import TrainReply
-from heterotune_flwr.federation.queries import DescribeReply
+from heterotune_flwr.channels.predictions.server import heard
+from heterotune_flwr.channels.statistics import class_pool
+from heterotune_flwr.channels.statistics.class_pool import ClassPool
+from heterotune_flwr.channels.statistics.record import ClassSums
+from heterotune_flwr.cmga import pull
 from heterotune_flwr.flower import Message
-from heterotune_flwr.strategies import class_pool
-from heterotune_flwr.strategies.class_pool import ClassPool
-from heterotune_flwr.strategies.consensus import heard
+from heterotune_flwr.protocol.messages import TrainReply
+from heterotune_flwr.protocol.queries import DescribeReply
 
 LIAR, HUGE, ROUNDS = "client-0003", 10**6, 5
 #: One of every way to combine updates.

@@ -7,14 +7,14 @@ import pytest
 from fault_federation import run, toy_spec
 from test_factor_lies import HONEST, aligning, one
 
-from heterotune_flwr.dema.factor_checks import fault_of, same_backbone
+from heterotune_flwr.alignment.factor_checks import fault_of, same_backbone
+from heterotune_flwr.channels.predictions.record import as_probabilities
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.spill import Spill, Stored
-from heterotune_flwr.federation.consensus import as_probabilities
-from heterotune_flwr.federation.protocol import ERROR_REFUSED, error_content
+from heterotune_flwr.federation.admission import _shortened
+from heterotune_flwr.federation.updates import RESERVED, ClientUpdate
 from heterotune_flwr.flower import ConfigRecord, Message, MetricRecord
-from heterotune_flwr.strategies.admission import _shortened
-from heterotune_flwr.strategies.updates import RESERVED, ClientUpdate
+from heterotune_flwr.protocol.messages import ERROR_REFUSED, error_content
 
 LIAR = "client-0003"
 

@@ -11,11 +11,11 @@ import pytest
 from fault_federation import run, toy_spec
 from toy_federation import LABELS
 
+from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.errors import ConfigError, FederationError
-from heterotune_flwr.federation.identity import code_hash
-from heterotune_flwr.federation.queries import DescribeReply
-from heterotune_flwr.federation.wire import error_content
 from heterotune_flwr.flower import Message
+from heterotune_flwr.protocol.queries import DescribeReply
+from heterotune_flwr.protocol.wire import error_content
 
 LIAR = "client-0004"  # the second of its type
 

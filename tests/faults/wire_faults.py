@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from heterotune_flwr.exchange.packing import pack
-from heterotune_flwr.federation.protocol import DELTAS, TrainReply, error_content
-from heterotune_flwr.federation.wire import PREDICTIONS
 from heterotune_flwr.flower import Array, ArrayRecord, Message, RecordDict
+from heterotune_flwr.protocol.messages import DELTAS, TrainReply, error_content
+from heterotune_flwr.protocol.wire import PREDICTIONS
 
 CODEC = "bf16"
 Deltas = dict[str, np.ndarray]

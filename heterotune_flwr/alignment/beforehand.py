@@ -1,0 +1,76 @@
+"""Computes a run's latent maps on one machine beforehand, so that no client has to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from heterotune_flwr.alignment.align import TEXTS, align_types, load_anchors, public_words
+from heterotune_flwr.alignment.factors import alignment_factors, text_factors, words_mask
+from heterotune_flwr.alignment.maps import places_of
+from heterotune_flwr.backbones.bits import resolve_spec
+from heterotune_flwr.backbones.loading import Backbone, load_backbone
+from heterotune_flwr.data.sources import label_set
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.directions import exact_codec
+from heterotune_flwr.exchange.packing import Tensors, round_trip
+from heterotune_flwr.protocol.messages import resolve_output
+from heterotune_flwr.schema import Config, MethodConfig
+
+
+def prealign(
+    config: Config, methods: Sequence[MethodConfig], report: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Align all types of ``config`` here and keep the factors in the cache.
+
+    Parameters
+    ----------
+    config
+        The run to prepare; its types name the backbones.
+    methods
+        Of its strategies, one at least: the maps of each.
+    report
+        Called with progress lines.
+
+    Returns
+    -------
+    Type -> held-out canonical correlation per slot, and of whole texts, of the method with most of them.
+
+    """
+    if not config.types:
+        raise ConfigError("types is empty: name the backbones to align")
+    torch.set_num_threads(config.run.worker_threads)
+    loaded: dict[str, Backbone] = {}
+    for entry in config.types:
+        spec = resolve_spec(entry.backbone, entry.bits, entry.revision, entry.memory_gb)
+        loaded[spec.type_key] = load_backbone(spec)
+    texts = load_anchors(config.alignment)
+    words = public_words(texts, config.alignment.words)
+    labels = label_set(config.data)
+    masks = [words_mask(backbone.tokenizer, words) for backbone in loaded.values()]
+    shared = [
+        word for word, known in zip(words, zip(*masks, strict=True), strict=True) if all(known)
+    ]
+
+    def ask(slots: int, part: str, type_keys: list[str]) -> dict[str, Tensors]:
+        answers: dict[str, Tensors] = {}
+        for key in type_keys:
+            whole = ", whole texts" if part == TEXTS else ""
+            report(f"reading {len(texts)} anchors with {key}{whole}")
+            public = (loaded[key], texts, config.alignment, config.data)
+            if part == TEXTS:
+                answers[key] = text_factors(*public)
+            else:
+                answers[key] = alignment_factors(*public, labels, slots, shared)
+        return {
+            key: round_trip(value, exact_codec(config.exchange)) for key, value in answers.items()
+        }
+
+    fingerprints = {key: backbone.fingerprint for key, backbone in loaded.items()}
+    for method in sorted(methods, key=lambda method: len(places_of(method))):
+        method = resolve_output(method, config.alignment, labels)
+        asking = partial(ask, method.slots)
+        quality = align_types(fingerprints, config, method, labels, asking).quality
+    return quality

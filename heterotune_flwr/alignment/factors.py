@@ -1,0 +1,373 @@
+"""What one client of a type tells about its backbone, from public anchors and public weights only.
+
+Per slot the states the slot will see (the MLP's inputs, or the final normalised states), reduced to principal
+components; the unembedding rows of the label words and of the words all vocabularies share; for slots below
+the last, the average gradient of those functionals with respect to the slot's output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from heterotune_flwr.alignment.views import blocks_read, entering, text_mean
+from heterotune_flwr.backbones.batches import batches_by_length
+from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
+from heterotune_flwr.data.template import (
+    answer_ids,
+    encode_prompt,
+    label_tokens,
+    render_prompt,
+)
+from heterotune_flwr.data.tokens import plainly
+from heterotune_flwr.dema.bank import TEXT
+from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.schema import AlignmentConfig, DataConfig
+
+BATCH_TOKENS = 2048
+Progress = Callable[[int, int], None]
+
+
+def words_mask(tokenizer: Any, words: Sequence[str]) -> NDArray[np.bool_]:
+    """Which words are a single token (with a space before) of this vocabulary."""
+    return np.array([word_token(tokenizer, word) is not None for word in words], dtype=bool)
+
+
+def word_token(tokenizer: Any, word: str) -> int | None:
+    """Token id of " word" inside a text, None when it takes several."""
+    ids = answer_ids(tokenizer, "the", word)
+    return int(ids[0]) if len(ids) == 1 else None
+
+
+@contextmanager
+def _recorded(structure: DecoderStructure, model: nn.Module, slots: int) -> Iterator[list[Tensor]]:
+    """Collects, during a forward pass, the input of every slot (bottom up)."""
+    states: list[Tensor] = [torch.empty(0)] * slots
+    handles = []
+
+    def keep_input(slot: int) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            states[slot] = inputs[0]
+
+        return hook
+
+    def keep_output(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        states[slots - 1] = output
+
+    for slot, block in enumerate(slot_blocks(slots, len(structure.mlps))):
+        module = model.get_submodule(structure.mlps[block])
+        handles.append(module.register_forward_pre_hook(keep_input(slot)))
+    handles.append(model.get_submodule(structure.final_norm).register_forward_hook(keep_output))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batches(encoded: list[list[int]]) -> Iterator[list[int]]:
+    """Indices in batches of about equal length and at most BATCH_TOKENS padded tokens."""
+    return batches_by_length([len(ids) for ids in encoded], BATCH_TOKENS)
+
+
+def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), right-padded."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _word_spans(
+    backbone: Backbone, prompt: str, text: str, limit: int
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the rendered anchor and, per word, the tokens that overlap its characters.
+
+    Words are what white space separates: the same spans for every tokenizer, so that row ``i`` of every
+    type's states speaks of the same word.
+    """
+    rendered = render_prompt(prompt, text)
+    tokenizer = backbone.tokenizer
+    if not tokenizer.is_fast:
+        raise BackboneError(f"{backbone.spec.type_key}: word spans need a fast tokenizer")
+    encoded = tokenizer(rendered, return_offsets_mapping=True, **plainly(tokenizer))
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    if len(ids) > limit:  # as a prompt is cut: the end stays, and a leading bos
+        head = 1 if ids[0] == tokenizer.bos_token_id and limit > 1 else 0
+        ids, offsets = (row[:head] + row[len(row) - limit + head :] for row in (ids, offsets))
+    spans = []
+    for match in re.finditer(r"\S+", rendered):
+        inside = [i for i, (start, end) in enumerate(offsets)
+                  if start < match.end() and end > match.start() and end > start]  # fmt: skip
+        spans.append(inside)
+    return ids, spans
+
+
+@torch.no_grad()
+def collect_states(
+    backbone: Backbone,
+    texts: Sequence[str],
+    data: DataConfig,
+    slots: int,
+    positions: str = "answer",
+    progress: Progress | None = None,
+) -> list[NDArray[np.float32]]:
+    """States of every slot on the anchors.
+
+    Returns
+    -------
+    Per slot, rows x d: one row per anchor at the answer position, or (``positions="words"``) one row per
+    white-space word of every rendered anchor, averaged over the tokens that overlap it. Words without a token (cut
+    off by ``data.max_length``) give rows of NaN.
+
+    """
+    model = backbone.model
+    structure = find_structure(model)
+    if positions == "words":
+        pairs = [_word_spans(backbone, data.prompt, text, data.max_length) for text in texts]
+        encoded, spans = [ids for ids, _ in pairs], [span for _, span in pairs]
+    else:
+        encoded = [
+            encode_prompt(backbone.tokenizer, data.prompt, t, data.max_length) for t in texts
+        ]
+        spans = [[[len(ids) - 1]] for ids in encoded]
+    starts = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
+    rows = [
+        np.full((int(starts[-1]), structure.hidden), np.nan, dtype=np.float32) for _ in range(slots)
+    ]
+    done = 0
+    body = model.get_submodule(structure.body) if structure.body else model
+    for batch in _batches(encoded):
+        ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
+        with _recorded(structure, model, slots) as states:
+            body(input_ids=ids, attention_mask=mask, use_cache=False)
+        for slot in range(slots):
+            values = states[slot].float()
+            for j, index in enumerate(batch):
+                for k, span in enumerate(spans[index]):
+                    if span:
+                        rows[slot][starts[index] + k] = values[j, span].mean(0).cpu().numpy()
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(texts))
+    return rows
+
+
+@torch.no_grad()
+def collect_text_states(
+    backbone: Backbone, texts: Sequence[str], data: DataConfig
+) -> NDArray[np.float32]:
+    """The second view of every text, one row each (``n x 2 d``; :mod:`.views`)."""
+    model, tokenizer = backbone.model, backbone.tokenizer
+    structure = find_structure(model)
+    body = model.get_submodule(structure.body) if structure.body else model
+    numbers = blocks_read(len(structure.mlps))
+    blocks = [model.get_submodule(f"{structure.blocks}.{number}") for number in numbers]
+    encoded = [encode_prompt(tokenizer, data.prompt, text, data.max_length) for text in texts]
+    rows = np.empty((len(texts), 2 * structure.hidden), np.float32)
+    for batch in _batches(encoded):
+        ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
+        states = entering(body, blocks, ids, mask)
+        for row, index in enumerate(batch):
+            length = len(encoded[index])
+            rows[index] = text_mean([part[row, :length] for part in states]).cpu().numpy()
+    return rows
+
+
+def principal_components(
+    states: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(scores n x p, basis p x d, mean d) of the centred states, p = min(count, rank)."""
+    values = states.astype(np.float64)
+    mean = values.mean(axis=0)
+    values -= mean
+    # By the d x d covariance, or the n x n one of wide states: an order of magnitude faster than an SVD of them.
+    wide = values.shape[1] > len(values)
+    energies, axes = np.linalg.eigh(values @ values.T if wide else values.T @ values)
+    keep = min(count, int(np.sum(energies > 1e-12 * energies[-1])))
+    basis = axes[:, ::-1][:, :keep].T
+    if wide:
+        basis = basis @ values / np.sqrt(energies[::-1][:keep, None])
+    basis = basis * np.sign(basis[np.arange(keep), np.abs(basis).argmax(axis=1)])[:, None]
+    return values @ basis.T, basis, mean
+
+
+def unembedding_rows(backbone: Backbone, tokens: Sequence[int]) -> NDArray[np.float64]:
+    """Rows of the unembedding matrix (len(tokens) x d), with the family's scaling of logits in them."""
+    weight = backbone.model.get_output_embeddings().weight
+    rows: Tensor = weight[torch.tensor(list(tokens), device=weight.device)].detach().float().cpu()
+    scaled: NDArray[np.float64] = rows.numpy().astype(np.float64)
+    return scaled * backbone.scaling.scale
+
+
+def _word_factors(
+    backbone: Backbone, words: Sequence[str], count: int
+) -> dict[str, NDArray[np.float64]]:
+    """Truncated singular value decomposition of the centred unembedding rows of the shared words."""
+    tokens = [word_token(backbone.tokenizer, word) for word in words]
+    if len(tokens) < 2 or any(token is None for token in tokens):
+        raise BackboneError(
+            f"{backbone.spec.type_key}: {len(tokens)} shared words, not all of them single tokens; the vocabularies "
+            "have too little in common for alignment.output=vocabulary"
+        )
+    rows = unembedding_rows(backbone, [token for token in tokens if token is not None])
+    left, singular, right = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    keep = min(count, len(singular))
+    return {
+        "words.left": left[:, :keep],
+        "words.singular": singular[:keep],
+        "words.right": right[:keep],
+    }
+
+
+def _pullbacks(
+    backbone: Backbone,
+    texts: Sequence[str],
+    data: DataConfig,
+    slots: int,
+    directions: NDArray[np.float64],
+) -> list[NDArray[np.float64]]:
+    """Per deeper slot: average gradient of ``direction . final state`` by the slot's output.
+
+    ``directions`` are k x d rows; the result has k x d rows per slot. The state is read at the answer
+    position and the gradient taken at the same position's slot output.
+    """
+    model = backbone.model
+    structure = find_structure(model)
+    targets = torch.tensor(directions, dtype=torch.float32, device=backbone.device)
+    sums = [np.zeros_like(directions) for _ in range(slots - 1)]
+    encoded = [
+        encode_prompt(backbone.tokenizer, data.prompt, text, data.max_length) for text in texts
+    ]
+    body = model.get_submodule(structure.body) if structure.body else model
+    outputs: list[Tensor] = [torch.empty(0)] * (slots - 1)
+
+    def hook_for(slot: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            leaf = first if first.requires_grad else first.detach().requires_grad_(True)
+            outputs[slot] = leaf
+            return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+
+        return hook
+
+    handles = [
+        model.get_submodule(structure.mlps[block]).register_forward_hook(hook_for(slot))
+        for slot, block in enumerate(slot_blocks(slots, len(structure.mlps)))
+    ]
+    try:
+        for batch in _batches(encoded):
+            ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
+            last = mask.sum(1) - 1
+            index = torch.arange(len(batch), device=last.device)
+            with torch.enable_grad():
+                final = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                reached = final[index, last].float() @ targets.T
+                for k in range(len(directions)):
+                    grads = torch.autograd.grad(reached[:, k].sum(), outputs, retain_graph=True)
+                    for slot, grad in enumerate(grads):
+                        sums[slot][k] += grad[index, last].float().sum(0).cpu().numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [total / len(texts) for total in sums]
+
+
+def _components(
+    place: str, states: NDArray[np.float32], count: int
+) -> dict[str, NDArray[np.float64]]:
+    parts = zip(("scores", "basis", "mean"), principal_components(states, count), strict=True)
+    return {f"{place}.{name}": value for name, value in parts}
+
+
+def alignment_factors(
+    backbone: Backbone,
+    texts: Sequence[str],
+    alignment: AlignmentConfig,
+    data: DataConfig,
+    labels: Sequence[str] | None,
+    slots: int,
+    words: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Tensors:
+    """The public factors of one type's slots (a payload of ``query.align``).
+
+    Parameters
+    ----------
+    backbone
+        The type's quantized backbone.
+    texts
+        Anchors, the same list for every type.
+    alignment, data
+        The run's sections (components, prompt form).
+    labels
+        Closed label set, None for open text.
+    slots
+        K.
+    words
+        Words all vocabularies share (needed for ``alignment.output=vocabulary``).
+    progress
+        Called with (anchors done, anchors).
+
+    Returns
+    -------
+    ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d; ``label_rows`` C x d (0 x d for other outputs);
+    ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
+
+    """
+    values: dict[str, NDArray[Any]] = {}
+    states = collect_states(backbone, texts, data, slots, alignment.positions, progress)
+    for slot, rows in enumerate(states):
+        rows = np.where(np.isnan(rows), np.nanmean(rows, axis=0), rows)  # words cut off
+        values |= _components(f"slots.{slot}", rows, alignment.components)
+    values["label_rows"] = np.zeros((0, backbone.hidden))
+    if labels and alignment.output == "labels":
+        tokens = label_tokens(backbone.tokenizer, labels, data.prompt)
+        values["label_rows"] = unembedding_rows(backbone, tokens)
+    directions = [values["label_rows"]]
+    if alignment.output == "vocabulary":
+        values.update(_word_factors(backbone, words, alignment.output_components))
+        directions.append(values["words.right"])
+    if slots > 1:
+        pulled = _pullbacks(
+            backbone, texts[: alignment.pullback_anchors], data, slots, np.concatenate(directions)
+        )
+        for slot, gradients in enumerate(pulled):
+            values[f"slots.{slot}.pullback"] = gradients
+    return _written(values)
+
+
+def text_factors(
+    backbone: Backbone, texts: Sequence[str], alignment: AlignmentConfig, data: DataConfig
+) -> Tensors:
+    """The same of the second view of a text (:mod:`.views`): ``text.scores``, ``.basis`` and ``.mean``."""
+    return _written(text_components(collect_text_states(backbone, texts, data), alignment))
+
+
+def text_components(
+    states: NDArray[np.float32], alignment: AlignmentConfig
+) -> dict[str, NDArray[np.float64]]:
+    """Principal components of the second view (``n x 2 d``), whose halves weigh the same whatever their scale."""
+    halves = np.split(states, 2, axis=1)
+    lengths = [np.linalg.norm(half - half.mean(axis=0)) / len(half) ** 0.5 for half in halves]
+    scale = np.repeat(np.maximum(lengths, 1e-12), states.shape[1] // 2)
+    found = _components(TEXT, (states / scale).astype(np.float32), alignment.components)
+    found[f"{TEXT}.basis"] = found[f"{TEXT}.basis"] / scale  # reads states as they are
+    found[f"{TEXT}.mean"] = found[f"{TEXT}.mean"] * scale
+    return found
+
+
+def _written(values: Mapping[str, NDArray[Any]]) -> Tensors:
+    return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in values.items()}

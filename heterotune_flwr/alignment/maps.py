@@ -1,0 +1,379 @@
+"""From the types' public factors to their frozen maps D, o, U (numpy only; our definition).
+
+Input maps come from :mod:`.gcca` (same latents for the same text). Output maps are aligned by *effect*: the
+same output latent must raise the same words in every model.
+
+``labels``
+    an output latent moves the label words' logits, of words with similar meaning together: ``W_labels U = F`` with
+    ``F = (mean over types of the label rows' normalised Gram matrices)^(1/2)`` (C columns). Measured against
+    ``F = I``: better for shared and for lonely training alike (benchmarks/README.md).
+``vocabulary``
+    ``W U = F`` by ridge over the words all vocabularies share; F (V x r) are the leading left singular vectors
+    of the models' concatenated left singular vectors, scaled so that one unit moves a word's logit by
+    one on (quadratic) average.
+
+At deeper slots ``W`` is replaced by its average gradient with respect to the slot's output (pull-back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from heterotune_flwr.alignment.gcca import Matrix, SlotFit, fit_slot, ridge, unit_variance
+from heterotune_flwr.dema.bank import TEXT, generator
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.schema import AlignmentConfig, MethodConfig
+
+#: Ridge of the output maps, relative to the mean eigenvalue of the Gram matrix.
+LAST_RIDGE, DEEP_RIDGE = 1e-6, 1e-2
+#: Quality of a type whose factors nobody vouches for: it shares nothing, whatever ``alignment.quality_threshold`` is.
+APART = -1.0
+Factors = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
+
+
+@dataclass(frozen=True)
+class AlignmentResult:
+    """Frozen maps of every type and what a later type needs to join.
+
+    Attributes
+    ----------
+    maps
+        Type -> canonical map name -> float32 array.
+    quality
+        Type -> held-out canonical correlation per slot, then of whole texts where they are aligned.
+    shrinkage
+        Chosen shrinkage, likewise.
+    output_width
+        r_out.
+    anchor_latents
+        ``slots.{k}.latents`` (n x r), ``slots.{k}.weights`` (r), ``text.`` likewise, and the functionals of the
+        outputs: ``label_functionals`` (C x C) or ``functionals`` (V x r_out).
+
+    """
+
+    maps: dict[str, Tensors]
+    quality: dict[str, list[float]]
+    shrinkage: list[float]
+    output_width: int
+    anchor_latents: dict[str, Matrix] = field(default_factory=dict)
+
+
+def _ridge_pseudo_inverse(rows: Matrix, strength: float) -> Matrix:
+    """``rows' (rows rows' + k I)^-1``: k x d -> d x k."""
+    gram = rows @ rows.T
+    k = strength * float(np.trace(gram)) / len(gram) + 1e-12
+    inverse: Matrix = np.linalg.solve(gram + k * np.eye(len(gram)), rows).T
+    return inverse
+
+
+def vocabulary_functionals(factors: Mapping[str, Factors], rank: int) -> Matrix:
+    """F (V x rank): what the types' unembeddings span together over the shared words."""
+    stacked = np.concatenate(
+        [np.asarray(factors[key]["words.left"], dtype=np.float64) for key in sorted(factors)],
+        axis=1,
+    )
+    if rank > min(stacked.shape):
+        raise ConfigError(
+            f"method.output is {rank}, but the shared vocabulary offers {min(stacked.shape)} functionals; lower it "
+            "(or method.latent), or raise alignment.output_components and alignment.words"
+        )
+    left, _, right = np.linalg.svd(stacked, full_matrices=False)
+    signs = np.sign(right[np.arange(rank), np.abs(right[:rank]).argmax(axis=1)])
+    functionals: Matrix = left[:, :rank] * signs * np.sqrt(len(stacked))
+    return functionals
+
+
+def label_functionals(factors: Mapping[str, Factors], geometry: bool = True) -> Matrix:
+    """F (C x C): the types' common geometry of the label words, of the size of the identity (or the identity).
+
+    A softmax does not see what all labels have in common, so the mean row is taken out first.
+    """
+    if not geometry:
+        identity: Matrix = np.eye(len(next(iter(factors.values()))["label_rows"]))
+        return identity
+    grams = []
+    for key in sorted(factors):
+        rows = np.asarray(factors[key]["label_rows"], dtype=np.float64)
+        centred = rows - rows.mean(axis=0)
+        gram = centred @ centred.T
+        grams.append(gram * (len(gram) / max(float(np.trace(gram)), 1e-12)))
+    values, vectors = np.linalg.eigh(np.mean(grams, axis=0))
+    root: Matrix = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    return root
+
+
+@dataclass(frozen=True)
+class _Functionals:
+    """What one unit of an output latent does to words: to the labels (C x C) or to the vocabulary (V x r_out)."""
+
+    kind: str
+    values: Matrix
+
+    @classmethod
+    def known(cls, latents: Mapping[str, Matrix]) -> _Functionals:
+        """The functionals of an earlier alignment."""
+        if "functionals" in latents:
+            return cls("vocabulary", latents["functionals"])
+        return cls("labels", latents["label_functionals"])
+
+
+def _last_output_map(own: Factors, wanted_effect: _Functionals) -> Matrix:
+    """U (d x r_out) of the last slot."""
+    functionals = wanted_effect.values
+    if wanted_effect.kind == "labels":
+        rows = np.asarray(own["label_rows"], dtype=np.float64)
+        inverse: Matrix = _ridge_pseudo_inverse(rows, LAST_RIDGE) @ functionals
+        return inverse
+    left = np.asarray(own["words.left"], dtype=np.float64)
+    singular = np.asarray(own["words.singular"], dtype=np.float64)
+    right = np.asarray(own["words.right"], dtype=np.float64)
+    k = LAST_RIDGE * float(np.mean(singular**2)) + 1e-12
+    output = right.T @ ((singular / (singular**2 + k))[:, None] * (left.T @ functionals))
+    reached = (left * singular) @ (right @ output)
+    wanted = float(np.linalg.norm(functionals))
+    # gamma: the part of F a model can reach differs; the size of the effect must not.
+    scaled: Matrix = output * (wanted / max(float(np.linalg.norm(reached)), 1e-12))
+    return scaled
+
+
+def _deep_output_map(own: Factors, slot: int, wanted_effect: _Functionals) -> Matrix:
+    """U (d x r_out) of a slot below the last, from the pulled-back functionals."""
+    pulled = np.asarray(own[f"slots.{slot}.pullback"], dtype=np.float64)
+    labels, functionals = len(own["label_rows"]), wanted_effect.values
+    if wanted_effect.kind == "labels":
+        output: Matrix = _ridge_pseudo_inverse(pulled[:labels], DEEP_RIDGE) @ functionals
+        return output
+    left = np.asarray(own["words.left"], dtype=np.float64)
+    singular = np.asarray(own["words.singular"], dtype=np.float64)
+    rows = (functionals.T @ (left * singular)) @ pulled[labels:] / len(functionals)
+    return _ridge_pseudo_inverse(rows, DEEP_RIDGE)
+
+
+def places_of(method: MethodConfig) -> list[str]:
+    """Where types are aligned: at every slot, and in the view of whole texts where the method has it."""
+    slots = [f"slots.{slot}" for slot in range(method.slots)]
+    return [*slots, TEXT] if method.text_view else slots
+
+
+def _type_maps(
+    own: Factors, slots: int, coefficients: Mapping[str, Matrix], functionals: _Functionals
+) -> dict[str, Matrix]:
+    """The canonical maps of one type; ``coefficients`` by place."""
+    maps: dict[str, Matrix] = {}
+    for place, found in coefficients.items():
+        basis = np.asarray(own[f"{place}.basis"], dtype=np.float64)
+        mean = np.asarray(own[f"{place}.mean"], dtype=np.float64)
+        scores = np.asarray(own[f"{place}.scores"], dtype=np.float64)
+        down = found.T @ basis
+        maps[f"{place}.map.down.weight"] = down
+        maps[f"{place}.map.down.bias"] = -(down @ mean) - scores.mean(axis=0) @ found
+    for slot in range(slots):
+        last = slot == slots - 1
+        maps[f"slots.{slot}.map.up.weight"] = (
+            _last_output_map(own, functionals) if last else _deep_output_map(own, slot, functionals)
+        )
+    return maps
+
+
+def _output_width(
+    alignment: AlignmentConfig, method: MethodConfig, labels: Sequence[str] | None
+) -> int:
+    if alignment.output == "labels":
+        if not labels:
+            raise ConfigError(
+                "alignment.output is 'labels', but the task has no closed label set; use 'vocabulary'"
+            )
+        if method.output not in (None, len(labels)):
+            raise ConfigError(
+                f"method.output is {method.output}, but alignment.output=labels needs {len(labels)} (or null)"
+            )
+        return len(labels)
+    return method.output or method.latent
+
+
+def compute_maps(
+    factors: Mapping[str, Factors],
+    alignment: AlignmentConfig,
+    method: MethodConfig,
+    labels: Sequence[str] | None,
+    seed: int = 0,
+    apart: Collection[str] = (),
+) -> AlignmentResult:
+    """Align all types at once.
+
+    Those ``apart``, and of three or more those whose latents hardly correlate with the others', have no say in what the
+    latents are: they are fitted to the others' (:func:`join_type`), so that their factors can spoil nobody else's maps.
+
+    Parameters
+    ----------
+    factors
+        Type -> what :func:`.factors.alignment_factors` returned there.
+    alignment, method
+        The run's sections.
+    labels
+        Closed label set, None for open text.
+    seed
+        For the held-out split and the controls' random draws.
+    apart
+        Types whose factors nobody vouches for; they share nothing (quality :data:`APART`).
+
+    Raises
+    ------
+    ConfigError
+        Widths that the anchors or vocabularies cannot support.
+
+    """
+    width = _output_width(alignment, method, labels)
+    fits = _fit_core(factors, alignment, method, seed, apart)
+    core = {key: factors[key] for key in next(iter(fits.values())).quality}
+    known: dict[str, Matrix] = (
+        {"label_functionals": label_functionals(core, alignment.label_geometry)}
+        if alignment.output == "labels"
+        else {"functionals": vocabulary_functionals(core, width)}
+    )
+    coefficients: dict[str, dict[str, Matrix]] = {key: {} for key in factors}
+    quality: dict[str, list[float]] = {key: [] for key in factors}
+    for place, fit in fits.items():
+        known[f"{place}.latents"], known[f"{place}.weights"] = fit.latents, fit.weights
+        for key, own in factors.items():
+            if key in core:
+                found, reached = fit.coefficients[key], fit.quality[key]
+            else:
+                found, reached = _joined(own, place, fit.latents, fit.weights, fit.shrinkage)
+            coefficients[key][place] = found
+            quality[key].append(APART if key in apart else round(reached, 4))
+    shrinkage = [fit.shrinkage for fit in fits.values()]
+    maps = {
+        key: _type_maps(own, method.slots, coefficients[key], _Functionals.known(known))
+        for key, own in factors.items()
+    }
+    weights = {place: known[f"{place}.weights"] for place in places_of(method)}
+    maps = apply_control(maps, factors, alignment.control, weights, seed)
+    return AlignmentResult(
+        maps={key: {name: value.astype(np.float32) for name, value in own.items()}
+              for key, own in maps.items()},
+        quality=quality,
+        shrinkage=shrinkage,
+        output_width=width,
+        anchor_latents=known,
+    )  # fmt: skip
+
+
+def join_type(
+    result: AlignmentResult, own: Factors, method: MethodConfig
+) -> tuple[Tensors, list[float]]:
+    """Maps of a type that appears later, by ridge onto the known latents; nothing else changes.
+
+    Returns
+    -------
+    The type's maps (it can use the trained bank at once, without any training of its own) and, per place, the
+    correlation of its latents with the known ones on a fifth of the anchors held out from the ridge.
+
+    """
+    coefficients: dict[str, Matrix] = {}
+    quality: list[float] = []
+    for index, place in enumerate(places_of(method)):
+        coefficients[place], reached = _joined(
+            own,
+            place,
+            result.anchor_latents[f"{place}.latents"],
+            result.anchor_latents[f"{place}.weights"],
+            result.shrinkage[index],
+        )
+        quality.append(round(reached, 4))
+    maps = _type_maps(own, method.slots, coefficients, _Functionals.known(result.anchor_latents))
+    return {name: value.astype(np.float32) for name, value in maps.items()}, quality
+
+
+def _joined(
+    own: Factors, place: str, latents: Matrix, weights: Matrix, k: float
+) -> tuple[Matrix, float]:
+    """Coefficients of a type by ridge onto known latents, and the correlation on a fifth of the anchors held out."""
+    scores = np.asarray(own[f"{place}.scores"], dtype=np.float64)
+    if len(scores) != len(latents):
+        raise ConfigError(
+            f"the new type saw {len(scores)} anchors, the federation was aligned on {len(latents)}"
+        )
+    cut = round(0.8 * len(scores))
+    centred = scores - scores[:cut].mean(axis=0)
+    reached = centred[cut:] @ ridge(scores[:cut], latents[:cut], k)
+    columns = [np.corrcoef(reached[:, j], latents[cut:, j])[0, 1] for j in range(latents.shape[1])]
+    found = unit_variance(scores, ridge(scores, latents, k)) * weights
+    return found, float(np.nanmean(columns))
+
+
+def _fit_core(
+    factors: Mapping[str, Factors],
+    alignment: AlignmentConfig,
+    method: MethodConfig,
+    seed: int,
+    apart: Collection[str],
+) -> dict[str, SlotFit]:
+    """The shared latents of every place, of the types that have a say in them."""
+    core = sorted(set(factors) - set(apart)) or sorted(factors)
+    while True:
+        fits = {
+            place: fit_slot(
+                {key: np.asarray(factors[key][f"{place}.scores"], np.float64) for key in core},
+                method.latent, list(alignment.shrinkage), alignment.weighting, seed,
+            )
+            for place in places_of(method)
+        }  # fmt: skip
+        mean = {key: float(np.mean([fit.quality[key] for fit in fits.values()])) for key in core}
+        worst = min(core, key=lambda key: mean[key])
+        # Of two that do not correlate nobody knows which is right.
+        if len(core) < 3 or mean[worst] >= alignment.quality_threshold:
+            return fits
+        core.remove(worst)
+
+
+def _rotation(rng: np.random.Generator, size: int) -> Matrix:
+    q, r = np.linalg.qr(rng.standard_normal((size, size)))
+    rotation: Matrix = q * np.sign(np.diag(r))
+    return rotation
+
+
+def apply_control(
+    maps: dict[str, dict[str, Matrix]],
+    factors: Mapping[str, Factors],
+    control: str,
+    weights: Mapping[str, Matrix],
+    seed: int,
+) -> dict[str, dict[str, Matrix]]:
+    """Break the alignment on purpose (the controls of docs/method.md); ``none`` changes nothing.
+
+    ``random_down``/``random_up``/``random_maps`` draw D and/or U anew for every type, at the same scale (latent
+    by latent: ``weights`` holds the r scales of every place); ``rotated_basis`` rotates the latent bases
+    of one type (the last in order).
+    """
+    if control == "none":
+        return maps
+    last_type = sorted(maps)[-1]
+    for key, own in maps.items():
+        for place, scale in weights.items():
+            rng = generator(seed, f"control.{control}.{key}.{place.removeprefix('slots.')}")
+            prefix, has_output = f"{place}.map", place != TEXT
+            if control in ("random_down", "random_maps"):
+                scores = np.asarray(factors[key][f"{place}.scores"], dtype=np.float64)
+                basis = np.asarray(factors[key][f"{place}.basis"], dtype=np.float64)
+                mean = np.asarray(factors[key][f"{place}.mean"], dtype=np.float64)
+                drawn = rng.standard_normal((scores.shape[1], len(scale)))
+                down = (unit_variance(scores, drawn) * scale).T @ basis
+                own[f"{prefix}.down.weight"], own[f"{prefix}.down.bias"] = down, -(down @ mean)
+            if control in ("random_up", "random_maps") and has_output:
+                up = own[f"{prefix}.up.weight"]
+                drawn = rng.standard_normal(up.shape)
+                own[f"{prefix}.up.weight"] = drawn * (np.linalg.norm(up) / np.linalg.norm(drawn))
+            if control == "rotated_basis" and key == last_type:
+                down = own[f"{prefix}.down.weight"]
+                turn = _rotation(rng, len(down))
+                own[f"{prefix}.down.weight"] = turn @ down
+                own[f"{prefix}.down.bias"] = turn @ own[f"{prefix}.down.bias"]
+                if has_output:
+                    up = own[f"{prefix}.up.weight"]
+                    own[f"{prefix}.up.weight"] = up @ _rotation(rng, up.shape[1])
+    return maps

@@ -1,0 +1,201 @@
+"""Consensus on open text: what clients of different models answer to public anchors, in words.
+
+Label probabilities need a closed label set; words every model can read. Each client *samples* an answer to every
+anchor, and of all answers to an anchor one is drawn, by the clients' voices, for all to learn in the next round. A
+drawn sample is a target whose expectation is the mean of the clients' distributions, but for their tails and the
+balance (sequence-level distillation, arXiv 1606.07947, with samples instead of the most likely answer, which would
+teach the crowd's bias). Answers are text that a model trained on private data has written: docs/generation.md says what
+keeps private text out of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heterotune_flwr.channels.predictions.record import Lesson, as_answers
+from heterotune_flwr.channels.predictions.server import Consensus, voices
+from heterotune_flwr.cmga.pull import no_louder
+from heterotune_flwr.dema.bank import generator
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.protocol.messages import TrainReply
+from heterotune_flwr.tuning.text_metrics import folded, words
+
+Matrix = NDArray[np.float64]
+
+#: Words of answers are counted in so many bins, to compare clients.
+_BINS = 256
+#: Answers given to at least this share of the anchors, and to two of them by two clients, are made equally frequent.
+_FREQUENT = 0.01
+
+
+def bags(answers: Sequence[str]) -> Matrix:
+    """Words of every answer as shares (``n x 256``, rows sum to 1; zero where there is no word), hashed."""
+    found: Matrix = np.zeros((len(answers), _BINS))
+    for row, answer in zip(found, answers, strict=True):
+        for word in words(answer):
+            row[zlib.crc32(word.encode()) % _BINS] += 1.0
+    found /= np.maximum(found.sum(axis=1, keepdims=True), 1.0)
+    return found
+
+
+def evened(weights: Matrix, answers: Sequence[Sequence[str]], iterations: int) -> Matrix:
+    """Make frequent answers equally frequent, as :func:`..predictions.server.balanced` does with labels.
+
+    ``weights`` (clients x n) sum to 1 on every anchor that somebody answered. Answers whose weights add up to less than
+    a hundredth of the anchors stay as they are, so free text, where every answer is another, is left alone; so do those
+    that one client alone gives, who would be lifted above its voice by whatever it invents.
+    """
+    names: dict[str, int] = {}
+    index = np.array(
+        [
+            [names.setdefault(" ".join(folded(a).split()), len(names)) for a in own]
+            for own in answers
+        ]
+    )
+    least = max(2.0, _FREQUENT * weights.shape[1])
+    speakers = np.zeros(len(names))
+    for own in index:
+        speakers[np.unique(own)] += 1
+    known = speakers >= min(2, len(answers))
+    for _ in range(iterations):
+        mass = np.bincount(index.ravel(), weights.ravel(), minlength=len(names))
+        frequent = known & (mass >= least)
+        if not frequent.any():
+            return weights
+        factors = np.where(frequent, mass[frequent].mean() / np.maximum(mass, 1e-12), 1.0)
+        weights = _shares(weights * factors[index])
+    return weights
+
+
+def _shares(weights: Matrix) -> Matrix:
+    return np.asarray(weights / np.maximum(weights.sum(axis=0), 1e-300))
+
+
+class AnswerConsensus(Consensus):
+    """The server's side where answers are words.
+
+    Parameters
+    ----------
+    consensus
+        With the same options and anchors; its ``trust``, ``confidence`` and ``balance`` mean here what they mean there:
+        agreement is that of the answers' words, sureness is ``exp(-mean entropy of the answer's tokens)``, and what is
+        made equally frequent are answers that many anchors get.
+    seed
+        The run's, of the draws.
+
+    """
+
+    def __init__(self, consensus: Consensus, seed: int) -> None:
+        self.seed = seed
+        options = consensus.options
+        # Answers are written word by word: guests learn from those of the pool.
+        self.options = dataclasses.replace(options, guest_anchors=options.pool)
+        self.digests = consensus.digests
+        #: By type; under "" where all learn from the same.
+        self._answers: dict[str, list[str]] = {}
+        self._due = 0
+        self.closes_after = consensus.closes_after
+
+    def memory(self) -> State:
+        """The next round's answers."""
+        texts = {key: json.dumps(answers).encode() for key, answers in self._answers.items()}
+        arrays = {key: np.frombuffer(text, dtype=np.uint8) for key, text in texts.items()}
+        return {"answers": arrays, "due": self._due}
+
+    def recall(self, memory: State) -> None:
+        """Go on from :meth:`memory`."""
+        self._answers = {key: json.loads(a.tobytes()) for key, a in memory["answers"].items()}
+        self._due = memory["due"]
+
+    def lesson(self, server_round: int, type_key: str) -> Lesson:
+        """What a client is asked in a round; without answers where nobody it learns from has answered."""
+        answers = self._due_for(server_round, type_key, self._answers)
+        if answers is not None:
+            answers = [answers[place] for place in self._places(server_round, answers)]
+        return dataclasses.replace(self._lesson(server_round), words=True, answers=answers)
+
+    def guest_lesson(self, server_round: int, type_key: str) -> Lesson:
+        """As :meth:`..predictions.server.Consensus.guest_lesson`."""
+        answers = self._due_for_guests(server_round, type_key, self._answers)
+        return dataclasses.replace(self._lesson_for_guests(answers), words=True, answers=answers)
+
+    def hear(
+        self, server_round: int, reports: Sequence[TrainReply], classes: int
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Draw, for every anchor of the next round, one of the answers that clients gave.
+
+        Returns as :meth:`..predictions.server.Consensus.hear`; ``classes`` plays no part.
+        """
+        usable: dict[str, tuple[list[str], Matrix]] = {}
+        refused: dict[str, str] = {}
+        for report in sorted(reports, key=lambda report: report.client_id):
+            try:
+                usable[report.client_id] = _checked(report, self.asked(server_round))
+            except ExchangeError as error:
+                refused[report.client_id] = str(error)
+        self._answers, self._due = {}, server_round + 1
+        types = {report.client_id: report.type_key for report in reports}
+        shares: dict[str, float] = {}
+        for group, members in self._groups(list(usable), types).items():
+            said = [usable[client_id] for client_id in members]
+            weights = self._weigh(said)
+            rng = generator(self.seed, f"answers.{server_round}.{group}")
+            self._answers[group] = _draw(weights, [answers for answers, _ in said], rng)
+            for client_id, share in zip(members, weights.mean(axis=1), strict=True):
+                shares[types[client_id]] = shares.get(types[client_id], 0.0) + float(share)
+        if not usable:
+            return {}, refused
+        sureness = float(np.stack([sure for _, sure in usable.values()]).mean())
+        distinct = len({answer for answers in self._answers.values() for answer in answers})
+        return {
+            "voices": shares,
+            "sureness": sureness,
+            "clients": len(usable),
+            "answers": distinct,
+        }, refused
+
+    def _weigh(self, said: Sequence[tuple[list[str], Matrix]]) -> Matrix:
+        """Chance of every client's answer to be drawn (clients x n); 0 where it said nothing."""
+        options = self.options
+        # Bins in which nobody has a word tell nothing, and centred words of agreeing clients correlate as labels do.
+        loud = voices([bags(answers).astype(np.float32) for answers, _ in said], options.trust)
+        spoken = np.array([[bool(answer) for answer in answers] for answers, _ in said], float)
+        sure = np.stack([sureness for _, sureness in said])
+        sure = no_louder(sure) ** options.confidence
+        weights = _shares(np.asarray(loud)[:, None] * sure * spoken)
+        return evened(weights, [answers for answers, _ in said], options.balance)
+
+
+def _checked(report: TrainReply, count: int) -> tuple[list[str], Matrix]:
+    """A client's answers without white space around them, and how sure it is of each (``n``, above 0 to 1)."""
+    answers = [answer.strip() for answer in as_answers(report.answers, count)]
+    sure = report.predictions
+    if sure is None or sure.shape != (count, 1):
+        shape = "nothing" if sure is None else list(sure.shape)
+        raise ExchangeError(f"how sure it is of its answers is {shape}, expected {count} x 1")
+    if not np.isfinite(sure).all() or sure.min() < 0 or sure.max() > 1:
+        raise ExchangeError("how sure it is of its answers is no share of 1")
+    return answers, np.maximum(sure[:, 0].astype(np.float64), 1e-3)
+
+
+def _draw(weights: Matrix, answers: Sequence[Sequence[str]], rng: np.random.Generator) -> list[str]:
+    """One of the clients' answers to every anchor, "" where nobody gave one."""
+    drawn = []
+    for anchor in range(weights.shape[1]):
+        limit = rng.random()
+        reached = np.cumsum(weights[:, anchor])
+        if reached[-1] <= 0:
+            drawn.append("")
+            continue
+        drawn.append(
+            answers[int(np.searchsorted(reached, limit * reached[-1], side="right"))][anchor]
+        )
+    return drawn

@@ -1,0 +1,1 @@
+"""Label probabilities on public texts: averaged on the server, fitted by the clients."""

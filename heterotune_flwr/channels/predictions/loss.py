@@ -1,0 +1,119 @@
+"""Learning from what the federation predicts on public anchors, and predicting on them.
+
+Beside its own examples a client fits, in every step, some anchors: cross-entropy of its label
+probabilities against the federation's mean ones (Hinton et al., arXiv 1503.02531; between clients of different models
+FedMD, arXiv 1910.03581, and FedDF, arXiv 2006.07242). An anchor has no label, and no client's label frequencies are
+counted in: neither in the predictions nor in the fit. On open text the target is an answer in words, fitted token by
+token (sequence-level distillation, arXiv 1606.07947).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from heterotune_flwr.alignment.public_texts import entropies
+from heterotune_flwr.backbones.batches import batches_by_length
+from heterotune_flwr.tuning.states import Rows
+from heterotune_flwr.tuning.task import Task
+
+#: Tokens of one batch of predictions, padding included.
+_BATCH_TOKENS = 2048
+#: What a target tells at least, in nats: one that says nothing may still be drawn.
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Anchors with target probabilities.
+
+    Attributes
+    ----------
+    rows
+        All anchors in use.
+    chosen
+        Which of them have targets, in the order of ``targets``.
+    targets
+        ``n x C`` probabilities; None: the tokens of the rows themselves.
+    weight
+        Of this loss beside the one on the client's own examples.
+    batch
+        Anchors in every step; 0: as many as a batch holds examples.
+    focus
+        Anchors are drawn with chances ``~ (log C - H)^focus``, H the entropy of their targets in nats: more often where
+        the targets say something. 0: all alike, as where the targets are tokens.
+    offsets
+        Share, in the predictions that are fitted, of what the rows add to their logits.
+
+    """
+
+    rows: Rows
+    chosen: Sequence[int]
+    targets: Tensor | None
+    weight: float
+    batch: int = 0
+    focus: float = 0.0
+    offsets: float = 1.0
+
+    @cached_property
+    def chances(self) -> NDArray[np.float64] | None:
+        """Chance of every anchor to be drawn next, None where they are alike."""
+        if not self.focus or self.targets is None:
+            return None
+        said = self.targets.double().cpu().numpy()
+        told = np.log(said.shape[1]) - entropies(said)
+        weights = np.maximum(told, _LEAST) ** self.focus
+        chances: NDArray[np.float64] = weights / weights.sum()
+        return chances
+
+    def draw(self, examples: int, rng: np.random.Generator) -> list[int]:
+        """Positions (in ``chosen``) of the anchors of one step that has so many examples."""
+        count = len(self.chosen)
+        size = min(self.batch or examples, count)
+        return [int(i) for i in rng.choice(count, size=size, replace=False, p=self.chances)]
+
+    def length(self, position: int) -> int:
+        """Count the tokens of an anchor that a step has to run; 1 where none is run."""
+        return self.rows.length(self.chosen[position])
+
+    def losses(self, task: Task, positions: Sequence[int]) -> Tensor:
+        """Weighted cross-entropy of some anchors (float32, one each), of what the client predicts there."""
+        own = [self.chosen[position] for position in positions]
+        states, tokens, owners = self.rows.rows(own)
+        if self.targets is None:
+            losses, _ = task.losses(states, tokens)
+            total = torch.zeros(len(positions), device=losses.device).index_add(0, owners, losses)
+            return self.weight * total / torch.bincount(owners, minlength=len(positions))
+        wanted = self.targets[list(positions)]
+        logits = _label_logits(task, self.rows, states, own, self.offsets)
+        logs = functional.log_softmax(logits, dim=-1)
+        return -self.weight * (wanted * logs).sum(dim=-1)
+
+
+def _label_logits(
+    task: Task, rows: Rows, states: Tensor, indices: Sequence[int], share: float = 1.0
+) -> Tensor:
+    """Logits of the labels for some rows, with a share of what is added to them."""
+    logits, offsets = task.label_logits(states), rows.offsets(indices)
+    return logits if offsets is None else logits + share * offsets
+
+
+@torch.no_grad()
+def predict(task: Task, rows: Rows, chosen: Sequence[int]) -> NDArray[np.float32]:
+    """Label probabilities ``n x C`` of some rows, with the values the adapter holds."""
+    order: list[int] = []
+    parts = []
+    for batch in batches_by_length([rows.length(index) for index in chosen], _BATCH_TOKENS):
+        own = [chosen[position] for position in batch]
+        states, _, _ = rows.rows(own)
+        logits = _label_logits(task, rows, states, own)
+        parts.append(functional.softmax(logits, dim=-1).cpu())
+        order += batch
+    return np.asarray(torch.cat(parts)[np.argsort(order)].numpy(), dtype=np.float32)

@@ -1,0 +1,120 @@
+"""What a client does with the shared discriminant: it tells its classes' sums, and adds the logits to its own model's.
+
+Both read the latents of the *bare* backbone, which every type has in the same space and which no training moves:
+adapted states of different models drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from heterotune_flwr.channels.statistics.record import ClassSums, Discriminant
+from heterotune_flwr.dema.ngrams import ngram_latents
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.states import bare_states, bare_text_states
+from heterotune_flwr.tuning.task import EncodedSet, Task
+
+#: States that go through the maps at a time: the tables may be larger than the device's memory.
+_ROWS_AT_A_TIME = 4096
+
+
+@torch.no_grad()
+def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
+    """Latents of examples in the bare backbone: ``n x r``, then those of the method's further views, where it has any.
+
+    These are ``n x r`` of whole texts, and ``n x method.ngrams``. On the backbone's device; ``cache``: whether the
+    states behind them are kept.
+    """
+    device = adapter.backbone.device
+
+    def mapped(states: Tensor, maps: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([maps(part.to(device)) for part in torch.split(states, _ROWS_AT_A_TIME)])
+
+    views = [mapped(bare_states(adapter, encoded, cache), adapter.last_latents)]
+    if adapter.method.text_view:
+        views.append(mapped(bare_text_states(adapter, encoded, cache), adapter.text_latents))
+    if width := adapter.method.ngrams:
+        if not adapter.anchors or len(encoded.texts) != len(encoded):
+            raise ExchangeError("the n-grams of these examples, or of the anchors, are not known")
+        of_ngrams = ngram_latents(adapter.anchors, width, tuple(encoded.texts))
+        views.append(torch.from_numpy(of_ngrams).to(device))
+    return torch.cat(views, dim=1)
+
+
+@torch.no_grad()
+def class_sums(
+    adapter: AttachedAdapter, task: Task, encoded: EncodedSet, least: int, cache: bool = True
+) -> ClassSums | None:
+    """Examples of every class and the sums of their latents; zeros for a class of fewer than ``least`` examples.
+
+    None where nothing is asked (``least`` 0), there are no examples, no closed label set, or no shared latents.
+
+    Parameters
+    ----------
+    adapter
+        DeMA, with the maps of its type.
+    task, encoded
+        The closed label set, and labelled examples of it: one loss position and one target each.
+    least
+        What a single example says of itself stays at home from 2 on.
+    cache
+        Whether the states are kept.
+
+    """
+    if not least or not len(encoded) or task.kind != "labels" or adapter.kind != "dema":
+        return None
+    classes = len(task.labels or ())
+    latents = shared_latents(adapter, encoded, cache).double().cpu()
+    labels = torch.tensor([targets[0] for targets in encoded.targets], dtype=torch.long)
+    counts = torch.bincount(labels, minlength=classes)
+    sums = torch.zeros(classes, latents.shape[1], dtype=torch.double).index_add_(0, labels, latents)
+    told = counts >= least
+    return ClassSums(
+        np.asarray((counts * told).numpy(), np.float32),
+        np.asarray((sums * told[:, None]).numpy(), np.float32),
+    )
+
+
+@torch.no_grad()
+def discriminant_logits(
+    discriminant: Discriminant | None,
+    adapter: AttachedAdapter,
+    task: Task,
+    encoded: EncodedSet,
+    cache: bool = True,
+) -> Tensor | None:
+    """Logits of the labels for every example (``n x C``, float32, on the backbone's device); None without discriminant.
+
+    Raises
+    ------
+    ExchangeError
+        It is of other labels or another latent space, or not finite; or there is no closed label set or no latents.
+
+    """
+    if discriminant is None or not len(encoded):
+        return None
+    if adapter.kind != "dema" or task.kind != "labels":
+        raise ExchangeError(
+            "a discriminant needs a closed label set and a method with shared latents"
+        )
+    if not (np.isfinite(discriminant.weight).all() and np.isfinite(discriminant.bias).all()):
+        raise ExchangeError("the discriminant holds numbers that are not finite")
+    method = adapter.method
+    read = method.latent * (1 + method.text_view) + method.ngrams
+    wanted = (len(task.labels or ()), read)
+    if discriminant.weight.shape != wanted:
+        labels, latents = discriminant.weight.shape
+        raise ExchangeError(
+            f"the discriminant is of {labels} labels and {latents} latents, here are {wanted[0]} and {wanted[1]}"
+        )
+    device = adapter.backbone.device
+    weight, bias = (
+        torch.from_numpy(v).to(device) for v in (discriminant.weight, discriminant.bias)
+    )
+    return functional.linear(shared_latents(adapter, encoded, cache), weight, bias)

@@ -1,0 +1,490 @@
+"""What a client does with each of the four messages (see :mod:`..protocol.messages`).
+
+Virtual clients of a simulation share worker processes. What is kept between messages here is
+frozen or derived from public settings only: backbones, token ids, states. Everything a client
+trains is set anew from the message and the client's own files before use, all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heterotune_flwr.backbones.loading import Backbone, load_backbone
+from heterotune_flwr.channels.control_variates import ClientControls
+from heterotune_flwr.channels.predictions.client import Said, anchor_texts, anchor_work
+from heterotune_flwr.channels.statistics.client import class_sums, discriminant_logits
+from heterotune_flwr.client.encodings import encodings
+from heterotune_flwr.client.floors import Guard, check_message
+from heterotune_flwr.client.identity import (
+    NGRAMS_SIMULATED,
+    Identity,
+    code_hash,
+    identify,
+    is_simulated,
+)
+from heterotune_flwr.client.received import Received
+from heterotune_flwr.client.redaction import LOG, told
+from heterotune_flwr.config.choices import check_choices
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.own_data import how_they_fit
+from heterotune_flwr.data.partition import ClientData
+from heterotune_flwr.data.sources import examples_digest, label_set
+from heterotune_flwr.dema.bank import generator, initial_tensors
+from heterotune_flwr.errors import ConfigError, HeteroTuneError, RefusedByNodeError
+from heterotune_flwr.exchange.directions import exact_codec
+from heterotune_flwr.exchange.packing import content_bytes
+from heterotune_flwr.exchange.storage import close_to_others, private_folder
+from heterotune_flwr.flower import Context, Message, RecordDict
+from heterotune_flwr.names import printable
+from heterotune_flwr.protocol.messages import (
+    ALIGN,
+    DESCRIBE,
+    ERROR_FAILED,
+    ERROR_MAPS_MISSING,
+    ERROR_REFUSED,
+    EVALUATE,
+    TRAIN,
+    EvaluateReply,
+    EvaluateRequest,
+    Header,
+    RemoteError,
+    TrainReply,
+    TrainRequest,
+    error_content,
+    pack_mask,
+    resolve_output,
+    unpack_mask,
+)
+from heterotune_flwr.protocol.queries import (
+    AlignReply,
+    AlignRequest,
+    DescribeReply,
+    DescribeRequest,
+)
+from heterotune_flwr.rates import path_length
+from heterotune_flwr.schema import Config, MethodConfig
+from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
+from heterotune_flwr.tuning.client_state import ClientStore
+from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once, measured_once
+from heterotune_flwr.tuning.feedback import Feedback
+from heterotune_flwr.tuning.generation import GenerationReport, score_generation
+from heterotune_flwr.tuning.local import TrainReport, train_local
+from heterotune_flwr.tuning.slots import lowest_slot
+from heterotune_flwr.tuning.state_cache import keep_in
+from heterotune_flwr.tuning.states import make_rows
+from heterotune_flwr.tuning.task import EncodedSet, Task
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, NDArray[np.float32]]
+Handler = Callable[[Message, Context], RecordDict]
+
+
+@functools.lru_cache(maxsize=16)
+def _composed(config: str, overrides: str, trusted: bool) -> Config:
+    return compose(config, overrides, trusted)
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client answering one message: its identity, the run, and its loaded backbone."""
+
+    identity: Identity
+    config: Config
+    backbone: Backbone
+
+    @classmethod
+    def of(cls, context: Context) -> Client:
+        """Return the client of a Flower context; loads its backbone once per process."""
+        run_config = context.run_config
+        config = _composed(
+            str(run_config.get("config", "demo")),
+            str(run_config.get("overrides", "")),
+            is_simulated(context.node_config),
+        )
+        identity = identify(config, context.node_config, context.run_id)
+        deployed = identity.partition is None
+        if deployed:
+            private_folder(identity.state_dir)
+            close_to_others(identity.state_dir)
+        keep_in(identity.state_dir if deployed else None)
+        torch.set_num_threads(max(1, identity.threads))
+        return cls(identity, config, load_backbone(identity.spec))
+
+    @property
+    def client_id(self) -> str:
+        """Stable id."""
+        return self.identity.client_id
+
+    @property
+    def type_key(self) -> str:
+        """Model type."""
+        return self.backbone.type_key
+
+    @property
+    def guard(self) -> Guard:
+        """What this client's owner lets a run ask of it."""
+        return Guard(self.identity, self.config)
+
+    def data(self, seed: int) -> ClientData:
+        """Own examples."""
+        return self.identity.examples(seed)
+
+    def task(self) -> Task:
+        """Loss of this run on this backbone."""
+        return encodings.task(self.backbone, self.identity, self.config)
+
+    def encoded(self, part: str, seed: int) -> EncodedSet:
+        """Token ids of ``train``, ``personal`` or ``global`` examples."""
+        task = self.task()
+        if part == "global":
+            own = self.identity.data.test
+            stamp = self.identity.stamp(own) if own else ""
+            return encodings.encoded(task, ("global", stamp), self.identity.global_test)
+        key = (part, *self.identity.examples_key(seed))
+        if part == "train":
+            return encodings.encoded(task, key, lambda: self.data(seed).train)
+        return encodings.encoded(task, key, lambda: self.data(seed).personal_test)
+
+    def generation(self, adapter: AttachedAdapter, scope: str, seed: int) -> GenerationReport:
+        """Scores of the answers the adapter generates on the ``personal`` or ``global`` test."""
+        data, task = self.identity.data, self.task()
+        personal = scope == "personal"
+        examples = self.data(seed).personal_test if personal else self.identity.global_test()
+        if self.guard.own_test(scope):
+            data = replace(data, generate=self.guard.generated(len(examples)))
+        if personal:
+            return score_generation(adapter, task, examples, data)
+        settings = (data.generate, data.max_answer_tokens, data.stop, task.max_length, task.prompt)
+        key = f"generation {examples_digest(examples[: data.generate])} {settings}"
+        return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
+
+    def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What of some metrics leaves."""
+        return self.guard.told(self.identity.reported(metrics))
+
+    def prior(self, seed: int) -> Tensor | None:
+        """Log label frequencies of the training examples; they never leave the client. None where it has none."""
+        encoded = self.encoded("train", seed)
+        return self.task().log_prior(encoded, self.config.train) if len(encoded) else None
+
+    def adapter(self, method: MethodConfig, frozen: Sequence[str] = ()) -> AttachedAdapter:
+        """Return the adapter of a method on this backbone, values undefined; ``frozen`` names stay fixed."""
+        check_choices(replace(self.config, method=method))  # it came with the message
+        resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
+        adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
+        adapter.train_from(lowest_slot(self.identity.slots, resolved.slots), frozen)
+        adapter.anchors = self._anchors(resolved)
+        return adapter
+
+    def _anchors(self, method: MethodConfig) -> tuple[str, ...]:
+        """The public texts that a method's view of n-grams is made from; none where it has no such view."""
+        if method.kind != "dema" or not method.ngrams:
+            return ()
+        if self.identity.partition is None:
+            raise ConfigError.plain(NGRAMS_SIMULATED)
+        alignment = self.config.alignment
+        return tuple(anchor_texts(alignment.anchors, alignment.count))
+
+    def store(self, header: Header) -> ClientStore:
+        """Return the client's files for an experiment."""
+        return ClientStore(self.identity.state_dir, header.experiment, self.client_id)
+
+
+@functools.lru_cache(maxsize=16)
+def _words_known(backbone: Backbone, words: tuple[str, ...]) -> bytes:
+    """Which public words are one token of a backbone: the same for all its clients in a process."""
+    from heterotune_flwr.alignment.factors import words_mask
+
+    return pack_mask(words_mask(backbone.tokenizer, words))
+
+
+def describe(message: Message, context: Context) -> RecordDict:
+    """Answer ``query.describe``."""
+    client = Client.of(context)
+    request = client.guard.admit(DescribeRequest.from_content(message.content))
+    backbone = client.backbone
+    data = client.data(request.header.seed)
+    mask = _words_known(backbone, tuple(request.words)) if request.words else b""
+    task = client.task()  # label collisions come to light here, before any training
+    if client.identity.partition is None and len(rows := [*data.train, *data.personal_test]):
+        found = {client.type_key: backbone.tokenizer}
+        for line in how_they_fit(rows, client.identity.data, task.kind == "tokens", found):
+            log.info("of %d own examples: %s", len(rows), line)
+    adapter = client.adapter(request.header.method)
+    reply = DescribeReply(
+        client_id=client.client_id,
+        type_key=client.type_key,
+        fingerprint=backbone.fingerprint,
+        bits=backbone.spec.bits,
+        hidden=backbone.hidden,
+        layers=backbone.layers,
+        parameters=backbone.parameters,
+        model_bytes=backbone.model_bytes,
+        lora16_bytes=backbone.lora16_bytes,
+        train_examples=len(data.train),
+        personal_examples=len(data.personal_test),
+        labels=label_set(client.identity.data) or [],
+        shapes=adapter.shapes,
+        code_hash=code_hash(),
+        words_mask=mask,
+        lowest_slot=adapter.lowest,
+    )
+    return reply.to_content()
+
+
+def align(message: Message, context: Context) -> RecordDict:
+    """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
+    from heterotune_flwr.alignment.factors import alignment_factors, text_factors
+    from heterotune_flwr.alignment.public_texts import load_anchors
+
+    client = Client.of(context)
+    request = client.guard.admit(AlignRequest.from_content(message.content))
+    alignment, data = client.identity.alignment(client.config), client.identity.data
+    texts = load_anchors(alignment)
+    mask = unpack_mask(request.words_mask, len(request.words))
+    detach(client.backbone)
+    if request.whole_texts:
+        factors = text_factors(client.backbone, texts, alignment, data)
+    else:
+        words = [word for word, shared in zip(request.words, mask, strict=True) if shared]
+        factors = alignment_factors(
+            client.backbone, texts, alignment, data, label_set(data), request.slots, words
+        )
+    reply = AlignReply(client.client_id, client.type_key, factors)
+    return reply.to_content(exact_codec(client.config.exchange))
+
+
+def train(message: Message, context: Context) -> RecordDict:
+    """Answer ``train``: start values, local steps, deltas; the rest stays in the client's file."""
+    client = Client.of(context)
+    request = client.guard.admit(TrainRequest.from_content(message.content))
+    header, config = request.header, client.config
+    adapter = client.adapter(header.method, request.frozen)
+    store = client.store(header)
+    request, kept = Received.of(store, config.exchange).complete(request)
+    start = _start_values(
+        adapter, store, header.round, request.tensors, request.expected, header.seed
+    )
+    controls = ClientControls.of(request.controls, store, header.round)
+    _use_maps(adapter, store, request.maps_digest, request.maps)
+    client.guard.charge(request, start, controls.own)
+    adapter.load(start)
+    encoded = client.encoded("train", header.seed)
+    task = adapter.reads(client.task())
+    lesson = anchor_work(
+        request.lesson, client.identity, config, task, adapter, header.seed, request.discriminant
+    )
+    aside, size = client.guard.steps(len(encoded))
+    settings = replace(
+        config.train,
+        batch_size=size,
+        optimizer=request.optimizer,
+        proximal=request.proximal,
+        warmup_ratio=request.warmup_ratio,
+    )
+    check_choices(replace(config, train=settings))
+    report = train_local(
+        adapter,
+        task,
+        make_rows(adapter, encoded, config.train.cache_states),
+        settings,
+        seed=_step_seed(header, client.identity, [size, request.local_steps]),
+        local_steps=request.local_steps,
+        learning_rate=request.learning_rate,
+        prior=client.prior(header.seed),
+        memory_gb=client.identity.memory_gb,
+        corrections=controls.corrections,
+        distillation=lesson.distillation(header.round) if lesson else None,
+        most=client.guard.most_loss(own=True),
+        aside=aside,
+    )
+    trained = adapter.read()
+    deltas = {name: trained[name] - start[name] for name in request.expected}
+    not_own = {*request.expected, *request.tensors, *adapter.frozen}
+    own = {name: value for name, value in trained.items() if name not in not_own}
+    own |= controls.after(
+        deltas, path_length(report.steps, request.learning_rate, request.warmup_ratio)
+    )
+    if own:
+        store.save(own, header.round)
+    feedback = Feedback.of(config.exchange, store, once=not len(encoded))
+    said = lesson.says(header.round + 1) if lesson else Said()
+    reply = TrainReply(
+        client_id=client.client_id,
+        type_key=client.type_key,
+        round=header.round,
+        maps_digest=request.maps_digest,
+        deltas=feedback.add(deltas, adapter.shapes, header.round),
+        metrics=client.reported(_train_metrics(report, request.learning_rate)),
+        predictions=said.predictions,
+        kept=kept,
+        code_hash=code_hash(),
+        answers=said.answers,
+        class_sums=class_sums(
+            adapter,
+            task,
+            encoded,
+            client.identity.told(request.class_sums),
+            config.train.cache_states,
+        ),
+    )
+    return reply.to_content(feedback.codec)
+
+
+def evaluate_client(message: Message, context: Context) -> RecordDict:
+    """Answer ``evaluate`` for the scopes asked."""
+    client = Client.of(context)
+    request = client.guard.admit(EvaluateRequest.from_content(message.content))
+    header = request.header
+    adapter, store = client.adapter(header.method), client.store(header)
+    request, kept = Received.of(store, client.config.exchange).complete(request)
+    start = _start_values(adapter, store, header.round + 1, request.tensors, [], header.seed)
+    _use_maps(adapter, store, request.maps_digest, request.maps)
+    client.guard.charge(request, start)
+    adapter.load(start)
+    metrics: dict[str, float] = {}
+    for scope in request.scopes:
+        encoded = client.encoded(scope, header.seed)
+        if not len(encoded):
+            continue  # without a test of its own, in a run about no shipped data set
+        task = adapter.reads(client.task())
+        shared = request.discriminant
+        cache = client.config.train.cache_states
+        offsets = discriminant_logits(shared, adapter, task, encoded, cache)
+        rows = make_rows(adapter, encoded, cache, offsets=offsets)
+        own = client.guard.own_test(scope)
+        if scope == "personal" or own:
+            prior = client.prior(header.seed) if scope == "personal" else None
+            report = evaluate(adapter, task, rows, prior, client.guard.most_loss(own))
+        else:
+            key = task.data_key(encoded) + (shared.digest if shared else "")
+            report = evaluate_once(adapter, task, rows, key)
+        metrics |= _eval_metrics(scope, report)
+        if client.identity.data.generate and task.kind == "tokens":
+            metrics |= _eval_metrics(scope, client.generation(adapter, scope, header.seed))
+    reply = EvaluateReply(
+        client.client_id,
+        client.type_key,
+        header.round,
+        request.maps_digest,
+        client.reported(metrics),
+        kept,
+    )
+    return reply.to_content()
+
+
+def _start_values(
+    adapter: AttachedAdapter,
+    store: ClientStore,
+    before: int,
+    sent: Mapping[str, NDArray[np.float32]],
+    expected: list[str],
+    seed: int,
+) -> Tensors:
+    """Every trainable tensor's value before this message's work.
+
+    Sent ones as sent; expected ones that were not sent from the public seed; the others from the
+    client's own file as it was before the round ``before``, and from the public seed before its
+    first training.
+    """
+    shapes = adapter.shapes
+    unknown = sorted((set(sent) | set(expected)) - set(shapes))
+    if unknown:
+        raise HeteroTuneError(
+            f"the server names tensors that the adapter on {adapter.backbone.type_key} does not "
+            f"have: {', '.join(unknown[:3])}"
+        )
+    wanted = {name: shapes[name] for name in shapes if name not in sent and name not in expected}
+    values: Tensors = {**store.load(wanted, before), **sent}
+    missing = {name: shapes[name] for name in shapes if name not in values}
+    return {**values, **initial_tensors(missing, seed)}
+
+
+def _use_maps(
+    adapter: AttachedAdapter,
+    store: ClientStore,
+    digest: str,
+    maps: Mapping[str, NDArray[np.float32]] | None,
+) -> None:
+    """Put the maps named by ``digest`` into the adapter; ask for them when they are not here."""
+    if adapter.kind != "dema":
+        return
+    if maps is None and adapter.maps_digest == digest and store.has_maps(digest):
+        return  # in place since an earlier message, of this client or of another one of its type
+    if maps is not None:
+        store.save_maps(maps, digest)
+    held = maps if maps is not None else store.load_maps(digest)
+    if held is None:
+        raise RemoteError(f"the maps {digest[:12]} are not on this client", ERROR_MAPS_MISSING)
+    adapter.load_maps(held, digest)
+
+
+def _step_seed(header: Header, identity: Identity, steps: Sequence[int]) -> int:
+    """Seed of this client's batches and dropout in this round: no state, so resume is exact.
+
+    Of a deployed client the server does not know it, and trainings in steps of another size or number have seeds that
+    have nothing to do with one another: 32 and 33 rows in one order would tell one row's gradient.
+    """
+    name = f"train.{identity.client_id}.{header.round}"
+    if identity.floors is not None:
+        name = identity.book.keyed(f"{name} {list(steps)}")
+    return int(generator(header.seed, name).integers(2**62))
+
+
+def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float]:
+    fields: dict[str, Any] = asdict(report)
+    mass: dict[str, float] = fields.pop("gate_mass")
+    metrics = {name: float(value) for name, value in fields.items() if value is not None}
+    metrics["learning_rate"] = learning_rate
+    return metrics | {f"gate_mass_{tier}": value for tier, value in mass.items()}
+
+
+def _eval_metrics(scope: str, report: EvalReport | GenerationReport) -> dict[str, float]:
+    return {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
+
+
+#: Which handler answers which message type.
+HANDLERS: dict[str, Handler] = {
+    DESCRIBE: describe,
+    ALIGN: align,
+    TRAIN: train,
+    EVALUATE: evaluate_client,
+}
+
+
+def respond(message: Message, context: Context, handler: Handler) -> Message:
+    """Run a handler; an error becomes a one-line reply, never a dead worker.
+
+    A problem that a user can mend travels as its own line (of a deployed client without what is its own:
+    :mod:`.redaction`); anything else is a fault of this program: its traceback goes to the client's log.
+    """
+    client_id = str(context.node_config.get("client-id") or "")
+    try:
+        if not is_simulated(context.node_config):
+            check_message(context.node_config, content_bytes(message.content))
+        content = handler(message, context)
+    except RemoteError as error:
+        content = error_content(str(error), error.kind, client_id)
+    except RefusedByNodeError as error:
+        log.warning("%s refused: %s", message.metadata.message_type, error)
+        content = error_content(str(error), ERROR_REFUSED, client_id)
+    except HeteroTuneError as error:
+        log.error("%s: %s", message.metadata.message_type, printable(str(error)))
+        content = error_content(told(error, context.node_config), client_id=client_id)
+    except Exception as error:
+        log.exception("%s failed", message.metadata.message_type)
+        # Of a deployed client the text stays at home: it may quote private data.
+        stays = not is_simulated(context.node_config)
+        detail = f"see this client's log ({LOG})" if stays else str(error)
+        content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED, client_id)
+    return Message(content, reply_to=message)
