@@ -48,7 +48,8 @@ from heterotune_flwr.flower import Context, RecordDict
 from heterotune_flwr.strategies.build import strategy_config
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.client_state import ClientStore
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples, LossTerm
 from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import Task
 
@@ -120,16 +121,15 @@ class Again:
         work = anchor_work(lesson, client.identity, self.config, task, adapter, SWEEP_SEED)
         assert work is not None
         train = entry()["train"]
-        train_local(
-            adapter,
-            task,
-            make_rows(adapter, client.encoded("train", SWEEP_SEED), cache=False),
+        settings = replace(
             strategy_config(_METHOD, entry(), self.config).train,
-            seed=int(client.client_id[-4:]),
             learning_rate=train["learning_rate"] * train["last_rate"],
-            prior=client.prior(SWEEP_SEED),
-            distillation=work.distillation(rounds),
         )
+        rows = make_rows(adapter, client.encoded("train", SWEEP_SEED), cache=False)
+        losses: list[LossTerm] = [Examples(rows, client.prior(SWEEP_SEED))]
+        if taught := work.distillation(rounds):
+            losses.append(taught)
+        fit(adapter, task, settings, losses, seed=int(client.client_id[-4:]))
         test, anchors = self.rows(client, adapter, task)
         return predict(task, test, range(len(test))), predict(task, anchors, range(len(anchors)))
 

@@ -12,6 +12,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.memory import LiveBytes, weight_bytes
 from heterotune_flwr.tuning.slots import lowest_slot
 from heterotune_flwr.tuning.states import make_rows
@@ -112,9 +114,10 @@ def our_step(
     adapter.train_from(lowest_slot(slots, method.slots))
     adapter.load(initial_tensors(adapter.shapes, seed=0))
     rows = make_rows(adapter, encoded, cache=kept)
+    work = replace(config, local_steps=steps)
 
     def step() -> None:
-        train_local(adapter, task, rows, config, seed=0, local_steps=steps)
+        fit(adapter, task, work, [Examples(rows)], seed=0)
 
     return step
 

@@ -1,4 +1,4 @@
-"""What other installed packages add: data sets, backbones and codecs, found by their entry points.
+"""What other installed packages add: data sets, backbones, codecs and losses, found by their entry points.
 
 A package on a machine says what it brings in its own ``pyproject.toml``::
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from heterotune_flwr.errors import ConfigError
 
-Kind = Literal["backbones", "codecs", "data"]
+Kind = Literal["backbones", "codecs", "data", "losses"]
 
 
 @functools.cache

@@ -230,6 +230,12 @@ class TrainConfig:
     loss: str = _help(
         "auto | labels (softmax over the label words) | tokens (all answer tokens)", "auto"
     )
+    losses: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "further losses on a client's examples, of installed packages: name -> options"
+        },
+    )
     slots: str = _help(
         "depth slots a client trains: all | upper-half | last-<n>; lower ones act as the server sends them "
         "(a type, or a deployed node, may say otherwise)", "all"

@@ -18,7 +18,7 @@ from heterotune_flwr.channels.predictions.server import ConsensusOptions, balanc
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import DeMALayer
 from heterotune_flwr.schema import MethodConfig, TrainConfig
-from heterotune_flwr.tuning.terms import make_optimizer
+from heterotune_flwr.tuning.optimizer import make_optimizer
 
 METHOD = MethodConfig(latent=6, inner=4, experts_global=3)
 HIDDEN, LABELS, POOL = 10, 3, 40
@@ -94,9 +94,9 @@ def train_naively(layer: DeMALayer, x: torch.Tensor, head: torch.Tensor, y: torc
         for name, value in layer.trainable("default").items()
     }
     parameters = list(trained.values())
-    config = TrainConfig(gate_rate=schedule.gate_rate)
+    work = TrainConfig(gate_rate=schedule.gate_rate, learning_rate=schedule.rates[0])
     for order in orders:
-        optimizer = make_optimizer(trained, config, schedule.rates[0])
+        optimizer = make_optimizer(trained, work)
         for step in range(schedule.steps):
             picked = torch.tensor(share)[order[step * schedule.batch : (step + 1) * schedule.batch]]
             loss = functional.cross_entropy(layer(x[picked]) @ head.T + prior, y[picked])

@@ -42,8 +42,9 @@ from heterotune_flwr.protocol.messages import (
 )
 from heterotune_flwr.schema import AlignmentConfig, DataConfig, TrainConfig
 from heterotune_flwr.tuning import generation
+from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.generation import draw_answers, generate_answers
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
 
@@ -315,7 +316,7 @@ def test_a_client_learns_the_answers(directory, data, method):  # noqa: F811
     def trained(weight):
         adapter.load(start)
         lesson = Distillation(rows, range(6), None, weight)
-        train_local(adapter, task, own, TOKENS, 1, local_steps=40, distillation=lesson)
+        fit(adapter, task, replace(TOKENS, local_steps=40), [Examples(own), lesson], seed=1)
         with torch.no_grad():
             return float(Distillation(rows, range(6), None, 1.0).losses(task, range(6)).mean())
 

@@ -131,10 +131,10 @@ class World:
         return TrainReply.from_content(self.ask(client, TRAIN, request.to_content("fp32")))
 
     def evaluate(
-        self, client: int, values=None, digest="", experiment="run", method=METHOD, round=1
-    ):
+        self, client: int, values=None, digest="", experiment="run", method=METHOD, round=1, maps=None
+    ):  # fmt: skip
         header = Header(experiment, 0, method, round)
-        request = EvaluateRequest(header, values or {}, digest, None, ["global", "personal"])
+        request = EvaluateRequest(header, values or {}, digest, maps, ["global", "personal"])
         content = self.ask(client, EVALUATE, request.to_content("fp32"))
         return EvaluateReply.from_content(content).metrics
 
@@ -292,16 +292,15 @@ def test_evaluate_measures_what_training_left(world):
     with pytest.raises(RemoteError) as caught:
         world.evaluate(0, digest=digest)
     assert caught.value.kind == ERROR_MAPS_MISSING
-    world.train(0, 1, maps=maps, digest=digest, steps=0)
-    before = world.evaluate(0, digest=digest)
-    world.train(0, 2, digest=digest, steps=60)
-    after = world.evaluate(0, digest=digest, round=2)
+    before = world.evaluate(0, digest=digest, maps=maps, round=0)
+    world.train(0, 1, digest=digest, steps=60)
+    after = world.evaluate(0, digest=digest)
     assert (before["global_examples"], before["personal_examples"]) == (30, 4)
     assert after["global_loss"] != before["global_loss"]
     assert after["personal_loss"] < before["personal_loss"]
     # The other client of the type has trained nothing: it still is where the first one began.
-    world.train(2, 1, digest=digest, steps=0)
-    assert world.evaluate(2, digest=digest)["global_loss"] == before["global_loss"]
+    other = world.evaluate(2, digest=digest, maps=maps, round=0)
+    assert other["global_loss"] == before["global_loss"]
 
 
 @pytest.mark.parametrize("last", [1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ from heterotune_flwr.protocol.messages import (
 from heterotune_flwr.schema import AlignmentConfig, TrainConfig
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
 
@@ -268,12 +270,12 @@ def test_a_client_comes_closer_to_the_consensus_and_nowhere_without_weight(direc
     chosen, rng = [3, 1, 4, 5, 9, 2], np.random.default_rng(0)
     wanted = probabilities(rng, n=6, classes=len(LABELS), sharpness=4.0)
 
-    def train(weight, steps=40):
+    work = replace(TRAINING, local_steps=40)
+
+    def train(weight):
         adapter.load(start)
         distillation = Distillation(anchors, chosen, torch.from_numpy(wanted), weight)
-        train_local(
-            adapter, task, own, TRAINING, seed=1, local_steps=steps, distillation=distillation
-        )
+        fit(adapter, task, work, [Examples(own), distillation], seed=1)
         said = predict(task, anchors, chosen)
         return float(-(wanted * np.log(said)).sum(1).mean()), adapter.read()
 
@@ -285,7 +287,7 @@ def test_a_client_comes_closer_to_the_consensus_and_nowhere_without_weight(direc
     adapter.load(start)
     rng = np.random.default_rng(1)
     distillation = Distillation(anchors, chosen, torch.from_numpy(wanted), 0.0)
-    train_local(adapter, task, own, TRAINING, 1, local_steps=40, distillation=distillation)
+    fit(adapter, task, work, [Examples(own), distillation], seed=1)
     for name, value in adapter.read().items():
         np.testing.assert_array_equal(value, without[name])
 
@@ -335,8 +337,8 @@ def test_anchors_are_drawn_as_often_as_their_targets_say_something():
         lesson = Distillation(None, [7, 8, 9], targets, 1.0, batch=1, focus=focus)
         rng = np.random.default_rng(0)
         drawn = [lesson.draw(16, rng) for _ in range(draws)]
-        assert {len(positions) for positions in drawn} == {1}
-        return np.bincount([position for (position,) in drawn], minlength=3) / draws
+        assert {len(anchors) for anchors in drawn} == {1}
+        return np.bincount([anchor for (anchor,) in drawn], minlength=10)[7:] / draws
 
     for focus in (0.5, 1.0, 2.0):
         expected = np.power(told, focus)

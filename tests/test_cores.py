@@ -19,8 +19,9 @@ from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.cores import first_core_block
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.lora import dense_weight, singular_vectors
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import FullRows, PrefixRows, make_rows
 from heterotune_flwr.tuning.task import make_task
 
@@ -108,7 +109,7 @@ def test_states_below_the_first_core_are_kept_and_change_nothing(directory, data
         loose = 10 if bits == "nf4" and backbone.device.type == "cuda" else 1
         torch.testing.assert_close(one, two, rtol=2e-2 * loose, atol=2e-3 * loose)
     before = adapter.read()
-    train_local(adapter, task, kept, TRAIN, seed=0, local_steps=2)
+    fit(adapter, task, replace(TRAIN, local_steps=2), [Examples(kept)], seed=0)
     moved = {n for n, v in adapter.read().items() if not np.array_equal(v, before[n])}
     assert moved == set(adapter.shapes)
 
@@ -157,7 +158,7 @@ def test_lora_cores_are_lora(directory, data):  # noqa: F811
     task = make_task(backbone, data, list(LABELS), TRAIN)
     kept = make_rows(adapter, task.encode(training_pool(data)[:6]))
     assert isinstance(kept, PrefixRows)
-    train_local(adapter, task, kept, TRAIN, seed=0, local_steps=2)
+    fit(adapter, task, replace(TRAIN, local_steps=2), [Examples(kept)], seed=0)
     after = adapter.read()
     assert all(not np.array_equal(after[f"{name}.{p}"], values[f"{name}.{p}"]) for p in "AB")
     detach(backbone)

@@ -44,8 +44,8 @@ from heterotune_flwr.protocol.messages import (
     TrainRequest,
 )
 from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
-from heterotune_flwr.tuning import local
 from heterotune_flwr.tuning.evaluate import bounded
+from heterotune_flwr.tuning.losses import Examples
 
 ROWS = 80
 SHARED = replace(METHOD, experts_private=0)
@@ -327,13 +327,13 @@ def test_what_a_node_keeps_of_earlier_rounds_is_part_of_what_is_asked(world, fol
 
 
 def test_no_two_trainings_or_passes_differ_by_a_single_example(node, monkeypatch):
-    seen, step = [], local._Loop.step
+    seen, draw = [], Examples.draw
 
-    def watched(loop, chosen, anchors):
-        seen[-1].append(frozenset(chosen))
-        step(loop, chosen, anchors)
+    def watched(*asked):
+        seen[-1].append(frozenset(drawn := draw(*asked)))
+        return drawn
 
-    monkeypatch.setattr(local._Loop, "step", watched)
+    monkeypatch.setattr(Examples, "draw", watched)
 
     def trained(size, steps):
         seen.append([])

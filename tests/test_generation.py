@@ -20,8 +20,9 @@ from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.tuning import generation
 from heterotune_flwr.tuning.adapters import attach, detach_all
 from heterotune_flwr.tuning.evaluate import evaluate
+from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.generation import generate_answers, score_generation
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
 from heterotune_flwr.tuning.text_metrics import (
@@ -143,7 +144,8 @@ def test_quantized_backbones_generate_what_training_taught(directory, data, bits
     rows = make_rows(adapter, task.encode(examples))
     untaught = score_generation(adapter, task, examples, data)
     assert untaught.exact_match < 0.5
-    train_local(adapter, task, rows, TRAIN, seed=0, local_steps=120, learning_rate=0.01)
+    work = replace(TRAIN, local_steps=120, learning_rate=0.01)
+    fit(adapter, task, work, [Examples(rows)], seed=0)
     assert evaluate(adapter, task, rows).accuracy == 1.0
     taught = score_generation(adapter, task, examples, data)
     assert (taught.exact_match, taught.rouge_l, taught.generated) == (1.0, 1.0, 5)

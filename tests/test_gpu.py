@@ -16,8 +16,10 @@ from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, loa
 from heterotune_flwr.data import training_pool
 from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach
+from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.generation import generate_answers
-from heterotune_flwr.tuning.local import peak_memory_mb, train_local
+from heterotune_flwr.tuning.losses import Examples
+from heterotune_flwr.tuning.memory import peak_memory_mb
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
 
@@ -66,7 +68,7 @@ def test_training_there_is_training_here(directory, data, method, kept):  # noqa
         adapter = with_values(backbone, method)
         rows = make_rows(adapter, task.encode(training_pool(data)[:12]), cache=kept)
         before = adapter.read()
-        train_local(adapter, task, rows, TRAIN, seed=0, local_steps=6)
+        fit(adapter, task, replace(TRAIN, local_steps=6), [Examples(rows)], seed=0)
         after[device] = adapter.read()
     whole = {
         d: np.concatenate([after[d][n].ravel() - before[n].ravel() for n in before]) for d in after
@@ -80,13 +82,12 @@ def test_training_there_is_training_here(directory, data, method, kept):  # noqa
 def test_a_quantized_client_learns_within_its_memory(directory, data, bits):  # noqa: F811
     backbone = load_backbone(BackboneSpec(str(directory), bits), "cuda")
     assert backbone.device.type == "cuda"
-    config = replace(TRAIN, gradient_checkpointing=True)
+    config = replace(TRAIN, gradient_checkpointing=True, local_steps=15)
     task = make_task(backbone, data, list(LABELS), config)
     adapter = with_values(backbone, CORES)
     rows = make_rows(adapter, task.encode(training_pool(data)), cache=False)
     losses = [
-        train_local(adapter, task, rows, config, seed=s, local_steps=15, memory_gb=1.0).loss
-        for s in range(3)
+        fit(adapter, task, config, [Examples(rows)], seed=s, memory_gb=1.0).loss for s in range(3)
     ]
     assert losses[-1] < 0.8 * losses[0]
     assert 0 < peak_memory_mb(backbone.device) < 1000

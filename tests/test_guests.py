@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,11 @@ from heterotune_flwr.reporting.status import read_status
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.run import run_strategies
 from heterotune_flwr.schema import AlignmentConfig
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples
+from heterotune_flwr.tuning.optimizer import rate_schedule
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
-from heterotune_flwr.tuning.terms import rate_schedule
 
 COMPONENT = "heterotune_flwr.strategies"
 SPEC = {
@@ -385,15 +387,14 @@ def test_the_rate_sinks_where_there_are_no_examples(directory, data):  # noqa: F
     wanted = torch.eye(3)[[0, 1, 2, 0]]
     distillation = Distillation(make_rows(adapter, texts), range(4), wanted, 1.0, 4)
     before = distillation.losses(task, range(4)).mean()
-    report = train_local(
-        adapter, task, none, TRAINING, 0, local_steps=30, learning_rate=0.02, distillation=distillation
-    )  # fmt: skip
+    work = replace(TRAINING, local_steps=30, learning_rate=0.02)
+    report = fit(adapter, task, work, [Examples(none), distillation], seed=0)
     after = distillation.losses(task, range(4)).mean()
     assert (report.examples, report.steps, report.accuracy) == (4, 30, None)
     assert after < before - 0.1
     assert after < report.loss < before
     with pytest.raises(FederationError, match="no examples to train on, and no predictions"):
-        train_local(adapter, task, none, TRAINING, 0)
+        fit(adapter, task, TRAINING, [Examples(none)], seed=0)
 
 
 def test_half_a_cosine_after_the_warm_up():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,8 @@ from heterotune_flwr.federation import roster
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.run import run_strategies
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import FullRows, make_rows
 from heterotune_flwr.tuning.task import EncodedSet, make_task
 
@@ -95,7 +98,7 @@ def test_a_guest_that_is_short_of_memory_learns_the_same_in_smaller_parts(
         adapter.load(start_values)
         rows = kind(adapter, encoded)
         lesson = Distillation(rows, range(len(encoded)), targets, 1.0, batch=8)
-        train_local(adapter, task, nothing, TRAIN, seed=0, local_steps=3, distillation=lesson)
+        fit(adapter, task, replace(TRAIN, local_steps=3), [Examples(nothing), lesson], seed=0)
         return adapter.read()
 
     narrow = taught(Narrow)

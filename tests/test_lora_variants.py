@@ -13,6 +13,7 @@ from tiny_backbones import LABELS, save_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+from heterotune_flwr.channels.control_variates import Correction
 from heterotune_flwr.config.compose import compose, conf_root
 from heterotune_flwr.data import training_pool
 from heterotune_flwr.errors import ConfigError, ExchangeError
@@ -20,11 +21,12 @@ from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.tuning.adapters import attach, detach
-from heterotune_flwr.tuning.local import batches, train_local
+from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.lora import dense_weight
+from heterotune_flwr.tuning.losses import Examples
+from heterotune_flwr.tuning.optimizer import make_optimizer, rate_schedule
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
-from heterotune_flwr.tuning.terms import make_optimizer, rate_schedule
 
 CORE = replace(LORA, lora_core=True, lora_rank=4)
 DENSE = replace(LORA, lora_residual=True)
@@ -121,7 +123,7 @@ def test_frozen_tensors_act_and_stay(directory, data, method):  # noqa: F811
     adapter.train_from(0, held)
     before = adapter.read()
     rows = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=False)
-    train_local(adapter, task, rows, TRAIN, seed=0, local_steps=2)
+    fit(adapter, task, replace(TRAIN, local_steps=2), [Examples(rows)], seed=0)
     after = adapter.read()
     for name, value in after.items():
         moved = not np.array_equal(value, before[name])
@@ -139,18 +141,22 @@ def test_frozen_tensors_act_and_stay(directory, data, method):  # noqa: F811
 def test_gradient_terms_against_a_loop_by_hand(directory, data, warmup, shares):  # noqa: F811
     """SGD with FedProx's pull and SCAFFOLD's correction, clipped after both, at a rate that warms up."""
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
-    config = replace(TRAIN, optimizer="sgd", proximal=0.7, clip_norm=0.5, warmup_ratio=warmup)
+    config = replace(
+        TRAIN, optimizer="sgd", proximal=0.7, clip_norm=0.5, warmup_ratio=warmup, local_steps=3
+    )
     task = make_task(backbone, data, list(LABELS), config)
     adapter = prepared(backbone)
     start = {n: torch.from_numpy(v).to(backbone.device) for n, v in adapter.read().items()}
     corrections = {n: 0.05 * torch.ones_like(v) for n, v in start.items()}
     rows = make_rows(adapter, task.encode(training_pool(data)[:8]), cache=True)
-    train_local(adapter, task, rows, config, seed=3, local_steps=3, corrections=corrections)
+    added = [Correction(corrections, adapter.trained)]
+    fit(adapter, task, config, [Examples(rows)], added, seed=3)
     found = adapter.read()
     adapter.load({n: v.cpu().numpy() for n, v in start.items()})
     with adapter.training():
-        drawn = batches(8, config.batch_size, 3, np.random.default_rng(3))
-        for share, chosen in zip(shares, drawn, strict=True):
+        own, rng = Examples(rows), np.random.default_rng(3)
+        for share in shares:
+            chosen = own.draw(config.batch_size, rng)
             _, grads = gradients(adapter, task, rows, chosen)
             total = {}
             for (name, value), grad in zip(adapter.parameters.items(), grads, strict=True):
@@ -170,7 +176,7 @@ def test_gates_learn_at_their_own_share_of_the_rate(share, warm):
     """AdamW's first step moves every number by its rate, whatever the gradient."""
     names = ["slots.0.experts.global.0.up.weight", "slots.0.gate.weight", "slots.1.gate.bias"]
     trained = {name: torch.nn.Parameter(torch.zeros(3)) for name in names}
-    optimizer = make_optimizer(trained, replace(TRAIN, gate_rate=share), 0.01)
+    optimizer = make_optimizer(trained, replace(TRAIN, gate_rate=share, learning_rate=0.01))
     rate_schedule(optimizer, warm)
     for value in trained.values():
         value.grad = torch.tensor([5.0, -1e-3, 2.0])

@@ -29,7 +29,8 @@ from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy
 from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.evaluate import evaluate
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import FullRows, make_rows
 from heterotune_flwr.tuning.submodel import SliceTask
 from heterotune_flwr.tuning.task import make_task
@@ -302,7 +303,7 @@ def test_training_moves_all_of_a_slice_its_unembedding_too(directory, data, loss
     rows = make_rows(adapter, encoded)
     assert type(rows) is FullRows
     before = evaluate(adapter, task, rows)
-    train_local(adapter, task, rows, config, seed=0, local_steps=12)
+    fit(adapter, task, replace(config, local_steps=12), [Examples(rows)], seed=0)
     assert all(value.any() for value in adapter.read().values())
     assert evaluate(adapter, task, rows).loss < before.loss
     read = {token for ids in encoded.inputs for token in ids}

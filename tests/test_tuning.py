@@ -24,7 +24,8 @@ from heterotune_flwr.tuning import states as states_module
 from heterotune_flwr.tuning import task as task_module
 from heterotune_flwr.tuning.adapters import attach, detach, detach_all
 from heterotune_flwr.tuning.evaluate import evaluate, evaluate_once
-from heterotune_flwr.tuning.local import batches, examples_correct, train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples, examples_correct
 from heterotune_flwr.tuning.state_cache import forget_states
 from heterotune_flwr.tuning.states import frozen_states, make_rows
 from heterotune_flwr.tuning.task import EncodedSet, make_task
@@ -290,11 +291,17 @@ def test_concurrent_workers_compute_states_once(directory, data, monkeypatch):
 
 def test_batches_go_through_everything():
     rng = np.random.default_rng(0)
-    drawn = list(batches(10, 4, 10, rng))
+    own = Examples(range(10))
+    drawn = [own.draw(4, rng) for _ in range(10)]
     assert all(len(set(batch)) == 4 for batch in drawn)
     counts = np.bincount([i for batch in drawn for i in batch], minlength=10)
     assert counts.min() >= 3
-    assert [len(batch) for batch in batches(3, 16, 2, rng)] == [3, 3]
+    few = Examples(range(3))
+    assert [len(few.draw(16, rng)) for _ in range(2)] == [3, 3]
+    some = Examples(range(10), aside=4)
+    used = {index for _ in range(6) for index in some.draw(4, rng)}
+    assert len(used) == 6
+    assert used == {index for _ in range(2) for index in some.draw(3, rng)}
 
 
 @pytest.mark.parametrize("method", [METHOD, replace(METHOD, experts_private=1), LORA])
@@ -308,7 +315,7 @@ def test_training_lowers_the_loss_and_is_reproducible(directory, data, method):
         adapter.load(initial_tensors(adapter.shapes, seed=1))
         rows = make_rows(adapter, encoded)
         before = evaluate(adapter, task, rows)
-        report = train_local(adapter, task, rows, TRAIN, seed=seed, local_steps=40)
+        report = fit(adapter, task, replace(TRAIN, local_steps=40), [Examples(rows)], seed=seed)
         return before, report, evaluate(adapter, task, rows), adapter.read()
 
     before, report, after, values = run(0)
@@ -361,12 +368,10 @@ def test_adjusted_training_on_skewed_labels_keeps_the_balance(directory, data):
     balanced = task.encode(pool)
     shares = {}
     for strength in (0.0, 1.0):
-        config = replace(TRAIN, logit_adjustment=strength)
+        config = replace(TRAIN, logit_adjustment=strength, local_steps=60)
         prior = task.log_prior(skewed, config)
         adapter.load(initial_tensors(adapter.shapes, seed=1))
-        train_local(
-            adapter, task, make_rows(adapter, skewed), config, seed=0, local_steps=60, prior=prior
-        )
+        fit(adapter, task, config, [Examples(make_rows(adapter, skewed), prior)], seed=0)
         states, *_ = make_rows(adapter, balanced).rows(list(range(len(balanced))))
         with torch.no_grad():
             logits = functional.linear(states.float(), task.rows_weight)
@@ -398,7 +403,7 @@ def test_nothing_of_a_diverged_training_is_reported(directory, data):
     values["slots.0.gate.bias"][:] = np.nan
     adapter.load(values)
     with pytest.raises(FederationError, match=r"diverged .*train.learning_rate"):
-        train_local(adapter, task, rows, TRAIN, seed=0)
+        fit(adapter, task, TRAIN, [Examples(rows)], seed=0)
 
 
 def test_an_example_is_right_when_all_its_rows_are():
@@ -411,12 +416,12 @@ def test_exact_match_is_what_greedy_generation_gives(directory, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     adapter = attach(backbone, replace(LORA, lora_rank=8), 3)
     adapter.load(initial_tensors(adapter.shapes, seed=1))
-    config = replace(TRAIN, loss="tokens", learning_rate=0.01)
+    config = replace(TRAIN, loss="tokens", learning_rate=0.01, local_steps=60)
     task = make_task(backbone, data, None, config)
     examples = list(own_file(data))[:8]
     encoded = task.encode(examples)
     rows = make_rows(adapter, encoded)
-    train_local(adapter, task, rows, config, seed=0, local_steps=60)
+    fit(adapter, task, config, [Examples(rows)], seed=0)
     report = evaluate(adapter, task, rows)
     right = 0
     for ids, positions, targets in zip(

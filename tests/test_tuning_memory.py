@@ -27,7 +27,8 @@ from heterotune_flwr.tuning import memory as memory_module
 from heterotune_flwr.tuning import states as states_module
 from heterotune_flwr.tuning.adapters import attach, detach, detach_all
 from heterotune_flwr.tuning.evaluate import evaluate
-from heterotune_flwr.tuning.local import train_local
+from heterotune_flwr.tuning.fit import fit
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.memory import LiveBytes, is_out_of_memory, step_cost
 from heterotune_flwr.tuning.slots import lowest_slot
 from heterotune_flwr.tuning.states import CachedRows, FullRows, PrefixRows, make_rows
@@ -35,6 +36,7 @@ from heterotune_flwr.tuning.task import EncodedSet, make_task
 
 METHOD = MethodConfig(slots=3, latent=8, inner=4, experts_global=2)
 TRAIN = TrainConfig(batch_size=8, learning_rate=0.01)
+SHORT = replace(TRAIN, local_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_only_the_trained_slots_change(directory, data):
     before = adapter.read()
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
     rows = make_rows(adapter, task.encode(own_file(data)))
-    train_local(adapter, task, rows, TRAIN, seed=0, local_steps=3)
+    fit(adapter, task, SHORT, [Examples(rows)], seed=0)
     after = adapter.read()
     for name in before:
         changed = not np.array_equal(before[name], after[name])
@@ -147,9 +149,8 @@ def test_training_with_and_without_kept_states_ends_at_the_same_place(directory,
     start, ends = adapter.read(), []
     for cache in (True, False):
         adapter.load(start)
-        train_local(
-            adapter, task, make_rows(adapter, encoded, cache), TRAIN, seed=0, local_steps=12
-        )
+        rows = make_rows(adapter, encoded, cache)
+        fit(adapter, task, replace(TRAIN, local_steps=12), [Examples(rows)], seed=0)
         ends.append(adapter.read())
     for name in start:
         np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-4)
@@ -298,8 +299,8 @@ def test_checkpointing_changes_memory_not_numbers(directory, data, lowest):
     start, ends = adapter.read(), []
     for checkpoint in (False, True):
         adapter.load(start)
-        config = replace(TRAIN, gradient_checkpointing=checkpoint)
-        train_local(adapter, task, make_rows(adapter, encoded), config, seed=0, local_steps=3)
+        config = replace(SHORT, gradient_checkpointing=checkpoint)
+        fit(adapter, task, config, [Examples(make_rows(adapter, encoded))], seed=0)
         ends.append(adapter.read())
         assert not any(module.training for module in adapter.model.modules())
     assert all(np.array_equal(ends[0][name], ends[1][name]) for name in start)
@@ -318,14 +319,8 @@ def test_checkpointing_runs_no_backward_pass_below_the_trained_slots(directory, 
         )
     for checkpoint in (True, False):  # nor is anything left behind for the next training
         seen.clear()
-        train_local(
-            adapter,
-            task,
-            rows,
-            replace(TRAIN, gradient_checkpointing=checkpoint),
-            seed=0,
-            local_steps=1,
-        )
+        config = replace(TRAIN, gradient_checkpointing=checkpoint, local_steps=1)
+        fit(adapter, task, config, [Examples(rows)], seed=0)
         assert len(seen) == len(blocks)
         assert not any(any(flags) for flags in seen.values())
 
@@ -340,9 +335,8 @@ def test_a_budget_splits_batches_and_keeps_the_gradient(directory, data, caplog)
     for budget in budgets:
         adapter.load(start)
         with caplog.at_level(logging.INFO):
-            report = train_local(
-                adapter, task, rows, TRAIN, seed=0, local_steps=2, memory_gb=budget
-            )
+            work = replace(TRAIN, local_steps=2)
+            report = fit(adapter, task, work, [Examples(rows)], seed=0, memory_gb=budget)
         ends.append((adapter.read(), report))
     assert "3 of 8 examples at a time" in caplog.text
     assert ends[0][1].loss == pytest.approx(ends[1][1].loss, rel=1e-4)
@@ -356,7 +350,7 @@ def test_a_budget_that_cannot_do_says_what_is_needed(directory, data):
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
     rows = make_rows(adapter, task.encode(own_file(data)))
     with pytest.raises(FederationError, match=r"memory-gb=1e-06 is too little .* at least .* GB"):
-        train_local(adapter, task, rows, TRAIN, seed=0, memory_gb=1e-6)
+        fit(adapter, task, TRAIN, [Examples(rows)], seed=0, memory_gb=1e-6)
 
 
 class Narrow(FullRows):
@@ -376,11 +370,11 @@ def test_out_of_memory_halves_once_and_goes_on(directory, data, caplog):
     encoded = task.encode(own_file(data))
     start = adapter.read()
     with caplog.at_level(logging.WARNING):
-        train_local(adapter, task, Narrow(adapter, encoded), TRAIN, seed=0, local_steps=3)
+        fit(adapter, task, SHORT, [Examples(Narrow(adapter, encoded))], seed=0)
     assert caplog.text.count("out of memory with 8 examples at a time, now 4") == 1
     narrow = adapter.read()
     adapter.load(start)
-    train_local(adapter, task, FullRows(adapter, encoded), TRAIN, seed=0, local_steps=3)
+    fit(adapter, task, SHORT, [Examples(FullRows(adapter, encoded))], seed=0)
     for name, value in adapter.read().items():
         np.testing.assert_allclose(narrow[name], value, rtol=1e-3, atol=1e-5)
 
@@ -391,9 +385,9 @@ def test_out_of_memory_twice_is_one_clear_line_and_the_next_training_works(direc
     narrow = Narrow(adapter, task.encode(own_file(data)))
     narrow.limit = 3
     with pytest.raises(FederationError, match=r"out of memory while training .* even 4 examples"):
-        train_local(adapter, task, narrow, TRAIN, seed=0, local_steps=2)
+        fit(adapter, task, SHORT, [Examples(narrow)], seed=0)
     narrow.limit = 8
-    train_local(adapter, task, narrow, TRAIN, seed=0, local_steps=2)
+    fit(adapter, task, SHORT, [Examples(narrow)], seed=0)
 
 
 def test_what_counts_as_out_of_memory():
@@ -430,5 +424,5 @@ def test_a_measured_step_is_measured_once(directory, data, monkeypatch):
     original = memory_module.step_cost
     monkeypatch.setattr(memory_module, "step_cost", lambda *a: calls.append(1) or original(*a))
     for seed in (0, 1):
-        train_local(adapter, task, rows, TRAIN, seed=seed, local_steps=1, memory_gb=1.0)
+        fit(adapter, task, SHORT, [Examples(rows)], seed=seed, memory_gb=1.0)
     assert len(calls) == 1

@@ -8,12 +8,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from heterotune_flwr.tuning.client_state import ClientStore
 
 Tensors = dict[str, NDArray[np.float32]]
 
 _PREFIX = "control."
+
+
+class Correction:
+    """``c - c_i`` by the names of trained parameters, of their shapes (a :class:`.optimizer.GradientTerm`)."""
+
+    def __init__(
+        self, values: Mapping[str, torch.Tensor], trained: Mapping[str, nn.Parameter]
+    ) -> None:
+        self._values = {name: value.to(trained[name]) for name, value in values.items()}
+
+    def add(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Add it to the gradients."""
+        for name, value in self._values.items():
+            gradient = trained[name].grad
+            if gradient is not None:
+                gradient.add_(value)
 
 
 @dataclass(frozen=True)
@@ -32,10 +49,12 @@ class ClientControls:
         own = {name: kept.get(_PREFIX + name, np.zeros_like(v)) for name, v in server.items()}
         return cls(server, own)
 
-    @property
-    def corrections(self) -> dict[str, torch.Tensor]:
-        """``c - c_i``, added to every local gradient."""
-        return {name: torch.from_numpy(self.server[name] - self.own[name]) for name in self.server}
+    def corrections(self, trained: Mapping[str, nn.Parameter]) -> list[Correction]:
+        """What is added to every local gradient: ``c - c_i``; nothing without SCAFFOLD."""
+        values = {
+            name: torch.from_numpy(self.server[name] - self.own[name]) for name in self.server
+        }
+        return [Correction(values, trained)] if values else []
 
     def after(self, deltas: Mapping[str, NDArray[np.float32]], path_length: float) -> Tensors:
         """``c_i - c - delta / (sum of the steps' rates)`` (the paper's option II), under the names it is kept by."""

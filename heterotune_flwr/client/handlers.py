@@ -76,8 +76,9 @@ from heterotune_flwr.tuning.adapters import AttachedAdapter, attach, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once, measured_once
 from heterotune_flwr.tuning.feedback import Feedback
+from heterotune_flwr.tuning.fit import TrainReport, fit
 from heterotune_flwr.tuning.generation import GenerationReport, score_generation
-from heterotune_flwr.tuning.local import TrainReport, train_local
+from heterotune_flwr.tuning.losses import Examples, installed_losses
 from heterotune_flwr.tuning.slots import lowest_slot
 from heterotune_flwr.tuning.state_cache import keep_in
 from heterotune_flwr.tuning.states import make_rows
@@ -288,25 +289,29 @@ def train(message: Message, context: Context) -> RecordDict:
     settings = replace(
         config.train,
         batch_size=size,
+        local_steps=request.local_steps,
+        learning_rate=request.learning_rate,
         optimizer=request.optimizer,
         proximal=request.proximal,
         warmup_ratio=request.warmup_ratio,
     )
     check_choices(replace(config, train=settings))
-    report = train_local(
+    rows = make_rows(adapter, encoded, config.train.cache_states)
+    most = client.guard.most_loss(own=True)
+    examples = Examples(rows, client.prior(header.seed), most, aside)
+    taught = lesson.distillation(header.round) if lesson else None
+    report = fit(
         adapter,
         task,
-        make_rows(adapter, encoded, config.train.cache_states),
         settings,
+        [
+            examples,
+            *([taught] if taught else []),
+            *installed_losses(settings.losses, examples, adapter),
+        ],
+        controls.corrections(adapter.trained),
         seed=_step_seed(header, client.identity, [size, request.local_steps]),
-        local_steps=request.local_steps,
-        learning_rate=request.learning_rate,
-        prior=client.prior(header.seed),
         memory_gb=client.identity.memory_gb,
-        corrections=controls.corrections,
-        distillation=lesson.distillation(header.round) if lesson else None,
-        most=client.guard.most_loss(own=True),
-        aside=aside,
     )
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}

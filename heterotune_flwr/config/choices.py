@@ -11,6 +11,7 @@ from heterotune_flwr.backbones.sources import AUTO, BITS
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.codecs import codec_names
 from heterotune_flwr.exchange.directions import check_directions
+from heterotune_flwr.plugins import plugin_names
 from heterotune_flwr.schema import Config
 
 #: dotted key -> allowed values
@@ -84,6 +85,16 @@ def check_choices(config: Config) -> None:
         value = _value(config, path)
         if value not in allowed and (path not in _NULLABLE or value is not None):
             raise _not_among(path, value, allowed)
+    for name, options in config.train.losses.items():
+        if name not in plugin_names("losses"):
+            known = (
+                f"choose from {', '.join(plugin_names('losses')) or 'none: no package brings any'}"
+            )
+            raise ConfigError.of(
+                "train.losses", name, known + nearest(name, plugin_names("losses"))
+            )
+        if not isinstance(options, dict):
+            raise ConfigError.of(f"train.losses.{name}", options, "give its options, or {}")
     for index, entry in enumerate(config.types):
         bits = (*BITS, AUTO)
         if entry.bits not in bits:

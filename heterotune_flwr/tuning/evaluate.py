@@ -12,7 +12,7 @@ import torch
 
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.tuning.adapters import AttachedAdapter
-from heterotune_flwr.tuning.local import examples_correct
+from heterotune_flwr.tuning.losses import examples_correct
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
 

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, and how many examples fit at once.
+"""How much memory a training step takes, how many examples fit at once, and batches in passes that fit.
 
 A step's cost is *measured*, on one example, the longest: the most bytes of tensors that exist at the same time
 during its forward and backward pass. That holds for any family, bits, slots and with or without
@@ -7,20 +7,26 @@ gradient checkpointing, where a formula would have to know them all.
 
 from __future__ import annotations
 
+import gc
 import logging
+import resource
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from heterotune_flwr.backbones.batches import parts_by_length
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.losses import LossTerm
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
 
@@ -30,6 +36,20 @@ log = logging.getLogger(__name__)
 _USABLE = 0.9
 #: Of a trained float32 number: itself, its gradient, AdamW's two moments.
 _TRAINED_BYTES = 16
+#: What a forward and backward pass costs beside its tokens, in tokens: a CPU has little to prepare, a GPU would idle
+#: between small passes.
+_OVERHEAD_CPU, _OVERHEAD_GPU = 64, 4096
+
+#: A term, a part of its batch that is run in one go, and the batch.
+Pass = tuple[LossTerm, list[int], list[int]]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: on CPU the process's largest resident set, on GPU the largest allocation since a reset."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -219,3 +239,82 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "out of memory" in text.lower() or "can't allocate memory" in text
     )
+
+
+class MicroBatches:
+    """A step's batches in passes of similar length that fit into memory; their gradients add up to the whole batch's.
+
+    No term's passes are on more examples than the first term's.
+    """
+
+    def __init__(
+        self,
+        adapter: AttachedAdapter,
+        task: Task,
+        losses: Sequence[LossTerm],
+        work: TrainConfig,
+        memory_gb: float | None,
+    ) -> None:
+        def size(term: LossTerm, most: int) -> int:
+            checkpoint = work.gradient_checkpointing
+            return choose_micro_batch(adapter, task, term.rows, most, memory_gb, checkpoint)
+
+        first, *others = losses
+        self._adapter, self._losses = adapter, losses
+        self._most = size(first, work.batch_size)
+        self._sizes = [self._most, *(size(term, self._most) for term in others)]
+        self._halved = False
+
+    def within_memory(
+        self, backward: Callable[[Iterator[Pass]], Tensor], drawn: Sequence[list[int]]
+    ) -> Tensor:
+        """Do ``backward`` for what every term has drawn; short of memory, once in half as many examples at a time.
+
+        Raises
+        ------
+        FederationError
+            Memory ran out again.
+
+        """
+        try:
+            return backward(self._passes(drawn))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._halve()  # only here are the failed pass's tensors gone
+        try:
+            return backward(self._passes(drawn))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._release()
+        raise self._exhausted(f"even {self._most}")
+
+    def _passes(self, drawn: Sequence[list[int]]) -> Iterator[Pass]:
+        on_cpu = self._adapter.backbone.device.type == "cpu"
+        overhead = _OVERHEAD_CPU if on_cpu else _OVERHEAD_GPU
+        for term, size, batch in zip(self._losses, self._sizes, drawn, strict=True):
+            lengths = [term.rows.length(index) for index in batch]
+            for part in parts_by_length(lengths, min(size, self._most), overhead):
+                yield term, [batch[position] for position in part], batch
+
+    def _halve(self) -> None:
+        size, name = self._most, self._adapter.backbone.type_key
+        if self._halved or size == 1:
+            raise self._exhausted(f"{size}")
+        self._halved, self._most = True, size // 2
+        log.warning("%s: out of memory with %d examples at a time, now %d", name, size, self._most)
+        self._release()
+
+    def _release(self) -> None:
+        for parameter in self._adapter.trained.values():
+            parameter.grad = None
+        gc.collect()
+        if self._adapter.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _exhausted(self, how_many: str) -> FederationError:
+        return FederationError(
+            f"out of memory while training {self._adapter.backbone.type_key}, {how_many} examples at a time; lower "
+            "train.batch_size, use fewer bits, or set train.gradient_checkpointing=true"
+        )

@@ -32,7 +32,7 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class Distillation:
-    """Anchors with target probabilities.
+    """A loss on anchors with target probabilities (:class:`.losses.LossTerm`).
 
     Attributes
     ----------
@@ -73,26 +73,32 @@ class Distillation:
         chances: NDArray[np.float64] = weights / weights.sum()
         return chances
 
-    def draw(self, examples: int, rng: np.random.Generator) -> list[int]:
-        """Positions (in ``chosen``) of the anchors of one step that has so many examples."""
-        count = len(self.chosen)
-        size = min(self.batch or examples, count)
-        return [int(i) for i in rng.choice(count, size=size, replace=False, p=self.chances)]
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {index: position for position, index in enumerate(self.chosen)}
 
-    def length(self, position: int) -> int:
-        """Count the tokens of an anchor that a step has to run; 1 where none is run."""
-        return self.rows.length(self.chosen[position])
+    def __len__(self) -> int:
+        return len(self.chosen)
 
-    def losses(self, task: Task, positions: Sequence[int]) -> Tensor:
+    def draw(self, batch: int, rng: np.random.Generator) -> list[int]:
+        """See :class:`.losses.LossTerm`."""
+        size = min(self.batch or batch, len(self.chosen))
+        drawn = rng.choice(len(self.chosen), size=size, replace=False, p=self.chances)
+        return [self.chosen[position] for position in drawn]
+
+    def loss(self, task: Task, part: Sequence[int], batch: Sequence[int]) -> Tensor:
+        """See :class:`.losses.LossTerm`."""
+        return self.losses(task, part).sum() / len(batch)
+
+    def losses(self, task: Task, anchors: Sequence[int]) -> Tensor:
         """Weighted cross-entropy of some anchors (float32, one each), of what the client predicts there."""
-        own = [self.chosen[position] for position in positions]
-        states, tokens, owners = self.rows.rows(own)
+        states, tokens, owners = self.rows.rows(anchors)
         if self.targets is None:
             losses, _ = task.losses(states, tokens)
-            total = torch.zeros(len(positions), device=losses.device).index_add(0, owners, losses)
-            return self.weight * total / torch.bincount(owners, minlength=len(positions))
-        wanted = self.targets[list(positions)]
-        logits = _label_logits(task, self.rows, states, own, self.offsets)
+            total = torch.zeros(len(anchors), device=losses.device).index_add(0, owners, losses)
+            return self.weight * total / torch.bincount(owners, minlength=len(anchors))
+        wanted = self.targets[[self._positions[index] for index in anchors]]
+        logits = _label_logits(task, self.rows, states, anchors, self.offsets)
         logs = functional.log_softmax(logits, dim=-1)
         return -self.weight * (wanted * logs).sum(dim=-1)
 
