@@ -1,1 +1,1 @@
-"""Benchmarks: one command each, writing benchmarks/results."""
+"""Numbers, and the commands that make them: science, speed, reliability, deployment; :mod:`.report` tells them all."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import fuzz_target
+from benchmarks.reliability import fuzz_target
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange import Expected, pack, unpack
 from heterotune_flwr.exchange.manifest import Manifest
@@ -214,7 +214,7 @@ def test_no_bytes_break_the_reader(data):
 
 
 def test_mutated_records_and_messages_are_refused_or_read_back_the_same():
-    """A fixed sample of what ``python -m benchmarks.fuzz_exchange`` does a million times."""
+    """A fixed sample of what ``python -m benchmarks.reliability.fuzz_exchange`` does a million times."""
     seeds, rng = fuzz_target.seeds(), random.Random(0)
     fuzz_target.counts.clear()
     for data in seeds:

@@ -19,7 +19,7 @@ from test_client import (
 )
 from tiny_backbones import LABELS, write_rows
 
-from benchmarks.lab_run import NODES, simulated_bank
+from benchmarks.deployment.runs import NODES, simulated_bank
 from heterotune_flwr.channels.statistics.record import Discriminant
 from heterotune_flwr.client.floors import KEYS, MOST_LOSS, Floors, Guard, check_maps
 from heterotune_flwr.client.holdout import held_size, split, whole_test

@@ -328,7 +328,7 @@ def test_a_source_without_all_weights_is_refused(directory, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_four_processes_hold_one_copy(bits):
-    from benchmarks.shared_weights import private_cache, pss_ratio
+    from benchmarks.speed.shared_weights import private_cache, pss_ratio
 
     with private_cache("tiny-c"):
         found = pss_ratio("tiny-c", bits, runs=1)

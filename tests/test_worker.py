@@ -23,7 +23,7 @@ import pytest
 from tiny_backbones import LABELS, write_rows
 from typer.testing import CliRunner
 
-from benchmarks.lab_run import give_book
+from benchmarks.deployment.runs import give_book
 from client_app.app import app
 from heterotune_flwr import cli
 from heterotune_flwr.errors import HeteroTuneError

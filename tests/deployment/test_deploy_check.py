@@ -8,7 +8,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.tls_server import TlsServer
+from benchmarks.deployment.tls_server import TlsServer
 from heterotune_flwr.cli import app
 from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.deploy import certificates, node_check

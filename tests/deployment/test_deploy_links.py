@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from benchmarks.journal_audit import audit
-from benchmarks.kills import aggregates
-from benchmarks.lab_run import NODES
-from benchmarks.slow_network import QUEUE, SLOW, Link, Pipe
-from benchmarks.soak import Sample, growth_in_calm, growth_under_fire
+from benchmarks.deployment.journal_audit import audit
+from benchmarks.deployment.kills import aggregates
+from benchmarks.deployment.runs import NODES
+from benchmarks.deployment.slow_network import QUEUE, SLOW, Link, Pipe
+from benchmarks.deployment.soak import Sample, growth_in_calm, growth_under_fire
 
 
 def pipe(link, seed=0):

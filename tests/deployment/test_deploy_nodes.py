@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lab_run import configuration
+from benchmarks.deployment.runs import configuration
 from client_app.app import app
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.sources import training_pool

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.lab import Lab, has_nginx
-from benchmarks.refusals import CLOSED, copied, is_refused, node_refusals, proxy_refusals
+from benchmarks.deployment.lab import Lab, has_nginx
+from benchmarks.deployment.refusals import CLOSED, copied, is_refused, node_refusals, proxy_refusals
 from heterotune_flwr.deploy.keys import key_body, new_node_key, read_public
 from heterotune_flwr.deploy.node_check import check_node
 from heterotune_flwr.deploy.registry import listed, reconcile, revoke

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.lab import Lab, has_nginx
-from benchmarks.lab_run import (
+from benchmarks.deployment.lab import Lab, has_nginx
+from benchmarks.deployment.runs import (
     NODES,
     configuration,
     final_bank,

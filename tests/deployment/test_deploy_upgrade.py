@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lab import BIN, Lab
-from benchmarks.lab_run import configuration
+from benchmarks.deployment.lab import BIN, Lab
+from benchmarks.deployment.runs import configuration
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.staging import stage_app
 

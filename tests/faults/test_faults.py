@@ -1,6 +1,6 @@
 """Two hostile clients of ten: the run ends well, and as it would have without them.
 
-A representative part of ``python -m benchmarks.faults``: every fault on HeteroTune, one fault on every strategy.
+A representative part of ``python -m benchmarks.reliability.faults``: every fault on HeteroTune, one on every strategy.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from heterotune_flwr.exchange.trees import State
 Matrix = NDArray[np.float64]
 
 #: How many times as strange as usual one class of a client may be, and a client over its classes, to count in full.
-#: Honest clients reach 3.1 and 1.3 (benchmarks/attack_run.py's, of equal and of very different size).
+#: Honest clients reach 3.1 and 1.3 (benchmarks/reliability/attack_run.py's, of equal and of very different size).
 FAR_CLASS, FAR = 4.0, 2.0
 #: The others are weighed as they have come out so far.
 _PASSES = 6

@@ -1,0 +1,1 @@
+"""Whether and where sharing helps: accuracies, losses, controls, rivals."""
