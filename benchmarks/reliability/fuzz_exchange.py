@@ -30,6 +30,8 @@ def child(options: list[str]) -> None:
         raise SystemExit("atheris is missing: pip install -e '.[fuzz]'") from error
     readers = [
         "heterotune_flwr.exchange",
+        "heterotune_flwr.protocol",
+        "heterotune_flwr.channels",
         "heterotune_flwr.federation",
         "json",
         "benchmarks.reliability.fuzz_target",
