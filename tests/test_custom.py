@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from test_client import World, folder, world  # noqa: F401  (fixtures)
+from test_client import METHOD, World, folder, make_maps, world  # noqa: F401  (fixtures)
 
 from heterotune_flwr import plugins
 from heterotune_flwr.backbones.sources import resolve_source
@@ -23,6 +24,7 @@ from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.strategies import build_strategy
+from heterotune_flwr.tuning.losses import Examples, installed_losses
 
 PAGE = (Path(__file__).parents[1] / "docs" / "custom-strategy.md").read_text()
 
@@ -63,7 +65,7 @@ def test_the_page_has_a_package_of_at_most_40_lines_to_a_strategy(package):
     strategy, settings = code("python")[0], code("yaml")[0]
     assert len(strategy.splitlines()) + len(settings.splitlines()) < 40
     assert sorted(p.name for p in package.glob("*.py")) == [
-        "__init__.py", "backbones.py", "clip.py", "codecs.py", "data.py", "median.py",
+        "__init__.py", "backbones.py", "clip.py", "codecs.py", "data.py", "losses.py", "median.py",
     ]  # fmt: skip
 
 
@@ -100,6 +102,41 @@ def test_codec_backbone_and_data_of_an_installed_package(package, folder, tmp_pa
     data = DataConfig(name="my-data")
     assert len(training_pool(data)) == len(global_test(data)) == 200
     assert label_set(data) == ["another answer", "its answer"]
+
+
+def test_a_loss_of_an_installed_package_acts_beside_the_others(world, package):  # noqa: F811
+    path = str(world.path / "run.yaml")
+    maps, digest = make_maps(32)
+    shared = replace(METHOD, experts_private=0)  # their dropout draws with every pass
+
+    def trained(*words):
+        own = World(world.path, path, " ".join(words))
+        names = sorted(own.describe(0, shared).shapes)
+        return own.train(0, 1, expected=names, method=shared, maps=maps, digest=digest, steps=20)
+
+    alone = trained()
+    weightless, strong = (
+        trained(f"'train.losses={{entropy: {{weight: {w}}}}}'") for w in (0, 1000)
+    )
+    for name, delta in alone.deltas.items():
+        np.testing.assert_array_equal(weightless.deltas[name], delta)
+        assert not np.array_equal(strong.deltas[name], delta)
+    assert weightless.metrics["loss"] == alone.metrics["loss"] != strong.metrics["loss"]
+
+
+def test_a_loss_draws_what_the_examples_draw_and_is_checked(package):
+    examples = Examples(range(10), aside=3)
+    (term,) = installed_losses({"entropy": {"weight": 2.0}}, examples, None)
+    assert (len(term), term.rows) == (10, range(10))
+    drawn = examples.draw(4, np.random.default_rng(0))
+    assert term.draw(4, None) == drawn
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'wieght'") as caught:
+        installed_losses({"entropy": {"wieght": 2.0}}, examples, None)
+    assert "wieght" not in caught.value.told
+    with pytest.raises(ConfigError, match="did you mean 'entropy'"):
+        compose("quick", "'train.losses={entrpy: {}}'")
+    with pytest.raises(ConfigError, match=r"train\.losses\.entropy is 3; give its options"):
+        compose("quick", "train.losses.entropy=3")
 
 
 def test_what_is_not_installed_or_broken_gets_one_clear_line(package, tmp_path):

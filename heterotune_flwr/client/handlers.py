@@ -300,15 +300,12 @@ def train(message: Message, context: Context) -> RecordDict:
     most = client.guard.most_loss(own=True)
     examples = Examples(rows, client.prior(header.seed), most, aside)
     taught = lesson.distillation(header.round) if lesson else None
+    further = installed_losses(settings.losses, examples, adapter)
     report = fit(
         adapter,
         task,
         settings,
-        [
-            examples,
-            *([taught] if taught else []),
-            *installed_losses(settings.losses, examples, adapter),
-        ],
+        [examples, *([taught] if taught else []), *further],
         controls.corrections(adapter.trained),
         seed=_step_seed(header, client.identity, [size, request.local_steps]),
         memory_gb=client.identity.memory_gb,

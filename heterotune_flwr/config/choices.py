@@ -85,14 +85,10 @@ def check_choices(config: Config) -> None:
         value = _value(config, path)
         if value not in allowed and (path not in _NULLABLE or value is not None):
             raise _not_among(path, value, allowed)
+    losses = config.train.losses and plugin_names("losses")
     for name, options in config.train.losses.items():
-        if name not in plugin_names("losses"):
-            known = (
-                f"choose from {', '.join(plugin_names('losses')) or 'none: no package brings any'}"
-            )
-            raise ConfigError.of(
-                "train.losses", name, known + nearest(name, plugin_names("losses"))
-            )
+        if name not in losses:
+            raise _not_among("train.losses", name, losses or ("those of installed packages",))
         if not isinstance(options, dict):
             raise ConfigError.of(f"train.losses.{name}", options, "give its options, or {}")
     for index, entry in enumerate(config.types):
