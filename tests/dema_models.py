@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks
-from heterotune_flwr.dema import DeMAConfig, load_tensors, read_maps, trainable_tensors
+from heterotune_flwr.dema import DeMAConfig, read_maps, trainable_tensors
 
 #: family -> (blocks, extra configuration); depths differ so that no family fits by luck
 FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -77,11 +77,14 @@ def tokens(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
 def randomize(model: Any, seed: int = 0, scale: float = 0.5) -> dict[str, np.ndarray]:
     """Give every trainable tensor of the active adapter a random value."""
     rng = np.random.default_rng(seed)
+    trained = trainable_tensors(model)
     values = {
         name: (scale * rng.standard_normal(tuple(parameter.shape))).astype(np.float32)
-        for name, parameter in trainable_tensors(model).items()
+        for name, parameter in trained.items()
     }
-    load_tensors(model, values)
+    with torch.no_grad():
+        for name, value in values.items():
+            trained[name].copy_(torch.from_numpy(value))
     return values
 
 

@@ -22,10 +22,8 @@ from peft import get_peft_model
 from heterotune_flwr.dema import (
     DeMAConfig,
     DeMALayer,
-    apply_last_slot,
     gate_mass,
     load_maps,
-    load_tensors,
     read_maps,
     trainable_tensors,
 )
@@ -206,7 +204,7 @@ def test_keyword_states_and_tuple_outputs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_apply_last_slot_equals_the_full_forward(dtype: torch.dtype) -> None:
+def test_the_last_slot_alone_equals_the_full_forward(dtype: torch.dtype) -> None:
     """Bit for bit on the same rows; on a part of them, but for the matrix product's own rounding."""
     bare = tiny_model().to(dtype)
     ids = tokens()
@@ -216,8 +214,9 @@ def test_apply_last_slot_equals_the_full_forward(dtype: torch.dtype) -> None:
     randomize(model)
     with torch.no_grad():
         full = model.get_base_model().model(ids).last_hidden_state
-        kept = apply_last_slot(model, frozen)
-        last = apply_last_slot(model, frozen[:, -1])
+        slot = slot_layers(model)[-1]
+        kept = slot.add_delta(frozen, frozen)
+        last = slot.add_delta(frozen[:, -1], frozen[:, -1])
     assert not torch.equal(frozen, full)
     assert torch.equal(full, kept)
     one_unit = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
@@ -243,8 +242,6 @@ def test_load_and_read_back() -> None:
     rng = np.random.default_rng(5)
     maps = {n: rng.standard_normal(m.shape).astype(np.float32) for n, m in read_maps(model).items()}
     load_maps(model, maps)
-    load_tensors(model, {"slots.1.gate.bias": torch.ones(4)})
-    values["slots.1.gate.bias"] = np.ones(4, dtype=np.float32)
     now, maps_now = snapshot(model)
     for name, value in values.items():
         np.testing.assert_array_equal(now[name], value)
@@ -253,19 +250,18 @@ def test_load_and_read_back() -> None:
         np.testing.assert_array_equal(maps_now[name], value)
 
 
-def test_wrong_tensors_change_nothing() -> None:
+def test_wrong_maps_change_nothing() -> None:
     model = get_peft_model(tiny_model(), dema_config())
-    before, maps_before = snapshot(model)
-    good = np.ones(4, dtype=np.float32)
-    with pytest.raises(ExchangeError, match=r"no tensor 'slots.7.gate.bias'"):
-        load_tensors(model, {"slots.0.gate.bias": good, "slots.7.gate.bias": good})
-    with pytest.raises(ExchangeError, match=r"has shape \(3,\), the model expects \(4,\)"):
-        load_tensors(model, {"slots.0.gate.bias": good, "slots.1.gate.bias": good[:3]})
-    with pytest.raises(ExchangeError, match="no tensor"):
+    before = read_maps(model)
+    good = np.ones(8, dtype=np.float32)
+    with pytest.raises(ExchangeError, match=r"no map 'slots.7.map.down.bias'"):
+        load_maps(model, {"slots.0.map.down.bias": good, "slots.7.map.down.bias": good})
+    with pytest.raises(ExchangeError, match=r"has shape \(3,\), the model expects \(8,\)"):
+        load_maps(model, {"slots.0.map.down.bias": good, "slots.1.map.down.bias": good[:3]})
+    with pytest.raises(ExchangeError, match="no map"):
         load_maps(model, {"slots.0.gate.bias": good})
-    after, maps_after = snapshot(model)
-    assert all(np.array_equal(before[n], after[n]) for n in before)
-    assert all(np.array_equal(maps_before[n], maps_after[n]) for n in maps_before)
+    after = read_maps(model)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_maps_are_frozen_seeded_and_differ_per_slot() -> None:

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
-from heterotune_flwr.dema.access import apply_last_slot, slot_layers, trainable_tensors
+from heterotune_flwr.dema.access import slot_layers, trainable_tensors
 
 BITS = ("bf16", "int8", "nf4")
 
@@ -122,5 +122,5 @@ def test_kept_states_equal_the_full_forward(base: Path, bits: str) -> None:
         model = get_peft_model(bare, dema_config(slots=1))
         randomize(model)
         full = bare.model(ids).last_hidden_state
-    assert torch.equal(apply_last_slot(model, frozen), full)
+    assert torch.equal(slot_layers(model)[-1].add_delta(frozen, frozen), full)
     assert slot_layers(model)[0].base_layer.weight.dtype == torch.bfloat16

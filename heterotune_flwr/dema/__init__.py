@@ -15,10 +15,8 @@ from heterotune_flwr.dema.when_peft import register_when_imported
 if TYPE_CHECKING:
     from heterotune_flwr.dema.access import (
         active_adapter,
-        apply_last_slot,
         gate_mass,
         load_maps,
-        load_tensors,
         read_maps,
         slot_layers,
         trainable_tensors,
@@ -34,10 +32,8 @@ __all__ = [
     "DeMAModel",
     "MergeError",
     "active_adapter",
-    "apply_last_slot",
     "gate_mass",
     "load_maps",
-    "load_tensors",
     "read_maps",
     "register",
     "slot_layers",

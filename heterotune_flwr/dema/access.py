@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,35 +56,6 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-@torch.no_grad()
-def _copy(targets: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Check every value, then copy all: nothing is changed when one does not fit."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in values.items():
-        if name not in targets:
-            raise ExchangeError(f"the model has no tensor {name!r} (it has {len(targets)} others)")
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        if tensor.shape != targets[name].shape:
-            raise ExchangeError(
-                f"{name!r} has shape {tuple(tensor.shape)}, the model expects {tuple(targets[name].shape)}"
-            )
-        tensors[name] = tensor
-    for name, tensor in tensors.items():
-        targets[name].copy_(tensor)
-
-
-def load_tensors(model: nn.Module, values: Mapping[str, NDArray[np.float32] | Tensor]) -> None:
-    """Copy values into the active adapter; names that are not given keep their values.
-
-    Raises
-    ------
-    ExchangeError
-        A name is unknown or a shape is wrong; nothing has been changed then.
-
-    """
-    _copy(trainable_tensors(model), values)
-
-
 def _map_buffers(model: nn.Module) -> dict[str, Tensor]:
     name = active_adapter(model)
     return {
@@ -95,6 +65,7 @@ def _map_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def load_maps(model: nn.Module, maps: Mapping[str, NDArray[np.float32] | Tensor]) -> None:
     """Copy the frozen maps D, o, U of the slots into the active adapter.
 
@@ -104,7 +75,18 @@ def load_maps(model: nn.Module, maps: Mapping[str, NDArray[np.float32] | Tensor]
         A name is unknown or a shape is wrong; nothing has been changed then.
 
     """
-    _copy(_map_buffers(model), maps)
+    buffers = _map_buffers(model)
+    tensors: dict[str, Tensor] = {}
+    for name, value in maps.items():
+        if name not in buffers:
+            raise ExchangeError(f"the model has no map {name!r} (it has {len(buffers)} others)")
+        tensors[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        if tensors[name].shape != buffers[name].shape:
+            raise ExchangeError(
+                f"{name!r} has shape {tuple(tensors[name].shape)}, the model expects {tuple(buffers[name].shape)}"
+            )
+    for name, tensor in tensors.items():
+        buffers[name].copy_(tensor)
 
 
 def read_maps(model: nn.Module) -> dict[str, NDArray[np.float32]]:
@@ -113,15 +95,6 @@ def read_maps(model: nn.Module) -> dict[str, NDArray[np.float32]]:
         name: buffer.detach().to("cpu", torch.float32).numpy().copy()
         for name, buffer in _map_buffers(model).items()
     }
-
-
-def apply_last_slot(model: nn.Module, states: Tensor) -> Tensor:
-    """What the wrapped final norm returns for already normalised states ``T x d``.
-
-    Computed and rounded as in a full forward pass, so that frozen states can be computed once and kept: bit
-    for bit on the same rows; on a part of the rows the matrix products may differ in float32's last bits.
-    """
-    return slot_layers(model)[-1].add_delta(states, states)
 
 
 def gate_mass(model: nn.Module) -> dict[str, float]:
