@@ -82,7 +82,7 @@ def run_strategies(
             )
             results["runs"].append(strategy.outcome.to_json())
             journal.results(results)
-            _check_measured(results["runs"][-1], strategy.courier.first_failure)
+            _check_measured(results["runs"][-1], strategy.transport.first_failure)
     journal.event("end")
     return results
 

@@ -309,11 +309,11 @@ class ServerConfig:
         "an update this many times longer than the local optimizer can go is refused; null: not checked",
         3.0,
     )
-    bench_after: int = _help(
+    cooldown_after: int = _help(
         "failures in a row (refused, an error, no answer) after which a client is not asked for a while; 0: never", 3
     )  # fmt: skip
-    bench_longest: int = _help(
-        "longest bench in rounds; the first lasts 2, each further one doubles", 16
+    cooldown_longest: int = _help(
+        "longest cooldown in rounds; the first lasts 2, each further one doubles", 16
     )
     deadline_factor: float | None = _help(
         "a client that has answered before is waited for this many times its type's median; null: timeout_seconds",

@@ -20,11 +20,15 @@ from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.answers.leak_filter import repeating
-from heterotune_flwr.channels.answers.server import AnswerConsensus, bags, evened
+from heterotune_flwr.channels.answers.server import AnswerEnsemble, bags, balance_answers
 from heterotune_flwr.channels.predictions.client import _Answering
 from heterotune_flwr.channels.predictions.loss import Distillation
-from heterotune_flwr.channels.predictions.record import LONGEST_ANSWER, Lesson, as_answers
-from heterotune_flwr.channels.predictions.server import Consensus, ConsensusOptions
+from heterotune_flwr.channels.predictions.record import (
+    LONGEST_ANSWER,
+    DistillationRequest,
+    as_answers,
+)
+from heterotune_flwr.channels.predictions.server import PredictionEnsemble, PredictionOptions
 from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
@@ -52,8 +56,8 @@ TOKENS = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.01, loss="toke
 WORDS = "heterotune_answers"
 #: A consensus in every round, on few anchors.
 FEW = (
-    f"train.loss=tokens data.max_answer_tokens=4 strategies.{WORDS}.type_phase=0 "
-    f"strategies.{WORDS}.consensus.anchors=16 strategies.{WORDS}.consensus.batch=4"
+    f"train.loss=tokens data.max_answer_tokens=4 strategies.{WORDS}.personalization_phase=0 "
+    f"strategies.{WORDS}.predictions.anchors=16 strategies.{WORDS}.predictions.batch=4"
 )
 
 
@@ -63,8 +67,8 @@ FEW = (
 def consensus_of(tmp_path, anchors=20, **options):
     path = tmp_path / "anchors.txt"
     path.write_text("".join(f"text {n}\n" for n in range(anchors)))
-    given = ConsensusOptions(anchors=anchors, pool=anchors, answers=True, **options)
-    return AnswerConsensus(Consensus(given, AlignmentConfig(anchors=str(path))), seed=5)
+    given = PredictionOptions(anchors=anchors, pool=anchors, answers=True, **options)
+    return AnswerEnsemble(PredictionEnsemble(given, AlignmentConfig(anchors=str(path))), seed=5)
 
 
 def reply(name, answers, sure=1.0, type_key="a"):
@@ -73,30 +77,30 @@ def reply(name, answers, sure=1.0, type_key="a"):
 
 
 def test_what_is_drawn_follows_the_clients_voices(tmp_path):
-    plain = {"trust": 0.0, "balance": 0}
-    consensus = consensus_of(tmp_path, 3000, confidence=2.0, **plain)
+    plain = {"agreement_power": 0.0, "balance": 0}
+    consensus = consensus_of(tmp_path, 3000, entropy_power=2.0, **plain)
     said = [reply("c0", ["web"] * 3000, 1.0), reply("c1", ["games"] * 3000, 0.5)]
-    log, refused = consensus.hear(1, said, 0)
+    log, refused = consensus.aggregate(1, said, 0)
     assert not refused
     drawn = Counter(consensus.lesson(2, "a").answers)
     assert drawn["web"] / 3000 == pytest.approx(0.8, abs=0.03)  # 1 : 0.5^2
-    assert log["voices"] == {"a": pytest.approx(1.0)}
+    assert log["agreement_weights"] == {"a": pytest.approx(1.0)}
     assert (log["clients"], log["answers"]) == (2, 2)
-    equal = consensus_of(tmp_path, 3000, confidence=0.0, **plain)
-    equal.hear(1, said, 0)
+    equal = consensus_of(tmp_path, 3000, entropy_power=0.0, **plain)
+    equal.aggregate(1, said, 0)
     drawn = Counter(equal.lesson(2, "a").answers)
     assert drawn["web"] / 3000 == pytest.approx(0.5, abs=0.03)
 
 
 def test_who_says_nothing_on_an_anchor_is_not_drawn_there(tmp_path):
-    consensus = consensus_of(tmp_path, confidence=1.0)
+    consensus = consensus_of(tmp_path, entropy_power=1.0)
     first, second = [""] * 10 + ["web"] * 10, ["games"] * 15 + [" "] * 5
-    consensus.hear(1, [reply("c0", first), reply("c1", second)], 0)
+    consensus.aggregate(1, [reply("c0", first), reply("c1", second)], 0)
     answers = consensus.lesson(2, "a").answers
     assert answers[:10] == ["games"] * 10
     assert set(answers[10:15]) <= {"web", "games"}
     assert answers[15:] == ["web"] * 5
-    consensus.hear(2, [reply("c0", [""] * 20)], 0)
+    consensus.aggregate(2, [reply("c0", [""] * 20)], 0)
     assert consensus.lesson(3, "a").answers == [""] * 20
 
 
@@ -110,8 +114,8 @@ def test_one_who_answers_at_random_is_hardly_heard(tmp_path):
 
     said = [reply(f"c{i}", mostly_right(), type_key="a") for i in range(3)]
     noise = reply("c3", words[rng.integers(4, size=200)].tolist(), type_key="b")
-    log, _ = consensus_of(tmp_path, 200, balance=0).hear(1, [*said, noise], 0)
-    assert log["voices"]["b"] < 0.1
+    log, _ = consensus_of(tmp_path, 200, balance=0).aggregate(1, [*said, noise], 0)
+    assert log["agreement_weights"]["b"] < 0.1
 
 
 def test_malformed_answers_are_refused_and_the_others_heard(tmp_path):
@@ -126,22 +130,22 @@ def test_malformed_answers_are_refused_and_the_others_heard(tmp_path):
         replace(reply("c6", fine), answers=None),
         replace(reply("c7", fine), predictions=np.ones((20, 2), np.float32)),
     ]
-    log, refused = consensus.hear(1, [reply("c0", fine), *bad], 0)
+    log, refused = consensus.aggregate(1, [reply("c0", fine), *bad], 0)
     assert set(refused) == {f"c{i}" for i in range(1, 8)}
     assert log["clients"] == 1
     assert consensus.lesson(2, "a").answers == fine
     assert consensus.lesson(3, "a").answers is None  # they were about round 2's anchors
-    assert consensus.hear(2, bad, 0)[0] == {}
+    assert consensus.aggregate(2, bad, 0)[0] == {}
     assert consensus.lesson(3, "a").answers is None
 
 
 def test_with_the_scope_of_a_type_nothing_crosses_and_memory_keeps_the_answers(tmp_path):
-    consensus = consensus_of(tmp_path, scope="type")
+    consensus = consensus_of(tmp_path, pool_over="type")
     said = [reply("c0", ["web"] * 20), reply("c1", ["games"] * 20, type_key="b")]
-    consensus.hear(1, said, 0)
-    again = consensus_of(tmp_path, scope="type")
-    save_state(tmp_path / "memory", consensus.memory())
-    again.recall(load_state(tmp_path / "memory"))
+    consensus.aggregate(1, said, 0)
+    again = consensus_of(tmp_path, pool_over="type")
+    save_state(tmp_path / "memory", consensus.state_dict())
+    again.load_state_dict(load_state(tmp_path / "memory"))
     for one in (consensus, again):
         assert one.lesson(2, "a").answers == ["web"] * 20
         assert one.lesson(2, "b").answers == ["games"] * 20
@@ -155,7 +159,7 @@ def test_the_same_seed_draws_the_same(tmp_path):
     drawn = []
     for order in (said, said[::-1]):
         consensus = consensus_of(tmp_path)
-        consensus.hear(4, order, 0)
+        consensus.aggregate(4, order, 0)
         drawn.append(consensus.lesson(5, "a").answers)
     assert drawn[0] == drawn[1]
 
@@ -166,7 +170,7 @@ def test_the_same_seed_draws_the_same(tmp_path):
 )
 def test_frequent_answers_become_equally_frequent_where_clients_leave_a_choice(answers):
     weights = np.full((len(answers), 30), 1 / len(answers))
-    found = evened(weights, answers, 20)
+    found = balance_answers(weights, answers, 20)
     np.testing.assert_allclose(found.sum(axis=0), 1)
 
     def masses(shares):
@@ -190,7 +194,7 @@ def test_frequent_answers_become_equally_frequent_where_clients_leave_a_choice(a
 def test_free_text_is_not_evened(anchors):
     answers = [[f"answer {client} {n}" for n in range(anchors)] for client in range(3)]
     weights = np.random.default_rng(0).dirichlet(np.ones(3), size=anchors).T
-    np.testing.assert_allclose(evened(weights, answers, 5), weights)
+    np.testing.assert_allclose(balance_answers(weights, answers, 5), weights)
 
 
 def test_who_invents_an_answer_and_is_sure_of_it_is_not_lifted_above_its_voice(tmp_path):
@@ -203,7 +207,7 @@ def test_who_invents_an_answer_and_is_sure_of_it_is_not_lifted_above_its_voice(t
 
     said = [reply(f"c{i}", honest(), 0.1) for i in range(8)]
     consensus = consensus_of(tmp_path, 256)
-    consensus.hear(1, [*said, reply("c9", ["evil"] * 256, 1.0)], 0)
+    consensus.aggregate(1, [*said, reply("c9", ["evil"] * 256, 1.0)], 0)
     answers = consensus.lesson(2, "a").answers
     assert answers.count("evil") < 0.12 * 256
     # The others' answers are evened all the same.
@@ -225,9 +229,9 @@ def test_bags_compare_words_not_letters():
 def test_lessons_and_replies_in_words_travel():
     config = ConfigRecord({})
     content = RecordDict({"config": config})
-    lesson = Lesson("abc", 40, 3, 1.0, words=True, answers=["web", "", "größer"])
+    lesson = DistillationRequest("abc", 40, 3, 1.0, words=True, answers=["web", "", "größer"])
     lesson.add_to(content, config)
-    assert Lesson.read(content, config) == lesson
+    assert DistillationRequest.read(content, config) == lesson
     sent = reply("c0", ["web", "", "ü"], [1.0, 0.2, 0.0])
     read = TrainReply.from_content(sent.to_content("fp32"))
     assert read.answers == sent.answers
@@ -237,9 +241,9 @@ def test_lessons_and_replies_in_words_travel():
 def test_a_lesson_with_the_wrong_number_of_answers_is_refused():
     config = ConfigRecord({})
     content = RecordDict({"config": config})
-    Lesson("abc", 40, 3, 1.0, words=True, answers=["web"]).add_to(content, config)
+    DistillationRequest("abc", 40, 3, 1.0, words=True, answers=["web"]).add_to(content, config)
     with pytest.raises(ExchangeError, match="expected 3 texts"):
-        Lesson.read(content, config)
+        DistillationRequest.read(content, config)
     with pytest.raises(ExchangeError, match="nothing"):
         as_answers(None, 3)
 
@@ -353,7 +357,7 @@ def answering(adapter, task, texts, own, lesson=None, **options):
         examples=lambda seed: ClientData(own, []),
     )  # fmt: skip
     vars(identity).update(options)
-    lesson = lesson or Lesson("", len(texts), len(texts), 1.0, words=True)
+    lesson = lesson or DistillationRequest("", len(texts), len(texts), 1.0, words=True)
     return _Answering(lesson, task, adapter, texts, identity, 0, True)
 
 
@@ -362,15 +366,15 @@ def test_what_stands_in_its_own_texts_stays_at_home(directory, data):  # noqa: F
     task = make_task(backbone, data, None, TOKENS)
     adapter = prepared(directory, METHOD)
     texts = [f"text {n}" for n in range(4)]
-    loose = answering(adapter, task, texts, [Example("another", "text")]).says(1)
+    loose = answering(adapter, task, texts, [Example("another", "text")]).predict(1)
     assert all(loose.answers)
     assert (loose.predictions > 0).all()
     # The draws are the same; now one of them is what the client's own example says.
-    strict = answering(adapter, task, texts, [Example("its own", loose.answers[2])]).says(1)
+    strict = answering(adapter, task, texts, [Example("its own", loose.answers[2])]).predict(1)
     assert strict.answers == [*loose.answers[:2], "", loose.answers[3]]
     assert strict.predictions[2] == 0
     np.testing.assert_array_equal(strict.predictions[:2], loose.predictions[:2])
-    closed = answering(adapter, task, texts, [], answers=False).says(1)
+    closed = answering(adapter, task, texts, [], answers=False).predict(1)
     assert closed.answers == [""] * 4
     assert not closed.predictions.any()
 
@@ -383,7 +387,7 @@ def test_answers_that_no_client_can_have_drawn_are_not_learnt(directory, data): 
     words = DataConfig(max_answer_tokens=6)
 
     def learnt(*answers):
-        lesson = Lesson("", 4, 4, 1.0, words=True, answers=list(answers))
+        lesson = DistillationRequest("", 4, 4, 1.0, words=True, answers=list(answers))
         found = answering(adapter, task, texts, [], lesson, data=words).distillation(1)
         return found and len(found.rows)
 
@@ -425,19 +429,19 @@ def test_rounds_in_which_answers_are_fitted_have_their_own_times():
         lesson.add_to(content, config)
         return _label(TRAIN, content)
 
-    asked = Lesson("abc", 40, 2, 1.0, words=True)
+    asked = DistillationRequest("abc", 40, 2, 1.0, words=True)
     assert label(asked) == "train+anchors"
     assert label(replace(asked, answers=["web", ""])) == "train+anchors to fit"
 
 
 def test_every_client_answers_every_round_and_learns(world):  # noqa: F811
     strategy = run(world, WORDS, rounds=3, overrides=FEW)
-    heard = [e["consensus"] for e in strategy.outcome.rounds if e["event"] == "round"]
+    heard = [e["predictions"] for e in strategy.outcome.rounds if e["event"] == "round"]
     assert [entry["clients"] for entry in heard] == [4, 4, 4]
-    assert set(heard[0]["voices"]) == set(strategy.roster.type_keys)
-    assert isinstance(strategy.consensus, AnswerConsensus)
+    assert set(heard[0]["agreement_weights"]) == set(strategy.roster.type_keys)
+    assert isinstance(strategy.consensus, AnswerEnsemble)
     again = run(world, WORDS, rounds=3, overrides=FEW)
-    off = run(world, WORDS, rounds=3, overrides=f"{FEW} strategies.{WORDS}.consensus=null")
+    off = run(world, WORDS, rounds=3, overrides=f"{FEW} strategies.{WORDS}.predictions=null")
     ours, theirs = strategy.shared_tensors(), off.shared_tensors()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, again.shared_tensors()[name])
@@ -447,14 +451,14 @@ def test_every_client_answers_every_round_and_learns(world):  # noqa: F811
 def test_a_closed_label_set_exchanges_probabilities_whatever_is_said(world):  # noqa: F811
     closed = FEW.replace("train.loss=tokens", "train.loss=labels")
     strategy = run(world, WORDS, rounds=2, overrides=closed)
-    assert type(strategy.consensus) is Consensus
+    assert type(strategy.consensus) is PredictionEnsemble
 
 
 def test_a_lesson_in_words_needs_open_text(world, folder):  # noqa: F811
     texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
     request = TrainRequest(
         Header("run", 0, LORA, 1), {}, "", None, [], 2, 0.01,
-        lesson=Lesson(anchor_digest(texts), 40, 8, 1.0, words=True),
+        lesson=DistillationRequest(anchor_digest(texts), 40, 8, 1.0, words=True),
     )  # fmt: skip
     with pytest.raises(RemoteError, match="open-text task"):
         TrainReply.from_content(world.ask(0, TRAIN, request.to_content("fp32")))

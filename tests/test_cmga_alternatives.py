@@ -133,9 +133,13 @@ def test_two_combining_rules_are_refused():
 
 
 def weights_after(pulls, rounds=30, **options):
-    """Weights of ``weigh_dissent`` after some rounds in which type i sends ``pulls(round)[i]``."""
+    """Weights of ``downweight_outliers`` after some rounds in which type i sends ``pulls(round)[i]``."""
     last = {"transform": "combine", "guard": False}
-    spec = [{"transform": "within_type_mean"}, {"transform": "weigh_dissent", **options}, last]
+    spec = [
+        {"transform": "within_type_mean"},
+        {"transform": "downweight_outliers", **options},
+        last,
+    ]
     chain = build_chain(spec)
     state = chain.init()
     for number in range(1, rounds + 1):
@@ -178,5 +182,5 @@ def test_all_of_one_mind_weigh_the_same_and_wrong_options_are_refused():
     weights, dissent = weights_after(lambda n: [[1.0, 2.0]] * 3)
     assert dissent == pytest.approx({"t0": 0, "t1": 0, "t2": 0}, abs=1e-12)
     assert weights == pytest.approx({"t0": 1 / 3, "t1": 1 / 3, "t2": 1 / 3})
-    with pytest.raises(ConfigError, match=r"weigh_dissent has decay=1"):
+    with pytest.raises(ConfigError, match=r"downweight_outliers has decay=1"):
         weights_after(lambda n: [[1.0]], decay=1)

@@ -22,11 +22,11 @@ from toy_federation import Backbone, ToyFederation, toy_config
 from toy_federation import class_sums as toy_sums
 from toy_federation import latents as toy_latents
 
-from heterotune_flwr.channels.statistics.record import ClassSums, Discriminant
+from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier
 from heterotune_flwr.channels.statistics.server import (
     Classes,
-    DiscriminantOptions,
-    SharedDiscriminant,
+    PooledClassifier,
+    StatisticsOptions,
     agreement,
     linear_discriminant,
     who_agrees,
@@ -43,7 +43,7 @@ from heterotune_flwr.strategies.build import check_strategy
 #: HeteroTune with nothing but its bank and the discriminant.
 PLAIN = {
     "_component_": "heterotune_flwr.strategies.heterotune.HeteroTune",
-    "discriminant": {"weight": 0.5},
+    "statistics": {"weight": 0.5},
 }
 
 
@@ -88,9 +88,9 @@ def test_latents_count_by_their_correlation():
     """M = rho / spread^2: in standard deviations, a latent counts by how alike the types see it."""
     spreads = np.array([2.0, 0.5])
     nobody = SimpleNamespace(clients={}, labels=["a", "b", "c"], usual_examples=0.0)
-    known = SharedDiscriminant(DiscriminantOptions(), spreads, 2.0, nobody)
+    known = PooledClassifier(StatisticsOptions(), spreads, 2.0, nobody)
     np.testing.assert_allclose(known.metric * spreads**2, np.sqrt(spreads))
-    equal = SharedDiscriminant(DiscriminantOptions(), np.ones(2), 0.0, nobody)
+    equal = PooledClassifier(StatisticsOptions(), np.ones(2), 0.0, nobody)
     np.testing.assert_array_equal(equal.metric, 1)
 
 
@@ -148,7 +148,7 @@ def judged(classes, **options):
     roster = SimpleNamespace(
         clients=clients, labels=["a", "b", "c"], type_keys=sorted(classes), usual_examples=60.0
     )
-    server = SharedDiscriminant(DiscriminantOptions(**options), np.ones(5), 0.0, roster)
+    server = PooledClassifier(StatisticsOptions(**options), np.ones(5), 0.0, roster)
     replies = [
         SimpleNamespace(
             client_id=key,
@@ -157,17 +157,17 @@ def judged(classes, **options):
         )
         for key, c in classes.items()
     ]
-    return server, server.hear(replies)[0]
+    return server, server.aggregate(replies)[0]
 
 
 def test_a_type_with_other_labels_keeps_to_its_own_classes():
     classes = {"a": drawn(0), "b": drawn(1, shift=1), "c": drawn(2), "d": drawn(3)}
     server, known = judged(classes)
-    assert server.alone == {"b"}
-    assert known["alone"] == ["b"]
+    assert server.excluded_types == {"b"}
+    assert known["excluded_types"] == ["b"]
     assert known["agreement"]["b"] < 0 < 0.7 < min(known["agreement"][key] for key in "acd")
     assert set(server.tensors()) == {
-        f"{group}/discriminant.{name}" for group in ("global", "type/b") for name in ("weight", "bias")
+        f"{group}/statistics.{name}" for group in ("global", "type/b") for name in ("weight", "bias")
     }  # fmt: skip
     for key, behind in (("a", "acd"), ("d", "acd"), ("b", "b")):
         counts, sums = (
@@ -175,19 +175,19 @@ def test_a_type_with_other_labels_keeps_to_its_own_classes():
         )
         expected = linear_discriminant(counts, sums, server.metric, 2.0)
         np.testing.assert_allclose(server.of(key).weight, 0.1 * expected.weight, rtol=0.01)
-    again = SharedDiscriminant(server.options, np.ones(5), 0.0, server.roster)
-    again.recall(server.memory())
-    assert again.alone == {"b"}
+    again = PooledClassifier(server.options, np.ones(5), 0.0, server.roster)
+    again.load_state_dict(server.state_dict())
+    assert again.excluded_types == {"b"}
     assert again.of("a").digest == server.of("a").digest
-    everybody, _ = judged(classes, agreement=-1.0)
-    assert not everybody.alone
+    everybody, _ = judged(classes, min_cosine=-1.0)
+    assert not everybody.excluded_types
     two, _ = judged({"a": drawn(0), "b": drawn(1, shift=1)})
-    assert two.alone == {"a", "b"}  # nobody knows who is right
+    assert two.excluded_types == {"a", "b"}  # nobody knows who is right
     assert {name.rpartition("/")[0] for name in two.tensors()} == {"type/a", "type/b"}
     assert two.of("guest") is None
     assert server.of("guest").digest == server.of("a").digest
     few, known = judged({"a": drawn(0, count=5), "b": drawn(1, shift=1, count=5)})
-    assert not few.alone
+    assert not few.excluded_types
     assert "agreement" not in known
 
 
@@ -198,23 +198,23 @@ def test_a_type_with_other_labels_keeps_to_its_own_classes():
         ({"weight": -0.1}, "not negative"),
         ({"weight": float("nan")}, "not negative"),
         ({"weight": True}, "not negative"),
-        ({"least": 0}, "whole number from 1"),
-        ({"least": 1.5}, "whole number"),
+        ({"min_count": 0}, "whole number from 1"),
+        ({"min_count": 1.5}, "whole number"),
         ({"prior": float("inf")}, "not negative"),
-        ({"scope": "everybody"}, "all or type"),
-        ({"agreement": 2}, "from -1 to 1"),
-        ({"agreement": True}, "from -1 to 1"),
-        ({"fitted": 1.1}, "from 0 to 1"),
-        ({"fitted": "half"}, "from 0 to 1"),
+        ({"pool_over": "everybody"}, "all or type"),
+        ({"min_cosine": 2}, "from -1 to 1"),
+        ({"min_cosine": True}, "from -1 to 1"),
+        ({"distill_share": 1.1}, "from 0 to 1"),
+        ({"distill_share": "half"}, "from 0 to 1"),
         ("yes", "key: value"),
     ],
 )
 def test_wrong_options_are_named_before_anything_runs(given_options, said):
     with pytest.raises(ConfigError, match=said):
-        DiscriminantOptions.read(given_options)
+        StatisticsOptions.read(given_options)
     config = compose("demo", "run.compare=[heterotune]")
-    entry = {**config.strategies["heterotune"], "discriminant": given_options}
-    with pytest.raises(ConfigError, match=r"strategies\.heterotune: discriminant"):
+    entry = {**config.strategies["heterotune"], "statistics": given_options}
+    with pytest.raises(ConfigError, match=r"strategies\.heterotune: statistics"):
         check_strategy("heterotune", entry, config)
 
 
@@ -237,16 +237,18 @@ def test_both_travel_as_bf16_and_counts_exactly():
     np.testing.assert_array_equal(read.counts, sums.counts)
     np.testing.assert_array_equal(read.sums, round_trip({"s": sums.sums}, "bf16")["s"])
     np.testing.assert_allclose(read.sums, sums.sums, rtol=2**-8)
-    discriminant = Discriminant(sums.sums, sums.counts)
+    discriminant = LinearClassifier(sums.sums, sums.counts)
     discriminant.add_to(content)
-    assert Discriminant.read(content).digest == discriminant.rounded.digest != discriminant.digest
+    assert (
+        LinearClassifier.read(content).digest == discriminant.rounded.digest != discriminant.digest
+    )
     assert discriminant.rounded.rounded.digest == discriminant.rounded.digest
-    half = replace(discriminant, fitted=0.5)
+    half = replace(discriminant, distill_share=0.5)
     half.add_to(content)
-    assert Discriminant.read(content).fitted == 0.5
+    assert LinearClassifier.read(content).distill_share == 0.5
     assert half.digest != discriminant.digest
     assert ClassSums.read(RecordDict({})) is None
-    assert Discriminant.read(RecordDict({})) is None
+    assert LinearClassifier.read(RecordDict({})) is None
 
 
 def test_malformed_ones_are_refused():
@@ -255,14 +257,16 @@ def test_malformed_ones_are_refused():
         ClassSums(np.zeros(vector, np.float32), np.zeros(matrix, np.float32)).add_to(content)
         with pytest.raises(ExchangeError, match="class sums are"):
             ClassSums.read(content)
-    for fitted in (np.nan, -0.1, 1.5):
+    for distill_share in (np.nan, -0.1, 1.5):
         content = RecordDict({})
-        Discriminant(np.zeros((2, 3), np.float32), np.zeros(2, np.float32), fitted).add_to(content)
+        LinearClassifier(
+            np.zeros((2, 3), np.float32), np.zeros(2, np.float32), distill_share
+        ).add_to(content)
         with pytest.raises(ExchangeError, match="from 0 to 1"):
-            Discriminant.read(content)
+            LinearClassifier.read(content)
     content = RecordDict({})
-    Discriminant(np.zeros((2, 3), np.float32), np.zeros(2, np.float32)).add_to(content)
-    content["class_sums"] = content["discriminant"]
+    LinearClassifier(np.zeros((2, 3), np.float32), np.zeros(2, np.float32)).add_to(content)
+    content["class_sums"] = content["statistics"]
     with pytest.raises(ExchangeError, match="class sums hold"):
         ClassSums.read(content)
 
@@ -301,7 +305,7 @@ def toy(tmp_path, entry=PLAIN, clients=(2, 2, 2), **server):
 
 
 def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
-    entry = {**PLAIN, "consensus": {"anchors": 16, "pool": 16}}
+    entry = {**PLAIN, "predictions": {"anchors": 16, "pool": 16}}
     strategy, federation, session = toy(tmp_path, entry)
     strategy.start(session.grid)
     asked = {key: request.class_sums for key, request in federation.received.items()}
@@ -321,15 +325,15 @@ def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
         sums = sums + round_trip({"s": own.sums}, "bf16")["s"]
     expected = linear_discriminant(counts, sums, strategy.discriminant.metric, 2.0)
     found = federation.received["client-0000", 3].discriminant
-    seen = Discriminant(0.5 * expected.weight, 0.5 * expected.bias).rounded
+    seen = LinearClassifier(0.5 * expected.weight, 0.5 * expected.bias).rounded
     np.testing.assert_allclose(found.weight, seen.weight, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.bias, seen.bias, rtol=1e-4, atol=1e-4)
     saved = strategy.shared_tensors()
-    np.testing.assert_array_equal(saved["global/discriminant.weight"], found.weight)
-    np.testing.assert_array_equal(saved["global/discriminant.bias"], found.bias)
-    rounds = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"]
+    np.testing.assert_array_equal(saved["global/statistics.weight"], found.weight)
+    np.testing.assert_array_equal(saved["global/statistics.bias"], found.bias)
+    rounds = [e["statistics"] for e in strategy.outcome.rounds if e["event"] == "round"]
     agreements = [known.pop("agreement") for known in rounds]
-    assert rounds == [{"clients": 6, "examples": int(counts.sum()), "alone": []}] * 3
+    assert rounds == [{"clients": 6, "examples": int(counts.sum()), "excluded_types": []}] * 3
     assert agreements[0] == agreements[2]
     assert min(agreements[0].values()) > 0.3
 
@@ -343,7 +347,7 @@ def test_who_predicts_nothing_is_sent_none(tmp_path):
 
 def test_types_know_more_with_each_others_classes(tmp_path):
     def accuracy(scope):
-        entry = {**PLAIN, "discriminant": {"weight": 1.0, "scope": scope} if scope else None}
+        entry = {**PLAIN, "statistics": {"weight": 1.0, "pool_over": scope} if scope else None}
         strategy, _, session = toy(tmp_path, entry, clients=(1, 1, 1), rounds=1)
         strategy.start(session.grid)
         return np.mean([row.global_accuracy for row in strategy.outcome.rows])
@@ -355,17 +359,17 @@ def test_types_know_more_with_each_others_classes(tmp_path):
 def test_a_type_by_itself_has_one_of_its_own_classes(tmp_path):
     entry = {
         "_component_": "heterotune_flwr.strategies.within_type.WithinType",
-        "discriminant": {"weight": 1.0, "scope": "type"},
+        "statistics": {"weight": 1.0, "pool_over": "type"},
     }
     strategy, _, session = toy(tmp_path, entry, clients=(2, 1, 1), rounds=1)
     strategy.start(session.grid)
     types = strategy.roster.type_keys
-    weights = [f"type/{key}/discriminant.weight" for key in types]
+    weights = [f"type/{key}/statistics.weight" for key in types]
     saved = strategy.shared_tensors()
-    assert [name for name in saved if name.endswith("discriminant.weight")] == weights
+    assert [name for name in saved if name.endswith("statistics.weight")] == weights
     assert not np.allclose(saved[weights[0]], saved[weights[1]], atol=0.1)
     with pytest.raises(ConfigError, match=r"discriminant\.weight"):
-        check_strategy("mine", {**entry, "discriminant": {"weight": -1}}, toy_config(tmp_path))
+        check_strategy("mine", {**entry, "statistics": {"weight": -1}}, toy_config(tmp_path))
 
 
 def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path):
@@ -406,7 +410,7 @@ def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
     events = (tmp_path / "journal" / "rounds.jsonl").read_text()
     assert "class_sums_refused" in events
     assert "900 examples, more than the 48 declared" in events
-    last = [e["discriminant"] for e in strategy.outcome.rounds if e["event"] == "round"][-1]
+    last = [e["statistics"] for e in strategy.outcome.rounds if e["event"] == "round"][-1]
     assert last["examples"] < 5 * 48 + 1
     assert last["clients"] == 5
 
@@ -426,7 +430,7 @@ def test_a_type_that_tells_of_other_classes_is_put_on_record(tmp_path):
     federation.train = other_labels
     run_toy(config, federation, directory=tmp_path / "run")
     lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
-    (apart,) = [e for e in map(json.loads, lines) if e["event"] == "classes_apart"]
+    (apart,) = [e for e in map(json.loads, lines) if e["event"] == "types_excluded"]
     assert apart["type"].startswith(wrong)
     assert apart["agreement"] < 0.06
 
@@ -451,7 +455,7 @@ def test_honest_clients_of_one_class_are_pooled():
 
 
 def test_without_weight_nothing_is_asked(tmp_path):
-    strategy, federation, session = toy(tmp_path, {**PLAIN, "discriminant": {"weight": 0.0}})
+    strategy, federation, session = toy(tmp_path, {**PLAIN, "statistics": {"weight": 0.0}})
     strategy.start(session.grid)
     assert not any(request.class_sums for request in federation.received.values())
 
@@ -470,7 +474,7 @@ def test_a_type_that_is_not_aligned_neither_tells_nor_hears(tmp_path):
 def test_open_text_has_none_and_says_so(world):  # noqa: F811
     strategy = run(
         world, DEEP, rounds=1,
-        overrides=f"{FEW} train.loss=tokens strategies.{DEEP}.discriminant.weight=0.1",
+        overrides=f"{FEW} train.loss=tokens strategies.{DEEP}.statistics.weight=0.1",
     )  # fmt: skip
     assert strategy.discriminant is None
     assert "discriminant_off" in (world.path / "journal" / "rounds.jsonl").read_text()
@@ -478,12 +482,12 @@ def test_open_text_has_none_and_says_so(world):  # noqa: F811
 
 def test_the_shipped_strategy_uses_it_on_real_models(world):  # noqa: F811
     on, off = (
-        run(world, DEEP, rounds=2, overrides=f"{FEW} strategies.{DEEP}.discriminant={value}")
+        run(world, DEEP, rounds=2, overrides=f"{FEW} strategies.{DEEP}.statistics={value}")
         for value in ("'{weight: 0.3}'", "null")
     )
     rounds = [e for e in on.outcome.rounds if e["event"] == "round"]
-    assert rounds[0]["discriminant"]["clients"] == 4
-    assert 40 <= rounds[0]["discriminant"]["examples"] <= 64
+    assert rounds[0]["statistics"]["clients"] == 4
+    assert 40 <= rounds[0]["statistics"]["examples"] <= 64
     assert off.discriminant is None
     losses = [[row.global_loss for row in s.outcome.rows] for s in (on, off)]
     assert losses[0] != losses[1]

@@ -18,8 +18,8 @@ from tiny_backbones import LABELS
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.predictions.loss import Distillation, predict
-from heterotune_flwr.channels.statistics.client import class_sums, discriminant_logits
-from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.channels.statistics.client import class_sums, classifier_logits
+from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.sources import training_pool
@@ -84,8 +84,8 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
     adapter, task, encoded = adapted
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(3, adapter.method.latent)).astype(np.float32)
-    shared = Discriminant(weight, rng.normal(size=3).astype(np.float32))
-    added = discriminant_logits(shared, adapter, task, encoded)
+    shared = LinearClassifier(weight, rng.normal(size=3).astype(np.float32))
+    added = classifier_logits(shared, adapter, task, encoded)
     alone, both = (make_rows(adapter, encoded, offsets=o) for o in (None, added))
     chosen = [4, 0, 7]
     expected = log_probabilities(
@@ -93,9 +93,9 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
     )
     np.testing.assert_allclose(np.log(predict(task, both, chosen)), expected, atol=1e-4)
     targets = torch.from_numpy(rng.dirichlet(np.ones(3), len(encoded)).astype(np.float32))
-    fitted = Distillation(both, range(len(encoded)), targets, 2.0).losses(task, chosen)
+    distill_share = Distillation(both, range(len(encoded)), targets, 2.0).losses(task, chosen)
     wanted = -2.0 * (targets.numpy()[chosen] * expected).sum(axis=1)
-    np.testing.assert_allclose(fitted.detach(), wanted, atol=1e-4)
+    np.testing.assert_allclose(distill_share.detach(), wanted, atol=1e-4)
     prior = torch.tensor([0.0, -1.0, 2.0])
     everything = range(len(encoded))
     logs = np.log(predict(task, alone, everything).astype(float)) + added.numpy() + prior.numpy()
@@ -104,9 +104,9 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
     right = log_probabilities(logs)[np.arange(len(labels)), labels]
     assert report.loss == pytest.approx(-right.mean(), abs=1e-4)
     assert report.accuracy == pytest.approx((logs.argmax(axis=1) == labels).mean())
-    assert discriminant_logits(None, adapter, task, encoded) is None
-    other = Discriminant(np.zeros((3, 5), np.float32), np.zeros(3, np.float32))
-    one_label = Discriminant(np.zeros((1, 8), np.float32), np.zeros(1, np.float32))
+    assert classifier_logits(None, adapter, task, encoded) is None
+    other = LinearClassifier(np.zeros((3, 5), np.float32), np.zeros(3, np.float32))
+    one_label = LinearClassifier(np.zeros((1, 8), np.float32), np.zeros(1, np.float32))
     endless = replace(shared, bias=np.array([0, np.inf, 0], np.float32))
     for wrong, said in (
         (other, "of 3 labels and 5 latents, here are 3 and 8"),
@@ -114,21 +114,21 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
         (endless, "not finite"),
     ):
         with pytest.raises(ExchangeError, match=said):
-            discriminant_logits(wrong, adapter, task, encoded)
-    pieces = discriminant_logits(shared, adapter, task, encoded, cache=False)
+            classifier_logits(wrong, adapter, task, encoded)
+    pieces = classifier_logits(shared, adapter, task, encoded, cache=False)
     torch.testing.assert_close(pieces, added)
 
 
 def test_training_does_not_see_it(world):  # noqa: F811
     """On own examples: the same deltas with and without; the tests differ."""
     strategy = run(
-        world, DEEP, rounds=1, overrides=f"{FEW} strategies.{DEEP}.discriminant.weight=1e-9"
+        world, DEEP, rounds=1, overrides=f"{FEW} strategies.{DEEP}.statistics.weight=1e-9"
     )
     method, (client_id, *_) = strategy.method, strategy.roster.clients
     type_key = strategy.roster.clients[client_id].info.type_key
     digest, tensors = strategy.maps.digests[type_key], strategy.slice(type_key)
     header = Header("other", 0, method, 1)
-    shared = Discriminant(
+    shared = LinearClassifier(
         np.random.default_rng(0).normal(size=(3, 2 * method.latent)).astype(np.float32),
         np.array([5.0, -5.0, 0.0], np.float32),
     )

@@ -16,7 +16,7 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import VERSION, Journal, to_json
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
-from heterotune_flwr.federation.messenger import converse, make_message, wait_for_nodes
+from heterotune_flwr.federation.messenger import make_message, send_and_collect, wait_for_nodes
 from heterotune_flwr.federation.outcome import ClientRow, statistics
 from heterotune_flwr.federation.updates import ClientUpdate, check_update, mean_delta
 from heterotune_flwr.flower import (
@@ -63,7 +63,9 @@ def federation(tmp_path, **faults):
 
 
 def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
-    settings = "server.rounds=3 strategies.heterotune.discriminant=null"  # it would read whole texts besides
+    settings = (
+        "server.rounds=3 strategies.heterotune.statistics=null"  # it would read whole texts besides
+    )
     results = run(federation(tmp_path).grid(), context(inline(tmp_path), settings))
     directory = tmp_path / "run"
     status = json.loads((directory / "status.json").read_text())
@@ -176,9 +178,9 @@ def test_ledger_separates_recurring_one_time_and_evaluation():
     assert (summary["wire_down"], summary["wire_up"]) == (170, 50)
     assert ledger.by_client == {"a": 1277, "b": 110}
     twice = Ledger()
-    twice.add(ledger.memory())
+    twice.add(ledger.state_dict())
     assert twice == ledger
-    twice.add(ledger.memory())
+    twice.add(ledger.state_dict())
     assert twice.summary(*sizes, clients={"A": 1, "B": 1})["up_per_client_round"] == 50
     assert (twice.by_client["a"], twice.client_rounds) == (2554, 4)
 
@@ -217,13 +219,15 @@ def test_messenger_reports_every_node_once():
     content["t"] = ArrayRecord([np.arange(3)])
     seen = []
     messages = [make_message(content, node, "query", 0, 0.2) for node in ids]
-    replies = converse(grid, messages, 0.2, lambda reply: seen.append(reply.metadata.src_node_id))
+    replies = send_and_collect(
+        grid, messages, 0.2, lambda reply: seen.append(reply.metadata.src_node_id)
+    )
     assert seen == [ids[0], ids[3]] == [m.metadata.src_node_id for m in replies.messages]
     assert replies.failures == {
         ids[1]: "error 2: the reason",
         ids[2]: "no reply within 0 s",
     }
-    assert converse(grid, [], 1.0).messages == []
+    assert send_and_collect(grid, [], 1.0).messages == []
 
 
 def test_waiting_for_nodes_ends():

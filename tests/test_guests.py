@@ -18,7 +18,7 @@ from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, 
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.predictions.loss import Distillation
-from heterotune_flwr.channels.predictions.record import Lesson
+from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
@@ -49,8 +49,8 @@ from heterotune_flwr.tuning.task import make_task
 COMPONENT = "heterotune_flwr.strategies"
 SPEC = {
     "_component_": f"{COMPONENT}.HeteroTune",
-    "consensus": {"anchors": 8, "pool": 10, "batch": 8, "guest_anchors": 12, "guest_steps": 40},
-    "type_phase": 0.5,
+    "predictions": {"anchors": 8, "pool": 10, "batch": 8, "guest_anchors": 12, "guest_steps": 40},
+    "personalization_phase": 0.5,
     "mixing": 0.2,
 }
 LARGE = "large@fp32"
@@ -88,7 +88,7 @@ def test_guests_are_asked_once_after_the_last_round_about_all_anchors(tmp_path):
 
 def test_a_guest_learns_with_the_discriminants_share(tmp_path):
     """The others' predictions hold it, and the tests add it: without it a guest would learn it once more."""
-    strategy, federation, _ = with_guest(tmp_path, spec={**SPEC, "discriminant": {"weight": 0.5}})
+    strategy, federation, _ = with_guest(tmp_path, spec={**SPEC, "statistics": {"weight": 0.5}})
     (guest, *_) = strategy.roster.of_type(LARGE)
     taught = federation.received[guest, 4]
     assert taught.lesson.wanted == 0
@@ -124,7 +124,7 @@ def test_a_guest_starts_from_the_mean_of_the_types_banks(tmp_path):
 
 @pytest.mark.parametrize("phase", [0.0, 0.5])
 def test_nothing_a_guest_computes_reaches_the_others(tmp_path, phase):
-    spec = {**SPEC, "type_phase": phase}
+    spec = {**SPEC, "personalization_phase": phase}
     calm, _, _ = with_guest(tmp_path / "calm", spec=spec)
     wild_config = toy_config((tmp_path / "calm"), (2, 2, 2), rounds=4)
     wild_config.types[-1].guest = True
@@ -151,7 +151,7 @@ def taught(tmp_path, **spec):
     Path(config.alignment.anchors).write_text("\n".join(f"public text {i}" for i in range(64)))
     config.types[-1].guest = True
     consensus = {"anchors": 64, "pool": 64, "guest_steps": 20}
-    strategy, _ = start(config, ToyFederation(config), spec={**spec, "consensus": consensus})
+    strategy, _ = start(config, ToyFederation(config), spec={**spec, "predictions": consensus})
     return guest_accuracy(strategy.outcome.before), guest_accuracy(strategy.outcome.rows)
 
 
@@ -167,7 +167,7 @@ def test_predictions_alone_teach_a_guest_too(tmp_path):
 
 
 def test_where_there_is_no_consensus_a_guest_takes_the_bank_and_is_asked_nothing(tmp_path):
-    strategy, federation, config = with_guest(tmp_path, spec={**SPEC, "consensus": None})
+    strategy, federation, config = with_guest(tmp_path, spec={**SPEC, "predictions": None})
     assert not [c for c, _ in trained(federation) if c in strategy.roster.of_type(LARGE)]
     state = strategy.state
     np.testing.assert_array_equal(state[f"type/{LARGE}"][NAME], state["global"][NAME])
@@ -179,7 +179,7 @@ def test_what_is_kept_at_home_is_learnt_there(tmp_path):
     spec = {
         "_component_": f"{COMPONENT}.FedMKT",
         "method": {"kind": "lora", "lora_rank": 4},
-        "consensus": {"anchors": 12, "pool": 12, "guest_steps": 60},
+        "predictions": {"anchors": 12, "pool": 12, "guest_steps": 60},
     }
     strategy, federation, _ = with_guest(tmp_path, rounds=3, spec=spec)
     row = next(row for row in strategy.outcome.rows if row.type_key == LARGE)
@@ -258,13 +258,13 @@ def test_a_lesson_is_no_round(tmp_path):
 
     original, federation.train = federation.train, train
     guests = {1000 + index * 7919 for index in (2, 4, 5)}
-    strategy, _ = start(config, federation, spec={**SPEC, "type_phase": 0.0})
+    strategy, _ = start(config, federation, spec={**SPEC, "personalization_phase": 0.0})
     assert set(died) == guests
     failed = {e["client_id"] for e in events(config, "client_failed")}
     assert failed == set(strategy.roster.of_type(LARGE))
     assert strategy.outcome.rows
     assert not events(config, "round_closed")
-    times = strategy.courier.safety.times.state()["own"]
+    times = strategy.transport.safety.times.state()["own"]
     last = times["train+anchors to fit+for guests"]
     assert set(last) == set(strategy.roster.learners)
     assert "train+anchors" in times
@@ -295,14 +295,14 @@ def test_a_run_that_is_ended_early_gives_its_guests_the_bank(tmp_path):
 
 
 def test_empty_answers_teach_nothing():
-    assert Lesson("", 3, 3, 1.0, words=True, answers=["", "", ""]).is_empty
-    assert not Lesson("", 3, 3, 1.0, words=True, answers=["", "web", ""]).is_empty
-    assert Lesson("", 3, 3, 0.0, words=True, answers=["web"] * 3).is_empty
+    assert DistillationRequest("", 3, 3, 1.0, words=True, answers=["", "", ""]).is_empty
+    assert not DistillationRequest("", 3, 3, 1.0, words=True, answers=["", "web", ""]).is_empty
+    assert DistillationRequest("", 3, 3, 0.0, words=True, answers=["web"] * 3).is_empty
 
 
 def test_a_server_cannot_ask_for_more_anchors_than_there_are(world, folder):  # noqa: F811
     texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=4000))
-    lesson = Lesson(anchor_digest(texts), 8, 8, 1.0, asked=10**10)
+    lesson = DistillationRequest(anchor_digest(texts), 8, 8, 1.0, asked=10**10)
     with pytest.raises(RemoteError, match="not those of the server"):
         ask(world, lesson)
 
@@ -315,7 +315,7 @@ def test_a_real_client_without_examples_learns_and_sends_all_of_it(world, folder
     assert (told.train_examples, told.personal_examples) == (0, 4)
     texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
     targets = np.tile(np.float32([[0.8, 0.1, 0.1]]), (40, 1))
-    lesson = Lesson(anchor_digest(texts), 40, 40, 1.0, targets, batch=8, asked=0)
+    lesson = DistillationRequest(anchor_digest(texts), 40, 40, 1.0, targets, batch=8, asked=0)
     header, names = Header("run", 0, LORA, 1), sorted(told.shapes)
     request = TrainRequest(header, {}, "", None, names, 30, 0.05, lesson=lesson)
     reply = TrainReply.from_content(guest.ask(0, TRAIN, request.to_content("fp32")))

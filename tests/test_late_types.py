@@ -105,7 +105,7 @@ def test_in_the_type_phase_a_new_type_begins_with_the_last_shared_bank(tmp_path)
     state = load_state(
         Path(config.run.dir) / "checkpoints" / "phases-seed0" / "round-000005.safetensors"
     )
-    assert state["memory"]["parted"]
+    assert state["memory"]["personalized"]
     assert set(state["shared"]) >= {f"type/{key}" for key in (SMALL, MIDDLE, LARGE)}
     name = "slots.0.experts.global.0.up.weight"
     first = federation.received["client-0002", 5].tensors[name]

@@ -98,7 +98,7 @@ def test_a_run_pools_them_over_all_types(world, folder, tmp_path):  # noqa: F811
 def test_without_a_discriminant_nobody_reads_them(world):  # noqa: F811
     strategy = run(
         world, DEEP, rounds=1,
-        overrides=f"{FEW} strategies.{DEEP}.method.ngrams=5 strategies.{DEEP}.discriminant=null",
+        overrides=f"{FEW} strategies.{DEEP}.method.ngrams=5 strategies.{DEEP}.statistics=null",
     )  # fmt: skip
     assert strategy.method.ngrams == 0
 
@@ -108,7 +108,7 @@ def test_no_node_computes_what_nothing_reads(world, monkeypatch):  # noqa: F811
         raise AssertionError("n-grams are read")
 
     monkeypatch.setattr(NgramView, "of", never)
-    options = f"strategies.{DEEP}.method.ngrams=5 strategies.{DEEP}.discriminant=null"
+    options = f"strategies.{DEEP}.method.ngrams=5 strategies.{DEEP}.statistics=null"
     run(world, DEEP, rounds=1, overrides=f"{FEW} {options}")
 
 

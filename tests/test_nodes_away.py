@@ -12,7 +12,7 @@ from toy_federation import ToyFederation, toy_config
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation import factors_asked, roster
-from heterotune_flwr.federation import transport as courier
+from heterotune_flwr.federation import transport as transport
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Error, Message
@@ -43,7 +43,7 @@ class Flickering(InProcessGrid):
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    for module in (roster, factors_asked, courier):
+    for module in (roster, factors_asked, transport):
         monkeypatch.setattr(module, "AGAIN_SECONDS", 0.05)
 
 
@@ -198,7 +198,7 @@ def test_a_round_waits_for_nodes_without_which_it_would_be_skipped(tmp_path):
 
 def test_a_round_with_enough_updates_does_not_wait(tmp_path):
     grid, config, journal = federation(
-        tmp_path, "train", AWAY, times=99, places=(0,), wait_seconds=600.0, bench_after=0
+        tmp_path, "train", AWAY, times=99, places=(0,), wait_seconds=600.0, cooldown_after=0
     )
     began = time.monotonic()
     run_strategies(grid, config, journal, "toy-0")
@@ -222,7 +222,7 @@ def test_the_patience_of_a_round_ends(tmp_path):
 @pytest.mark.parametrize(("give_up_after", "rounds"), [(2, 2), (0, 5)])
 def test_how_many_empty_rounds_end_a_run_is_an_option(tmp_path, give_up_after, rounds):
     grid, config, journal = federation(
-        tmp_path, "none", AWAY, 0, rounds=5, give_up_after=give_up_after, bench_after=0,
+        tmp_path, "none", AWAY, 0, rounds=5, give_up_after=give_up_after, cooldown_after=0,
         timeout_seconds=0.1, query_seconds=5.0,
     )  # fmt: skip
     grid._drop = lambda node, kind, round: kind == "train"

@@ -133,7 +133,7 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         told = {"clients": 6, "examples": 320, "alone": [], "agreement": {"a": 0.25, "b": 0.5}}
         for known in (told, {**told, "examples": 1}):  # once is enough
             progress({"event": "round", "strategy": "heterotune", "seed": 0, "round": 2, "of": 2,
-                      "bytes_up": 1, "bytes_down": 1, "discriminant": known})  # fmt: skip
+                      "bytes_up": 1, "bytes_down": 1, "statistics": known})  # fmt: skip
         progress({"event": "align", "quality": {"a": [0.5, 0.25], "b": [0.01, 0.5]}, "bytes_up": 9})
         progress({"event": "discriminant_off", "reason": "open text"})
         progress({"event": "consensus_off", "reason": "open text"})

@@ -9,14 +9,14 @@ import pytest
 from test_client import World, folder, world  # noqa: F401  (fixtures)
 from toy_federation import ToyFederation, toy_config
 
-from heterotune_flwr.client.received import Received
+from heterotune_flwr.client.received import TensorCache
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import round_trip, tensor_digest
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.resend import Resend
-from heterotune_flwr.protocol.cached import Held
+from heterotune_flwr.protocol.cached import CachedRef
 from heterotune_flwr.protocol.messages import (
     ERROR_TENSORS_MISSING,
     EvaluateRequest,
@@ -50,10 +50,10 @@ class Pair:
         light = self.server.without_held("c", request)
         content = light.to_content(codec)
         received = EvaluateRequest.from_content(content)
-        complete, kept = Received.of(self.store, self.exchange).complete(received)
+        complete, kept = TensorCache.of(self.store, self.exchange).complete(received)
         if answer:
             self.server.confirm("c", kept)
-        assert complete.held == Held()
+        assert complete.held == CachedRef()
         return set(received.tensors), set(received.held.names), complete.tensors
 
 
@@ -112,10 +112,10 @@ def test_a_client_says_so_when_its_tensors_are_not_those(tmp_path, damage):
 
 
 def test_malformed_lists_of_held_tensors_are_refused():
-    request = TrainRequest(HEADER, {}, "", None, [], 1, 0.1, held=Held(["a", "b"], "f"))
+    request = TrainRequest(HEADER, {}, "", None, [], 1, 0.1, held=CachedRef(["a", "b"], "f"))
     assert TrainRequest.from_content(request.to_content("bf16")).held == request.held
     for names in (["b", "a"], ["a", "a"]):
-        broken = TrainRequest(HEADER, {}, "", None, [], 1, 0.1, held=Held(names, "f"))
+        broken = TrainRequest(HEADER, {}, "", None, [], 1, 0.1, held=CachedRef(names, "f"))
         with pytest.raises(ExchangeError, match="once, in order"):
             TrainRequest.from_content(broken.to_content("bf16"))
 
@@ -155,7 +155,7 @@ def test_a_run_is_the_same_to_the_bit_and_costs_fewer_bytes(world):  # noqa: F81
 def test_clients_that_lost_what_they_held_are_sent_it_again(world, monkeypatch):  # noqa: F811
     """A wiped disk in the middle of a run: the same bits, no failure on record."""
     wanted = run(world.path, "kept", WORDS)[2]
-    complete, seen = Received.complete, []
+    complete, seen = TensorCache.complete, []
 
     def wiping(self, request):
         if isinstance(request, TrainRequest) and request.header.round == 2 and request.held.names:
@@ -163,7 +163,7 @@ def test_clients_that_lost_what_they_held_are_sent_it_again(world, monkeypatch):
             seen.append(request.held.names)
         return complete(self, request)
 
-    monkeypatch.setattr(Received, "complete", wiping)
+    monkeypatch.setattr(TensorCache, "complete", wiping)
     _, events, banks = run(world.path, "lost", WORDS)
     assert seen
     assert banks == wanted

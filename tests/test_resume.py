@@ -40,10 +40,10 @@ SPECS = {
     },
     "phases": {
         "_component_": f"{HERE}.HeteroTune",
-        "consensus": {"anchors": 16, "pool": 16},
-        "type_phase": 0.5,
+        "predictions": {"anchors": 16, "pool": 16},
+        "personalization_phase": 0.5,
     },
-    "discriminant": {"_component_": f"{HERE}.HeteroTune", "discriminant": {"weight": 0.5}},
+    "statistics": {"_component_": f"{HERE}.HeteroTune", "statistics": {"weight": 0.5}},
     "private": {"_component_": f"{HERE}.HeteroTune", "method": {"experts_private": 1}},
     "local_only": {"_component_": f"{HERE}.LocalOnly"},
     "fedit": {

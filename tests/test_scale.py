@@ -32,7 +32,7 @@ from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation import admission, journal, simulated
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.federation.messenger import Enough, converse, make_message
+from heterotune_flwr.federation.messenger import Enough, make_message, send_and_collect
 from heterotune_flwr.federation.sampling import draw_tested
 from heterotune_flwr.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
 from heterotune_flwr.reporting.progress import RunProgress
@@ -183,7 +183,7 @@ def _messages(grid, timeout=60.0):
 def test_no_more_messages_are_under_way_than_may_be(most, peak):
     grid = Counting(200, most)
     told = []
-    replies = converse(
+    replies = send_and_collect(
         grid, _messages(grid), 60.0, on_progress=lambda done, of: told.append((done, of))
     )
     assert grid.peak == peak
@@ -197,7 +197,7 @@ def test_a_deadline_and_a_messages_life_count_from_its_own_sending():
     grid.lost = set(grid.get_node_ids())
     messages, begun = _messages(grid, 0.3), time.monotonic()
     made = [message.metadata.created_at for message in messages]
-    replies = converse(grid, messages, 0.3)
+    replies = send_and_collect(grid, messages, 0.3)
     assert replies.late == grid.lost
     assert grid.peak <= 6  # those given up are no longer waited for
     assert 0.85 <= time.monotonic() - begun < 3.0
@@ -209,7 +209,7 @@ def test_a_deadline_and_a_messages_life_count_from_its_own_sending():
 
 def test_who_was_not_asked_when_a_round_closes_is_not_awaited():
     grid = Counting(20, 4)
-    replies = converse(grid, _messages(grid), 60.0, lambda reply: True, Enough(first=5))
+    replies = send_and_collect(grid, _messages(grid), 60.0, lambda reply: True, Enough(first=5))
     nodes = list(grid.get_node_ids())
     assert replies.taken == set(nodes[:5])
     assert replies.unawaited == set(nodes[5:])

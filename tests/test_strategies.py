@@ -139,7 +139,7 @@ def test_300_clients_take_part(tmp_path):
     strategy, log = start(config)
     assert len(strategy.outcome.rows) == 300
     assert [e["clients"] for e in log if e["event"] == "round"] == [300] * 3
-    assert strategy.courier.ledger.client_rounds == 900
+    assert strategy.transport.ledger.client_rounds == 900
     after = np.mean([row.global_accuracy for row in strategy.outcome.rows])
     assert after > np.mean([row.global_accuracy for row in strategy.outcome.before]) + 0.05
 
@@ -289,15 +289,15 @@ def test_an_error_in_ones_own_class_says_where_it_came_from(tmp_path, capsys):
 def test_nothing_crosses_types_in_within_type(tmp_path):
     spec = {
         **SPECS["within_type"],
-        "consensus": {"anchors": 12, "pool": 12},
-        "discriminant": {"weight": 0.2},
+        "predictions": {"anchors": 12, "pool": 12},
+        "statistics": {"weight": 0.2},
     }
     config = toy_config(tmp_path)
     strategy, _ = start(config, name="mine", spec=spec)
-    assert strategy.consensus.options.scope == strategy.discriminant.options.scope == "type"
-    for section in ("consensus", "discriminant"):
-        across = {**spec, section: {"scope": "all"}}
-        with pytest.raises(ConfigError, match=rf"{section}\.scope is 'all'"):
+    assert strategy.consensus.options.pool_over == strategy.discriminant.options.pool_over == "type"
+    for section in ("predictions", "statistics"):
+        across = {**spec, section: {"pool_over": "all"}}
+        with pytest.raises(ConfigError, match=rf"{section}\.pool_over is 'all'"):
             check_strategy("mine", across, config)
 
 
@@ -355,7 +355,7 @@ def test_maps_travel_once_and_again_to_a_client_that_lost_them(tmp_path):
     assert with_maps == [(2, "client-0004")]  # ... but for the one that had lost them
     assert [e["clients"] for e in log if e["event"] == "round"] == [6, 6, 6]
     assert not [e for e in log if e["event"] == "client_failed"]
-    assert strategy.courier.ledger.client_rounds == 18
+    assert strategy.transport.ledger.client_rounds == 18
 
 
 def test_bytes_per_client_round_are_the_bank_in_bf16_plus_little(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from test_strategies import events, start
 from toy_federation import ToyFederation, toy_config
 
-from heterotune_flwr.channels.predictions.record import Lesson
+from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import round_trip
@@ -17,8 +17,8 @@ from heterotune_flwr.strategies.build import check_strategy
 
 SPEC = {
     "_component_": "heterotune_flwr.strategies.HeteroTune",
-    "consensus": {"anchors": 12, "pool": 12, "batch": 8},
-    "type_phase": 0.5,
+    "predictions": {"anchors": 12, "pool": 12, "batch": 8},
+    "personalization_phase": 0.5,
 }
 
 
@@ -97,7 +97,7 @@ def test_a_type_that_runs_away_takes_no_other_with_it(tmp_path):
         for name in experts:
             strategy.state[group][name] = shared[name] + np.float32(factor)
             start[group, name] = strategy.state[group][name].copy()
-    strategy.settle(3)
+    strategy.after_aggregate(3)
     for name in experts:
         mean = shared[name] + (1 + 1 + 2) / 3  # the far one counts as twice the median
         for group in (near, middle, far):
@@ -112,9 +112,9 @@ def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
     assert lessons[0] is None
     assert lessons[1].targets is None
     assert all(lesson.targets.shape == (12, 6) and lesson.batch == 8 for lesson in lessons[2:])
-    heard = [event.get("consensus", {}).get("clients") for event in events(config, "round")]
+    heard = [event.get("predictions", {}).get("clients") for event in events(config, "round")]
     assert heard == [None, 5, 5, 5]
-    assert [event["round"] for event in events(config, "type_phase")] == [3]
+    assert [event["round"] for event in events(config, "personalization_phase")] == [3]
 
 
 def test_types_that_share_nothing_go_through_the_phase_alone(tmp_path):
@@ -122,19 +122,19 @@ def test_types_that_share_nothing_go_through_the_phase_alone(tmp_path):
     config = toy_config(tmp_path, (2, 2, 1), rounds=4)
     config.alignment.quality_threshold = 0.99
     strategy, _ = start(config, ToyFederation(config), spec={**SPEC, "mixing": 0.2})
-    assert strategy.parted
+    assert strategy.personalized
     assert "global" not in strategy.state
     assert len(events(config, "round")) == 4
 
 
 def test_without_a_consensus_the_bank_is_shared_to_the_end(tmp_path):
-    strategy, _, config = phased(tmp_path, consensus=None)
+    strategy, _, config = phased(tmp_path, predictions=None)
     assert set(strategy.state) == {"global"}
-    assert not events(config, "type_phase")
+    assert not events(config, "personalization_phase")
 
 
 def test_without_a_phase_the_consensus_is_at_work_in_every_round(tmp_path):
-    strategy, federation, _ = phased(tmp_path, type_phase=0)
+    strategy, federation, _ = phased(tmp_path, personalization_phase=0)
     assert set(strategy.state) == {"global"}
     client = next(iter(strategy.roster.clients))
     assert all(federation.received[client, round].lesson for round in (1, 2, 3, 4))
@@ -144,15 +144,19 @@ def test_without_a_phase_the_consensus_is_at_work_in_every_round(tmp_path):
     ("rounds", "share", "last"), [(10, 0.5, 5), (3, 0.5, 2), (1, 0.9, 1), (4, 0, 4)]
 )
 def test_the_phase_is_whole_rounds_and_leaves_one_shared(tmp_path, rounds, share, last):
-    strategy, _, _ = phased(tmp_path, (1, 1), rounds=1, type_phase=share)
+    strategy, _, _ = phased(tmp_path, (1, 1), rounds=1, personalization_phase=share)
     strategy.rounds = rounds
     assert strategy.shared_rounds == last
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("type_phase", 1)]
-    + [(o, v) for o in ("type_phase", "mixing") for v in (-0.1, 1.5, "half", True, float("nan"))],
+    [("personalization_phase", 1)]
+    + [
+        (o, v)
+        for o in ("personalization_phase", "mixing")
+        for v in (-0.1, 1.5, "half", True, float("nan"))
+    ],
 )
 def test_what_is_no_share_is_refused_before_anything_runs(option, value):
     config = compose("demo", "run.compare=[heterotune]")
@@ -166,8 +170,8 @@ def test_the_first_round_with_anchors_is_not_hurried():
     labels = []
     for lesson in (
         None,
-        Lesson("d", 2, 2, 1.0),
-        Lesson("d", 2, 2, 1.0, np.full((2, 2), 0.5, np.float32)),
+        DistillationRequest("d", 2, 2, 1.0),
+        DistillationRequest("d", 2, 2, 1.0, np.full((2, 2), 0.5, np.float32)),
     ):
         config = ConfigRecord({})
         content = RecordDict({"config": config})

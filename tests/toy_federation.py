@@ -166,7 +166,7 @@ def both_views(maps, states):
     return np.hstack([own, states @ maps["text.map.down.weight"].T + maps["text.map.down.bias"]])
 
 
-def discriminant_logits(request, maps, states):
+def classifier_logits(request, maps, states):
     """What a request's discriminant adds."""
     shared = request.discriminant
     return 0.0 if shared is None else both_views(maps, states) @ shared.weight.T + shared.bias
@@ -339,7 +339,7 @@ class ToyFederation:
         return bank_shapes(method, method.output)
 
     def tensors(self, request, client_id, backbone, before):
-        """Received values, else own state as it was before a round, else initial values."""
+        """TensorCache values, else own state as it was before a round, else initial values."""
         header = request.header
         start = initial_tensors(self.shapes(header.method, backbone), header.seed)
         kept = self.own_state.get((header.experiment, client_id), {})
@@ -416,7 +416,7 @@ class ToyFederation:
         if lesson is not None and lesson.wanted and not self.silent:
             anchors = anchor_meanings(lesson, lesson.wanted, header.seed, header.round + 1)
             logits, _ = forward(tensors, maps, backbone, backbone.states(anchors))
-            logits = logits + discriminant_logits(request, maps, backbone.states(anchors))
+            logits = logits + classifier_logits(request, maps, backbone.states(anchors))
             predictions = softmax(logits).astype(np.float32)
         self.own_state.setdefault((header.experiment, client_id), {})[header.round] = {
             n: v.astype(np.float32)
@@ -444,10 +444,10 @@ class ToyFederation:
         request = EvaluateRequest.from_content(message.content)
         client_id, type_key, backbone, partition = self.who(context)
         header = request.header
-        self.log.append(("evaluate", header.round, client_id, tuple(request.scopes)))
+        self.log.append(("evaluate", header.round, client_id, tuple(request.test_sets)))
         if (client_id, header.round) in self.lose_evaluation:
             return Message(error_content("the disk is full"), reply_to=message)
-        if "global" in request.scopes and client_id in self.fail_global_test:
+        if "global" in request.test_sets and client_id in self.fail_global_test:
             return Message(error_content("the test file is gone"), reply_to=message)
         maps = self.maps_of(request, client_id)
         if maps is None:
@@ -457,7 +457,7 @@ class ToyFederation:
         if header.method.kind == "submodel":
             backbone = backbone.cut(header.method)
         metrics = {}
-        for scope in request.scopes:
+        for scope in request.test_sets:
             if scope == "global":
                 test = examples(5, 300, np.full(len(LABELS), 1 / len(LABELS)))
             else:
@@ -465,7 +465,7 @@ class ToyFederation:
             meaning, labels = test
             states = backbone.states(meaning)
             logits, _ = forward(tensors, maps, backbone, states)
-            logits = logits + discriminant_logits(request, maps, states)
+            logits = logits + classifier_logits(request, maps, states)
             probabilities = softmax(logits)[np.arange(len(labels)), labels]
             metrics[f"{scope}_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
             metrics[f"{scope}_loss"] = float(-np.log(probabilities + 1e-12).mean())

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from client_app.app import app
 from heterotune_flwr.channels.statistics.client import shared_latents
-from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.client.handlers import Client
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import label_set, training_pool
@@ -98,13 +98,13 @@ class Node:
         return reply.content
 
     def loss(
-        self, shared: Discriminant, maps: Tensors, overrides: str = "", seed: int = 0
+        self, shared: LinearClassifier, maps: Tensors, overrides: str = "", seed: int = 0
     ) -> float | None:
         """Mean loss of the node's own test beside a discriminant; None where the node refuses."""
         header = Header("x", seed, METHOD, 0)
         request = EvaluateRequest(header, {}, tensor_digest(maps), maps, ["personal"], shared)
         content = request.to_content("fp32", "fp32")
-        content["discriminant"] = pack(shared._tensors, "fp32")  # as exactly as it likes
+        content["statistics"] = pack(shared._tensors, "fp32")  # as exactly as it likes
         try:
             metrics = EvaluateReply.from_content(self.ask(EVALUATE, content, overrides)).metrics
         except RemoteError:
@@ -181,7 +181,7 @@ def environment_leaks(node: Node) -> int:
 def plain_labels(node: Node) -> int:
     """Labels read by tests of one record, whose loss says the label."""
     right = 0
-    shared = Discriminant(
+    shared = LinearClassifier(
         np.zeros((len(LABELS), LATENT), np.float32),
         1000.0 * np.arange(len(LABELS), dtype=np.float32),
     )
@@ -217,7 +217,7 @@ def adaptive_labels(node: Node) -> int:
     centre = public.mean(axis=0)
     precision = np.linalg.inv(np.cov(public.T) + 1e-6 * np.eye(LATENT))
     zero = np.zeros((len(LABELS), LATENT), np.float32)
-    base = node.loss(Discriminant(zero, zero[:, 0]), maps)
+    base = node.loss(LinearClassifier(zero, zero[:, 0]), maps)
     right = 0
     records = node.held_out()[:RECORDS]
     for record, latent in zip(records, node.latents(records, maps), strict=True):
@@ -227,7 +227,7 @@ def adaptive_labels(node: Node) -> int:
         for label in range(len(LABELS)):
             weight, bias = zero.copy(), zero[:, 0].copy()
             weight[label], bias[label] = direction, -direction @ centre
-            loss = node.loss(Discriminant(weight, bias), maps)
+            loss = node.loss(LinearClassifier(weight, bias), maps)
             if loss is None or base is None:
                 return right
             changes.append(loss - base)

@@ -55,7 +55,7 @@ UNEVEN = (24, 48, 96, 384)
 ROBUST = ("median", "{rule: trimmed_mean, trim: 0.25}", "multi_krum")
 #: What tells, in a run's journal, that a client was noticed.
 FLAGS = (
-    "refused", "counted_less", "shortened", "class_sums_refused", "classes_doubted", "classes_apart",
+    "refused", "counted_less", "shortened", "class_sums_refused", "classes_doubted", "types_excluded",
     "predictions_refused",
 )  # fmt: skip
 

@@ -59,7 +59,7 @@ def one_run(clients: int, seed: int, lost: float, rounds: range, **server: Any) 
         "seed": seed, "lost": lost, "status": status, "reason": reason,
         "rounds": sum(event["event"] == "round" for event in events),
         "skipped": sum(event["event"] == "skipped" for event in events),
-        "benched": sum(event["event"] == "benched" for event in events),
+        "cooldown": sum(event["event"] == "cooldown" for event in events),
         "lost_messages": sum(bool(event.get("straggler")) for event in events),
     }  # fmt: skip
     if results is not None:

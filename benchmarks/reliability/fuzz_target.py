@@ -20,7 +20,7 @@ from heterotune_flwr.exchange.arrays import flat_array
 from heterotune_flwr.exchange.codecs import find_codec
 from heterotune_flwr.exchange.manifest import Manifest
 from heterotune_flwr.flower import Array, ArrayRecord, content_from_bytes, content_to_bytes
-from heterotune_flwr.protocol.cached import Held
+from heterotune_flwr.protocol.cached import CachedRef
 from heterotune_flwr.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -194,7 +194,7 @@ def seeds() -> list[bytes]:
         TrainReply("c", "t", 3, "d", tensors, {"loss": 1.0}, kept="k").to_content("int8"),
         EvaluateReply("c", "t", 3, "d", {"global_loss": 1.0}).to_content(),
         TrainRequest(header, tensors, "d", tensors, ["a.down"], 3, 0.1, controls=tensors,
-                     held=Held(["x"], "d")).to_content("nf4"),
+                     held=CachedRef(["x"], "d")).to_content("nf4"),
         EvaluateRequest(header, tensors, "d", None, ["global"]).to_content("bf16"),
         AlignReply("c", "t", tensors).to_content("bf16"),
         DescribeReply("c", "t", "f", "nf4", 9, 3, 9, 9, 9, 9, 3, ["x"], SHAPES, "0", b"1").to_content(),

@@ -32,7 +32,7 @@ from benchmarks.runner import (
     write_results,
 )
 from client_app.app import app
-from heterotune_flwr.client.received import Received
+from heterotune_flwr.client.received import TensorCache
 from heterotune_flwr.config.compose import compose, conf_root
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
@@ -138,7 +138,7 @@ def resend_milliseconds(repeats: int = 100) -> float:
             middle = time.perf_counter()
             received = EvaluateRequest.from_content(request.to_content("bf16"))
             arrived = time.perf_counter()
-            _, kept = Received.of(store, exchange).complete(received)
+            _, kept = TensorCache.of(store, exchange).complete(received)
             server.confirm("client", kept)
             taken.append(middle - begin + time.perf_counter() - arrived)
             assert bool(request.held.names) == (index % 2 == 1)

@@ -239,7 +239,7 @@ class Guard:
         self._run(request.header, floors)
         if isinstance(request, EvaluateRequest):
             self._numbers(request)
-            return replace(request, scopes=self._told(request, floors))
+            return replace(request, test_sets=self._told(request, floors))
         if isinstance(request, TrainRequest | DescribeRequest):
             rows = len(self.identity.examples(request.header.seed).train)
             self._rows(rows, floors)
@@ -262,7 +262,7 @@ class Guard:
             files = [] if identity.guest else [identity.data.train]
             kind, most, key = TRAINING, floors.trainings, "trainings"
         else:
-            own = self._own(request.scopes)
+            own = self._own(request.test_sets)
             files = [
                 identity.data.train if name == "personal" else identity.data.test for name in own
             ]
@@ -363,15 +363,15 @@ class Guard:
 
     def _told(self, request: EvaluateRequest, floors: Floors) -> list[str]:
         """Which of the tests asked for are told: public ones, and those of this node's rows that are large enough."""
-        own, least, identity = self._own(request.scopes), floors.test_examples, self.identity
-        sizes = dict.fromkeys(request.scopes, least)
+        own, least, identity = self._own(request.test_sets), floors.test_examples, self.identity
+        sizes = dict.fromkeys(request.test_sets, least)
         for scope in own:
             personal = scope == "personal"
             seed = request.header.seed
             sizes[scope] = len(
                 identity.examples(seed).personal_test if personal else identity.global_test()
             )
-        told = [scope for scope in request.scopes if sizes[scope] >= least]
+        told = [scope for scope in request.test_sets if sizes[scope] >= least]
         if not told:
             _refuse(
                 f"this node has no test of at least {least} examples (test-examples in its node.toml)"

@@ -21,7 +21,7 @@ from torch import Tensor
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.channels.control_variates import ClientControls
 from heterotune_flwr.channels.predictions.client import Said, anchor_texts, anchor_work
-from heterotune_flwr.channels.statistics.client import class_sums, discriminant_logits
+from heterotune_flwr.channels.statistics.client import class_sums, classifier_logits
 from heterotune_flwr.client.encodings import encodings
 from heterotune_flwr.client.floors import Guard, check_message
 from heterotune_flwr.client.identity import (
@@ -31,7 +31,7 @@ from heterotune_flwr.client.identity import (
     identify,
     is_simulated,
 )
-from heterotune_flwr.client.received import Received
+from heterotune_flwr.client.received import TensorCache
 from heterotune_flwr.client.redaction import LOG, told
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
@@ -272,7 +272,7 @@ def train(message: Message, context: Context) -> RecordDict:
     header, config = request.header, client.config
     adapter = client.adapter(header.method, request.frozen)
     store = client.store(header)
-    request, kept = Received.of(store, config.exchange).complete(request)
+    request, kept = TensorCache.of(store, config.exchange).complete(request)
     start = _start_values(
         adapter, store, header.round, request.tensors, request.expected, header.seed
     )
@@ -320,7 +320,7 @@ def train(message: Message, context: Context) -> RecordDict:
     if own:
         store.save(own, header.round)
     feedback = Feedback.of(config.exchange, store, once=not len(encoded))
-    said = lesson.says(header.round + 1) if lesson else Said()
+    said = lesson.predict(header.round + 1) if lesson else Said()
     reply = TrainReply(
         client_id=client.client_id,
         type_key=client.type_key,
@@ -349,20 +349,20 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     request = client.guard.admit(EvaluateRequest.from_content(message.content))
     header = request.header
     adapter, store = client.adapter(header.method), client.store(header)
-    request, kept = Received.of(store, client.config.exchange).complete(request)
+    request, kept = TensorCache.of(store, client.config.exchange).complete(request)
     start = _start_values(adapter, store, header.round + 1, request.tensors, [], header.seed)
     _use_maps(adapter, store, request.maps_digest, request.maps)
     client.guard.charge(request, start)
     adapter.load(start)
     metrics: dict[str, float] = {}
-    for scope in request.scopes:
+    for scope in request.test_sets:
         encoded = client.encoded(scope, header.seed)
         if not len(encoded):
             continue  # without a test of its own, in a run about no shipped data set
         task = adapter.reads(client.task())
         shared = request.discriminant
         cache = client.config.train.cache_states
-        offsets = discriminant_logits(shared, adapter, task, encoded, cache)
+        offsets = classifier_logits(shared, adapter, task, encoded, cache)
         rows = make_rows(adapter, encoded, cache, offsets=offsets)
         own = client.guard.own_test(scope)
         if scope == "personal" or own:

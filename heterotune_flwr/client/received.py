@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
-from heterotune_flwr.protocol.cached import Held, joint_digest, tensor_keys
+from heterotune_flwr.protocol.cached import CachedRef, joint_digest, tensor_keys
 from heterotune_flwr.protocol.messages import EvaluateRequest, TrainRequest
 from heterotune_flwr.protocol.wire import ERROR_TENSORS_MISSING, RemoteError
 from heterotune_flwr.schema import ExchangeConfig
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Request = TypeVar("Request", bound=TrainRequest | EvaluateRequest)
 
 
-class Received:
+class TensorCache:
     """The last tensors a server sent to a client in an experiment."""
 
     def __init__(self, path: Path, active: bool) -> None:
@@ -37,7 +37,7 @@ class Received:
         self._active = active
 
     @classmethod
-    def of(cls, store: ClientStore, exchange: ExchangeConfig) -> Received:
+    def of(cls, store: ClientStore, exchange: ExchangeConfig) -> TensorCache:
         """Beside the files of ``store``; keeps nothing where ``exchange.resend`` is ``always``."""
         return cls(store.part("received").path, exchange.resend == "changed")
 
@@ -58,10 +58,10 @@ class Received:
         keys = tensor_keys(tensors) if self._active else {}
         if request.tensors and keys and not self._keep(tensors):
             keys = {}
-        complete = replace(request, tensors=tensors, held=Held())
+        complete = replace(request, tensors=tensors, held=CachedRef())
         return complete, joint_digest(keys) if keys else ""
 
-    def _held(self, held: Held) -> Tensors:
+    def _held(self, held: CachedRef) -> Tensors:
         if not held.names:
             return {}
         kept = self._load() if self._active else {}

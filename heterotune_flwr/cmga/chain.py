@@ -12,7 +12,7 @@ from typing import Any
 from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus, pcgrad, ties
 from heterotune_flwr.cmga.base import Transform, Updates
 from heterotune_flwr.cmga.directions import combine, deconflict, server_opt
-from heterotune_flwr.cmga.dissent import weigh_dissent
+from heterotune_flwr.cmga.outliers import downweight_outliers
 from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.trees import State
@@ -22,7 +22,7 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "within_type_mean": within_type_mean,
     "equalise_norms": equalise_norms,
     "weigh_reliability": weigh_reliability,
-    "weigh_dissent": weigh_dissent,
+    "downweight_outliers": downweight_outliers,
     "deconflict": deconflict,
     "combine": combine,
     "server_opt": server_opt,

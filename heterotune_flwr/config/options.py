@@ -24,7 +24,7 @@ def check_keys(section: str, given: Any, known: Iterable[str]) -> None:
 def check_scope(section: str, value: Any) -> None:
     """Refuse what is none of :data:`SCOPES`."""
     if value not in SCOPES:
-        raise ConfigError(f"{section}.scope is {value!r}; {' or '.join(SCOPES)} is needed")
+        raise ConfigError(f"{section}.pool_over is {value!r}; {' or '.join(SCOPES)} is needed")
 
 
 def check_between(where: str, value: Any, low: float, high: float) -> None:

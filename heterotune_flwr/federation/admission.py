@@ -12,7 +12,7 @@ from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import payload_bytes
 from heterotune_flwr.exchange.spill import Spill, Stored
 from heterotune_flwr.federation.journal import writing
-from heterotune_flwr.federation.transport import Courier
+from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.federation.update_gate import Asked, Candidate, RefusedError
 from heterotune_flwr.federation.updates import ClientUpdate, fingerprint_of, norm_of, numbers_of
 from heterotune_flwr.flower import ArrayRecord, Message
@@ -57,16 +57,16 @@ class Intake:
 
     Parameters
     ----------
-    courier
+    transport
         Of the strategy.
     asked
         Says, for a client id, what was asked of it.
 
     """
 
-    def __init__(self, courier: Courier, asked: Callable[[str], Asked]) -> None:
-        self._gate, self._asked, self._client_of = courier.safety.gate, asked, courier.client_of
-        self._spill = Spill(courier.context.session.journal.directory)
+    def __init__(self, transport: Transport, asked: Callable[[str], Asked]) -> None:
+        self._gate, self._asked, self._client_of = transport.safety.gate, asked, transport.client_of
+        self._spill = Spill(transport.context.session.journal.directory)
         self._waiting = 0
         #: By identity of the message (which is kept, so that no other has it).
         self._early: dict[int, tuple[Message, Candidate | RefusedError]] = {}
@@ -109,7 +109,7 @@ class Intake:
 
 
 def admit(
-    courier: Courier,
+    transport: Transport,
     server_round: int,
     replies: Iterable[Message],
     intake: Intake,
@@ -120,10 +120,10 @@ def admit(
     updates before :meth:`.update_gate.UpdateGate.learn` is called: a round that is skipped leaves no trace in what it
     compares with.
     """
-    gate = courier.safety.gate
+    gate = transport.safety.gate
     found: dict[str, Candidate] = {}
     for message in replies:
-        client_id = courier.client_of(message)
+        client_id = transport.client_of(message)
         if client_id is None or not message.has_content():
             continue
         try:
@@ -131,34 +131,34 @@ def admit(
                 raise RefusedError("duplicate", "answers twice; its first answer counts")
             found[client_id] = intake.candidate(message, client_id)
         except RefusedError as error:
-            courier.quarantine(client_id, server_round, error.check, str(error))
+            transport.quarantine(client_id, server_round, error.check, str(error))
     for client_id, reason in sorted(gate.compare(found).items()):
-        courier.quarantine(client_id, server_round, "size", reason)
+        transport.quarantine(client_id, server_round, "size", reason)
         del found[client_id]
     shares = gate.shorten(found)
     for client_id, share in sorted(shares.items()):
-        courier.event("shortened", round=server_round, client_id=client_id, to=round(share, 3))
+        transport.event("shortened", round=server_round, client_id=client_id, to=round(share, 3))
     return Admitted({client_id: found[client_id] for client_id in sorted(found)}, shares)
 
 
 def read_evaluations(
-    courier: Courier, server_round: int, replies: Iterable[Message]
+    transport: Transport, server_round: int, replies: Iterable[Message]
 ) -> list[EvaluateReply]:
     """Usable answers in client order; the others are journalled."""
     answers = []
     for message in replies:
-        client_id = courier.client_of(message)
+        client_id = transport.client_of(message)
         if client_id is None or not message.has_content():
             continue
         try:
             reply = EvaluateReply.from_content(message.content)
             if reply.client_id != client_id:
                 raise FederationError(f"answers as {reply.client_id}")
-            if reply.type_key != courier.roster.clients[client_id].info.type_key:
+            if reply.type_key != transport.roster.clients[client_id].info.type_key:
                 raise FederationError(f"answers as type {reply.type_key}")
             if reply.round != server_round:
                 raise FederationError(f"answers round {reply.round} instead of {server_round}")
             answers.append(reply)
         except HeteroTuneError as error:
-            courier.refuse(client_id, server_round, str(error))
+            transport.refuse(client_id, server_round, str(error))
     return sorted(answers, key=lambda reply: reply.client_id)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Rounds of a client's first bench; each further one doubles (exponential back-off).
+#: Rounds of a client's first cooldown; each further one doubles (exponential back-off).
 _FIRST = 2
 
 
@@ -20,20 +20,21 @@ class _Record:
 
 
 @dataclass
-class Bench:
-    """The bench list. A function of who failed in which round: no clock, no random number.
+class Cooldowns:
+    """The cooldown list. A function of who failed in which round: no clock, no random number.
 
-    A client with ``after`` failures in a row sits out 2 rounds, then 4, 8, ... up to ``longest``. Back from the bench,
-    one more failure sends it there again; one success clears its strikes, and takes one bench off its record.
+    A client with ``after`` failures in a row sits out 2 rounds, then 4, 8, ... up to ``longest``. Back from the
+    cooldown, one more failure sends it there again; one success clears its strikes, and takes one cooldown off its
+    record.
 
     Attributes
     ----------
     after
-        Failures in a row that bench a client; 0: nobody ever is.
+        Failures in a row that cooldown a client; 0: nobody ever is.
     longest
-        Longest bench in rounds.
+        Longest cooldown in rounds.
     keep
-        So many clients stay off the bench whatever happens (at least 1).
+        So many clients stay off the cooldown whatever happens (at least 1).
 
     """
 
@@ -42,7 +43,7 @@ class Bench:
     keep: int = 1
     _records: dict[str, _Record] = field(default_factory=dict)
 
-    def benched(self, round: int) -> list[str]:
+    def cooling(self, round: int) -> list[str]:
         """Clients that sit out a round, sorted."""
         return sorted(cid for cid, record in self._records.items() if record.until >= round)
 
@@ -68,7 +69,7 @@ class Bench:
             record.strikes += 1
             if self.after and record.strikes >= self.after:
                 due.append(client_id)
-        sitting = set(self.benched(round + 1))
+        sitting = set(self.cooling(round + 1))
         room = len(set(everybody) - sitting) - max(self.keep, 1)
         due.sort(key=lambda client_id: (-self._records[client_id].benches, client_id))
         newly = {}

@@ -17,7 +17,7 @@ from heterotune_flwr.alignment.align import Trust
 from heterotune_flwr.alignment.factor_checks import same_backbone
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.exchange.packing import Tensors, content_bytes
-from heterotune_flwr.federation.messenger import converse, make_message
+from heterotune_flwr.federation.messenger import make_message, send_and_collect
 from heterotune_flwr.federation.roster import AGAIN_SECONDS, Roster
 from heterotune_flwr.flower import Grid, RecordDict
 from heterotune_flwr.protocol.messages import ALIGN
@@ -46,7 +46,7 @@ class TypeAnswers:
         asked, self.waiting = self.waiting[:count], self.waiting[count:]
         return asked
 
-    def hear(self, client_id: str, factors: Tensors) -> None:
+    def aggregate(self, client_id: str, factors: Tensors) -> None:
         """Take what one has told; with enough that agrees, it is chosen."""
         if self.wanted == 1:
             self.chosen = factors
@@ -126,7 +126,7 @@ def _ask_once(
 ) -> None:
     by_node = roster.node_to_client()
     messages = [make_message(question.content, node, ALIGN, 0, question.seconds) for node in asked]
-    replies = converse(grid, messages, question.seconds)
+    replies = send_and_collect(grid, messages, question.seconds)
     problems = dict(replies.failures)
     told: dict[int, Tensors] = {}
     for message in replies.messages:
@@ -147,4 +147,4 @@ def _ask_once(
     for node in replies.passing:
         types[asked[node]].passing.append(by_node[node])
     for node in sorted(told, key=lambda node: by_node[node]):  # whoever answers first
-        types[asked[node]].hear(by_node[node], told[node])
+        types[asked[node]].aggregate(by_node[node], told[node])

@@ -102,7 +102,7 @@ class Ledger:
         self.wire_up += one.wire_up
         _add(self.by_client, {client_id: one.down + one.up})
 
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything counted, for a checkpoint."""
         return asdict(self)
 

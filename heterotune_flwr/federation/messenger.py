@@ -41,7 +41,7 @@ class Replies:
     seconds
         Node id -> seconds until its reply (or error) was here, or until it was given up.
     taken
-        Nodes whose reply counts (see ``on_reply`` of :func:`converse`).
+        Nodes whose reply counts (see ``on_reply`` of :func:`send_and_collect`).
     late
         Nodes that did not answer within their deadline: stragglers, or gone.
     unawaited
@@ -93,7 +93,7 @@ def make_message(
     return Message(content, node_id, message_type, ttl=_TTL_SHARE * timeout, group_id=str(round))
 
 
-def converse(
+def send_and_collect(
     grid: Grid,
     messages: Sequence[Message],
     timeout: float | Mapping[int, float],
@@ -130,7 +130,7 @@ def converse(
 
 
 class _Conversation:
-    """One exchange of messages; see :func:`converse`."""
+    """One exchange of messages; see :func:`send_and_collect`."""
 
     def __init__(
         self,

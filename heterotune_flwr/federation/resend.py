@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from heterotune_flwr.exchange.directions import down_codec
 from heterotune_flwr.exchange.packing import round_trip
-from heterotune_flwr.protocol.cached import Held, joint_digest, tensor_keys
+from heterotune_flwr.protocol.cached import CachedRef, joint_digest, tensor_keys
 from heterotune_flwr.protocol.messages import EvaluateRequest, TrainRequest
 from heterotune_flwr.schema import ExchangeConfig
 
@@ -37,7 +37,7 @@ class Resend:
         if not same:
             return request
         tensors = {name: value for name, value in request.tensors.items() if name not in same}
-        held = Held(same, joint_digest({name: keys[name] for name in same}))
+        held = CachedRef(same, joint_digest({name: keys[name] for name in same}))
         return replace(request, tensors=tensors, held=held)
 
     def confirm(self, client_id: str, kept: str) -> None:

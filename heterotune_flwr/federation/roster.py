@@ -13,8 +13,8 @@ from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.messenger import (
     Replies,
-    converse,
     make_message,
+    send_and_collect,
     wait_for_nodes,
 )
 from heterotune_flwr.flower import Grid
@@ -219,7 +219,7 @@ def describe_clients(
     heard = _Heard()
     while True:
         messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
-        replies = converse(grid, messages, timeout, on_progress=on_progress)
+        replies = send_and_collect(grid, messages, timeout, on_progress=on_progress)
         heard.problems |= {node: LeftOut(node, "", why) for node, why in replies.failures.items()}
         heard.read(replies)
         reasons = unfit(heard.found)

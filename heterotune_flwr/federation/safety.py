@@ -9,7 +9,7 @@ from typing import Any
 
 from heterotune_flwr.exchange.codecs import find_codec
 from heterotune_flwr.exchange.directions import up_codec
-from heterotune_flwr.federation.cooldown import Bench
+from heterotune_flwr.federation.cooldown import Cooldowns
 from heterotune_flwr.federation.deadlines import ReplyTimes
 from heterotune_flwr.federation.update_gate import UpdateGate
 from heterotune_flwr.schema import ExchangeConfig, ServerConfig
@@ -17,14 +17,14 @@ from heterotune_flwr.schema import ExchangeConfig, ServerConfig
 
 @dataclass
 class Safety:
-    """The update gate, the bench list and the measured reply times of one strategy and seed.
+    """The update gate, the cooldown list and the measured reply times of one strategy and seed.
 
-    ``gate`` and ``bench`` decide results and know no clock: restored, they go on bit for bit as the saved ones would
+    ``gate`` and ``cooldown`` decide results and know no clock: restored, they go on bit for bit as the saved ones would
     have. ``times`` decides nothing but deadlines.
     """
 
     gate: UpdateGate
-    bench: Bench
+    cooldown: Cooldowns
     times: ReplyTimes
 
     @classmethod
@@ -39,7 +39,7 @@ class Safety:
             ceiling /= math.sqrt(exchange.top_k)
         return cls(
             UpdateGate(server.norm_limit, ceiling),
-            Bench(server.bench_after, server.bench_longest, server.min_results),
+            Cooldowns(server.cooldown_after, server.cooldown_longest, server.min_results),
             ReplyTimes(
                 server.timeout_seconds, server.deadline_floor_seconds, server.deadline_factor
             ),
@@ -49,12 +49,12 @@ class Safety:
         """All three as one JSON-able dictionary."""
         return {
             "gate": self.gate.state(),
-            "bench": self.bench.state(),
+            "cooldown": self.cooldown.state(),
             "times": self.times.state(),
         }
 
     def restore(self, state: Mapping[str, Any], warm: bool = False) -> None:
         """Take over what :meth:`state` gave; ``warm``: the clients' processes still run (:class:`ReplyTimes`)."""
         self.gate.restore(state["gate"])
-        self.bench.restore(state["bench"])
+        self.cooldown.restore(state["cooldown"])
         self.times.restore(state["times"], warm)

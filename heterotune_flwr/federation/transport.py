@@ -20,7 +20,7 @@ from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.evaluation import check_tests
 from heterotune_flwr.federation.journal import Pace
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
-from heterotune_flwr.federation.messenger import Enough, Replies, converse, make_message
+from heterotune_flwr.federation.messenger import Enough, Replies, make_message, send_and_collect
 from heterotune_flwr.federation.resend import Resend
 from heterotune_flwr.federation.roster import AGAIN_SECONDS, LeftOut, Roster
 from heterotune_flwr.federation.safety import Safety
@@ -31,7 +31,7 @@ from heterotune_flwr.federation.update_gate import MOST_METRICS
 from heterotune_flwr.federation.updates import RESERVED
 from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
 from heterotune_flwr.names import safe_text
-from heterotune_flwr.protocol.cached import Held, read_kept
+from heterotune_flwr.protocol.cached import CachedRef, read_cache_digest
 from heterotune_flwr.protocol.messages import (
     CONFIG,
     ERROR_MAPS_MISSING,
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 _RECORDS = 64
 
 
-class Courier:
+class Transport:
     """Sends and collects for one strategy.
 
     Parameters
@@ -195,13 +195,13 @@ class Courier:
             request = sent[reply.metadata.src_node_id]
             try:
                 config = read_config(reply.content)
-                kept = read_kept(config)
+                kept = read_cache_digest(config)
                 self._account(client_id, request, reply, kind, round)
                 metrics = read_metrics(reply.content)
                 if kind == TRAIN:
                     self._journal_reply(client_id, round, metrics)
                 else:
-                    check_tests(metrics, read_texts(read_config(request.content), "scope"))
+                    check_tests(metrics, read_texts(read_config(request.content), "test_sets"))
             except RemoteError as error:
                 if _can_send_more(request, error.kind) or (
                     error.kind == ERROR_MAPS_MISSING and client_id in self._spared
@@ -226,12 +226,12 @@ class Courier:
             return True
 
         enough = self._enough(len(messages)) if kind == TRAIN and is_round else None
-        replies = self._converse(grid, messages, kind, round, on_reply, enough)
+        replies = self._send_and_collect(grid, messages, kind, round, on_reply, enough)
         if replies.died:
             again = [
                 self._once_more(sent[node], replies, kind, round) for node in sorted(replies.died)
             ]
-            second = self._converse(grid, again, kind, round, on_reply)
+            second = self._send_and_collect(grid, again, kind, round, on_reply)
             if is_round and len(second.died) == len(messages) > 1:
                 raise FederationError(
                     f"the processes of all {len(messages)} clients died, twice: {min(second.failures.values())}"
@@ -244,7 +244,7 @@ class Courier:
             again = [self._with_more(message, missing, kind, round) for message, missing in lost]
             lost.clear()
             sent |= {message.metadata.dst_node_id: message for message in again}
-            self._note(self._converse(grid, again, kind, round, on_reply), round)
+            self._note(self._send_and_collect(grid, again, kind, round, on_reply), round)
         for client_id, reason in sorted(self._failed.items()):
             fields: dict[str, Any] = {"message_type": kind}
             if client_id in self._waited:
@@ -254,18 +254,22 @@ class Courier:
             self.quarantine(client_id, round, "unreadable", reason)
         return good
 
-    def memory(self) -> State:
+    def state_dict(self) -> State:
         """The ledger, which clients hold their maps, and what is known of their behaviour."""
         safety = self.safety.state()
-        return {"ledger": self.ledger.memory(), "holds_maps": self._holds_maps, "safety": safety}
+        return {
+            "ledger": self.ledger.state_dict(),
+            "holds_maps": self._holds_maps,
+            "safety": safety,
+        }
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory`; what this start has cost already is added."""
-        self.ledger.add(memory["ledger"])
-        self._holds_maps = set(memory["holds_maps"]) & set(self.roster.clients)
-        self.safety.restore(memory["safety"])
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`; what this start has cost already is added."""
+        self.ledger.add(state["ledger"])
+        self._holds_maps = set(state["holds_maps"]) & set(self.roster.clients)
+        self.safety.restore(state["safety"])
 
-    def _converse(
+    def _send_and_collect(
         self,
         grid: Grid,
         messages: Sequence[Message],
@@ -283,7 +287,7 @@ class Courier:
         }
         testing = Pace(self, "testing", round=round) if kind == EVALUATE else None
         virtual = most_in_flight(grid) is not None
-        replies = converse(
+        replies = send_and_collect(
             grid,
             messages,
             deadlines,
@@ -319,7 +323,7 @@ class Courier:
         while away and len(good) < server.min_results and time.monotonic() < deadline:
             back = away & set(grid.get_node_ids())
             again = [self._once_more(sent[node], replies, TRAIN, round) for node in sorted(back)]
-            second = self._converse(grid, again, TRAIN, round, on_reply)
+            second = self._send_and_collect(grid, again, TRAIN, round, on_reply)
             replies.failures |= second.failures
             replies.late |= second.late
             replies.seconds |= second.seconds
@@ -456,7 +460,7 @@ class Courier:
 def _can_send_more(request: Message, missing: str) -> bool:
     """Whether what a client says it lacks was left out of the request."""
     if missing == ERROR_TENSORS_MISSING:
-        return bool(Held.from_config(read_config(request.content)).names)
+        return bool(CachedRef.from_config(read_config(request.content)).names)
     return missing == ERROR_MAPS_MISSING and MAPS not in request.content
 
 
@@ -468,7 +472,7 @@ def _label(kind: str, content: RecordDict) -> str:
     The first with anchors, or with a discriminant, can take minutes where the rounds before took seconds: states are
     computed for it.
     """
-    scopes = content[CONFIG].get("scope")
+    scopes = content[CONFIG].get("test_sets")
     parts = [kind, *(map(str, scopes) if isinstance(scopes, list) else ())]
     if CONSENSUS in content[CONFIG]:
         taught = CONSENSUS in content or ANSWERS in content[CONFIG]
@@ -476,5 +480,5 @@ def _label(kind: str, content: RecordDict) -> str:
         if asks_otherwise(content):
             parts.append("for guests")
     if DISCRIMINANT in content:
-        parts.append("discriminant")
+        parts.append("statistics")
     return "+".join(parts)

@@ -94,7 +94,7 @@ class Candidate:
     asked: Asked
 
 
-def reach(update: ClientUpdate, work: Work) -> float:
+def normalized_norm(update: ClientUpdate, work: Work) -> float:
     """Length of an update in units of what its optimizer can do; 0 for no or only zero tensors."""
     count = numbers_of(update.deltas)
     if not count:
@@ -110,7 +110,7 @@ class UpdateGate:
     Attributes
     ----------
     limit
-        ``server.norm_limit``; None: reaches are not compared.
+        ``server.norm_limit``; None: norms are not compared.
     ceiling
         ``server.norm_ceiling``; None: there is none.
     counts
@@ -156,10 +156,10 @@ class UpdateGate:
 
     def compare(self, candidates: Mapping[str, Candidate]) -> dict[str, str]:
         """Client id -> reason, for updates that are too long; nothing is remembered."""
-        reaches = {cid: reach(c.update, c.asked.work) for cid, c in candidates.items()}
+        norms = {cid: normalized_norm(c.update, c.asked.work) for cid, c in candidates.items()}
         refused = {}
-        usual = self._usual(candidates, reaches)
-        for client_id, value in reaches.items():
+        usual = self._usual(candidates, norms)
+        for client_id, value in norms.items():
             slack = _slack(candidates[client_id], value)
             if self.ceiling is not None and value > self.ceiling:
                 refused[client_id] = (
@@ -176,11 +176,11 @@ class UpdateGate:
         What counts in a mean is examples times length: :data:`..cmga.pull.MOST` times the usual, so that who has
         twice as many examples as the median client cannot be longer too.
         """
-        reaches = {cid: reach(c.update, c.asked.work) for cid, c in candidates.items()}
-        usual = self._usual(candidates, reaches)
+        norms = {cid: normalized_norm(c.update, c.asked.work) for cid, c in candidates.items()}
+        usual = self._usual(candidates, norms)
         shares = {}
         for client_id, length in usual.items():
-            candidate, value = candidates[client_id], reaches[client_id]
+            candidate, value = candidates[client_id], norms[client_id]
             times = longest(candidate.update.examples, candidate.asked.work.most)
             allowed = _slack(candidate, value) * times * length
             if value > allowed:
@@ -188,10 +188,10 @@ class UpdateGate:
         return shares
 
     def _usual(
-        self, candidates: Mapping[str, Candidate], reaches: Mapping[str, float]
+        self, candidates: Mapping[str, Candidate], norms: Mapping[str, float]
     ) -> dict[str, float]:
         """The reach each update is measured against; absent where there is nothing to measure by."""
-        moving = {cid: math.log(value) for cid, value in reaches.items() if value > 0}
+        moving = {cid: math.log(value) for cid, value in norms.items() if value > 0}
         if not moving or self.limit is None:
             return {}
         keys = {cid: _kind(candidates[cid].update) for cid in moving}
@@ -220,7 +220,7 @@ class UpdateGate:
         by_kind: dict[str, list[float]] = {}
         for client_id in sorted(candidates):
             candidate = candidates[client_id]
-            value = reach(candidate.update, candidate.asked.work)
+            value = normalized_norm(candidate.update, candidate.asked.work)
             if value > 0:
                 by_kind.setdefault(_kind(candidate.update), []).append(math.log(value))
                 digest = fingerprint_of(candidate.update.deltas)

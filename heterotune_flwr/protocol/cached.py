@@ -21,11 +21,11 @@ from heterotune_flwr.protocol.wire import read_field, read_id, read_texts
 
 _NAMES, _DIGEST = "held", "held_digest"
 #: Field of a reply: digest of all tensors the client now holds.
-KEPT = "kept"
+CACHE_DIGEST = "kept"
 
 
 @dataclass(frozen=True)
-class Held:
+class CachedRef:
     """Tensors a request names instead of carrying them.
 
     Attributes
@@ -45,7 +45,7 @@ class Held:
         return {_NAMES: self.names, _DIGEST: self.digest} if self.names else {}
 
     @classmethod
-    def from_config(cls, record: Mapping[str, Any]) -> Held:
+    def from_config(cls, record: Mapping[str, Any]) -> CachedRef:
         """Read the fields of a request (ExchangeError where they are malformed)."""
         if _NAMES not in record:
             return cls()
@@ -66,6 +66,6 @@ def joint_digest(keys: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_kept(record: Mapping[str, Any]) -> str:
+def read_cache_digest(record: Mapping[str, Any]) -> str:
     """What a reply says is kept; empty where it says nothing."""
-    return read_id(record, KEPT, empty=True) if KEPT in record else ""
+    return read_id(record, CACHE_DIGEST, empty=True) if CACHE_DIGEST in record else ""

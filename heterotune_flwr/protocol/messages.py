@@ -6,7 +6,7 @@ message type        request                                 reply
 ``query.describe``  public word list                        who the client is, what it can train
 ``query.align``     slots, words shared by all types        public factors of its model type
 ``train``           tensors, maps (once), steps, rate       deltas of expected tensors, metrics
-``evaluate``        tensors, maps (once), scopes            losses and accuracies
+``evaluate``        tensors, maps (once), test sets          losses and accuracies
 ==================  ======================================  ====================================
 
 Every message carries a ``config`` record with at least the :class:`Header`; tensors travel packed
@@ -27,19 +27,19 @@ from typing import Any
 
 from heterotune_flwr.channels.predictions.record import (
     Array,
-    Lesson,
+    DistillationRequest,
     add_answers,
     add_predictions,
     read_answers,
     read_predictions,
 )
-from heterotune_flwr.channels.statistics.record import ClassSums, Discriminant
+from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import precise
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.flower import ConfigRecord, MetricRecord, RecordDict
-from heterotune_flwr.protocol.cached import KEPT, Held, read_kept
+from heterotune_flwr.protocol.cached import CACHE_DIGEST, CachedRef, read_cache_digest
 from heterotune_flwr.protocol.wire import (
     CLASS_SUMS,
     CONFIG,
@@ -195,10 +195,10 @@ class TrainRequest:
     warmup_ratio: float = 0.0
     frozen: list[str] = field(default_factory=list)
     controls: Tensors | None = None
-    lesson: Lesson | None = None
-    discriminant: Discriminant | None = None
+    lesson: DistillationRequest | None = None
+    discriminant: LinearClassifier | None = None
     class_sums: int = 0
-    held: Held = Held()
+    held: CachedRef = CachedRef()
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
         """Build the message content; what must stay exact is written with ``exact`` (:func:`.wire.add_tensors`)."""
@@ -236,10 +236,10 @@ class TrainRequest:
             warmup_ratio=read_field(record, "warmup_ratio", float),
             frozen=read_texts(record, "frozen"),
             controls=read_tensors(content, CONTROLS),
-            lesson=Lesson.read(content, record),
-            discriminant=Discriminant.read(content),
+            lesson=DistillationRequest.read(content, record),
+            discriminant=LinearClassifier.read(content),
             class_sums=read_field(record, CLASS_SUMS, int) if CLASS_SUMS in record else 0,
-            held=Held.from_config(record),
+            held=CachedRef.from_config(record),
         )
 
 
@@ -276,7 +276,7 @@ class TrainReply:
                 "type_key": self.type_key,
                 "round": self.round,
                 "maps_digest": self.maps_digest,
-                **({KEPT: self.kept} if self.kept else {}),
+                **({CACHE_DIGEST: self.kept} if self.kept else {}),
             }
         )
         metrics = MetricRecord({key: float(value) for key, value in self.metrics.items()})
@@ -301,7 +301,7 @@ class TrainReply:
             deltas=read_tensors(content, DELTAS, expected) or {},
             metrics=read_metrics(content),
             predictions=read_predictions(content),
-            kept=read_kept(record),
+            kept=read_cache_digest(record),
             code_hash=read_id(record, "code_hash", empty=True),
             answers=read_answers(record),
             class_sums=ClassSums.read(content),
@@ -310,7 +310,7 @@ class TrainReply:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Measure a client's model; ``scopes`` is a choice of ``global`` and ``personal``.
+    """Measure a client's model; ``test_sets`` is a choice of ``global`` and ``personal``.
 
     ``discriminant`` adds to the label words' logits.
     """
@@ -319,14 +319,14 @@ class EvaluateRequest:
     tensors: Tensors
     maps_digest: str
     maps: Tensors | None
-    scopes: list[str]
-    discriminant: Discriminant | None = None
-    held: Held = Held()
+    test_sets: list[str]
+    discriminant: LinearClassifier | None = None
+    held: CachedRef = CachedRef()
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
         """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""
         fields: dict[str, Any] = {
-            "maps_digest": self.maps_digest, "scope": self.scopes, **self.held.to_config(),
+            "maps_digest": self.maps_digest, "test_sets": self.test_sets, **self.held.to_config(),
         }  # fmt: skip
         content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
         if self.discriminant is not None:
@@ -337,23 +337,25 @@ class EvaluateRequest:
     def from_content(cls, content: RecordDict) -> EvaluateRequest:
         """Read the message content."""
         record = read_config(content)
-        scopes = read_texts(record, "scope")
+        scopes = read_texts(record, "test_sets")
         if len(set(scopes)) != len(scopes) or set(scopes) not in _SCOPES:
-            raise ExchangeError("field 'scope' of the message: choose among global and personal")
+            raise ExchangeError(
+                "field 'test_sets' of the message: choose among global and personal"
+            )
         return cls(
             header=Header.from_config(record),
             tensors=read_tensors(content, TENSORS) or {},
             maps_digest=read_id(record, "maps_digest", empty=True),
             maps=read_tensors(content, MAPS),
-            scopes=scopes,
-            discriminant=Discriminant.read(content),
-            held=Held.from_config(record),
+            test_sets=scopes,
+            discriminant=LinearClassifier.read(content),
+            held=CachedRef.from_config(record),
         )
 
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """``metrics``: ``{global,personal}_{accuracy,loss,examples}`` for the scopes asked."""
+    """``metrics``: ``{global,personal}_{accuracy,loss,examples}`` for the test sets asked."""
 
     client_id: str
     type_key: str
@@ -367,7 +369,7 @@ class EvaluateReply:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         metrics = fields.pop("metrics")
         if not self.kept:
-            del fields[KEPT]
+            del fields[CACHE_DIGEST]
         record = MetricRecord({key: float(value) for key, value in metrics.items()})
         return RecordDict({CONFIG: ConfigRecord(fields), METRICS: record})
 
@@ -381,5 +383,5 @@ class EvaluateReply:
             round=read_field(record, "round", int),
             maps_digest=read_id(record, "maps_digest", empty=True),
             metrics=read_metrics(content),
-            kept=read_kept(record),
+            kept=read_cache_digest(record),
         )

@@ -200,9 +200,9 @@ class RunProgress:
         text += f", loss {loss:.3f}" if isinstance(loss, float) else ""
         text += f", {human_bytes(event['bytes_up'] + event['bytes_down'])} so far"
         self._line(text + self._eta())
-        if "discriminant" in event and not self._told:
+        if "statistics" in event and not self._told:
             self._told = True
-            self._line(_classes_told(event["discriminant"]), force=True)
+            self._line(_classes_told(event["statistics"]), force=True)
         self._show(f"{self._name(event)} round {event['round']}/{event['of']}", "")
 
     def _on_evaluate(self, event: Event) -> None:
@@ -260,7 +260,7 @@ class RunProgress:
             force=True,
         )
 
-    def _on_benched(self, event: Event) -> None:
+    def _on_cooldown(self, event: Event) -> None:
         self._line(
             f"  {event['client_id']} failed too often: not asked until after round {event['until']}",
             force=True,

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from heterotune_flwr.channels.statistics.server import DiscriminantOptions, without_views
+from heterotune_flwr.channels.statistics.server import StatisticsOptions, without_views
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.choices import check_choices
@@ -82,7 +82,7 @@ def aligned_methods(config: Config) -> list[MethodConfig]:
     for name in config.run.compare:
         spec = config.strategies[name]
         own = strategy_config(name, spec, config)
-        method, options = own.method, DiscriminantOptions.optional(spec.get("discriminant"))
+        method, options = own.method, StatisticsOptions.optional(spec.get("statistics"))
         if options is None or not closed_task(labels, own.train):
             method = without_views(method)
         if method.kind == "dema" and method not in aligned:
@@ -126,8 +126,8 @@ def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
         component.check_options(options)
         own = strategy_config(name, spec, config)
         check_choices(own)
-        answers = (options.get("consensus") or {}).get("answers")
-        if component.needs_consensus and surely_open(own.data, own.train) and not answers:
+        answers = (options.get("predictions") or {}).get("answers")
+        if component.needs_predictions and surely_open(own.data, own.train) and not answers:
             raise ConfigError(f"it shares predictions, but {OPEN_TEXT}")
         component.check_types({f"{e.backbone}@{e.bits}": e.bits for e in config.types})
         component.check_backbones(config.types, options)

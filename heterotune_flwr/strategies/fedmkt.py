@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from heterotune_flwr.channels.predictions.server import ConsensusOptions
+from heterotune_flwr.channels.predictions.server import PredictionOptions
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.lora_family import LoRAStrategy
 from heterotune_flwr.strategies.strategy import Scope
@@ -21,29 +21,29 @@ class FedMKT(LoRAStrategy):
     (the anchors) has no labels, so predictions are averaged (as in FedMD, arXiv 1910.03581). Vocabularies are matched
     by the task's label words instead of by aligning tokens, and the server has no model of its own. The consensus is
     the same as HeteroTune's, with the same options. Heterogeneity: any model types, any bits; a closed label set, or
-    answers in words (``consensus.answers``).
+    answers in words (``predictions.answers``).
 
     Parameters
     ----------
     context
         See :class:`StrategyContext`.
-    consensus
-        See :class:`..channels.predictions.server.ConsensusOptions`.
+    predictions
+        See :class:`..channels.predictions.server.PredictionOptions`.
 
     """
 
-    needs_consensus = True
+    needs_predictions = True
 
     def __init__(
-        self, context: StrategyContext, consensus: Mapping[str, Any] | None = None
+        self, context: StrategyContext, predictions: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(context)
-        self.use_consensus(consensus or {})
+        self.use_predictions(predictions or {})
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Read the consensus' options, for their errors."""
-        ConsensusOptions.read(options.get("consensus") or {})
+        PredictionOptions.read(options.get("predictions") or {})
 
     def scope(self, name: str, type_key: str) -> Scope:
         """No tensor is shared."""

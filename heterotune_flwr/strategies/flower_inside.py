@@ -67,15 +67,15 @@ class FlowerInside(WithinType):
             raise ConfigError("FlowerInside needs strategy, for instance strategy: FedAdam")
         _instance(str(options["strategy"]), options.get("options") or {})
 
-    def memory(self) -> State:
+    def state_dict(self) -> State:
         """Also what Flower's strategies hold in plain attributes (moments, momentum, current arrays)."""
         inside = {group: _plain(vars(found)) for group, found in self._instances.items()}
-        return {**super().memory(), "inside": inside}
+        return {**super().state_dict(), "inside": inside}
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory`."""
-        super().recall(memory)
-        for group, attributes in memory["inside"].items():
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        for group, attributes in state["inside"].items():
             self._instances[group] = _instance(self._strategy, self._options)
             vars(self._instances[group]).update(attributes)
 

@@ -39,23 +39,25 @@ def teach(strategy: HeteroStrategy, grid: Grid) -> None:
     work = _assignments(strategy, types)
     pupils = [cid for key in work for cid in strategy.roster.of_type(key)]
     if not pupils:
-        strategy.courier.event("guests", round=last, types=types, clients=0)
+        strategy.transport.event("guests", round=last, types=types, clients=0)
         return
     type_of = {cid: strategy.roster.clients[cid].info.type_key for cid in pupils}
     messages = [strategy.train_message(cid, last, work[type_of[cid]]) for cid in pupils]
-    intake = Intake(strategy.courier, lambda cid: strategy.asked_of(cid, last, work[type_of[cid]]))
-    replies = strategy.courier.collect(
+    intake = Intake(
+        strategy.transport, lambda cid: strategy.asked_of(cid, last, work[type_of[cid]])
+    )
+    replies = strategy.transport.collect(
         grid, messages, TRAIN, last, is_round=False, arrived=intake.arrived
     )
-    admitted = admit(strategy.courier, last, replies, intake)
+    admitted = admit(strategy.transport, last, replies, intake)
     _take_lesson(strategy, admitted, types)
     summary = training_summary(admitted.reports) if admitted.candidates else {"clients": 0}
-    strategy.courier.event("guests", round=last, **(summary | {"types": types}))
+    strategy.transport.event("guests", round=last, **(summary | {"types": types}))
 
 
 def _take_bank(strategy: HeteroStrategy, types: list[str]) -> None:
     """Let the tensors that all types share be these types' own, with the values the others have reached."""
-    strategy.own_copies(types)
+    strategy.fork_global(types)
     reached = strategy.for_guests()
     for key in types:
         group = strategy.state.setdefault(f"type/{key}", {})
@@ -71,7 +73,7 @@ def _assignments(strategy: HeteroStrategy, types: list[str]) -> dict[str, Assign
         return {}
     options, found = strategy.consensus.options, {}
     for key in types:
-        lesson = strategy.consensus.guest_lesson(strategy.rounds + 1, key)
+        lesson = strategy.consensus.guest_request(strategy.rounds + 1, key)
         if lesson.is_empty:
             continue
         found[key] = Assignment(

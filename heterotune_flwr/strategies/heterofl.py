@@ -129,7 +129,7 @@ class HeteroFL(HeteroStrategy):
             self._cut[ratio] = roster
             for client_id in roster.clients if ratio != 1.0 else ():  # the parent's are counted
                 down, up = roster.bytes_down[client_id], roster.bytes_up[client_id]
-                self.courier.ledger.one_time(client_id, down, up)
+                self.transport.ledger.one_time(client_id, down, up)
 
     def client_method(self, client_id: str) -> MethodConfig:
         """The client's slice in this round."""
@@ -165,7 +165,7 @@ class HeteroFL(HeteroStrategy):
                 key: row.get("global_accuracy_mean")
                 for key, row in by_type(self.outcome.rows).items()
             }
-            self.courier.event("slices", accuracies=accuracies)
+            self.transport.event("slices", accuracies=accuracies)
         return record
 
     def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from heterotune_flwr.channels.predictions.server import ConsensusOptions
-from heterotune_flwr.channels.statistics.server import DiscriminantOptions
+from heterotune_flwr.channels.predictions.server import PredictionOptions
+from heterotune_flwr.channels.statistics.server import StatisticsOptions
 from heterotune_flwr.cmga import DEFAULT_CHAIN, Member, build_chain, make_updates
 from heterotune_flwr.cmga.base import LazyMember
 from heterotune_flwr.cmga.robust import RobustMean
@@ -56,38 +56,40 @@ class HeteroTune(HeteroStrategy):
         See :class:`StrategyContext`.
     chain
         The CMGA chain as a list of ``{transform: name, option: value}``; null for the default.
-    consensus
-        Options of :class:`..channels.predictions.server.ConsensusOptions`; null for none.
-    type_phase
+    predictions
+        Options of :class:`..channels.predictions.server.PredictionOptions`; null for none.
+    personalization_phase
         Share of the rounds that the type phase takes, 0 to less than 1, rounded down to whole rounds; the consensus
         is then at work in it alone. 0, or no consensus: there is none, and the consensus is at work in every round.
     mixing
         Share of the mean over types, 0 to 1, that every type's experts take after every round of the type phase; in
         it a type counts as at most twice as far from the last shared bank as the median type.
-    discriminant
-        Options of :class:`..channels.statistics.server.DiscriminantOptions`; null for none.
+    statistics
+        Options of :class:`..channels.statistics.server.StatisticsOptions`; null for none.
 
     """
 
     own_server_step = "has server_opt in its chain; set it there"
-    remembered = ("chain_states", "parted")
+    remembered = ("chain_states", "personalized")
 
     def __init__(
         self,
         context: StrategyContext,
         chain: Sequence[Mapping[str, Any]] | None = None,
-        consensus: Mapping[str, Any] | None = None,
-        type_phase: float = 0.0,
+        predictions: Mapping[str, Any] | None = None,
+        personalization_phase: float = 0.0,
         mixing: float = 0.0,
-        discriminant: Mapping[str, Any] | None = None,
+        statistics: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(context)
-        self.type_phase = _share("type_phase", type_phase, below_one=True)
+        self.personalization_phase = _share(
+            "personalization_phase", personalization_phase, below_one=True
+        )
         self.mixing = _share("mixing", mixing)
         #: Whether types have gone on with banks of their own.
-        self.parted = False
-        self.use_consensus(consensus)
-        self.use_discriminant(discriminant)
+        self.personalized = False
+        self.use_predictions(predictions)
+        self.use_statistics(statistics)
         self.chain = build_chain(
             _with_rule(DEFAULT_CHAIN if chain is None else chain, context.mean)
         )
@@ -99,39 +101,41 @@ class HeteroTune(HeteroStrategy):
         """Build the chain once, and read the consensus' options, for their errors."""
         chain = options.get("chain")
         build_chain(DEFAULT_CHAIN if chain is None else chain)
-        ConsensusOptions.optional(options.get("consensus"))
-        DiscriminantOptions.optional(options.get("discriminant"))
-        _share("type_phase", options.get("type_phase", 0.0), below_one=True)
+        PredictionOptions.optional(options.get("predictions"))
+        StatisticsOptions.optional(options.get("statistics"))
+        _share("personalization_phase", options.get("personalization_phase", 0.0), below_one=True)
         _share("mixing", options.get("mixing", 0.0))
 
     @property
     def shared_rounds(self) -> int:
         """The last round in which all types share one bank."""
-        phase = self.type_phase if self.consensus is not None else 0.0
+        phase = self.personalization_phase if self.consensus is not None else 0.0
         return self.rounds - int(phase * self.rounds)
 
     def learns_in(self, server_round: int) -> bool:
         """From the last shared round on: its predictions are what the type phase begins with."""
         return (
-            self.parted or self.shared_rounds == self.rounds or server_round >= self.shared_rounds
+            self.personalized
+            or self.shared_rounds == self.rounds
+            or server_round >= self.shared_rounds
         )
 
     def begin_round(self, server_round: int) -> None:
         """Give every type its own copy of the shared bank when the type phase begins."""
-        if not self.parted and server_round > self.shared_rounds:
-            self.parted = True
-            self.own_copies(self._groups)
-            self.courier.event("type_phase", round=server_round)
+        if not self.personalized and server_round > self.shared_rounds:
+            self.personalized = True
+            self.fork_global(self._groups)
+            self.transport.event("personalization_phase", round=server_round)
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory`; in the type phase the groups are those of the types."""
-        super().recall(memory)
-        if self.parted:
-            self.own_copies(self._groups)
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`; in the type phase the groups are those of the types."""
+        super().load_state_dict(state)
+        if self.personalized:
+            self.fork_global(self._groups)
 
-    def settle(self, server_round: int) -> None:
+    def after_aggregate(self, server_round: int) -> None:
         """In the type phase, move every type's experts a little towards the mean over types."""
-        if not self.parted or not self.mixing or GLOBAL not in self.state:
+        if not self.personalized or not self.mixing or GLOBAL not in self.state:
             return
         experts = [name for name in self.state[GLOBAL] if tier_of(name) == "global"]
         for slot in sorted({slot_of(name) for name in experts}):
@@ -148,7 +152,7 @@ class HeteroTune(HeteroStrategy):
     def for_guests(self) -> Tensors:
         """After a type phase, the mean over the types that went through it."""
         shared = dict(super().for_guests())
-        if self.parted:
+        if self.personalized:
             for name in shared:
                 groups = [g for g in self._sharing_types(slot_of(name)) if name in self.state[g]]
                 if groups:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from heterotune_flwr.channels.answers.server import AnswerConsensus
-from heterotune_flwr.channels.predictions.record import Lesson
-from heterotune_flwr.channels.predictions.server import Consensus, ConsensusOptions
+from heterotune_flwr.channels.answers.server import AnswerEnsemble
+from heterotune_flwr.channels.predictions.record import DistillationRequest
+from heterotune_flwr.channels.predictions.server import PredictionEnsemble, PredictionOptions
 from heterotune_flwr.channels.statistics.server import (
-    DiscriminantOptions,
-    SharedDiscriminant,
+    PooledClassifier,
+    StatisticsOptions,
     without_views,
 )
 from heterotune_flwr.cmga import pull
@@ -28,7 +28,7 @@ from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.outcome import Outcome
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import Maps, StrategyContext
-from heterotune_flwr.federation.transport import Courier
+from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.federation.updates import ClientUpdate, mean_delta
 from heterotune_flwr.flower import Grid, Strategy, is_simulation
 from heterotune_flwr.protocol.messages import resolve_output
@@ -44,7 +44,7 @@ Shapes = dict[str, tuple[int, ...]]
 GLOBAL = "global"
 #: Why there can be no consensus.
 OPEN_TEXT = (
-    "the task has no closed label set (data.labels, train.loss), and consensus.answers is false"
+    "the task has no closed label set (data.labels, train.loss), and predictions.answers is false"
 )
 
 
@@ -54,7 +54,7 @@ class Assignment:
 
     steps: int
     learning_rate: float
-    lesson: Lesson | None
+    lesson: DistillationRequest | None
     examples: int
 
 
@@ -72,7 +72,7 @@ class Sharing(Strategy):
     """One copy of every group of shared tensors: ``global`` for all clients, ``type/<key>`` for those of a type."""
 
     #: Whether the strategy is nothing without a consensus.
-    needs_consensus: ClassVar[bool] = False
+    needs_predictions: ClassVar[bool] = False
     #: Why ``server_optimizer`` is refused; empty where it is not.
     own_server_step: ClassVar[str] = ""
     #: Attributes that later rounds depend on, besides the shared tensors: they go into checkpoints. A subclass names
@@ -87,12 +87,12 @@ class Sharing(Strategy):
         self.state: dict[str, Tensors] = {}
         self.outcome = Outcome(context.name, context.seed)
         self.roster: Roster
-        self.courier: Courier
+        self.transport: Transport
         self.maps: Maps | None = None
         self.optimizer = context.optimizer
-        self.consensus: Consensus | None = None
-        self.discriminant: SharedDiscriminant | None = None
-        self._discriminant_options: DiscriminantOptions | None = None
+        self.consensus: PredictionEnsemble | None = None
+        self.discriminant: PooledClassifier | None = None
+        self._discriminant_options: StatisticsOptions | None = None
         self._groups: dict[str, dict[str, str]] = {}
         self._shapes: dict[str, Shapes] = {}
         self._fixed: dict[str, set[str]] = {}
@@ -170,14 +170,14 @@ class Sharing(Strategy):
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Refuse wrong values of the class's own options before anything runs (ConfigError)."""
 
-    def use_consensus(self, options: Mapping[str, Any] | None) -> None:
+    def use_predictions(self, options: Mapping[str, Any] | None) -> None:
         """Let clients learn from each other's predictions on anchors (call in ``__init__``); null: not."""
-        if (found := ConsensusOptions.optional(options)) is not None:
-            self.consensus = Consensus(found, self.config.alignment, self.context.seed)
+        if (found := PredictionOptions.optional(options)) is not None:
+            self.consensus = PredictionEnsemble(found, self.config.alignment, self.context.seed)
 
-    def use_discriminant(self, options: Mapping[str, Any] | None) -> None:
+    def use_statistics(self, options: Mapping[str, Any] | None) -> None:
         """Let all clients' labelled examples speak in closed form (call in ``__init__``); null: not."""
-        self._discriminant_options = DiscriminantOptions.optional(options)
+        self._discriminant_options = StatisticsOptions.optional(options)
 
     def learns_in(self, server_round: int) -> bool:
         """Whether clients are asked for predictions on anchors in a round, and taught, where there is a consensus."""
@@ -186,7 +186,7 @@ class Sharing(Strategy):
     def begin_round(self, server_round: int) -> None:
         """Prepare a round, before its messages are made."""
 
-    def settle(self, server_round: int) -> None:
+    def after_aggregate(self, server_round: int) -> None:
         """Change ``state`` once all groups have taken a round's steps, before anything is kept or sent."""
 
     def for_guests(self) -> Tensors:
@@ -197,19 +197,19 @@ class Sharing(Strategy):
         """Further facts about the last round for the journal; JSON-able."""
         return {}
 
-    def memory(self) -> State:
+    def state_dict(self) -> State:
         """What a checkpoint holds besides the shared tensors: all ``remembered`` attributes.
 
         Nested dictionaries, lists, numbers, texts and arrays; extend it where an attribute is of another kind.
         """
         return {name: getattr(self, name) for name in self._remembered()}
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory` (called after :meth:`prepare`)."""
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict` (called after :meth:`prepare`)."""
         for name in self._remembered():
-            setattr(self, name, memory[name])
+            setattr(self, name, state[name])
         if self.taught:
-            self.own_copies(self.roster.guest_types)
+            self.fork_global(self.roster.guest_types)
 
     def _remembered(self) -> list[str]:
         return sorted(
@@ -234,7 +234,7 @@ class Sharing(Strategy):
                     cid: why for key, why in lost.items() for cid in self.roster.of_type(key)
                 }
                 self.roster = session.without(self.roster, reasons, needed)
-        self.courier = Courier(self.context, self.roster, self.maps)
+        self.transport = Transport(self.context, self.roster, self.maps)
         self._tell_of_weights()
         self._check_consensus()
         self._prepare_discriminant()
@@ -298,7 +298,7 @@ class Sharing(Strategy):
         declared = {cid: client.info.train_examples for cid, client in self.roster.clients.items()}
         more = {cid: count for cid, count in declared.items() if count > most}
         if more:
-            self.courier.event("counted_less", most=most, clients=more)
+            self.transport.event("counted_less", most=most, clients=more)
 
     @property
     def _closed(self) -> bool:
@@ -310,12 +310,12 @@ class Sharing(Strategy):
         if self.consensus is None or self._closed:
             return
         if self.consensus.options.answers:
-            self.consensus = AnswerConsensus(self.consensus, self.context.seed)
+            self.consensus = AnswerEnsemble(self.consensus, self.context.seed)
             return
-        if self.needs_consensus:
+        if self.needs_predictions:
             raise ConfigError(f"strategy {self.context.name} shares predictions, but {OPEN_TEXT}")
         self.consensus = None
-        self.courier.event("consensus_off", reason=OPEN_TEXT)
+        self.transport.event("consensus_off", reason=OPEN_TEXT)
 
     def _prepare_discriminant(self) -> None:
         """A discriminant is of a closed label set, in the latents of the last slot; elsewhere there is none."""
@@ -335,15 +335,15 @@ class Sharing(Strategy):
             apart = {key for key in keys if not all(self.shares(key, place) for place in read)}
             # N-grams are the same everywhere, and in standard deviations already.
             spreads = np.concatenate([self.maps.spreads, np.ones(self.method.ngrams)])
-            self.discriminant = SharedDiscriminant(options, spreads, weighting, self.roster, apart)
+            self.discriminant = PooledClassifier(options, spreads, weighting, self.roster, apart)
             return
-        self.courier.event("discriminant_off", reason=reason)
+        self.transport.event("discriminant_off", reason=reason)
 
     def first_values(self, group: str) -> Tensors:
         """What a group's tensors are before round 1: a function of the run's seed."""
         return initial_tensors(self._shapes[group], self.context.seed)
 
-    def own_copies(self, types: Iterable[str]) -> None:
+    def fork_global(self, types: Iterable[str]) -> None:
         """Move every global tensor into the groups of some types, with the value it has unless the type has its own."""
         for type_key in types:
             groups, own = self._groups[type_key], f"type/{type_key}"

@@ -1,9 +1,9 @@
 """What of a strategy goes into a checkpoint, and back: everything the next round depends on.
 
-What a strategy of one's own keeps between rounds is named in its ``remembered`` (or handled by ``memory`` and
-``recall``, see :class:`.sharing.Sharing`); the shared tensors, the server optimizer, the consensus, the ledger, which
-maps clients hold and the last evaluation are saved for every strategy. Sampling and all random numbers are functions
-of seed and round, so there is no generator to save. What clients keep for themselves stays with them
+What a strategy of one's own keeps between rounds is named in its ``remembered`` (or handled by ``state_dict`` and
+``load_state_dict``, see :class:`.sharing.Sharing`); the shared tensors, the server optimizer, the consensus, the
+ledger, which maps clients hold and the last evaluation are saved for every strategy. Sampling and all random numbers
+are functions of seed and round, so there is no generator to save. What clients keep for themselves stays with them
 (:mod:`..tuning.client_state`), by round.
 """
 
@@ -32,7 +32,7 @@ def save(strategy: HeteroStrategy, round: int, evaluated: bool) -> None:
         checkpoints.save(
             strategy.context.name, strategy.context.seed, round, _take(strategy, evaluated)
         )
-        strategy.courier.event("checkpoint", round=round, evaluated=evaluated)
+        strategy.transport.event("checkpoint", round=round, evaluated=evaluated)
 
 
 def go_on(strategy: HeteroStrategy) -> tuple[int, bool]:
@@ -51,14 +51,14 @@ def go_on(strategy: HeteroStrategy) -> tuple[int, bool]:
         return 0, False
     checkpoint, damaged = session.checkpoints.latest(strategy.context.name, strategy.context.seed)
     for reason in damaged:
-        strategy.courier.event("checkpoint_damaged", reason=reason)
+        strategy.transport.event("checkpoint_damaged", reason=reason)
     if checkpoint is None:
         return 0, False
     _check_settings(strategy, checkpoint)
     _put_back(strategy, checkpoint.state, checkpoint.round)
     strategy.begin -= checkpoint.state["seconds"]
     evaluated = bool(checkpoint.state["evaluated"])
-    strategy.courier.event(
+    strategy.transport.event(
         "resumed", round=checkpoint.round, of=strategy.rounds, evaluated=evaluated
     )
     return checkpoint.round, evaluated
@@ -71,10 +71,10 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
         "experiment": strategy.context.experiment,
         "settings": settings_digest(strategy.context.config, strategy.context.name),
         "shared": strategy.state,
-        "memory": strategy.memory(),
-        "consensus": strategy.consensus.memory() if strategy.consensus else None,
-        "discriminant": strategy.discriminant.memory() if strategy.discriminant else None,
-        "courier": strategy.courier.memory(),
+        "memory": strategy.state_dict(),
+        "predictions": strategy.consensus.state_dict() if strategy.consensus else None,
+        "statistics": strategy.discriminant.state_dict() if strategy.discriminant else None,
+        "transport": strategy.transport.state_dict(),
         "maps": dict(strategy.maps.digests) if strategy.maps else {},
         "types": strategy.roster.type_keys,
         "outcome": {
@@ -96,12 +96,12 @@ def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
     _check_maps(strategy, state["maps"])
     for group, tensors in state["shared"].items():
         strategy.state[group] = {**strategy.state.get(group, {}), **tensors}
-    strategy.recall(state["memory"])
+    strategy.load_state_dict(state["memory"])
     if strategy.consensus is not None:
-        strategy.consensus.recall(state["consensus"])
-    if strategy.discriminant is not None and state.get("discriminant"):
-        strategy.discriminant.recall(state["discriminant"])
-    strategy.courier.recall(state["courier"])
+        strategy.consensus.load_state_dict(state["predictions"])
+    if strategy.discriminant is not None and state.get("statistics"):
+        strategy.discriminant.load_state_dict(state["statistics"])
+    strategy.transport.load_state_dict(state["transport"])
     outcome, saved = strategy.outcome, state["outcome"]
     outcome.rows = [ClientRow(**row) for row in saved["rows"]]
     outcome.before = [ClientRow(**row) for row in saved["before"]]

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from heterotune_flwr.channels.predictions.server import Consensus
-from heterotune_flwr.channels.statistics.server import SharedDiscriminant
+from heterotune_flwr.channels.predictions.server import PredictionEnsemble
+from heterotune_flwr.channels.statistics.server import PooledClassifier
 from heterotune_flwr.cmga import pull
 from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.errors import FederationError
@@ -72,7 +72,7 @@ class HeteroStrategy(Sharing):
 
     def summary(self) -> None:
         """Write what is about to run into the journal."""
-        self.courier.event(
+        self.transport.event(
             "start",
             of=self.rounds,
             clients=len(self.roster.clients),
@@ -87,12 +87,12 @@ class HeteroStrategy(Sharing):
         """One message per sampled client; ``arrays`` mirrors ``state``, which is what is sent."""
         self.begin_round(server_round)
         server, seed = self.config.server, self.context.seed
-        bench = self.courier.safety.bench
-        for client_id in bench.returned(server_round):
-            self.courier.event("returned", round=server_round, client_id=client_id)
+        cooldown = self.transport.safety.cooldown
+        for client_id in cooldown.returned(server_round):
+            self.transport.event("returned", round=server_round, client_id=client_id)
         sampled = sample_clients(
             self.roster.learners, server.participation, seed, server_round,
-            bench.benched(server_round), server.oversample,
+            cooldown.cooling(server_round), server.oversample,
         )  # fmt: skip
         return [
             self.train_message(client_id, server_round, self._assignment(server_round, client_id))
@@ -114,7 +114,7 @@ class HeteroStrategy(Sharing):
         """Build one client's training message."""
         train = self.config.train
         type_key = self.roster.clients[client_id].info.type_key
-        digest, maps = self.courier.maps_for(client_id)
+        digest, maps = self.transport.maps_for(client_id)
         lesson = work.lesson
         # What it predicts of anchors, and what it fits to others' predictions there, has the discriminant's share.
         reads = lesson is not None and (lesson.wanted > 0 or not lesson.is_empty)
@@ -133,9 +133,9 @@ class HeteroStrategy(Sharing):
             controls=self.controls(type_key),
             lesson=lesson,
             discriminant=self.discriminant.of(type_key) if self.discriminant and reads else None,
-            class_sums=self.discriminant.asks(client_id) if self.discriminant else 0,
+            class_sums=self.discriminant.requested_min_count(client_id) if self.discriminant else 0,
         )
-        return self.courier.message(client_id, request, TRAIN, server_round)
+        return self.transport.message(client_id, request, TRAIN, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -146,7 +146,7 @@ class HeteroStrategy(Sharing):
         who is counted and benched.
         """
         intake, self._intake = self._intake or self._make_intake(server_round), None
-        admitted = admit(self.courier, server_round, replies, intake)
+        admitted = admit(self.transport, server_round, replies, intake)
         self._bench(server_round, admitted.candidates)
         if len(admitted.candidates) < self.config.server.min_results:
             return self._skip(server_round, len(admitted.candidates))
@@ -161,13 +161,13 @@ class HeteroStrategy(Sharing):
         for group, step in steps.items():
             taken = self._optimized(group, step)
             self.state[group] |= {n: self.state[group][n] + d for n, d in taken.items()}
-        self.settle(server_round)
-        self.courier.safety.gate.learn(admitted.candidates)
+        self.after_aggregate(server_round)
+        self.transport.safety.gate.learn(admitted.candidates)
         summary = training_summary(admitted.reports)
         if self.consensus is not None and self.learns_in(server_round):
-            summary["consensus"] = self._hear(self.consensus, server_round, admitted.reports)
+            summary["predictions"] = self._hear(self.consensus, server_round, admitted.reports)
         if self.discriminant is not None:
-            summary["discriminant"] = self._hear_classes(
+            summary["statistics"] = self._hear_classes(
                 self.discriminant, server_round, admitted.reports
             )
         self._journal_round(server_round, summary)
@@ -176,23 +176,25 @@ class HeteroStrategy(Sharing):
 
     def _make_intake(self, server_round: int) -> Intake:
         return Intake(
-            self.courier,
+            self.transport,
             lambda cid: self.asked_of(cid, server_round, self._assignment(server_round, cid)),
         )
 
     def _hear_classes(
-        self, discriminant: SharedDiscriminant, server_round: int, reports: Sequence[TrainReply]
+        self, discriminant: PooledClassifier, server_round: int, reports: Sequence[TrainReply]
     ) -> dict[str, Any]:
         """Pool what clients tell of their classes; what is known now, for the journal."""
-        before, doubted = discriminant.alone, discriminant.doubted
-        known, refused = discriminant.hear(reports)
+        before, doubted = discriminant.excluded_types, discriminant.doubted
+        known, refused = discriminant.aggregate(reports)
         for client_id in sorted(discriminant.doubted.keys() - doubted):
             share = round(discriminant.doubted[client_id], 3)
-            self.courier.event("classes_doubted", round=server_round, client_id=client_id, to=share)
+            self.transport.event(
+                "classes_doubted", round=server_round, client_id=client_id, to=share
+            )
         self._refuse(refused, server_round, "class_sums", "class_sums_refused")
-        for type_key in sorted(discriminant.alone - before):
-            self.courier.event(
-                "classes_apart",
+        for type_key in sorted(discriminant.excluded_types - before):
+            self.transport.event(
+                "types_excluded",
                 round=server_round,
                 type=type_key,
                 agreement=round(discriminant.agreements[type_key], 3),
@@ -201,29 +203,31 @@ class HeteroStrategy(Sharing):
 
     def _bench(self, server_round: int, fine: Collection[str]) -> None:
         """Give every client that failed in this round a strike; journal whom it benches."""
-        failed = set(self.courier.failed) - set(fine)
-        newly = self.courier.safety.bench.record(server_round, fine, failed, self.roster.learners)
+        failed = set(self.transport.failed) - set(fine)
+        newly = self.transport.safety.cooldown.record(
+            server_round, fine, failed, self.roster.learners
+        )
         for client_id, until in newly.items():
-            self.courier.event("benched", round=server_round, client_id=client_id, until=until)
+            self.transport.event("cooldown", round=server_round, client_id=client_id, until=until)
 
     def _skip(self, server_round: int, usable: int) -> tuple[None, None]:
         needed = self.config.server.min_results
         self.outcome.skipped.append(server_round)
-        self.courier.event("skipped", round=server_round, usable=usable, needed=needed)
+        self.transport.event("skipped", round=server_round, usable=usable, needed=needed)
         return None, None
 
     def _hear(
-        self, consensus: Consensus, server_round: int, reports: Sequence[TrainReply]
+        self, consensus: PredictionEnsemble, server_round: int, reports: Sequence[TrainReply]
     ) -> dict[str, Any]:
-        heard, refused = consensus.hear(server_round, reports, len(self.roster.labels or ()))
+        heard, refused = consensus.aggregate(server_round, reports, len(self.roster.labels or ()))
         self._refuse(refused, server_round, "predictions", "predictions_refused")
         return heard
 
     def _refuse(self, refused: Mapping[str, str], server_round: int, what: str, event: str) -> None:
         """Put on record what beside its update is not used of some clients, and why."""
         for client_id, reason in sorted(refused.items()):
-            self.courier.safety.gate.count(client_id, what)
-            self.courier.refuse(client_id, server_round, reason, event)
+            self.transport.safety.gate.count(client_id, what)
+            self.transport.refuse(client_id, server_round, reason, event)
 
     def _optimized(self, group: str, step: Tensors) -> Tensors:
         """The step as the server optimizer takes it."""
@@ -256,17 +260,17 @@ class HeteroStrategy(Sharing):
             type_key=info.type_key,
             round=server_round,
             code_hash=info.code_hash,
-            maps_digest=self.courier.maps_for(client_id)[0],
+            maps_digest=self.transport.maps_for(client_id)[0],
             shapes=trained,
             work=Work(
                 assignment.examples, assignment.steps, assignment.learning_rate,
                 train.optimizer, train.clip_norm, train.warmup_ratio, pull.MOST * self.roster.usual_examples,
             ),
-            expected=self.courier.expected(trained),
+            expected=self.transport.expected(trained),
         )  # fmt: skip
 
     def _journal_round(self, server_round: int, summary: Mapping[str, Any]) -> None:
-        ledger = self.courier.ledger
+        ledger = self.transport.ledger
         entry = {
             "round": server_round,
             **summary,
@@ -278,7 +282,7 @@ class HeteroStrategy(Sharing):
         if peak is not None:
             self.outcome.peak_memory_mb = max(self.outcome.peak_memory_mb or 0.0, peak)
         self.outcome.rounds.append({"event": "round", **entry})
-        self.courier.event("round", of=self.rounds, **entry)
+        self.transport.event("round", of=self.rounds, **entry)
 
     # -------------------------------------------------------------------------------- evaluation
 
@@ -295,7 +299,7 @@ class HeteroStrategy(Sharing):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Make one row per client and journal the statistics; None when nobody answered."""
-        answers = read_evaluations(self.courier, server_round, replies)
+        answers = read_evaluations(self.transport, server_round, replies)
         if not answers:
             return None
         differ = self.differ_after(server_round)
@@ -309,7 +313,7 @@ class HeteroStrategy(Sharing):
         counts = {"tested": len(self.tested), "clients": len(self.roster.clients)}
         entry = {"round": server_round, **counts, "types": by_type(rows), "overall": overall}
         self.outcome.rounds.append({"event": "evaluate", **entry})
-        self.courier.event("evaluate", of=self.rounds, **entry)
+        self.transport.event("evaluate", of=self.rounds, **entry)
         return MetricRecord({key: float(value) for key, value in overall.items()})
 
     @property
@@ -324,30 +328,30 @@ class HeteroStrategy(Sharing):
     ) -> list[Message]:
         messages = []
         for client_id, scopes in asked.items():
-            digest, maps = self.courier.maps_for(client_id)
+            digest, maps = self.transport.maps_for(client_id)
             header = self._header(server_round, client_id)
             type_key = self.roster.clients[client_id].info.type_key
             added = self.discriminant.of(type_key) if self.discriminant else None
             tensors = self.outgoing(client_id)
             request = EvaluateRequest(header, tensors, digest, maps, scopes, added)
-            messages.append(self.courier.message(client_id, request, EVALUATE, server_round))
+            messages.append(self.transport.message(client_id, request, EVALUATE, server_round))
         return messages
 
     def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
         """Evaluate once; where a type's speaker fails, its other clients are asked in turn."""
         arrays, config = self._arrays(), ConfigRecord()
         messages = list(self.configure_evaluate(server_round, arrays, config, grid))
-        collected = self.courier.collect(grid, messages, EVALUATE, server_round)
+        collected = self.transport.collect(grid, messages, EVALUATE, server_round)
         who = self.tested
         tried = {evaluation.speaker(self.roster, key, who) or "" for key in self.roster.type_keys}
         while not self.differ_after(server_round):
-            answers = read_evaluations(self.courier, server_round, collected)
+            answers = read_evaluations(self.transport, server_round, collected)
             asked = evaluation.plan_again(self.roster, answers, who, tried)
             if not asked:
                 break
             tried |= set(asked)
             messages = self._evaluate_messages(asked, server_round)
-            collected += self.courier.collect(grid, messages, EVALUATE, server_round)
+            collected += self.transport.collect(grid, messages, EVALUATE, server_round)
         record = self.aggregate_evaluate(server_round, collected)
         if record is None:
             self.outcome.rows = []  # an older evaluation must not pass for this one
@@ -395,7 +399,7 @@ class HeteroStrategy(Sharing):
                 )
             )
             self._intake = self._make_intake(server_round)
-            replies = self.courier.collect(
+            replies = self.transport.collect(
                 grid, messages, TRAIN, server_round, arrived=self._intake.arrived
             )
             _, record = self.aggregate_train(server_round, replies)
@@ -431,7 +435,7 @@ class HeteroStrategy(Sharing):
         self._empty_rounds = 0 if record is not None else self._empty_rounds + 1
         patience = self.config.server.give_up_after
         if patience and self._empty_rounds >= min(patience, self.rounds):
-            reason = self.courier.first_failure or "nobody failed; too few were asked"
+            reason = self.transport.first_failure or "nobody failed; too few were asked"
             needed = self.config.server.min_results
             missing = "no usable update" if needed == 1 else f"fewer than {needed} usable updates"
             raise FederationError(
@@ -442,15 +446,15 @@ class HeteroStrategy(Sharing):
     def _finish(self, seconds: float) -> None:
         self.outcome.seconds = seconds
         self.outcome.population = len(self.roster.clients)
-        self.outcome.refused = self.courier.safety.gate.counts
-        self.outcome.bytes = self.courier.ledger.summary(
+        self.outcome.refused = self.transport.safety.gate.counts
+        self.outcome.bytes = self.transport.ledger.summary(
             self.roster.per_type("lora16_bytes"),
             self.roster.per_type("model_bytes"),
             {key: len(self.roster.of_type(key)) for key in self.roster.type_keys},
         )
         if self.maps is not None:
             self.outcome.alignment = {"quality": self.maps.quality}
-        self.courier.event("strategy_end", seconds=seconds, overall=statistics(self.outcome.rows))
+        self.transport.event("strategy_end", seconds=seconds, overall=statistics(self.outcome.rows))
 
     def _header(self, server_round: int, client_id: str) -> Header:
         method = self.client_method(client_id)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from heterotune_flwr.channels.predictions.server import ConsensusOptions
-from heterotune_flwr.channels.statistics.server import DiscriminantOptions
+from heterotune_flwr.channels.predictions.server import PredictionOptions
+from heterotune_flwr.channels.statistics.server import StatisticsOptions
 from heterotune_flwr.dema.bank import tier_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
@@ -24,11 +24,11 @@ class WithinType(HeteroStrategy):
     ----------
     context
         See :class:`StrategyContext`.
-    consensus
-        Options of :class:`..channels.predictions.server.ConsensusOptions`, its scope ``type`` and no other: what
+    predictions
+        Options of :class:`..channels.predictions.server.PredictionOptions`, its pool_over ``type`` and no other: what
         HeteroTune gains beyond it is not what public texts teach a type by itself. Null for none.
-    discriminant
-        Options of :class:`..channels.statistics.server.DiscriminantOptions`, its scope ``type`` likewise; null for
+    statistics
+        Options of :class:`..channels.statistics.server.StatisticsOptions`, its pool_over ``type`` likewise; null for
         none.
 
     """
@@ -36,18 +36,18 @@ class WithinType(HeteroStrategy):
     def __init__(
         self,
         context: StrategyContext,
-        consensus: Mapping[str, Any] | None = None,
-        discriminant: Mapping[str, Any] | None = None,
+        predictions: Mapping[str, Any] | None = None,
+        statistics: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(context)
-        self.use_consensus(_inside("consensus", consensus))
-        self.use_discriminant(_inside("discriminant", discriminant))
+        self.use_predictions(_inside("predictions", predictions))
+        self.use_statistics(_inside("statistics", statistics))
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Read the options of consensus and discriminant, for their errors."""
-        ConsensusOptions.optional(_inside("consensus", options.get("consensus")))
-        DiscriminantOptions.optional(_inside("discriminant", options.get("discriminant")))
+        PredictionOptions.optional(_inside("predictions", options.get("predictions")))
+        StatisticsOptions.optional(_inside("statistics", options.get("statistics")))
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Share with the own type only."""
@@ -57,9 +57,9 @@ class WithinType(HeteroStrategy):
 
 
 def _inside(section: str, given: Any) -> Any:
-    """Options of a section whose scope is the own type, whatever the section's default is."""
+    """Options of a section whose pool_over is the own type, whatever the section's default is."""
     if not isinstance(given, Mapping):
         return given
-    if given.get("scope") == "all":
-        raise ConfigError(f"{section}.scope is 'all', but nothing crosses types in WithinType")
-    return {"scope": "type", **given}
+    if given.get("pool_over") == "all":
+        raise ConfigError(f"{section}.pool_over is 'all', but nothing crosses types in WithinType")
+    return {"pool_over": "type", **given}

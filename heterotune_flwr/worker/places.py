@@ -96,12 +96,12 @@ class Place:
 
     @property
     def lock(self) -> Path:
-        """Held by the worker for its life."""
+        """CachedRef by the worker for its life."""
         return self.socket.with_suffix(".lock")
 
     @property
     def start_lock(self) -> Path:
-        """Held by whoever starts a worker."""
+        """CachedRef by whoever starts a worker."""
         return self.socket.with_suffix(".start")
 
     @property

@@ -38,8 +38,8 @@ def toy_spec(name: str) -> dict:
             method.pop(key, None)
     if "ranks" in spec:
         spec["ranks"] = [2, 4]
-    if spec.get("consensus"):
-        spec["consensus"] |= {"anchors": 12, "pool": 12}
+    if spec.get("predictions"):
+        spec["predictions"] |= {"anchors": 12, "pool": 12}
     train = spec.setdefault("train", {})
     if train.get("optimizer") != "sgd":
         train["learning_rate"] = 0.02

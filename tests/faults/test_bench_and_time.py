@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from wire_faults import FAULTS, Hostile
 
 from heterotune_flwr.errors import FederationError
-from heterotune_flwr.federation.cooldown import Bench
+from heterotune_flwr.federation.cooldown import Cooldowns
 from heterotune_flwr.federation.deadlines import ReplyTimes
 from heterotune_flwr.federation.safety import Safety
 from heterotune_flwr.federation.sampling import sample_clients
@@ -23,30 +23,30 @@ from heterotune_flwr.strategies.strategy import HeteroStrategy
 IDS = [f"client-{i:04d}" for i in range(10)]
 
 
-# ---------------------------------------------------------------------------------------- the bench
+# ---------------------------------------------------------------------------------------- the cooldown
 
 
 def test_the_bench_backs_off_and_forgives():
-    bench = Bench(after=3, longest=8)
+    cooldown = Cooldowns(after=3, longest=8)
     sat, round = [], 0
     while round < 60:
         round += 1
-        if "a" in bench.benched(round):
+        if "a" in cooldown.cooling(round):
             continue
-        until = bench.record(round, ["b", "c"], ["a"], "abc").get("a")
+        until = cooldown.record(round, ["b", "c"], ["a"], "abc").get("a")
         if until:
             sat.append(until - round)
     assert sat[:5] == [2, 4, 8, 8, 8]
-    bench = Bench(after=2)
+    cooldown = Cooldowns(after=2)
     for round in (1, 2):
-        bench.record(round, "b", "a", "ab")
-    assert bench.benched(3) == bench.benched(4) == ["a"]
-    assert bench.benched(5) == []
-    assert bench.returned(5) == ["a"]
-    assert bench.returned(6) == []
-    bench.record(5, "ab", "", "ab")
-    bench.record(6, "b", "a", "ab")
-    assert not bench.benched(7)  # one failure after a success is one strike
+        cooldown.record(round, "b", "a", "ab")
+    assert cooldown.cooling(3) == cooldown.cooling(4) == ["a"]
+    assert cooldown.cooling(5) == []
+    assert cooldown.returned(5) == ["a"]
+    assert cooldown.returned(6) == []
+    cooldown.record(5, "ab", "", "ab")
+    cooldown.record(6, "b", "a", "ab")
+    assert not cooldown.cooling(7)  # one failure after a success is one strike
 
 
 @settings(max_examples=80, deadline=None)
@@ -54,15 +54,15 @@ def test_the_bench_backs_off_and_forgives():
 def test_never_everybody_and_the_saved_bench_goes_on_alike(seed, after, keep, clients):
     rng = np.random.default_rng(seed)
     ids = IDS[:clients]
-    bench, other = Bench(after, 16, keep), Bench(after, 16, keep)
+    cooldown, other = Cooldowns(after, 16, keep), Cooldowns(after, 16, keep)
     for round in range(1, 25):
-        asked = [cid for cid in ids if cid not in bench.benched(round)]
+        asked = [cid for cid in ids if cid not in cooldown.cooling(round)]
         assert len(asked) >= min(keep, clients)
         failed = [cid for cid in asked if rng.random() < 0.8]
-        other.restore(json.loads(json.dumps(bench.state())))
+        other.restore(json.loads(json.dumps(cooldown.state())))
         fine = set(asked) - set(failed)
-        assert bench.record(round, fine, failed, ids) == other.record(round, fine, failed, ids)
-        assert bench.state() == other.state()
+        assert cooldown.record(round, fine, failed, ids) == other.record(round, fine, failed, ids)
+        assert cooldown.state() == other.state()
 
 
 def test_sampling_is_a_function_of_ids_seed_round_and_the_bench():
@@ -81,7 +81,7 @@ def test_sampling_is_a_function_of_ids_seed_round_and_the_bench():
 def test_a_client_that_fails_again_and_again_is_not_asked_and_comes_back(fault):
     hostile = Hostile(("client-0001",), FAULTS[fault] if fault else None)
     ended = run(toy_spec("heterotune"), prepare=hostile, rounds=9)
-    (first, second) = [(e["round"], e["until"]) for e in ended.of("benched")]
+    (first, second) = [(e["round"], e["until"]) for e in ended.of("cooldown")]
     assert (first, second) == ((3, 5), (6, 10))
     assert [e["round"] for e in ended.of("returned")] == [6]
     failures = ended.of("refused" if fault else "client_failed")
@@ -94,7 +94,7 @@ def test_a_client_that_fails_again_and_again_is_not_asked_and_comes_back(fault):
 
 def frozen(strategy):
     """A copy of all that a skipped round must not touch."""
-    gate = strategy.courier.safety.gate.state()
+    gate = strategy.transport.safety.gate.state()
     parts = [
         strategy.state, strategy._optimizer_states, getattr(strategy, "chain_states", {}),
         getattr(strategy, "_controls", {}), gate["levels"], gate["last"],
@@ -203,7 +203,7 @@ def test_a_node_that_died_costs_no_more_than_its_deadline():
     started = time.monotonic()
     ended = run(
         toy_spec("bank"), drop=dead(first_node()), rounds=4, timeout_seconds=30.0,
-        deadline_floor_seconds=0.3, bench_after=0,
+        deadline_floor_seconds=0.3, cooldown_after=0,
     )  # fmt: skip
     assert time.monotonic() - started < 15
     late = [event for event in ended.of("client_failed") if event.get("straggler")]
@@ -226,7 +226,7 @@ def test_a_quorum_closes_the_round_after_its_grace():
     assert [event["round"] for event in closed] == [2, 3]
     assert all(event["unawaited"] == ["client-0000"] for event in closed)
     assert not ended.of("client_failed")
-    assert not ended.of("benched")  # not waiting for a client is not its failure
+    assert not ended.of("cooldown")  # not waiting for a client is not its failure
     assert [event["clients"] for event in ended.of("round")] == [10, 9, 9]
 
 
@@ -253,22 +253,22 @@ def test_a_restored_gate_and_bench_go_on_bit_for_bit(monkeypatch):
     states = []
 
     def reborn(self, server_round, arrays, config, grid):
-        text = json.dumps(self.courier.safety.state())
+        text = json.dumps(self.transport.safety.state())
         states.append(text)
-        self.courier.safety = Safety.of(self.config.server, self.config.exchange)
-        self.courier.safety.restore(json.loads(text))
+        self.transport.safety = Safety.of(self.config.server, self.config.exchange)
+        self.transport.safety.restore(json.loads(text))
         return configure(self, server_round, arrays, config, grid)
 
     monkeypatch.setattr(HeteroStrategy, "configure_train", reborn)
     parts = run(toy_spec("heterotune"), prepare=flip, rounds=8, participation=0.7)
     assert len(states) == 8
-    assert whole.of("benched")
-    assert whole.of("benched") == parts.of("benched")
+    assert whole.of("cooldown")
+    assert whole.of("cooldown") == parts.of("cooldown")
     assert [e["client_id"] for e in whole.of("refused")] == [
         e["client_id"] for e in parts.of("refused")
     ]
     for name, value in whole.strategy.shared_tensors().items():
         np.testing.assert_array_equal(value, parts.strategy.shared_tensors()[name])
-    one, other = (e.strategy.courier.safety for e in (whole, parts))
+    one, other = (e.strategy.transport.safety for e in (whole, parts))
     assert one.gate.state() == other.gate.state()
-    assert one.bench.state() == other.bench.state()
+    assert one.cooldown.state() == other.cooldown.state()

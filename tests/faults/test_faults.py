@@ -86,7 +86,7 @@ def test_the_progress_display_says_who_is_refused_benched_and_back(tmp_path):
     progress = RunProgress(toy_config(tmp_path, (4, 3, 3)), Console(file=text, width=200))
     named = {"strategy": "heterotune", "seed": 0}
     for event in ended.events:
-        if event["event"] in ("refused", "benched", "returned"):
+        if event["event"] in ("refused", "cooldown", "returned"):
             progress({**named, **event})
     progress({**named, "event": "skipped", "round": 2, "usable": 1, "needed": 5})
     progress({**named, "event": "round_closed", "round": 3, "unawaited": ["client-0009"]})

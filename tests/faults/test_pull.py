@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_faults import CODEC, Hostile
 
-from heterotune_flwr.channels.predictions.server import heard
+from heterotune_flwr.channels.predictions.server import confidence_weighted_mean
 from heterotune_flwr.channels.statistics import class_pool
 from heterotune_flwr.channels.statistics.class_pool import ClassPool
 from heterotune_flwr.channels.statistics.record import ClassSums
@@ -242,9 +242,9 @@ def test_a_pool_is_the_same_whoever_tells_first_and_after_a_resume():
         sums = ClassSums(told[index][0].astype(np.float32), told[index][1].astype(np.float32))
         other.add(f"client-{index:04d}", "ab"[index % 2], sums)
     again = ClassPool(3, np.ones(6) / 6, 100.0)
-    again.recall(one.memory())
+    again.load_state_dict(one.state_dict())
     nobody = ClassPool(3, np.ones(6) / 6, 100.0)
-    nobody.recall(nobody.memory())
+    nobody.load_state_dict(nobody.state_dict())
     assert nobody.totals() == {}
     for found in (other, again):
         for key, total in one.totals({"a": "", "b": ""}).items():
@@ -280,6 +280,6 @@ def test_nobody_is_heard_much_louder_than_the_median_client(seed, clients, confi
     said = rng.dirichlet([1.0] * 5, size=(clients, 30)).astype(np.float32)
     said[0] = np.eye(5)[rng.integers(0, 5, 30)]  # sure of everything
     shares = [1 / clients] * clients
-    loudest = heard(list(said), shares, confidence)[1][0]
+    loudest = confidence_weighted_mean(list(said), shares, confidence)[1][0]
     half = (clients + 1) // 2  # clients at least as loud as the lower of the two middle ones
     assert loudest <= pull.LOUDEST / (pull.LOUDEST + half - 1) + 1e-9

@@ -27,7 +27,7 @@ CHAINS = {
     "guarded without guard": [*GUARDED_CHAIN[:-2], {"transform": "combine", "guard": False}],
     "dissent": [
         *_HEAD,
-        {"transform": "weigh_dissent"},
+        {"transform": "downweight_outliers"},
         {"transform": "combine", "guard": False},
     ],
     "pcgrad": [

@@ -51,7 +51,7 @@ class Schedule:
     smoothing: float = 0.1
     rule: str = "mean"  # mean | the name of a chain in .chains
     gate_scope: str = "global"  # global | type | client
-    type_phase: float = (
+    personalization_phase: float = (
         0.0  # share of the rounds in which types go their own ways, taught by the consensus
     )
     mixing: float = 0.0  # of the mean of all clients' experts, after every round of the type phase

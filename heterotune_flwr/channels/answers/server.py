@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.channels.predictions.record import Lesson, as_answers
-from heterotune_flwr.channels.predictions.server import Consensus, voices
+from heterotune_flwr.channels.predictions.record import DistillationRequest, as_answers
+from heterotune_flwr.channels.predictions.server import PredictionEnsemble, agreement_weights
 from heterotune_flwr.cmga.pull import no_louder
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import ExchangeError
@@ -46,8 +46,8 @@ def bags(answers: Sequence[str]) -> Matrix:
     return found
 
 
-def evened(weights: Matrix, answers: Sequence[Sequence[str]], iterations: int) -> Matrix:
-    """Make frequent answers equally frequent, as :func:`..predictions.server.balanced` does with labels.
+def balance_answers(weights: Matrix, answers: Sequence[Sequence[str]], iterations: int) -> Matrix:
+    """Make frequent answers equally frequent, as :func:`..predictions.server.sinkhorn_balance` does with labels.
 
     ``weights`` (clients x n) sum to 1 on every anchor that somebody answered. Answers whose weights add up to less than
     a hundredth of the anchors stay as they are, so free text, where every answer is another, is left alone; so do those
@@ -79,21 +79,21 @@ def _shares(weights: Matrix) -> Matrix:
     return np.asarray(weights / np.maximum(weights.sum(axis=0), 1e-300))
 
 
-class AnswerConsensus(Consensus):
+class AnswerEnsemble(PredictionEnsemble):
     """The server's side where answers are words.
 
     Parameters
     ----------
     consensus
-        With the same options and anchors; its ``trust``, ``confidence`` and ``balance`` mean here what they mean there:
-        agreement is that of the answers' words, sureness is ``exp(-mean entropy of the answer's tokens)``, and what is
-        made equally frequent are answers that many anchors get.
+        With the same options and anchors; its ``agreement_power``, ``entropy_power`` and ``balance`` mean here what
+        they mean there: agreement is that of the answers' words, sureness is ``exp(-mean entropy of the answer's
+        tokens)``, and what is made equally frequent are answers that many anchors get.
     seed
         The run's, of the draws.
 
     """
 
-    def __init__(self, consensus: Consensus, seed: int) -> None:
+    def __init__(self, consensus: PredictionEnsemble, seed: int) -> None:
         self.seed = seed
         options = consensus.options
         # Answers are written word by word: guests learn from those of the pool.
@@ -104,35 +104,35 @@ class AnswerConsensus(Consensus):
         self._due = 0
         self.closes_after = consensus.closes_after
 
-    def memory(self) -> State:
+    def state_dict(self) -> State:
         """The next round's answers."""
         texts = {key: json.dumps(answers).encode() for key, answers in self._answers.items()}
         arrays = {key: np.frombuffer(text, dtype=np.uint8) for key, text in texts.items()}
         return {"answers": arrays, "due": self._due}
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory`."""
-        self._answers = {key: json.loads(a.tobytes()) for key, a in memory["answers"].items()}
-        self._due = memory["due"]
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._answers = {key: json.loads(a.tobytes()) for key, a in state["answers"].items()}
+        self._due = state["due"]
 
-    def lesson(self, server_round: int, type_key: str) -> Lesson:
+    def lesson(self, server_round: int, type_key: str) -> DistillationRequest:
         """What a client is asked in a round; without answers where nobody it learns from has answered."""
         answers = self._due_for(server_round, type_key, self._answers)
         if answers is not None:
             answers = [answers[place] for place in self._places(server_round, answers)]
         return dataclasses.replace(self._lesson(server_round), words=True, answers=answers)
 
-    def guest_lesson(self, server_round: int, type_key: str) -> Lesson:
-        """As :meth:`..predictions.server.Consensus.guest_lesson`."""
+    def guest_request(self, server_round: int, type_key: str) -> DistillationRequest:
+        """As :meth:`..predictions.server.PredictionEnsemble.guest_request`."""
         answers = self._due_for_guests(server_round, type_key, self._answers)
         return dataclasses.replace(self._lesson_for_guests(answers), words=True, answers=answers)
 
-    def hear(
+    def aggregate(
         self, server_round: int, reports: Sequence[TrainReply], classes: int
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Draw, for every anchor of the next round, one of the answers that clients gave.
 
-        Returns as :meth:`..predictions.server.Consensus.hear`; ``classes`` plays no part.
+        Returns as :meth:`..predictions.server.PredictionEnsemble.hear`; ``classes`` plays no part.
         """
         usable: dict[str, tuple[list[str], Matrix]] = {}
         refused: dict[str, str] = {}
@@ -156,7 +156,7 @@ class AnswerConsensus(Consensus):
         sureness = float(np.stack([sure for _, sure in usable.values()]).mean())
         distinct = len({answer for answers in self._answers.values() for answer in answers})
         return {
-            "voices": shares,
+            "agreement_weights": shares,
             "sureness": sureness,
             "clients": len(usable),
             "answers": distinct,
@@ -166,12 +166,14 @@ class AnswerConsensus(Consensus):
         """Chance of every client's answer to be drawn (clients x n); 0 where it said nothing."""
         options = self.options
         # Bins in which nobody has a word tell nothing, and centred words of agreeing clients correlate as labels do.
-        loud = voices([bags(answers).astype(np.float32) for answers, _ in said], options.trust)
+        loud = agreement_weights(
+            [bags(answers).astype(np.float32) for answers, _ in said], options.agreement_power
+        )
         spoken = np.array([[bool(answer) for answer in answers] for answers, _ in said], float)
         sure = np.stack([sureness for _, sureness in said])
-        sure = no_louder(sure) ** options.confidence
+        sure = no_louder(sure) ** options.entropy_power
         weights = _shares(np.asarray(loud)[:, None] * sure * spoken)
-        return evened(weights, [answers for answers, _ in said], options.balance)
+        return balance_answers(weights, [answers for answers, _ in said], options.balance)
 
 
 def _checked(report: TrainReply, count: int) -> tuple[list[str], Matrix]:

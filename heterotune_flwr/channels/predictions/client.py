@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.channels.answers.leak_filter import repeating
 from heterotune_flwr.channels.predictions.loss import Distillation, predict
-from heterotune_flwr.channels.predictions.record import LONGEST_ANSWER, Lesson, as_probabilities
-from heterotune_flwr.channels.statistics.client import discriminant_logits
-from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.channels.predictions.record import (
+    LONGEST_ANSWER,
+    DistillationRequest,
+    as_probabilities,
+)
+from heterotune_flwr.channels.statistics.client import classifier_logits
+from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.client.encodings import encodings
 from heterotune_flwr.client.identity import Identity
 from heterotune_flwr.data.examples import Example
@@ -45,7 +49,7 @@ class AnchorWork(Protocol):
     def distillation(self, round: int) -> Distillation | None:
         """What to fit in a round; None where there is nothing."""
 
-    def says(self, round: int) -> Said:
+    def predict(self, round: int) -> Said:
         """What the model, with the values it now holds, says of a round's anchors."""
 
 
@@ -55,7 +59,7 @@ def anchor_texts(anchors: str, count: int) -> list[str]:
     return load_anchors(AlignmentConfig(anchors=anchors, count=count))
 
 
-def _known_texts(lesson: Lesson, alignment: AlignmentConfig) -> list[str]:
+def _known_texts(lesson: DistillationRequest, alignment: AlignmentConfig) -> list[str]:
     """The anchors; ConfigError where this client's are not the server's."""
     texts = anchor_texts(alignment.anchors, lesson.extent)
     if len(texts) < lesson.extent or anchor_digest(texts) != lesson.digest:
@@ -66,12 +70,12 @@ def _known_texts(lesson: Lesson, alignment: AlignmentConfig) -> list[str]:
     return texts
 
 
-def _drawn(lesson: Lesson, count: int, seed: int, round: int) -> list[int]:
+def _drawn(lesson: DistillationRequest, count: int, seed: int, round: int) -> list[int]:
     """The anchors of a round: out of the pool, or all of the list where they are more."""
     return round_anchors(max(lesson.pool, count), count, seed, round)
 
 
-def _encoded(lesson: Lesson, texts: list[str], task: Task) -> EncodedSet:
+def _encoded(lesson: DistillationRequest, texts: list[str], task: Task) -> EncodedSet:
     assert task.labels is not None
     unknown = task.labels[0]  # an anchor has no label; encoding wants one
     return encodings.encoded(
@@ -80,13 +84,13 @@ def _encoded(lesson: Lesson, texts: list[str], task: Task) -> EncodedSet:
 
 
 def anchor_work(
-    lesson: Lesson | None,
+    lesson: DistillationRequest | None,
     identity: Identity,
     config: Config,
     task: Task,
     adapter: AttachedAdapter,
     seed: int,
-    discriminant: Discriminant | None = None,
+    discriminant: LinearClassifier | None = None,
 ) -> AnchorWork | None:
     """Prepare a lesson; None where there is none. ``discriminant`` has its say in what the client predicts, and some of
     it in what it fits to the others' predictions.
@@ -109,20 +113,24 @@ def anchor_work(
     if lesson.words:
         return _Answering(lesson, task, adapter, texts, identity, seed, cache)
     encoded = _encoded(lesson, texts, task)
-    offsets = discriminant_logits(discriminant, adapter, task, encoded, cache)
+    offsets = classifier_logits(discriminant, adapter, task, encoded, cache)
     rows = make_rows(adapter, encoded, cache, offsets=offsets)
-    return _Predicting(lesson, task, rows, seed, discriminant.fitted if discriminant else 1.0)
+    return _Predicting(
+        lesson, task, rows, seed, discriminant.distill_share if discriminant else 1.0
+    )
 
 
 @dataclass(frozen=True)
 class _Predicting:
-    """Label probabilities of a closed set; ``rows`` are those of the whole pool, ``fitted`` as of the discriminant."""
+    """Label probabilities of a closed set; ``rows`` are those of the whole pool, ``distill_share`` as of the
+    discriminant.
+    """
 
-    lesson: Lesson
+    lesson: DistillationRequest
     task: Task
     rows: Rows
     seed: int
-    fitted: float
+    distill_share: float
 
     def distillation(self, round: int) -> Distillation | None:
         """Fit the federation's mean; None where nobody has predicted (ExchangeError: other labels)."""
@@ -133,10 +141,16 @@ class _Predicting:
         targets = torch.from_numpy(values).to(self.task.backbone.device)
         chosen = _drawn(lesson, lesson.count, self.seed, round)
         return Distillation(
-            self.rows, chosen, targets, lesson.weight, lesson.batch, lesson.focus, self.fitted
+            self.rows,
+            chosen,
+            targets,
+            lesson.weight,
+            lesson.batch,
+            lesson.informativeness_power,
+            self.distill_share,
         )
 
-    def says(self, round: int) -> Said:
+    def predict(self, round: int) -> Said:
         """Predict."""
         lesson = self.lesson
         if not lesson.wanted:
@@ -149,7 +163,7 @@ class _Predicting:
 class _Answering:
     """Answers in words."""
 
-    lesson: Lesson
+    lesson: DistillationRequest
     task: Task
     adapter: AttachedAdapter
     texts: list[str]
@@ -192,7 +206,7 @@ class _Answering:
             return None
         return one
 
-    def says(self, round: int) -> Said:
+    def predict(self, round: int) -> Said:
         """Draw an answer to every anchor; nothing where it repeats the client's own texts, or its owner forbids."""
         count = self.lesson.wanted
         if not count:

@@ -46,9 +46,9 @@ class Distillation:
         Of this loss beside the one on the client's own examples.
     batch
         Anchors in every step; 0: as many as a batch holds examples.
-    focus
-        Anchors are drawn with chances ``~ (log C - H)^focus``, H the entropy of their targets in nats: more often where
-        the targets say something. 0: all alike, as where the targets are tokens.
+    informativeness_power
+        Anchors are drawn with chances ``~ (log C - H)^informativeness_power``, H the entropy of their targets in nats:
+        more often where the targets say something. 0: all alike, as where the targets are tokens.
     offsets
         Share, in the predictions that are fitted, of what the rows add to their logits.
 
@@ -59,17 +59,17 @@ class Distillation:
     targets: Tensor | None
     weight: float
     batch: int = 0
-    focus: float = 0.0
+    informativeness_power: float = 0.0
     offsets: float = 1.0
 
     @cached_property
     def chances(self) -> NDArray[np.float64] | None:
         """Chance of every anchor to be drawn next, None where they are alike."""
-        if not self.focus or self.targets is None:
+        if not self.informativeness_power or self.targets is None:
             return None
         said = self.targets.double().cpu().numpy()
         told = np.log(said.shape[1]) - entropies(said)
-        weights = np.maximum(told, _LEAST) ** self.focus
+        weights = np.maximum(told, _LEAST) ** self.informativeness_power
         chances: NDArray[np.float64] = weights / weights.sum()
         return chances
 

@@ -32,7 +32,7 @@ from heterotune_flwr.protocol.wire import (
 
 Array = NDArray[np.float32]
 
-_FIELD, _TARGETS = "consensus", "targets"
+_FIELD, _TARGETS = "predictions", "targets"
 #: Letters of one answer.
 LONGEST_ANSWER = 2000
 #: Above it chances would be all or nothing.
@@ -40,7 +40,7 @@ MOST_FOCUS = 8.0
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationRequest:
     """What the server asks of a client on the anchors in one round.
 
     Attributes
@@ -63,7 +63,7 @@ class Lesson:
     asked
         How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's. More
         than the pool: so many of the whole list.
-    focus
+    informativeness_power
         How much more often the client draws anchors whose targets say something (:mod:`.loss`).
 
     """
@@ -77,7 +77,7 @@ class Lesson:
     words: bool = False
     answers: list[str] | None = None
     asked: int | None = None
-    focus: float = 0.0
+    informativeness_power: float = 0.0
 
     @property
     def wanted(self) -> int:
@@ -107,15 +107,15 @@ class Lesson:
             fields["words"] = True
         if self.wanted != self.count:
             fields["asked"] = self.wanted
-        if self.focus:
-            fields["focus"] = self.focus
+        if self.informativeness_power:
+            fields["informativeness_power"] = self.informativeness_power
         config[_FIELD] = json.dumps(fields, separators=(",", ":"))
         if self.targets is not None:
             content[CONSENSUS] = pack({_TARGETS: self.targets}, UNIT8)
         add_answers(config, self.answers)
 
     @classmethod
-    def read(cls, content: RecordDict, config: ConfigRecord) -> Lesson | None:
+    def read(cls, content: RecordDict, config: ConfigRecord) -> DistillationRequest | None:
         """Read the lesson of a request; None where it has none.
 
         Raises
@@ -132,10 +132,18 @@ class Lesson:
         pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
         weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
         asked = read_field(fields, "asked", int) if "asked" in fields else None
-        focus = read_field(fields, "focus", float) if "focus" in fields else 0.0
+        informativeness_power = (
+            read_field(fields, "informativeness_power", float)
+            if "informativeness_power" in fields
+            else 0.0
+        )
         words = "words" in fields and read_field(fields, "words", bool)
         sizes = 1 <= count <= pool and (asked or 0) >= 0 and batch >= 0
-        if not sizes or not 0 <= weight < float("inf") or not 0 <= focus <= MOST_FOCUS:
+        if (
+            not sizes
+            or not 0 <= weight < float("inf")
+            or not 0 <= informativeness_power <= MOST_FOCUS
+        ):
             raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
         tensors = read_tensors(content, CONSENSUS)
         targets = None
@@ -145,7 +153,18 @@ class Lesson:
         if answers is not None:
             answers = as_answers(answers, count)
         digest = read_field(fields, "digest", str)
-        return cls(digest, pool, count, weight, targets, batch, words, answers, asked, focus)
+        return cls(
+            digest,
+            pool,
+            count,
+            weight,
+            targets,
+            batch,
+            words,
+            answers,
+            asked,
+            informativeness_power,
+        )
 
 
 def asks_otherwise(content: RecordDict) -> bool:

@@ -21,7 +21,11 @@ from heterotune_flwr.alignment.public_texts import (
     load_anchors,
     round_anchors,
 )
-from heterotune_flwr.channels.predictions.record import MOST_FOCUS, Lesson, as_probabilities
+from heterotune_flwr.channels.predictions.record import (
+    MOST_FOCUS,
+    DistillationRequest,
+    as_probabilities,
+)
 from heterotune_flwr.cmga.pull import no_louder
 from heterotune_flwr.config.options import check_keys, check_number, check_scope
 from heterotune_flwr.errors import ConfigError, ExchangeError
@@ -38,7 +42,7 @@ _FLOOR = 0.02
 
 
 @dataclass(frozen=True)
-class ConsensusOptions:
+class PredictionOptions:
     """Options of a strategy's ``consensus``.
 
     Attributes
@@ -49,20 +53,20 @@ class ConsensusOptions:
         They are drawn from the first ``pool`` of ``alignment.anchors``, whose frozen states clients keep.
     weight
         Of the anchors' loss beside the loss on own examples.
-    trust
+    agreement_power
         A client's voice is its agreement with the others (correlation of its predictions with the mean of the other
         clients') to this power; 0: every client's is the same.
-    confidence
-        On each anchor a client's voice is multiplied by ``exp(-confidence x entropy of what it predicts there)``: who
-        knows speaks. 0: no difference; at 1 the surest is heard at most C times as loud as one that has no idea.
+    entropy_power
+        On each anchor a client's voice is multiplied by ``exp(-entropy_power x entropy of what it predicts there)``:
+        who knows speaks. 0: no difference; at 1 the surest is heard at most C times as loud as one that has no idea.
     balance
-        Rounds of :func:`balanced` on the targets; 0: none.
+        Rounds of :func:`sinkhorn_balance` on the targets; 0: none.
     batch
         Anchors in every training step beside the client's examples; 0: as many as examples (``train.batch_size``).
-    focus
-        Clients draw the anchors of a step with chances ``~ (log C - entropy of the target)^focus``, in nats: what
-        nobody knows teaches nothing. 0: all alike.
-    scope
+    informativeness_power
+        Clients draw the anchors of a step with chances ``~ (log C - entropy of the target)^informativeness_power``, in
+        nats: what nobody knows teaches nothing. 0: all alike.
+    pool_over
         Whose predictions are averaged for a client: ``all``, or those of its own ``type``, where nothing crosses types.
     answers
         Whether clients of an open-text task exchange answers in words (:mod:`..answers.server`); without it there is no
@@ -78,55 +82,58 @@ class ConsensusOptions:
     anchors: int = 256
     pool: int = 1024
     weight: float = 1.0
-    trust: float = 1.0
-    confidence: float = 1.0
+    agreement_power: float = 1.0
+    entropy_power: float = 1.0
     balance: int = 5
     batch: int = 0
-    focus: float = 0.0
-    scope: str = "all"
+    informativeness_power: float = 0.0
+    pool_over: str = "all"
     answers: bool = False
     guest_anchors: int = 0
     guest_steps: int = 480
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> ConsensusOptions:
+    def read(cls, given: Mapping[str, Any]) -> PredictionOptions:
         """Read a YAML entry (ConfigError names what is wrong)."""
         known = [field.name for field in dataclasses.fields(cls)]
-        check_keys("consensus", given, known)
+        check_keys("predictions", given, known)
         for key, value in given.items():
-            if key == "scope":
-                check_scope("consensus", value)
+            if key == "pool_over":
+                check_scope("predictions", value)
                 continue
             if key == "answers":
                 if not isinstance(value, bool):
-                    raise ConfigError(f"consensus.answers is {value!r}; true or false is needed")
+                    raise ConfigError(f"predictions.answers is {value!r}; true or false is needed")
                 continue
             counted = ("anchors", "pool", "guest_steps")
             whole = key in (*counted, "balance", "batch", "guest_anchors")
-            check_number(f"consensus.{key}", value, whole, least=1 if key in counted else 0)
+            check_number(f"predictions.{key}", value, whole, least=1 if key in counted else 0)
         options = cls(**given)
-        if options.focus > MOST_FOCUS:
-            raise ConfigError(f"consensus.focus is {options.focus!r}; {MOST_FOCUS:g} at most")
+        if options.informativeness_power > MOST_FOCUS:
+            raise ConfigError(
+                f"predictions.informativeness_power is {options.informativeness_power!r}; {MOST_FOCUS:g} at most"
+            )
         if options.anchors > options.pool:
             raise ConfigError(
-                f"consensus.anchors is {options.anchors}, more than the {options.pool} of consensus.pool"
+                f"predictions.anchors is {options.anchors}, more than the {options.pool} of predictions.pool"
             )
         return options
 
     @classmethod
-    def optional(cls, given: Mapping[str, Any] | None) -> ConsensusOptions | None:
+    def optional(cls, given: Mapping[str, Any] | None) -> PredictionOptions | None:
         """The same of an entry that may be null, for none."""
         return None if given is None else cls.read(given)
 
 
-def voices(predictions: Sequence[Array], trust: float) -> list[float]:
+def agreement_weights(predictions: Sequence[Array], agreement_power: float) -> list[float]:
     """Share of every client in the mean, from how much it agrees with the mean of the others.
 
-    ``w_i ~ max(corr(p_i, mean_{j != i} p_j), 0.02)^trust`` with predictions ``n x C`` centred per label, so that
-    agreeing on what is frequent everywhere does not count. With one client, or ``trust`` 0, all are equal.
+    ``w_i ~ max(corr(p_i, mean_{j != i} p_j), 0.02)^agreement_power`` with predictions ``n x C`` centred per label, so
+    that agreeing on what is frequent everywhere does not count. With one client, or ``agreement_power`` 0, all are
+    equal.
     """
     count = len(predictions)
-    if count < 3 or not trust:  # two always agree with each other equally
+    if count < 3 or not agreement_power:  # two always agree with each other equally
         return [1.0 / count] * count
     centred = [np.asarray(p, np.float64) - p.mean(axis=0, dtype=np.float64) for p in predictions]
     total = np.sum(centred, axis=0)
@@ -135,28 +142,28 @@ def voices(predictions: Sequence[Array], trust: float) -> list[float]:
         others = total - own
         scale = float(np.linalg.norm(own) * np.linalg.norm(others))
         agreement = float((own * others).sum()) / scale if scale > 0 else 0.0
-        weights.append(max(agreement, _FLOOR) ** trust)
+        weights.append(max(agreement, _FLOOR) ** agreement_power)
     return [weight / sum(weights) for weight in weights]
 
 
-def heard(
-    predictions: Sequence[Array], shares: Sequence[float], confidence: float
+def confidence_weighted_mean(
+    predictions: Sequence[Array], shares: Sequence[float], entropy_power: float
 ) -> tuple[NDArray[np.float64], list[float]]:
     """Average label probabilities (``n x C`` each), louder where a client is sure of itself.
 
-    ``w_i(n) ~ shares_i exp(-confidence H(p_i(n)))`` with H the entropy in nats, normalised on every anchor n; nobody is
-    much louder than the median client (:func:`...cmga.pull.no_louder`).
+    ``w_i(n) ~ shares_i exp(-entropy_power H(p_i(n)))`` with H the entropy in nats, normalised on every anchor n;
+    nobody is much louder than the median client (:func:`...cmga.pull.no_louder`).
     Returns the mean (``n x C``) and every client's share in it, averaged over anchors.
     """
     said = np.asarray(predictions, np.float64)
-    weights = np.asarray(shares)[:, None] * np.exp(-confidence * entropies(said))
+    weights = np.asarray(shares)[:, None] * np.exp(-entropy_power * entropies(said))
     weights = no_louder(weights)
     weights = weights / weights.sum(axis=0)
     mean: NDArray[np.float64] = np.einsum("in,inc->nc", weights, said)
     return mean, [float(share) for share in weights.mean(axis=1)]
 
 
-def balanced(targets: NDArray[np.float64], iterations: int) -> NDArray[np.float64]:
+def sinkhorn_balance(targets: NDArray[np.float64], iterations: int) -> NDArray[np.float64]:
     """Make every label equally frequent over the anchors: how they differ is kept, not how frequent a label is.
 
     Rows and columns in turn, as in Sinkhorn's algorithm (arXiv 1306.0895). Whatever label the anchors happen to
@@ -168,13 +175,13 @@ def balanced(targets: NDArray[np.float64], iterations: int) -> NDArray[np.float6
     return targets
 
 
-class Consensus:
+class PredictionEnsemble:
     """The server's side: hands out lessons, hears predictions.
 
     Parameters
     ----------
     options
-        See :class:`ConsensusOptions`.
+        See :class:`PredictionOptions`.
     alignment
         Names the anchors.
     seed
@@ -188,7 +195,7 @@ class Consensus:
     """
 
     def __init__(
-        self, options: ConsensusOptions, alignment: AlignmentConfig, seed: int = 0
+        self, options: PredictionOptions, alignment: AlignmentConfig, seed: int = 0
     ) -> None:
         most = max(options.pool, options.guest_anchors)
         texts = load_anchors(dataclasses.replace(alignment, count=most))
@@ -210,25 +217,25 @@ class Consensus:
         options = self.options
         return options.guest_anchors if server_round == self.closes_after else options.anchors
 
-    def memory(self) -> State:
+    def state_dict(self) -> State:
         """The next round's targets."""
         return {"targets": self._targets, "due": self._due}
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory`."""
-        self._targets, self._due = dict(memory["targets"]), memory["due"]
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._targets, self._due = dict(state["targets"]), state["due"]
 
     def _group(self, type_key: str) -> str:
-        return type_key if self.options.scope == "type" else ""
+        return type_key if self.options.pool_over == "type" else ""
 
-    def lesson(self, server_round: int, type_key: str) -> Lesson:
+    def lesson(self, server_round: int, type_key: str) -> DistillationRequest:
         """What a client is asked in a round; without targets where nobody it learns from predicted on its anchors."""
         targets = self._due_for(server_round, type_key, self._targets)
         if targets is not None:
             targets = targets[self._places(server_round, targets)]
         return dataclasses.replace(self._lesson(server_round), targets=targets)
 
-    def guest_lesson(self, server_round: int, type_key: str) -> Lesson:
+    def guest_request(self, server_round: int, type_key: str) -> DistillationRequest:
         """What a guest fits after the last round, the one before ``server_round``: all that was predicted for it.
 
         Nothing, where nobody knew that it was the last round, and predictions are of an ordinary one's anchors.
@@ -252,20 +259,26 @@ class Consensus:
             return list(range(count))
         return round_anchors(options.pool, options.anchors, self.seed, server_round)
 
-    def _lesson(self, server_round: int) -> Lesson:
+    def _lesson(self, server_round: int) -> DistillationRequest:
         options = self.options
         return self._about(options.pool, options.anchors, self.asked(server_round))
 
-    def _lesson_for_guests(self, taught: Sized | None) -> Lesson:
+    def _lesson_for_guests(self, taught: Sized | None) -> DistillationRequest:
         """A lesson that asks for nothing, about as many anchors as ``taught`` says something of."""
         count = 1 if taught is None else len(taught)
         return self._about(count, count, asked=0)
 
-    def _about(self, pool: int, count: int, asked: int) -> Lesson:
+    def _about(self, pool: int, count: int, asked: int) -> DistillationRequest:
         """A lesson as the options say, without targets; one about a list that is none of ours has no digest."""
         options = self.options
-        lesson = Lesson(
-            "", pool, count, options.weight, batch=options.batch, asked=asked, focus=options.focus
+        lesson = DistillationRequest(
+            "",
+            pool,
+            count,
+            options.weight,
+            batch=options.batch,
+            asked=asked,
+            informativeness_power=options.informativeness_power,
         )
         return dataclasses.replace(lesson, digest=self.digests.get(lesson.extent, ""))
 
@@ -276,7 +289,7 @@ class Consensus:
             groups.setdefault(self._group(types[client_id]), []).append(client_id)
         return groups
 
-    def hear(
+    def aggregate(
         self, server_round: int, reports: Sequence[TrainReply], classes: int
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Average what clients predict on the next round's anchors.
@@ -301,11 +314,13 @@ class Consensus:
         means = []
         for group, members in self._groups(list(usable), types).items():
             predictions = [usable[client_id] for client_id in members]
-            voices_of = voices(predictions, self.options.trust)
-            mean, weights = heard(predictions, voices_of, self.options.confidence)
-            self._targets[group] = balanced(mean, self.options.balance).astype(np.float32)
+            voices_of = agreement_weights(predictions, self.options.agreement_power)
+            mean, weights = confidence_weighted_mean(
+                predictions, voices_of, self.options.entropy_power
+            )
+            self._targets[group] = sinkhorn_balance(mean, self.options.balance).astype(np.float32)
             means.append(mean)
             for client_id, weight in zip(members, weights, strict=True):
                 shares[types[client_id]] = shares.get(types[client_id], 0.0) + weight
         entropy = float(entropies(np.stack(means)).mean())
-        return {"voices": shares, "entropy": entropy, "clients": len(usable)}, refused
+        return {"agreement_weights": shares, "entropy": entropy, "clients": len(usable)}, refused

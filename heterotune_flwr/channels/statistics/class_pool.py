@@ -161,7 +161,7 @@ class ClassPool:
 
     # ------------------------------------------------------------------------------------ checkpoints
 
-    def memory(self) -> State:
+    def state_dict(self) -> State:
         """All that was told."""
         ids = sorted(self._told)
         told = [self._told[client_id] for client_id in ids]
@@ -175,16 +175,16 @@ class ClassPool:
             "sums": np.concatenate([one.sums for one in told] or [empty]),
         }
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory`."""
-        ends = np.cumsum(memory["sizes"], dtype=np.int64)
-        starts = ends - np.array(memory["sizes"], np.int64)
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`."""
+        ends = np.cumsum(state["sizes"], dtype=np.int64)
+        starts = ends - np.array(state["sizes"], np.int64)
         self._told = {
             client_id: _Told(
-                type_key, *(memory[name][start:end] for name in ("classes", "counts", "sums"))
+                type_key, *(state[name][start:end] for name in ("classes", "counts", "sums"))
             )
             for client_id, type_key, start, end in zip(
-                memory["clients"], memory["types"], starts, ends, strict=True
+                state["clients"], state["types"], starts, ends, strict=True
             )
         }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from heterotune_flwr.channels.statistics.record import ClassSums, Discriminant
+from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier
 from heterotune_flwr.dema.ngrams import ngram_latents
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.tuning.adapters import AttachedAdapter
@@ -82,8 +82,8 @@ def class_sums(
 
 
 @torch.no_grad()
-def discriminant_logits(
-    discriminant: Discriminant | None,
+def classifier_logits(
+    discriminant: LinearClassifier | None,
     adapter: AttachedAdapter,
     task: Task,
     encoded: EncodedSet,

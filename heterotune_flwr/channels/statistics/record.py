@@ -26,7 +26,7 @@ from heterotune_flwr.protocol.wire import (
 
 Array = NDArray[np.float32]
 
-_WEIGHT, _BIAS, _FITTED = "weight", "bias", "fitted"
+_WEIGHT, _BIAS, _FITTED = "weight", "bias", "distill_share"
 _COUNTS, _SUMS = "counts", "sums"
 #: Of everything but the counts, which are whole numbers.
 _CODEC, _WHOLE = "bf16", "fp32"
@@ -35,15 +35,15 @@ FARTHEST = 100.0
 
 
 @dataclass(frozen=True)
-class Discriminant:
+class LinearClassifier:
     """Logits ``weight z + bias`` of the labels for a latent ``z``: ``C x r`` and ``C``.
 
-    ``fitted``: the share of them that stands beside a client's own logits while it fits others' predictions.
+    ``distill_share``: the share of them that stands beside a client's own logits while it fits others' predictions.
     """
 
     weight: Array
     bias: Array
-    fitted: float = 1.0
+    distill_share: float = 1.0
 
     @property
     def digest(self) -> str:
@@ -51,7 +51,7 @@ class Discriminant:
         return tensor_digest(self._tensors)
 
     @property
-    def rounded(self) -> Discriminant:
+    def rounded(self) -> LinearClassifier:
         """As it travels."""
         return self._of(round_trip(self._tensors, _CODEC))
 
@@ -60,7 +60,7 @@ class Discriminant:
         content[DISCRIMINANT] = pack(self._tensors, _CODEC)
 
     @classmethod
-    def read(cls, content: RecordDict) -> Discriminant | None:
+    def read(cls, content: RecordDict) -> LinearClassifier | None:
         """Read that of a request, None where there is none (ExchangeError: malformed)."""
         tensors = read_tensors(content, DISCRIMINANT)
         if tensors is None:
@@ -69,16 +69,18 @@ class Discriminant:
 
     @property
     def _tensors(self) -> Tensors:
-        fitted = np.array([self.fitted], np.float32)
-        return {_WEIGHT: self.weight, _BIAS: self.bias, _FITTED: fitted}
+        distill_share = np.array([self.distill_share], np.float32)
+        return {_WEIGHT: self.weight, _BIAS: self.bias, _FITTED: distill_share}
 
     @classmethod
-    def _of(cls, tensors: Tensors) -> Discriminant:
+    def _of(cls, tensors: Tensors) -> LinearClassifier:
         rest = dict(tensors)
-        fitted = rest.pop(_FITTED, np.zeros(0, np.float32))
-        if fitted.shape != (1,) or not 0 <= fitted[0] <= 1:
-            raise ExchangeError("a discriminant's share in what is fitted is a number from 0 to 1")
-        return cls(*_two(rest, _WEIGHT, _BIAS, "discriminant"), float(fitted[0]))
+        distill_share = rest.pop(_FITTED, np.zeros(0, np.float32))
+        if distill_share.shape != (1,) or not 0 <= distill_share[0] <= 1:
+            raise ExchangeError(
+                "a discriminant's share in what is distill_share is a number from 0 to 1"
+            )
+        return cls(*_two(rest, _WEIGHT, _BIAS, "statistics"), float(distill_share[0]))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ its held-out canonical correlation, but for one factor per view: maps scale late
 mean square one, and ``rho`` is read off that scale. It is a linear discriminant
 (Fisher 1936, https://doi.org/10.1111/j.1469-1809.1936.tb02137.x) whose covariance is that of the public anchors
 (diagonal: the latents are uncorrelated there), in which a latent counts by how alike the models see it. Clients add
-``weight`` times these logits to their model's in what they predict of anchors and in tests, and ``fitted`` of that in
-what they fit to the others' predictions; not on their own examples, where a model would learn them away.
+``weight`` times these logits to their model's in what they predict of anchors and in tests, and ``distill_share`` of
+that in what they fit to the others' predictions; not on their own examples, where a model would learn them away.
 
 Types whose labels mean something else (wrong, shuffled, another task's) would pull everybody's classes away. So a type
 whose classes lie elsewhere than the other types' (:func:`agreement`) is left to its own, the one that agrees least
@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.channels.statistics.class_pool import Classes, ClassPool
-from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.cmga import pull
 from heterotune_flwr.config.options import check_between, check_keys, check_number, check_scope
 from heterotune_flwr.errors import ExchangeError
@@ -60,53 +60,53 @@ Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class DiscriminantOptions:
+class StatisticsOptions:
     """Options of a strategy's ``discriminant``.
 
     Attributes
     ----------
     weight
         Of its logits beside the model's logits.
-    least
+    min_count
         A client tells nothing of classes of which it has fewer examples: the sum of one is that example's latents.
     prior
         k, examples at the mean of all classes that are added to every class.
-    scope
+    pool_over
         Whose examples a client's is made of: ``all``, or those of its own ``type``, where nothing crosses types.
-    fitted
+    distill_share
         Share of it, 0 to 1, that a client has in its own predictions while it fits the others', in which all of it is:
         at 0 it learns what the others' discriminant says and the tests add its own again, at 1 it learns the rest.
-    agreement
+    min_cosine
         Cosine with the other types' classes (:func:`agreement`) below which a type has those of its own alone; -1: all
         are pooled.
 
     """
 
     weight: float = 0.1
-    least: int = 2
+    min_count: int = 2
     prior: float = 2.0
-    scope: str = "all"
-    fitted: float = 0.5
-    agreement: float = 0.06
+    pool_over: str = "all"
+    distill_share: float = 0.5
+    min_cosine: float = 0.06
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> DiscriminantOptions:
+    def read(cls, given: Mapping[str, Any]) -> StatisticsOptions:
         """Read a YAML entry (ConfigError names what is wrong)."""
-        check_keys("discriminant", given, [field.name for field in dataclasses.fields(cls)])
+        check_keys("statistics", given, [field.name for field in dataclasses.fields(cls)])
         for key, value in given.items():
-            if key == "scope":
-                check_scope("discriminant", value)
-            elif key == "agreement":
-                check_between("discriminant.agreement", value, -1.0, 1.0)
-            elif key == "fitted":
-                check_between("discriminant.fitted", value, 0.0, 1.0)
+            if key == "pool_over":
+                check_scope("statistics", value)
+            elif key == "min_cosine":
+                check_between("statistics.min_cosine", value, -1.0, 1.0)
+            elif key == "distill_share":
+                check_between("statistics.distill_share", value, 0.0, 1.0)
             else:
-                whole = key == "least"
-                check_number(f"discriminant.{key}", value, whole, least=int(whole))
+                whole = key == "min_count"
+                check_number(f"statistics.{key}", value, whole, least=int(whole))
         return cls(**given)
 
     @classmethod
-    def optional(cls, given: Mapping[str, Any] | None) -> DiscriminantOptions | None:
+    def optional(cls, given: Mapping[str, Any] | None) -> StatisticsOptions | None:
         """The same of an entry that may be null; None for that, and where the weight is 0."""
         options = None if given is None else cls.read(given)
         return options if options is not None and options.weight > 0 else None
@@ -162,7 +162,9 @@ def who_agrees(
     return found, frozenset(totals) - frozenset(members)
 
 
-def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: float) -> Discriminant:
+def linear_discriminant(
+    counts: Matrix, sums: Matrix, metric: Matrix, prior: float
+) -> LinearClassifier:
     """The discriminant of pooled classes, its logits zero at the mean of all examples.
 
     Parameters
@@ -179,7 +181,7 @@ def linear_discriminant(counts: Matrix, sums: Matrix, metric: Matrix, prior: flo
     offsets = (sums - counts[:, None] * centre) / np.maximum(counts + prior, 1e-12)[:, None]
     weight = offsets * metric
     bias = -weight @ centre - 0.5 * (offsets * weight).sum(axis=1)
-    return Discriminant(weight.astype(np.float32), bias.astype(np.float32))
+    return LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
 
 
 def without_views(method: MethodConfig) -> MethodConfig:
@@ -187,13 +189,13 @@ def without_views(method: MethodConfig) -> MethodConfig:
     return dataclasses.replace(method, text_view=False, ngrams=0)
 
 
-class SharedDiscriminant:
+class PooledClassifier:
     """The server's side: asks every client once, adds up, hands out.
 
     Parameters
     ----------
     options
-        See :class:`DiscriminantOptions`.
+        See :class:`StatisticsOptions`.
     spreads
         Standard deviation of every latent over the anchors (``r``).
     weighting
@@ -207,13 +209,17 @@ class SharedDiscriminant:
 
     def __init__(
         self,
-        options: DiscriminantOptions,
+        options: StatisticsOptions,
         spreads: Matrix,
         weighting: float,
         roster: Roster,
-        apart: Collection[str] = (),
+        unaligned_types: Collection[str] = (),
     ) -> None:
-        self.options, self.roster, self.apart = options, roster, frozenset(apart)
+        self.options, self.roster, self.unaligned_types = (
+            options,
+            roster,
+            frozenset(unaligned_types),
+        )
         self.classes = len(roster.labels or ())
         self.spreads = np.asarray(spreads, np.float64)
         rho = self.spreads ** (1.0 / weighting) if weighting else np.ones_like(self.spreads)
@@ -224,53 +230,55 @@ class SharedDiscriminant:
         self._totals: dict[str, Classes] = {}
         #: How well each type agrees with the others, and those that have classes of their own alone.
         self.agreements: dict[str, float] = {}
-        self.alone: frozenset[str] = frozenset()
+        self.excluded_types: frozenset[str] = frozenset()
         self._told: set[str] = set()
         #: Of every client in the totals: how far its farthest class lies from the anchors.
         self._reaches: dict[str, float] = {}
 
-    def memory(self) -> State:
+    def state_dict(self) -> State:
         """What has been told so far."""
-        told = self._pool.memory()
+        told = self._pool.state_dict()
         return {"pool": told, "told": sorted(self._told), "reaches": self._reaches}
 
-    def recall(self, memory: State) -> None:
-        """Go on from :meth:`memory`."""
-        self._pool.recall(memory["pool"])
-        self._told, self._reaches = set(memory["told"]), dict(memory["reaches"])
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._pool.load_state_dict(state["pool"])
+        self._told, self._reaches = set(state["told"]), dict(state["reaches"])
         self._settle()
 
-    def asks(self, client_id: str) -> int:
+    def requested_min_count(self, client_id: str) -> int:
         """Examples a class must have to be told of; 0: the client has told already, or has nothing to tell."""
         info = self.roster.clients[client_id].info
-        silent = not info.train_examples or info.type_key in self.apart
-        return 0 if silent or client_id in self._told else self.options.least
+        silent = not info.train_examples or info.type_key in self.unaligned_types
+        return 0 if silent or client_id in self._told else self.options.min_count
 
-    def of(self, type_key: str) -> Discriminant | None:
+    def of(self, type_key: str) -> LinearClassifier | None:
         """What clients of a type add to their logits; None before anybody has told anything."""
         total = self._behind(type_key)
-        if type_key in self.apart or total is None or not total.counts.any():
+        if type_key in self.unaligned_types or total is None or not total.counts.any():
             return None
         found = linear_discriminant(total.counts, total.sums, self.metric, self.options.prior)
         scale = np.float32(self.options.weight)
-        scaled = Discriminant(scale * found.weight, scale * found.bias, self.options.fitted)
+        scaled = LinearClassifier(
+            scale * found.weight, scale * found.bias, self.options.distill_share
+        )
         return scaled.rounded
 
     def tensors(self) -> Tensors:
-        """Weight (``C x r``) and bias (``C``) of every group, ``<group>/discriminant.<name>``; none before any sums."""
+        """Weight (``C x r``) and bias (``C``) of every group, ``<group>/statistics.<name>``; none before any sums."""
         groups = {
             f"type/{key}" if self._by_itself(key) else "global": self.of(key)
             for key in self.roster.type_keys
-            if key not in self.apart
+            if key not in self.unaligned_types
         }
         return {
-            f"{group}/discriminant.{name}": getattr(found, name)
+            f"{group}/statistics.{name}": getattr(found, name)
             for group, found in groups.items()
             if found is not None
             for name in ("weight", "bias")
         }
 
-    def hear(self, reports: Sequence[TrainReply]) -> tuple[dict[str, Any], dict[str, str]]:
+    def aggregate(self, reports: Sequence[TrainReply]) -> tuple[dict[str, Any], dict[str, str]]:
         """Add what clients tell.
 
         Returns what is known now (for the journal), and reasons by client id for sums that were refused; such a client
@@ -279,13 +287,13 @@ class SharedDiscriminant:
         refused: dict[str, str] = {}
         told: dict[str, TrainReply] = {}
         for report in sorted(reports, key=lambda report: report.client_id):
-            if report.class_sums is None or not self.asks(report.client_id):
+            if report.class_sums is None or not self.requested_min_count(report.client_id):
                 continue
             self._told.add(report.client_id)
             declared = self.roster.clients[report.client_id].info.train_examples
             try:
                 self._reaches[report.client_id] = report.class_sums.check(
-                    self.classes, self.spreads, self.options.least, declared
+                    self.classes, self.spreads, self.options.min_count, declared
                 )
             except ExchangeError as error:
                 refused[report.client_id] = str(error)
@@ -307,7 +315,7 @@ class SharedDiscriminant:
         known: dict[str, Any] = {"clients": len(self._reaches), "examples": examples}
         if self.agreements:
             known["agreement"] = {key: round(v, 3) for key, v in self.agreements.items()}
-            known["alone"] = sorted(self.alone)
+            known["excluded_types"] = sorted(self.excluded_types)
         return known, refused
 
     def _usual(self) -> float:
@@ -316,13 +324,15 @@ class SharedDiscriminant:
         return statistics.median_low(reaches) if len(reaches) >= _COMPARABLE else math.inf
 
     def _by_itself(self, type_key: str) -> bool:
-        return self.options.scope == "type" or type_key in self.alone
+        return self.options.pool_over == "type" or type_key in self.excluded_types
 
     def _behind(self, type_key: str) -> Classes | None:
         """Whose classes a type's discriminant is made of: its own, or those of all types that agree."""
         if self._by_itself(type_key):
             return self._totals.get(type_key)
-        return _pooled(total for key, total in self._totals.items() if key not in self.alone)
+        return _pooled(
+            total for key, total in self._totals.items() if key not in self.excluded_types
+        )
 
     @property
     def doubted(self) -> dict[str, float]:
@@ -331,9 +341,9 @@ class SharedDiscriminant:
 
     def _settle(self) -> None:
         """Find which types agree with the others, and pool what is told among those that do."""
-        if self.options.scope == "all":
-            self.agreements, self.alone = who_agrees(
-                self._pool.totals(), self.metric, self.options.agreement
+        if self.options.pool_over == "all":
+            self.agreements, self.excluded_types = who_agrees(
+                self._pool.totals(), self.metric, self.options.min_cosine
             )
         groups = {key: key if self._by_itself(key) else "" for key in self.roster.type_keys}
         self._totals = self._pool.totals(groups)

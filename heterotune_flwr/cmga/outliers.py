@@ -11,7 +11,7 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.trees import State
 
 
-def weigh_dissent(decay: float = 0.9, floor: float = 0.03, power: float = 8.0) -> Transform:
+def downweight_outliers(decay: float = 0.9, floor: float = 0.03, power: float = 8.0) -> Transform:
     """``w_m ~ w_m / (D_m + floor)^power`` with ``D_m = max(0, <R_m, R_m - mean_{b != m} R_b>)`` (our definition).
 
     ``R_m = EMA(g_m / |g_m|)``, bias-corrected, is where a type has been pulling for ``1 / (1 - decay)`` rounds. While
@@ -36,8 +36,8 @@ def weigh_dissent(decay: float = 0.9, floor: float = 0.03, power: float = 8.0) -
     """
     if not 0 <= decay < 1 or not floor > 0 or not power >= 0:
         raise ConfigError(
-            f"weigh_dissent has decay={decay}, floor={floor}, power={power}; decay must be in [0, 1), floor above 0, "
-            "power not negative"
+            f"downweight_outliers has decay={decay}, floor={floor}, power={power}; decay must be in [0, 1), floor "
+            "above 0, power not negative"
         )
 
     def update(state: State, updates: Updates) -> tuple[State, Updates]:
@@ -66,4 +66,4 @@ def weigh_dissent(decay: float = 0.9, floor: float = 0.03, power: float = 8.0) -
         log = updates.logged(dissent=dissent, weights=weights)
         return {"pulls": pulls, "seen": seen}, replace(updates, weights=weights, log=log)
 
-    return Transform("weigh_dissent", lambda: {"pulls": {}, "seen": {}}, update)
+    return Transform("downweight_outliers", lambda: {"pulls": {}, "seen": {}}, update)
