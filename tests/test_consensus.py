@@ -196,7 +196,9 @@ def test_wrong_options_are_named(given_options, said):
 
 def test_a_wrong_option_is_found_before_anything_runs_and_says_whose_it_is():
     config = compose("demo", f"run.compare=[{DEEP}] strategies.{DEEP}.predictions.anchors=0")
-    with pytest.raises(ConfigError, match=r"strategies\.heterotune_deep: consensus\.anchors is 0"):
+    with pytest.raises(
+        ConfigError, match=r"strategies\.heterotune_deep: predictions\.anchors is 0"
+    ):
         check_strategy(DEEP, config.strategies[DEEP], config)
 
 

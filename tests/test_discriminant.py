@@ -368,7 +368,7 @@ def test_a_type_by_itself_has_one_of_its_own_classes(tmp_path):
     saved = strategy.shared_tensors()
     assert [name for name in saved if name.endswith("statistics.weight")] == weights
     assert not np.allclose(saved[weights[0]], saved[weights[1]], atol=0.1)
-    with pytest.raises(ConfigError, match=r"discriminant\.weight"):
+    with pytest.raises(ConfigError, match=r"statistics\.weight"):
         check_strategy("mine", {**entry, "statistics": {"weight": -1}}, toy_config(tmp_path))
 
 

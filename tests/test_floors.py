@@ -20,7 +20,7 @@ from test_client import (
 from tiny_backbones import LABELS, write_rows
 
 from benchmarks.deployment.runs import NODES, simulated_bank
-from heterotune_flwr.channels.statistics.record import Discriminant
+from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.client.floors import KEYS, MOST_LOSS, Floors, Guard, check_maps
 from heterotune_flwr.client.holdout import held_size, split, whole_test
 from heterotune_flwr.client.identity import identify
@@ -105,7 +105,7 @@ def one_number(seed=0):
 
 
 def zeros(bias):
-    return Discriminant(np.zeros((3, 8), np.float32), np.asarray(bias, np.float32))
+    return LinearClassifier(np.zeros((3, 8), np.float32), np.asarray(bias, np.float32))
 
 
 TENSOR = "slots.0.experts.global.0.up.weight"
@@ -180,7 +180,7 @@ def test_every_loss_on_own_rows_is_bounded(world, folder, tmp_path):  # noqa: F8
     own = tmp_path / "test.jsonl"
     node = Node(world, folder, tmp_path, test=str(own))
     write_rows(own, 30, offset=500)
-    told = node.test(discriminant=zeros([0, 900, 900]), scopes=["global", "personal"])
+    told = node.test(discriminant=zeros([0, 900, 900]), test_sets=["global", "personal"])
     assert 5.0 < told["global_loss"] < 20.0
     big = {"slots.0.map.up.weight": MAPS["slots.0.map.up.weight"] * 800}
     maps = {**MAPS, **big}
@@ -278,7 +278,7 @@ def test_a_test_file_of_ones_own_has_the_same_floor(world, folder, tmp_path):  #
     for count in (19, 30):
         write_rows(own, count, offset=500)
         for words in ("", "data.global_test_examples=1"):
-            told = node.test(words, scopes=["global", "personal"])
+            told = node.test(words, test_sets=["global", "personal"])
             assert told.get("global_examples") == (30 if count == 30 else None)
             assert told["personal_examples"] == 20
 
@@ -354,9 +354,9 @@ def test_lists_of_labels_are_counted_against_a_test_file_too(world, folder, tmp_
     own = tmp_path / "test.jsonl"
     write_rows(own, 30)
     node = Node(world, folder, tmp_path, test=str(own), guest="yes", data="", **{"floor-tests": 1})
-    node.test(scopes=["global"])
+    node.test(test_sets=["global"])
     with refused("budget of 1 label lists"):
-        node.test(f"data.labels=[{','.join(LABELS)},more]", scopes=["global"])
+        node.test(f"data.labels=[{','.join(LABELS)},more]", test_sets=["global"])
 
 
 def test_maps_stay_those_that_a_run_began_with(node):
@@ -431,11 +431,11 @@ def test_an_honest_run_of_real_nodes_passes_their_floors(tmp_path):
     assert max(float(np.abs(value).max()) for value in bank.values()) > 0.01
     events = read_events(tmp_path / "run" / "rounds.jsonl")
     assert not [
-        e for e in events if e["event"] in ("left_out", "client_failed", "refused", "benched")
+        e for e in events if e["event"] in ("left_out", "client_failed", "refused", "cooldown")
     ]
     trained = [e["client_id"] for e in events if e["event"] == "train_reply"]
     assert sorted(trained) == sorted([*NODES, *NODES])
-    assert not [e for e in events if "class_sums" in str(e.get("discriminant"))]
+    assert not [e for e in events if "class_sums" in str(e.get("statistics"))]
 
 
 def test_a_run_goes_on_without_a_node_whose_budget_is_spent(tmp_path):
@@ -447,7 +447,7 @@ def test_a_run_goes_on_without_a_node_whose_budget_is_spent(tmp_path):
     ]  # said once, however often it is asked
     assert (left["client_id"], left["round"]) == ("client-0002", 2)
     assert "budget of 1 trainings" in left["reason"]
-    assert not [e for e in events if e["event"] in ("client_failed", "refused", "benched")]
+    assert not [e for e in events if e["event"] in ("client_failed", "refused", "cooldown")]
     trained = [e["client_id"] for e in events if e["event"] == "train_reply"]
     assert trained.count("client-0002") == 1
     assert trained.count("client-0000") == trained.count("client-0001") == 5

@@ -20,7 +20,7 @@ from benchmarks.science.laboratory.clients import (
 from benchmarks.science.laboratory.consensus import Lessons
 from benchmarks.science.laboratory.federation import Groups, aggregate, federate
 from benchmarks.science.laboratory.rows import read_out, table_row
-from heterotune_flwr.channels.predictions.server import ConsensusOptions, balanced
+from heterotune_flwr.channels.predictions.server import PredictionOptions, sinkhorn_balance
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import DeMALayer
 from heterotune_flwr.schema import MethodConfig, TrainConfig
@@ -196,7 +196,7 @@ def test_in_the_type_phase_predictions_teach_clients_and_guests_without_data():
     for phase in (0.0, 0.5):
         found[phase] = federate(
             [own, own], (labels, labels), shares, 2, [1, 2, 3], METHOD,
-            replace(schedule, type_phase=phase), guests=[guest],
+            replace(schedule, personalization_phase=phase), guests=[guest],
         )  # fmt: skip
     for sharing in ("alone", "within"):  # nobody teaches them
         np.testing.assert_array_equal(found[0.0][sharing], found[0.5][sharing])
@@ -210,14 +210,14 @@ def test_lessons_hold_each_runs_mean_prediction_balanced():
         key: torch.stack([value] * 4) for key, value in initial_bank(METHOD, LABELS, 7).items()
     }
     kinds, runs = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
-    options = ConsensusOptions(anchors=POOL, pool=POOL, batch=5, trust=0, confidence=0, balance=3)
+    options = PredictionOptions(anchors=POOL, pool=POOL, batch=5, agreement_power=0, entropy_power=0, balance=3)
     lessons = Lessons(tasks, kinds, runs, options)
-    lessons.hear(banks)
+    lessons.aggregate(banks)
     drawn = lessons._chosen
     said = [torch.softmax(tasks[kind].anchors_logits[drawn], -1) for kind in (0, 1)]
     mean = torch.stack(said).mean(0).double().numpy()
     for run in (0, 1):  # the bank's output starts at 0: everybody says what its backbone says
-        np.testing.assert_allclose(lessons._targets[run], balanced(mean, 3), atol=1e-5)
+        np.testing.assert_allclose(lessons._targets[run], sinkhorn_balance(mean, 3), atol=1e-5)
 
 
 def test_read_out_learns_a_separable_task():

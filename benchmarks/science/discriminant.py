@@ -50,13 +50,13 @@ from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.statistics.server import Classes as Told
 from heterotune_flwr.channels.statistics.server import (
-    DiscriminantOptions,
+    StatisticsOptions,
     linear_discriminant,
     who_agrees,
 )
 from heterotune_flwr.dema.bank import TEXT
 
-OPTIONS = DiscriminantOptions()
+OPTIONS = StatisticsOptions()
 _PENALTIES = (1e-2, 3e-2, 1e-1)
 Fitted = tuple[Tensor, Tensor]
 
@@ -161,12 +161,12 @@ class Draw:
         self.owned = [(number % self.types, share) for number, share in enumerate(shares)]
 
     def accuracy(
-        self, view: View, fitted: Callable[[int], Fitted], kinds: Sequence[int] | None = None
+        self, view: View, distill_share: Callable[[int], Fitted], kinds: Sequence[int] | None = None
     ) -> float:
-        """Mean over types (or some) of what is fitted for each, in percent."""
+        """Mean over types (or some) of what is distill_share for each, in percent."""
         found = []
         for kind in range(self.types) if kinds is None else kinds:
-            weight, bias = fitted(kind)
+            weight, bias = distill_share(kind)
             right = (view.test[kind] @ weight + bias).argmax(1) == self.test_y
             found.append(100 * float(right.double().mean()))
         return float(np.mean(found))
@@ -210,7 +210,7 @@ class Draw:
                 self.accuracy(view, lambda _, f=everybody: f, healthy),  # type: ignore[misc]
                 100.0 * (str(struck) in alone),
             ])  # fmt: skip
-        names = (trouble, f"{trouble}.all", f"{trouble}.alone")
+        names = (trouble, f"{trouble}.all", f"{trouble}.excluded_types")
         return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
 
     def trained(self, view: View, reader: int | None) -> list[Fitted]:
@@ -222,14 +222,14 @@ class Draw:
         labels = torch.cat([self.labels[share] for _, share in self.owned])
         counts = torch.bincount(labels, minlength=self.count) + 0.1 * len(labels) / self.count
         prior = torch.log(counts / counts.sum())
-        fitted = []
+        distill_share = []
         for penalty in _PENALTIES:
             weight, bias = read_out(z, labels, penalty)
             missing = self.count - weight.shape[1]
             weight = torch.nn.functional.pad(weight, (0, missing))
             bias = torch.nn.functional.pad(bias, (0, missing), value=float(bias.min()))
-            fitted.append((weight, bias - prior))
-        return fitted
+            distill_share.append((weight, bias - prior))
+        return distill_share
 
 
 def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
@@ -240,8 +240,8 @@ def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
         view: View = both, least: int = OPTIONS.least, prior: float = OPTIONS.prior,
         power: float = 1.0, kinds: Sequence[int] = everybody,
     ) -> float:  # fmt: skip
-        fitted = classes.discriminant(view, kinds, least, prior, power)
-        return classes.accuracy(view, lambda _: fitted)
+        distill_share = classes.discriminant(view, kinds, least, prior, power)
+        return classes.accuracy(view, lambda _: distill_share)
 
     def own(kind: int) -> Fitted:
         return classes.discriminant(both, [kind], OPTIONS.least, OPTIONS.prior, 1.0)
@@ -252,14 +252,14 @@ def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
         found |= classes.troubled(both, trouble)
     told = classes.told(both, OPTIONS.least)
     _, alone = who_agrees(told, both.metric(), OPTIONS.agreement)
-    found["honest.alone"] = 100.0 * len(alone) / classes.types
+    found["honest.excluded_types"] = 100.0 * len(alone) / classes.types
     found |= {f"least_{n}": pooled(least=n) for n in (1, 3, 4)}
     found |= {f"prior_{k}": pooled(prior=k) for k in (0, 1, 4, 8)}
     found |= {f"power_{p:g}": pooled(power=p) for p in (0.0, 0.5, 2.0, 3.0)}
     one = classes.trained(both, None)
     moved = [classes.trained(both, kind) for kind in everybody]
     for index, penalty in enumerate(_PENALTIES):
-        of_all, of_own = one[index], [fitted[index] for fitted in moved]
+        of_all, of_own = one[index], [distill_share[index] for distill_share in moved]
         found[f"trained_{penalty:g}"] = classes.accuracy(both, lambda _, f=of_all: f)  # type: ignore[misc]
         found[f"moved_{penalty:g}"] = classes.accuracy(both, of_own.__getitem__)
     return found
@@ -293,7 +293,7 @@ def main() -> None:
                 row[what] = max(row.pop(f"{what}_{penalty:g}") for penalty in _PENALTIES)
             say(family, clients, "per type:", row)
             values = {"seeds": list(SEEDS), family: {f"{clients} per type": row}}
-            write_results("discriminant", values)
+            write_results("statistics", values)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from heterotune_flwr.alignment.public_texts import entropies, load_anchors
 from heterotune_flwr.channels.predictions.client import anchor_work
 from heterotune_flwr.channels.predictions.loss import predict
 from heterotune_flwr.channels.predictions.server import (
-    Consensus,
-    ConsensusOptions,
-    balanced,
-    heard,
-    voices,
+    PredictionEnsemble,
+    PredictionOptions,
+    agreement_weights,
+    confidence_weighted_mean,
+    sinkhorn_balance,
 )
 from heterotune_flwr.client.handlers import Client
 from heterotune_flwr.config.compose import compose
@@ -57,7 +57,7 @@ Array = NDArray[np.float32]
 def entry() -> dict[str, Any]:
     """The strategy as it ships, but for the shared discriminant: what is asked is what models learn of each other."""
     found = shipped(_METHOD)
-    return {**found, "discriminant": None, "method": {**found["method"], "text_view": False}}
+    return {**found, "statistics": None, "method": {**found["method"], "text_view": False}}
 
 
 def federated(folder: Path, suite: str) -> None:
@@ -77,9 +77,9 @@ class Again:
         self.before, self.end = (self._state(number) for number in (rounds - 1, rounds))
         total = sum(entry.clients for entry in self.config.types)
         self.clients = [self._client(number, total) for number in range(total)]
-        self.options = ConsensusOptions.read(entry()["consensus"])
-        self.consensus = Consensus(self.options, self.config.alignment)
-        self.consensus.recall(self.before["consensus"])
+        self.options = PredictionOptions.read(entry()["predictions"])
+        self.consensus = PredictionEnsemble(self.options, self.config.alignment)
+        self.consensus.load_state_dict(self.before["predictions"])
         self.texts = load_anchors(replace(self.config.alignment, count=self.options.pool))
 
     def _state(self, number: int) -> State:
@@ -149,11 +149,11 @@ def entropy_quartiles(predictions: Array) -> list[float]:
 
 
 def combined(
-    predictions: list[Array], shares: list[float], options: ConsensusOptions
+    predictions: list[Array], shares: list[float], options: PredictionOptions
 ) -> NDArray[np.float32]:
     """As the server combines them."""
-    mean, _ = heard(predictions, shares, options.confidence)
-    return balanced(mean, options.balance).astype(np.float32)
+    mean, _ = confidence_weighted_mean(predictions, shares, options.entropy_power)
+    return sinkhorn_balance(mean, options.balance).astype(np.float32)
 
 
 def measure(run: Path) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def measure(run: Path) -> dict[str, Any]:
         found = percent_right(said[client.client_id][0], truth)
         say(f"{client.client_id} ({client.type_key}) after its training: {found} %")
     tests, anchors = [s[0] for s in said.values()], [s[1] for s in said.values()]
-    shares = voices(anchors, again.options.trust)
+    shares = agreement_weights(anchors, again.options.agreement_power)
     options = again.options
     teacher, targets = (combined(said_of, shares, options) for said_of in (tests, anchors))
     values: dict[str, Any] = {

@@ -41,12 +41,12 @@ _BANK, _LORA = (1e-3, 4e-3), (3e-4, 1e-3)
 _ANNEALED = {"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}
 #: As measured before there was a warm-up, on the suites that were measured so.
 _COLD, _COLD_ON = {"train": {"last_rate": 0.05, "warmup_ratio": 0.0}}, ("embedded3", "embedded12")
-_INDISCRIMINATE: Mapping[str, Any] = {"discriminant": None}
+_INDISCRIMINATE: Mapping[str, Any] = {"statistics": None}
 #: HeteroTune's anchors where LoRA trains.
 _MORE = {"anchors": 768, "pool": 6000, "batch": 64}
-_WITHIN = {"consensus": {**_MORE, "scope": "type"}}
-_TRANSFER = {"consensus": {**_MORE, "confidence": 0.0}}
-_AS_MANY = {"consensus": {"anchors": 512, "pool": 1024, "batch": 64, "confidence": 0.0}}
+_WITHIN = {"predictions": {**_MORE, "pool_over": "type"}}
+_TRANSFER = {"predictions": {**_MORE, "entropy_power": 0.0}}
+_AS_MANY = {"predictions": {"anchors": 512, "pool": 1024, "batch": 64, "entropy_power": 0.0}}
 #: Where the bank alone trains, a run takes seconds.
 BANKED = (
     "heterotune", "heterotune_plain", "within_discriminant", "bank", "predictions", "mean", "within_type",
@@ -55,7 +55,7 @@ BANKED = (
 ROWS: dict[str, Row] = {
     **{name: Row(_BANK) for name in BANKED},
     "heterotune_plain": Row(_BANK, "heterotune", _INDISCRIMINATE),
-    "predictions": Row(_BANK, "heterotune", {"type_phase": 0.95, "mixing": 0.0, **_INDISCRIMINATE}),
+    "predictions": Row(_BANK, "heterotune", {"personalization_phase": 0.95, "mixing": 0.0, **_INDISCRIMINATE}),
     "lora_at_home": Row(
         (2e-3,), "heterotune", {"method": {"core_scope": "client"}, **_INDISCRIMINATE}, True
     ),

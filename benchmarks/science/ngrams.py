@@ -26,7 +26,7 @@ from benchmarks.science.laboratory.states import Task, load_task
 from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.channels.statistics.server import (
     Classes,
-    DiscriminantOptions,
+    StatisticsOptions,
     linear_discriminant,
 )
 
@@ -76,7 +76,7 @@ def told(z: NDArray[np.float32], labels: NDArray[np.int64], classes: int, least:
 
 def measure(task: Task, view: NgramView, clients: int, seeds: Sequence[int]) -> dict[str, float]:
     """One row: of all, of one type's, of each client's classes."""
-    options = DiscriminantOptions()
+    options = StatisticsOptions()
     pool, test = view.of_texts(task.pool), view.of_texts(task.test)
     index = {text: i for i, text in enumerate(task.pool)}
     metric = np.ones(AXES)
@@ -91,7 +91,7 @@ def measure(task: Task, view: NgramView, clients: int, seeds: Sequence[int]) -> 
     for seed in seeds:
         shares = draw_clients(task.data, clients * TYPES, [seed], index)
         parts = [
-            told(pool[share], task.pool_y[share], len(task.labels), options.least)
+            told(pool[share], task.pool_y[share], len(task.labels), options.min_count)
             for share in shares
         ]
         rows["pooled"].append(right(parts))

@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.science.laboratory.clients import LatentTask, mixture
-from heterotune_flwr.channels.predictions.server import ConsensusOptions, balanced, heard, voices
+from heterotune_flwr.channels.predictions.server import (
+    PredictionOptions,
+    agreement_weights,
+    confidence_weighted_mean,
+    sinkhorn_balance,
+)
 
 #: Of ``conf/strategy/heterotune.yaml``.
-OPTIONS = ConsensusOptions(anchors=512, pool=1024, batch=64, guest_anchors=6000)
+OPTIONS = PredictionOptions(anchors=512, pool=1024, batch=64, guest_anchors=6000)
 
 
 class Lessons:
@@ -31,7 +36,7 @@ class Lessons:
     kinds, runs
         Type and run of every client that learns.
     options
-        See :class:`heterotune_flwr.channels.predictions.server.ConsensusOptions`.
+        See :class:`heterotune_flwr.channels.predictions.server.PredictionOptions`.
 
     """
 
@@ -40,7 +45,7 @@ class Lessons:
         tasks: Sequence[LatentTask],
         kinds: Tensor,
         runs: Tensor,
-        options: ConsensusOptions = OPTIONS,
+        options: PredictionOptions = OPTIONS,
     ) -> None:
         self._z = torch.stack([task.anchors_z for task in tasks])
         self._logits = torch.stack([task.anchors_logits for task in tasks])
@@ -57,7 +62,7 @@ class Lessons:
         return functional.log_softmax(self._logits[rows, drawn] + moved, dim=-1)
 
     @torch.no_grad()
-    def hear(self, bank: Mapping[str, Tensor], everything: bool = False) -> None:
+    def aggregate(self, bank: Mapping[str, Tensor], everything: bool = False) -> None:
         """Average what clients predict on newly drawn anchors (or on ``everything``), run by run."""
         pool = len(self._z[0]) if everything else min(self._options.pool, len(self._z[0]))
         count = pool if everything else min(self._options.anchors, pool)
@@ -67,9 +72,9 @@ class Lessons:
         found = []
         for run in range(int(self._runs.max()) + 1):
             own = said[(self._runs == run).numpy()]
-            shares = voices(list(own), self._options.trust)
-            mean, _ = heard(list(own), shares, self._options.confidence)
-            found.append(balanced(mean, self._options.balance))
+            shares = agreement_weights(list(own), self._options.agreement_power)
+            mean, _ = confidence_weighted_mean(list(own), shares, self._options.entropy_power)
+            found.append(sinkhorn_balance(mean, self._options.balance))
         self._targets = torch.from_numpy(np.stack(found)).float()
 
     def loss(

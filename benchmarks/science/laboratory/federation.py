@@ -136,7 +136,7 @@ class _Fleet:
     effect: Tensor
     orders: int  # clients with batches of their own; the others repeat them
     lessons: Lessons | None = None
-    parted: bool = False
+    personalized: bool = False
 
     def learners(self, bank: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The rows that share across types."""
@@ -160,7 +160,7 @@ class _Fleet:
                 reduction="sum",
             )
             losses = losses / size
-            if self.parted and self.lessons is not None:
+            if self.personalized and self.lessons is not None:
                 losses = losses + self.lessons.loss(self.learners(leaves))
             grads = torch.autograd.grad(losses, list(leaves.values()))
             bank = {key: value.detach() for key, value in bank.items()}
@@ -255,7 +255,7 @@ def federate(
     groups, runs, types = fleet.groups, fleet.runs, fleet.types
     firsts = [initial_bank(method, tasks[0].effect.shape[1], seed) for seed in seeds]
     bank = {k: torch.stack([firsts[int(r) % len(seeds)][k] for r in runs]) for k in firsts[0]}
-    shared = schedule.rounds - int(schedule.type_phase * schedule.rounds)
+    shared = schedule.rounds - int(schedule.personalization_phase * schedule.rounds)
     everyone = [*tasks, *guests]
     if shared < schedule.rounds:
         fleet.lessons = Lessons(everyone, types[fleet.across], runs[fleet.across])
@@ -264,7 +264,7 @@ def federate(
     servers = None if schedule.rule == "mean" else ChainServers(schedule.rule)
     for round in range(1, schedule.rounds + 1):
         if round == shared + 1:
-            fleet.parted = True
+            fleet.personalized = True
             groups = Groups(groups.within, groups.within, groups.within)
         start = {key: value.clone() for key, value in bank.items()}
         bank = fleet.train(bank, rng)
@@ -272,13 +272,15 @@ def federate(
             bank = trouble.updates(start, bank, types)
         if fleet.lessons is not None and round >= shared:
             last = waiting is not None and round == schedule.rounds
-            fleet.lessons.hear(fleet.learners(bank), everything=last)
+            fleet.lessons.aggregate(fleet.learners(bank), everything=last)
         plain = aggregate(start, bank, groups)
-        if servers is not None and not fleet.parted:
+        if servers is not None and not fleet.personalized:
             length = fleet.rate * schedule.steps
             bank = servers.step(start, bank, plain, Clients(fleet.across, runs, types, length))
         else:
-            bank = _mixed(plain, fleet.groups.bank, schedule.mixing) if fleet.parted else plain
+            bank = (
+                _mixed(plain, fleet.groups.bank, schedule.mixing) if fleet.personalized else plain
+            )
     if waiting is not None:
         waiting.learn(bank)
     return _results(fleet, bank, waiting, everyone, targets[1], sharings, (len(seeds), clients))
