@@ -210,7 +210,9 @@ def test_lessons_hold_each_runs_mean_prediction_balanced():
         key: torch.stack([value] * 4) for key, value in initial_bank(METHOD, LABELS, 7).items()
     }
     kinds, runs = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
-    options = PredictionOptions(anchors=POOL, pool=POOL, batch=5, agreement_power=0, entropy_power=0, balance=3)
+    options = PredictionOptions(
+        anchors=POOL, pool=POOL, batch=5, agreement_power=0, entropy_power=0, balance=3
+    )
     lessons = Lessons(tasks, kinds, runs, options)
     lessons.aggregate(banks)
     drawn = lessons._chosen

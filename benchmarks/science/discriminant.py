@@ -197,8 +197,8 @@ class Draw:
         """What the other types know where one goes wrong, averaged over which does."""
         metric, found = view.metric(), []
         for struck in range(self.types):
-            told = self.told(view, OPTIONS.least, struck, trouble)
-            _, alone = who_agrees(told, metric, OPTIONS.agreement)
+            told = self.told(view, OPTIONS.min_count, struck, trouble)
+            _, alone = who_agrees(told, metric, OPTIONS.min_cosine)
             healthy = [kind for kind in range(self.types) if kind != struck]
             pool = [c for key, c in told.items() if key not in alone] or list(told.values())
             guarded, everybody = (
@@ -237,21 +237,21 @@ def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
     both, everybody = views["pooled"], range(classes.types)
 
     def pooled(
-        view: View = both, least: int = OPTIONS.least, prior: float = OPTIONS.prior,
+        view: View = both, least: int = OPTIONS.min_count, prior: float = OPTIONS.prior,
         power: float = 1.0, kinds: Sequence[int] = everybody,
     ) -> float:  # fmt: skip
         distill_share = classes.discriminant(view, kinds, least, prior, power)
         return classes.accuracy(view, lambda _: distill_share)
 
     def own(kind: int) -> Fitted:
-        return classes.discriminant(both, [kind], OPTIONS.least, OPTIONS.prior, 1.0)
+        return classes.discriminant(both, [kind], OPTIONS.min_count, OPTIONS.prior, 1.0)
 
     found = {name: pooled(view) for name, view in views.items()}
     found["own_type"] = classes.accuracy(both, own)
     for trouble in ("wrong", "shuffled"):
         found |= classes.troubled(both, trouble)
-    told = classes.told(both, OPTIONS.least)
-    _, alone = who_agrees(told, both.metric(), OPTIONS.agreement)
+    told = classes.told(both, OPTIONS.min_count)
+    _, alone = who_agrees(told, both.metric(), OPTIONS.min_cosine)
     found["honest.excluded_types"] = 100.0 * len(alone) / classes.types
     found |= {f"least_{n}": pooled(least=n) for n in (1, 3, 4)}
     found |= {f"prior_{k}": pooled(prior=k) for k in (0, 1, 4, 8)}
