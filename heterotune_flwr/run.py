@@ -137,11 +137,7 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
     The run directory always tells how it ended: ``status.json`` says ``failed`` and why before
     an exception leaves this function.
 
-    Raises
-    ------
-    HeteroTuneError
-        The configuration is wrong or the federation failed; one clear line.
-
+    Raises HeteroTuneError: the configuration is wrong or the federation failed; one clear line.
     """
     config = compose(
         str(context.run_config.get("config", "demo")), str(context.run_config.get("overrides", ""))

@@ -45,6 +45,8 @@ def resolve_spec(
 ) -> BackboneSpec:
     """Return the spec of a configured backbone, ``auto`` replaced by the bits it stands for.
 
+    Raises BackboneError: unknown bits, an unreadable backbone, or not even nf4 fits (the message says what would).
+
     Parameters
     ----------
     source, bits, revision
@@ -57,11 +59,6 @@ def resolve_spec(
     kept
         File for an answer that depends on the memory free at this moment, so that all processes
         of a run give the same one.
-
-    Raises
-    ------
-    BackboneError
-        Unknown bits, an unreadable backbone, or not even nf4 fits (the message says what would).
 
     """
     if bits == AUTO:
@@ -100,11 +97,7 @@ def _chosen(
 def candidates(source: str, directory: Path) -> tuple[str, ...]:
     """Bits that ``auto`` chooses from, widest first: of a checkpoint quantized already, its own alone.
 
-    Raises
-    ------
-    BackboneError
-        It is quantized in a format that no bits stand for.
-
+    Raises BackboneError: it is quantized in a format that no bits stand for.
     """
     stored = stored_bits(source, directory)
     return CANDIDATES if stored is None else (stored,)
@@ -163,11 +156,7 @@ def weight_bytes(source: str, directory: Path, bits: str) -> int:
     Two-dimensional weights are quantized, but for embeddings and the unembedding: matrices with a
     row per vocabulary entry, or with the usual names.
 
-    Raises
-    ------
-    BackboneError
-        The weights or the configuration are damaged.
-
+    Raises BackboneError: the weights or the configuration are damaged.
     """
     tensors = tensor_headers(source, directory)
     try:

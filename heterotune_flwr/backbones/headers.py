@@ -55,11 +55,7 @@ def _parsed(raw: bytes, path: Path) -> Any:
 def read_header(path: Path) -> list[TensorHeader]:
     """Tensors of one safetensors file.
 
-    Raises
-    ------
-    ValueError
-        The file is missing, shorter or longer than its header says, or no safetensors file.
-
+    Raises ValueError: the file is missing, shorter or longer than its header says, or no safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -96,17 +92,14 @@ def mend_hint(source: str) -> str:
 def tensor_headers(source: str, directory: Path) -> list[TensorHeader]:
     """All tensors of a backbone, after checking that its weights are as long as they should be.
 
+    Raises BackboneError: a weight file is missing, truncated or damaged.
+
     Parameters
     ----------
     source
         Its name in a configuration, for the error.
     directory
         Where it lies.
-
-    Raises
-    ------
-    BackboneError
-        A weight file is missing, truncated or damaged.
 
     """
     try:

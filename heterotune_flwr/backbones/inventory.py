@@ -103,6 +103,8 @@ def prune(
 ) -> list[Entry]:
     """Remove entries of the store and return them; every condition given must hold.
 
+    Raises BackboneError: the store has no entry of a given name, or cannot be written.
+
     Parameters
     ----------
     names
@@ -111,11 +113,6 @@ def prune(
         Only those no process loaded for so long.
     damaged
         Only those whose checksums do not hold (reads them whole).
-
-    Raises
-    ------
-    BackboneError
-        The store has no entry of a given name, or cannot be written.
 
     """
     candidates = stored_entries()

@@ -128,11 +128,7 @@ def default_device() -> str:
 def check_bits(bits: str, device: str | None = None) -> None:
     """Check that this machine can hold a backbone at ``bits``, without loading one.
 
-    Raises
-    ------
-    BackboneError
-        Unknown bits, or bitsandbytes cannot run on this device.
-
+    Raises BackboneError: unknown bits, or bitsandbytes cannot run on this device.
     """
     if bits not in BITS:
         raise BackboneError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
@@ -157,11 +153,7 @@ def load_backbone(spec: BackboneSpec, device: str | None = None) -> Backbone:
     The returned object is shared: adapters are attached to it and detached cleanly
     (:mod:`heterotune_flwr.tuning.adapters`), its weights never change.
 
-    Raises
-    ------
-    BackboneError
-        The source is unknown or unreadable, or the bits cannot be had on this device.
-
+    Raises BackboneError: the source is unknown or unreadable, or the bits cannot be had on this device.
     """
     device = device or default_device()
     key = (spec, device)

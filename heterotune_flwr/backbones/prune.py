@@ -272,6 +272,8 @@ def prune_and_heal(
 ) -> dict[str, float]:
     """Write a pruned and healed copy of a Llama directory, in bfloat16 with the parent's tokenizer.
 
+    Raises BackboneError: not a Llama, not smaller than the parent, or too little text.
+
     Parameters
     ----------
     source_dir, out_dir
@@ -290,11 +292,6 @@ def prune_and_heal(
     Returns
     -------
     Held-out loss (nats per token) of the ``parent``, ``pruned`` and ``healed`` model.
-
-    Raises
-    ------
-    BackboneError
-        Not a Llama, not smaller than the parent, or too little text.
 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -46,17 +46,14 @@ def _format(declared: dict[str, Any]) -> tuple[str | None, str]:
 def stored_bits(source: str, directory: Path) -> str | None:
     """Bits of a checkpoint that is quantized already; None for an ordinary one.
 
+    Raises BackboneError: it is quantized in a format that no ``bits`` stands for.
+
     Parameters
     ----------
     source
         Its name in a configuration, for the error.
     directory
         Where its ``config.json`` lies.
-
-    Raises
-    ------
-    BackboneError
-        It is quantized in a format that no ``bits`` stands for.
 
     """
     declared = _declared(directory)
@@ -72,14 +69,7 @@ def stored_bits(source: str, directory: Path) -> str | None:
 
 
 def check_stored_bits(source: str, directory: Path, bits: str) -> None:
-    """Check that a checkpoint can be had at ``bits``.
-
-    Raises
-    ------
-    BackboneError
-        It is quantized already, in another format.
-
-    """
+    """Check that a checkpoint can be had at ``bits`` (BackboneError: it is quantized already, in another format)."""
     stored = stored_bits(source, directory)
     if stored not in (None, bits):
         raise BackboneError(

@@ -135,12 +135,8 @@ def resolve_source(source: str, revision: str | None = None, config_only: bool =
     A GGUF file is converted once, into the cache. ``config_only`` may leave the weights of a hub
     id where they are.
 
-    Raises
-    ------
-    BackboneError
-        Nothing of that name exists (the nearest known name is suggested), or its weights are not
-        here and cannot be brought.
-
+    Raises BackboneError: nothing of that name exists (the nearest known name is suggested), or its weights are not here
+    and cannot be brought.
     """
     if source in EMBEDDED:
         found = _embedded_dir(source)
@@ -204,11 +200,7 @@ def _describe_gguf(path: Path) -> Shape:
 def describe_source(source: str, revision: str | None = None) -> Shape:
     """Width, depth and vocabulary of a backbone from its configuration (or GGUF header) alone.
 
-    Raises
-    ------
-    BackboneError
-        The source cannot be resolved, or its configuration does not describe a decoder.
-
+    Raises BackboneError: the source cannot be resolved, or its configuration does not describe a decoder.
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():

@@ -109,6 +109,8 @@ def used_in_place(spec: BackboneSpec, source: Path) -> bool:
 def shared_model(spec: BackboneSpec, source: Path, device: str, loader: Loader) -> Any:
     """Load a model so that all processes of this machine share its weights.
 
+    Raises BackboneError: the source is damaged.
+
     Parameters
     ----------
     spec
@@ -119,11 +121,6 @@ def shared_model(spec: BackboneSpec, source: Path, device: str, loader: Loader) 
         Where the model goes; on an accelerator the store only spares the quantization.
     loader
         How to read both.
-
-    Raises
-    ------
-    BackboneError
-        The source is damaged.
 
     """
     if used_in_place(spec, source):
@@ -271,11 +268,7 @@ def entries() -> list[Path]:
 def remove_entry(target: Path) -> int:
     """Remove an entry, also while others use it (they keep what they mapped); return its bytes.
 
-    Raises
-    ------
-    BackboneError
-        The cache cannot be written.
-
+    Raises BackboneError: the cache cannot be written.
     """
     try:
         with FileLock(lock_path(target)):

@@ -98,11 +98,7 @@ def find_structure(model: nn.Module) -> DecoderStructure:
 
     Works on a bare model and on one that carries adapters; names are those of the model given.
 
-    Raises
-    ------
-    BackboneError
-        The model is not a decoder with one MLP per block and a final norm.
-
+    Raises BackboneError: the model is not a decoder with one MLP per block and a final norm.
     """
     config = text_config(model)
     blocks_name = _blocks(model, int(config.num_hidden_layers))
@@ -125,11 +121,7 @@ def find_structure(model: nn.Module) -> DecoderStructure:
 def slot_blocks(slots: int, layers: int) -> list[int]:
     """Block index of every slot but the last: equal relative depth, ``ceil(k L / K) - 1``.
 
-    Raises
-    ------
-    BackboneError
-        There are more slots than blocks.
-
+    Raises BackboneError: there are more slots than blocks.
     """
     if slots > layers:
         raise BackboneError(

@@ -23,6 +23,8 @@ _FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "
 def load_tokenizer(source: str, directory: Path, rows: int) -> Any:
     """Load the tokenizer of a backbone.
 
+    Raises BackboneError: there is no tokenizer, or it has tokens without a row.
+
     Parameters
     ----------
     source
@@ -35,11 +37,6 @@ def load_tokenizer(source: str, directory: Path, rows: int) -> Any:
     Returns
     -------
     A ``transformers`` tokenizer none of whose ids is ``rows`` or more, but for that of padding.
-
-    Raises
-    ------
-    BackboneError
-        There is no tokenizer, or it has tokens without a row.
 
     """
     from transformers import AutoTokenizer

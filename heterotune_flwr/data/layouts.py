@@ -45,11 +45,8 @@ def arranged(
 ) -> Mapping[str, Any]:
     """The row with the configured text and label columns filled.
 
-    Raises
-    ------
-    DataError
-        A conversation without a reply, or with an answer beside it; an instruction or output that is empty or no text.
-
+    Raises DataError: a conversation without a reply, or with an answer beside it; an instruction or output that is
+    empty or no text.
     """
     if layout == _INSTRUCTION:
         said = [

@@ -36,6 +36,8 @@ _HASH_BYTES = 8
 def read_tasks(source: str, data: DataConfig, part: str | None = None) -> tuple[Example, ...]:
     """Examples of a directory of task files, or of a hub data set in that form.
 
+    Raises DataError: nothing there, a file that is no task, no task of the names asked for, or an empty part.
+
     Parameters
     ----------
     source
@@ -44,11 +46,6 @@ def read_tasks(source: str, data: DataConfig, part: str | None = None) -> tuple[
         ``tasks``, ``instances_per_task``, ``demonstrations`` and ``test_share`` are used.
     part
         ``train`` (task by task), ``test`` (the tasks in turn, so that every beginning is balanced), or None: all.
-
-    Raises
-    ------
-    DataError
-        Nothing there, a file that is no task, no task of the names asked for, or an empty part.
 
     """
     names = None if data.tasks is None else tuple(data.tasks)

@@ -249,11 +249,7 @@ def client_examples(
 
     The same on every machine for equal arguments, whatever was asked for before.
 
-    Raises
-    ------
-    DataError
-        The file or the partition settings are wrong, or this client's shard would be empty.
-
+    Raises DataError: the file or the partition settings are wrong, or this client's shard would be empty.
     """
     if not 0 <= partition_id < num_partitions:
         raise DataError(f"there is no client {partition_id} among {num_partitions}")

@@ -57,11 +57,7 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
     The natural client is read only where the column exists; ``partition: natural`` insists on it. Conversations and
     instructions are recognised by their columns (:mod:`.layouts`), and a log line says so.
 
-    Raises
-    ------
-    DataError
-        No such file, unreadable, a column is missing, a value is no text, or there is not one example.
-
+    Raises DataError: no such file, unreadable, a column is missing, a value is no text, or there is not one example.
     """
     examples: list[Example] = []
     layout: str | None = None
@@ -215,11 +211,7 @@ def global_test(data: DataConfig) -> list[Example]:
 
     They are the file's first; of a file of one's own, which may be sorted, a random choice that is always the same.
 
-    Raises
-    ------
-    DataError
-        As :func:`read_examples`; also when an answer is outside the closed label set.
-
+    Raises DataError: as :func:`read_examples`; also when an answer is outside the closed label set.
     """
     if _is_plugin(data):
         where, found = f"test of {data.name}", _from_plugin(data.name, "test")

@@ -20,11 +20,7 @@ def split(of: Pool, share: float) -> tuple[tuple[Example, ...], tuple[Example, .
     ones is decided by a hash of the text: the same on every machine and for every seed, and equal texts never lie on
     both sides.
 
-    Raises
-    ------
-    DataError
-        There are too few rows for a test.
-
+    Raises DataError: there are too few rows for a test.
     """
     owners: dict[str, str] = {}
     for example in of.examples:

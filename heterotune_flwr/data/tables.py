@@ -27,14 +27,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def form_of(path: Path, form: str | None = None) -> str:
-    """One of :data:`FORMS`: as told, else by the name.
-
-    Raises
-    ------
-    DataError
-        Neither tells.
-
-    """
+    """One of :data:`FORMS`: as told, else by the name (DataError: neither tells)."""
     if form is not None:
         if form not in FORMS:
             raise DataError(f"data.format is {form!r}; choose one of {', '.join(FORMS)}")
@@ -53,11 +46,7 @@ def form_of(path: Path, form: str | None = None) -> str:
 def rows(path: Path, form: str | None = None) -> Iterator[Row]:
     """Rows of a data file in their order: number (line or place), where it stands (for errors), values by column.
 
-    Raises
-    ------
-    DataError
-        There is no such file, it is damaged, or a row of it cannot be read; the line names it.
-
+    Raises DataError: there is no such file, it is damaged, or a row of it cannot be read; the line names it.
     """
     if not path.is_file() and not is_saved_dataset(path):
         reason = "is no file" if path.exists() else "does not exist"

@@ -27,14 +27,7 @@ class EncodedExample:
 
 
 def render_prompt(prompt: str, text: str) -> str:
-    """Fill ``{text}`` of the prompt form.
-
-    Raises
-    ------
-    DataError
-        The form has no ``{text}``.
-
-    """
+    """Fill ``{text}`` of the prompt form (DataError: the form has no ``{text}``)."""
     if "{text}" not in prompt:
         raise DataError(
             f"data.prompt {prompt!r} has no {{text}} to fill", "data.prompt has no {text} to fill"
@@ -60,14 +53,7 @@ def truncate_prompt(tokenizer: Any, ids: list[int], limit: int) -> list[int]:
 
 
 def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """Ids that " answer" adds after ``prompt`` (rendered), without eos.
-
-    Raises
-    ------
-    DataError
-        The answer adds nothing.
-
-    """
+    """Ids that " answer" adds after ``prompt`` (rendered), without eos (DataError: the answer adds nothing)."""
     before = encode_opening(tokenizer, prompt)
     together = encode_opening(tokenizer, f"{prompt} {answer}")
     if together[: len(before)] == before:
@@ -84,11 +70,7 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], prompt: str) -> list[int
 
     ``prompt`` is the form with ``{text}``.
 
-    Raises
-    ------
-    DataError
-        Two labels begin with the same token; names both.
-
+    Raises DataError: two labels begin with the same token; names both.
     """
     rendered = render_prompt(prompt, _PROBE)
     owners: dict[int, str] = {}

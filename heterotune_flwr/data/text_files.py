@@ -32,11 +32,7 @@ def open_text(path: Path) -> TextIO:
 def text_lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file with their ends.
 
-    Raises
-    ------
-    DataError
-        It cannot be read, or is no UTF-8 text; the line where it stops being text is named.
-
+    Raises DataError: it cannot be read, or is no UTF-8 text; the line where it stops being text is named.
     """
     try:
         with open_text(path) as stream:
@@ -65,14 +61,7 @@ def _not_utf8(path: Path) -> str:
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """One object per line, or one list of objects.
-
-    Raises
-    ------
-    DataError
-        Neither.
-
-    """
+    """One object per line, or one list of objects (DataError: neither)."""
     lines, begun = text_lines(path), False
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -112,12 +101,8 @@ def _an_object(row: Any, where: str) -> dict[str, Any]:
 def csv_rows(path: Path) -> Iterator[Row]:
     """Rows below a header, numbered by the line they begin in; separated by commas, semicolons or tabs.
 
-    Raises
-    ------
-    DataError
-        A quote that is not closed where its field ends, a row of more or fewer fields than the header, a column's name
-        that is there twice, or no header.
-
+    Raises DataError: a quote that is not closed where its field ends, a row of more or fewer fields than the header, a
+    column's name that is there twice, or no header.
     """
     lines = text_lines(path)
     first = next((pair for pair in enumerate(lines, start=1) if pair[1].strip()), None)

@@ -121,11 +121,7 @@ def new_authority(name: str, days: float = CA_DAYS, key_pem: bytes | None = None
 def alternative_name(host: str) -> x509.GeneralName:
     """A host as certificates name it: an address as an address, anything else as a DNS name.
 
-    Raises
-    ------
-    ConfigError
-        It is neither.
-
+    Raises ConfigError: it is neither.
     """
     try:
         return x509.IPAddress(ipaddress.ip_address(host))

@@ -23,11 +23,7 @@ _UNFINISHED = re.compile(r"\..+\.([0-9]{1,9})")
 def make_folder(path: Path) -> Path:
     """Make a folder (and its parents) that only its owner enters; one that exists stays as it is.
 
-    Raises
-    ------
-    ConfigError
-        It cannot be made.
-
+    Raises ConfigError: it cannot be made.
     """
     try:
         path.mkdir(mode=FOLDER, parents=True, exist_ok=True)
@@ -55,11 +51,7 @@ def write_private(path: Path, data: bytes) -> None:
 
     The complete file appears at once under its name: a crash leaves all of it or nothing.
 
-    Raises
-    ------
-    ConfigError
-        The file exists, or cannot be written.
-
+    Raises ConfigError: the file exists, or cannot be written.
     """
     make_folder(path.parent)
     try:
@@ -113,11 +105,7 @@ def _written_aside(path: Path, data: bytes, mode: int) -> Iterator[Path]:
 def unfinished(folder: Path) -> list[Path]:
     """Files of a folder that processes were writing which have died since: copies of secrets among them.
 
-    Raises
-    ------
-    ConfigError
-        The folder is closed.
-
+    Raises ConfigError: the folder is closed.
     """
     writers = {
         path: found[1] for path in contents(folder) if (found := _UNFINISHED.fullmatch(path.name))

@@ -44,11 +44,7 @@ def is_loopback(host: str) -> bool:
 def parse_server(given: str) -> tuple[str, int | None]:
     """``HOST``, ``HOST:PORT``, ``[IPv6]:PORT`` or a bare IPv6 address as host and port.
 
-    Raises
-    ------
-    ConfigError
-        It is none of them.
-
+    Raises ConfigError: it is none of them.
     """
     if is_address(given):
         return canonical(given), None

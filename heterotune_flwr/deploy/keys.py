@@ -49,11 +49,7 @@ def new_private(path: Path) -> None:
 def new_node_key(folder: Path, name: str) -> Path:
     """Make ``node.key`` (0600) and ``node.pub`` in a folder; returns the public file.
 
-    Raises
-    ------
-    ConfigError
-        There is a key already; it is never overwritten.
-
+    Raises ConfigError: there is a key already; it is never overwritten.
     """
     new_private(folder / PRIVATE)
     return write_public(folder, name)
@@ -76,11 +72,7 @@ def node_key(folder: Path, name: str) -> Path:
 def public_of(private: Path, name: str) -> str:
     """The public line of a private key file, whose contents go nowhere else.
 
-    Raises
-    ------
-    ConfigError
-        The file cannot be read or is no such key.
-
+    Raises ConfigError: the file cannot be read or is no such key.
     """
     mend = how_to_make(private.parent, name)
     raw = read_bytes(private, "the private key", mend)
@@ -98,11 +90,7 @@ def public_of(private: Path, name: str) -> str:
 def read_public(path: Path) -> str:
     """Read a public key file; refuses anything else, above all a private key.
 
-    Raises
-    ------
-    ConfigError
-        It is not one public P-384 (or other NIST curve) key.
-
+    Raises ConfigError: it is not one public P-384 (or other NIST curve) key.
     """
     raw = read_bytes(path, "the public key", "ask the node for its NAME.pub")
     if b"PRIVATE KEY" in raw:
@@ -118,11 +106,7 @@ def read_public(path: Path) -> str:
 def check_public(line: str, where: str) -> str:
     """The line of a public key as it is kept; its comment loses what is not ASCII.
 
-    Raises
-    ------
-    ConfigError
-        It is no public key of a NIST curve.
-
+    Raises ConfigError: it is no public key of a NIST curve.
     """
     body, comment = " ".join(line.split()[:2]), " ".join(line.split()[2:])
     try:

@@ -181,11 +181,7 @@ class Deployment:
     def add_node(self, name: str, public_key: str | None = None) -> bool:
         """Add a node; its key is made here unless its own public key is given. False: it was there.
 
-        Raises
-        ------
-        ConfigError
-            As :meth:`has_node`.
-
+        Raises ConfigError: as :meth:`has_node`.
         """
         if self.has_node(name, public_key):
             return False
@@ -198,11 +194,7 @@ class Deployment:
     def has_node(self, name: str, public_key: str | None = None) -> bool:
         """Whether there is a node of that name and, if one is given, with that key.
 
-        Raises
-        ------
-        ConfigError
-            A name that cannot be a folder, one that has another key, or a key that another node has.
-
+        Raises ConfigError: a name that cannot be a folder, one that has another key, or a key that another node has.
         """
         check_node_name(name)
         node = self.nodes.get(name)
@@ -340,6 +332,8 @@ def initialise(
 ) -> Deployment:
     """Make a deployment folder, or bring one up to date; nothing that holds a key is overwritten.
 
+    Raises ConfigError: wrong input, or the folder belongs to something else.
+
     Parameters
     ----------
     folder
@@ -354,11 +348,6 @@ def initialise(
         Of the server certificate, see :meth:`Deployment.write`.
     settings
         ``internal_port``, ``user``, ``node_folder``, ``node_bin``; None: as they are.
-
-    Raises
-    ------
-    ConfigError
-        Wrong input, or the folder belongs to something else.
 
     """
     folder = folder.expanduser().absolute()

@@ -269,14 +269,7 @@ def _written_folder(name: str, folder: Path) -> Iterator[Finding]:
 
 
 def _manifest(settings: NodeSettings) -> dict[str, Any] | None:
-    """What the server has installed; None where the file is missing.
-
-    Raises
-    ------
-    ConfigError
-        It is damaged.
-
-    """
+    """What the server has installed; None where the file is missing (ConfigError: it is damaged)."""
     path = settings.path.parent / NODE_MANIFEST
     if not present(path, NODE_MANIFEST):
         return None

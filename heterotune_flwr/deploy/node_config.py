@@ -106,12 +106,8 @@ class NodeSettings:
 def read_node_settings(path: Path) -> NodeSettings:
     """Read and check a node's file.
 
-    Raises
-    ------
-    ConfigError
-        No such file, no TOML, an unknown key (the nearest known one is named), a value of the wrong kind, or a
-        required one is missing.
-
+    Raises ConfigError: no such file, no TOML, an unknown key (the nearest known one is named), a value of the wrong
+    kind, or a required one is missing.
     """
     path = path.expanduser().absolute()
     if os.path.isdir(path):  # unlike Path.is_dir, no error where a folder is closed
@@ -177,12 +173,8 @@ def check_ca(settings: NodeSettings) -> bytes:
 def supernode_command(settings: NodeSettings) -> list[str]:
     """Write the node configuration for Flower and return the command that becomes the SuperNode.
 
-    Raises
-    ------
-    ConfigError
-        The key is missing, no key, or open to others, there is no CA certificate, or the state folder cannot be
-        made and written.
-
+    Raises ConfigError: the key is missing, no key, or open to others, there is no CA certificate, or the state folder
+    cannot be made and written.
     """
     trouble = key_trouble(settings)
     if trouble is not None:

@@ -27,17 +27,14 @@ _OTHER_KEYS = ("server.key.new", "server.key.old")
 def authority(folder: Path, server: Path, name: str) -> Pair:
     """The certificate authority in ``ca/``; its key is empty where it is kept elsewhere.
 
+    Raises ConfigError: key and certificate are not of one another, or the certificate of a key that has signed is lost.
+
     Parameters
     ----------
     folder, server
         ``ca/`` and ``server/`` of the deployment folder.
     name
         Of the server, for a new authority.
-
-    Raises
-    ------
-    ConfigError
-        Key and certificate are not of one another, or the certificate of a key that has signed is lost.
 
     """
     certificate, key = folder / "ca.crt", folder / "ca.key"
@@ -89,6 +86,8 @@ def missing_names(server: Path, hosts: Sequence[str]) -> list[str]:
 def server_pair(folder: Path, signer: Pair, hosts: Sequence[str], days: float, renew: bool) -> None:
     """Make the server's certificate and key where there are none, or with ``renew``; mend what a killed call has left.
 
+    Raises ConfigError: one must be made and the CA's key is not there.
+
     Parameters
     ----------
     folder
@@ -99,11 +98,6 @@ def server_pair(folder: Path, signer: Pair, hosts: Sequence[str], days: float, r
         Of a certificate that is made now.
     renew
         Make a new one although one is there.
-
-    Raises
-    ------
-    ConfigError
-        One must be made and the CA's key is not there.
 
     """
     certificate, key = folder / "server.crt", folder / "server.key"

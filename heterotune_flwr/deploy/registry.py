@@ -26,11 +26,7 @@ CONNECTION = "lab"
 def flwr(deployment: Deployment, *arguments: str, named: bool = False) -> dict[str, Any]:
     """Run ``flwr ... lab --format json`` as the operator; ``named``: the arguments name the connection already.
 
-    Raises
-    ------
-    FederationError
-        The SuperLink does not answer, or refuses.
-
+    Raises FederationError: the SuperLink does not answer, or refuses.
     """
     environment = {
         **os.environ,
@@ -116,11 +112,7 @@ def reconcile(deployment: Deployment) -> Outcome:
     Registers what Flower does not have, takes up what it has under an unknown id, bars former and revoked keys that it
     lets in, and marks as revoked the nodes whose key it bars.
 
-    Raises
-    ------
-    FederationError
-        The SuperLink does not answer. What concerns one node is in :attr:`Outcome.troubles`.
-
+    Raises FederationError: the SuperLink does not answer. What concerns one node is in :attr:`Outcome.troubles`.
     """
     known, outcome = listed(deployment), Outcome()
     mine = {body for node in deployment.nodes.values() for body in node.keys}

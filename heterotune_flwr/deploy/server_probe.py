@@ -39,17 +39,14 @@ class Seen:
 def look(host: str, port: int, ca: Path, pem: bytes) -> Seen:
     """Connect, check the certificate against the CA and the host's name, ask for the time.
 
+    Raises FederationError: the server cannot be reached or is not the one it should be: what is wrong and who mends it.
+
     Parameters
     ----------
     host, port
         Of the server.
     ca, pem
         File of the CA certificate, and what is in it.
-
-    Raises
-    ------
-    FederationError
-        The server cannot be reached or is not the one it should be: what is wrong and who mends it.
 
     """
     where = f"{host}:{port}"

@@ -44,6 +44,9 @@ def submit(
 ) -> Submitted:
     """Check a configuration as far as the server can and submit it; returns without waiting for the run.
 
+    Raises ConfigError: the configuration is wrong, or the run directory belongs to another run; FederationError: the
+    SuperLink does not answer or refuses the run.
+
     Parameters
     ----------
     deployment
@@ -55,13 +58,6 @@ def submit(
         Dotted overrides.
     resume
         Run directory to go on with instead; ``overrides`` may then change only what a resumed run may.
-
-    Raises
-    ------
-    ConfigError
-        The configuration is wrong, or the run directory belongs to another run.
-    FederationError
-        The SuperLink does not answer or refuses the run.
 
     """
     if resume is not None:

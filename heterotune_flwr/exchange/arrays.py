@@ -24,11 +24,7 @@ _HEADER = re.compile(
 def flat_array(record: ArrayRecord, key: str, dtype: str) -> NDArray[Any]:
     """Return the flat array ``key`` of a record, read-only and without a copy.
 
-    Raises
-    ------
-    ExchangeError
-        It is missing, damaged, of another dtype, or not flat.
-
+    Raises ExchangeError: it is missing, damaged, of another dtype, or not flat.
     """
     if key not in record:
         raise ExchangeError(f"packed tensors lack the array {key!r}")

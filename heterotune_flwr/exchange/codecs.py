@@ -134,11 +134,7 @@ def codec_names() -> tuple[str, ...]:
 def topk_name(share: float) -> str:
     """Name of the codec that keeps this share of the numbers: ``topk:0.1``.
 
-    Raises
-    ------
-    ExchangeError
-        The share is not from 0.001 to 1.
-
+    Raises ExchangeError: the share is not from 0.001 to 1.
     """
     if not sparse.LEAST <= share <= 1.0:  # NaN neither
         raise ExchangeError(f"exchange.top_k is {share}; give a share from {sparse.LEAST} to 1")
@@ -158,14 +154,7 @@ def _topk(name: str) -> RecordCodec:
 
 
 def find_codec(name: str) -> Codec | RecordCodec:
-    """Return a codec by name.
-
-    Raises
-    ------
-    ExchangeError
-        There is none of that name, or an installed package's is no codec.
-
-    """
+    """Return a codec by name (ExchangeError: there is none of that name, or an installed package's is no codec)."""
     found = CODECS.get(name) or _SPECIAL.get(name)
     if found is not None:
         return found

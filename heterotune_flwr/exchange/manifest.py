@@ -65,11 +65,7 @@ class Manifest:
     def from_bytes(cls, raw: bytes) -> Manifest:
         """Read and check a manifest.
 
-        Raises
-        ------
-        ExchangeError
-            It is not JSON, of another format, or not exactly as :meth:`to_bytes` writes it.
-
+        Raises ExchangeError: it is not JSON, of another format, or not exactly as :meth:`to_bytes` writes it.
         """
         if len(raw) > _MAX_BYTES:
             raise ExchangeError(f"the manifest has {len(raw)} bytes, more than {_MAX_BYTES}")
@@ -98,11 +94,8 @@ class Manifest:
     def check(self, expected: Expected, data_bytes: int) -> None:
         """Refuse what is not expected, before anything of the announced size is allocated.
 
-        Raises
-        ------
-        ExchangeError
-            Another codec, an unexpected tensor or shape, or more numbers than the bytes received can stand for.
-
+        Raises ExchangeError: another codec, an unexpected tensor or shape, or more numbers than the bytes received can
+        stand for.
         """
         if expected.codecs is not None and self.codec not in expected.codecs:
             allowed = ", ".join(sorted(expected.codecs))

@@ -75,6 +75,8 @@ def _divided(manifest: Manifest, values: NDArray[np.float32]) -> Tensors:
 def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
     """Pack named tensors into one flat array and a manifest.
 
+    Raises ExchangeError: the codec is unknown.
+
     Parameters
     ----------
     tensors
@@ -82,11 +84,6 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
     codec
         ``bf16`` | ``fp16`` | ``fp32`` | ``int8`` | ``nf4`` | ``topk:<share>``, or an installed package's
         (:mod:`.codecs`).
-
-    Raises
-    ------
-    ExchangeError
-        The codec is unknown.
 
     """
     writer = find_codec(codec)
@@ -103,18 +100,16 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
 def unpack(record: ArrayRecord, expected: Expected | None = None) -> Tensors:
     """Read what :func:`pack` wrote, as float32 arrays (copies, writable).
 
+    Raises ExchangeError: anything about the record is malformed or not expected: arrays missing or of another dtype,
+    manifest not in its one form, unknown codec, impossible shapes, sizes that do not add up, bytes the codec would not
+    write.
+
     Parameters
     ----------
     record
         From the network.
     expected
         Names, shapes and codecs it may have; None: any, as long as it announces at most 16 numbers per byte.
-
-    Raises
-    ------
-    ExchangeError
-        Anything about the record is malformed or not expected: arrays missing or of another dtype, manifest not in
-        its one form, unknown codec, impossible shapes, sizes that do not add up, bytes the codec would not write.
 
     """
     if set(record) != {_DATA, _MANIFEST}:

@@ -30,11 +30,7 @@ def as_fraction(width: float) -> Fraction:
 def sliced_sizes(sizes: Mapping[str, int], width: float, name: str) -> dict[str, int]:
     """The :data:`SLICED` sizes of a parent at a width.
 
-    Raises
-    ------
-    ConfigError
-        One of them times the width is no whole number; says which widths are possible.
-
+    Raises ConfigError: one of them times the width is no whole number; says which widths are possible.
     """
     part, found = as_fraction(width), {}
     for key in SLICED:
@@ -53,11 +49,7 @@ def sliced_sizes(sizes: Mapping[str, int], width: float, name: str) -> dict[str,
 def window(parent: int, part: int, start: int) -> NDArray[np.intp]:
     """Positions on one axis of length ``parent`` that a slice of length ``part`` holds, in its order.
 
-    Raises
-    ------
-    ValueError
-        The slice is longer than the axis, or has no length.
-
+    Raises ValueError: the slice is longer than the axis, or has no length.
     """
     if not 1 <= part <= parent:
         raise ValueError(f"a slice of length {part} of an axis of length {parent}")

@@ -106,14 +106,7 @@ def _ordered(data: bytes) -> bytes:
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Load a safetensors file.
-
-    Raises
-    ------
-    ExchangeError
-        The file is missing or not a complete safetensors file.
-
-    """
+    """Load a safetensors file (ExchangeError: the file is missing or not a complete safetensors file)."""
     try:
         loaded: dict[str, NDArray[Any]] = load_file(path)
     except (OSError, SafetensorError, RecursionError) as error:

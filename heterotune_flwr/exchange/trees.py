@@ -78,13 +78,7 @@ def _digest(arrays: Mapping[str, NDArray[Any]], text: str) -> str:
 def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
     """Save a state atomically, with a checksum; ``metadata`` are further fields of the file's header.
 
-    Raises
-    ------
-    ExchangeError
-        Something in the state is of a type that cannot be saved.
-    OSError
-        The file cannot be written.
-
+    Raises ExchangeError: something in the state is of a type that cannot be saved; OSError: the file cannot be written.
     """
     arrays: dict[str, NDArray[Any]] = {}
     tree = json.dumps(_split(state, "", arrays))

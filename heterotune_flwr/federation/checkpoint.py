@@ -59,11 +59,7 @@ class Checkpoints:
     def save(self, strategy: str, seed: int, round: int, state: State) -> Path:
         """Write the state after ``round``, then forget the oldest.
 
-        Raises
-        ------
-        FederationError
-            The file cannot be written (disk full, read-only); earlier checkpoints are untouched.
-
+        Raises FederationError: the file cannot be written (disk full, read-only); earlier checkpoints are untouched.
         """
         path = self._folder(strategy, seed) / f"round-{round:06d}.safetensors"
         header = {
@@ -88,11 +84,7 @@ class Checkpoints:
     def latest(self, strategy: str, seed: int) -> tuple[Checkpoint | None, list[str]]:
         """The newest readable checkpoint (None: there never was one), and why newer ones were passed over.
 
-        Raises
-        ------
-        CheckpointError
-            A file is of a newer program or not ours, or there are files and none can be read.
-
+        Raises CheckpointError: a file is of a newer program or not ours, or there are files and none can be read.
         """
         problems: list[str] = []
         for path in self._files(strategy, seed):

@@ -70,6 +70,8 @@ class Reference:
 def unfit(infos: Mapping[str, DescribeReply], order: Order, reference: Reference) -> dict[str, str]:
     """Client id -> why it cannot take part.
 
+    Raises ConfigError: the settings do not fit most clients: it is not these that are wrong.
+
     Parameters
     ----------
     infos
@@ -78,11 +80,6 @@ def unfit(infos: Mapping[str, DescribeReply], order: Order, reference: Reference
         The same ids by rising node id.
     reference
         What they are held to.
-
-    Raises
-    ------
-    ConfigError
-        The settings do not fit most clients: it is not these that are wrong.
 
     """
     left: dict[str, str] = {}

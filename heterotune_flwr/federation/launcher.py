@@ -193,11 +193,7 @@ def check_directory(directory: Path) -> None:
 def prepare_directory(directory: Path, resuming: bool = False) -> None:
     """Make the run directory; traces of a run that failed early are removed, results never, of a resumed run nothing.
 
-    Raises
-    ------
-    ConfigError
-        It is relative, cannot be made, or holds the results of another run.
-
+    Raises ConfigError: it is relative, cannot be made, or holds the results of another run.
     """
     if not resuming:
         check_directory(directory)
@@ -222,13 +218,8 @@ def launch_app(
 ) -> RunOutcome:
     """Run a Flower app that journals into ``directory`` (see :mod:`.journal`) and wait for its end.
 
-    Raises
-    ------
-    ConfigError
-        The run directory cannot be used.
-    FederationError
-        Flower could not be started or refused the run. A run that starts and fails is reported in the outcome.
-
+    Raises ConfigError: the run directory cannot be used; FederationError: Flower could not be started or refused the
+    run. A run that starts and fails is reported in the outcome.
     """
     with _following(directory, resuming):
         return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)
@@ -299,6 +290,9 @@ def launch(
 ) -> RunOutcome:
     """Run ``config`` in a Flower simulation of its own and wait for its end.
 
+    Raises ConfigError: the run directory cannot be used, or the configuration has no types; FederationError: Flower
+    could not be started or refused the run. A run that starts and fails is reported in the outcome.
+
     Parameters
     ----------
     config
@@ -309,13 +303,6 @@ def launch(
         Go on with the run in ``run.dir`` after its last checkpoint.
     notes
         What was said of the data; a new run's journal begins with it.
-
-    Raises
-    ------
-    ConfigError
-        The run directory cannot be used, or the configuration has no types.
-    FederationError
-        Flower could not be started or refused the run. A run that starts and fails is reported in the outcome.
 
     """
     if config.run.dir is None:

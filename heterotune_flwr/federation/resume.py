@@ -124,6 +124,9 @@ def run_lock(directory: Path, name: str = _LOCK) -> Iterator[None]:
 def check_resumable(directory: Path, overrides: Sequence[str], other: Path | None) -> Config:
     """The configuration with which the run in ``directory`` can go on.
 
+    Raises ConfigError: it is no run directory, another run is writing to it, or an override would change what is
+    computed.
+
     Parameters
     ----------
     directory
@@ -132,11 +135,6 @@ def check_resumable(directory: Path, overrides: Sequence[str], other: Path | Non
         ``key=value`` for what may change (:data:`MAY_CHANGE`).
     other
         A second directory the user named.
-
-    Raises
-    ------
-    ConfigError
-        It is no run directory, another run is writing to it, or an override would change what is computed.
 
     """
     directory = directory.expanduser().resolve()

@@ -143,11 +143,7 @@ def without(
 ) -> Roster:
     """A roster without the clients for whom there is a reason, each of which is told.
 
-    Raises
-    ------
-    FederationError
-        Fewer than ``needed`` remain, or guests alone; the first reason is named.
-
+    Raises FederationError: fewer than ``needed`` remain, or guests alone; the first reason is named.
     """
     left = [
         LeftOut(roster.clients[cid].node_id, safe_text(cid), safe_text(reasons[cid]))
@@ -185,6 +181,8 @@ def describe_clients(
     whose node was away (restarting, say), are asked again, and so are nodes that have come since. Whoever answers with
     something that is wrong, or does not fit the others, is left out, and the run goes on.
 
+    Raises FederationError: too few clients appeared or answered usefully; the first reason is named.
+
     Parameters
     ----------
     grid, header
@@ -201,11 +199,6 @@ def describe_clients(
         Called with every node that does not take part.
     on_progress
         Called with how many have answered, and of how many, as they do.
-
-    Raises
-    ------
-    FederationError
-        Too few clients appeared or answered usefully; the first reason is named.
 
     """
     deadline = time.monotonic() + need.wait_seconds

@@ -37,14 +37,7 @@ SIDE_BY_SIDE = 3
 
 
 def load_results(directory: Path) -> dict[str, Any]:
-    """``results.json`` of a run directory.
-
-    Raises
-    ------
-    FederationError
-        There are none (yet).
-
-    """
+    """``results.json`` of a run directory (FederationError: there are none (yet))."""
     path = directory / "results.json"
     try:
         results: dict[str, Any] = parse_json(path.read_text())

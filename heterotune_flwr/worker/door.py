@@ -45,14 +45,7 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def uses_worker(node_config: Mapping[str, Any]) -> bool:
-    """Whether a node's messages go to the worker.
-
-    Raises
-    ------
-    ConfigError
-        The setting is neither ``on`` nor ``off``.
-
-    """
+    """Whether a node's messages go to the worker (ConfigError: the setting is neither ``on`` nor ``off``)."""
     if is_simulated(node_config) or not node_config.get("state-dir") or os.name != "posix":
         return False
     settings = {
@@ -68,11 +61,7 @@ def uses_worker(node_config: Mapping[str, Any]) -> bool:
 def idle_seconds(node_config: Mapping[str, Any]) -> float:
     """Idle time after which the worker ends (``worker-idle-minutes``, default 30).
 
-    Raises
-    ------
-    ConfigError
-        It is not a positive number.
-
+    Raises ConfigError: it is not a positive number.
     """
     given = node_config.get("worker-idle-minutes", 30)
     try:

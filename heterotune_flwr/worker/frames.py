@@ -34,15 +34,8 @@ class PeerGoneError(FederationError):
 def send_frame(sock: socket.socket, header: Mapping[str, Any], body: bytes = b"") -> None:
     """Send one frame.
 
-    Raises
-    ------
-    FrameError
-        The header or the body is over the limits.
-    PeerGoneError
-        The other end is gone.
-    TimeoutError
-        The other end takes nothing.
-
+    Raises FrameError: the header or the body is over the limits; PeerGoneError: the other end is gone; TimeoutError:
+    the other end takes nothing.
     """
     head = json.dumps(header, separators=(",", ":")).encode()
     if len(head) > HEADER_LIMIT or len(body) > BODY_LIMIT:
@@ -60,15 +53,8 @@ def send_frame(sock: socket.socket, header: Mapping[str, Any], body: bytes = b""
 def receive_frame(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
     """Receive one frame: header and body.
 
-    Raises
-    ------
-    FrameError
-        Not a frame, or over the limits.
-    PeerGoneError
-        The other end is gone, also in the middle of a frame.
-    TimeoutError
-        Nothing came within the socket's time-out.
-
+    Raises FrameError: not a frame, or over the limits; PeerGoneError: the other end is gone, also in the middle of a
+    frame; TimeoutError: nothing came within the socket's time-out.
     """
     magic, head_size, body_size = _PREFIX.unpack(_receive(sock, _PREFIX.size))
     if magic != MAGIC:

@@ -72,11 +72,7 @@ class Link:
     def ask(self, header: Mapping[str, Any], body: bytes = b"") -> tuple[dict[str, Any], bytes]:
         """Send a request and wait for its answer; heartbeats are passed over.
 
-        Raises
-        ------
-        PeerGoneError, TimeoutError, FrameError
-            As in :mod:`.frames`.
-
+        Raises PeerGoneError, TimeoutError, FrameError: as in :mod:`.frames`.
         """
         send_frame(self._sock, header, body)
         return self.await_answer()
@@ -145,13 +141,8 @@ def submit(
     A worker of other code is replaced, one that dies is started again and the message done a
     second time.
 
-    Raises
-    ------
-    WorkerUnavailableError, WorkerBusyError
-        No worker can be had (:mod:`.start`).
-    JobLostError
-        Workers die over this message, or refuse it.
-
+    Raises WorkerUnavailableError, WorkerBusyError: no worker can be had (:mod:`.start`); JobLostError: workers die over
+    this message, or refuse it.
     """
     deaths, build = 0, build_id()
     for _ in range(_ATTEMPTS):

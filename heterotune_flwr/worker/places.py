@@ -43,11 +43,7 @@ def runtime_dir() -> Path:
     ``HETEROTUNE_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/heterotune``, else
     ``heterotune-<user id>`` in the system's temporary folder, whatever ``TMPDIR`` says.
 
-    Raises
-    ------
-    WorkerUnavailableError
-        It cannot be made, or others may enter it.
-
+    Raises WorkerUnavailableError: it cannot be made, or others may enter it.
     """
     given, session = os.environ.get(ENVIRONMENT), os.environ.get("XDG_RUNTIME_DIR")
     if given:
@@ -140,11 +136,7 @@ class Lock:
 def check_peer(sock: socket.socket) -> int:
     """Return the process id at the other end, 0 where the system does not tell.
 
-    Raises
-    ------
-    PermissionError
-        It belongs to another user.
-
+    Raises PermissionError: it belongs to another user.
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return 0  # the folder's mode keeps others out

@@ -34,11 +34,7 @@ class WorkerBusyError(FederationError):
 def connect(place: Place) -> socket.socket | None:
     """Connect to the worker's socket; None when nobody listens.
 
-    Raises
-    ------
-    WorkerUnavailableError
-        What lies at the socket's path is not this user's socket.
-
+    Raises WorkerUnavailableError: what lies at the socket's path is not this user's socket.
     """
     try:
         found = place.socket.lstat()
@@ -62,13 +58,7 @@ def connect(place: Place) -> socket.socket | None:
 def ensure(place: Place, idle_seconds: float = IDLE_SECONDS) -> socket.socket:
     """Connect to the worker of a place; start it first where there is none.
 
-    Raises
-    ------
-    WorkerUnavailableError
-        It cannot be started.
-    WorkerBusyError
-        The worker before it does not come to an end.
-
+    Raises WorkerUnavailableError: it cannot be started; WorkerBusyError: the worker before it does not come to an end.
     """
     sock = connect(place)
     if sock is not None:
