@@ -112,10 +112,6 @@ class MethodConfig:
         "types also align what a text is made of and about (means of first and middle states), for a discriminant",
         False,
     )
-    ngrams: int = _help(
-        "axes of a text's character n-grams that a shared discriminant reads besides (simulations); 0: none",
-        0,
-    )
     inner: int = _help(
         "q, inner width of an expert; 0: none, an expert is one matrix P and a bias Q (Co-LoRA)", 32
     )

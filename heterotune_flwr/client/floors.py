@@ -131,7 +131,7 @@ _SETTINGS: dict[str, tuple[float, float]] = {
 }
 #: Fields of an adapter's settings -> largest.
 _METHOD: dict[str, float] = {
-    "slots": 1024, "latent": 8192, "output": 8192, "ngrams": 8192, "inner": 8192, "experts_global": 64,
+    "slots": 1024, "latent": 8192, "output": 8192, "inner": 8192, "experts_global": 64,
     "experts_type": 64, "experts_private": 64, "core_rank": 1024, "core_scale": 100, "private_dropout": 1,
     "lora_rank": 1024, "lora_alpha": 1e4, "sub_width": 1, "sub_window": 1e6,
 }  # fmt: skip

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.channels.control_variates import ClientControls
-from heterotune_flwr.channels.predictions.client import Said, anchor_texts, anchor_work
+from heterotune_flwr.channels.predictions.client import Said, anchor_work
 from heterotune_flwr.channels.statistics.client import class_sums, classifier_logits
 from heterotune_flwr.client.encodings import encodings
 from heterotune_flwr.client.floors import Guard, check_message
 from heterotune_flwr.client.identity import (
-    NGRAMS_SIMULATED,
     Identity,
     code_hash,
     identify,
@@ -39,7 +38,7 @@ from heterotune_flwr.config.own_data import how_they_fit
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import examples_digest, label_set
 from heterotune_flwr.dema.bank import generator, initial_tensors
-from heterotune_flwr.errors import ConfigError, HeteroTuneError, RefusedByNodeError
+from heterotune_flwr.errors import HeteroTuneError, RefusedByNodeError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.exchange.storage import close_to_others, private_folder
@@ -184,17 +183,7 @@ class Client:
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
         adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
         adapter.train_from(lowest_slot(self.identity.slots, resolved.slots), frozen)
-        adapter.anchors = self._anchors(resolved)
         return adapter
-
-    def _anchors(self, method: MethodConfig) -> tuple[str, ...]:
-        """The public texts that a method's view of n-grams is made from; none where it has no such view."""
-        if method.kind != "dema" or not method.ngrams:
-            return ()
-        if self.identity.partition is None:
-            raise ConfigError.plain(NGRAMS_SIMULATED)
-        alignment = self.config.alignment
-        return tuple(anchor_texts(alignment.anchors, alignment.count))
 
     def store(self, header: Header) -> ClientStore:
         """Return the client's files for an experiment."""

@@ -49,8 +49,6 @@ ANSWERS = ("no", "yes")
 CLASS_SUMS = ("no", "yes")
 #: Examples of a class that a deployed client's sum is of at least: that of one would be the example's own latents.
 FEWEST = 2
-#: From sums of n-grams words can be read, to which no node's owner has agreed; and nodes may have other anchors.
-NGRAMS_SIMULATED = "method.ngrams is for simulations; set it to 0 for a run of real nodes"
 #: Whether a deployed client has no labelled examples, or keeps them all for its own test.
 GUEST = ("no", "yes")
 #: What always leaves: the server weighs and checks updates by the first three.

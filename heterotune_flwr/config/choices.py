@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 #: dotted key -> smallest allowed value
 MINIMA: dict[str, float] = {
-    "method.slots": 1, "method.latent": 1, "method.ngrams": 0, "method.inner": 0, "method.experts_global": 0,
+    "method.slots": 1, "method.latent": 1, "method.inner": 0, "method.experts_global": 0,
     "method.experts_type": 0, "method.experts_private": 0, "method.lora_rank": 1,
     "method.core_rank": 0, "method.core_from": 0,
     "data.personal_test_examples": 0, "data.global_test_examples": 0,

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from omegaconf import OmegaConf
 
-from heterotune_flwr.client.identity import NGRAMS_SIMULATED, about_shipped
+from heterotune_flwr.client.identity import about_shipped
 from heterotune_flwr.config.compose import (
     INLINE,
     compose,
@@ -28,7 +28,6 @@ from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import toml_string
 from heterotune_flwr.run import check_strategies, run_directory
 from heterotune_flwr.schema import Config
-from heterotune_flwr.strategies.build import strategy_config
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,6 @@ def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tup
     if settled.server.min_clients is None:  # not the count of simulated clients
         settled.server.min_clients = patience["min_clients"]
     check_strategies(settled)
-    for name in settled.run.compare:
-        if strategy_config(name, settled.strategies[name], settled).method.ngrams:
-            raise ConfigError(f"strategies.{name}: {NGRAMS_SIMULATED}")
     if not about_shipped(settled.data):
         typer.echo(
             "note: the run is about data of the nodes' own, so they are measured on their own tests alone (test in "

@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import numpy as np
-
 from heterotune_flwr.channels.answers.server import AnswerEnsemble
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.predictions.server import PredictionEnsemble, PredictionOptions
@@ -333,9 +331,9 @@ class Sharing(Strategy):
             read = range(self.method.slots - 1, self.method.slots + self.method.text_view)
             keys, weighting = self.roster.type_keys, self.config.alignment.weighting
             apart = {key for key in keys if not all(self.shares(key, place) for place in read)}
-            # N-grams are the same everywhere, and in standard deviations already.
-            spreads = np.concatenate([self.maps.spreads, np.ones(self.method.ngrams)])
-            self.discriminant = PooledClassifier(options, spreads, weighting, self.roster, apart)
+            self.discriminant = PooledClassifier(
+                options, self.maps.spreads, weighting, self.roster, apart
+            )
             return
         self.transport.event("discriminant_off", reason=reason)
 

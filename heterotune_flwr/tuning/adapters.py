@@ -57,8 +57,6 @@ class AttachedAdapter:
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
     text_maps
         The maps of whole texts, where the method has that view.
-    anchors
-        The public texts whose n-grams are the method's further view, where it has that one; set by who knows them.
     lowest, frozen
         Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
     cores
@@ -75,7 +73,6 @@ class AttachedAdapter:
     body: nn.Module
     maps_digest: str = ""
     text_maps: dict[str, torch.Tensor] = field(default_factory=dict)
-    anchors: tuple[str, ...] = ()
     lowest: int = 0
     frozen: frozenset[str] = frozenset()
     cores: Cores = field(default_factory=Cores)

@@ -40,14 +40,12 @@ class EncodedSet:
     """N examples as token ids.
 
     ``inputs[i]`` are the ids the model reads; its outputs at ``positions[i]`` are compared with
-    ``targets[i]`` (label indices, or token ids), equally many of both and at least one. ``texts[i]`` is what was
-    encoded, prompt apart.
+    ``targets[i]`` (label indices, or token ids), equally many of both and at least one.
     """
 
     inputs: list[list[int]]
     positions: list[list[int]]
     targets: list[list[int]]
-    texts: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -101,7 +99,6 @@ class Task:
                 ids = both.prompt + both.answer[:-1]
                 positions = list(range(len(both.prompt) - 1, len(ids)))
                 targets = both.answer
-            encoded.texts.append(example.text)
             encoded.inputs.append(ids)
             encoded.positions.append(positions)
             encoded.targets.append(targets)

@@ -51,7 +51,6 @@ def test_a_run_about_other_labels_says_what_measures_it(lab, capsys):
         ("data.labels=[a]", "at least two answers"),
         ("data.labels=[a,b,a]", "each once"),
         ("server.min_clients=0", r"server\.min_clients is 0"),
-        ("strategies.heterotune.method.ngrams=9", r"heterotune: method\.ngrams is for simulations"),
     ],
 )
 def test_settings_that_would_fail_on_the_nodes_are_refused(lab, override, words):

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier
-from heterotune_flwr.dema.ngrams import ngram_latents
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.states import bare_states, bare_text_states
@@ -26,10 +25,9 @@ _ROWS_AT_A_TIME = 4096
 
 @torch.no_grad()
 def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Latents of examples in the bare backbone: ``n x r``, then those of the method's further views, where it has any.
+    """Latents of examples in the bare backbone: ``n x r``, then those of whole texts where the method has that view.
 
-    These are ``n x r`` of whole texts, and ``n x method.ngrams``. On the backbone's device; ``cache``: whether the
-    states behind them are kept.
+    On the backbone's device; ``cache``: whether the states behind them are kept.
     """
     device = adapter.backbone.device
 
@@ -39,11 +37,6 @@ def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = 
     views = [mapped(bare_states(adapter, encoded, cache), adapter.last_latents)]
     if adapter.method.text_view:
         views.append(mapped(bare_text_states(adapter, encoded, cache), adapter.text_latents))
-    if width := adapter.method.ngrams:
-        if not adapter.anchors or len(encoded.texts) != len(encoded):
-            raise ExchangeError("the n-grams of these examples, or of the anchors, are not known")
-        of_ngrams = ngram_latents(adapter.anchors, width, tuple(encoded.texts))
-        views.append(torch.from_numpy(of_ngrams).to(device))
     return torch.cat(views, dim=1)
 
 
@@ -106,7 +99,7 @@ def classifier_logits(
     if not (np.isfinite(discriminant.weight).all() and np.isfinite(discriminant.bias).all()):
         raise ExchangeError("the discriminant holds numbers that are not finite")
     method = adapter.method
-    read = method.latent * (1 + method.text_view) + method.ngrams
+    read = method.latent * (1 + method.text_view)
     wanted = (len(task.labels or ()), read)
     if discriminant.weight.shape != wanted:
         labels, latents = discriminant.weight.shape

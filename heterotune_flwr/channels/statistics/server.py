@@ -186,7 +186,7 @@ def linear_discriminant(
 
 def without_views(method: MethodConfig) -> MethodConfig:
     """The method where there is no discriminant, which alone reads the further views of a text."""
-    return dataclasses.replace(method, text_view=False, ngrams=0)
+    return dataclasses.replace(method, text_view=False)
 
 
 class PooledClassifier:
