@@ -1,0 +1,60 @@
+"""Keys of earlier versions, refused with the name they have today."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.fields import nearest
+
+#: By section (``strategy``: an entry of ``strategies``): the old key and the new one, or in brackets where it has gone.
+RENAMED: dict[str, dict[str, str]] = {
+    "strategy": {
+        "consensus": "predictions",
+        "discriminant": "statistics",
+        "type_phase": "personalization_phase",
+    },
+    "predictions": {
+        "trust": "agreement_power",
+        "confidence": "entropy_power",
+        "focus": "informativeness_power",
+        "scope": "pool_over",
+    },
+    "statistics": {
+        "least": "min_count",
+        "fitted": "distill_share",
+        "agreement": "min_cosine",
+        "scope": "pool_over",
+    },
+    "server": {"bench_after": "cooldown_after", "bench_longest": "cooldown_longest"},
+    "transform": {"weigh_dissent": "downweight_outliers"},
+}
+#: Keys that are no more, with what became of them.
+GONE: dict[str, dict[str, str]] = {
+    "method": {"ngrams": "the package has no character n-grams any more"},
+}
+
+
+def unknown_key(where: str, key: str, known: Iterable[str], section: str = "") -> ConfigError:
+    """Error about a key that a section does not have: its new name, what became of it, or the nearest known one.
+
+    Parameters
+    ----------
+    where
+        The section as the user wrote it: ``strategies.heterotune.method``.
+    key, known
+        What is there, and what may be.
+    section
+        Its name in :data:`RENAMED`, unless that is the last part of ``where``.
+
+    """
+    section = section or where.rpartition(".")[2]
+    names = list(known)
+    if new := RENAMED.get(section, {}).get(key):
+        hint = f"; it is called {new} now"
+    elif why := GONE.get(section, {}).get(key):
+        hint = f"; {why}"
+    else:
+        hint = nearest(key, names) or f"; known: {', '.join(names) or 'none'}"
+    path = where or "the configuration"
+    return ConfigError(f"{path} has no key {key!r}{hint}", f"{path} has an unknown key{hint}")
