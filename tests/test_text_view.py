@@ -35,7 +35,7 @@ def test_a_text_is_the_means_of_its_first_and_middle_states_without_the_first_to
     with adapter.bare(), torch.no_grad():
         for index in (0, 5):
             ids = torch.tensor([encoded.inputs[index]])
-            states = adapter.body(input_ids=ids, output_hidden_states=True).hidden_states
+            states = adapter.reader.body(input_ids=ids, output_hidden_states=True).hidden_states
             read = (states[0], states[2])  # 3 blocks: what enters the first and the last
             expected = torch.cat([part[0, 1:].mean(dim=0) for part in read])
             torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-4)

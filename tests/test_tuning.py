@@ -15,6 +15,7 @@ from torch.nn import functional
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+from heterotune_flwr.backbones.reader import batches
 from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
@@ -172,7 +173,7 @@ def test_kept_states_are_exact(directory, data, bits, loss):
     adapter = prepared(backbone)
     task = make_task(backbone, data, LABELS, replace(TRAIN, loss=loss))
     encoded = task.encode(own_file(data))
-    order = [index for batch in states_module._batches(encoded) for index in batch]
+    order = [index for batch in batches(encoded.inputs) for index in batch]
     kept = gradients(adapter, task, make_rows(adapter, encoded), order)
     full = gradients(adapter, task, make_rows(adapter, encoded, cache=False), order)
     assert kept[0].item() == full[0].item()

@@ -18,12 +18,13 @@ from tiny_backbones import LABELS, save_backbone, write_rows
 
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, load_backbone
+from heterotune_flwr.backbones.reader import batches
 from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig
-from heterotune_flwr.tuning import forward, state_cache
 from heterotune_flwr.tuning import memory as memory_module
+from heterotune_flwr.tuning import state_cache
 from heterotune_flwr.tuning import states as states_module
 from heterotune_flwr.tuning.adapters import attach, detach, detach_all
 from heterotune_flwr.tuning.evaluate import evaluate
@@ -126,7 +127,7 @@ def test_training_from_kept_states_is_exact(directory, data, bits, lowest, above
     adapter = prepared(directory, bits, lowest, min(above, lowest))
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
     encoded = task.encode(own_file(data))
-    order = [index for batch in states_module._batches(encoded) for index in batch]
+    order = [index for batch in batches(encoded.inputs) for index in batch]
     rows = make_rows(adapter, encoded)
     assert type(rows) is (CachedRows if lowest == 2 else PrefixRows)
     kept = gradients(adapter, task, rows, order)
@@ -179,13 +180,13 @@ def test_every_family_can_start_in_the_middle(family, monkeypatch):
     adapter.train_from(1)
     rows = make_rows(adapter, encoded)
     assert type(rows) is PrefixRows
-    blocks = list(forward.blocks_of(adapter))
+    blocks = list(adapter.reader.blocks)
     order = [3, 0, 2]
     with torch.no_grad():
         short = rows.rows(order)[0]
         full = FullRows(adapter, encoded).rows(order)[0]
     torch.testing.assert_close(short, full, rtol=1e-4, atol=1e-4)
-    assert list(forward.blocks_of(adapter)) == blocks
+    assert list(adapter.reader.blocks) == blocks
     detach(backbone)
 
 
@@ -195,7 +196,7 @@ def test_a_family_whose_upper_blocks_need_more_takes_the_long_way(caplog, monkey
     adapter = attach(backbone, METHOD, 3)
     adapter.load(random_values(adapter.shapes))
     adapter.train_from(1)
-    blocks = forward.blocks_of(adapter)
+    blocks = adapter.reader.blocks
     shared = {}
     blocks[0].register_forward_hook(lambda _m, _a, output: shared.update(states=output) or None)
     blocks[3].register_forward_hook(lambda _m, _a, output: output + shared.pop("states"))
@@ -310,7 +311,7 @@ def test_checkpointing_runs_no_backward_pass_below_the_trained_slots(directory, 
     adapter = prepared(directory, "fp32", lowest=2)
     task = make_task(adapter.backbone, data, LABELS, TRAIN)
     rows = make_rows(adapter, task.encode(own_file(data)), cache=False)
-    blocks, seen = forward.blocks_of(adapter), {}
+    blocks, seen = adapter.reader.blocks, {}
     for index, block in enumerate(blocks):
         block.register_forward_hook(
             lambda _, __, out, index=index: seen.setdefault(index, []).append(

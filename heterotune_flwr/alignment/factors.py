@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from heterotune_flwr.alignment.views import blocks_read, entering, text_mean
-from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
 from heterotune_flwr.data.template import (
     answer_ids,
@@ -33,7 +32,6 @@ from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, DataConfig
 
-BATCH_TOKENS = 2048
 Progress = Callable[[int, int], None]
 
 
@@ -72,22 +70,6 @@ def _recorded(structure: DecoderStructure, model: nn.Module, slots: int) -> Iter
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _batches(encoded: list[list[int]]) -> Iterator[list[int]]:
-    """Indices in batches of about equal length and at most BATCH_TOKENS padded tokens."""
-    return batches_by_length([len(ids) for ids in encoded], BATCH_TOKENS)
-
-
-def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), right-padded."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids.to(device), mask.to(device)
 
 
 def _word_spans(
@@ -147,12 +129,10 @@ def collect_states(
     rows = [
         np.full((int(starts[-1]), structure.hidden), np.nan, dtype=np.float32) for _ in range(slots)
     ]
-    done = 0
-    body = model.get_submodule(structure.body) if structure.body else model
-    for batch in _batches(encoded):
-        ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
+    done, reader = 0, Reader.of(backbone)
+    for batch in batches(encoded):
         with _recorded(structure, model, slots) as states:
-            body(input_ids=ids, attention_mask=mask, use_cache=False)
+            reader.final_states([encoded[i] for i in batch])
         for slot in range(slots):
             values = states[slot].float()
             for j, index in enumerate(batch):
@@ -165,25 +145,14 @@ def collect_states(
     return rows
 
 
-@torch.no_grad()
 def collect_text_states(
     backbone: Backbone, texts: Sequence[str], data: DataConfig
 ) -> NDArray[np.float32]:
-    """The second view of every text, one row each (``n x 2 d``; :mod:`.views`)."""
-    model, tokenizer = backbone.model, backbone.tokenizer
-    structure = find_structure(model)
-    body = model.get_submodule(structure.body) if structure.body else model
-    numbers = blocks_read(len(structure.mlps))
-    blocks = [model.get_submodule(f"{structure.blocks}.{number}") for number in numbers]
-    encoded = [encode_prompt(tokenizer, data.prompt, text, data.max_length) for text in texts]
-    rows = np.empty((len(texts), 2 * structure.hidden), np.float32)
-    for batch in _batches(encoded):
-        ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
-        states = entering(body, blocks, ids, mask)
-        for row, index in enumerate(batch):
-            length = len(encoded[index])
-            rows[index] = text_mean([part[row, :length] for part in states]).cpu().numpy()
-    return rows
+    """The second view of every text (``n x 2 d``; :meth:`.reader.Reader.text_means`)."""
+    encoded = [
+        encode_prompt(backbone.tokenizer, data.prompt, text, data.max_length) for text in texts
+    ]
+    return np.asarray(Reader.of(backbone).text_means(encoded).cpu().numpy())
 
 
 def principal_components(
@@ -251,7 +220,6 @@ def _pullbacks(
     encoded = [
         encode_prompt(backbone.tokenizer, data.prompt, text, data.max_length) for text in texts
     ]
-    body = model.get_submodule(structure.body) if structure.body else model
     outputs: list[Tensor] = [torch.empty(0)] * (slots - 1)
 
     def hook_for(slot: int) -> Any:
@@ -267,13 +235,14 @@ def _pullbacks(
         model.get_submodule(structure.mlps[block]).register_forward_hook(hook_for(slot))
         for slot, block in enumerate(slot_blocks(slots, len(structure.mlps)))
     ]
+    reader = Reader.of(backbone)
     try:
-        for batch in _batches(encoded):
-            ids, mask = _padded([encoded[i] for i in batch], backbone.pad_id, backbone.device)
-            last = mask.sum(1) - 1
+        for batch in batches(encoded):
+            lines = [encoded[i] for i in batch]
+            last = torch.tensor([len(line) - 1 for line in lines], device=backbone.device)
             index = torch.arange(len(batch), device=last.device)
             with torch.enable_grad():
-                final = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                final = reader.final_states(lines)
                 reached = final[index, last].float() @ targets.T
                 for k in range(len(directions)):
                     grads = torch.autograd.grad(reached[:, k].sum(), outputs, retain_graph=True)
@@ -352,7 +321,7 @@ def alignment_factors(
 def text_factors(
     backbone: Backbone, texts: Sequence[str], alignment: AlignmentConfig, data: DataConfig
 ) -> Tensors:
-    """The same of the second view of a text (:mod:`.views`): ``text.scores``, ``.basis`` and ``.mean``."""
+    """The same of the second view of a text : ``text.scores``, ``.basis`` and ``.mean``."""
     return _written(text_components(collect_text_states(backbone, texts, data), alignment))
 
 

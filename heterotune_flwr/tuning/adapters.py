@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from heterotune_flwr.backbones.loading import Backbone
-from heterotune_flwr.backbones.structure import find_structure
+from heterotune_flwr.backbones.reader import Reader
 from heterotune_flwr.dema.bank import RESIDUAL, TEXT, slot_of
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
@@ -70,7 +70,7 @@ class AttachedAdapter:
     method: MethodConfig
     model: Any
     parameters: dict[str, nn.Parameter]
-    body: nn.Module
+    reader: Reader
     maps_digest: str = ""
     text_maps: dict[str, torch.Tensor] = field(default_factory=dict)
     lowest: int = 0
@@ -323,7 +323,7 @@ def attach(backbone: Backbone, method: MethodConfig, output: int) -> AttachedAda
 
 def _around(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
     """DeMA or LoRA on the backbone's own model."""
-    body = backbone.model.get_submodule(find_structure(backbone.model).body)
+    reader = Reader.of(backbone)
     # Before the adapter: hooks sit on the backbone's own layers, under their own names.
     is_dema = resolved.kind == "dema"
     cores = attach_cores(backbone, resolved) if is_dema else Cores()
@@ -334,7 +334,7 @@ def _around(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
         raise
     model.eval()
     parameters |= cores.parameters
-    return AttachedAdapter(backbone, resolved, model, parameters, body, cores=cores)
+    return AttachedAdapter(backbone, resolved, model, parameters, reader, cores=cores)
 
 
 def _slice(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
@@ -342,8 +342,7 @@ def _slice(backbone: Backbone, resolved: MethodConfig) -> AttachedAdapter:
     from heterotune_flwr.tuning.submodel import cut
 
     own, parameters = cut(backbone, resolved)
-    body = own.model.get_submodule(find_structure(own.model).body)
-    return AttachedAdapter(own, resolved, own.model, parameters, body)
+    return AttachedAdapter(own, resolved, own.model, parameters, Reader.of(own))
 
 
 def detach(backbone: Backbone) -> None:

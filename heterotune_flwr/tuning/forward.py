@@ -1,7 +1,7 @@
-"""The decoder on padded batches: whole, up to a block, or from a block on.
+"""The adapted decoder on examples: whole, up to a block, or from a block on.
 
-What lies below the lowest trained slot is frozen, so its output can be computed once (:func:`run`
-with ``capture``) and training can start from there (``resume``). To start at block b, the blocks
+What lies below the lowest trained slot is frozen, so its output can be computed once (:func:`block_inputs`)
+and training can start from there (:func:`states_from_block`). To start at block b, the blocks
 below are replaced, for the duration of one call, by stand-ins that compute nothing; the model's own
 code then prepares masks and positions as always, whatever its family.
 """
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterotune_flwr.alignment.views import blocks_read, entering, text_mean
-from heterotune_flwr.backbones.structure import find_structure, slot_blocks
+from heterotune_flwr.backbones.structure import slot_blocks
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.cores import first_core_block
 from heterotune_flwr.tuning.task import EncodedSet
@@ -52,14 +51,6 @@ class _StandIn(nn.Module):
         return (states,) if self._as_tuple else states
 
 
-def blocks_of(adapter: AttachedAdapter) -> nn.ModuleList:
-    """The decoder blocks of the adapter's backbone."""
-    model = adapter.backbone.model
-    blocks = model.get_submodule(find_structure(model).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
-
-
 def first_block(adapter: AttachedAdapter) -> int | None:
     """Index of the lowest block with something trained; None for the last slot alone (after all blocks).
 
@@ -73,57 +64,18 @@ def first_block(adapter: AttachedAdapter) -> int | None:
     return min((b for b in (block, core) if b is not None), default=None)
 
 
-def _padded(adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]) -> list[Tensor]:
-    """Token ids and attention mask ``B x T`` of some examples, padded on the right."""
-    longest = max(len(encoded.inputs[i]) for i in indices)
-    pad = adapter.backbone.pad_id
-    ids = torch.full((len(indices), longest), pad, dtype=torch.long)
-    mask = torch.zeros((len(indices), longest), dtype=torch.long)
-    for row, index in enumerate(indices):
-        length = len(encoded.inputs[index])
-        ids[row, :length] = torch.tensor(encoded.inputs[index])
-        mask[row, :length] = 1
-    return [ids.to(adapter.backbone.device), mask.to(adapter.backbone.device)]
-
-
 def final_states(adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]) -> Tensor:
     """Final normalised states ``R x d`` at the loss positions of some examples."""
-    ids, mask = _padded(adapter, encoded, indices)
-    output = adapter.body(input_ids=ids, attention_mask=mask, use_cache=False)
-    return _at_positions(output.last_hidden_state, encoded, indices)
-
-
-def _at_positions(states: Tensor, encoded: EncodedSet, indices: Sequence[int]) -> Tensor:
-    owners = [row for row, index in enumerate(indices) for _ in encoded.positions[index]]
-    positions = [position for index in indices for position in encoded.positions[index]]
-    chosen: Tensor = states[owners, positions]
-    return chosen
+    lines = [encoded.inputs[index] for index in indices]
+    return adapter.reader.states_at(lines, [encoded.positions[index] for index in indices])
 
 
 def block_inputs(
     adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int], block: int
 ) -> list[Tensor]:
     """What enters block ``block`` (``T_i x d`` per example, no padding); nothing above it is computed."""
-    return [states for (states,) in _inputs_of(adapter, encoded, indices, [block])]
-
-
-def text_states(
-    adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]
-) -> list[Tensor]:
-    """The second view of examples (``2 d`` each; :mod:`..alignment.views`); nothing above its blocks is computed."""
-    read = blocks_read(adapter.backbone.layers)
-    return [text_mean(states) for states in _inputs_of(adapter, encoded, indices, read)]
-
-
-def _inputs_of(
-    adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int], numbers: Sequence[int]
-) -> list[list[Tensor]]:
-    """What enters some blocks, in rising order: per example one ``T_i x d`` for each, without padding."""
-    ids, mask = _padded(adapter, encoded, indices)
-    blocks = [blocks_of(adapter)[number] for number in numbers]
-    states = entering(adapter.body, blocks, ids, mask)
-    lengths = [len(encoded.inputs[i]) for i in indices]
-    return [[part[row, :length] for part in states] for row, length in enumerate(lengths)]
+    lines = [encoded.inputs[index] for index in indices]
+    return [states for (states,) in adapter.reader.entering(lines, [block])]
 
 
 def states_from_block(
@@ -134,20 +86,17 @@ def states_from_block(
     inputs: Sequence[Tensor],
 ) -> Tensor:
     """As :func:`final_states`, from what enters block ``block`` (one ``T_i x d`` per example)."""
-    ids, mask = _padded(adapter, encoded, indices)
-    hidden = torch.zeros(
-        (*ids.shape, adapter.backbone.hidden), dtype=inputs[0].dtype, device=ids.device
-    )
+    shape = (len(indices), max(map(len, inputs)), adapter.backbone.hidden)
+    hidden = torch.zeros(shape, dtype=inputs[0].dtype, device=adapter.reader.device)
     for row, states in enumerate(inputs):
         hidden[row, : len(states)] = states
     with _starting_at(adapter, block, hidden):
-        output = adapter.body(input_ids=ids, attention_mask=mask, use_cache=False)
-    return _at_positions(output.last_hidden_state, encoded, indices)
+        return final_states(adapter, encoded, indices)
 
 
 @contextmanager
 def _starting_at(adapter: AttachedAdapter, block: int, hidden: Tensor) -> Iterator[None]:
-    blocks = blocks_of(adapter)
+    blocks = adapter.reader.blocks
     originals = [blocks[index] for index in range(block)]
     as_tuple = _gives_tuples(adapter)
     try:
@@ -164,13 +113,12 @@ def _gives_tuples(adapter: AttachedAdapter) -> bool:
     """Whether the blocks of this model return tuples; found out once per attached adapter."""
     if adapter.blocks_give_tuples is None:
         seen: list[bool] = []
-        hook = blocks_of(adapter)[0].register_forward_hook(
+        hook = adapter.reader.blocks[0].register_forward_hook(
             lambda _module, _args, output: seen.append(isinstance(output, tuple))
         )
-        token = torch.tensor([[adapter.backbone.pad_id]])
         try:
             with torch.no_grad():
-                adapter.body(input_ids=token.to(adapter.backbone.device), use_cache=False)
+                adapter.reader.final_states([[adapter.reader.pad_id]])
         finally:
             hook.remove()
         adapter.blocks_give_tuples = seen[0]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from heterotune_flwr.backbones.batches import batches_by_length
+from heterotune_flwr.backbones.reader import batches
 from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import (
@@ -37,15 +37,12 @@ from heterotune_flwr.tuning.forward import (
     final_states,
     first_block,
     states_from_block,
-    text_states,
 )
 from heterotune_flwr.tuning.state_cache import kept
 from heterotune_flwr.tuning.task import EncodedSet
 
 #: Part of every key; raise it when the computation of states changes.
 _VERSION = 2
-#: Tokens of one batch of :func:`compute_states`, padding included.
-_BATCH_TOKENS = 2048
 
 
 class Rows(Protocol):
@@ -226,11 +223,6 @@ def make_rows(
     return PrefixRows(adapter, encoded, block, on_disk, offsets)
 
 
-def _batches(encoded: EncodedSet) -> Iterator[list[int]]:
-    """Batches of similar length: a function of the list alone."""
-    return batches_by_length([len(ids) for ids in encoded.inputs], _BATCH_TOKENS)
-
-
 def compute_states(
     adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None
 ) -> Tensor:
@@ -252,7 +244,7 @@ def _states_in(
     counts = [len(positions) for positions in encoded.positions]
     parts: list[Tensor | None] = [None] * len(encoded)
     with condition:
-        for batch in _batches(encoded):
+        for batch in batches(encoded.inputs):
             if block is None:
                 states = final_states(adapter, encoded, batch)
                 split: Sequence[Tensor] = torch.split(states, [counts[i] for i in batch])
@@ -323,18 +315,14 @@ def bare_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = Tru
 
 
 def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Means over whole texts in the backbone alone (``n x 2 d``, float32; :mod:`..alignment.views`).
+    """Second view of examples in the backbone alone (``n x 2 d``; :meth:`.reader.Reader.text_means`).
 
     ``cache``: kept as :func:`frozen_states`.
     """
 
     def compute() -> Tensor:
-        rows: list[Tensor] = [torch.empty(0)] * len(encoded)
-        with adapter.bare(), torch.no_grad():
-            for batch in _batches(encoded):
-                for index, row in zip(batch, text_states(adapter, encoded, batch), strict=True):
-                    rows[index] = row
-        return torch.stack(rows)
+        with adapter.bare():
+            return adapter.reader.text_means(encoded.inputs)
 
     if not cache:
         return compute()

@@ -1,0 +1,113 @@
+"""Reads a decoder on texts as token ids: padded batches, states at positions, what enters blocks, means of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heterotune_flwr.backbones.batches import batches_by_length
+from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.backbones.structure import find_structure
+
+#: Tokens of one batch that nothing is trained on, padding included.
+BATCH_TOKENS = 2048
+Lines = Sequence[Sequence[int]]
+
+
+def batches(lines: Lines) -> Iterator[list[int]]:
+    """Indices of texts in batches of similar length: a function of the list alone."""
+    return batches_by_length([len(line) for line in lines], BATCH_TOKENS)
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a pass early)
+    """A forward pass has reached the block it was run for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A decoder's body, with its blocks; a line is the token ids of one text."""
+
+    body: nn.Module
+    blocks: nn.ModuleList
+    pad_id: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Reader:
+        """Reader of a backbone's model: adapters that are put into it later are read too."""
+        structure = find_structure(backbone.model)
+        body = backbone.model.get_submodule(structure.body)
+        blocks = backbone.model.get_submodule(structure.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return cls(body, blocks, backbone.pad_id, backbone.device)
+
+    def padded(self, lines: Lines) -> dict[str, Tensor]:
+        """Token ids and attention mask ``B x T``, padded on the right."""
+        longest = max(map(len, lines))
+        ids = torch.full((len(lines), longest), self.pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, line in enumerate(lines):
+            ids[row, : len(line)] = torch.tensor(line)
+            mask[row, : len(line)] = 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def final_states(self, lines: Lines) -> Tensor:
+        """Final normalised states ``B x T x d`` of one batch."""
+        states: Tensor = self.body(**self.padded(lines), use_cache=False).last_hidden_state
+        return states
+
+    def states_at(self, lines: Lines, positions: Lines) -> Tensor:
+        """Final normalised states ``R x d`` at some positions of every line of one batch."""
+        rows = [row for row, places in enumerate(positions) for _ in places]
+        states = self.final_states(lines)
+        chosen: Tensor = states[rows, [place for places in positions for place in places]]
+        return chosen
+
+    def entering(self, lines: Lines, numbers: Sequence[int]) -> list[list[Tensor]]:
+        """What enters some blocks, in rising order: per line one ``T_i x d`` for each, without padding.
+
+        Nothing above them is computed.
+        """
+        seen: list[Tensor] = []
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+            if len(seen) == len(numbers):
+                raise _Reached
+
+        hooks = [
+            self.blocks[number].register_forward_pre_hook(read, with_kwargs=True)
+            for number in numbers
+        ]
+        try:
+            self.body(**self.padded(lines), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [[states[row, : len(line)] for states in seen] for row, line in enumerate(lines)]
+
+    @torch.no_grad()
+    def text_means(self, lines: Lines) -> Tensor:
+        """A second view of every text (``n x 2 d``, float32): means over its tokens of two states, one after the other.
+
+        They are what enters the first block and what enters the middle one. The final state at the answer's position
+        holds what a model would answer; halfway up, and over the whole text, lies what the text is about, and before
+        the first block which words stand in it. The first token is left out where there is another: models park
+        attention there (attention sinks, arXiv 2309.17453), whatever the text is.
+        """
+        layers = len(self.blocks)
+        read = (0, min((layers + 1) // 2, layers - 1))
+        rows: list[Tensor] = [torch.empty(0)] * len(lines)
+        for batch in batches(lines):
+            found = self.entering([lines[index] for index in batch], read)
+            for index, states in zip(batch, found, strict=True):
+                rows[index] = torch.cat(
+                    [part[min(1, len(part) - 1) :].float().mean(dim=0) for part in states]
+                )
+        return torch.stack(rows)
