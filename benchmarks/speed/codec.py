@@ -54,11 +54,10 @@ def _profile(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """Row -> fields of ``exchange``: the profiles, then what error feedback and each direction are worth."""
+    """Row -> fields of ``exchange``: the profiles, then what error feedback is worth."""
     rows = {name: _profile(name) for name in PROFILES}
     for name in ("tiny", "topk"):
         rows[f"{name}_no_feedback"] = _profile(name, error_feedback=False)
-    rows["nf4_down"] = {"codec": "bf16", "down": "nf4"}
     return rows
 
 

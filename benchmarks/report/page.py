@@ -1,0 +1,14 @@
+"""``docs/results.md``: every measurement that is told anywhere, as its result file has it."""
+
+from __future__ import annotations
+
+from benchmarks.report import real, reliability, science, speed
+from benchmarks.runner import ROOT
+
+PATH = ROOT / "docs" / "results.md"
+
+
+def text() -> str:
+    """The whole page."""
+    sections = [*real.SECTIONS, *science.SECTIONS, *speed.SECTIONS, *reliability.SECTIONS]
+    return "\n\n".join(made for section in sections if (made := section())) + "\n"

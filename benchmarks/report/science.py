@@ -1,0 +1,319 @@
+"""What each part is worth: pooled classes, teachers and students, guests, where sharing pays, controls, "
+"conflict, text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.report.sections import (
+    columns,
+    load_results,
+    number,
+    said,
+    section,
+    shown,
+    table,
+    told_gain,
+)
+
+_CLIENTS = (1, 2, 4, 16)
+
+
+def pooled_classes() -> str:
+    """The closed form on frozen states."""
+    known = load_results("discriminant")
+    if not known:
+        return ""
+    rows = [known["tiny"][f"{clients} per type"] for clients in _CLIENTS]
+
+    def lines(*keys: str) -> list[tuple[object, ...]]:
+        return [(c, *cells) for c, cells in zip(_CLIENTS, columns(rows, *keys), strict=True)]
+
+    options = [
+        (
+            clients,
+            number(row, "least_1"),
+            " / ".join(number(row, f"prior_{k}") for k in (0, 1, 4, 8)),
+            " / ".join(number(row, f"power_{p}") for p in ("0", "0.5", "2", "3")),
+            number(row, "pooled"),
+        )
+        for clients, row in zip(_CLIENTS, rows, strict=True)
+    ]
+    command = "science.discriminant"
+    return section(
+        "Pooled class statistics",
+        said("The embedded family's frozen states, seeds 30 to 35. Every client tells counts and sums of its classes; "
+        "summed "
+        "over types they are a linear classifier in closed form. It reads two views of a text: the final state where "
+        "the answer is read, and the mean over the whole text of words and middle states."),
+        shown(
+            "What each view knows, and what other types' classes are worth.", command,
+            table(("clients per type", "final state alone", "text alone", "final state and middle mean", "both views",
+                   "both, own type's classes alone"), lines("last", "text", "middle", "pooled", "own_type")),
+        ),
+        shown(
+            "Against what no federation can do: logistic regression on everybody's latents (the best of three "
+            "penalties, "
+            "chosen on these very tests), and the same with everybody's texts read by one's own model.", command,
+            table(("clients per type", "both views", "trained on all latents", "all texts, own model",
+                   "n-grams, no model", "both views and n-grams"),
+                  lines("pooled", "trained", "moved", "model_free", "beside_model_free")),
+        ),
+        shown(
+            "One type of three calls every class by the next one's name. Accuracy of the two others, and how often (%) "
+            "the type was left to its own classes.", command,
+            table(("clients per type", "all honest", "as it ships", "pooled all the same", "found (%)"),
+                  lines("pooled", "wrong", "wrong.all", "wrong.alone")),
+        ),
+        shown(
+            "The same where its examples' labels are shuffled.", command,
+            table(("clients per type", "all honest", "as it ships", "pooled all the same", "found (%)"),
+                  lines("pooled", "shuffled", "shuffled.all", "shuffled.alone")),
+        ),
+        shown(
+            "What the options do: classes of one example told too; examples of prior 0 / 1 / 4 / 8 instead of 2; the "
+            "power of each latent's correlation 0 / 0.5 / 2 / 3 instead of 1.", command,
+            table(("clients per type", "single examples told", "prior", "power", "as it ships"), options),
+        ),
+    )  # fmt: skip
+
+
+def distillation() -> str:
+    """Teacher and students."""
+    known = load_results("distillation")
+    if not known:
+        return ""
+    rows = []
+    for what, values in (
+        ("4 clients per type", known),
+        ("1 client per type", known.get("embedded3", {})),
+    ):
+        kinds = sorted(
+            name.removeprefix("student.") for name in values if name.startswith("student.")
+        )
+        own = ", ".join(number(values, f"teacher.{kind}") for kind in kinds)
+        ends = ", ".join(number(values, f"student.{kind}") for kind in kinds)
+        rows.append((what, number(values, "clients"), own, f"**{number(values, 'teacher')}**", ends,
+                     number(values, "students")))  # fmt: skip
+    entropies = [
+        " / ".join(f"{value:.2f}" for value in known[f"entropy.{what}"])
+        for what in ("anchors", "test")
+    ]
+    return section(
+        "What all clients know together, and what each learns of it",
+        shown(
+            "`heterotune_deep` without class sums, embedded family, seed 9. `together` is what all clients "
+            "predict after "
+            "the last round's training, combined as the server does it: a teacher nobody holds as one model. "
+            f"Quartiles of its entropy: {entropies[0]} nats on anchors, {entropies[1]} on test texts, where 2.77 "
+            f"is no idea.",
+            "science.distillation",
+            table(("clients", "each client, mean", "together inside each type", "together, all", "models at the end",
+                   "their mean"), rows),
+        ),
+    )  # fmt: skip
+
+
+def zero_shot() -> str:
+    """Guests."""
+    known = load_results("zero_shot")
+    if not known:
+        return ""
+    rows = []
+    for family in ("real_mixed", "tiny"):
+        bank = known[f"{family}.bank"]
+        for name, row in known[family].items():
+            told = f"{row['bare']:.1f} -> **{row['zero_shot']:.1f}** -> {row['takes_part']:.1f}"
+            alone = f"{bank[name]['bare']:.1f} -> {bank[name]['zero_shot']:.1f} -> {bank[name]['takes_part']:.1f}"
+            rows.append(
+                (
+                    name,
+                    told,
+                    f"{row['share_of_own_gain']:.2f}",
+                    alone,
+                    f"{bank[name]['share_of_own_gain']:.2f}",
+                )
+            )
+        means = [known[f"share_of_own_gain.{name}"] for name in (family, f"{family}.bank")]
+        rows.append(("*mean*", "", f"**{means[0]:.2f}**", "", f"{means[1]:.2f}"))
+    near = [known[f"share_of_own_gain.tiny.{name}"] for name in ("debian-near", "debian-near.bank")]
+    return section(
+        "A backbone that took no part",
+        shown(
+            "Laboratory, seeds 100 to 105, 4 clients per trained type, 10 rounds. A [guest](guests.md) takes the "
+            "bank that "
+            "the others trained and fits what they predict of 6,000 public texts. Accuracy bare -> as a guest -> "
+            "taking "
+            "part; `share`: how much of its own federated gain the guest reaches. With the anchors `debian-near` "
+            "the tiny "
+            f"three reach {near[0]:.2f}, with the bank alone {near[1]:.2f}.",
+            "science.zero_shot",
+            table(("guest", "`heterotune`", "share", "the bank alone", "share"), rows),
+        ),
+    )  # fmt: skip
+
+
+def sweep() -> str:
+    """Where sharing pays."""
+    known = load_results("sweep")
+    if not known:
+        return ""
+    rows = []
+    for name, row in known["real_mixed"].items():
+        tiny = known["tiny_five"].get(name, {})
+        gain = f"{row['gain_over_within']:+.1f} ({row['gain_over_within_se']:.1f})"
+        five = f"{tiny['within']:.1f} -> {tiny['across']:.1f}" if tiny else "-"
+        rows.append(
+            (
+                name,
+                f"{row['alone']:.1f}",
+                f"{row['within']:.1f}",
+                f"{row['across']:.1f}",
+                f"**{gain}**",
+                five,
+            )
+        )
+    return section(
+        "Where sharing pays",
+        shown(
+            "Laboratory, three real families, 2 clients per type, 96 examples, Dirichlet 0.3, one dial at a "
+            "time; 6 seeds, "
+            "10 rounds, bank and type phase, each sharing at its own best rate. In brackets: standard error. "
+            "Last column: "
+            "five tiny types, within type -> across.",
+            "science.sweep",
+            table(("setting", "alone", "within type", "across types", "gain over within", "five tiny types"), rows),
+        ),
+    )  # fmt: skip
+
+
+def ablations() -> str:
+    """Controls and parts left out."""
+    known = load_results("ablations")
+    if not known:
+        return ""
+    family = dict(known["tiny"])
+    smallest = family.pop("everyone smallest")
+    rows = [
+        (name, number(row, "alone"), number(row, "within"), number(row, "across"),
+         f"{row['gain_over_within']:+.1f} ({row['gain_over_within_se']:.1f})")
+        for name, row in family.items()
+    ]  # fmt: skip
+    return section(
+        "Broken alignment, and parts left out or changed",
+        shown(
+            "Laboratory, embedded family, the bank alone, 2 clients per type, 4 seeds, 30 rounds. In brackets: "
+            "standard "
+            "error. Breaking the alignment in any of four ways turns the gain into a loss. If all six clients "
+            "owned the "
+            f"smallest backbone they would reach {smallest['within']:.1f}; owners of the larger ones reach "
+            f"{smallest['larger_owners']:.1f} in the mixed federation.",
+            "science.ablations --families tiny --seeds 4",
+            table(("what differs", "alone", "within type", "across types", "gain over within"), rows),
+        ),
+    )  # fmt: skip
+
+
+def conflict() -> str:
+    """One type gone wrong."""
+    known = load_results("conflict")
+    if not known:
+        return ""
+    family: dict[str, dict[str, Any]] = known["tiny"]
+    names = {
+        "mean chain": "plain mean", "cmga": "**CMGA**: equal norms", "guarded": "all steps (`heterotune_guarded`)",
+        "dissent": "equal norms + `weigh_dissent`", "pcgrad": "PCGrad", "cagrad": "CAGrad", "fedmgda+": "FedMGDA+",
+        "aligned-mtl": "Aligned-MTL", "ties": "TIES",
+    }  # fmt: skip
+    rows = [
+        (told, *(number(family[kind], rule) for kind in ("none", "shuffled", "wrong", "loud")))
+        for rule, told in names.items()
+        if rule in family["none"]
+    ]
+    return section(
+        "One type gone wrong",
+        shown(
+            "Laboratory, three tiny types, 4 clients each, seeds 100 to 103: accuracy of the *other* types, mean "
+            "over which "
+            "type it is. `weigh_dissent` was chosen on two of these seeds, on these very scenes. Where nothing "
+            "is wrong, "
+            f"CMGA costs {-family['none']['cmga.gain']:.1f} points (standard error "
+            f"{family['none']['cmga.gain_se']:.2f}).",
+            "science.conflict",
+            table(("rule", "nothing wrong", "labels shuffled", "every answer wrong", "updates 10 x as long"),
+                  rows),
+        ),
+    )  # fmt: skip
+
+
+def generation() -> str:
+    """Generated answers."""
+    known = load_results("generation")
+    rows, gains = [], []
+    methods = {
+        "local_only": "alone", "within_type": "within type", "within_consensus": "within type + own answers",
+        "heterotune": "HeteroTune, bank alone", "heterotune_answers": "HeteroTune in words",
+    }  # fmt: skip
+    for name, clients in (("tiny, sections, one client each", 1), ("tiny, sections", 2)):
+        values = known.get(name)
+        if not values:
+            continue
+        for method, told in methods.items():
+            rows.append((clients, told, f"{values[f'{method}.rouge_l']:.1f} ± {values[f'{method}.rouge_l.std']:.1f}",
+                         number(values, f"{method}.loss", 2), number(values, f"{method}.personal_rouge_l"),
+                         f"{values['learning_rates'][method]:g}"))  # fmt: skip
+        random = values["control_random_maps"]["heterotune.gain_over_within_type"]["rouge_l"]
+        for ours in ("heterotune", "heterotune_answers"):
+            cells = [told_gain(values[f"{ours}.gain_over_{rival}"]["rouge_l"])
+                     for rival in ("local_only", "within_type", "within_consensus")]  # fmt: skip
+            gains.append(
+                (clients, methods[ours], *cells, told_gain(random) if ours == "heterotune" else "")
+            )
+    if not rows:
+        return ""
+    real = known.get("real, instructions", {}).get("sweep", {})
+    tried = [
+        (
+            methods[method],
+            rate,
+            f"{found['rouge_l']:.1f}",
+            f"{found['exact_match']:.1f}",
+            f"{found['loss']:.2f}",
+        )
+        for method, rates in real.items()
+        for rate, found in rates.items()
+    ]
+    return section(
+        "Generated answers",
+        "The first two tables are of answers that are *one* token long. On answers of several tokens no gain is "
+        "measured.",
+        shown(
+            "Open text: the section of a package written out, over the whole vocabulary. Embedded family, 15 "
+            "rounds, 320 "
+            "generated answers, 3 seeds. ROUGE-L in percent (exact match differs by 0.1 at most; before training 0.1), "
+            "loss per answer token (5.21 before), ROUGE-L on own skewed tests, and the chosen rate.",
+            "science.generation",
+            table(("clients per type", "row", "ROUGE-L", "loss", "own tests", "rate"), rows),
+        ),
+        shown(
+            "Gains in ROUGE-L over each rival. The last column is the bank's gain over averaging inside the type "
+            "when its "
+            "maps are random: what averaging gives without any alignment.",
+            "science.generation",
+            table(("clients per type", "row", "over alone", "over within type", "over own answers", "random maps"),
+                  gains),
+        ),
+        shown(
+            "Real instructions: four tasks of Natural Instructions, one per client, SmolLM2-135M at 4 bits and "
+            "its pruned "
+            "sibling, 6 rounds of 8 steps, 48 examples each. One seed and one untuned rate, stopped there: no "
+            "comparison "
+            "yet, but it speaks against sharing with anchors that are not in the tasks' form.",
+            "science.generation --rows 'real, instructions' --instructions FILE",
+            table(("row", "rate", "ROUGE-L", "exact match", "loss per token"), tried),
+        ),
+    )  # fmt: skip
+
+
+SECTIONS = (pooled_classes, distillation, zero_shot, sweep, ablations, conflict, generation)

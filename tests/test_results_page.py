@@ -1,0 +1,80 @@
+"""The results page is what its command makes: nobody edits a number by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+
+import pytest
+
+from benchmarks.report import headline, page
+from benchmarks.runner import RESULTS, ROOT, merged, paired_gain, table
+from benchmarks.science.ngrams import plain
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+COMMAND = re.compile(r"python -m (benchmarks(?:\.\w+)+)")
+
+
+def test_the_page_and_the_headline_are_what_the_command_makes():
+    assert page.PATH.read_text() == page.text(), "run python -m benchmarks.report"
+    made = headline.markdown(headline.suites_of())
+    assert (RESULTS / "headline.md").read_text() == made, "run python -m benchmarks.report"
+
+
+def test_every_result_names_a_command_that_is_there():
+    for path in sorted(RESULTS.glob("*.json")):
+        values = json.loads(path.read_text())
+        if path.stem == "headline_cells":
+            continue
+        commands = values["command"].split("; ")
+        assert commands, path
+        for command in commands:
+            assert importlib.util.find_spec(command.removeprefix("python -m ")), (path, command)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_command_that_a_page_names_is_there(path):
+    for module in COMMAND.findall(path.read_text().replace("\n", " ")):
+        assert importlib.util.find_spec(module), module
+
+
+def test_tables_have_at_most_six_columns():
+    assert table(["a", "b"], [[1, 2.5]]) == "| a | b |\n|---|---|\n| 1 | 2.5 |"
+    with pytest.raises(ValueError, match="7 columns"):
+        table(list("abcdefg"), [])
+    with pytest.raises(ValueError, match="1 cells for 2 columns"):
+        table(["a", "b"], [[1]])
+
+
+def test_results_are_joined_at_every_depth():
+    assert merged({"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}, "c": 4}) == {
+        "a": {"x": 1, "y": 3}, "b": 1, "c": 4,
+    }  # fmt: skip
+
+
+def test_a_gain_is_paired_and_drawn_by_cells():
+    a = {(0, "t", "c0"): 3.0, (0, "t", "c1"): 5.0, (1, "t", "c0"): 4.0, (2, "t", "c0"): 9.0}
+    b = {(0, "t", "c0"): 1.0, (0, "t", "c1"): 5.0, (1, "t", "c0"): 2.0}
+    gain = paired_gain(a, b)
+    assert gain["gain"] == pytest.approx(4 / 3, abs=1e-3)
+    assert gain["clients_helped"] == pytest.approx(2 / 3, abs=1e-3)
+    assert gain["low"] >= 1.0  # cells have 1 and 2; single clients would reach down to 0
+    assert gain["high"] <= 2.0
+
+
+def test_n_grams_are_of_letters_and_digits_with_the_ends_of_words():
+    assert plain("A b!") == " a b "
+    assert plain("Größe-Я") == " größe я "
+    view = (
+        pytest.importorskip("sklearn")
+        and importlib.import_module("benchmarks.science.ngrams").NgramView
+    )
+    texts = [f"package {index} of words number {index % 7}" for index in range(60)]
+    z = view(texts, 4).of_texts(texts)
+    assert z.shape == (60, 4)
+    assert z.std(axis=0) == pytest.approx([1.0] * 4, abs=1e-3)
