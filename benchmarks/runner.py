@@ -72,7 +72,7 @@ def use_test_helpers(*folders: str) -> None:
 
 def flower_run(preset: str, overrides: Sequence[str], keep: Path | None = None) -> dict[str, Any]:
     """Runs ``heterotune run`` (a real Flower simulation) and returns its ``results.json``."""
-    folder = keep or Path(tempfile.mkdtemp(prefix="heterotune-cooldown-"))
+    folder = keep or Path(tempfile.mkdtemp(prefix="heterotune-benchmark-"))
     words = [sys.executable, "-m", "heterotune_flwr.cli", "run", preset, *overrides]
     subprocess.run([*words, "--dir", str(folder)], check=True)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())

@@ -22,7 +22,7 @@ _CLIENTS = (1, 2, 4, 16)
 
 def pooled_classes() -> str:
     """The closed form on frozen states."""
-    known = load_results("discriminant")
+    known = load_results("statistics")
     if not known:
         return ""
     rows = [known["tiny"][f"{clients} per type"] for clients in _CLIENTS]
@@ -40,7 +40,7 @@ def pooled_classes() -> str:
         )
         for clients, row in zip(_CLIENTS, rows, strict=True)
     ]
-    command = "science.discriminant"
+    command = "science.statistics"
     return section(
         "Pooled class statistics",
         said("The embedded family's frozen states, seeds 30 to 35. Every client tells counts and sums of its classes; "
@@ -64,12 +64,12 @@ def pooled_classes() -> str:
             "One type of three calls every class by the next one's name. Accuracy of the two others, and how often (%) "
             "the type was left to its own classes.", command,
             table(("clients per type", "all honest", "as it ships", "pooled all the same", "found (%)"),
-                  lines("pooled", "wrong", "wrong.all", "wrong.alone")),
+                  lines("pooled", "wrong", "wrong.all", "wrong.found")),
         ),
         shown(
             "The same where its examples' labels are shuffled.", command,
             table(("clients per type", "all honest", "as it ships", "pooled all the same", "found (%)"),
-                  lines("pooled", "shuffled", "shuffled.all", "shuffled.alone")),
+                  lines("pooled", "shuffled", "shuffled.all", "shuffled.found")),
         ),
         shown(
             "What the options do: classes of one example told too; examples of prior 0 / 1 / 4 / 8 instead of 2; the "
@@ -223,8 +223,8 @@ def conflict() -> str:
     family: dict[str, dict[str, Any]] = known["tiny"]
     names = {
         "mean chain": "plain mean", "cmga": "**CMGA**: equal norms", "guarded": "all steps (`heterotune_guarded`)",
-        "dissent": "equal norms + `weigh_dissent`", "pcgrad": "PCGrad", "cagrad": "CAGrad", "fedmgda+": "FedMGDA+",
-        "aligned-mtl": "Aligned-MTL", "ties": "TIES",
+        "dissent": "equal norms + `downweight_outliers`", "pcgrad": "PCGrad", "cagrad": "CAGrad",
+        "fedmgda+": "FedMGDA+", "aligned-mtl": "Aligned-MTL", "ties": "TIES",
     }  # fmt: skip
     rows = [
         (told, *(number(family[kind], rule) for kind in ("none", "shuffled", "wrong", "loud")))
@@ -236,7 +236,7 @@ def conflict() -> str:
         shown(
             "Laboratory, three tiny types, 4 clients each, seeds 100 to 103: accuracy of the *other* types, mean "
             "over which "
-            "type it is. `weigh_dissent` was chosen on two of these seeds, on these very scenes. Where nothing "
+            "type it is. `downweight_outliers` was chosen on two of these seeds, on these very scenes. Where nothing "
             "is wrong, "
             f"CMGA costs {-family['none']['cmga.gain']:.1f} points (standard error "
             f"{family['none']['cmga.gain_se']:.2f}).",

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--bits", default="nf4")
     parser.add_argument("--messages", type=int, default=7)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="heterotune-cooldown-") as folder:
+    with tempfile.TemporaryDirectory(prefix="heterotune-benchmark-") as folder:
         values = compare(Path(folder), options.backbone, options.bits, options.messages)
     say(json.dumps(values, indent=2))
     if (options.backbone, options.bits) == ("smollm2", "nf4"):

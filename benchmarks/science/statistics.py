@@ -1,4 +1,4 @@
-"""What the shared discriminant knows: classes pooled over model types in closed form, against training on all latents.
+"""What pooled class statistics know: classes pooled over model types in closed form, against training on all latents.
 
 In the laboratory (:mod:`.laboratory`: frozen states, the product's alignment, partition and closed form). Accuracy
 on the global test in percent, mean over types and seeds, with 1, 2, 4 and 16 clients per type:
@@ -11,12 +11,12 @@ on the global test in percent, mean over types and seeds, with 1, 2, 4 and 16 cl
 * ``model_free``: a rival without any model, the same closed form on a text's character n-grams
   (:mod:`.ngrams`; ``pip install -e '.[benchmarks]'``); ``beside_model_free``: ``pooled`` and it;
 * ``wrong`` and ``shuffled``: ``pooled`` for the other types, where one type calls every class by the next one's
-  name, or its examples by each other's; ``.all``: with everybody's classes pooled all the same, ``.alone``: how often
-  (percent) the type was left to its own classes; ``honest.alone``: how often one was where nobody went wrong;
+  name, or its examples by each other's; ``.all``: with everybody's classes pooled all the same, ``.found``: how often
+  (percent) the type was left to its own classes; ``honest.found``: how often one was where nobody went wrong;
 * what its options do: ``least`` (examples of a class below which a client tells nothing), ``prior``, and the power of
   each latent's correlation in the metric (1 in the product).
 
-Run: ``python -m benchmarks.science.discriminant`` (minutes per backbone once, then minutes).
+Run: ``python -m benchmarks.science.statistics`` (minutes per backbone once, then minutes).
 """
 
 from __future__ import annotations
@@ -161,12 +161,12 @@ class Draw:
         self.owned = [(number % self.types, share) for number, share in enumerate(shares)]
 
     def accuracy(
-        self, view: View, distill_share: Callable[[int], Fitted], kinds: Sequence[int] | None = None
+        self, view: View, solved: Callable[[int], Fitted], kinds: Sequence[int] | None = None
     ) -> float:
-        """Mean over types (or some) of what is distill_share for each, in percent."""
+        """Mean over types (or some) of what is solved for each, in percent."""
         found = []
         for kind in range(self.types) if kinds is None else kinds:
-            weight, bias = distill_share(kind)
+            weight, bias = solved(kind)
             right = (view.test[kind] @ weight + bias).argmax(1) == self.test_y
             found.append(100 * float(right.double().mean()))
         return float(np.mean(found))
@@ -186,7 +186,7 @@ class Draw:
             found[str(kind)] = found[str(kind)] + new if str(kind) in found else new
         return found
 
-    def discriminant(
+    def classifier(
         self, view: View, kinds: Sequence[int], least: int, prior: float, power: float
     ) -> Fitted:
         """That of the classes of some types' clients."""
@@ -210,7 +210,7 @@ class Draw:
                 self.accuracy(view, lambda _, f=everybody: f, healthy),  # type: ignore[misc]
                 100.0 * (str(struck) in alone),
             ])  # fmt: skip
-        names = (trouble, f"{trouble}.all", f"{trouble}.excluded_types")
+        names = (trouble, f"{trouble}.all", f"{trouble}.found")
         return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
 
     def trained(self, view: View, reader: int | None) -> list[Fitted]:
@@ -222,14 +222,14 @@ class Draw:
         labels = torch.cat([self.labels[share] for _, share in self.owned])
         counts = torch.bincount(labels, minlength=self.count) + 0.1 * len(labels) / self.count
         prior = torch.log(counts / counts.sum())
-        distill_share = []
+        solved = []
         for penalty in _PENALTIES:
             weight, bias = read_out(z, labels, penalty)
             missing = self.count - weight.shape[1]
             weight = torch.nn.functional.pad(weight, (0, missing))
             bias = torch.nn.functional.pad(bias, (0, missing), value=float(bias.min()))
-            distill_share.append((weight, bias - prior))
-        return distill_share
+            solved.append((weight, bias - prior))
+        return solved
 
 
 def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
@@ -240,11 +240,11 @@ def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
         view: View = both, least: int = OPTIONS.min_count, prior: float = OPTIONS.prior,
         power: float = 1.0, kinds: Sequence[int] = everybody,
     ) -> float:  # fmt: skip
-        distill_share = classes.discriminant(view, kinds, least, prior, power)
-        return classes.accuracy(view, lambda _: distill_share)
+        solved = classes.classifier(view, kinds, least, prior, power)
+        return classes.accuracy(view, lambda _: solved)
 
     def own(kind: int) -> Fitted:
-        return classes.discriminant(both, [kind], OPTIONS.min_count, OPTIONS.prior, 1.0)
+        return classes.classifier(both, [kind], OPTIONS.min_count, OPTIONS.prior, 1.0)
 
     found = {name: pooled(view) for name, view in views.items()}
     found["own_type"] = classes.accuracy(both, own)
@@ -252,14 +252,14 @@ def rows(classes: Draw, views: dict[str, View]) -> dict[str, float]:
         found |= classes.troubled(both, trouble)
     told = classes.told(both, OPTIONS.min_count)
     _, alone = who_agrees(told, both.metric(), OPTIONS.min_cosine)
-    found["honest.excluded_types"] = 100.0 * len(alone) / classes.types
+    found["honest.found"] = 100.0 * len(alone) / classes.types
     found |= {f"least_{n}": pooled(least=n) for n in (1, 3, 4)}
     found |= {f"prior_{k}": pooled(prior=k) for k in (0, 1, 4, 8)}
     found |= {f"power_{p:g}": pooled(power=p) for p in (0.0, 0.5, 2.0, 3.0)}
     one = classes.trained(both, None)
     moved = [classes.trained(both, kind) for kind in everybody]
     for index, penalty in enumerate(_PENALTIES):
-        of_all, of_own = one[index], [distill_share[index] for distill_share in moved]
+        of_all, of_own = one[index], [solved[index] for solved in moved]
         found[f"trained_{penalty:g}"] = classes.accuracy(both, lambda _, f=of_all: f)  # type: ignore[misc]
         found[f"moved_{penalty:g}"] = classes.accuracy(both, of_own.__getitem__)
     return found
