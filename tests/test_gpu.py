@@ -7,9 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_cores import CORES, with_maps
-from test_generation import prompts_of
-from test_tuning import _cache, data, directory, prepared, random_values  # noqa: F401
+from tiny_adapters import CORES, prepared, prompts_of, random_values, with_maps
 from tiny_backbones import LABELS
 
 from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
@@ -59,7 +57,7 @@ def with_values(backbone, method):
 
 @pytest.mark.parametrize("method", [DEEP, CORES, MethodConfig(kind="lora", lora_rank=2)])
 @pytest.mark.parametrize("kept", [True, False])
-def test_training_there_is_training_here(directory, data, method, kept):  # noqa: F811
+def test_training_there_is_training_here(directory, data, method, kept):
     """The same client, seed and values: after six steps the same adapter, to rounding."""
     after = {}
     for device in ("cpu", "cuda"):
@@ -79,7 +77,7 @@ def test_training_there_is_training_here(directory, data, method, kept):  # noqa
 
 
 @pytest.mark.parametrize("bits", ["nf4", "int8", "bf16"])
-def test_a_quantized_client_learns_within_its_memory(directory, data, bits):  # noqa: F811
+def test_a_quantized_client_learns_within_its_memory(directory, data, bits):
     backbone = load_backbone(BackboneSpec(str(directory), bits), "cuda")
     assert backbone.device.type == "cuda"
     config = replace(TRAIN, gradient_checkpointing=True, local_steps=15)
@@ -93,7 +91,7 @@ def test_a_quantized_client_learns_within_its_memory(directory, data, bits):  # 
     assert 0 < peak_memory_mb(backbone.device) < 1000
 
 
-def test_answers_there_are_answers_here(directory):  # noqa: F811
+def test_answers_there_are_answers_here(directory):
     found = {}
     for device in ("cpu", "cuda"):
         backbone = load_backbone(BackboneSpec(str(directory), "fp32"), device)

@@ -1,6 +1,6 @@
 """What a fuzzer feeds: bytes become a record or a message, are read, and whatever is accepted is held to its word.
 
-No fuzzer in here (:mod:`.fuzz_exchange` has one, tests/test_exchange_hostile.py another). A broken promise raises
+No fuzzer in here (:mod:`.fuzz_exchange` has one, tests/exchange/test_hostile.py another). A broken promise raises
 AssertionError; anything that leaves the reader and is no ExchangeError is a bug by itself.
 """
 

@@ -4,7 +4,7 @@ There, the first forward pass in ``eval()`` under ``no_grad`` repacks every ``Li
 format without autograd: from then on adapter gradients below it are exactly zero, and ``state_dict()`` may
 corrupt the weights. Every train-evaluate-train loop hits it. The repacking only happens when
 ``bitsandbytes.nn.modules.has_avx512bf16()`` is true, so that function is made to answer False; the
-ordinary path costs about the same. ``tests/test_bnb_cpu.py`` watches that gradients survive an evaluation.
+ordinary path costs about the same. ``tests/backbones/test_bnb_cpu.py`` watches that gradients survive an evaluation.
 """
 
 from __future__ import annotations

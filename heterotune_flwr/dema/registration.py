@@ -1,7 +1,7 @@
 """Makes DeMA a PEFT method: the one place that touches PEFT's private registry.
 
 PEFT's ``register_peft_method`` is public, but it only accepts names of the closed enum ``PeftType``. The
-member is added here, once, for the PEFT versions this was tested with; ``tests/test_dema_peft.py`` is the
+member is added here, once, for the PEFT versions this was tested with; ``tests/dema/test_peft.py`` is the
 canary that fails when a new PEFT needs another way.
 """
 

@@ -3,7 +3,7 @@
 When a Ray actor of Flower's simulation dies (out of memory, SIGKILL), Flower puts the dead actor back among the idle
 ones. It then answers whatever it is given with an error at once, and so takes most of the messages that follow. Here
 the pool gets a fresh actor instead. The message that was lost is sent once more by the server
-(:meth:`.transport.Transport.collect`). ``tests/test_ray_pool.py`` watches that Flower still works like that.
+(:meth:`.transport.Transport.collect`). ``tests/federation/test_ray_pool.py`` watches that Flower still works like that.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With frozen maps and label-word loss the backbone's width disappears: an example is its latents ``z = D x + o`` and
 its label words' own logits, an output latent moves them by ``W_labels U``. So a whole table (several
 seeds, several strategies) is a few batched matrix products per step, and the numbers are those of the product's
-DeMA layer, optimizer and clipping (tests/test_laboratory.py compares them).
+DeMA layer, optimizer and clipping (tests/benchmarks/test_laboratory.py compares them).
 """
 
 from __future__ import annotations

@@ -1,0 +1,181 @@
+"""The type phase: first one bank for all types, then one per type, taught by what all of them predict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy_federation import ToyFederation, toy_config
+from toy_runs import events, start
+
+from heterotune_flwr.channels.predictions.record import DistillationRequest
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import round_trip
+from heterotune_flwr.federation.transport import _label
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.strategies.build import check_strategy
+
+SPEC = {
+    "_component_": "heterotune_flwr.strategies.HeteroTune",
+    "predictions": {"anchors": 12, "pool": 12, "batch": 8},
+    "personalization_phase": 0.5,
+}
+
+
+def phased(tmp_path, clients=(2, 2, 1), rounds=4, **changes):
+    tmp_path.mkdir(exist_ok=True)
+    config = toy_config(tmp_path, clients, rounds=rounds)
+    federation = ToyFederation(config)
+    strategy, _ = start(config, federation, spec={**SPEC, **changes})
+    return strategy, federation, config
+
+
+def of_type(strategy, type_key):
+    return strategy.roster.of_type(type_key)
+
+
+def test_one_bank_for_all_then_one_per_type(tmp_path):
+    strategy, federation, _ = phased(tmp_path)
+    keys = strategy.roster.type_keys
+    name = "slots.0.experts.global.0.up.weight"
+
+    def sent(round):
+        return {
+            key: [federation.received[c, round].tensors[name] for c in of_type(strategy, key)]
+            for key in keys
+        }
+
+    for round in (1, 2, 3):  # what round 3 begins with is the last shared bank
+        values = [value for own in sent(round).values() for value in own]
+        assert all(np.array_equal(values[0], value) for value in values), round
+    last = sent(4)
+    for own in last.values():
+        assert all(np.array_equal(own[0], value) for value in own)
+    assert not np.array_equal(last[keys[0]][0], last[keys[1]][0])
+    assert set(strategy.state) >= {"global", *(f"type/{key}" for key in keys)}
+    for key in keys:  # and the shared bank is kept beside them, as it was
+        assert name in strategy.state[f"type/{key}"]
+    kept = round_trip({name: strategy.state["global"][name]}, "bf16")[name]
+    np.testing.assert_array_equal(kept, sent(3)[keys[0]][0])
+
+
+def test_a_types_step_is_the_mean_of_its_clients_alone(tmp_path):
+    strategy, federation, _ = phased(tmp_path)
+    for key in strategy.roster.type_keys:
+        clients = of_type(strategy, key)
+        weights = [strategy.roster.clients[c].info.train_examples for c in clients]
+        for name, value in strategy.state[f"type/{key}"].items():
+            ends = [federation.answered[c, 4][name] for c in clients]
+            expected = np.average(ends, axis=0, weights=weights)
+            np.testing.assert_allclose(value, expected, atol=0.02 * np.abs(expected).max() + 1e-4)
+
+
+def test_mixing_moves_every_types_experts_towards_the_mean_and_no_gate(tmp_path):
+    alone, _, _ = phased(tmp_path / "alone", rounds=3)
+    mixed, _, _ = phased(tmp_path / "mixed", rounds=3, mixing=0.25)
+    groups = [f"type/{key}" for key in mixed.roster.type_keys]
+    for name in alone.state["global"]:
+        own = [alone.state[group][name] for group in groups]
+        mean = np.mean(own, axis=0)
+        for group, value in zip(groups, own, strict=True):
+            expected = value if "gate" in name else 0.75 * value + 0.25 * mean
+            np.testing.assert_allclose(mixed.state[group][name], expected, rtol=1e-5, atol=1e-7)
+            np.testing.assert_array_equal(mixed.state["global"][name], alone.state["global"][name])
+    same, _, _ = phased(tmp_path / "same", rounds=3, mixing=1)
+    name = "slots.0.experts.global.0.up.weight"
+    first, *others = [same.state[group][name] for group in groups]
+    assert all(np.array_equal(first, other) for other in others)
+
+
+def test_a_type_that_runs_away_takes_no_other_with_it(tmp_path):
+    strategy, _, _ = phased(tmp_path, rounds=3, mixing=0.5)
+    near, middle, far = (f"type/{key}" for key in strategy.roster.type_keys)
+    shared = strategy.state["global"]
+    experts = [name for name in shared if "experts" in name]
+    start = {}
+    for factor, group in ((1.0, near), (1.0, middle), (100.0, far)):
+        for name in experts:
+            strategy.state[group][name] = shared[name] + np.float32(factor)
+            start[group, name] = strategy.state[group][name].copy()
+    strategy.after_aggregate(3)
+    for name in experts:
+        mean = shared[name] + (1 + 1 + 2) / 3  # the far one counts as twice the median
+        for group in (near, middle, far):
+            expected = 0.5 * start[group, name] + 0.5 * mean
+            np.testing.assert_allclose(strategy.state[group][name], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
+    strategy, federation, config = phased(tmp_path)
+    client = next(iter(strategy.roster.clients))
+    lessons = [federation.received[client, round].lesson for round in (1, 2, 3, 4)]
+    assert lessons[0] is None
+    assert lessons[1].targets is None
+    assert all(lesson.targets.shape == (12, 6) and lesson.batch == 8 for lesson in lessons[2:])
+    heard = [event.get("predictions", {}).get("clients") for event in events(config, "round")]
+    assert heard == [None, 5, 5, 5]
+    assert [event["round"] for event in events(config, "personalization_phase")] == [3]
+
+
+def test_types_that_share_nothing_go_through_the_phase_alone(tmp_path):
+    """All are aligned too badly to share, or nothing is shared by design: there is no bank to mix."""
+    config = toy_config(tmp_path, (2, 2, 1), rounds=4)
+    config.alignment.quality_threshold = 0.99
+    strategy, _ = start(config, ToyFederation(config), spec={**SPEC, "mixing": 0.2})
+    assert strategy.personalized
+    assert "global" not in strategy.state
+    assert len(events(config, "round")) == 4
+
+
+def test_without_a_consensus_the_bank_is_shared_to_the_end(tmp_path):
+    strategy, _, config = phased(tmp_path, predictions=None)
+    assert set(strategy.state) == {"global"}
+    assert not events(config, "personalization_phase")
+
+
+def test_without_a_phase_the_consensus_is_at_work_in_every_round(tmp_path):
+    strategy, federation, _ = phased(tmp_path, personalization_phase=0)
+    assert set(strategy.state) == {"global"}
+    client = next(iter(strategy.roster.clients))
+    assert all(federation.received[client, round].lesson for round in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "share", "last"), [(10, 0.5, 5), (3, 0.5, 2), (1, 0.9, 1), (4, 0, 4)]
+)
+def test_the_phase_is_whole_rounds_and_leaves_one_shared(tmp_path, rounds, share, last):
+    strategy, _, _ = phased(tmp_path, (1, 1), rounds=1, personalization_phase=share)
+    strategy.rounds = rounds
+    assert strategy.shared_rounds == last
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("personalization_phase", 1)]
+    + [
+        (o, v)
+        for o in ("personalization_phase", "mixing")
+        for v in (-0.1, 1.5, "half", True, float("nan"))
+    ],
+)
+def test_what_is_no_share_is_refused_before_anything_runs(option, value):
+    config = compose("demo", "run.compare=[heterotune]")
+    entry = {**config.strategies["heterotune"], option: value}
+    with pytest.raises(ConfigError, match=f"{option} is"):
+        check_strategy("heterotune", entry, config)
+
+
+def test_the_first_round_with_anchors_is_not_hurried():
+    """Each kind of work has deadlines of its own: reply times of rounds without anchors say nothing about it."""
+    labels = []
+    for lesson in (
+        None,
+        DistillationRequest("d", 2, 2, 1.0),
+        DistillationRequest("d", 2, 2, 1.0, np.full((2, 2), 0.5, np.float32)),
+    ):
+        config = ConfigRecord({})
+        content = RecordDict({"config": config})
+        if lesson is not None:
+            lesson.add_to(content, config)
+        labels.append(_label("train", content))
+    assert len(set(labels)) == 3
