@@ -16,7 +16,7 @@ from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.kept_maps import KeptMaps
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.run import run_strategies
-from heterotune_flwr.strategies.build import build_strategy
+from heterotune_flwr.strategies import HeteroTune
 
 SMALL, MIDDLE, LARGE = "small@fp32", "middle@fp32", "large@fp32"
 
@@ -164,8 +164,7 @@ def test_other_weights_under_a_known_name_are_refused(tmp_path, monkeypatch):
 def test_maps_are_saved_only_when_the_checkpoint_fits(tmp_path, monkeypatch):
     config, federation = two_types(tmp_path)
     before = the_run(config)
-    build = build_strategy.__globals__["HeteroTune"]
-    monkeypatch.setattr(build, "recall", lambda self, memory: 1 / 0)
+    monkeypatch.setattr(HeteroTune, "load_state_dict", lambda self, state: 1 / 0)
     with pytest.raises(FederationError, match="ZeroDivisionError"):
         start(config, federation, (0, 1, 2), True, rounds=5)
     assert the_run(config) == before
