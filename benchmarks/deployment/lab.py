@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import heterotune_flwr
-from heterotune_flwr.deploy.layout import Deployment, initialise
+from heterotune_flwr.deploy.folder import initialise
+from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import flwr, register
 from heterotune_flwr.federation.processes import clean_up, start_guard
 from heterotune_flwr.federation.superlink import (

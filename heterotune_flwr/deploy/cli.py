@@ -73,8 +73,8 @@ def init(
 ) -> None:
     """Make a deployment folder, or bring one up to date; keys that are there are never overwritten."""
     from heterotune_flwr.deploy.explain import explain
+    from heterotune_flwr.deploy.folder import initialise
     from heterotune_flwr.deploy.keys import read_public
-    from heterotune_flwr.deploy.layout import initialise
 
     deployment = initialise(
         folder, server or [], node or [], {path.stem: read_public(path) for path in public_keys or []},
@@ -89,6 +89,7 @@ def init(
 @deploy_app.command("add-node")
 def add_node(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -> None:
     """Add a node to a deployment; register it afterwards."""
+    from heterotune_flwr.deploy.folder import write_folder
     from heterotune_flwr.deploy.keys import read_public
     from heterotune_flwr.deploy.layout import Deployment
 
@@ -100,7 +101,7 @@ def add_node(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -> 
                 f"node {name} is revoked; let it in again under a new key with: heterotune deploy rotate-key "
                 f"{folder} {name}"
             )
-        deployment.write()
+        write_folder(deployment)
     if not added:
         typer.echo(f"node {name} was there already")
     typer.echo(
@@ -215,7 +216,8 @@ def check(
     ] = False,
 ) -> None:
     """Tell whether this machine is ready to join; exit code 1 if anything is in the way."""
-    from heterotune_flwr.deploy.node_check import check_node, render, to_json
+    from heterotune_flwr.deploy.findings import render, to_json
+    from heterotune_flwr.deploy.node_check import check_node
 
     findings = check_node(settings, offline)
     typer.echo(to_json(findings) if as_json else render(findings))

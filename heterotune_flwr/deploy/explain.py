@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from heterotune_flwr.deploy.keys import key_fingerprint
-
-if TYPE_CHECKING:
-    from heterotune_flwr.deploy.layout import Deployment, Node
-    from heterotune_flwr.deploy.registry import Outcome
+from heterotune_flwr.deploy.layout import Deployment, Node
+from heterotune_flwr.deploy.registry import Outcome
 
 
 def explain(deployment: Deployment) -> str:

@@ -19,23 +19,18 @@ from heterotune_flwr.deploy.files import present, read_bytes, remove, write_file
 from heterotune_flwr.deploy.hosts import canonical
 from heterotune_flwr.errors import ConfigError
 
+_MEND = "put it back"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: Where another key of the server may lie: one that is coming in, and one that an older version has put aside.
 _OTHER_KEYS = ("server.key.new", "server.key.old")
 
 
 def authority(folder: Path, server: Path, name: str) -> Pair:
-    """The certificate authority in ``ca/``; its key is empty where it is kept elsewhere.
+    """The certificate authority in ``ca/`` (``folder``); its key is empty where it is kept elsewhere.
+
+    ``name``, of the server, is for a new authority.
 
     Raises ConfigError: key and certificate are not of one another, or the certificate of a key that has signed is lost.
-
-    Parameters
-    ----------
-    folder, server
-        ``ca/`` and ``server/`` of the deployment folder.
-    name
-        Of the server, for a new authority.
-
     """
     certificate, key = folder / "ca.crt", folder / "ca.key"
     has_key = present(key, "the CA's key")
@@ -44,26 +39,29 @@ def authority(folder: Path, server: Path, name: str) -> Pair:
             write_private(key, certificates.new_key())
         write_file(certificate, _lost_certificate(key, server, name))
         has_key = True
-    pem = read_bytes(certificate, "the CA certificate", "put it back")
-    parsed = certificates.load_certificate(pem, str(certificate))
+    pem = read_bytes(certificate, "the CA certificate", _MEND)
+    certificates.load_certificate(pem, str(certificate))
     if not has_key:  # kept elsewhere, as it should be
         return Pair(pem, b"")
-    secret = read_bytes(key, "the CA's key", "put it back")
-    if not certificates.belong_together(parsed, certificates.load_key(secret, str(key))):
+    if not _fit(certificate, key):
         raise ConfigError(f"{key} is not the key of {certificate}; put the right one back")
-    return Pair(pem, secret)
+    return Pair(pem, read_bytes(key, "the CA's key", _MEND))
+
+
+def _fit(certificate: Path, key: Path) -> bool:
+    """Whether a private key is that of a certificate, both of them files (ConfigError: one is damaged)."""
+    secret = certificates.load_key(read_bytes(key, "the private key", _MEND), str(key))
+    return certificates.belong_together(certificates.read_certificate(certificate, _MEND), secret)
 
 
 def _lost_certificate(key: Path, server: Path, name: str) -> bytes:
     """The certificate of an authority that has a key only: the server's copy of it, or one made now."""
-    secret = read_bytes(key, "the CA's key", "put it back")
     copy = server / "ca.crt"
     if present(copy, "the CA certificate"):
-        pem = read_bytes(copy, "the CA certificate", "put it back")
-        parsed = certificates.load_certificate(pem, str(copy))
-        if certificates.belong_together(parsed, certificates.load_key(secret, str(key))):
-            return pem
+        if _fit(copy, key):
+            return copy.read_bytes()
     elif not present(server / "server.crt", "the server certificate"):  # it has signed nothing yet
+        secret = read_bytes(key, "the CA's key", _MEND)
         return certificates.new_authority(name, key_pem=secret).certificate
     raise ConfigError(
         f"{key} has no certificate beside it; restore ca.crt, or start in a new folder"
@@ -75,30 +73,16 @@ def missing_names(server: Path, hosts: Sequence[str]) -> list[str]:
     certificate = server / "server.crt"
     if not present(certificate, "the server certificate"):
         return []
-    pem = read_bytes(certificate, "the server certificate", "put it back")
-    named = {
-        canonical(name)
-        for name in certificates.names_of(certificates.load_certificate(pem, str(certificate)))
-    }
-    return sorted({canonical(host) for host in hosts} - named)
+    names = certificates.names_of(certificates.read_certificate(certificate, _MEND))
+    return sorted({canonical(host) for host in hosts} - {canonical(name) for name in names})
 
 
 def server_pair(folder: Path, signer: Pair, hosts: Sequence[str], days: float, renew: bool) -> None:
     """Make the server's certificate and key where there are none, or with ``renew``; mend what a killed call has left.
 
+    ``folder`` is ``server/``; ``hosts`` and ``days`` are those of a certificate that is made now.
+
     Raises ConfigError: one must be made and the CA's key is not there.
-
-    Parameters
-    ----------
-    folder
-        ``server/`` of the deployment folder.
-    signer
-        The authority.
-    hosts, days
-        Of a certificate that is made now.
-    renew
-        Make a new one although one is there.
-
     """
     certificate, key = folder / "server.crt", folder / "server.key"
     coming = folder / _OTHER_KEYS[0]
@@ -119,30 +103,19 @@ def server_pair(folder: Path, signer: Pair, hosts: Sequence[str], days: float, r
 def _good_pair(folder: Path, ca: x509.Certificate) -> bool:
     """Whether there is a certificate of this authority and its key, which may have to be put in its place."""
     certificate, key = folder / "server.crt", folder / "server.key"
-    fitting = None
-    if present(certificate, "the server certificate"):
-        pem = read_bytes(certificate, "the server certificate", "put it back")
-        parsed = certificates.load_certificate(pem, str(certificate))
-        try:
-            parsed.verify_directly_issued_by(ca)
-        except (ValueError, TypeError, InvalidSignature) as error:
-            raise ConfigError(
-                f"{certificate} is not of this deployment's CA; make one with: heterotune deploy init "
-                f"{folder.parent} --renew"
-            ) from error
-        for candidate in (key, *(folder / name for name in _OTHER_KEYS)):
-            if fitting is None and _is_key_of(candidate, parsed):
-                fitting = candidate
-    if fitting is None:
+    if not present(certificate, "the server certificate"):
         return False
-    if fitting != key:
-        os.replace(fitting, key)
-    remove(folder / _OTHER_KEYS[0])
-    return True
-
-
-def _is_key_of(path: Path, certificate: x509.Certificate) -> bool:
-    if not present(path, "the server's key"):
-        return False
-    key = certificates.load_key(read_bytes(path, "the server's key", "put it back"), str(path))
-    return certificates.belong_together(certificate, key)
+    try:
+        certificates.read_certificate(certificate, _MEND).verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise ConfigError(
+            f"{certificate} is not of this deployment's CA; make one with: heterotune deploy init {folder.parent} "
+            "--renew"
+        ) from error
+    for candidate in (key, *(folder / name for name in _OTHER_KEYS)):
+        if present(candidate, "the server's key") and _fit(certificate, candidate):
+            if candidate != key:
+                os.replace(candidate, key)
+            remove(folder / _OTHER_KEYS[0])
+            return True
+    return False

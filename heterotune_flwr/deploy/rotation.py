@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from heterotune_flwr.deploy.folder import write_folder
 from heterotune_flwr.deploy.key_files import coming_key, finish
 from heterotune_flwr.deploy.keys import key_body, key_fingerprint, read_public
 from heterotune_flwr.deploy.layout import Deployment
@@ -46,5 +47,5 @@ def rotate_key(deployment: Deployment, name: str, public_key: Path | None) -> st
     node.public_key, node.node_id, node.revoked = line, None, False
     deployment.save()
     settle(deployment, name, known, Outcome())
-    deployment.write()
+    write_folder(deployment)
     return key_fingerprint(line)

@@ -31,7 +31,7 @@ cd "$$here/state"  # a folder without code: it is on the search path of what is 
 """
 )
 
-_SUPERLINK = Template(
+SUPERLINK = Template(
     """\
 #!/bin/sh
 # The SuperLink: TLS, nodes must prove who they are, runs and registrations survive a restart.
@@ -47,7 +47,7 @@ exec flower-superlink --host 127.0.0.1 --port $port \\
   --disable-runtime-dependency-installation
 """
 )
-_SUPEREXEC = Template(
+SUPEREXEC = Template(
     """\
 #!/bin/sh
 # The SuperExec: starts the ServerApp of every run. A process of its own, so that a restarted SuperLink finds the run
@@ -59,7 +59,7 @@ exec flower-superexec --runtime-api-address 127.0.0.1:$port --root-certificates 
   --superexec-auth-secret-file "$$here/superexec.secret"
 """
 )
-_NODE_SCRIPT = Template(
+NODE_SCRIPT = Template(
     """\
 #!/bin/sh
 # Checks node.toml and becomes the SuperNode; without systemd: `until ./start.sh; do sleep $restart; done`
@@ -88,7 +88,7 @@ LockPersonality=yes
 SystemCallArchitectures=native
 UMask=0077
 """
-_SERVER_UNIT = Template(
+SERVER_UNIT = Template(
     """\
 # cp $name.service /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now $name
 # The whole deployment folder must belong to the user below: chown -R $user: DIR
@@ -115,7 +115,7 @@ RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 WantedBy=multi-user.target
 """
 )
-_NODE_UNIT = Template(
+NODE_UNIT = Template(
     """\
 # On the node: change the paths if this folder does not lie in $here, make the user below if there is none
 # (useradd --system --user-group --no-create-home $user), give it the folder (chown -R $user: $here), then
@@ -154,7 +154,7 @@ RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 WantedBy=multi-user.target
 """
 )
-_NGINX = Template(
+NGINX = Template(
     """\
 # nginx in front of the SuperLink: TLS, and of all its routes only those that nodes need. As a file of its own in
 # /etc/nginx/conf.d/ (then `nginx -t && systemctl reload nginx`). The paths are this folder's; nginx reads them as root.
@@ -162,7 +162,8 @@ limit_req_zone $$binary_remote_addr zone=heterotune:1m rate=100r/s;
 
 server {
     listen $listen ssl;
-$listen6    server_name $names;
+    listen [::]:$listen ssl;
+    server_name $names;
     server_tokens off;
 
     ssl_certificate $here/server.crt;
@@ -202,7 +203,7 @@ StartLimitIntervalSec=0
 Restart=always
 RestartSec=5
 """
-_FLOWER_CONFIG = Template(
+FLOWER_CONFIG = Template(
     """\
 # FLWR_HOME of the operator, on the server: export FLWR_HOME=$home; then: flwr run APP lab --stream
 [superlink]
@@ -251,55 +252,6 @@ class-sums = "no"     # "yes": tell counts and sums of this node's classes, wher
 [floors]
 $floors"""
 )
-
-
-def superlink_script(bin_folder: str, port: int) -> str:
-    """Start script of the SuperLink."""
-    return _SUPERLINK.substitute(bin=bin_folder, port=port)
-
-
-def superexec_script(bin_folder: str, port: int) -> str:
-    """Start script of the SuperExec."""
-    return _SUPEREXEC.substitute(bin=bin_folder, port=port)
-
-
-def superlink_unit(here: str, user: str) -> str:
-    """Systemd unit of the SuperLink."""
-    return _SERVER_UNIT.substitute(
-        name="heterotune-superlink", what="SuperLink", after="", here=here, user=user,
-        script="superlink.sh", runs="",
-    )  # fmt: skip
-
-
-def superexec_unit(here: str, user: str, runs: str) -> str:
-    """Systemd unit of the SuperExec; ``runs`` is the folder that runs write to."""
-    return _SERVER_UNIT.substitute(
-        name="heterotune-superexec", what="SuperExec", after=" heterotune-superlink.service",
-        here=here, user=user, script="superexec.sh", runs=f" {runs}",
-    )  # fmt: skip
-
-
-def nginx_config(here: str, address: Address, names: list[str], port: int) -> str:
-    """Configuration of nginx in front of the SuperLink."""
-    any6 = f"    listen [::]:{address.port} ssl;\n"
-    return _NGINX.substitute(
-        here=here, listen=str(address.port), listen6=any6, names=" ".join(names) or "_", port=port
-    )
-
-
-def flower_config(home: str, ca: str, port: int) -> str:
-    """Flower's config.toml of the operator."""
-    return _FLOWER_CONFIG.substitute(home=home, ca=ca, port=port)
-
-
-def node_script(bin_folder: str) -> str:
-    """Start script of a node."""
-    return _NODE_SCRIPT.substitute(bin=bin_folder, restart=RESTART_SECONDS)
-
-
-def node_unit(here: str, node: str, user: str) -> str:
-    """Systemd unit of a node whose folder lies at ``here`` on its machine."""
-    return _NODE_UNIT.substitute(here=here, node=node, user=user, restart=RESTART_SECONDS)
 
 
 def node_toml(address: Address, node: str) -> str:

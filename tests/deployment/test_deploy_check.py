@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from benchmarks.deployment.tls_server import TlsServer
 from heterotune_flwr.cli import app
 from heterotune_flwr.client.identity import code_hash
-from heterotune_flwr.deploy import certificates, node_check
-from heterotune_flwr.deploy.layout import initialise
+from heterotune_flwr.deploy import certificates, node_check, server_checks
+from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.node_config import (
     PIECE_BYTES,
     PIECE_VARIABLE,
@@ -153,7 +153,7 @@ def test_troubles_with_the_server(node, tmp_path, case, name, state, words):
         if case != "nobody":
             edit(node, "127.0.0.1:1", f"127.0.0.1:{server.port}")
         settings_read = read_node_settings(node)
-        finding = found(node_check._guarded(node_check._server, settings_read))[name]
+        finding = found(node_check.guarded(server_checks.server, settings_read))[name]
     assert finding.state == state
     assert words in finding.message + finding.mend
 

@@ -20,9 +20,10 @@ from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.deploy import certificates, templates
 from heterotune_flwr.deploy.files import write_private
+from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.hosts import parse_server
 from heterotune_flwr.deploy.keys import key_fingerprint, new_node_key, read_public
-from heterotune_flwr.deploy.layout import Deployment, initialise
+from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.submit import settle
 from heterotune_flwr.errors import ConfigError
 

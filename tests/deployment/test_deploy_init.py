@@ -11,16 +11,17 @@ import pytest
 
 from heterotune_flwr.deploy import certificates, pairs
 from heterotune_flwr.deploy.files import write_private
+from heterotune_flwr.deploy.folder import initialise, write_folder
 from heterotune_flwr.deploy.hosts import parse_server
 from heterotune_flwr.deploy.keys import key_body, new_node_key, public_of, read_public
-from heterotune_flwr.deploy.layout import Deployment, initialise
+from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.errors import ConfigError
 
 #: Makes a folder for each step of `init` at which it is killed (a file appears under its name), in a child of its own.
 KILLER = """
 import os, sys
 from pathlib import Path
-from heterotune_flwr.deploy.layout import initialise
+from heterotune_flwr.deploy.folder import initialise
 
 base, renew = Path(sys.argv[1]), sys.argv[2] == "renew"
 for at in range(1, 40):
@@ -138,7 +139,7 @@ def test_a_node_can_be_added_where_the_certificate_lacks_a_name(tmp_path):
     deployment.save()
     loaded = Deployment.load(deployment.folder)
     assert loaded.add_node("b")
-    loaded.write()
+    write_folder(loaded)
     with pytest.raises(ConfigError, match="add --renew to make one that does"):
         init(deployment.folder, servers=())
 

@@ -11,7 +11,7 @@ from benchmarks.deployment.runs import configuration
 from client_app.app import app
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.sources import training_pool
-from heterotune_flwr.deploy.layout import initialise
+from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.node_config import read_node_settings
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation.in_process import InProcessGrid

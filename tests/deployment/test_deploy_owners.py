@@ -9,7 +9,8 @@ import pytest
 from closed_files import without_override
 
 from heterotune_flwr.deploy import node_check
-from heterotune_flwr.deploy.layout import Deployment, initialise
+from heterotune_flwr.deploy.folder import initialise, write_folder
+from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.node_config import read_node_settings, supernode_command
 from heterotune_flwr.deploy.owners import user_name
 from heterotune_flwr.errors import ConfigError
@@ -102,4 +103,4 @@ def test_the_operators_folder(node, path):
 def _add_node(folder):
     with Deployment.change(folder) as deployment:
         deployment.add_node("b")
-        deployment.write()
+        write_folder(deployment)

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from heterotune_flwr.cli import app
 from heterotune_flwr.deploy import registry
+from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.keys import key_body, new_node_key, public_of, read_public
-from heterotune_flwr.deploy.layout import Deployment, initialise
+from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import Listed, flwr, reconcile, register, revoke
 from heterotune_flwr.deploy.rotation import rotate_key
 from heterotune_flwr.errors import ConfigError, FederationError

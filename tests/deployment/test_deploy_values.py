@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from heterotune_flwr.cli import app
-from heterotune_flwr.deploy import node_check
+from heterotune_flwr.deploy import machine_checks, node_check, server_checks
+from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.keys import public_of
-from heterotune_flwr.deploy.layout import initialise
 from heterotune_flwr.deploy.node_config import read_node_settings, supernode_command
 from heterotune_flwr.errors import ConfigError
 
@@ -29,7 +29,7 @@ def edit(place, old, new):
 
 def found(part, place):
     """The findings of one part of the check, by name."""
-    return {f.name: f for f in node_check._guarded(part, read_node_settings(place))}
+    return {f.name: f for f in node_check.guarded(part, read_node_settings(place))}
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,19 @@ def test_usual_values_pass(node):
 
 def test_anchors_and_cache_must_be_there(node):
     edit(node, "[client]", '[client]\nanchors = "mine.txt"\ncache = "cache"')
-    assert found(node_check._anchors, node)["anchors"].state == "fail"
+    assert found(machine_checks.anchors, node)["anchors"].state == "fail"
     (node / "cache").touch()
-    finding = found(node_check._cache, node)["cache"]
+    finding = found(machine_checks.cache, node)["cache"]
     assert (finding.state, "is a file where a folder should be" in finding.message) == (
         "fail",
         True,
     )
     (node / "cache").unlink()
     (node / "mine.txt").write_text("".join(f"anchor {i}\n" for i in range(12)))
-    assert found(node_check._anchors, node)["anchors"].message == "12 anchors"
-    assert found(node_check._cache, node)["cache"].state == "ok"
+    assert found(machine_checks.anchors, node)["anchors"].message == "12 anchors"
+    assert found(machine_checks.cache, node)["cache"].state == "ok"
     edit(node, "mine.txt", "wordnet")
-    assert found(node_check._anchors, node)["anchors"].state == "ok"
+    assert found(machine_checks.anchors, node)["anchors"].state == "ok"
 
 
 @pytest.mark.parametrize("content", [None, "no certificate"])
@@ -88,7 +88,7 @@ def test_the_ca_is_looked_at_offline_too_and_before_the_start(node, content):
     (node / "ca.crt").unlink()
     if content:
         (node / "ca.crt").write_text(content)
-    assert "ca.crt" in found(node_check._ca, node)["ca"].message
+    assert "ca.crt" in found(server_checks.ca, node)["ca"].message
     with pytest.raises(ConfigError, match=r"copy the server's ca\.crt"):
         supernode_command(read_node_settings(node))
 
@@ -106,10 +106,10 @@ def test_settings_in_other_encodings(node):
 @pytest.mark.parametrize("content", ["{", '{"versions": [1]}', "[]"])
 def test_a_damaged_manifest_is_not_a_missing_one(node, content):
     (node / "manifest.json").write_text(content)
-    finding = found(node_check._libraries, node)["libraries"]
+    finding = found(server_checks.libraries, node)["libraries"]
     assert (finding.state, "is damaged" in finding.message) == ("fail", True)
     (node / "manifest.json").unlink()
-    finding = found(node_check._libraries, node)["libraries"]
+    finding = found(server_checks.libraries, node)["libraries"]
     assert (finding.state, "no manifest.json" in finding.mend) == ("warn", True)
 
 
@@ -117,10 +117,10 @@ def test_a_server_without_torch_is_no_measure_for_nodes(node, monkeypatch):
     manifest = json.loads((node / "manifest.json").read_text())
     manifest["versions"]["torch"] = "missing"
     (node / "manifest.json").write_text(json.dumps(manifest))
-    assert found(node_check._libraries, node)["libraries"].state == "ok"
+    assert found(server_checks.libraries, node)["libraries"].state == "ok"
     here = dict(manifest["versions"])
-    monkeypatch.setattr(node_check, "installed_versions", lambda: here)
-    finding = found(node_check._libraries, node)["libraries"]
+    monkeypatch.setattr(server_checks, "installed_versions", lambda: here)
+    finding = found(server_checks.libraries, node)["libraries"]
     assert (finding.state, finding.mend.endswith("pip install torch")) == ("fail", True)
 
 
@@ -128,7 +128,7 @@ def test_the_command_for_a_missing_key_works(node, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (node / "node.key").unlink()
     (node / "node.pub").unlink()
-    message = found(node_check._key, node)["key"].message
+    message = found(machine_checks.key, node)["key"].message
     command = message.split("make one with: heterotune ")[1].split(",")[0]
     assert "clinic.pub" in message
     before = {*tmp_path.rglob("*")}
@@ -136,7 +136,7 @@ def test_the_command_for_a_missing_key_works(node, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     made = {path.relative_to(node).as_posix() for path in {*tmp_path.rglob("*")} - before}
     assert made == {"node.key", "node.pub", "clinic.pub"}
-    assert found(node_check._key, node)["key"].state == "ok"
+    assert found(machine_checks.key, node)["key"].state == "ok"
 
 
 def test_a_node_key_has_a_name_that_can_be_one(tmp_path):
@@ -161,6 +161,6 @@ def test_a_node_key_whose_making_was_cut_short_is_finished_and_others_are_kept(t
 
 def test_a_state_dir_that_is_a_file_is_not_to_be_given_another_owner(node):
     (node / "state").touch()
-    finding = found(node_check._state_dir, node)["state dir"]
+    finding = found(machine_checks.state_dir, node)["state dir"]
     assert "chown" not in finding.message + finding.mend
     assert "move it away" in finding.message
