@@ -145,7 +145,7 @@ def killed() -> str:
 
 
 def deployment() -> str:
-    """Refusals, equality, deaths, half an hour under fire, slow links."""
+    """Refusals, equality, deaths, half an hour under fire."""
     known = load_results("deployment")
     if not known:
         return ""
@@ -166,11 +166,6 @@ def deployment() -> str:
         f"{what} {count}" for what, count in sorted(known["soak_kills_by_process"].items())
     )
     calm = known["rss_growth_in_calm_percent"]
-    links = [
-        (told, f"{known[f'{link}_link_round_s.heterotune']:.0f}", f"{known[f'{link}_link_round_s.lora16']:.0f}",
-         *(f"{known['links'][f'{link}.{m}']['bytes_up'] / 1e3:,.0f}" for m in ("heterotune", "lora16")))
-        for link, told in (("fast", "50 MB/s"), ("slow", "1 Mbit/s, 200 ms, 2 % of the packets lost"))
-    ]  # fmt: skip
     return section(
         "A deployment",
         "SuperLink, SuperExec, nginx and three nodes over TLS with a key per node, all on one busy machine.",
@@ -209,15 +204,6 @@ def deployment() -> str:
                  f"{max(known['rss_growth_under_fire_percent'].values()):+.1f} %"),
                 ("memory in the calm, largest by process", f"{max(calm.values()):+.2f} %"),
             ]),
-        ),
-        shown(
-            f"Slow links: three nodes with {known['links_backbone']}, each in a network of its own; median "
-            f"seconds from one "
-            f"round to the next, and kB up per client. TCP's congestion control was {known['links_congestion']}. "
-            f"On the "
-            "machine, busy with other work, 128 to 190 s of LoRA's rounds were training.",
-            "deployment.slow_links",
-            table(("link, each way", "HeteroTune, s", "LoRA r=16, s", "HeteroTune, kB", "LoRA r=16, kB"), links),
         ),
     )  # fmt: skip
 

@@ -97,8 +97,8 @@ def gpu() -> str:
 
 
 def client_speed() -> str:
-    """Kept states, warm worker, products."""
-    known, products = load_results("client_speed"), load_results("cpu_products")
+    """Kept states, warm worker."""
+    known = load_results("client_speed")
     if not known:
         return ""
     kept = known["prefix_cache"]
@@ -109,11 +109,6 @@ def client_speed() -> str:
         for name, told in (("last_slot", "last"), ("upper_half", "upper half"), ("all_slots", "all"))
     ]  # fmt: skip
     worker = known["warm_worker"]
-    passes = [
-        (name, f"{row['bfloat16_seconds']:.2f}", f"{row['float32_seconds']:.2f}", f"{row['ratio']:.2f}")
-        for name, row in products.items()
-        if isinstance(row, dict)
-    ]  # fmt: skip
     return section(
         "Speed of a client",
         shown(
@@ -134,13 +129,6 @@ def client_speed() -> str:
                 ("warm worker", f"{known['warm_first_step_seconds']:.2f}, "
                  f"**{known['warm_first_step_speedup']:.1f} times sooner**", known["worker_backbone_loads"]),
             ]),
-        ),
-        shown(
-            "A CPU with AVX-512 but without bfloat16 instructions: seconds of a pass through a backbone and "
-            "back, 64 texts "
-            "of 24 tokens, one thread. Such a CPU takes the products in float32.",
-            "speed.cpu_products",
-            table(("backbone", "bfloat16, emulated", "float32", "ratio"), passes),
         ),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ same output latent must raise the same words in every model.
 ``labels``
     an output latent moves the label words' logits, of words with similar meaning together: ``W_labels U = F`` with
     ``F = (mean over types of the label rows' normalised Gram matrices)^(1/2)`` (C columns). Measured against
-    ``F = I``: better for shared and for lonely training alike (benchmarks/README.md).
+    ``F = I``: better for shared and for lonely training alike (docs/history.md).
 ``vocabulary``
     ``W U = F`` by ridge over the words all vocabularies share; F (V x r) are the leading left singular vectors
     of the models' concatenated left singular vectors, scaled so that one unit moves a word's logit by
