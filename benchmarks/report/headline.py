@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Collection
 from typing import Any
 
 from scipy import stats
@@ -230,7 +229,7 @@ def by_type(values: dict[str, Any]) -> str:
     return table(("type", own, f"over {best}", "best rival of that type", "over it"), rows)
 
 
-def plot(suites: dict[str, Any], names: Collection[str] = ()) -> None:
+def plot(suites: dict[str, Any]) -> None:
     """Accuracy against bytes up per client-round, one panel per suite, as SVG."""
     import matplotlib
 
@@ -238,9 +237,8 @@ def plot(suites: dict[str, Any], names: Collection[str] = ()) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "headline"  # else equal results give another file
     from matplotlib import pyplot
 
-    shown = {name: values for name, values in suites.items() if not names or name in names}
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.6), squeeze=False)
-    for axis, (name, values) in zip(axes[0], shown.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(suites), figsize=(4.5 * len(suites), 3.6), squeeze=False)
+    for axis, (name, values) in zip(axes[0], suites.items(), strict=True):
         for method, row in values["methods"].items():
             x, y = max(row["bytes_up"], 100) / 1e3, row["global"]
             axis.errorbar(x, y, yerr=row["std"], fmt="o", color="C3" if method in OURS else "C0")

@@ -11,4 +11,4 @@ PATH = ROOT / "docs" / "results.md"
 def text() -> str:
     """The whole page."""
     sections = [*real.SECTIONS, *science.SECTIONS, *speed.SECTIONS, *reliability.SECTIONS]
-    return "\n\n".join(made for section in sections if (made := section())) + "\n"
+    return "\n\n".join(section() for section in sections) + "\n"

@@ -18,8 +18,6 @@ FAULTS = {
 def faults() -> str:
     """Every fault on every strategy."""
     known, lost = load_results("faults"), load_results("dropout")
-    if not known:
-        return ""
     rows = [
         (FAULTS.get(name, name.replace("_", " ")), row["cases"], row["survived"], row["detected"],
          f"{row['max_loss_gap_percent']:.1f} %")
@@ -30,19 +28,16 @@ def faults() -> str:
         "Clients that send garbage, or nothing",
         shown(
             f"{known['hostile']} hostile clients of {known['clients']}, toy clients on the real wire, "
-            f"{known['strategies']} "
-            f"strategies, {known['rounds']} rounds: {known['cases']} cases, {known['survived']} survived with "
-            f"finite tensors. "
-            "The gap is the honest clients' final loss against the same run in which the two answer with an "
-            "error. A zero "
-            "update cannot be told from an honest client with nothing to learn: it only shortens the common step.",
+            f"{known['strategies']} strategies, {known['rounds']} rounds: {known['cases']} cases, {known['survived']} "
+            "survived with finite tensors. The gap is the honest clients' final loss against the same run in which "
+            "the two answer with an error. A zero update cannot be told from an honest client with nothing to learn: "
+            "it only shortens the common step.",
             "reliability.faults",
             table(("fault", "cases", "survived", "refused", "largest loss gap"), rows),
         ),
         shown(
-            f"{lost['clients']} toy clients of three types, HeteroTune, {lost['rounds']} rounds, "
-            f"{len(lost['seeds'])} seeds: what "
-            "silently lost training messages cost.",
+            f"{lost['clients']} toy clients of three types, HeteroTune, {lost['rounds']} rounds, {len(lost['seeds'])} "
+            "seeds: what silently lost training messages cost.",
             "reliability.dropout",
             table(("lost", "outcome", "final loss above the lossless run's"), [
                 ("30 % in every round", f"{len(gone)} of {len(gone)} runs finish",
@@ -58,8 +53,6 @@ def faults() -> str:
 def attacks() -> str:
     """Lies that keep to the form."""
     known = load_results("attacks")
-    if not known:
-        return ""
     drops, run = known["run"]["drops"], known["run"]
     names = {
         "weight": "a million examples declared, update turned round",
@@ -81,30 +74,26 @@ def attacks() -> str:
     return section(
         "Attackers",
         shown(
-            f"One lying client of {run['clients']}, embedded family, {run['rounds']} rounds, seeds {seeds}: "
-            f"points of accuracy that "
-            "the worst type loses, mean and by seed, and what the journal says. Where nobody lies the bounds cost "
-            f"{run['costs']['cost']:.2f} points, and {run['costs']['cost_uneven']:.2f} where honest clients "
-            f"differ in size. "
-            f"{known['fatal_lies']} of {known['roster']['lies']} lies before the first round end a run; wrong "
-            f"alignment factors cost "
-            f"{known['factor_drop_points_after_leaving']:.1f} points after the liar has left.",
+            f"One lying client of {run['clients']}, embedded family, {run['rounds']} rounds, seeds {seeds}: points of "
+            "accuracy that the worst type loses, mean and by seed, and what the journal says. Where nobody lies the "
+            f"bounds cost {run['costs']['cost']:.2f} points, and {run['costs']['cost_uneven']:.2f} where honest "
+            f"clients differ in size. {known['fatal_lies']} of {known['roster']['lies']} lies before the first round "
+            f"end a run; wrong alignment factors cost {known['factor_drop_points_after_leaving']:.1f} points after the "
+            "liar has left.",
             "reliability.attacks --only run roster",
             table(("lie", "points lost", "by seed", "noticed as"), rows),
         ),
         shown(
-            f"A backdoor: two clients of {run['clients']}, half of whose texts carry a trigger and one label. "
-            f"Share (%) of test "
-            f"texts of other classes that get this label from honest clients' models after "
-            f"{run['backdoor_rounds']} rounds, "
-            "with robust means inside the type beside none. Nothing here sees such clients.",
+            f"A backdoor: two clients of {run['clients']}, half of whose texts carry a trigger and one label. Share "
+            "(%) of test texts of other classes that get this label from honest clients' models after "
+            f"{run['backdoor_rounds']} rounds, with robust means inside the type beside none. Nothing here sees such "
+            "clients.",
             "reliability.attacks --only run",
             table(("`robust`", "with the trigger", "without", "accuracy"), doors),
         ),
         shown(
-            "A server against one node with the strictest settings, three nodes (in brackets of how many). The "
-            "last two "
-            "stay inside all floors: only noise or a secure sum would bound them.",
+            "A server against one node with the strictest settings, three nodes (in brackets of how many). The last "
+            "two stay inside all floors: only noise or a secure sum would bound them.",
             "reliability.attacks --only node",
             table(("attack", "with floors"), [
                 ("environment variables read, six ways", known["env_leak"]),
@@ -122,33 +111,26 @@ def attacks() -> str:
 def killed() -> str:
     """SIGKILL and resume; fuzzing."""
     known, fuzz = load_results("resume"), load_results("codec")
-    if not known:
-        return ""
     rows = [(place, count, sum(r["bit_equal"] for r in known["rows"] if r["where"] == place and r["killed"]))
             for place, count in known["by_place"].items()]  # fmt: skip
     return section(
         "Killed, and resumed",
         shown(
-            "SIGKILL at random moments and inside random writes of files, in one process and in Flower's "
-            "simulation; then "
-            f"`--resume`. {known['kills']} kills, {known['bit_equal']} runs that ended with the undisturbed run's "
-            f"bank, bit for bit.",
+            "SIGKILL at random moments and inside random writes of files, in one process and in Flower's simulation; "
+            f"then `--resume`. {known['kills']} kills, {known['bit_equal']} runs that ended with the undisturbed run's "
+            "bank, bit for bit.",
             "reliability.resume",
             table(("killed", "times", "bank equal, bit for bit"), rows),
         ),
         said(f"Coverage-guided fuzzing of everything that reads a stranger's bytes (`python -m "
-        f"benchmarks.reliability.fuzz_exchange`): "
-        f"{fuzz['fuzz_inputs']:,} inputs, {fuzz['fuzz_accepted']:,} of them accepted, the memory of "
-        f"{fuzz['fuzz_measured']:,} "
-        f"measured, {fuzz['fuzz_findings'] or 'no'} finding."),
+        f"benchmarks.reliability.fuzz_exchange`): {fuzz['fuzz_inputs']:,} inputs, {fuzz['fuzz_accepted']:,} of them "
+        f"accepted, the memory of {fuzz['fuzz_measured']:,} measured, {fuzz['fuzz_findings'] or 'no'} finding."),
     )  # fmt: skip
 
 
 def deployment() -> str:
     """Refusals, equality, deaths, half an hour under fire."""
     known = load_results("deployment")
-    if not known:
-        return ""
     moments = ("idle", "train", "upload", "aggregate")
     rows = []
     for what in dict.fromkeys(row["what"] for row in known["kills"].values()):
@@ -170,29 +152,24 @@ def deployment() -> str:
         "A deployment",
         "SuperLink, SuperExec, nginx and three nodes over TLS with a key per node, all on one busy machine.",
         bullets(
-            f"{known['refused']} of {known['refusal_cases']} cases that must not get in were refused, in the "
-            f"right words "
-            "(`python -m benchmarks.deployment.kills`).",
-            f"The final bank equals that of the simulation of the same clients: greatest difference "
-            f"{known['sim_equals_deploy']:.1f} "
-            f"with tiny backbones, {known['sim_equals_deploy_real']:.1f} with "
-            f"{', '.join(known['sim_equals_deploy_real_types'])} "
-            "(`python -m benchmarks.deployment.equality`).",
+            f"{known['refused']} of {known['refusal_cases']} cases that must not get in were refused, in the right "
+            "words (`python -m benchmarks.deployment.kills`).",
+            "The final bank equals that of the simulation of the same clients: greatest difference "
+            f"{known['sim_equals_deploy']:.1f} with tiny backbones, {known['sim_equals_deploy_real']:.1f} with "
+            f"{', '.join(known['sim_equals_deploy_real_types'])} (`python -m benchmarks.deployment.equality`).",
         ),
         shown(
-            "SIGKILL of one process, restarted as the units would: seconds from the death to the next finished "
-            "round; * after "
-            f"`--resume`; empty: none lives then. One try per case. {known['completed']} of {known['kill_cases']} "
-            f"runs ended with every "
-            f"round once and no answer counted twice; the worst next round came after "
-            f"{known['kill_next_round_s_worst']} s.",
+            "SIGKILL of one process, restarted as the units would: seconds from the death to the next finished round; "
+            f"* after `--resume`; empty: none lives then. One try per case. {known['completed']} of "
+            f"{known['kill_cases']} runs ended with every round once and no answer counted twice; the worst next round "
+            f"came after {known['kill_next_round_s_worst']} s.",
             "deployment.kills",
             table(("dies", *moments), rows),
         ),
         shown(
             f"{known['soak_minutes']:.0f} minutes with a random death about every 30 s ({fire}), then "
-            f"{known['soak_calm_minutes']:.0f} "
-            "calm ones. Memory is compared at equal age under fire, by a line through the calm.",
+            f"{known['soak_calm_minutes']:.0f} calm ones. Memory is compared at equal age under fire, by a line "
+            "through the calm.",
             "deployment.soak",
             table(("of the run", "number"), [
                 ("deaths", known["soak_kills"]),

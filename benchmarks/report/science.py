@@ -23,8 +23,6 @@ _CLIENTS = (1, 2, 4, 16)
 def pooled_classes() -> str:
     """The closed form on frozen states."""
     known = load_results("statistics")
-    if not known:
-        return ""
     rows = [known["tiny"][f"{clients} per type"] for clients in _CLIENTS]
 
     def lines(*keys: str) -> list[tuple[object, ...]]:
@@ -44,9 +42,8 @@ def pooled_classes() -> str:
     return section(
         "Pooled class statistics",
         said("The embedded family's frozen states, seeds 30 to 35. Every client tells counts and sums of its classes; "
-        "summed "
-        "over types they are a linear classifier in closed form. It reads two views of a text: the final state where "
-        "the answer is read, and the mean over the whole text of words and middle states."),
+        "summed over types they are a linear classifier in closed form. It reads two views of a text: the final state "
+        "where the answer is read, and the mean over the whole text of words and middle states."),
         shown(
             "What each view knows, and what other types' classes are worth.", command,
             table(("clients per type", "final state alone", "text alone", "final state and middle mean", "both views",
@@ -54,15 +51,15 @@ def pooled_classes() -> str:
         ),
         shown(
             "Against what no federation can do: logistic regression on everybody's latents (the best of three "
-            "penalties, "
-            "chosen on these very tests), and the same with everybody's texts read by one's own model.", command,
+            "penalties, chosen on these very tests), and the same with everybody's texts read by one's own "
+            "model.", command,
             table(("clients per type", "both views", "trained on all latents", "all texts, own model",
                    "n-grams, no model", "both views and n-grams"),
                   lines("pooled", "trained", "moved", "model_free", "beside_model_free")),
         ),
         shown(
-            "One type of three calls every class by the next one's name. Accuracy of the two others, and how often (%) "
-            "the type was left to its own classes.", command,
+            "One type of three calls every class by the next one's name. Accuracy of the two others, and how often "
+            "(%) the type was left to its own classes.", command,
             table(("clients per type", "all honest", "as it ships", "pooled all the same", "found (%)"),
                   lines("pooled", "wrong", "wrong.all", "wrong.found")),
         ),
@@ -82,8 +79,6 @@ def pooled_classes() -> str:
 def distillation() -> str:
     """Teacher and students."""
     known = load_results("distillation")
-    if not known:
-        return ""
     rows = []
     for what, values in (
         ("4 clients per type", known),
@@ -103,11 +98,10 @@ def distillation() -> str:
     return section(
         "What all clients know together, and what each learns of it",
         shown(
-            "`heterotune_deep` without class sums, embedded family, seed 9. `together` is what all clients "
-            "predict after "
-            "the last round's training, combined as the server does it: a teacher nobody holds as one model. "
-            f"Quartiles of its entropy: {entropies[0]} nats on anchors, {entropies[1]} on test texts, where 2.77 "
-            f"is no idea.",
+            "`heterotune_deep` without class sums, embedded family, seed 9. `together` is what all clients predict "
+            "after the last round's training, combined as the server does it: a teacher nobody holds as one model. "
+            f"Quartiles of its entropy: {entropies[0]} nats on anchors, {entropies[1]} on test texts, where 2.77 is no "
+            "idea.",
             "science.distillation",
             table(("clients", "each client, mean", "together inside each type", "together, all", "models at the end",
                    "their mean"), rows),
@@ -118,8 +112,6 @@ def distillation() -> str:
 def zero_shot() -> str:
     """Guests."""
     known = load_results("zero_shot")
-    if not known:
-        return ""
     rows = []
     for family in ("real_mixed", "tiny"):
         bank = known[f"{family}.bank"]
@@ -141,13 +133,10 @@ def zero_shot() -> str:
     return section(
         "A backbone that took no part",
         shown(
-            "Laboratory, seeds 100 to 105, 4 clients per trained type, 10 rounds. A [guest](guests.md) takes the "
-            "bank that "
-            "the others trained and fits what they predict of 6,000 public texts. Accuracy bare -> as a guest -> "
-            "taking "
-            "part; `share`: how much of its own federated gain the guest reaches. With the anchors `debian-near` "
-            "the tiny "
-            f"three reach {near[0]:.2f}, with the bank alone {near[1]:.2f}.",
+            "Laboratory, seeds 100 to 105, 4 clients per trained type, 10 rounds. A [guest](guests.md) takes the bank "
+            "that the others trained and fits what they predict of 6,000 public texts. Accuracy bare -> as a guest -> "
+            "taking part; `share`: how much of its own federated gain the guest reaches. With the anchors "
+            f"`debian-near` the tiny three reach {near[0]:.2f}, with the bank alone {near[1]:.2f}.",
             "science.zero_shot",
             table(("guest", "`heterotune`", "share", "the bank alone", "share"), rows),
         ),
@@ -157,8 +146,6 @@ def zero_shot() -> str:
 def sweep() -> str:
     """Where sharing pays."""
     known = load_results("sweep")
-    if not known:
-        return ""
     rows = []
     for name, row in known["real_mixed"].items():
         tiny = known["tiny_five"].get(name, {})
@@ -177,11 +164,9 @@ def sweep() -> str:
     return section(
         "Where sharing pays",
         shown(
-            "Laboratory, three real families, 2 clients per type, 96 examples, Dirichlet 0.3, one dial at a "
-            "time; 6 seeds, "
-            "10 rounds, bank and type phase, each sharing at its own best rate. In brackets: standard error. "
-            "Last column: "
-            "five tiny types, within type -> across.",
+            "Laboratory, three real families, 2 clients per type, 96 examples, Dirichlet 0.3, one dial at a time; 6 "
+            "seeds, 10 rounds, bank and type phase, each sharing at its own best rate. In brackets: standard error. "
+            "Last column: five tiny types, within type -> across.",
             "science.sweep",
             table(("setting", "alone", "within type", "across types", "gain over within", "five tiny types"), rows),
         ),
@@ -191,8 +176,6 @@ def sweep() -> str:
 def ablations() -> str:
     """Controls and parts left out."""
     known = load_results("ablations")
-    if not known:
-        return ""
     family = dict(known["tiny"])
     smallest = family.pop("everyone smallest")
     rows = [
@@ -204,11 +187,9 @@ def ablations() -> str:
         "Broken alignment, and parts left out or changed",
         shown(
             "Laboratory, embedded family, the bank alone, 2 clients per type, 4 seeds, 30 rounds. In brackets: "
-            "standard "
-            "error. Breaking the alignment in any of four ways turns the gain into a loss. If all six clients "
-            "owned the "
-            f"smallest backbone they would reach {smallest['within']:.1f}; owners of the larger ones reach "
-            f"{smallest['larger_owners']:.1f} in the mixed federation.",
+            "standard error. Breaking the alignment in any of four ways turns the gain into a loss. If all six "
+            f"clients owned the smallest backbone they would reach {smallest['within']:.1f}; owners of the larger ones "
+            f"reach {smallest['larger_owners']:.1f} in the mixed federation.",
             "science.ablations --families tiny --seeds 4",
             table(("what differs", "alone", "within type", "across types", "gain over within"), rows),
         ),
@@ -218,8 +199,6 @@ def ablations() -> str:
 def conflict() -> str:
     """One type gone wrong."""
     known = load_results("conflict")
-    if not known:
-        return ""
     family: dict[str, dict[str, Any]] = known["tiny"]
     names = {
         "mean chain": "plain mean", "cmga": "**CMGA**: equal norms", "guarded": "all steps (`heterotune_guarded`)",
@@ -234,11 +213,9 @@ def conflict() -> str:
     return section(
         "One type gone wrong",
         shown(
-            "Laboratory, three tiny types, 4 clients each, seeds 100 to 103: accuracy of the *other* types, mean "
-            "over which "
-            "type it is. `downweight_outliers` was chosen on two of these seeds, on these very scenes. Where nothing "
-            "is wrong, "
-            f"CMGA costs {-family['none']['cmga.gain']:.1f} points (standard error "
+            "Laboratory, three tiny types, 4 clients each, seeds 100 to 103: accuracy of the *other* types, mean over "
+            "which type it is. `downweight_outliers` was chosen on two of these seeds, on these very scenes. Where "
+            f"nothing is wrong, CMGA costs {-family['none']['cmga.gain']:.1f} points (standard error "
             f"{family['none']['cmga.gain_se']:.2f}).",
             "science.conflict",
             table(("rule", "nothing wrong", "labels shuffled", "every answer wrong", "updates 10 x as long"),
@@ -270,8 +247,6 @@ def generation() -> str:
             gains.append(
                 (clients, methods[ours], *cells, told_gain(random) if ours == "heterotune" else "")
             )
-    if not rows:
-        return ""
     real = known.get("real, instructions", {}).get("sweep", {})
     tried = [
         (
@@ -289,27 +264,23 @@ def generation() -> str:
         "The first two tables are of answers that are *one* token long. On answers of several tokens no gain is "
         "measured.",
         shown(
-            "Open text: the section of a package written out, over the whole vocabulary. Embedded family, 15 "
-            "rounds, 320 "
-            "generated answers, 3 seeds. ROUGE-L in percent (exact match differs by 0.1 at most; before training 0.1), "
-            "loss per answer token (5.21 before), ROUGE-L on own skewed tests, and the chosen rate.",
+            "Open text: the section of a package written out, over the whole vocabulary. Embedded family, 15 rounds, "
+            "320 generated answers, 3 seeds. ROUGE-L in percent (exact match differs by 0.1 at most; before training "
+            "0.1), loss per answer token (5.21 before), ROUGE-L on own skewed tests, and the chosen rate.",
             "science.generation",
             table(("clients per type", "row", "ROUGE-L", "loss", "own tests", "rate"), rows),
         ),
         shown(
-            "Gains in ROUGE-L over each rival. The last column is the bank's gain over averaging inside the type "
-            "when its "
-            "maps are random: what averaging gives without any alignment.",
+            "Gains in ROUGE-L over each rival. The last column is the bank's gain over averaging inside the type when "
+            "its maps are random: what averaging gives without any alignment.",
             "science.generation",
             table(("clients per type", "row", "over alone", "over within type", "over own answers", "random maps"),
                   gains),
         ),
         shown(
-            "Real instructions: four tasks of Natural Instructions, one per client, SmolLM2-135M at 4 bits and "
-            "its pruned "
-            "sibling, 6 rounds of 8 steps, 48 examples each. One seed and one untuned rate, stopped there: no "
-            "comparison "
-            "yet, but it speaks against sharing with anchors that are not in the tasks' form.",
+            "Real instructions: four tasks of Natural Instructions, one per client, SmolLM2-135M at 4 bits and its "
+            "pruned sibling, 6 rounds of 8 steps, 48 examples each. One seed and one untuned rate, stopped there: no "
+            "comparison yet, but it speaks against sharing with anchors that are not in the tasks' form.",
             "science.generation --rows 'real, instructions' --instructions FILE",
             table(("row", "rate", "ROUGE-L", "exact match", "loss per token"), tried),
         ),

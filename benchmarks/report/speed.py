@@ -5,11 +5,16 @@ from __future__ import annotations
 from benchmarks.report.sections import load_results, number, section, shown, table, told_gain
 
 
+def _step(name: str) -> str:
+    told = {"lora32": "LoRA r=32", "kept": "kept states", ".": ", ", "_": " "}
+    for word, shown_as in told.items():
+        name = name.replace(word, shown_as)
+    return name
+
+
 def memory() -> str:
     """Peak memory of a step on a CPU."""
     known = load_results("memory")
-    if not known:
-        return ""
     rows, more = [], []
     for bits, steps in known["steps"].items():
         lora, ours = steps["lora32"], steps["last_slot"]
@@ -19,7 +24,7 @@ def memory() -> str:
             f"{lora['seconds']:.1f} / {ours['seconds']:.1f}",
         ))  # fmt: skip
         more += [
-            (name.replace(".", ", ").replace("_", " "), f"{row['peak_mb']:,.0f} MB", f"{row['ratio']:.2f}",
+            (_step(name), f"{row['peak_mb']:,.0f} MB", f"{row['ratio']:.2f}",
              f"{row['live_mb']:,.0f} MB", f"{row['seconds']:.1f}")
             for name, row in (steps.items() if len(steps) > 2 else ())
         ]  # fmt: skip
@@ -32,26 +37,23 @@ def memory() -> str:
         "Memory of a client on a CPU",
         shown(
             "Peak of one training step, 2 sequences of 512 tokens with a loss at every position, SmolLM2-135M, "
-            "gradient "
-            "checkpointing: HeteroTune (last slot, the backbone runs in this step) against LoRA r=32 as FlowerTune LLM "
-            "trains it; medians of 5. Peaks are resident bytes above a process that has loaded nothing. Both sides run "
-            "with our loading code, so that only the methods differ.",
+            "gradient checkpointing: HeteroTune (last slot, the backbone runs in this step) against LoRA r=32 as "
+            "FlowerTune LLM trains it; medians of 5. Peaks are resident bytes above a process that has loaded "
+            "nothing. Both sides run with our loading code, so that only the methods differ.",
             "speed.memory",
             table(("bits", "peak, LoRA", "peak, HeteroTune", "ratio", "weights + tensors, LoRA; HeteroTune",
                    "s per step"), rows),
         ),
         shown(
-            "Where it goes at 4 bits, for the last, the upper half of and all four slots. Ratios are to LoRA "
-            "r=32, with or "
-            "without checkpointing alike. Seconds were taken beside other work.",
+            "Where it goes at 4 bits, for the last, the upper half of and all four slots. Ratios are to LoRA r=32, "
+            "with or without checkpointing alike. Seconds were taken beside other work.",
             "speed.memory",
             table(("trained slots", "peak", "ratio", "tensors beside the weights", "s per step"), more),
         ),
         shown(
             "Four processes on one machine hold so many copies of SmolLM2 together: with everything that a process "
-            "without the model does not have, and of the mapped files alone. The aim of 1.2 is missed at int8, "
-            "by buffers "
-            "that its first product allocates.",
+            "without the model does not have, and of the mapped files alone. The aim of 1.2 is missed at int8, by "
+            "buffers that its first product allocates.",
             "speed.shared_weights",
             table(("bits", "copies", "files alone", "per process beside", "one copy"), shared),
         ),
@@ -61,8 +63,6 @@ def memory() -> str:
 def gpu() -> str:
     """Peak memory of a step on a GPU."""
     known = load_results("gpu")
-    if not known:
-        return ""
     rows = []
     for shape, bits in ((shape, bits) for shape, found in known["steps"].items() for bits in found):
         step = known["steps"][shape][bits]
@@ -80,15 +80,12 @@ def gpu() -> str:
     return section(
         "Memory of a client on a GPU",
         shown(
-            f"{known['gpu']}, torch {known['torch']}, medians of {known['runs']}. Shapes of published models, "
-            f"random weights; "
-            "sequences of 512 tokens with a loss at every position, gradient checkpointing. GB that PyTorch had "
-            "allocated "
-            "at most, weights included; in brackets the share of LoRA r=16 on all linear layers. Last column: "
-            "seconds per "
-            "step of LoRA r=16, the last slot, and the last slot from kept states (the 135M rows beside other work). "
-            "Half of LoRA's memory is missed where weights are nearly all there is. No federated run was made on "
-            "a GPU.",
+            f"{known['gpu']}, torch {known['torch']}, medians of {known['runs']}. Shapes of published models, random "
+            "weights; sequences of 512 tokens with a loss at every position, gradient checkpointing. GB that PyTorch "
+            "had allocated at most, weights included; in brackets the share of LoRA r=16 on all linear layers. Last "
+            "column: seconds per step of LoRA r=16, the last slot, and the last slot from kept states (the 135M rows "
+            "beside other work). Half of LoRA's memory is missed where weights are nearly all there is. No federated "
+            "run was made on a GPU.",
             "speed.gpu",
             table(("shape", "LoRA r=16", "LoRA r=32, as FlowerTune", "HeteroTune, last slot", "all four slots",
                    "s per step"), rows),
@@ -99,8 +96,6 @@ def gpu() -> str:
 def client_speed() -> str:
     """Kept states, warm worker."""
     known = load_results("client_speed")
-    if not known:
-        return ""
     kept = known["prefix_cache"]
     rows = [
         (told, number(kept[f"{name}.full"], "seconds", 3), number(kept[f"{name}.kept"], "seconds", 4),
@@ -119,9 +114,8 @@ def client_speed() -> str:
                   rows),
         ),
         shown(
-            "A deployed node, from the start of the process that Flower makes for a message to its first "
-            "training step, "
-            f"{worker['type']}, medians of {worker['messages']}.",
+            "A deployed node, from the start of the process that Flower makes for a message to its first training "
+            f"step, {worker['type']}, medians of {worker['messages']}.",
             "speed.warm_worker",
             table(("messages go to", "seconds", "times the backbone was loaded"), [
                 ("a fresh load for every message", number(known, "cold_first_step_seconds", 2),
@@ -136,8 +130,6 @@ def client_speed() -> str:
 def codecs() -> str:
     """Bytes on the wire."""
     known = load_results("codec")
-    if not known:
-        return ""
     names = {
         "bf16": "`bf16` (default)", "int8": "`int8`", "tiny": "`tiny` (= `nf4`)",
         "tiny_no_feedback": "`tiny`, no error feedback", "topk": "`topk` (0.1 up, bf16 down)",
@@ -157,9 +149,8 @@ def codecs() -> str:
         "Bytes of a round by codec",
         shown(
             "The demonstration's 12 clients of three types, 30 rounds, the bank alone, seeds 20 to 22. Bytes of "
-            "messages' "
-            "contents per client-round; *open text*: the bank with output by vocabulary (25,059 numbers instead of "
-            "14,307). Loss: accuracy of bf16 minus the row's, paired. Sending only what changed costs "
+            "messages' contents per client-round; *open text*: the bank with output by vocabulary (25,059 numbers "
+            "instead of 14,307). Loss: accuracy of bf16 minus the row's, paired. Sending only what changed costs "
             f"{known['resend_ms']:.2f} ms a message.",
             "speed.codec",
             table(("codec", "down, up (kB)", "open text: down, up (kB)", "accuracy", "loss"), rows),
@@ -170,17 +161,14 @@ def codecs() -> str:
 def scale() -> str:
     """Many clients."""
     known = load_results("scale")
-    if not known:
-        return ""
     over, memory = known["overhead_ms"], known["pss_mb"]
     return section(
         "A thousand virtual clients",
         shown(
             f"Two quiet cores ({known['machine']}), three embedded types, a tenth of the clients a round. Aggregating "
-            f"{known['agg_updates']:,} updates of {known['agg_numbers']:,} numbers takes {known['agg_10k_s']:.1f} "
-            f"s beside their "
-            f"arrival, with {known['agg_10k_mb']} MB more than 100 updates. The aims were 2 s and 200 MB: they "
-            f"are missed.",
+            f"{known['agg_updates']:,} updates of {known['agg_numbers']:,} numbers takes {known['agg_10k_s']:.1f} s "
+            f"beside their arrival, with {known['agg_10k_mb']} MB more than 100 updates. The aims were 2 s and 200 MB: "
+            "they are missed.",
             "speed.scale",
             table(("measured", "100 clients", "1,000 clients"), [
                 ("command to first training step, maps and states kept", "", f"{known['first_step_s']:.0f} s"),

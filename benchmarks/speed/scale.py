@@ -27,11 +27,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.runner import arguments, in_own_process, say, write_results
 from heterotune_flwr.client.identity import code_hash
@@ -68,32 +69,15 @@ LABELS = [f"label-{index}" for index in range(6)]
 POLL = 0.5
 
 
-def _pss(pids: Sequence[int]) -> int:
-    """Bytes these processes have, shared pages divided among their users."""
+def _memory(root: int) -> float:
+    """MB that a process and all that descend from it have, shared pages divided among their users."""
     total = 0
-    for pid in pids:
-        try:
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        total += sum(1024 * int(x.split()[1]) for x in text.splitlines() if x.startswith("Pss:"))
-    return total
-
-
-def _family(root: int) -> list[int]:
-    """A process and all that descend from it, and those of its session (Flower and Ray start their own)."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(entry.parent.name)] = int(fields[1])
-    found, fresh = {root}, {root}
-    while fresh:
-        fresh = {pid for pid, parent in parents.items() if parent in fresh} - found
-        found |= fresh
-    return sorted(found)
+    with suppress(psutil.Error):
+        process = psutil.Process(root)
+        for member in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += member.memory_full_info().pss
+    return total / 1e6
 
 
 @contextmanager
@@ -103,7 +87,7 @@ def _watched(root: int, peak: dict[str, float]) -> Iterator[None]:
 
     def look() -> None:
         while not over.wait(POLL):
-            peak["mb"] = max(peak.get("mb", 0.0), _pss(_family(root)) / 1e6)
+            peak["mb"] = max(peak.get("mb", 0.0), _memory(root))
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
