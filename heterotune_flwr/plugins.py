@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from heterotune_flwr.errors import ConfigError
 
-Kind = Literal["backbones", "codecs", "data", "losses"]
+Kind = Literal["backbones", "channels", "codecs", "data", "losses"]
 
 
 @functools.cache

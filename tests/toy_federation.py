@@ -13,19 +13,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from heterotune_flwr.alignment.public_texts import round_anchors
+from heterotune_flwr.channels.predictions.record import DistillationRequest, Said
 from heterotune_flwr.channels.statistics.record import ClassSums
+from heterotune_flwr.channels.statistics.record import Request as StatisticsRequest
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.flower import ClientApp, Message
 from heterotune_flwr.protocol.messages import (
-    ERROR_MAPS_MISSING,
     EvaluateReply,
     EvaluateRequest,
     TrainReply,
     TrainRequest,
-    error_content,
-    pack_mask,
     resolve_output,
 )
 from heterotune_flwr.protocol.queries import (
@@ -34,6 +33,7 @@ from heterotune_flwr.protocol.queries import (
     DescribeReply,
     DescribeRequest,
 )
+from heterotune_flwr.protocol.wire import ERROR_MAPS_MISSING, error_content, pack_mask
 from heterotune_flwr.schema import (
     AlignmentConfig,
     Config,
@@ -167,9 +167,16 @@ def both_views(maps, states):
 
 
 def classifier_logits(request, maps, states):
-    """What a request's discriminant adds."""
-    shared = request.discriminant
+    """What a request's classifier of class statistics adds."""
+    asked = request.channels.get("statistics")
+    shared = None if asked is None else StatisticsRequest.from_payload(asked).classifier
     return 0.0 if shared is None else both_views(maps, states) @ shared.weight.T + shared.bias
+
+
+def lesson_of(request):
+    """What a request asks and brings of public texts."""
+    asked = request.channels.get("predictions")
+    return None if asked is None else DistillationRequest.from_payload(asked)
 
 
 def class_sums(z, labels, least):
@@ -237,10 +244,10 @@ def gradients(tensors, maps, backbone, states, labels):
 
 def train_toy(tensors, request, maps, backbone, states, labels, corrections, rng):
     """Train in place as a client does (AdamW, or SGD with clipped gradients); returns the last loss."""
-    header, lesson = request.header, request.lesson
+    header, train, lesson = request.header, request.header.train, lesson_of(request)
     first = {n: np.zeros_like(v) for n, v in tensors.items()}
     second = {n: np.zeros_like(v) for n, v in tensors.items()}
-    for step in range(1, request.local_steps + 1):
+    for step in range(1, train.local_steps + 1):
         loss, grads = 0.0, {n: np.zeros_like(v) for n, v in tensors.items()}
         if len(labels):
             chosen = rng.choice(len(labels), size=16, replace=False)
@@ -256,14 +263,14 @@ def train_toy(tensors, request, maps, backbone, states, labels, corrections, rng
         norm = np.sqrt(sum(float((g**2).sum()) for g in grads.values()))
         for name in sorted(grads):
             grad = grads[name] / max(1.0, norm)
-            if request.optimizer == "sgd":
-                tensors[name] -= request.learning_rate * grad
+            if train.optimizer == "sgd":
+                tensors[name] -= train.learning_rate * grad
                 continue
             first[name] = 0.9 * first[name] + 0.1 * grad
             second[name] = 0.999 * second[name] + 0.001 * grad**2
             scaled = first[name] / (1 - 0.9**step)
             scaled /= np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
-            tensors[name] -= request.learning_rate * scaled
+            tensors[name] -= train.learning_rate * scaled
     return loss
 
 
@@ -400,24 +407,26 @@ class ToyFederation:
         past = self.controls.setdefault((header.experiment, client_id), {})
         rounds = [round for round in past if round < header.round]
         own_controls = past[max(rounds)] if rounds else {}
-        server = request.controls or {}
+        controls = request.channels.get("control_variates")
+        server = controls.tensors if controls else {}
         corrections = {n: c - own_controls.get(n, 0.0) for n, c in server.items()}
         loss = train_toy(tensors, request, maps, backbone, states, labels, corrections, rng)
         self.received[client_id, header.round] = request
         deltas = {n: (tensors[n] - start[n]).astype(np.float32) for n in request.expected}
-        length = request.local_steps * request.learning_rate
+        work = header.train
+        length = work.local_steps * work.learning_rate
         past[header.round] = {
             n: own_controls.get(n, 0.0) - c - deltas[n] / length
             for n, c in server.items()
             if n in deltas
         }
-        predictions = None
-        lesson = request.lesson
+        replies = {}
+        lesson = lesson_of(request)
         if lesson is not None and lesson.wanted and not self.silent:
             anchors = anchor_meanings(lesson, lesson.wanted, header.seed, header.round + 1)
             logits, _ = forward(tensors, maps, backbone, backbone.states(anchors))
             logits = logits + classifier_logits(request, maps, backbone.states(anchors))
-            predictions = softmax(logits).astype(np.float32)
+            replies["predictions"] = Said(softmax(logits).astype(np.float32)).to_payload()
         self.own_state.setdefault((header.experiment, client_id), {})[header.round] = {
             n: v.astype(np.float32)
             for n, v in tensors.items()
@@ -428,15 +437,16 @@ class ToyFederation:
         self.answered[client_id, header.round] = {n: start[n] + d for n, d in deltas.items()}
         metrics = {
             **self.extra_metrics, "examples": count or lesson.count,
-            "steps": request.local_steps, "learning_rate": request.learning_rate,
+            "steps": work.local_steps, "learning_rate": work.learning_rate,
             "loss": float(loss), "seconds": 0.01, "peak_memory_mb": 10.0 + partition,
         }  # fmt: skip
-        told = None
-        if request.class_sums:
-            told = class_sums(both_views(maps, states), labels, request.class_sums)
+        asked = request.channels.get("statistics")
+        if asked and (least := StatisticsRequest.from_payload(asked).min_count):
+            told = class_sums(both_views(maps, states), labels, least)
+            replies["statistics"] = told.to_payload()
         reply = TrainReply(
             client_id, type_key, header.round, request.maps_digest, deltas, metrics,
-            predictions, code_hash=self.code.get(client_id, "abc"), class_sums=told,
+            code_hash=self.code.get(client_id, "abc"), channels=replies,
         )  # fmt: skip
         return Message(reply.to_content(self.config.exchange.codec), reply_to=message)
 

@@ -45,11 +45,11 @@ from heterotune_flwr.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
     Header,
-    RemoteError,
     TrainReply,
     TrainRequest,
 )
 from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import DataConfig, MethodConfig
 from heterotune_flwr.tuning.adapters import detach_all
 

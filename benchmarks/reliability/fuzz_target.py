@@ -25,11 +25,11 @@ from heterotune_flwr.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
     Header,
-    RemoteError,
     TrainReply,
     TrainRequest,
 )
 from heterotune_flwr.protocol.queries import AlignReply, DescribeReply
+from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import MethodConfig
 
 CODECS = ("bf16", "fp16", "fp32", "int8", "nf4", "topk:0.1", "topk:0.5")

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.channels.channel import client_half
+from heterotune_flwr.channels.limits import LARGEST, TYPICAL, bounded, refuse, within
 from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
-from heterotune_flwr.errors import ConfigError, RefusedByNodeError
+from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainRequest
 from heterotune_flwr.protocol.queries import AlignRequest, DescribeRequest
 from heterotune_flwr.schema import Config, MethodConfig
@@ -106,10 +108,8 @@ def checked_floors(given: Mapping[str, Any], where: str, prefix: str = "") -> di
     return found
 
 
-#: Largest magnitude, and root mean square, of what a run starts from: tensors, control variates.
-_LARGEST, _TYPICAL = 1e3, 30.0
-#: The same of the maps and of a discriminant's weights and biases.
-_LARGEST_MAP, _LARGEST_LOGITS = 1e3, 1e3
+#: Largest magnitude of a map's numbers.
+_LARGEST_MAP = 1e3
 #: A latent reads at least so many of a model's numbers, and so many directions of them are told (participation ratios).
 _LEAST_READ, _LEAST_RANK = 8.0, 4.0
 #: A single example's loss counts for no more than this, in nats: a test's mean moves by so much over its size.
@@ -144,7 +144,6 @@ _TRAINING: dict[str, tuple[float, float]] = {
     "warmup_ratio": (0.0, 1.0),
 }
 _LABELS, _LETTERS, _PROMPT = 4096, 256, 20_000
-_LESSON_WEIGHT, _LESSON_BATCH = 100.0, 4096
 #: Folders of a state-dir that runs fill.
 _KEPT = ("clients", "maps", "states")
 
@@ -154,19 +153,19 @@ def check_settings(config: Config, floors: Floors, guest: bool) -> None:
     for path, (least, most) in _SETTINGS.items():
         section, key = path.split(".")
         value = getattr(getattr(config, section), key)
-        _within(path, value, least, most)
+        within(path, value, least, most)
     data = config.data
     if data.name == NATURAL_INSTRUCTIONS:
-        _refuse(
+        refuse(
             "data.name natural_instructions chooses rows by the run's settings; it is for simulations"
         )
     if data.prompt.count("{text}") != 1 or len(data.prompt) > _PROMPT:
-        _refuse(f"data.prompt must hold {{text}} once and have at most {_PROMPT} letters")
+        refuse(f"data.prompt must hold {{text}} once and have at most {_PROMPT} letters")
     labels = data.labels or []
     if len(labels) > _LABELS or any(len(label) > _LETTERS for label in labels):
-        _refuse(f"data.labels are at most {_LABELS} labels of at most {_LETTERS} letters")
+        refuse(f"data.labels are at most {_LABELS} labels of at most {_LETTERS} letters")
     if not guest and config.train.batch_size < floors.step_examples:
-        _refuse(
+        refuse(
             f"train.batch_size is {config.train.batch_size}; this node takes at least {floors.step_examples} examples "
             "a step (step-examples in its node.toml)"
         )
@@ -177,11 +176,11 @@ def check_maps(maps: Tensors) -> None:
 
     A sanity check, no proof: dense maps can be undone by whoever knows them.
     """
-    _bounded(maps, "the maps", _LARGEST_MAP)
+    bounded(maps, "the maps", _LARGEST_MAP)
     for name, value in maps.items():
         if not name.endswith("down.weight") or value.ndim != 2:
             continue
-        _within("the number of latents", len(value), 1, _METHOD["latent"])
+        within("the number of latents", len(value), 1, _METHOD["latent"])
         weights = value[np.any(value, axis=1)].astype(np.float64)
         squares = weights**2
         width = weights.shape[1]
@@ -193,29 +192,7 @@ def check_maps(maps: Tensors) -> None:
             or np.median(read) < min(_LEAST_READ, width / 4)
             or (rank < min(_LEAST_RANK, len(value) / 2))
         ):
-            _refuse(f"the map {name} reads single numbers of this node's model")
-
-
-def _bounded(tensors: Tensors, what: str, largest: float, typical: float = math.inf) -> None:
-    for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            _refuse(f"{what} hold numbers that are not finite ({name[:80]})")
-        if value.size and (
-            float(np.abs(value).max()) > largest
-            or math.sqrt(float(np.square(value, dtype=np.float64).mean())) > typical
-        ):
-            size = f"{largest:g}" + (f" ({typical:g} on average)" if typical < math.inf else "")
-            _refuse(f"{what} hold numbers beyond {size} ({name[:80]})")
-
-
-def _within(name: str, value: Any, least: float, most: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not least <= value <= most:  # NaN neither
-        _refuse(f"{name} is {value!r}; this node takes {least:g} to {most:g}")
-
-
-def _refuse(reason: str) -> None:
-    raise RefusedByNodeError(reason)
+            refuse(f"the map {name} reads single numbers of this node's model")
 
 
 @dataclass(frozen=True)
@@ -323,8 +300,8 @@ class Guard:
         for name, most in _METHOD.items():
             value = getattr(header.method, name)
             if value is not None:
-                _within(f"method.{name}", value, 0, most)
-        _within("the size of the adapter", _numbers_of(header.method), 0, _MOST_NUMBERS)
+                within(f"method.{name}", value, 0, most)
+        within("the size of the adapter", _numbers_of(header.method), 0, _MOST_NUMBERS)
         data, labels = self.identity.data, self.config.data.labels
         # Whether an answer is among the labels is a question about the rows.
         for path in filter(None, [data.train, data.test] if labels else []):
@@ -337,7 +314,7 @@ class Guard:
     def _rows(self, rows: int, floors: Floors) -> None:
         least = floors.rows
         if not self.identity.guest and rows < least:
-            _refuse(
+            refuse(
                 f"this node has fewer than {least} examples to train on (round-examples and step-examples in its "
                 "node.toml): it keeps its bare model"
             )
@@ -346,20 +323,17 @@ class Guard:
         """What a training does."""
         private = [name for name in request.expected if ".experts.private." in name]
         if private:
-            _refuse(f"private experts never leave a node ({private[0][:80]})")
+            refuse(f"private experts never leave a node ({private[0][:80]})")
+        train = request.header.train
         for name, (least, most) in _TRAINING.items():
-            _within(f"train.{name}", getattr(request, name), least, most)
-        _within("train.local_steps", request.local_steps, 1, floors.local_steps)
-        seen = request.local_steps * self.config.train.batch_size
+            within(f"train.{name}", getattr(train, name), least, most)
+        within("train.local_steps", train.local_steps, 1, floors.local_steps)
+        seen = train.local_steps * train.batch_size
         if rows and seen < floors.round_examples:
-            _refuse(
+            refuse(
                 f"train.local_steps x train.batch_size is {seen}; this node trains on at least "
                 f"{floors.round_examples} different examples a round (round-examples in its node.toml)"
             )
-        _bounded(request.controls or {}, "the control variates", _LARGEST, _TYPICAL)
-        if request.lesson is not None:
-            _within("the weight of a lesson", request.lesson.weight, 0.0, _LESSON_WEIGHT)
-            _within("the batch of a lesson", request.lesson.batch, 0, _LESSON_BATCH)
 
     def _told(self, request: EvaluateRequest, floors: Floors) -> list[str]:
         """Which of the tests asked for are told: public ones, and those of this node's rows that are large enough."""
@@ -373,7 +347,7 @@ class Guard:
             )
         told = [scope for scope in request.test_sets if sizes[scope] >= least]
         if not told:
-            _refuse(
+            refuse(
                 f"this node has no test of at least {least} examples (test-examples in its node.toml)"
             )
         return told
@@ -384,11 +358,10 @@ class Guard:
         return [scope for scope in scopes if scope == "personal" or not public]
 
     def _numbers(self, request: TrainRequest | EvaluateRequest) -> None:
-        """Start tensors, discriminant and maps."""
-        _bounded(request.tensors, "the tensors sent", _LARGEST, _TYPICAL)
-        if (shared := request.discriminant) is not None:
-            numbers = {"weight": shared.weight, "bias": shared.bias}
-            _bounded(numbers, "the discriminant", _LARGEST_LOGITS)
+        """Start tensors, channels and maps."""
+        bounded(request.tensors, "the tensors sent", LARGEST, TYPICAL)
+        for name, payload in request.channels.items():
+            client_half(name).check(payload)
         if request.maps is not None:
             check_maps(request.maps)
         if request.maps_digest:
@@ -397,18 +370,18 @@ class Guard:
             first = header.round <= (1 if isinstance(request, TrainRequest) else 0)
             name = book.keyed(f"maps {header.experiment} {method}")
             if book.pin(name, request.maps_digest, first) != request.maps_digest:
-                _refuse("the maps are not those that this run began with")
+                refuse("the maps are not those that this run began with")
 
     def _disk(self, floors: Floors) -> None:
         parts = (self.identity.state_dir / part for part in _KEPT)
         if sum(_size(path) for part in parts for path in part.rglob("*")) > floors.state_gb * 1e9:
-            _refuse(
+            refuse(
                 f"this node keeps more than {floors.state_gb:g} GB of runs; its owner can remove old ones from its "
                 "state-dir, or raise state-gb in its node.toml"
             )
 
     def _spent(self, kind: str, most: int, key: str) -> None:
-        _refuse(
+        refuse(
             f"this node's budget of {most} {kind}s on its data file is spent; its owner can raise {key} in [floors] of "
             "node.toml"
         )
@@ -438,7 +411,7 @@ def check_message(node_config: Mapping[str, Any], size: int) -> None:
     """Refuse a message of so many bytes to a deployed node before it is read (RefusedByNodeError)."""
     most = Floors.of(node_config).message_mb
     if size > most * 1e6:
-        _refuse(
+        refuse(
             f"the message has {size / 1e6:.0f} MB; this node takes {most:g} MB (message-mb in its node.toml)"
         )
 
@@ -464,4 +437,4 @@ def _plain(value: Any) -> Any:
 
 
 #: Parts of a request that other parts stand for, or that a resumed run sends otherwise.
-_NAMED = ("maps", "held", "tensors")
+_NAMED = ("maps", "cached", "tensors")

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
-from heterotune_flwr.channels.control_variates import ClientControls
-from heterotune_flwr.channels.predictions.client import Said, anchor_work
-from heterotune_flwr.channels.statistics.client import class_sums, classifier_logits
+from heterotune_flwr.channels.channel import client_half
+from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.encodings import encodings
 from heterotune_flwr.client.floors import Guard, check_message
 from heterotune_flwr.client.identity import (
@@ -47,27 +46,30 @@ from heterotune_flwr.names import printable
 from heterotune_flwr.protocol.messages import (
     ALIGN,
     DESCRIBE,
-    ERROR_FAILED,
-    ERROR_MAPS_MISSING,
-    ERROR_REFUSED,
     EVALUATE,
     TRAIN,
     EvaluateReply,
     EvaluateRequest,
     Header,
-    RemoteError,
     TrainReply,
     TrainRequest,
-    error_content,
-    pack_mask,
     resolve_output,
-    unpack_mask,
 )
+from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
     DescribeReply,
     DescribeRequest,
+)
+from heterotune_flwr.protocol.wire import (
+    ERROR_FAILED,
+    ERROR_MAPS_MISSING,
+    ERROR_REFUSED,
+    RemoteError,
+    error_content,
+    pack_mask,
+    unpack_mask,
 )
 from heterotune_flwr.rates import path_length
 from heterotune_flwr.schema import Config, MethodConfig
@@ -139,6 +141,12 @@ class Client:
         """Own examples."""
         return self.identity.examples(seed)
 
+    def by(self, header: Header) -> Client:
+        """The same client, working by a message's training settings."""
+        config = replace(self.config, train=header.train)
+        check_choices(replace(config, method=header.method))  # they came with the message
+        return replace(self, config=config)
+
     def task(self) -> Task:
         """Loss of this run on this backbone."""
         return encodings.task(self.backbone, self.identity, self.config)
@@ -179,11 +187,27 @@ class Client:
 
     def adapter(self, method: MethodConfig, frozen: Sequence[str] = ()) -> AttachedAdapter:
         """Return the adapter of a method on this backbone, values undefined; ``frozen`` names stay fixed."""
-        check_choices(replace(self.config, method=method))  # it came with the message
         resolved = resolve_output(method, self.config.alignment, label_set(self.identity.data))
         adapter = attach(self.backbone, resolved, resolved.output or resolved.latent)
-        adapter.train_from(lowest_slot(self.identity.slots, resolved.slots), frozen)
+        slots = self.identity.slots or self.config.train.slots
+        adapter.train_from(lowest_slot(slots, resolved.slots), frozen)
         return adapter
+
+    def work(
+        self,
+        header: Header,
+        adapter: AttachedAdapter,
+        store: ClientStore,
+        own: EncodedSet,
+        asked: Mapping[str, Payload],
+    ) -> ClientWork:
+        """What the channels of a message take part in, and the channels themselves."""
+        task = adapter.reads(self.task())
+        work = ClientWork(
+            self.identity, self.config, header, task, adapter, store, own, encodings.encoded
+        )
+        work.channels = {name: client_half(name)(payload, work) for name, payload in asked.items()}
+        return work
 
     def store(self, header: Header) -> ClientStore:
         """Return the client's files for an experiment."""
@@ -201,7 +225,9 @@ def _words_known(backbone: Backbone, words: tuple[str, ...]) -> bytes:
 def describe(message: Message, context: Context) -> RecordDict:
     """Answer ``query.describe``."""
     client = Client.of(context)
-    request = client.guard.admit(DescribeRequest.from_content(message.content))
+    asked = DescribeRequest.from_content(message.content)
+    client = client.by(asked.header)
+    request = client.guard.admit(asked)
     backbone = client.backbone
     data = client.data(request.header.seed)
     mask = _words_known(backbone, tuple(request.words)) if request.words else b""
@@ -238,7 +264,9 @@ def align(message: Message, context: Context) -> RecordDict:
     from heterotune_flwr.alignment.public_texts import load_anchors
 
     client = Client.of(context)
-    request = client.guard.admit(AlignRequest.from_content(message.content))
+    asked = AlignRequest.from_content(message.content)
+    client = client.by(asked.header)
+    request = client.guard.admit(asked)
     alignment, data = client.identity.alignment(client.config), client.identity.data
     texts = load_anchors(alignment)
     mask = unpack_mask(request.words_mask, len(request.words))
@@ -257,121 +285,106 @@ def align(message: Message, context: Context) -> RecordDict:
 def train(message: Message, context: Context) -> RecordDict:
     """Answer ``train``: start values, local steps, deltas; the rest stays in the client's file."""
     client = Client.of(context)
-    request = client.guard.admit(TrainRequest.from_content(message.content))
-    header, config = request.header, client.config
-    adapter = client.adapter(header.method, request.frozen)
-    store = client.store(header)
-    request, kept = TensorCache.of(store, config.exchange).complete(request)
+    request = TrainRequest.from_content(message.content)
+    header, client = request.header, client.by(request.header)
+    request = client.guard.admit(request)
+    adapter, store = client.adapter(header.method, request.frozen), client.store(header)
+    request, cached = TensorCache.of(store, client.config.exchange).complete(request)
     start = _start_values(
         adapter, store, header.round, request.tensors, request.expected, header.seed
     )
-    controls = ClientControls.of(request.controls, store, header.round)
     _use_maps(adapter, store, request.maps_digest, request.maps)
-    client.guard.charge(request, start, controls.own)
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
-    task = adapter.reads(client.task())
-    lesson = anchor_work(
-        request.lesson, client.identity, config, task, adapter, header.seed, request.discriminant
-    )
+    work = client.work(header, adapter, store, encoded, request.channels)
+    halves = work.channels.values()
+    client.guard.charge(request, start, *(half.depends_on() for half in halves))
     aside, size = client.guard.steps(len(encoded))
-    settings = replace(
-        config.train,
-        batch_size=size,
-        local_steps=request.local_steps,
-        learning_rate=request.learning_rate,
-        optimizer=request.optimizer,
-        proximal=request.proximal,
-        warmup_ratio=request.warmup_ratio,
-    )
-    check_choices(replace(config, train=settings))
-    rows = make_rows(adapter, encoded, config.train.cache_states)
+    settings = replace(header.train, batch_size=size)
+    rows = make_rows(adapter, encoded, settings.cache_states)
     most = client.guard.most_loss(own=True)
     examples = Examples(rows, client.prior(header.seed), most, aside)
-    taught = lesson.distillation(header.round) if lesson else None
     further = installed_losses(settings.losses, examples, adapter)
     report = fit(
         adapter,
-        task,
+        work.task,
         settings,
-        [examples, *([taught] if taught else []), *further],
-        controls.corrections(adapter.trained),
-        seed=_step_seed(header, client.identity, [size, request.local_steps]),
+        [examples, *(term for half in halves for term in half.losses()), *further],
+        [term for half in halves for term in half.gradients()],
+        seed=_step_seed(header, client.identity, [size, settings.local_steps]),
         memory_gb=client.identity.memory_gb,
     )
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}
     not_own = {*request.expected, *request.tensors, *adapter.frozen}
     own = {name: value for name, value in trained.items() if name not in not_own}
-    own |= controls.after(
-        deltas, path_length(report.steps, request.learning_rate, request.warmup_ratio)
-    )
+    length = path_length(report.steps, settings.learning_rate, settings.warmup_ratio)
+    for half in halves:
+        own |= half.keeps(deltas, length)
     if own:
         store.save(own, header.round)
-    feedback = Feedback.of(config.exchange, store, once=not len(encoded))
-    said = lesson.predict(header.round + 1) if lesson else Said()
+    feedback = Feedback.of(client.config.exchange, store, once=not len(encoded))
+    told = {name: half.reply() for name, half in work.channels.items()}
     reply = TrainReply(
         client_id=client.client_id,
         type_key=client.type_key,
         round=header.round,
         maps_digest=request.maps_digest,
         deltas=feedback.add(deltas, adapter.shapes, header.round),
-        metrics=client.reported(_train_metrics(report, request.learning_rate)),
-        predictions=said.predictions,
-        kept=kept,
+        metrics=client.reported(_train_metrics(report, settings.learning_rate)),
+        cache_digest=cached,
         code_hash=code_hash(),
-        answers=said.answers,
-        class_sums=class_sums(
-            adapter,
-            task,
-            encoded,
-            client.identity.told(request.class_sums),
-            config.train.cache_states,
-        ),
+        channels={name: payload for name, payload in told.items() if payload is not None},
     )
     return reply.to_content(feedback.codec)
 
 
 def evaluate_client(message: Message, context: Context) -> RecordDict:
-    """Answer ``evaluate`` for the scopes asked."""
+    """Answer ``evaluate`` for the test sets asked."""
     client = Client.of(context)
-    request = client.guard.admit(EvaluateRequest.from_content(message.content))
-    header = request.header
+    request = EvaluateRequest.from_content(message.content)
+    header, client = request.header, client.by(request.header)
+    request = client.guard.admit(request)
     adapter, store = client.adapter(header.method), client.store(header)
-    request, kept = TensorCache.of(store, client.config.exchange).complete(request)
+    request, cached = TensorCache.of(store, client.config.exchange).complete(request)
     start = _start_values(adapter, store, header.round + 1, request.tensors, [], header.seed)
     _use_maps(adapter, store, request.maps_digest, request.maps)
     client.guard.charge(request, start)
     adapter.load(start)
+    work = client.work(header, adapter, store, EncodedSet([], [], []), request.channels)
     metrics: dict[str, float] = {}
-    for scope in request.test_sets:
-        encoded = client.encoded(scope, header.seed)
-        if not len(encoded):
-            continue  # without a test of its own, in a run about no shipped data set
-        task = adapter.reads(client.task())
-        shared = request.discriminant
-        cache = client.config.train.cache_states
-        offsets = classifier_logits(shared, adapter, task, encoded, cache)
-        rows = make_rows(adapter, encoded, cache, offsets=offsets)
-        own = client.guard.own_test(scope)
-        if scope == "personal" or own:
-            prior = client.prior(header.seed) if scope == "personal" else None
-            report = evaluate(adapter, task, rows, prior, client.guard.most_loss(own))
-        else:
-            key = task.data_key(encoded) + (shared.digest if shared else "")
-            report = evaluate_once(adapter, task, rows, key)
-        metrics |= _eval_metrics(scope, report)
-        if client.identity.data.generate and task.kind == "tokens":
-            metrics |= _eval_metrics(scope, client.generation(adapter, scope, header.seed))
+    for test_set in request.test_sets:
+        metrics |= _tested(client, work, test_set)
     reply = EvaluateReply(
         client.client_id,
         client.type_key,
         header.round,
         request.maps_digest,
         client.reported(metrics),
-        kept,
+        cached,
     )
     return reply.to_content()
+
+
+def _tested(client: Client, work: ClientWork, test_set: str) -> dict[str, float]:
+    """Measure the adapter on one test set; nothing where the client has none of its own, in a run about own data."""
+    seed, adapter, task = work.header.seed, work.adapter, work.task
+    encoded = client.encoded(test_set, seed)
+    if not len(encoded):
+        return {}
+    cache = client.config.train.cache_states
+    rows = make_rows(adapter, encoded, cache, offsets=work.logits(encoded, "test"))
+    own = client.guard.own_test(test_set)
+    if test_set == "personal" or own:
+        prior = client.prior(seed) if test_set == "personal" else None
+        report = evaluate(adapter, task, rows, prior, client.guard.most_loss(own))
+    else:
+        key = task.data_key(encoded) + "".join(half.asked.digest for half in work.channels.values())
+        report = evaluate_once(adapter, task, rows, key)
+    metrics = _eval_metrics(test_set, report)
+    if client.identity.data.generate and task.kind == "tokens":
+        metrics |= _eval_metrics(test_set, client.generation(adapter, test_set, seed))
+    return metrics
 
 
 def _start_values(

@@ -74,7 +74,7 @@ class Identity:
     threads: int = 1
     anchors: str | None = None
     memory_gb: float | None = None
-    slots: str = "all"
+    slots: str | None = None
     report: str = "all"
     answers: bool = True
     class_sums: bool = True
@@ -91,14 +91,14 @@ class Identity:
             if name.removeprefix("global_").removeprefix("personal_") in COUNTED
         }
 
-    def told(self, least: int) -> int:
+    def allowed_min_count(self, requested: int) -> int:
         """Return of which classes the server may know, by their fewest examples; 0: of none, the owner forbids it.
 
         A deployed client never tells of fewer than :data:`FEWEST`, whatever is asked.
         """
-        if not self.class_sums or least < 1:
+        if not self.class_sums or requested < 1:
             return 0
-        return least if self.partition is not None else max(least, FEWEST)
+        return requested if self.partition is not None else max(requested, FEWEST)
 
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this client's own anchor file in them.
@@ -242,7 +242,7 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
         partition=(partition, count),
         threads=config.run.worker_threads,
         memory_gb=mine.memory_gb,
-        slots=mine.slots or config.train.slots,
+        slots=mine.slots,
         guest=mine.guest,
     )
 
@@ -323,7 +323,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         ),
         anchors=str(anchors) if anchors else None,
         memory_gb=memory_gb,
-        slots=str(node_config.get("slots") or config.train.slots),
+        slots=str(node_config["slots"]) if node_config.get("slots") else None,
         report=report,
         answers=answers == "yes",
         class_sums=sums == "yes",

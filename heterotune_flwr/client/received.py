@@ -54,11 +54,11 @@ class TensorCache:
             ``tensors_missing``: what the request names is not here as the server has it.
 
         """
-        tensors = {**self._held(request.held), **request.tensors}
+        tensors = {**self._held(request.cached), **request.tensors}
         keys = tensor_keys(tensors) if self._active else {}
         if request.tensors and keys and not self._keep(tensors):
             keys = {}
-        complete = replace(request, tensors=tensors, held=CachedRef())
+        complete = replace(request, tensors=tensors, cached=CachedRef())
         return complete, joint_digest(keys) if keys else ""
 
     def _held(self, held: CachedRef) -> Tensors:

@@ -16,7 +16,9 @@ from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.federation.update_gate import Asked, Candidate, RefusedError
 from heterotune_flwr.federation.updates import ClientUpdate, fingerprint_of, norm_of, numbers_of
 from heterotune_flwr.flower import ArrayRecord, Message
-from heterotune_flwr.protocol.messages import DELTAS, EvaluateReply, TrainReply
+from heterotune_flwr.protocol.messages import EvaluateReply, TrainReply
+from heterotune_flwr.protocol.payloads import Payload
+from heterotune_flwr.protocol.wire import DELTAS
 
 #: Bytes of answers of one round that wait as they came; later ones are read at once.
 _WAITING = 4_000_000
@@ -33,6 +35,10 @@ class Admitted:
     def reports(self) -> list[TrainReply]:
         """What the clients answered."""
         return [candidate.reply for candidate in self.candidates.values()]
+
+    def payloads(self, channel: str) -> dict[str, Payload | None]:
+        """What they told a channel, in client order."""
+        return {cid: found.reply.channels.get(channel) for cid, found in self.candidates.items()}
 
     @property
     def updates(self) -> list[ClientUpdate]:

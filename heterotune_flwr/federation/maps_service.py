@@ -34,8 +34,9 @@ from heterotune_flwr.federation.kept_maps import KeptMaps
 from heterotune_flwr.federation.roster import Client, Roster
 from heterotune_flwr.flower import Grid, is_simulation
 from heterotune_flwr.names import safe_text
-from heterotune_flwr.protocol.messages import Header, pack_mask, unpack_mask
+from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.protocol.queries import AlignRequest
+from heterotune_flwr.protocol.wire import pack_mask, unpack_mask
 from heterotune_flwr.schema import Config, MethodConfig, ServerConfig
 
 

@@ -38,7 +38,7 @@ class Resend:
             return request
         tensors = {name: value for name, value in request.tensors.items() if name not in same}
         held = CachedRef(same, joint_digest({name: keys[name] for name in same}))
-        return replace(request, tensors=tensors, held=held)
+        return replace(request, tensors=tensors, cached=held)
 
     def confirm(self, client_id: str, kept: str) -> None:
         """Note a reply's digest of what the client now holds."""

@@ -170,6 +170,8 @@ class StrategyContext:
         Clients, maps and journal.
     optimizer
         What the server does with a round's combined change; plain addition unless the strategy's entry says otherwise.
+    channels
+        Options of the channels that are on, by name.
     mean
         How updates shared inside a model type are averaged: weighted by examples, unless the entry says otherwise.
 
@@ -181,6 +183,7 @@ class StrategyContext:
     session: Session
     optimizer: ServerOptimizer = ServerOptimizer()
     mean: RobustMean = RobustMean()
+    channels: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def experiment(self) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from heterotune_flwr.channels.predictions.record import asks_otherwise
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
 from heterotune_flwr.exchange.manifest import Expected
@@ -32,22 +31,13 @@ from heterotune_flwr.federation.updates import RESERVED
 from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.protocol.cached import CachedRef, read_cache_digest
-from heterotune_flwr.protocol.messages import (
-    CONFIG,
+from heterotune_flwr.protocol.messages import EVALUATE, TRAIN, EvaluateRequest, TrainRequest
+from heterotune_flwr.protocol.wire import (
     ERROR_MAPS_MISSING,
     ERROR_REFUSED,
     ERROR_TENSORS_MISSING,
-    EVALUATE,
     MAPS,
-    TRAIN,
-    EvaluateRequest,
     RemoteError,
-    TrainRequest,
-)
-from heterotune_flwr.protocol.wire import (
-    ANSWERS,
-    CONSENSUS,
-    DISCRIMINANT,
     read_config,
     read_field,
     read_metrics,
@@ -113,7 +103,7 @@ class Transport:
         self._requests[client_id] = request
         content = self._content(self._resend.without_held(client_id, request))
         node_id = self.roster.clients[client_id].node_id
-        return make_message(content, node_id, kind, round, self._deadline(client_id, kind, content))
+        return make_message(content, node_id, kind, round, self._deadline(client_id))
 
     def _content(self, request: TrainRequest | EvaluateRequest) -> RecordDict:
         exchange = self.context.config.exchange
@@ -280,11 +270,7 @@ class Transport:
     ) -> Replies:
         """Send with every client's own deadline, and measure how long the answers take."""
         clients = {m.metadata.dst_node_id: self._by_node[m.metadata.dst_node_id] for m in messages}
-        contents = {m.metadata.dst_node_id: m.content for m in messages}
-        deadlines = {
-            node: self._deadline(client_id, kind, contents[node])
-            for node, client_id in clients.items()
-        }
+        deadlines = {node: self._deadline(client_id) for node, client_id in clients.items()}
         testing = Pace(self, "testing", round=round) if kind == EVALUATE else None
         virtual = most_in_flight(grid) is not None
         replies = send_and_collect(
@@ -299,8 +285,8 @@ class Transport:
         for node in sorted(replies.taken):
             client_id = clients[node]
             type_key = self.roster.clients[client_id].info.type_key
-            label, seconds = _label(kind, contents[node]), replies.seconds[node]
-            self.safety.times.measured(label, type_key, client_id, seconds)
+            effort, seconds = self._requests[client_id].effort, replies.seconds[node]
+            self.safety.times.measured(effort, type_key, client_id, seconds)
         return replies
 
     def _await_return(
@@ -352,9 +338,13 @@ class Transport:
             quorum = max(math.ceil(server.quorum * min(asked, needed)), server.min_results)
         return Enough(needed if server.oversample else None, quorum, server.grace_seconds)
 
-    def _deadline(self, client_id: str, kind: str, content: RecordDict) -> float:
-        type_key = self.roster.clients[client_id].info.type_key
-        return self.safety.times.deadline(_label(kind, content), type_key, client_id)
+    def _deadline(self, client_id: str) -> float:
+        """Patience with a client, for the request that it was last sent."""
+        type_key, effort = (
+            self.roster.clients[client_id].info.type_key,
+            self._requests[client_id].effort,
+        )
+        return self.safety.times.deadline(effort, type_key, client_id)
 
     def _leave_out(self, client_id: str, round: int, reason: str) -> None:
         """Note that a node's owner forbids what was asked: no failure. Said once for every reason."""
@@ -404,7 +394,7 @@ class Transport:
         node_id = message.metadata.dst_node_id
         client_id, reason = self._by_node[node_id], replies.failures.pop(node_id)
         self.event("sent_again", round=round, client_id=client_id, reason=reason, message_type=kind)
-        patience = self._deadline(client_id, kind, message.content)
+        patience = self._deadline(client_id)
         return make_message(message.content, node_id, kind, round, patience)
 
     def _with_more(self, message: Message, missing: str, kind: str, round: int) -> Message:
@@ -424,7 +414,7 @@ class Transport:
             self._on_disk.discard(digest)
             content[MAPS] = pack(maps or {}, exact_codec(self.context.config.exchange))
         node_id = message.metadata.dst_node_id
-        return make_message(content, node_id, kind, round, self._deadline(client_id, kind, content))
+        return make_message(content, node_id, kind, round, self._deadline(client_id))
 
     def _account(
         self, client_id: str, request: Message, reply: Message, kind: str, round: int
@@ -462,23 +452,3 @@ def _can_send_more(request: Message, missing: str) -> bool:
     if missing == ERROR_TENSORS_MISSING:
         return bool(CachedRef.from_config(read_config(request.content)).names)
     return missing == ERROR_MAPS_MISSING and MAPS not in request.content
-
-
-def _label(kind: str, content: RecordDict) -> str:
-    """Messages that take equally long: of one kind, testing the same, with anchors to predict on, to fit, or without.
-
-    Apart from them are those of the last round, with more anchors to predict on, and guests' lessons.
-
-    The first with anchors, or with a discriminant, can take minutes where the rounds before took seconds: states are
-    computed for it.
-    """
-    scopes = content[CONFIG].get("test_sets")
-    parts = [kind, *(map(str, scopes) if isinstance(scopes, list) else ())]
-    if CONSENSUS in content[CONFIG]:
-        taught = CONSENSUS in content or ANSWERS in content[CONFIG]
-        parts.append("anchors to fit" if taught else "anchors")
-        if asks_otherwise(content):
-            parts.append("for guests")
-    if DISCRIMINANT in content:
-        parts.append("statistics")
-    return "+".join(parts)

@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 RESERVED = frozenset(
     {
         "event", "time", "strategy", "seed", "round", "of", "client_id", "type", "types", "clients", "client_seconds",
-        "predictions", "statistics", "bytes_up", "bytes_down",
+        "channels", "bytes_up", "bytes_down",
     }
 )  # fmt: skip
 _NOT_AVERAGED = RESERVED | {"examples", "steps", "learning_rate", "seconds", "peak_memory_mb"}

@@ -19,9 +19,9 @@ from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.protocol.wire import read_field, read_id, read_texts
 
-_NAMES, _DIGEST = "held", "held_digest"
+_NAMES, _DIGEST = "cached", "cached_digest"
 #: Field of a reply: digest of all tensors the client now holds.
-CACHE_DIGEST = "kept"
+CACHE_DIGEST = "cache_digest"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CachedRef:
             return cls()
         names = read_texts(record, _NAMES)
         if not names or sorted(set(names)) != names:
-            raise ExchangeError("field 'held' of the message must name tensors once, in order")
+            raise ExchangeError("field 'cached' of the message must name tensors once, in order")
         return cls(names, read_field(record, _DIGEST, str))
 
 

@@ -5,58 +5,40 @@ message type        request                                 reply
 ==================  ======================================  ====================================
 ``query.describe``  public word list                        who the client is, what it can train
 ``query.align``     slots, words shared by all types        public factors of its model type
-``train``           tensors, maps (once), steps, rate       deltas of expected tensors, metrics
-``evaluate``        tensors, maps (once), test sets          losses and accuracies
+``train``           tensors, maps (once), channels          deltas, metrics, channels
+``evaluate``        tensors, maps (once), test sets         losses and accuracies
 ==================  ======================================  ====================================
 
 Every message carries a ``config`` record with at least the :class:`Header`; tensors travel packed
-(:mod:`heterotune_flwr.exchange.packing`). Each class below has ``to_content`` and ``from_content``;
-reading a malformed message raises :class:`ExchangeError`, reading a reply in which the client
-reports an error raises :class:`RemoteError`. The two queries are in :mod:`.queries`. No torch here: server and
-client both import it.
+(:mod:`..exchange.packing`). Each class has ``to_content`` and ``from_content``. Reading a malformed message raises
+:class:`ExchangeError`, a reply in which the client reports an error :class:`.wire.RemoteError`. The two queries are in
+:mod:`.queries`. What crosses types besides the tensors is in :mod:`.payloads`, of channels that nobody names here.
+No torch: server and client both import it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from heterotune_flwr.channels.predictions.record import (
-    Array,
-    DistillationRequest,
-    add_answers,
-    add_predictions,
-    read_answers,
-    read_predictions,
-)
-from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.exchange.codecs import precise
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.flower import ConfigRecord, MetricRecord, RecordDict
 from heterotune_flwr.protocol.cached import CACHE_DIGEST, CachedRef, read_cache_digest
+from heterotune_flwr.protocol.payloads import Payload, add_payloads, read_payloads
 from heterotune_flwr.protocol.wire import (
-    CLASS_SUMS,
     CONFIG,
-    CONTROLS,
     DELTAS,
-    ERROR_FAILED,
-    ERROR_MAPS_MISSING,
-    ERROR_REFUSED,
-    ERROR_TENSORS_MISSING,
-    FACTORS,
     MAPS,
     METRICS,
     TENSORS,
-    RemoteError,
     add_tensors,
-    error_content,
-    pack_mask,
     read_config,
     read_field,
     read_id,
@@ -64,42 +46,17 @@ from heterotune_flwr.protocol.wire import (
     read_metrics,
     read_tensors,
     read_texts,
-    unpack_mask,
 )
-from heterotune_flwr.schema import AlignmentConfig, MethodConfig
-
-__all__ = [
-    "ALIGN",
-    "CONFIG",
-    "CONTROLS",
-    "DELTAS",
-    "DESCRIBE",
-    "ERROR_FAILED",
-    "ERROR_MAPS_MISSING",
-    "ERROR_REFUSED",
-    "ERROR_TENSORS_MISSING",
-    "EVALUATE",
-    "FACTORS",
-    "MAPS",
-    "METRICS",
-    "TENSORS",
-    "TRAIN",
-    "EvaluateReply",
-    "EvaluateRequest",
-    "Header",
-    "RemoteError",
-    "TrainReply",
-    "TrainRequest",
-    "error_content",
-    "pack_mask",
-    "resolve_output",
-    "unpack_mask",
-]
+from heterotune_flwr.schema import AlignmentConfig, MethodConfig, TrainConfig
 
 DESCRIBE = "query.describe"
 ALIGN = "query.align"
 TRAIN = "train"
 EVALUATE = "evaluate"
+
+#: What an ``evaluate`` can be about.
+_TEST_SETS: tuple[set[str], ...] = ({"global"}, {"personal"}, {"global", "personal"})
+Section = TypeVar("Section", MethodConfig, TrainConfig)
 
 
 def resolve_output(
@@ -114,32 +71,28 @@ def resolve_output(
     )
 
 
-#: What an ``evaluate`` can be about.
-_SCOPES: tuple[set[str], ...] = ({"global"}, {"personal"}, {"global", "personal"})
-
-# --------------------------------------------------------------------------------- the messages
-
-
 @dataclass(frozen=True)
 class Header:
-    """What every request says: which experiment, seed, adapter and round it belongs to.
+    """What every request says: which experiment, seed, adapter, training and round it belongs to.
 
-    ``experiment`` names the client's private state; draw no random numbers from it (``seed`` is
-    for that). ``method.output`` may be null only in ``query.describe``
-    (see :func:`resolve_output`).
+    ``experiment`` names the client's private state; draw no random numbers from it (``seed`` is for that).
+    ``method.output`` may be null only in ``query.describe`` (see :func:`resolve_output`). ``train`` is the strategy's
+    whole training configuration, its rate that of this round: whatever the client does, it does by these settings.
     """
 
     experiment: str
     seed: int
     method: MethodConfig
     round: int = 0
+    train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_config(self) -> dict[str, Any]:
         """Fields of the ``config`` record."""
         return {
             "experiment": self.experiment,
             "seed": self.seed,
-            "method": json.dumps(dataclasses.asdict(self.method), separators=(",", ":")),
+            "method": _section_text(self.method),
+            "train": _section_text(self.train),
             "round": self.round,
         }
 
@@ -149,38 +102,47 @@ class Header:
         return cls(
             experiment=read_field(record, "experiment", str),  # names files: checked where it does
             seed=read_field(record, "seed", int),
-            method=_read_method(read_json(record, "method")),
+            method=_read_section(record, "method", MethodConfig),
+            train=_read_section(record, "train", TrainConfig),
             round=read_field(record, "round", int),
         )
 
 
-_METHOD_KINDS = typing.get_type_hints(MethodConfig)
+def _section_text(section: MethodConfig | TrainConfig) -> str:
+    return json.dumps(dataclasses.asdict(section), separators=(",", ":"))
 
 
-def _read_method(fields: Any) -> MethodConfig:
-    """A method's settings, each of its kind; what values they may have is the client's question."""
-    if not isinstance(fields, dict) or set(fields) != set(_METHOD_KINDS):
-        raise ExchangeError("field 'method' of the message is not this version's MethodConfig")
-    for name, kind in _METHOD_KINDS.items():
-        kinds = typing.get_args(kind) or (kind,)
-        if float in kinds and type(fields[name]) is int:
-            fields[name] = float(fields[name])
-        if type(fields[name]) not in kinds:
-            raise ExchangeError(f"method.{name} of the message is no {kinds[0].__name__}")
-    return MethodConfig(**fields)
+def _read_section(record: Mapping[str, Any], name: str, section: type[Section]) -> Section:
+    """A section's settings, each of its kind; what values they may have is the client's question."""
+    fields, kinds = read_json(record, name), typing.get_type_hints(section)
+    if not isinstance(fields, dict) or set(fields) != set(kinds):
+        raise ExchangeError(
+            f"field {name!r} of the message is not this version's {section.__name__}"
+        )
+    for key, kind in kinds.items():
+        allowed = [typing.get_origin(one) or one for one in _alternatives(kind)]
+        if float in allowed and type(fields[key]) is int:
+            fields[key] = float(fields[key])
+        if type(fields[key]) not in allowed:
+            raise ExchangeError(f"{name}.{key} of the message is no {allowed[0].__name__}")
+    return section(**fields)
+
+
+def _alternatives(kind: Any) -> Sequence[Any]:
+    """The kinds of a union, or the kind itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """One round of local training.
+    """One round of local training, by the header's ``train``.
 
     ``tensors`` are the values the client starts from; a tensor in ``expected`` without a value
     starts from ``initial_tensors(seed)``; every tensor in neither comes from the client's own
     state. Those named in ``frozen`` act and are not trained. ``maps_digest`` names the frozen maps
     (empty: the method has none); ``maps`` brings them when the server does not know that the
-    client has them. Tensors in ``held`` are named instead of carried: the client has them from the last message.
-    ``controls`` is SCAFFOLD's server control variate, null for every other strategy. ``discriminant`` adds to the label
-    words' logits; with ``class_sums`` the reply tells of every class that has so many examples (0: of none).
+    client has them. Tensors in ``cached`` are named instead of carried: the client has them from the last message.
+    ``channels`` is what every channel of the strategy asks and brings, by the channel's name.
     """
 
     header: Header
@@ -188,35 +150,21 @@ class TrainRequest:
     maps_digest: str
     maps: Tensors | None
     expected: list[str]
-    local_steps: int
-    learning_rate: float
-    optimizer: str = "adamw"
-    proximal: float = 0.0
-    warmup_ratio: float = 0.0
     frozen: list[str] = field(default_factory=list)
-    controls: Tensors | None = None
-    lesson: DistillationRequest | None = None
-    discriminant: LinearClassifier | None = None
-    class_sums: int = 0
-    held: CachedRef = CachedRef()
+    channels: Mapping[str, Payload] = field(default_factory=dict)
+    cached: CachedRef = CachedRef()
+
+    @property
+    def effort(self) -> str:
+        """Requests of one effort take equally long (see :class:`.payloads.Payload`)."""
+        return "+".join([TRAIN, *_efforts(self.channels)])
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
-        """Build the message content; what must stay exact is written with ``exact`` (:func:`.wire.add_tensors`)."""
-        names = [
-            "maps_digest", "expected", "local_steps", "learning_rate", "optimizer", "proximal",
-            "warmup_ratio", "frozen",
-        ]  # fmt: skip
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        if self.class_sums:
-            fields[CLASS_SUMS] = self.class_sums
-        config = ConfigRecord({**self.header.to_config(), **fields, **self.held.to_config()})
+        """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""
+        fields = {name: getattr(self, name) for name in ("maps_digest", "expected", "frozen")}
+        config = ConfigRecord({**self.header.to_config(), **fields, **self.cached.to_config()})
         content = RecordDict({CONFIG: config})
-        if self.discriminant is not None:
-            self.discriminant.add_to(content)
-        if self.controls is not None:
-            content[CONTROLS] = pack(self.controls, exact or precise(codec))
-        if self.lesson is not None:
-            self.lesson.add_to(content, config)
+        add_payloads(content, config, self.channels)
         return add_tensors(content, self.tensors, self.maps, codec, exact)
 
     @classmethod
@@ -229,18 +177,14 @@ class TrainRequest:
             maps_digest=read_id(record, "maps_digest", empty=True),
             maps=read_tensors(content, MAPS),
             expected=read_texts(record, "expected"),
-            local_steps=read_field(record, "local_steps", int),
-            learning_rate=read_field(record, "learning_rate", float),
-            optimizer=read_field(record, "optimizer", str),
-            proximal=read_field(record, "proximal", float),
-            warmup_ratio=read_field(record, "warmup_ratio", float),
             frozen=read_texts(record, "frozen"),
-            controls=read_tensors(content, CONTROLS),
-            lesson=DistillationRequest.read(content, record),
-            discriminant=LinearClassifier.read(content),
-            class_sums=read_field(record, CLASS_SUMS, int) if CLASS_SUMS in record else 0,
-            held=CachedRef.from_config(record),
+            channels=read_payloads(content, record),
+            cached=CachedRef.from_config(record),
         )
+
+
+def _efforts(channels: Mapping[str, Payload]) -> list[str]:
+    return [f"{name} {payload.effort}".strip() for name, payload in sorted(channels.items())]
 
 
 @dataclass(frozen=True)
@@ -249,10 +193,9 @@ class TrainReply:
 
     ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
     ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
-    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``predictions`` (n x C) answer the request's lesson;
-    on open text ``answers`` (n) do, and ``predictions`` (n x 1) say how sure each is, 0 to 1.
-    ``kept`` confirms which tensors the client now holds (:mod:`.cached`), ``code_hash`` is that of the program which
-    trained, ``class_sums`` is what was asked for, null where it was not or the client's owner forbids it.
+    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``cache_digest`` confirms which tensors the client now
+    holds (:mod:`.cached`), ``code_hash`` is that of the program which trained, ``channels`` is what it tells each
+    channel that asked; of one that its owner forbids it is missing.
     """
 
     client_id: str
@@ -261,11 +204,9 @@ class TrainReply:
     maps_digest: str
     deltas: Tensors
     metrics: dict[str, float]
-    predictions: Array | None = None
-    kept: str = ""
+    cache_digest: str = ""
     code_hash: str = ""
-    answers: list[str] | None = None
-    class_sums: ClassSums | None = None
+    channels: Mapping[str, Payload] = field(default_factory=dict)
 
     def to_content(self, codec: str) -> RecordDict:
         """Build the message content."""
@@ -276,17 +217,14 @@ class TrainReply:
                 "type_key": self.type_key,
                 "round": self.round,
                 "maps_digest": self.maps_digest,
-                **({CACHE_DIGEST: self.kept} if self.kept else {}),
+                **({CACHE_DIGEST: self.cache_digest} if self.cache_digest else {}),
             }
         )
         metrics = MetricRecord({key: float(value) for key, value in self.metrics.items()})
         content = RecordDict({CONFIG: config, METRICS: metrics})
         if self.deltas:
             content[DELTAS] = pack(self.deltas, codec)
-        add_predictions(content, self.predictions)
-        add_answers(config, self.answers)
-        if self.class_sums is not None:
-            self.class_sums.add_to(content)
+        add_payloads(content, config, self.channels)
         return content
 
     @classmethod
@@ -300,11 +238,9 @@ class TrainReply:
             maps_digest=read_id(record, "maps_digest", empty=True),
             deltas=read_tensors(content, DELTAS, expected) or {},
             metrics=read_metrics(content),
-            predictions=read_predictions(content),
-            kept=read_cache_digest(record),
+            cache_digest=read_cache_digest(record),
             code_hash=read_id(record, "code_hash", empty=True),
-            answers=read_answers(record),
-            class_sums=ClassSums.read(content),
+            channels=read_payloads(content, record),
         )
 
 
@@ -312,7 +248,7 @@ class TrainReply:
 class EvaluateRequest:
     """Measure a client's model; ``test_sets`` is a choice of ``global`` and ``personal``.
 
-    ``discriminant`` adds to the label words' logits.
+    ``channels`` bring what acts in a test.
     """
 
     header: Header
@@ -320,25 +256,28 @@ class EvaluateRequest:
     maps_digest: str
     maps: Tensors | None
     test_sets: list[str]
-    discriminant: LinearClassifier | None = None
-    held: CachedRef = CachedRef()
+    channels: Mapping[str, Payload] = field(default_factory=dict)
+    cached: CachedRef = CachedRef()
+
+    @property
+    def effort(self) -> str:
+        """As :attr:`TrainRequest.effort`."""
+        return "+".join([EVALUATE, *self.test_sets, *_efforts(self.channels)])
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
         """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""
-        fields: dict[str, Any] = {
-            "maps_digest": self.maps_digest, "test_sets": self.test_sets, **self.held.to_config(),
-        }  # fmt: skip
-        content = RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
-        if self.discriminant is not None:
-            self.discriminant.add_to(content)
+        fields: dict[str, Any] = {"maps_digest": self.maps_digest, "test_sets": self.test_sets}
+        config = ConfigRecord({**self.header.to_config(), **fields, **self.cached.to_config()})
+        content = RecordDict({CONFIG: config})
+        add_payloads(content, config, self.channels)
         return add_tensors(content, self.tensors, self.maps, codec, exact)
 
     @classmethod
     def from_content(cls, content: RecordDict) -> EvaluateRequest:
         """Read the message content."""
         record = read_config(content)
-        scopes = read_texts(record, "test_sets")
-        if len(set(scopes)) != len(scopes) or set(scopes) not in _SCOPES:
+        test_sets = read_texts(record, "test_sets")
+        if len(set(test_sets)) != len(test_sets) or set(test_sets) not in _TEST_SETS:
             raise ExchangeError(
                 "field 'test_sets' of the message: choose among global and personal"
             )
@@ -347,9 +286,9 @@ class EvaluateRequest:
             tensors=read_tensors(content, TENSORS) or {},
             maps_digest=read_id(record, "maps_digest", empty=True),
             maps=read_tensors(content, MAPS),
-            test_sets=scopes,
-            discriminant=LinearClassifier.read(content),
-            held=CachedRef.from_config(record),
+            test_sets=test_sets,
+            channels=read_payloads(content, record),
+            cached=CachedRef.from_config(record),
         )
 
 
@@ -362,13 +301,13 @@ class EvaluateReply:
     round: int
     maps_digest: str
     metrics: dict[str, float]
-    kept: str = ""
+    cache_digest: str = ""
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         metrics = fields.pop("metrics")
-        if not self.kept:
+        if not self.cache_digest:
             del fields[CACHE_DIGEST]
         record = MetricRecord({key: float(value) for key, value in metrics.items()})
         return RecordDict({CONFIG: ConfigRecord(fields), METRICS: record})
@@ -383,5 +322,5 @@ class EvaluateReply:
             round=read_field(record, "round", int),
             maps_digest=read_id(record, "maps_digest", empty=True),
             metrics=read_metrics(content),
-            kept=read_cache_digest(record),
+            cache_digest=read_cache_digest(record),
         )

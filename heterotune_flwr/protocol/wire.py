@@ -18,9 +18,6 @@ from heterotune_flwr.names import ID_RULE, is_id, safe_text
 
 CONFIG, METRICS = "config", "metrics"
 TENSORS, MAPS, FACTORS, DELTAS = "tensors", "maps", "factors", "deltas"
-CONTROLS = "controls"
-CONSENSUS, PREDICTIONS, ANSWERS = "predictions", "predictions", "answers"
-DISCRIMINANT, CLASS_SUMS, CLASS_COUNTS = "statistics", "class_sums", "class_counts"
 
 #: Kinds of error a client reports; ``maps_missing`` makes the server send the maps again, ``tensors_missing`` all
 #: tensors. ``refused_by_node``: its owner's floors forbid what was asked, which is no failure.

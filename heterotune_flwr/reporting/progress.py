@@ -41,7 +41,6 @@ class RunProgress:
         )
         self._finished = 0
         self._round = 0
-        self._told = False
         self._replies = 0
         self._started: float | None = None
         self._last_line = -LINE_SECONDS
@@ -151,25 +150,21 @@ class RunProgress:
                 force=True,
             )
 
-    def _on_consensus_off(self, event: Event) -> None:
-        self._line(f"  no consensus on public texts: {event['reason']}", force=True)
+    def _on_channel_off(self, event: Event) -> None:
+        self._line(f"  {event['channel']} is off: {event['reason']}", force=True)
 
-    def _on_discriminant_off(self, event: Event) -> None:
-        self._line(f"  no shared discriminant: {event['reason']}", force=True)
+    def _on_channel_note(self, event: Event) -> None:
+        self._line(f"  {event['text']}", force=True)
 
-    def _on_class_sums_refused(self, event: Event) -> None:
+    def _on_payload_refused(self, event: Event) -> None:
         self._line(
-            f"  class sums of {event['client_id']} are not used: {event['reason']}", force=True
-        )
-
-    def _on_predictions_refused(self, event: Event) -> None:
-        self._line(
-            f"  predictions of {event['client_id']} are not used: {event['reason']}", force=True
+            f"  {event['channel']} of {event['client_id']} are not used: {event['reason']}",
+            force=True,
         )
 
     def _on_start(self, event: Event) -> None:
         self._started = self._started or time.monotonic()
-        self._round, self._replies, self._told = 0, 0, False
+        self._round, self._replies = 0, 0
         self._line(f"{self._name(event)}: {event['of']} rounds", force=True)
 
     def _on_resumed(self, event: Event) -> None:
@@ -200,9 +195,6 @@ class RunProgress:
         text += f", loss {loss:.3f}" if isinstance(loss, float) else ""
         text += f", {human_bytes(event['bytes_up'] + event['bytes_down'])} so far"
         self._line(text + self._eta())
-        if "statistics" in event and not self._told:
-            self._told = True
-            self._line(_classes_told(event["statistics"]), force=True)
         self._show(f"{self._name(event)} round {event['round']}/{event['of']}", "")
 
     def _on_evaluate(self, event: Event) -> None:
@@ -232,14 +224,7 @@ class RunProgress:
     def _on_client_failed(self, event: Event) -> None:
         self._line(f"  {event['client_id']} failed: {event['reason']}", force=True)
 
-    def _on_classes_apart(self, event: Event) -> None:
-        self._line(
-            f"  the classes of {event['type']} are not where others' are (agreement {event['agreement']:.2f}): "
-            "its discriminant is made of its own alone",
-            force=True,
-        )
-
-    def _on_type_phase(self, event: Event) -> None:
+    def _on_personalization_phase(self, event: Event) -> None:
         self._line(
             f"  from round {event['round']} on: a bank per type, taught by what all types predict",
             force=True,
@@ -272,15 +257,3 @@ class RunProgress:
     def _on_round_closed(self, event: Event) -> None:
         left = ", ".join(event["unawaited"])
         self._line(f"  round {event['round']} closed without waiting for {left}", force=True)
-
-
-def _classes_told(known: Event) -> str:
-    """What the shared discriminant is made of after the round in which it was told."""
-    if not known["examples"]:
-        return "  shared discriminant: nobody has told anything of its classes"
-    text = (
-        f"  shared discriminant of {known['examples']} examples, told by {known['clients']} clients"
-    )
-    if agreement := known.get("agreement"):
-        text += f", agreement between types {min(agreement.values()):.2f} to {max(agreement.values()):.2f}"
-    return text

@@ -7,22 +7,22 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from heterotune_flwr.channels.statistics.server import StatisticsOptions, without_views
+from heterotune_flwr.channels.channel import channel_names, read_channels, server_half
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.choices import check_choices
+from heterotune_flwr.config.renamed import unknown_key
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.schema import Config, MethodConfig
 from heterotune_flwr.strategies.heterotune import HeteroTune
-from heterotune_flwr.strategies.sharing import OPEN_TEXT, closed_task, surely_open
+from heterotune_flwr.strategies.opening import NO_TEACHER, closed_task, surely_open
 from heterotune_flwr.strategies.strategy import HeteroStrategy
 
-#: Training settings a strategy may have of its own; the others are the clients'.
-_TRAIN_KEYS = ("local_steps", "learning_rate", "last_rate", "warmup_ratio", "optimizer", "proximal")
 _ConfigPart = TypeVar("_ConfigPart")
 
 
@@ -71,7 +71,12 @@ def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Confi
     return dataclasses.replace(
         config,
         method=_replaced(config.method, spec.get("method", {}), fields, f"{where}.method"),
-        train=_replaced(config.train, spec.get("train", {}), list(_TRAIN_KEYS), f"{where}.train"),
+        train=_replaced(
+            config.train,
+            spec.get("train", {}),
+            [f.name for f in dataclasses.fields(config.train)],
+            f"{where}.train",
+        ),
     )
 
 
@@ -81,10 +86,11 @@ def aligned_methods(config: Config) -> list[MethodConfig]:
     aligned: list[MethodConfig] = []
     for name in config.run.compare:
         spec = config.strategies[name]
-        own = strategy_config(name, spec, config)
-        method, options = own.method, StatisticsOptions.optional(spec.get("statistics"))
-        if options is None or not closed_task(labels, own.train):
-            method = without_views(method)
+        own, entry = strategy_config(name, spec, config), _read_entry(name, spec)
+        closed = list(labels or ()) if closed_task(labels, own.train) else []
+        halves = [server_half(channel)(options) for channel, options in entry.channels.items()]
+        views = own.method.text_view and any(half.reads_views(closed) for half in halves)
+        method = dataclasses.replace(own.method, text_view=views)
         if method.kind == "dema" and method not in aligned:
             aligned.append(method)
     return aligned or [config.method]
@@ -109,26 +115,32 @@ def build_strategy(spec: Mapping[str, Any], context: StrategyContext) -> HeteroS
         The path, a key or a value is wrong; the message names the nearest right one.
 
     """
-    component, options = _read_entry(context.name, spec)
-    config = strategy_config(context.name, spec, context.config)
-    optimizer = _server_optimizer(context.name, spec, component)
-    mean = _robust_mean(context.name, spec, component)
-    own = dataclasses.replace(context, config=config, optimizer=optimizer, mean=mean)
-    return component(own, **options)
+    entry = _read_entry(context.name, spec)
+    own = dataclasses.replace(
+        context,
+        config=strategy_config(context.name, spec, context.config),
+        optimizer=_server_optimizer(context.name, spec, entry.component),
+        mean=_robust_mean(context.name, spec, entry.component),
+        channels=entry.channels,
+    )
+    return entry.component(own, **entry.options)
 
 
 def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
     """Everything about an entry that can be wrong, before anything runs (ConfigError)."""
-    component, options = _read_entry(name, spec)
+    entry = _read_entry(name, spec)
+    component, options = entry.component, entry.options
     _server_optimizer(name, spec, component)
     _robust_mean(name, spec, component)
     try:
         component.check_options(options)
         own = strategy_config(name, spec, config)
         check_choices(own)
-        answers = (options.get("predictions") or {}).get("answers")
-        if component.needs_predictions and surely_open(own.data, own.train) and not answers:
-            raise ConfigError(f"it shares predictions, but {OPEN_TEXT}")
+        words = "answers" in entry.channels
+        if component.needs_teacher and surely_open(own.data, own.train) and not words:
+            raise ConfigError(
+                f"{NO_TEACHER}: the task has no closed label set; answers: {{}} shares words"
+            )
         component.check_types({f"{e.backbone}@{e.bits}": e.bits for e in config.types})
         component.check_backbones(config.types, options)
     except ConfigError as error:
@@ -173,8 +185,16 @@ def _robust_mean(name: str, spec: Mapping[str, Any], component: type[HeteroStrat
     return RobustMean.read(spec["robust"], where)
 
 
-def _read_entry(name: str, spec: Mapping[str, Any]) -> tuple[type[HeteroStrategy], dict[str, Any]]:
-    """The class and the options of its own."""
+@dataclass(frozen=True)
+class _Entry:
+    """What an entry says: the class, its own options, and those of the channels that are on."""
+
+    component: type[HeteroStrategy]
+    options: dict[str, Any]
+    channels: dict[str, Any]
+
+
+def _read_entry(name: str, spec: Mapping[str, Any]) -> _Entry:
     where = f"strategies.{name}"
     if not isinstance(spec, Mapping) or "_component_" not in spec:
         raise ConfigError(f"{where} lacks _component_, the dotted path of its class")
@@ -182,8 +202,13 @@ def _read_entry(name: str, spec: Mapping[str, Any]) -> tuple[type[HeteroStrategy
     common = ["method", "train", "server_optimizer", "robust"]
     reserved = {"_component_", *common}
     options = {str(key): value for key, value in spec.items() if key not in reserved}
-    known = [key for key in inspect.signature(component).parameters if key != "context"]
+    own = [key for key in inspect.signature(component).parameters if key != "context"]
+    names = channel_names()
+    given = {key: options.pop(key) for key in list(options) if key in names and key not in own}
     for key in options:
-        if key not in known:
-            raise ConfigError(f"{where} has no key {key!r}; {_nearest(key, [*known, *common])}")
-    return component, options
+        if key not in own:
+            raise unknown_key(where, key, [*own, *names, *common], "strategy")
+    try:
+        return _Entry(component, options, read_channels(component.channel_entries(given)))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error

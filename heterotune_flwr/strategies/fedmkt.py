@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from heterotune_flwr.channels.predictions.server import PredictionOptions
-from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.lora_family import LoRAStrategy
 from heterotune_flwr.strategies.strategy import Scope
 
@@ -19,31 +17,17 @@ class FedMKT(LoRAStrategy):
 
     Differs from the paper: its public set is labelled, and each text is taught by whoever fits its label best; ours
     (the anchors) has no labels, so predictions are averaged (as in FedMD, arXiv 1910.03581). Vocabularies are matched
-    by the task's label words instead of by aligning tokens, and the server has no model of its own. The consensus is
-    the same as HeteroTune's, with the same options. Heterogeneity: any model types, any bits; a closed label set, or
-    answers in words (``predictions.answers``).
-
-    Parameters
-    ----------
-    context
-        See :class:`StrategyContext`.
-    predictions
-        See :class:`..channels.predictions.server.PredictionOptions`.
-
+    by the task's label words instead of by aligning tokens, and the server has no model of its own. What is
+    averaged, and how, is as in HeteroTune. Heterogeneity: any model types, any bits; a closed label set, or answers in
+    words (``answers: {}``).
     """
 
-    needs_predictions = True
-
-    def __init__(
-        self, context: StrategyContext, predictions: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__(context)
-        self.use_predictions(predictions or {})
+    needs_teacher = True
 
     @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Read the consensus' options, for their errors."""
-        PredictionOptions.read(options.get("predictions") or {})
+    def channel_entries(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Predictions, unless the entry has them otherwise, or answers."""
+        return entries if "answers" in entries else {"predictions": {}, **entries}
 
     def scope(self, name: str, type_key: str) -> Scope:
         """No tensor is shared."""

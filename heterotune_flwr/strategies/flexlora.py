@@ -31,7 +31,10 @@ class FlexLoRA(RankedLoRAStrategy):
             left, sizes, right = np.linalg.svd(np.asarray(mean), full_matrices=False)
             kept = int(np.sum(sizes[: self.method.lora_rank] > 1e-10 * max(sizes[0], 1e-30)))
             roots = np.sqrt(sizes[:kept])
-            new_a, new_b = self.first_values(group)[a].astype(np.float64), np.zeros(state[b].shape)
+            new_a, new_b = (
+                self.groups.first_values(group)[a].astype(np.float64),
+                np.zeros(state[b].shape),
+            )
             new_a[:kept] = roots[:, None] * right[:kept]
             new_b[:, :kept] = left[:, :kept] * roots
             step[a] = (new_a - state[a]).astype(np.float32)

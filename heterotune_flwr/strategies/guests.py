@@ -1,21 +1,23 @@
 """Guests: clients that own a model and no examples to train on. They learn after the last round, and nobody from them.
 
 What a federation knows is in its bank and in what its clients predict. A guest takes the bank behind its own maps, and,
-where the strategy has a consensus, then fits the predictions that everybody else made of *all* public anchors in the
-last round, with whatever the strategy trains (distillation, arXiv 1503.02531). No private example is involved at any
+where the strategy has a channel that teaches, then fits what everybody else made of *all* public texts in the last
+round, with whatever the strategy trains (distillation, arXiv 1503.02531). No private example is involved at any
 time, and nothing that a guest learns reaches another type. A guest whose type has clients with examples takes what
 its type shares instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from heterotune_flwr.channels.channel import ServerChannel, Unlabelled
 from heterotune_flwr.federation.admission import Admitted, Intake, admit
 from heterotune_flwr.federation.updates import check_step, mean_delta, training_summary
 from heterotune_flwr.flower import Grid
 from heterotune_flwr.protocol.messages import TRAIN
-from heterotune_flwr.strategies.sharing import Assignment
+from heterotune_flwr.schema import TrainConfig
 
 if TYPE_CHECKING:
     from heterotune_flwr.strategies.strategy import HeteroStrategy
@@ -36,28 +38,40 @@ def teach(strategy: HeteroStrategy, grid: Grid) -> None:
         return
     _take_bank(strategy, types)
     strategy.taught = last
-    work = _assignments(strategy, types)
+    teacher = next((channel for channel in strategy.channels if channel.teaches), None)
+    work = _work(teacher, last, types)
     pupils = [cid for key in work for cid in strategy.roster.of_type(key)]
     if not pupils:
         strategy.transport.event("guests", round=last, types=types, clients=0)
         return
-    type_of = {cid: strategy.roster.clients[cid].info.type_key for cid in pupils}
-    messages = [strategy.train_message(cid, last, work[type_of[cid]]) for cid in pupils]
-    intake = Intake(
-        strategy.transport, lambda cid: strategy.asked_of(cid, last, work[type_of[cid]])
-    )
+
+    def training(client_id: str) -> tuple[TrainConfig, int]:
+        asked, train = work[strategy.type_of(client_id)], strategy.config.train
+        rate = RATE_SHARE * train.learning_rate
+        return replace(train, local_steps=asked.steps, learning_rate=rate), asked.examples
+
+    messages = [
+        strategy.train_message(
+            cid,
+            last,
+            training(cid)[0],
+            strategy.payloads(strategy.channels, last + 1, cid, {"unlabelled"}),
+        )
+        for cid in pupils
+    ]
+    intake = Intake(strategy.transport, lambda cid: strategy.asked_of(cid, last, *training(cid)))
     replies = strategy.transport.collect(
         grid, messages, TRAIN, last, is_round=False, arrived=intake.arrived
     )
     admitted = admit(strategy.transport, last, replies, intake)
-    _take_lesson(strategy, admitted, types)
+    _take_updates(strategy, admitted, types)
     summary = training_summary(admitted.reports) if admitted.candidates else {"clients": 0}
     strategy.transport.event("guests", round=last, **(summary | {"types": types}))
 
 
 def _take_bank(strategy: HeteroStrategy, types: list[str]) -> None:
     """Let the tensors that all types share be these types' own, with the values the others have reached."""
-    strategy.fork_global(types)
+    strategy.groups.fork_global(types)
     reached = strategy.for_guests()
     for key in types:
         group = strategy.state.setdefault(f"type/{key}", {})
@@ -67,33 +81,23 @@ def _take_bank(strategy: HeteroStrategy, types: list[str]) -> None:
         group |= {name: reached[name].copy() for name in shared}
 
 
-def _assignments(strategy: HeteroStrategy, types: list[str]) -> dict[str, Assignment]:
+def _work(teacher: ServerChannel | None, last: int, types: list[str]) -> dict[str, Unlabelled]:
     """What the clients of each type are asked for; types nobody can teach are left out."""
-    if strategy.consensus is None:
+    if teacher is None:
         return {}
-    options, found = strategy.consensus.options, {}
-    for key in types:
-        lesson = strategy.consensus.guest_request(strategy.rounds + 1, key)
-        if lesson.is_empty:
-            continue
-        found[key] = Assignment(
-            steps=options.guest_steps,
-            learning_rate=RATE_SHARE * strategy.config.train.learning_rate,
-            lesson=lesson,
-            examples=lesson.count,
-        )
-    return found
+    found = {key: teacher.unlabelled(last + 1, key) for key in types}
+    return {key: work for key, work in found.items() if work is not None}
 
 
-def _take_lesson(strategy: HeteroStrategy, admitted: Admitted, types: list[str]) -> None:
+def _take_updates(strategy: HeteroStrategy, admitted: Admitted, types: list[str]) -> None:
     """Average the guests of each type."""
     for key in types:
         group = f"type/{key}"
         own = [update for update in admitted.updates if update.type_key == key]
-        own = [strategy.part_of(update, group) for update in own]
+        own = [strategy.groups.part_of(update, group) for update in own]
         own = [update for update in own if update.deltas]
         if own:
             step = mean_delta(own, strategy.context.mean)
             where = f"strategy {strategy.context.name}, guests of {key}"
             check_step(step, strategy.state[group], where)
-            strategy.state[group] |= {n: strategy.state[group][n] + d for n, d in step.items()}
+            strategy.groups.apply({group: step})

@@ -15,11 +15,10 @@ from heterotune_flwr.exchange.slices import as_fraction, open_mesh, sliced_sizes
 from heterotune_flwr.federation.outcome import by_type
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.federation.updates import ClientUpdate
+from heterotune_flwr.federation.updates import ClientUpdate, Shapes
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.schema import MethodConfig, TypeConfig
-from heterotune_flwr.strategies.sharing import Shapes
 from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 #: Widths where the configuration names none.

@@ -17,9 +17,8 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.directions import down_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.federation.updates import ClientUpdate
+from heterotune_flwr.federation.updates import ClientUpdate, Shapes
 from heterotune_flwr.schema import MethodConfig
-from heterotune_flwr.strategies.sharing import Shapes
 from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 Matrix = NDArray[np.float64]

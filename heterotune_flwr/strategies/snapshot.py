@@ -1,7 +1,7 @@
 """What of a strategy goes into a checkpoint, and back: everything the next round depends on.
 
 What a strategy of one's own keeps between rounds is named in its ``remembered`` (or handled by ``state_dict`` and
-``load_state_dict``, see :class:`.sharing.Sharing`); the shared tensors, the server optimizer, the consensus, the
+``load_state_dict``, see :class:`.strategy.HeteroStrategy`); the shared tensors, the server optimizer, the channels, the
 ledger, which maps clients hold and the last evaluation are saved for every strategy. Sampling and all random numbers
 are functions of seed and round, so there is no generator to save. What clients keep for themselves stays with them
 (:mod:`..tuning.client_state`), by round.
@@ -72,8 +72,7 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
         "settings": settings_digest(strategy.context.config, strategy.context.name),
         "shared": strategy.state,
         "memory": strategy.state_dict(),
-        "predictions": strategy.consensus.state_dict() if strategy.consensus else None,
-        "statistics": strategy.discriminant.state_dict() if strategy.discriminant else None,
+        "channels": {channel.name: channel.state_dict() for channel in strategy.channels},
         "transport": strategy.transport.state_dict(),
         "maps": dict(strategy.maps.digests) if strategy.maps else {},
         "types": strategy.roster.type_keys,
@@ -90,17 +89,15 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
 
 def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
     """Make it what it was after ``round``; groups of types that are not there now are kept for when they return."""
-    # Checkpoints of older programs name no types; the maps' are those, where the method has maps.
-    known = set(state["types"] if "types" in state else state["maps"])
+    known = set(state["types"])
     _check_shapes(strategy, state["shared"], known)
     _check_maps(strategy, state["maps"])
     for group, tensors in state["shared"].items():
         strategy.state[group] = {**strategy.state.get(group, {}), **tensors}
     strategy.load_state_dict(state["memory"])
-    if strategy.consensus is not None:
-        strategy.consensus.load_state_dict(state["predictions"])
-    if strategy.discriminant is not None and state.get("statistics"):
-        strategy.discriminant.load_state_dict(state["statistics"])
+    for channel in strategy.channels:
+        if channel.name in state["channels"]:
+            channel.load_state_dict(state["channels"][channel.name])
     strategy.transport.load_state_dict(state["transport"])
     outcome, saved = strategy.outcome, state["outcome"]
     outcome.rows = [ClientRow(**row) for row in saved["rows"]]
@@ -128,7 +125,9 @@ def _check_shapes(
     for group, tensors in strategy.state.items():
         for name, value in tensors.items():
             held = shared.get(group, {}).get(name)
-            if held is None and (group not in shared or not strategy.holders(group, name) & known):
+            if held is None and (
+                group not in shared or not strategy.groups.holders(group, name) & known
+            ):
                 continue
             if held is None or held.shape != np.shape(value):
                 has = "is missing" if held is None else f"is {list(held.shape)}"

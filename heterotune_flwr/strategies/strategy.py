@@ -1,4 +1,4 @@
-"""What every heterogeneous strategy shares: clients of different model types in one run.
+"""What every heterogeneous strategy shares: the round, and what a strategy may decide in it.
 
 Write an own strategy by subclassing :class:`HeteroStrategy` and overriding one method,
 
@@ -13,25 +13,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 
-from heterotune_flwr.channels.predictions.server import PredictionEnsemble
-from heterotune_flwr.channels.statistics.server import PooledClassifier
+from heterotune_flwr.channels.channel import Aggregated, Purpose, Purposes, ServerChannel
 from heterotune_flwr.cmga import pull
 from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation import evaluation
-from heterotune_flwr.federation.admission import Intake, admit, read_evaluations
-from heterotune_flwr.federation.outcome import by_type, statistics
+from heterotune_flwr.federation.admission import Admitted, Intake, admit, read_evaluations
+from heterotune_flwr.federation.outcome import Outcome, by_type, statistics
+from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.sampling import sample_clients
+from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.federation.update_gate import Asked
 from heterotune_flwr.federation.updates import (
     ClientUpdate,
+    Shapes,
     Work,
     check_step,
+    mean_delta,
     training_summary,
 )
 from heterotune_flwr.flower import (
@@ -41,22 +47,25 @@ from heterotune_flwr.flower import (
     Message,
     MetricRecord,
     Result,
+    Strategy,
 )
 from heterotune_flwr.protocol.messages import (
     EVALUATE,
     TRAIN,
     EvaluateRequest,
     Header,
-    TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.strategies import guests, snapshot
-from heterotune_flwr.strategies.sharing import GLOBAL, Assignment, Scope, Sharing
+from heterotune_flwr.protocol.payloads import Payload
+from heterotune_flwr.rates import sinking_share
+from heterotune_flwr.schema import MethodConfig, TrainConfig, TypeConfig
+from heterotune_flwr.strategies import guests, opening, snapshot
+from heterotune_flwr.strategies.groups import GLOBAL, Groups, Scope
 
 __all__ = ["GLOBAL", "HeteroStrategy", "Scope"]
 
 
-class HeteroStrategy(Sharing):
+class HeteroStrategy(Strategy):
     """Federated training of different model types: rounds, scopes, bookkeeping.
 
     The server holds one copy of every *group* of shared tensors: ``global`` for all clients,
@@ -66,171 +75,301 @@ class HeteroStrategy(Sharing):
     Parameters
     ----------
     context
-        Name, configuration, seed and session; see :class:`StrategyContext`.
+        Name, configuration, seed, session, channels; see :class:`StrategyContext`.
 
     """
 
-    def summary(self) -> None:
-        """Write what is about to run into the journal."""
-        self.transport.event(
-            "start",
-            of=self.rounds,
-            clients=len(self.roster.clients),
-            shared={group: len(tensors) for group, tensors in self.state.items()},
+    #: Whether the strategy is nothing without a channel that clients learn from.
+    needs_teacher: ClassVar[bool] = False
+    #: Why no ``server_optimizer`` fits the class; empty: one does.
+    own_server_step: ClassVar[str] = ""
+    #: Attributes that a checkpoint must hold; of every class on the way up all count.
+    remembered: ClassVar[tuple[str, ...]] = ("taught", "_optimizer_states", "_empty_rounds")
+
+    def __init__(self, context: StrategyContext) -> None:
+        self.context = context
+        self.config = context.config
+        self.method = context.config.method
+        self.rounds = context.config.server.rounds
+        self.optimizer = context.optimizer
+        self.outcome = Outcome(context.name, context.seed)
+        #: Set when the run opens (:mod:`.opening`).
+        self.roster: Roster
+        self.transport: Transport
+        self.groups: Groups
+        self.channels: list[ServerChannel] = []
+        self.maps: Maps | None = None
+        self._optimizer_states: dict[str, dict[str, State]] = {}
+        self._empty_rounds = 0
+        #: What has seen the answers of the round under way arrive.
+        self._intake: Intake | None = None
+        #: After which round guests were taught; 0: not yet.
+        self.taught = 0
+        #: When the strategy began (seconds of a clock that only runs forward), an earlier start's time included.
+        self.begin = 0.0
+
+    @property
+    def state(self) -> dict[str, Tensors]:
+        """Group -> name -> value."""
+        return self.groups.state
+
+    # ------------------------------------------------------------------ what a subclass overrides
+
+    def scope(self, name: str, type_key: str) -> Scope:
+        """Say who shares a tensor: ``global``, ``type`` (the default) or ``client``.
+
+        ``fixed`` is for one that keeps its first value, a function of the run's seed, and never travels.
+        """
+        return "type"
+
+    def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
+        """Turn the updates of one group into the change of its tensors (default: weighted mean, or ``robust``).
+
+        ``updates`` hold only the tensors of this group, in client order; never empty.
+        """
+        return mean_delta(updates, self.context.mean)
+
+    def frozen(self, type_key: str, server_round: int) -> Collection[str]:
+        """Names of the tensors that clients of a type hold fixed in a round; extend, do not replace."""
+        return self.groups.fixed[type_key]
+
+    def at_work(self, server_round: int) -> Sequence[ServerChannel]:
+        """The channels at work in a round (default: all that are on)."""
+        return self.channels
+
+    def client_method(self, client_id: str) -> MethodConfig:
+        """The adapter of one client, where it differs from the others' (LoRA of another rank)."""
+        return self.method
+
+    def client_shapes(self, client_id: str) -> Shapes:
+        """Shapes of one client's tensors."""
+        return self.roster.shapes(self.type_of(client_id))
+
+    def outgoing(self, client_id: str) -> Tensors:
+        """What a client is sent: the slice of its type."""
+        return self.groups.slice(self.type_of(client_id))
+
+    def differ_after(self, server_round: int) -> bool:
+        """Whether clients of one type can hold different models after a round; before round 1 they are the backbone."""
+        return self.models_differ and server_round > 0
+
+    def row_type(self, client_id: str) -> str:
+        """Under which type a client's tests are reported."""
+        return self.type_of(client_id)
+
+    def learning_rate(self, server_round: int) -> float:
+        """What clients train at in a round, 1 to T: ``last + (1 - last) (1 + cos(pi (t - 1) / (T - 1))) / 2`` of it.
+
+        Cosine annealing (arXiv 1608.03983) over the rounds; ``last`` is ``train.last_rate``, 1 for a constant rate.
+        """
+        train, done = self.config.train, (server_round - 1) / max(self.rounds - 1, 1)
+        share = train.last_rate + (1 - train.last_rate) * sinking_share(done)
+        return train.learning_rate * share
+
+    def begin_round(self, server_round: int) -> None:
+        """Prepare a round, before its messages are made."""
+
+    def after_aggregate(self, server_round: int) -> None:
+        """Change ``state`` once all groups have taken a round's steps, before anything is kept or sent."""
+
+    def for_guests(self) -> Tensors:
+        """What types without examples take of the tensors that all types share, after the last round."""
+        return self.state.get(GLOBAL, {})
+
+    def round_log(self) -> dict[str, Any]:
+        """Further facts about the last round for the journal; JSON-able."""
+        return {}
+
+    @classmethod
+    def channel_entries(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The entry's channels as the class has them: name -> options, null for off (ConfigError: cannot be)."""
+        return entries
+
+    @classmethod
+    def check_types(cls, bits: Mapping[str, str]) -> None:
+        """Refuse model types (type -> bits) this strategy cannot work with, before anything runs (ConfigError)."""
+
+    @classmethod
+    def check_backbones(cls, types: Sequence[TypeConfig], options: Mapping[str, Any]) -> None:
+        """Refuse backbones that do not fit the class's options, where a simulated run's files tell (ConfigError)."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse wrong values of the class's own options before anything runs (ConfigError)."""
+
+    def prepare(self, grid: Grid) -> None:
+        """Find out who takes part, and make everything ready for round 1 (:mod:`.opening`)."""
+        opening.open_run(self)
+
+    def state_dict(self) -> State:
+        """What a checkpoint holds besides the shared tensors: all ``remembered`` attributes.
+
+        Nested dictionaries, lists, numbers, texts and arrays; extend it where an attribute is of another kind.
+        """
+        return {name: getattr(self, name) for name in self._remembered()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict` (called after :meth:`prepare`)."""
+        for name in self._remembered():
+            setattr(self, name, state[name])
+        if self.taught:
+            self.groups.fork_global(self.roster.guest_types)
+
+    def _remembered(self) -> list[str]:
+        return sorted(
+            {name for kind in type(self).__mro__ for name in vars(kind).get("remembered", ())}
         )
 
-    # ---------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------- what others read
+
+    @property
+    def models_differ(self) -> bool:
+        """Whether clients of one type can hold different models (some tensor never leaves them)."""
+        return any(
+            len(self.groups.of[key]) + len(self.groups.fixed[key]) < len(self.roster.shapes(key))
+            for key in self.roster.type_keys
+        )
+
+    def type_of(self, client_id: str) -> str:
+        """Model type of a client."""
+        return self.roster.clients[client_id].info.type_key
+
+    def shares(self, type_key: str, slot: int) -> bool:
+        """Whether a type's slot is aligned well enough to share across types (METHOD 3.5)."""
+        if self.maps is None:
+            return False
+        if self.config.alignment.control != "none":  # a control must show its damage
+            return True
+        return self.maps.quality[type_key][slot] >= self.config.alignment.quality_threshold
+
+    def shared_tensors(self) -> Tensors:
+        """Every group's tensors as ``<group>/<name>``: what is saved and returned at the end, the channels' too."""
+        shared = {
+            f"{group}/{name}": value
+            for group, tensors in self.state.items()
+            for name, value in tensors.items()
+        }
+        for channel in self.channels:
+            shared |= channel.tensors()
+        return shared
+
+    # ------------------------------------------------------------------------------- the round
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message per sampled client; ``arrays`` mirrors ``state``, which is what is sent."""
+        """One message per sampled client; what is sent is ``state``."""
         self.begin_round(server_round)
-        server, seed = self.config.server, self.context.seed
-        cooldown = self.transport.safety.cooldown
-        for client_id in cooldown.returned(server_round):
+        server, cooldowns = self.config.server, self.transport.safety.cooldown
+        for client_id in cooldowns.returned(server_round):
             self.transport.event("returned", round=server_round, client_id=client_id)
         sampled = sample_clients(
-            self.roster.learners, server.participation, seed, server_round,
-            cooldown.cooling(server_round), server.oversample,
+            self.roster.learners, server.participation, self.context.seed, server_round,
+            cooldowns.cooling(server_round), server.oversample,
         )  # fmt: skip
+        train = self.training(server_round)
         return [
-            self.train_message(client_id, server_round, self._assignment(server_round, client_id))
-            for client_id in sampled
+            self.train_message(
+                cid, server_round, train, self._payloads(server_round, cid, {"train"})
+            )
+            for cid in sampled
         ]
-
-    def _assignment(self, server_round: int, client_id: str) -> Assignment:
-        """What a client is asked for in a round."""
-        info = self.roster.clients[client_id].info
-        consensus = self.consensus if self.learns_in(server_round) else None
-        return Assignment(
-            steps=self.config.train.local_steps,
-            learning_rate=self.learning_rate(server_round),
-            lesson=consensus.lesson(server_round, info.type_key) if consensus else None,
-            examples=info.train_examples,
-        )
-
-    def train_message(self, client_id: str, server_round: int, work: Assignment) -> Message:
-        """Build one client's training message."""
-        train = self.config.train
-        type_key = self.roster.clients[client_id].info.type_key
-        digest, maps = self.transport.maps_for(client_id)
-        lesson = work.lesson
-        # What it predicts of anchors, and what it fits to others' predictions there, has the discriminant's share.
-        reads = lesson is not None and (lesson.wanted > 0 or not lesson.is_empty)
-        request = TrainRequest(
-            header=self._header(server_round, client_id),
-            tensors=self.outgoing(client_id),
-            maps_digest=digest,
-            maps=maps,
-            expected=sorted(self._trained_by(client_id, server_round)),
-            local_steps=work.steps,
-            learning_rate=work.learning_rate,
-            optimizer=train.optimizer,
-            proximal=train.proximal,
-            warmup_ratio=train.warmup_ratio,
-            frozen=sorted(self.frozen(type_key, server_round)),
-            controls=self.controls(type_key),
-            lesson=lesson,
-            discriminant=self.discriminant.of(type_key) if self.discriminant and reads else None,
-            class_sums=self.discriminant.requested_min_count(client_id) if self.discriminant else 0,
-        )
-        return self.transport.message(client_id, request, TRAIN, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check every update, combine group by group, apply all at once.
+        """Check every update, combine group by group, apply all at once, then let the channels aggregate.
 
         With fewer usable updates than ``server.min_results`` the round is skipped: None, and nothing has changed but
-        who is counted and benched.
+        who is counted and cooling down.
         """
-        intake, self._intake = self._intake or self._make_intake(server_round), None
-        admitted = admit(self.transport, server_round, replies, intake)
-        self._bench(server_round, admitted.candidates)
+        admitted = self.admit(server_round, replies)
         if len(admitted.candidates) < self.config.server.min_results:
             return self._skip(server_round, len(admitted.candidates))
-        steps: dict[str, Tensors] = {}
-        for group in self.state:
-            members = [self.part_of(update, group) for update in admitted.updates]
-            members = [update for update in members if update.deltas]
-            if members:
-                steps[group] = self.combine(group, server_round, members)
-                where = f"strategy {self.context.name}, round {server_round}"
-                check_step(steps[group], self.state[group], where)
-        for group, step in steps.items():
-            taken = self._optimized(group, step)
-            self.state[group] |= {n: self.state[group][n] + d for n, d in taken.items()}
+        self.groups.apply(
+            {
+                group: self._step(group, server_round, updates)
+                for group, updates in self.groups.divide(admitted.updates)
+            }
+        )
         self.after_aggregate(server_round)
         self.transport.safety.gate.learn(admitted.candidates)
         summary = training_summary(admitted.reports)
-        if self.consensus is not None and self.learns_in(server_round):
-            summary["predictions"] = self._hear(self.consensus, server_round, admitted.reports)
-        if self.discriminant is not None:
-            summary["statistics"] = self._hear_classes(
-                self.discriminant, server_round, admitted.reports
-            )
+        logs = summary["channels"] = {}
+        for channel in self.at_work(server_round):
+            payloads = admitted.payloads(channel.name)
+            aggregated = channel.aggregate(server_round, payloads, admitted.updates)
+            logs[channel.name] = self.record(channel.name, server_round, aggregated)
         self._journal_round(server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
-        return self._arrays(), MetricRecord({**numbers, "clients": len(admitted.candidates)})
+        return None, MetricRecord({**numbers, "clients": len(admitted.candidates)})
 
-    def _make_intake(self, server_round: int) -> Intake:
-        return Intake(
-            self.transport,
-            lambda cid: self.asked_of(cid, server_round, self._assignment(server_round, cid)),
+    def training(self, server_round: int) -> TrainConfig:
+        """The training settings of a round."""
+        return replace(self.config.train, learning_rate=self.learning_rate(server_round))
+
+    def _payloads(
+        self, server_round: int, client_id: str, purposes: Iterable[Purpose]
+    ) -> dict[str, Payload]:
+        """What the channels at work ask and bring in one message."""
+        channels, type_key = self.at_work(server_round), self.type_of(client_id)
+        wanted: set[Purpose] = set(purposes)
+        if "train" in wanted:
+            wanted.update(*(channel.purposes(server_round, type_key) for channel in channels))
+        return self.payloads(channels, server_round, client_id, wanted)
+
+    @staticmethod
+    def payloads(
+        channels: Iterable[ServerChannel], server_round: int, client_id: str, purposes: Purposes
+    ) -> dict[str, Payload]:
+        """What some channels ask and bring."""
+        asked = {c.name: c.request(server_round, client_id, purposes) for c in channels}
+        return {name: payload for name, payload in asked.items() if payload is not None}
+
+    def train_message(
+        self,
+        client_id: str,
+        server_round: int,
+        train: TrainConfig,
+        payloads: Mapping[str, Payload],
+    ) -> Message:
+        """Build one client's training message."""
+        digest, maps = self.transport.maps_for(client_id)
+        request = TrainRequest(
+            header=self._header(server_round, client_id, train),
+            tensors=self.outgoing(client_id),
+            maps_digest=digest,
+            maps=maps,
+            expected=sorted(self._trained_by(client_id, server_round)),
+            frozen=sorted(self.frozen(self.type_of(client_id), server_round)),
+            channels=payloads,
         )
+        return self.transport.message(client_id, request, TRAIN, server_round)
 
-    def _hear_classes(
-        self, discriminant: PooledClassifier, server_round: int, reports: Sequence[TrainReply]
-    ) -> dict[str, Any]:
-        """Pool what clients tell of their classes; what is known now, for the journal."""
-        before, doubted = discriminant.excluded_types, discriminant.doubted
-        known, refused = discriminant.aggregate(reports)
-        for client_id in sorted(discriminant.doubted.keys() - doubted):
-            share = round(discriminant.doubted[client_id], 3)
-            self.transport.event(
-                "classes_doubted", round=server_round, client_id=client_id, to=share
-            )
-        self._refuse(refused, server_round, "class_sums", "class_sums_refused")
-        for type_key in sorted(discriminant.excluded_types - before):
-            self.transport.event(
-                "types_excluded",
-                round=server_round,
-                type=type_key,
-                agreement=round(discriminant.agreements[type_key], 3),
-            )
-        return known
-
-    def _bench(self, server_round: int, fine: Collection[str]) -> None:
-        """Give every client that failed in this round a strike; journal whom it benches."""
+    def admit(self, server_round: int, replies: Iterable[Message]) -> Admitted:
+        """Read replies through the gate, and give every client that failed a strike."""
+        intake, self._intake = self._intake or self._make_intake(server_round), None
+        admitted = admit(self.transport, server_round, replies, intake)
+        fine = admitted.candidates
         failed = set(self.transport.failed) - set(fine)
-        newly = self.transport.safety.cooldown.record(
-            server_round, fine, failed, self.roster.learners
-        )
+        cooldowns = self.transport.safety.cooldown
+        newly = cooldowns.record(server_round, fine, failed, self.roster.learners)
         for client_id, until in newly.items():
             self.transport.event("cooldown", round=server_round, client_id=client_id, until=until)
+        return admitted
 
-    def _skip(self, server_round: int, usable: int) -> tuple[None, None]:
-        needed = self.config.server.min_results
-        self.outcome.skipped.append(server_round)
-        self.transport.event("skipped", round=server_round, usable=usable, needed=needed)
-        return None, None
+    def _make_intake(self, server_round: int) -> Intake:
+        train, clients = self.training(server_round), self.roster.clients
+        return Intake(
+            self.transport,
+            lambda cid: self.asked_of(cid, server_round, train, clients[cid].info.train_examples),
+        )
 
-    def _hear(
-        self, consensus: PredictionEnsemble, server_round: int, reports: Sequence[TrainReply]
-    ) -> dict[str, Any]:
-        heard, refused = consensus.aggregate(server_round, reports, len(self.roster.labels or ()))
-        self._refuse(refused, server_round, "predictions", "predictions_refused")
-        return heard
-
-    def _refuse(self, refused: Mapping[str, str], server_round: int, what: str, event: str) -> None:
-        """Put on record what beside its update is not used of some clients, and why."""
-        for client_id, reason in sorted(refused.items()):
-            self.transport.safety.gate.count(client_id, what)
-            self.transport.refuse(client_id, server_round, reason, event)
-
-    def _optimized(self, group: str, step: Tensors) -> Tensors:
-        """The step as the server optimizer takes it."""
+    def _step(self, group: str, server_round: int, updates: Sequence[ClientUpdate]) -> Tensors:
+        """One group's step as the server optimizer takes it."""
+        step = self.combine(group, server_round, updates)
+        where = f"strategy {self.context.name}, round {server_round}"
+        check_step(step, self.state[group], where)
         states = self._optimizer_states.setdefault(group, {})
         taken: Tensors = {}
         for name, change in step.items():
@@ -238,21 +377,37 @@ class HeteroStrategy(Sharing):
             taken[name] = new.astype(np.float32)
         return taken
 
-    def part_of(self, update: ClientUpdate, group: str) -> ClientUpdate:
-        """The tensors of an update that belong to a group."""
-        groups = self._groups[update.type_key]
-        return update.only(name for name in update.deltas if groups[name] == group)
+    def record(self, channel: str, server_round: int, aggregated: Aggregated) -> dict[str, Any]:
+        """Put on record what a channel refuses and finds; returns its part of the round's summary."""
+        for note in aggregated.notes:
+            self.transport.event(
+                "channel_note", round=server_round, channel=channel, text=note.text, **note.facts
+            )
+        for client_id, reason in sorted(aggregated.refused.items()):
+            self.transport.safety.gate.count(client_id, channel)
+            self.transport.refuse(
+                client_id, server_round, reason, "payload_refused", channel=channel
+            )
+        return dict(aggregated.log)
+
+    def _skip(self, server_round: int, usable: int) -> tuple[None, None]:
+        needed = self.config.server.min_results
+        self.outcome.skipped.append(server_round)
+        self.transport.event("skipped", round=server_round, usable=usable, needed=needed)
+        return None, None
 
     def _trained_by(self, client_id: str, server_round: int) -> list[str]:
         """Names of the shared tensors a client trains: from its lowest trained slot on, but for the frozen."""
         info = self.roster.clients[client_id].info
         held = self.frozen(info.type_key, server_round)
-        names = self._groups[info.type_key]
+        names = self.groups.of[info.type_key]
         return [n for n in names if slot_of(n) >= info.lowest_slot and n not in held]
 
-    def asked_of(self, client_id: str, server_round: int, assignment: Assignment) -> Asked:
-        """Against what a client's answer is checked."""
-        train, info = self.config.train, self.roster.clients[client_id].info
+    def asked_of(
+        self, client_id: str, server_round: int, train: TrainConfig, examples: int
+    ) -> Asked:
+        """Against what a client's answer is checked; ``examples``: texts in use at most."""
+        info = self.roster.clients[client_id].info
         shapes = self.client_shapes(client_id)
         trained = {n: shapes[n] for n in self._trained_by(client_id, server_round)}
         return Asked(
@@ -263,8 +418,8 @@ class HeteroStrategy(Sharing):
             maps_digest=self.transport.maps_for(client_id)[0],
             shapes=trained,
             work=Work(
-                assignment.examples, assignment.steps, assignment.learning_rate,
-                train.optimizer, train.clip_norm, train.warmup_ratio, pull.MOST * self.roster.usual_examples,
+                examples, train.local_steps, train.learning_rate, train.optimizer, train.clip_norm,
+                train.warmup_ratio, pull.MOST * self.roster.usual_examples,
             ),
             expected=self.transport.expected(trained),
         )  # fmt: skip
@@ -289,7 +444,7 @@ class HeteroStrategy(Sharing):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask for tests as :mod:`..federation.evaluation` plans them (all models are equal before round 1)."""
+        """Ask for tests as :mod:`.evaluation` plans them (all models are equal before round 1)."""
         differ = self.differ_after(server_round)
         return self._evaluate_messages(
             evaluation.plan(self.roster, differ, self.tested), server_round
@@ -327,20 +482,19 @@ class HeteroStrategy(Sharing):
         self, asked: Mapping[str, list[str]], server_round: int
     ) -> list[Message]:
         messages = []
-        for client_id, scopes in asked.items():
+        for client_id, test_sets in asked.items():
             digest, maps = self.transport.maps_for(client_id)
-            header = self._header(server_round, client_id)
-            type_key = self.roster.clients[client_id].info.type_key
-            added = self.discriminant.of(type_key) if self.discriminant else None
-            tensors = self.outgoing(client_id)
-            request = EvaluateRequest(header, tensors, digest, maps, scopes, added)
+            header = self._header(server_round, client_id, self.config.train)
+            payloads = self._payloads(server_round, client_id, {"test"})
+            request = EvaluateRequest(
+                header, self.outgoing(client_id), digest, maps, test_sets, payloads
+            )
             messages.append(self.transport.message(client_id, request, EVALUATE, server_round))
         return messages
 
     def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
         """Evaluate once; where a type's speaker fails, its other clients are asked in turn."""
-        arrays, config = self._arrays(), ConfigRecord()
-        messages = list(self.configure_evaluate(server_round, arrays, config, grid))
+        messages = list(self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid))
         collected = self.transport.collect(grid, messages, EVALUATE, server_round)
         who = self.tested
         tried = {evaluation.speaker(self.roster, key, who) or "" for key in self.roster.type_keys}
@@ -359,6 +513,15 @@ class HeteroStrategy(Sharing):
             result.evaluate_metrics_clientapp[server_round] = record
 
     # ---------------------------------------------------------------------------------- the loop
+
+    def summary(self) -> None:
+        """Write what is about to run into the journal."""
+        self.transport.event(
+            "start",
+            of=self.rounds,
+            clients=len(self.roster.clients),
+            shared={group: len(tensors) for group, tensors in self.state.items()},
+        )
 
     def start(
         self,
@@ -392,12 +555,9 @@ class HeteroStrategy(Sharing):
         self.context.session.maps.keep()
         if not evaluated or (done == self.rounds and guests.waiting(self)):
             self._close(done, grid, result)
+        settings = train_config or ConfigRecord()
         for server_round in range(done + 1, self.rounds + 1):
-            messages = list(
-                self.configure_train(
-                    server_round, self._arrays(), train_config or ConfigRecord(), grid
-                )
-            )
+            messages = list(self.configure_train(server_round, ArrayRecord(), settings, grid))
             self._intake = self._make_intake(server_round)
             replies = self.transport.collect(
                 grid, messages, TRAIN, server_round, arrived=self._intake.arrived
@@ -409,10 +569,10 @@ class HeteroStrategy(Sharing):
                 result.train_metrics_clientapp[server_round] = record
             self._close(server_round, grid, result)
             if evaluate_fn is not None:
-                central = evaluate_fn(server_round, self._arrays())
+                central = evaluate_fn(server_round, self.arrays())
                 if central is not None:
                     result.evaluate_metrics_serverapp[server_round] = central
-        result.arrays = self._arrays()
+        result.arrays = self.arrays()
         self._finish(time.monotonic() - self.begin)
         return result
 
@@ -456,9 +616,10 @@ class HeteroStrategy(Sharing):
             self.outcome.alignment = {"quality": self.maps.quality}
         self.transport.event("strategy_end", seconds=seconds, overall=statistics(self.outcome.rows))
 
-    def _header(self, server_round: int, client_id: str) -> Header:
+    def _header(self, server_round: int, client_id: str, train: TrainConfig) -> Header:
         method = self.client_method(client_id)
-        return Header(self.context.experiment, self.context.seed, method, server_round)
+        return Header(self.context.experiment, self.context.seed, method, server_round, train)
 
-    def _arrays(self) -> ArrayRecord:
+    def arrays(self) -> ArrayRecord:
+        """All shared tensors, as Flower keeps them."""
         return pack(self.shared_tensors(), "fp32")

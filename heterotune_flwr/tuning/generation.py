@@ -28,11 +28,11 @@ from transformers import (
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.template import encode_prompt
+from heterotune_flwr.data.text_metrics import exact_match, rouge_l
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.task import Task
-from heterotune_flwr.tuning.text_metrics import exact_match, rouge_l
 
 #: Tokens of one batch, padding and answers included.
 _BATCH_TOKENS = 4096

@@ -35,13 +35,8 @@ from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import load_state, save_state
 from heterotune_flwr.federation.transport import _label
 from heterotune_flwr.flower import ConfigRecord, RecordDict
-from heterotune_flwr.protocol.messages import (
-    TRAIN,
-    Header,
-    RemoteError,
-    TrainReply,
-    TrainRequest,
-)
+from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import AlignmentConfig, DataConfig, TrainConfig
 from heterotune_flwr.tuning import generation
 from heterotune_flwr.tuning.fit import fit

@@ -35,13 +35,8 @@ from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ConfigRecord, RecordDict
-from heterotune_flwr.protocol.messages import (
-    TRAIN,
-    Header,
-    RemoteError,
-    TrainReply,
-    TrainRequest,
-)
+from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import AlignmentConfig, TrainConfig
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy

@@ -22,10 +22,10 @@ from heterotune_flwr.protocol.messages import (
     TRAIN,
     EvaluateRequest,
     Header,
-    RemoteError,
     TrainReply,
     TrainRequest,
 )
+from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.states import bare_states, make_rows
 

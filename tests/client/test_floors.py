@@ -26,17 +26,16 @@ from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.protocol.messages import (
     DESCRIBE,
-    ERROR_REFUSED,
     EVALUATE,
     TRAIN,
     EvaluateReply,
     EvaluateRequest,
     Header,
-    RemoteError,
     TrainReply,
     TrainRequest,
 )
 from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.protocol.wire import ERROR_REFUSED, RemoteError
 from heterotune_flwr.tuning.evaluate import bounded
 from heterotune_flwr.tuning.losses import Examples
 

@@ -19,22 +19,14 @@ from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
-from heterotune_flwr.protocol.messages import (
-    ALIGN,
-    DESCRIBE,
-    ERROR_MAPS_MISSING,
-    Header,
-    RemoteError,
-    TrainReply,
-    pack_mask,
-    unpack_mask,
-)
+from heterotune_flwr.protocol.messages import ALIGN, DESCRIBE, Header, TrainReply
 from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
     DescribeReply,
     DescribeRequest,
 )
+from heterotune_flwr.protocol.wire import ERROR_MAPS_MISSING, RemoteError, pack_mask, unpack_mask
 from heterotune_flwr.schema import TypeConfig
 from heterotune_flwr.strategies import build_strategy
 

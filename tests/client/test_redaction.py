@@ -10,8 +10,9 @@ from real_clients import METHOD, World, deployed_node, inline
 
 from heterotune_flwr.client.redaction import told
 from heterotune_flwr.errors import BackboneError, DataError
-from heterotune_flwr.protocol.messages import DESCRIBE, Header, RemoteError
+from heterotune_flwr.protocol.messages import DESCRIBE, Header
 from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.protocol.wire import RemoteError
 
 GOOD = {"text": "patient SECRET", "label": "fruit"}
 FILES = {

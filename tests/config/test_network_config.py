@@ -13,8 +13,9 @@ from tiny_backbones import write_rows
 from heterotune_flwr.config.compose import compose, to_yaml
 from heterotune_flwr.config.plain import DEEPEST, LONGEST
 from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.protocol.messages import CONFIG, DESCRIBE, Header
+from heterotune_flwr.protocol.messages import DESCRIBE, Header
 from heterotune_flwr.protocol.queries import DescribeRequest
+from heterotune_flwr.protocol.wire import CONFIG
 
 SECRET = "hunter2-correct-horse"
 LOOKED_UP = "${oc.env:CLINIC_PASSWORD}"

@@ -24,23 +24,25 @@ from heterotune_flwr.exchange import (
 )
 from heterotune_flwr.flower import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from heterotune_flwr.protocol.messages import (
-    ERROR_MAPS_MISSING,
     EvaluateReply,
     EvaluateRequest,
     Header,
-    RemoteError,
     TrainReply,
     TrainRequest,
-    error_content,
-    pack_mask,
     resolve_output,
-    unpack_mask,
 )
 from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
     DescribeReply,
     DescribeRequest,
+)
+from heterotune_flwr.protocol.wire import (
+    ERROR_MAPS_MISSING,
+    RemoteError,
+    error_content,
+    pack_mask,
+    unpack_mask,
 )
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 

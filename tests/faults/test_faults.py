@@ -11,7 +11,7 @@ from fault_federation import SHIPPED, run, toy_spec
 from wire_faults import FAULTS, Hostile
 
 from heterotune_flwr.flower import Message
-from heterotune_flwr.protocol.messages import error_content
+from heterotune_flwr.protocol.wire import error_content
 
 NAMES = list(FAULTS)
 

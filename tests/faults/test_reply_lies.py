@@ -14,7 +14,7 @@ from heterotune_flwr.exchange.spill import Spill, Stored
 from heterotune_flwr.federation.admission import _shortened
 from heterotune_flwr.federation.updates import RESERVED, ClientUpdate
 from heterotune_flwr.flower import ConfigRecord, Message, MetricRecord
-from heterotune_flwr.protocol.messages import ERROR_REFUSED, error_content
+from heterotune_flwr.protocol.wire import ERROR_REFUSED, error_content
 
 LIAR = "client-0003"
 

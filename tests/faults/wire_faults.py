@@ -16,8 +16,8 @@ import numpy as np
 
 from heterotune_flwr.exchange.packing import pack
 from heterotune_flwr.flower import Array, ArrayRecord, Message, RecordDict
-from heterotune_flwr.protocol.messages import DELTAS, TrainReply, error_content
-from heterotune_flwr.protocol.wire import PREDICTIONS
+from heterotune_flwr.protocol.messages import TrainReply
+from heterotune_flwr.protocol.wire import DELTAS, PREDICTIONS, error_content
 
 CODEC = "bf16"
 Deltas = dict[str, np.ndarray]

@@ -29,13 +29,8 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import round_trip
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.preflight import preflight
-from heterotune_flwr.protocol.messages import (
-    TRAIN,
-    Header,
-    RemoteError,
-    TrainReply,
-    TrainRequest,
-)
+from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.reporting.status import read_status
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.run import run_strategies

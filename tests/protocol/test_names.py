@@ -19,17 +19,9 @@ from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Message
 from heterotune_flwr.names import as_id, is_file_name, is_id, is_label, printable, safe_text
-from heterotune_flwr.protocol.messages import (
-    DESCRIBE,
-    EVALUATE,
-    TRAIN,
-    EvaluateReply,
-    RemoteError,
-    TrainReply,
-    error_content,
-)
+from heterotune_flwr.protocol.messages import DESCRIBE, EVALUATE, TRAIN, EvaluateReply, TrainReply
 from heterotune_flwr.protocol.queries import DescribeReply
-from heterotune_flwr.protocol.wire import read_config
+from heterotune_flwr.protocol.wire import RemoteError, error_content, read_config
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.status import Standing, follow, render
 from heterotune_flwr.reporting.tables import final_table

@@ -15,6 +15,13 @@ from tiny_backbones import TEXTS
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.text_metrics import (
+    common_subsequence,
+    exact_match,
+    normalise,
+    rouge_l,
+    words,
+)
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.tuning import generation
 from heterotune_flwr.tuning.adapters import attach, detach_all
@@ -24,13 +31,6 @@ from heterotune_flwr.tuning.generation import generate_answers, score_generation
 from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
-from heterotune_flwr.tuning.text_metrics import (
-    common_subsequence,
-    exact_match,
-    normalise,
-    rouge_l,
-    words,
-)
 
 
 @pytest.fixture(autouse=True)

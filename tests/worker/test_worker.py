@@ -36,11 +36,11 @@ from heterotune_flwr.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
     Header,
-    RemoteError,
     TrainReply,
     TrainRequest,
 )
 from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
+from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.worker import link
 from heterotune_flwr.worker.cli import ask_status

@@ -1,4 +1,4 @@
-"""Consensus on open text: what clients of different models answer to public anchors, in words.
+"""Answers on open text: what clients of different models answer to public anchors, in words.
 
 Label probabilities need a closed label set; words every model can read. Each client *samples* an answer to every
 anchor, and of all answers to an anchor one is drawn, by the clients' voices, for all to learn in the next round. A
@@ -13,20 +13,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.channels.predictions.record import DistillationRequest, as_answers
-from heterotune_flwr.channels.predictions.server import PredictionEnsemble, agreement_weights
+from heterotune_flwr.channels.channel import Aggregated, RunFacts, Update
+from heterotune_flwr.channels.predictions.record import DistillationRequest, Said, as_answers
+from heterotune_flwr.channels.predictions.server import agreement_weights
+from heterotune_flwr.channels.text_rounds import TextRounds
 from heterotune_flwr.cmga.pull import no_louder
+from heterotune_flwr.data.text_metrics import folded, words
 from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.trees import State
-from heterotune_flwr.protocol.messages import TrainReply
-from heterotune_flwr.tuning.text_metrics import folded, words
+from heterotune_flwr.protocol.payloads import Payload
 
 Matrix = NDArray[np.float64]
 
@@ -79,88 +80,65 @@ def _shares(weights: Matrix) -> Matrix:
     return np.asarray(weights / np.maximum(weights.sum(axis=0), 1e-300))
 
 
-class AnswerEnsemble(PredictionEnsemble):
-    """The server's side where answers are words.
+class AnswerEnsemble(TextRounds[list[str]]):
+    """The server's half where answers are words.
 
-    Parameters
-    ----------
-    consensus
-        With the same options and anchors; its ``agreement_power``, ``entropy_power`` and ``balance`` mean here what
-        they mean there: agreement is that of the answers' words, sureness is ``exp(-mean entropy of the answer's
-        tokens)``, and what is made equally frequent are answers that many anchors get.
-    seed
-        The run's, of the draws.
-
+    Its options mean here what they mean with predictions: agreement is that of the answers' words, sureness is
+    ``exp(-mean entropy of the answer's tokens)``, and what is made equally frequent are answers that many anchors get.
     """
 
-    def __init__(self, consensus: PredictionEnsemble, seed: int) -> None:
-        self.seed = seed
-        options = consensus.options
-        # Answers are written word by word: guests learn from those of the pool.
-        self.options = dataclasses.replace(options, guest_anchors=options.pool)
-        self.digests = consensus.digests
-        #: By type; under "" where all learn from the same.
-        self._answers: dict[str, list[str]] = {}
-        self._due = 0
-        self.closes_after = consensus.closes_after
+    def open(self, run: RunFacts) -> str | None:
+        """A closed label set exchanges probabilities; guests learn from the answers to the pool, word by word."""
+        if run.labels:
+            return "the task has a closed label set, on which models exchange probabilities"
+        self.options = dataclasses.replace(self.options, guest_anchors=self.options.pool)
+        return super().open(run)
+
+    def bring(
+        self, request: DistillationRequest, known: list[str], places: list[int]
+    ) -> DistillationRequest:
+        """Answers to fit."""
+        return dataclasses.replace(request, answers=[known[place] for place in places])
 
     def state_dict(self) -> State:
         """The next round's answers."""
-        texts = {key: json.dumps(answers).encode() for key, answers in self._answers.items()}
+        texts = {key: json.dumps(answers).encode() for key, answers in self.known.items()}
         arrays = {key: np.frombuffer(text, dtype=np.uint8) for key, text in texts.items()}
-        return {"answers": arrays, "due": self._due}
+        return {"answers": arrays, "due": self.due}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from :meth:`state_dict`."""
-        self._answers = {key: json.loads(a.tobytes()) for key, a in state["answers"].items()}
-        self._due = state["due"]
-
-    def lesson(self, server_round: int, type_key: str) -> DistillationRequest:
-        """What a client is asked in a round; without answers where nobody it learns from has answered."""
-        answers = self._due_for(server_round, type_key, self._answers)
-        if answers is not None:
-            answers = [answers[place] for place in self._places(server_round, answers)]
-        return dataclasses.replace(self._lesson(server_round), words=True, answers=answers)
-
-    def guest_request(self, server_round: int, type_key: str) -> DistillationRequest:
-        """As :meth:`..predictions.server.PredictionEnsemble.guest_request`."""
-        answers = self._due_for_guests(server_round, type_key, self._answers)
-        return dataclasses.replace(self._lesson_for_guests(answers), words=True, answers=answers)
+        self.known = {key: json.loads(a.tobytes()) for key, a in state["answers"].items()}
+        self.due = state["due"]
 
     def aggregate(
-        self, server_round: int, reports: Sequence[TrainReply], classes: int
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Draw, for every anchor of the next round, one of the answers that clients gave.
-
-        Returns as :meth:`..predictions.server.PredictionEnsemble.hear`; ``classes`` plays no part.
-        """
+        self, server_round: int, replies: Mapping[str, Payload | None], updates: Sequence[Update]
+    ) -> Aggregated:
+        """Draw, for every anchor of the next round, one of the answers that clients gave."""
         usable: dict[str, tuple[list[str], Matrix]] = {}
         refused: dict[str, str] = {}
-        for report in sorted(reports, key=lambda report: report.client_id):
+        for client_id, payload in replies.items():
             try:
-                usable[report.client_id] = _checked(report, self.asked(server_round))
+                usable[client_id] = _checked(payload, self.asked(server_round))
             except ExchangeError as error:
-                refused[report.client_id] = str(error)
-        self._answers, self._due = {}, server_round + 1
-        types = {report.client_id: report.type_key for report in reports}
+                refused[client_id] = str(error)
+        self.known, self.due = {}, server_round + 1
         shares: dict[str, float] = {}
-        for group, members in self._groups(list(usable), types).items():
+        for group, members in self.groups(list(usable)).items():
             said = [usable[client_id] for client_id in members]
             weights = self._weigh(said)
-            rng = generator(self.seed, f"answers.{server_round}.{group}")
-            self._answers[group] = _draw(weights, [answers for answers, _ in said], rng)
-            for client_id, share in zip(members, weights.mean(axis=1), strict=True):
-                shares[types[client_id]] = shares.get(types[client_id], 0.0) + float(share)
+            rng = generator(self.run.seed, f"answers.{server_round}.{group}")
+            self.known[group] = _draw(weights, [answers for answers, _ in said], rng)
+            shares |= {cid: float(w) for cid, w in zip(members, weights.mean(axis=1), strict=True)}
         if not usable:
-            return {}, refused
-        sureness = float(np.stack([sure for _, sure in usable.values()]).mean())
-        distinct = len({answer for answers in self._answers.values() for answer in answers})
-        return {
-            "agreement_weights": shares,
-            "sureness": sureness,
+            return Aggregated({}, refused)
+        log = {
+            "agreement_weights": self.shares_by_type(shares),
+            "sureness": float(np.stack([sure for _, sure in usable.values()]).mean()),
             "clients": len(usable),
-            "answers": distinct,
-        }, refused
+            "answers": len({answer for answers in self.known.values() for answer in answers}),
+        }
+        return Aggregated(log, refused)
 
     def _weigh(self, said: Sequence[tuple[list[str], Matrix]]) -> Matrix:
         """Chance of every client's answer to be drawn (clients x n); 0 where it said nothing."""
@@ -176,10 +154,11 @@ class AnswerEnsemble(PredictionEnsemble):
         return balance_answers(weights, [answers for answers, _ in said], options.balance)
 
 
-def _checked(report: TrainReply, count: int) -> tuple[list[str], Matrix]:
+def _checked(payload: Payload | None, count: int) -> tuple[list[str], Matrix]:
     """A client's answers without white space around them, and how sure it is of each (``n``, above 0 to 1)."""
-    answers = [answer.strip() for answer in as_answers(report.answers, count)]
-    sure = report.predictions
+    said = None if payload is None else Said.from_payload(payload)
+    answers = [answer.strip() for answer in as_answers(said.answers if said else None, count)]
+    sure = said.predictions if said else None
     if sure is None or sure.shape != (count, 1):
         shape = "nothing" if sure is None else list(sure.shape)
         raise ExchangeError(f"how sure it is of its answers is {shape}, expected {count} x 1")
@@ -201,3 +180,6 @@ def _draw(weights: Matrix, answers: Sequence[Sequence[str]], rng: np.random.Gene
             answers[int(np.searchsorted(reached, limit * reached[-1], side="right"))][anchor]
         )
     return drawn
+
+
+Channel = AnswerEnsemble

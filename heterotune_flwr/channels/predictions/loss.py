@@ -49,8 +49,6 @@ class Distillation:
     informativeness_power
         Anchors are drawn with chances ``~ (log C - H)^informativeness_power``, H the entropy of their targets in nats:
         more often where the targets say something. 0: all alike, as where the targets are tokens.
-    offsets
-        Share, in the predictions that are fitted, of what the rows add to their logits.
 
     """
 
@@ -60,7 +58,6 @@ class Distillation:
     weight: float
     batch: int = 0
     informativeness_power: float = 0.0
-    offsets: float = 1.0
 
     @cached_property
     def chances(self) -> NDArray[np.float64] | None:
@@ -98,17 +95,15 @@ class Distillation:
             total = torch.zeros(len(anchors), device=losses.device).index_add(0, owners, losses)
             return self.weight * total / torch.bincount(owners, minlength=len(anchors))
         wanted = self.targets[[self._positions[index] for index in anchors]]
-        logits = _label_logits(task, self.rows, states, anchors, self.offsets)
+        logits = _label_logits(task, self.rows, states, anchors)
         logs = functional.log_softmax(logits, dim=-1)
         return -self.weight * (wanted * logs).sum(dim=-1)
 
 
-def _label_logits(
-    task: Task, rows: Rows, states: Tensor, indices: Sequence[int], share: float = 1.0
-) -> Tensor:
-    """Logits of the labels for some rows, with a share of what is added to them."""
+def _label_logits(task: Task, rows: Rows, states: Tensor, indices: Sequence[int]) -> Tensor:
+    """Logits of the labels for some rows, with what is added to them."""
     logits, offsets = task.label_logits(states), rows.offsets(indices)
-    return logits if offsets is None else logits + share * offsets
+    return logits if offsets is None else logits + offsets
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ tokenizer, width or depth in either. No torch here.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,26 +15,16 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import UNIT8
-from heterotune_flwr.exchange.packing import pack
-from heterotune_flwr.flower import ConfigRecord, RecordDict
-from heterotune_flwr.protocol.wire import (
-    ANSWERS,
-    CONSENSUS,
-    PREDICTIONS,
-    read_config,
-    read_field,
-    read_json,
-    read_tensors,
-    read_texts,
-)
+from heterotune_flwr.protocol.payloads import Payload
+from heterotune_flwr.protocol.wire import read_field, read_texts
 
 Array = NDArray[np.float32]
 
-_FIELD, _TARGETS = "predictions", "targets"
+_TARGETS, _PREDICTIONS, _ANSWERS = "targets", "predictions", "answers"
 #: Letters of one answer.
 LONGEST_ANSWER = 2000
 #: Above it chances would be all or nothing.
-MOST_FOCUS = 8.0
+MOST_POWER = 8.0
 
 
 @dataclass(frozen=True)
@@ -56,10 +44,8 @@ class DistillationRequest:
         ``count x C``: the federation's mean predictions on *this* round's anchors, None while there are none.
     batch
         Anchors in every training step; 0: as many as examples.
-    words
-        Whether the client answers in words (open text) instead of label probabilities.
     answers
-        With ``words``, in the place of ``targets``: what to answer on each anchor, "" where nothing.
+        On open text, in the place of ``targets``: what to answer on each anchor, "" where nothing.
     asked
         How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's. More
         than the pool: so many of the whole list.
@@ -74,7 +60,6 @@ class DistillationRequest:
     weight: float
     targets: Array | None = None
     batch: int = 0
-    words: bool = False
     answers: list[str] | None = None
     asked: int | None = None
     informativeness_power: float = 0.0
@@ -94,110 +79,61 @@ class DistillationRequest:
         """Whether there is nothing to learn from it."""
         return not self.weight or (self.targets is None and not any(self.answers or ()))
 
-    def add_to(self, content: RecordDict, config: ConfigRecord) -> None:
-        """Add the lesson to a request under construction."""
+    def to_payload(self) -> Payload:
+        """What travels."""
         fields: dict[str, Any] = {
-            "digest": self.digest,
-            "pool": self.pool,
-            "count": self.count,
-            "weight": self.weight,
-            "batch": self.batch,
-        }
-        if self.words:
-            fields["words"] = True
-        if self.wanted != self.count:
-            fields["asked"] = self.wanted
-        if self.informativeness_power:
-            fields["informativeness_power"] = self.informativeness_power
-        config[_FIELD] = json.dumps(fields, separators=(",", ":"))
-        if self.targets is not None:
-            content[CONSENSUS] = pack({_TARGETS: self.targets}, UNIT8)
-        add_answers(config, self.answers)
+            "digest": self.digest, "pool": self.pool, "count": self.count, "weight": self.weight,
+            "batch": self.batch, "asked": self.wanted, "informativeness_power": self.informativeness_power,
+        }  # fmt: skip
+        if self.answers is not None:
+            fields[_ANSWERS] = self.answers
+        tensors = {} if self.targets is None else {_TARGETS: self.targets}
+        fits = "" if self.is_empty else "fit"
+        return Payload(tensors, fields, UNIT8, effort=f"{fits} {self.wanted} of {self.count}")
 
     @classmethod
-    def read(cls, content: RecordDict, config: ConfigRecord) -> DistillationRequest | None:
-        """Read the lesson of a request; None where it has none.
-
-        Raises
-        ------
-        ExchangeError
-            It is malformed.
-
-        """
-        if _FIELD not in config:
-            return None
-        fields: Any = read_json(config, _FIELD)
-        if not isinstance(fields, dict):
-            raise ExchangeError("field 'consensus' of the message is not a JSON object")
-        pool, count = read_field(fields, "pool", int), read_field(fields, "count", int)
-        weight, batch = read_field(fields, "weight", float), read_field(fields, "batch", int)
-        asked = read_field(fields, "asked", int) if "asked" in fields else None
-        informativeness_power = (
-            read_field(fields, "informativeness_power", float)
-            if "informativeness_power" in fields
-            else 0.0
-        )
-        words = "words" in fields and read_field(fields, "words", bool)
-        sizes = 1 <= count <= pool and (asked or 0) >= 0 and batch >= 0
-        if (
-            not sizes
-            or not 0 <= weight < float("inf")
-            or not 0 <= informativeness_power <= MOST_FOCUS
-        ):
-            raise ExchangeError(f"field 'consensus' of the message asks the impossible: {fields}")
-        tensors = read_tensors(content, CONSENSUS)
-        targets = None
-        if tensors is not None:
-            targets = as_probabilities(tensors.get(_TARGETS), count)
-        answers = read_answers(config)
-        if answers is not None:
-            answers = as_answers(answers, count)
+    def from_payload(cls, payload: Payload) -> DistillationRequest:
+        """Read what came (ExchangeError: malformed)."""
+        fields = payload.fields
         digest = read_field(fields, "digest", str)
-        return cls(
-            digest,
-            pool,
-            count,
-            weight,
-            targets,
-            batch,
-            words,
-            answers,
-            asked,
-            informativeness_power,
+        pool, count, batch, asked = (
+            read_field(fields, key, int) for key in ("pool", "count", "batch", "asked")
         )
+        weight, power = (
+            read_field(fields, key, float) for key in ("weight", "informativeness_power")
+        )
+        sizes = 1 <= count <= pool and asked >= 0 and batch >= 0
+        if not sizes or not 0 <= weight < float("inf") or not 0 <= power <= MOST_POWER:
+            raise ExchangeError(
+                f"the message asks the impossible of public texts: {dict(fields)}"[:300]
+            )
+        targets = answers = None
+        if payload.tensors:
+            targets = as_probabilities(payload.tensors.get(_TARGETS), count)
+        if _ANSWERS in fields:
+            answers = as_answers(read_texts(fields, _ANSWERS), count)
+        return cls(digest, pool, count, weight, targets, batch, answers, asked, power)
 
 
-def asks_otherwise(content: RecordDict) -> bool:
-    """Whether a request's lesson asks for predictions on more or fewer anchors than it is about."""
-    config = read_config(content)
-    return _FIELD in config and "asked" in read_json(config, _FIELD)
+@dataclass(frozen=True)
+class Said:
+    """What a client says of a round's anchors: label probabilities ``n x C``, or answers and sureness ``n x 1``."""
 
+    predictions: Array
+    answers: list[str] | None = None
 
-def add_predictions(content: RecordDict, predictions: Array | None) -> None:
-    """Add a client's predictions to its reply."""
-    if predictions is not None:
-        content[PREDICTIONS] = pack({PREDICTIONS: predictions}, UNIT8)
+    def to_payload(self) -> Payload:
+        """What travels."""
+        fields = {} if self.answers is None else {_ANSWERS: self.answers}
+        return Payload({_PREDICTIONS: self.predictions}, fields, UNIT8)
 
-
-def read_predictions(content: RecordDict) -> Array | None:
-    """Read the predictions of a reply as they came, None where there are none (see :func:`as_probabilities`)."""
-    tensors = read_tensors(content, PREDICTIONS)
-    if tensors is None:
-        return None
-    if set(tensors) != {PREDICTIONS}:
-        raise ExchangeError(f"record 'predictions' holds {sorted(tensors)}")
-    return tensors[PREDICTIONS]
-
-
-def add_answers(config: ConfigRecord, answers: Sequence[str] | None) -> None:
-    """Add answers in words to a request or reply under construction."""
-    if answers is not None:
-        config[ANSWERS] = list(answers)
-
-
-def read_answers(config: ConfigRecord) -> list[str] | None:
-    """Read the answers of a message as they came, None where there are none (see :func:`as_answers`)."""
-    return read_texts(config, ANSWERS) if ANSWERS in config else None
+    @classmethod
+    def from_payload(cls, payload: Payload) -> Said:
+        """Read what came, to be checked by :func:`as_probabilities` or :func:`as_answers` (ExchangeError)."""
+        if set(payload.tensors) != {_PREDICTIONS}:
+            raise ExchangeError(f"what is said of public texts holds {sorted(payload.tensors)}")
+        answers = read_texts(payload.fields, _ANSWERS) if _ANSWERS in payload.fields else None
+        return cls(payload.tensors[_PREDICTIONS], answers)
 
 
 def as_answers(answers: list[str] | None, count: int) -> list[str]:

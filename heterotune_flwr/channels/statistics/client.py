@@ -1,4 +1,4 @@
-"""What a client does with the shared discriminant: it tells its classes' sums, and adds the logits to its own model's.
+"""What a client does with class statistics: it tells its classes' sums, and adds a classifier's logits to its model's.
 
 Both read the latents of the *bare* backbone, which every type has in the same space and which no training moves:
 adapted states of different models drift apart.
@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier
+from heterotune_flwr.channels.channel import Purpose
+from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
+from heterotune_flwr.channels.limits import bounded
+from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier, Request
 from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.states import bare_states, bare_text_states
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
 #: States that go through the maps at a time: the tables may be larger than the device's memory.
 _ROWS_AT_A_TIME = 4096
+#: Largest weight or bias of a classifier.
+LARGEST_LOGITS = 1e3
 
 
 @torch.no_grad()
@@ -76,13 +82,13 @@ def class_sums(
 
 @torch.no_grad()
 def classifier_logits(
-    discriminant: LinearClassifier | None,
+    classifier: LinearClassifier,
     adapter: AttachedAdapter,
     task: Task,
     encoded: EncodedSet,
     cache: bool = True,
-) -> Tensor | None:
-    """Logits of the labels for every example (``n x C``, float32, on the backbone's device); None without discriminant.
+) -> Tensor:
+    """Logits of the labels for every example (``n x C``, float32, on the backbone's device).
 
     Raises
     ------
@@ -90,24 +96,47 @@ def classifier_logits(
         It is of other labels or another latent space, or not finite; or there is no closed label set or no latents.
 
     """
-    if discriminant is None or not len(encoded):
-        return None
     if adapter.kind != "dema" or task.kind != "labels":
         raise ExchangeError(
-            "a discriminant needs a closed label set and a method with shared latents"
+            "class statistics need a closed label set and a method with shared latents"
         )
-    if not (np.isfinite(discriminant.weight).all() and np.isfinite(discriminant.bias).all()):
-        raise ExchangeError("the discriminant holds numbers that are not finite")
-    method = adapter.method
-    read = method.latent * (1 + method.text_view)
-    wanted = (len(task.labels or ()), read)
-    if discriminant.weight.shape != wanted:
-        labels, latents = discriminant.weight.shape
+    if not (np.isfinite(classifier.weight).all() and np.isfinite(classifier.bias).all()):
+        raise ExchangeError("the classifier holds numbers that are not finite")
+    wanted = (len(task.labels or ()), adapter.method.latent * (1 + adapter.method.text_view))
+    if classifier.weight.shape != wanted:
+        labels, latents = classifier.weight.shape
         raise ExchangeError(
-            f"the discriminant is of {labels} labels and {latents} latents, here are {wanted[0]} and {wanted[1]}"
+            f"the classifier is of {labels} labels and {latents} latents, here are {wanted[0]} and {wanted[1]}"
         )
     device = adapter.backbone.device
-    weight, bias = (
-        torch.from_numpy(v).to(device) for v in (discriminant.weight, discriminant.bias)
-    )
+    weight, bias = (torch.from_numpy(v).to(device) for v in (classifier.weight, classifier.bias))
     return functional.linear(shared_latents(adapter, encoded, cache), weight, bias)
+
+
+class Channel(ClientChannel):
+    """The client's half."""
+
+    def __init__(self, asked: Payload, work: ClientWork) -> None:
+        super().__init__(asked, work)
+        self.request = Request.from_payload(asked)
+
+    @classmethod
+    def check(cls, asked: Payload) -> None:
+        """Bound the classifier."""
+        bounded(asked.tensors, "the classifier", LARGEST_LOGITS)
+
+    def logits(self, of: EncodedSet, purpose: Purpose) -> Tensor | None:
+        """The classifier's: a share of them while the client fits others' predictions, all of them otherwise."""
+        classifier, work = self.request.classifier, self.work
+        if classifier is None or purpose == "train" or not len(of):
+            return None
+        cache = work.config.train.cache_states
+        found = classifier_logits(classifier, work.adapter, work.task, of, cache)
+        return self.request.distill_share * found if purpose == "fit" else found
+
+    def reply(self) -> Payload | None:
+        """Sums of the own examples' classes, as far as the node's owner allows."""
+        work, least = self.work, self.work.node.allowed_min_count(self.request.min_count)
+        cache = work.config.train.cache_states
+        told = class_sums(work.adapter, work.task, work.own, least, cache)
+        return None if told is None else told.to_payload()

@@ -1,86 +1,82 @@
-"""The shared discriminant on the wire: what a client tells of its classes, and what all of them together make of it.
+"""Class statistics on the wire: what a client tells of its classes, and what all of them together make of it.
 
 A client tells, once, how many examples it has of every class, and the sum of their latents: ``C x (r + 1)`` numbers in
 the space that all model types share, of the bare backbone. Back come the ``C x (r + 1)`` numbers of a linear
-discriminant.
-There is no tokenizer, width or depth in either. No torch here.
+classifier. There is no tokenizer, width or depth in either. No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.exchange.packing import Tensors, pack, round_trip, tensor_digest
-from heterotune_flwr.flower import RecordDict
-from heterotune_flwr.protocol.wire import (
-    CLASS_COUNTS,
-    CLASS_SUMS,
-    DISCRIMINANT,
-    read_tensors,
-)
+from heterotune_flwr.exchange.packing import Tensors, round_trip
+from heterotune_flwr.protocol.payloads import Array, Payload
+from heterotune_flwr.protocol.wire import read_field
 
-Array = NDArray[np.float32]
-
-_WEIGHT, _BIAS, _FITTED = "weight", "bias", "distill_share"
+_WEIGHT, _BIAS, _SHARE, _MIN_COUNT = "weight", "bias", "distill_share", "min_count"
 _COUNTS, _SUMS = "counts", "sums"
-#: Of everything but the counts, which are whole numbers.
-_CODEC, _WHOLE = "bf16", "fp32"
+_CODEC = "bf16"
 #: How far the mean of a class may lie from the anchors' (root mean square over latents, in standard deviations).
 FARTHEST = 100.0
+#: No client has more examples of a class.
+_MOST_EXAMPLES = 10**9
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Logits ``weight z + bias`` of the labels for a latent ``z``: ``C x r`` and ``C``.
-
-    ``distill_share``: the share of them that stands beside a client's own logits while it fits others' predictions.
-    """
+    """Logits ``weight z + bias`` of the labels for a latent ``z``: ``C x r`` and ``C``."""
 
     weight: Array
     bias: Array
-    distill_share: float = 1.0
-
-    @property
-    def digest(self) -> str:
-        """Identity of its numbers."""
-        return tensor_digest(self._tensors)
 
     @property
     def rounded(self) -> LinearClassifier:
         """As it travels."""
-        return self._of(round_trip(self._tensors, _CODEC))
+        values = round_trip({_WEIGHT: self.weight, _BIAS: self.bias}, _CODEC)
+        return LinearClassifier(values[_WEIGHT], values[_BIAS])
 
-    def add_to(self, content: RecordDict) -> None:
-        """Add it to a request under construction."""
-        content[DISCRIMINANT] = pack(self._tensors, _CODEC)
+
+@dataclass(frozen=True)
+class Request:
+    """What a client is asked and brought.
+
+    Attributes
+    ----------
+    classifier
+        Adds to the labels' logits, null where nothing does.
+    min_count
+        Sums are asked of classes with so many examples; 0: of none.
+    distill_share
+        Share of the classifier's logits that stands beside a client's own while it fits others' predictions.
+
+    """
+
+    classifier: LinearClassifier | None
+    min_count: int = 0
+    distill_share: float = 1.0
+
+    def to_payload(self) -> Payload:
+        """What travels."""
+        fields = {_MIN_COUNT: self.min_count, _SHARE: self.distill_share}
+        tensors: Tensors = {}
+        if self.classifier is not None:
+            tensors = {_WEIGHT: self.classifier.weight, _BIAS: self.classifier.bias}
+        return Payload(tensors, fields, _CODEC, effort="logits" if tensors else "")
 
     @classmethod
-    def read(cls, content: RecordDict) -> LinearClassifier | None:
-        """Read that of a request, None where there is none (ExchangeError: malformed)."""
-        tensors = read_tensors(content, DISCRIMINANT)
-        if tensors is None:
-            return None
-        return cls._of(tensors)
-
-    @property
-    def _tensors(self) -> Tensors:
-        distill_share = np.array([self.distill_share], np.float32)
-        return {_WEIGHT: self.weight, _BIAS: self.bias, _FITTED: distill_share}
-
-    @classmethod
-    def _of(cls, tensors: Tensors) -> LinearClassifier:
-        rest = dict(tensors)
-        distill_share = rest.pop(_FITTED, np.zeros(0, np.float32))
-        if distill_share.shape != (1,) or not 0 <= distill_share[0] <= 1:
-            raise ExchangeError(
-                "a discriminant's share in what is distill_share is a number from 0 to 1"
-            )
-        return cls(*_two(rest, _WEIGHT, _BIAS, "statistics"), float(distill_share[0]))
+    def from_payload(cls, payload: Payload) -> Request:
+        """Read what came (ExchangeError: malformed)."""
+        share = read_field(payload.fields, _SHARE, float)
+        if not 0 <= share <= 1:
+            raise ExchangeError("a classifier's share in what is fitted is a number from 0 to 1")
+        classifier = None
+        if payload.tensors:
+            classifier = LinearClassifier(*_two(payload, _WEIGHT, _BIAS))
+        return cls(classifier, read_field(payload.fields, _MIN_COUNT, int), share)
 
 
 @dataclass(frozen=True)
@@ -90,22 +86,21 @@ class ClassSums:
     counts: Array
     sums: Array
 
-    def add_to(self, content: RecordDict) -> None:
-        """Add them to a reply under construction."""
-        content[CLASS_SUMS] = pack({_SUMS: self.sums}, _CODEC)
-        content[CLASS_COUNTS] = pack({_COUNTS: self.counts}, _WHOLE)
+    def to_payload(self) -> Payload:
+        """What travels; the counts exactly."""
+        counts = [int(count) for count in self.counts]
+        return Payload({_SUMS: self.sums}, {_COUNTS: counts}, _CODEC)
 
     @classmethod
-    def read(cls, content: RecordDict) -> ClassSums | None:
-        """Read those of a reply as they came, None where there are none (see :meth:`check`)."""
-        sums_told, counts_told = (
-            read_tensors(content, name) for name in (CLASS_SUMS, CLASS_COUNTS)
-        )
-        if sums_told is None and counts_told is None:
-            return None
-        tensors = {**(sums_told or {}), **(counts_told or {})}
-        sums, counts = _two(tensors, _SUMS, _COUNTS, "class sums")
-        return cls(counts, sums)
+    def from_payload(cls, payload: Payload) -> ClassSums:
+        """Read what came, to be checked by :meth:`check` (ExchangeError: malformed)."""
+        counts = read_field(payload.fields, _COUNTS, list)
+        if not all(type(count) is int and 0 <= count <= _MOST_EXAMPLES for count in counts):
+            raise ExchangeError("counts of classes are no whole numbers")
+        sums = payload.tensors.get(_SUMS)
+        if set(payload.tensors) != {_SUMS} or sums is None or sums.shape[:-1] != (len(counts),):
+            raise ExchangeError("class sums have another shape than their counts")
+        return cls(np.array(counts, np.float32), np.asarray(sums, np.float32))
 
     def check(self, classes: int, spreads: NDArray[np.float64], least: int, examples: int) -> float:
         """Refuse what a client with ``examples`` of its own cannot have.
@@ -135,11 +130,11 @@ class ClassSums:
             raise ExchangeError(
                 f"class sums are {list(sums.shape)}, expected {classes} x {len(spreads)}"
             )
-        if not (np.isfinite(counts).all() and np.isfinite(sums).all()):
+        if not np.isfinite(sums).all():
             raise ExchangeError("class sums hold numbers that are not finite")
         told = counts > 0
-        if (counts != np.round(counts)).any() or (counts < 0).any() or (counts[told] < least).any():
-            raise ExchangeError(f"counts of classes are not 0, or whole numbers from {least}")
+        if (counts[told] < least).any():
+            raise ExchangeError(f"counts of classes are neither 0 nor from {least}")
         if counts.sum() > examples:
             raise ExchangeError(
                 f"class sums are of {counts.sum():.0f} examples, more than the {examples} declared"
@@ -155,12 +150,11 @@ class ClassSums:
         return farthest
 
 
-def _two(tensors: Mapping[str, Array], matrix: str, vector: str, what: str) -> tuple[Array, Array]:
+def _two(payload: Payload, matrix: str, vector: str) -> tuple[Array, Array]:
     """A ``C x r`` matrix and a vector of ``C``, and nothing else."""
-    if set(tensors) != {matrix, vector}:
-        raise ExchangeError(f"the {what} hold {sorted(tensors)}")
-    values: Tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
-    rows, column = values[matrix], values[vector]
+    if set(payload.tensors) != {matrix, vector}:
+        raise ExchangeError(f"a classifier holds {sorted(payload.tensors)}")
+    rows, column = (np.asarray(payload.tensors[name], np.float32) for name in (matrix, vector))
     if rows.ndim != 2 or column.shape != (len(rows),):
-        raise ExchangeError(f"the {what} are {list(rows.shape)} and {list(column.shape)}")
+        raise ExchangeError(f"a classifier is {list(rows.shape)} and {list(column.shape)}")
     return rows, column

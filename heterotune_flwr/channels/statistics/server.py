@@ -1,4 +1,4 @@
-"""The shared discriminant: what every type's labelled examples say, in the space all types share, in closed form.
+"""Class statistics: what every type's labelled examples say, in the space all types share, in closed form.
 
 A client tells once how many examples it has of each class and the sum of their latents (of the bare backbone, behind
 its type's maps). Sums of different models add up, since the alignment gives the same text the same latents. So the
@@ -26,28 +26,35 @@ That models of different families can pool theirs is what the alignment is for (
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import operator
-import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.channels.channel import (
+    POOL_OVER,
+    Aggregated,
+    Note,
+    Purposes,
+    RunFacts,
+    ServerChannel,
+    Update,
+)
 from heterotune_flwr.channels.statistics.class_pool import Classes, ClassPool
-from heterotune_flwr.channels.statistics.record import LinearClassifier
+from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier, Request
 from heterotune_flwr.cmga import pull
-from heterotune_flwr.config.options import check_between, check_keys, check_number, check_scope
+from heterotune_flwr.config.options import read_options
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
-from heterotune_flwr.federation.roster import Roster
-from heterotune_flwr.protocol.messages import TrainReply
-from heterotune_flwr.schema import MethodConfig
+from heterotune_flwr.fields import option
+from heterotune_flwr.protocol.payloads import Payload
 
 #: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared
 #: and it lies further off than honest ones do (root mean square over latents, in their standard deviations).
@@ -61,12 +68,12 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """Options of a strategy's ``discriminant``.
+    """Options of a strategy's ``statistics``.
 
     Attributes
     ----------
     weight
-        Of its logits beside the model's logits.
+        Of the classifier's logits beside the model's logits; 0: the channel is off.
     min_count
         A client tells nothing of classes of which it has fewer examples: the sum of one is that example's latents.
     prior
@@ -75,41 +82,19 @@ class StatisticsOptions:
         Whose examples a client's is made of: ``all``, or those of its own ``type``, where nothing crosses types.
     distill_share
         Share of it, 0 to 1, that a client has in its own predictions while it fits the others', in which all of it is:
-        at 0 it learns what the others' discriminant says and the tests add its own again, at 1 it learns the rest.
+        at 0 it learns what the others' classifier says and the tests add its own again, at 1 it learns the rest.
     min_cosine
         Cosine with the other types' classes (:func:`agreement`) below which a type has those of its own alone; -1: all
         are pooled.
 
     """
 
-    weight: float = 0.1
-    min_count: int = 2
-    prior: float = 2.0
-    pool_over: str = "all"
-    distill_share: float = 0.5
-    min_cosine: float = 0.06
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any]) -> StatisticsOptions:
-        """Read a YAML entry (ConfigError names what is wrong)."""
-        check_keys("statistics", given, [field.name for field in dataclasses.fields(cls)])
-        for key, value in given.items():
-            if key == "pool_over":
-                check_scope("statistics", value)
-            elif key == "min_cosine":
-                check_between("statistics.min_cosine", value, -1.0, 1.0)
-            elif key == "distill_share":
-                check_between("statistics.distill_share", value, 0.0, 1.0)
-            else:
-                whole = key == "min_count"
-                check_number(f"statistics.{key}", value, whole, least=int(whole))
-        return cls(**given)
-
-    @classmethod
-    def optional(cls, given: Mapping[str, Any] | None) -> StatisticsOptions | None:
-        """The same of an entry that may be null; None for that, and where the weight is 0."""
-        options = None if given is None else cls.read(given)
-        return options if options is not None and options.weight > 0 else None
+    weight: float = option(0.1, least=0)
+    min_count: int = option(2, least=1)
+    prior: float = option(2.0, least=0)
+    pool_over: str = option("all", choices=POOL_OVER)
+    distill_share: float = option(0.5, least=0, most=1)
+    min_cosine: float = option(0.06, least=-1, most=1)
 
 
 def agreement(one: Classes, other: Classes, metric: Matrix) -> float | None:
@@ -165,7 +150,7 @@ def who_agrees(
 def linear_discriminant(
     counts: Matrix, sums: Matrix, metric: Matrix, prior: float
 ) -> LinearClassifier:
-    """The discriminant of pooled classes, its logits zero at the mean of all examples.
+    """The linear discriminant of pooled classes, its logits zero at the mean of all examples.
 
     Parameters
     ----------
@@ -184,48 +169,39 @@ def linear_discriminant(
     return LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
 
 
-def without_views(method: MethodConfig) -> MethodConfig:
-    """The method where there is no discriminant, which alone reads the further views of a text."""
-    return dataclasses.replace(method, text_view=False)
+class PooledClassifier(ServerChannel):
+    """The server's half: asks every client once, adds up, hands out."""
 
+    options: StatisticsOptions
 
-class PooledClassifier:
-    """The server's side: asks every client once, adds up, hands out.
+    @classmethod
+    def read(cls, given: Any) -> StatisticsOptions | None:
+        """See :class:`StatisticsOptions`; None where the weight is 0."""
+        options = read_options(StatisticsOptions, given, "statistics")
+        return options if options.weight > 0 else None
 
-    Parameters
-    ----------
-    options
-        See :class:`StatisticsOptions`.
-    spreads
-        Standard deviation of every latent over the anchors (``r``).
-    weighting
-        ``alignment.weighting``: spreads are correlations to this power.
-    roster
-        The clients, and the label set they share.
-    apart
-        Types whose latents are not aligned well enough: they neither tell nor hear.
+    def reads_views(self, labels: Sequence[str]) -> bool:
+        """It reads whole texts besides, wherever it is at work."""
+        return bool(labels)
 
-    """
-
-    def __init__(
-        self,
-        options: StatisticsOptions,
-        spreads: Matrix,
-        weighting: float,
-        roster: Roster,
-        unaligned_types: Collection[str] = (),
-    ) -> None:
-        self.options, self.roster, self.unaligned_types = (
-            options,
-            roster,
-            frozenset(unaligned_types),
+    def open(self, run: RunFacts) -> str | None:
+        """It needs a closed label set, and latents that types share; the last slot's, and those of whole texts."""
+        if not run.labels:
+            return "the task has no closed label set (data.labels, train.loss)"
+        if run.spreads is None:
+            return f"method.kind={run.method.kind} has no latents that types share"
+        self.clients, self.type_keys = run.clients, run.type_keys
+        read = range(run.method.slots - 1, run.method.slots + run.method.text_view)
+        #: Types whose latents are not aligned well enough: they neither tell nor hear.
+        self.unaligned_types = frozenset(
+            key for key in run.type_keys if not all(run.shares(key, place) for place in read)
         )
-        self.classes = len(roster.labels or ())
-        self.spreads = np.asarray(spreads, np.float64)
+        self.classes = len(run.labels)
+        self.spreads = np.asarray(run.spreads, np.float64)
+        weighting = run.config.alignment.weighting
         rho = self.spreads ** (1.0 / weighting) if weighting else np.ones_like(self.spreads)
         self.metric = rho / np.maximum(self.spreads, 1e-12) ** 2
-        most = pull.MOST_TOLD * self.roster.usual_examples
-        self._pool = ClassPool(self.classes, self.metric, most)
+        self._pool = ClassPool(self.classes, self.metric, pull.MOST_TOLD * run.usual_examples)
         #: What has been told, by type.
         self._totals: dict[str, Classes] = {}
         #: How well each type agrees with the others, and those that have classes of their own alone.
@@ -233,42 +209,56 @@ class PooledClassifier:
         self.excluded_types: frozenset[str] = frozenset()
         self._told: set[str] = set()
         #: Of every client in the totals: how far its farthest class lies from the anchors.
-        self._reaches: dict[str, float] = {}
+        self._distances: dict[str, float] = {}
+        self._classifiers: dict[str, LinearClassifier | None] = {}
+        self._announced = False
+        return None
 
     def state_dict(self) -> State:
         """What has been told so far."""
         told = self._pool.state_dict()
-        return {"pool": told, "told": sorted(self._told), "reaches": self._reaches}
+        return {"pool": told, "told": sorted(self._told), "distances": self._distances}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from :meth:`state_dict`."""
         self._pool.load_state_dict(state["pool"])
-        self._told, self._reaches = set(state["told"]), dict(state["reaches"])
-        self._settle()
+        self._told, self._distances = set(state["told"]), dict(state["distances"])
+        self._regroup()
 
     def requested_min_count(self, client_id: str) -> int:
         """Examples a class must have to be told of; 0: the client has told already, or has nothing to tell."""
-        info = self.roster.clients[client_id].info
+        info = self.clients[client_id]
         silent = not info.train_examples or info.type_key in self.unaligned_types
         return 0 if silent or client_id in self._told else self.options.min_count
 
-    def of(self, type_key: str) -> LinearClassifier | None:
-        """What clients of a type add to their logits; None before anybody has told anything."""
+    def request(self, server_round: int, client_id: str, purposes: Purposes) -> Payload | None:
+        """Ask once for class sums; bring the classifier where the client predicts, fits or is tested."""
+        asked = self.requested_min_count(client_id) if "train" in purposes else 0
+        acts = {"fit", "predict", "test"} & set(purposes)
+        classifier = self.classifier(self.clients[client_id].type_key) if acts else None
+        if not asked and classifier is None:
+            return None
+        return Request(classifier, asked, self.options.distill_share).to_payload()
+
+    def classifier(self, type_key: str) -> LinearClassifier | None:
+        """What clients of a type add to their logits, as it travels; None before anybody has told anything."""
+        if type_key not in self._classifiers:
+            self._classifiers[type_key] = self._classifier(type_key)
+        return self._classifiers[type_key]
+
+    def _classifier(self, type_key: str) -> LinearClassifier | None:
         total = self._behind(type_key)
         if type_key in self.unaligned_types or total is None or not total.counts.any():
             return None
         found = linear_discriminant(total.counts, total.sums, self.metric, self.options.prior)
         scale = np.float32(self.options.weight)
-        scaled = LinearClassifier(
-            scale * found.weight, scale * found.bias, self.options.distill_share
-        )
-        return scaled.rounded
+        return LinearClassifier(scale * found.weight, scale * found.bias).rounded
 
     def tensors(self) -> Tensors:
         """Weight (``C x r``) and bias (``C``) of every group, ``<group>/statistics.<name>``; none before any sums."""
         groups = {
-            f"type/{key}" if self._by_itself(key) else "global": self.of(key)
-            for key in self.roster.type_keys
+            f"type/{key}" if self._by_itself(key) else "global": self.classifier(key)
+            for key in self.type_keys
             if key not in self.unaligned_types
         }
         return {
@@ -278,56 +268,76 @@ class PooledClassifier:
             for name in ("weight", "bias")
         }
 
-    def aggregate(self, reports: Sequence[TrainReply]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Add what clients tell.
-
-        Returns what is known now (for the journal), and reasons by client id for sums that were refused; such a client
-        is not asked again.
-        """
+    def aggregate(
+        self, server_round: int, replies: Mapping[str, Payload | None], updates: Sequence[Update]
+    ) -> Aggregated:
+        """Add what clients tell; a client whose sums are refused is not asked again."""
+        excluded, doubted = self.excluded_types, self.doubted
         refused: dict[str, str] = {}
-        told: dict[str, TrainReply] = {}
-        for report in sorted(reports, key=lambda report: report.client_id):
-            if report.class_sums is None or not self.requested_min_count(report.client_id):
+        told: dict[str, ClassSums] = {}
+        for client_id, payload in replies.items():
+            if payload is None or not self.requested_min_count(client_id):
                 continue
-            self._told.add(report.client_id)
-            declared = self.roster.clients[report.client_id].info.train_examples
+            self._told.add(client_id)
+            declared = self.clients[client_id].train_examples
             try:
-                self._reaches[report.client_id] = report.class_sums.check(
+                sums = ClassSums.from_payload(payload)
+                self._distances[client_id] = sums.check(
                     self.classes, self.spreads, self.options.min_count, declared
                 )
             except ExchangeError as error:
-                refused[report.client_id] = str(error)
+                refused[client_id] = str(error)
                 continue
-            told[report.client_id] = report
+            told[client_id] = sums
         usual = self._usual()
-        for client_id, report in told.items():
-            reach = self._reaches[client_id]
-            if reach > max(_FARTHER * usual, _FAR):
+        for client_id, sums in told.items():
+            distance = self._distances[client_id]
+            if distance > max(_FARTHER * usual, _FAR):
                 refused[client_id] = (
-                    f"its classes lie {reach / usual:.3g} times as far away as is usual"
+                    f"its classes lie {distance / usual:.3g} times as far away as is usual"
                 )
-                del self._reaches[client_id]
-            elif report.class_sums is not None:
-                self._pool.add(client_id, report.type_key, report.class_sums)
+                del self._distances[client_id]
+            else:
+                self._pool.add(client_id, self.clients[client_id].type_key, sums)
         if told:
-            self._settle()
+            self._regroup()
+        return Aggregated(self._log(), refused, self._notes(excluded, doubted))
+
+    def _log(self) -> dict[str, Any]:
+        """What is known now, for the journal."""
         examples = int(sum(float(total.counts.sum()) for total in self._totals.values()))
-        known: dict[str, Any] = {"clients": len(self._reaches), "examples": examples}
+        known: dict[str, Any] = {"clients": len(self._distances), "examples": examples}
         if self.agreements:
             known["agreement"] = {key: round(v, 3) for key, v in self.agreements.items()}
             known["excluded_types"] = sorted(self.excluded_types)
-        return known, refused
+        return known
+
+    def _notes(self, excluded: Collection[str], doubted: Mapping[str, float]) -> list[Note]:
+        """What has come to light since there were these excluded types and doubted clients."""
+        notes = []
+        for client_id in sorted(self.doubted.keys() - doubted):
+            share = round(self.doubted[client_id], 3)
+            text = f"what {client_id} tells of its classes counts for {100 * share:.0f} % of its examples"
+            notes.append(Note(text, {"doubted": client_id, "to": share}))
+        for key in sorted(self.excluded_types - set(excluded)):
+            cosine = round(self.agreements[key], 3)
+            text = f"the classes of {key} are not where others' are (agreement {cosine:.2f}): it keeps to its own"
+            notes.append(Note(text, {"excluded_type": key, "agreement": cosine}))
+        if not self._announced:
+            self._announced = True
+            notes.append(Note(_made_of(self._log())))
+        return notes
 
     def _usual(self) -> float:
         """How far clients' farthest classes usually lie; no limit where too few have told."""
-        reaches = [reach for reach in self._reaches.values() if reach > 0]
-        return statistics.median_low(reaches) if len(reaches) >= _COMPARABLE else math.inf
+        found = [distance for distance in self._distances.values() if distance > 0]
+        return median_low(found) if len(found) >= _COMPARABLE else math.inf
 
     def _by_itself(self, type_key: str) -> bool:
         return self.options.pool_over == "type" or type_key in self.excluded_types
 
     def _behind(self, type_key: str) -> Classes | None:
-        """Whose classes a type's discriminant is made of: its own, or those of all types that agree."""
+        """Whose classes a type's classifier is made of: its own, or those of all types that agree."""
         if self._by_itself(type_key):
             return self._totals.get(type_key)
         return _pooled(
@@ -339,16 +349,30 @@ class PooledClassifier:
         """Clients whose examples count for less than half of what they told of, and for what share of it."""
         return {cid: share for cid, share in self._pool.shares.items() if share < _DOUBTED}
 
-    def _settle(self) -> None:
+    def _regroup(self) -> None:
         """Find which types agree with the others, and pool what is told among those that do."""
         if self.options.pool_over == "all":
             self.agreements, self.excluded_types = who_agrees(
                 self._pool.totals(), self.metric, self.options.min_cosine
             )
-        groups = {key: key if self._by_itself(key) else "" for key in self.roster.type_keys}
+        groups = {key: key if self._by_itself(key) else "" for key in self.type_keys}
         self._totals = self._pool.totals(groups)
+        self._classifiers.clear()
 
 
 def _pooled(totals: Iterable[Classes]) -> Classes | None:
     parts = list(totals)
     return functools.reduce(operator.add, parts) if parts else None
+
+
+def _made_of(known: Mapping[str, Any]) -> str:
+    """What the classifier is made of after the first round."""
+    if not known["examples"]:
+        return "class statistics: nobody has told anything of its classes"
+    text = f"class statistics of {known['examples']} examples, told by {known['clients']} clients"
+    if agreement := known.get("agreement"):
+        text += f", agreement between types {min(agreement.values()):.2f} to {max(agreement.values()):.2f}"
+    return text
+
+
+Channel = PooledClassifier
