@@ -18,15 +18,14 @@ from pathlib import Path
 import heterotune_flwr
 from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.layout import Deployment
-from heterotune_flwr.deploy.registry import flwr, register
+from heterotune_flwr.deploy.registry import flwr, reconcile
 from heterotune_flwr.federation.processes import clean_up, start_guard
 from heterotune_flwr.federation.superlink import (
-    _parse_json,
     flower_environment,
     free_port,
     tail,
-    toml_string,
 )
+from heterotune_flwr.programs import object_in, to_toml
 
 BIN = Path(sys.executable).parent
 #: Environment variable that names the unit a process belongs to, as its control group would.
@@ -135,10 +134,9 @@ class Lab:
         text = (place / "node.toml").read_text().replace("# port = 9094", f"port = {free_port()}")
         for key, value in client.items():
             key = key.replace("_", "-")
-            shown = toml_string(value) if isinstance(value, str) else value
             lines = [line for line in text.splitlines() if line.split(" =")[0] != key]
             at = lines.index("[client]") + 1
-            text = "\n".join([*lines[:at], f"{key} = {shown}", *lines[at:], ""])
+            text = "\n".join([*lines[:at], to_toml({key: value}), *lines[at:], ""])
         (place / "node.toml").write_text(text)
         return place
 
@@ -150,7 +148,9 @@ class Lab:
 
     def register(self) -> list[str]:
         """Register what is not registered; returns the names."""
-        return register(self.deployment)
+        outcome = reconcile(self.deployment)
+        assert not outcome.troubles, outcome.troubles
+        return outcome.registered
 
     def online(self) -> set[str]:
         """Names of the nodes that are online."""
@@ -172,12 +172,12 @@ class Lab:
             [BIN / "flwr", *arguments], env={**self.environment, "FLWR_HOME": str(self.deployment.operator)},
             cwd="/", capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        return _parse_json(done.stdout) or {"error": done.stdout + done.stderr}
+        return object_in(done.stdout) or {"error": done.stdout + done.stderr}
 
     def submit(self, app: Path, **run_config: str) -> str:
         """Submit a run of a staged app; returns its id."""
         settings = self.logs / "run.toml"
-        settings.write_text("".join(f"{key} = {toml_string(v)}\n" for key, v in run_config.items()))
+        settings.write_text(to_toml(run_config))
         answer = self.flwr(
             "run", str(app), "lab", "--run-config", str(settings), "--format", "json"
         )

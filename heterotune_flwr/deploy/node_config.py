@@ -27,8 +27,7 @@ from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
 from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import close_to_others
-from heterotune_flwr.federation.superlink import toml_string
-from heterotune_flwr.programs import program, search_path
+from heterotune_flwr.programs import QUIET, program, search_path, to_toml
 
 #: Settings of the client that ``node start`` turns into environment variables of the process.
 _ENVIRONMENT = ("device", "cache")
@@ -83,10 +82,8 @@ class NodeSettings:
         """Environment of the SuperNode and of everything it starts."""
         environment = {
             **os.environ,
+            **QUIET,
             "FLWR_HOME": str(self.state_dir / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "TOKENIZERS_PARALLELISM": "false",
             PIECE_VARIABLE: os.environ.get(PIECE_VARIABLE, str(PIECE_BYTES)),
             # Below the SuperNode, flwr and Python are looked for by name.
@@ -186,8 +183,7 @@ def supernode_command(settings: NodeSettings) -> list[str]:
     written = settings.state_dir / "node-config.toml"
     for old in (written, *unfinished(settings.state_dir)):
         remove(old)
-    lines = [f"{key} = {_toml(value)}\n" for key, value in settings.node_config().items()]
-    write_private(written, "".join(lines).encode())
+    write_private(written, to_toml(settings.node_config()).encode())
     return [
         program("flower-supernode"),
         "--root-certificates", str(settings.ca),
@@ -196,7 +192,3 @@ def supernode_command(settings: NodeSettings) -> list[str]:
         "--auth-supernode-private-key", str(settings.key),
         "--node-config", str(written),
     ]  # fmt: skip
-
-
-def _toml(value: str | int | float) -> str:
-    return toml_string(value) if isinstance(value, str) else repr(value)

@@ -7,7 +7,6 @@ commands, or lost with its database, :func:`reconcile` finds out and mends.
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,7 @@ from heterotune_flwr.deploy.key_files import discard, finish
 from heterotune_flwr.deploy.keys import body_of_pem, key_body
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.errors import FederationError, HeteroTuneError
-from heterotune_flwr.federation.superlink import COMMAND_SECONDS, _parse_json
-from heterotune_flwr.programs import program
+from heterotune_flwr.programs import QUIET, flwr_json
 
 CONNECTION = "lab"
 
@@ -28,34 +26,14 @@ def flwr(deployment: Deployment, *arguments: str, named: bool = False) -> dict[s
 
     Raises FederationError: the SuperLink does not answer, or refuses.
     """
-    environment = {
-        **os.environ,
-        "FLWR_HOME": str(deployment.operator),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "NO_COLOR": "1",
-    }
-    connection = () if named else (CONNECTION,)
-    command = [program("flwr"), *arguments, *connection, "--format", "json"]
+    environment = {**os.environ, **QUIET, "FLWR_HOME": str(deployment.operator), "NO_COLOR": "1"}
+    command = arguments if named else (*arguments, CONNECTION)
     with tempfile.TemporaryDirectory() as neutral:
-        try:
-            done = subprocess.run(
-                command, env=environment, cwd=neutral, capture_output=True, text=True,
-                timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise FederationError(
-                f"the SuperLink did not answer within {COMMAND_SECONDS:.0f} s"
-            ) from error
-    answer = _parse_json(done.stdout)
-    if done.returncode != 0 or not answer.get("success"):
-        detail = answer.get("error-message") or (done.stdout + done.stderr).strip()[-600:]
-        shown = " ".join(str(detail).split())
-        raise FederationError(
-            f"`flwr {' '.join(arguments[:2])}` failed: {shown}"
-            # A refusal has a code; without one nobody has answered.
-            + ("" if "[code:" in shown else _is_it_on(deployment))
-        )
+        answer, trouble = flwr_json(*command, environment=environment, cwd=neutral)
+    if trouble:
+        # A refusal has a code; without one nobody has answered.
+        hint = "" if "[code:" in trouble else _is_it_on(deployment)
+        raise FederationError(f"`flwr {' '.join(arguments[:2])}` failed: {trouble}{hint}")
     return answer
 
 
@@ -96,14 +74,6 @@ def listed(deployment: Deployment) -> dict[str, Listed]:
     except FederationError as error:
         raise FederationError(f"{error}{_is_it_on(deployment)}") from error
     return {body_of_pem(pem) or node_id: Listed(node_id, live) for node_id, pem, live in rows}
-
-
-def register(deployment: Deployment) -> list[str]:
-    """Register every node that is not; returns their names (FederationError: some could not be)."""
-    outcome = reconcile(deployment)
-    if outcome.troubles:
-        raise FederationError("; ".join(f"{n}: {text}" for n, text in outcome.troubles.items()))
-    return outcome.registered
 
 
 def reconcile(deployment: Deployment) -> Outcome:

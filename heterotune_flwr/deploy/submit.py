@@ -25,7 +25,7 @@ from heterotune_flwr.errors import ConfigError, LeftRunningError
 from heterotune_flwr.federation.launcher import check_directory
 from heterotune_flwr.federation.resume import check_resumable
 from heterotune_flwr.federation.staging import stage_app
-from heterotune_flwr.federation.superlink import toml_string
+from heterotune_flwr.programs import to_toml
 from heterotune_flwr.run import check_strategies, run_directory
 from heterotune_flwr.schema import Config
 
@@ -74,7 +74,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="heterotune-") as folder:
         app = stage_app(Path(folder) / "app")
         settings = Path(folder) / "run.toml"
-        settings.write_text("".join(f"{key} = {toml_string(v)}\n" for key, v in values.items()))
+        settings.write_text(to_toml(values))
         try:
             answer = flwr(
                 deployment, "run", str(app), CONNECTION, "--run-config", str(settings), named=True

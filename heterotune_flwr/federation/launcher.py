@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from heterotune_flwr.config.compose import INLINE, to_yaml
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.exchange.storage import atomic_write_text, private_folder
+from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.federation.journal import append_event, parse_event
+from heterotune_flwr.federation.processes import interrupt, on_signals
 from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.federation.staging import stage_app
-from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
+from heterotune_flwr.federation.superlink import SuperLink, tail
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.schema import Config
-
-__all__ = ["Resources", "RunOutcome", "free_port", "launch", "launch_app", "stage_app"]
 
 POLL_SECONDS = 0.3
 #: Looking for the simulation process is cheap, asking Flower starts a Python interpreter.
@@ -62,25 +58,6 @@ class Resources:
             f"init-args-num-cpus={self.workers}"
         )
         return f"{text} client-resources-num-gpus={self.gpus}" if self.gpus else text
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the run like Ctrl-C does, through the clean-up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class EventReader:
@@ -190,21 +167,29 @@ def check_directory(directory: Path) -> None:
         raise ConfigError(f"{place} cannot be written; name a run directory elsewhere with --dir")
 
 
-def prepare_directory(directory: Path, resuming: bool = False) -> None:
-    """Make the run directory; traces of a run that failed early are removed, results never, of a resumed run nothing.
+@contextmanager
+def prepared(directory: Path, resuming: bool = False) -> Iterator[None]:
+    """Keep a run directory for one command, from before anything in it changes to the run's end.
 
-    Raises ConfigError: it is relative, cannot be made, or holds the results of another run.
+    Traces of a run that failed early are removed, results never, of a resumed run its status alone.
+
+    Raises ConfigError: it is relative, cannot be made, is in use, or holds another run.
     """
     if not resuming:
         check_directory(directory)
-    try:
-        private_folder(directory)
-        for stale in (
-            ("status.json",) if resuming else ("status.json", "rounds.jsonl", "flower.log")
-        ):
-            (directory / stale).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run directory {directory} cannot be written: {error}") from error
+    with run_lock(directory, FOLLOWER):
+        stale = ["status.json"]
+        if not resuming:
+            check_directory(directory)  # a command that held it until now may have filled it
+            stale += ["rounds.jsonl", "flower.log"]
+        try:
+            for name in stale:
+                (directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory {directory} cannot be written: {error}"
+            ) from error
+        yield
 
 
 def launch_app(
@@ -213,49 +198,19 @@ def launch_app(
     directory: Path,
     supernodes: int,
     on_event: OnEvent,
-    resources: Resources | None = None,
-    resuming: bool = False,
+    resources: Resources = Resources(1),
 ) -> RunOutcome:
-    """Run a Flower app that journals into ``directory`` (see :mod:`.journal`) and wait for its end.
+    """Run a Flower app that journals into a :func:`prepared` directory and wait for its end.
 
-    Raises ConfigError: the run directory cannot be used; FederationError: Flower could not be started or refused the
-    run. A run that starts and fails is reported in the outcome.
+    Raises FederationError: Flower could not be started or refused the run. A run that starts and fails is reported in
+    the outcome.
     """
-    with _following(directory, resuming):
-        return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)
-
-
-@contextmanager
-def _following(directory: Path, resuming: bool) -> Iterator[None]:
-    """Keep a run directory for one command, from before anything in it changes to the run's end; prepares it."""
-    if not resuming:
-        check_directory(directory)
-    try:
-        private_folder(directory)
-    except OSError as error:
-        raise ConfigError(f"the run directory {directory} cannot be written: {error}") from error
-    with run_lock(directory, FOLLOWER):
-        prepare_directory(directory, resuming)
-        yield
-
-
-def _launch_app(
-    app: Path,
-    run_config: Mapping[str, str],
-    directory: Path,
-    supernodes: int,
-    on_event: OnEvent,
-    resources: Resources | None,
-    resuming: bool,
-) -> RunOutcome:
     reader = EventReader(directory / "rounds.jsonl")
-    resources = resources or Resources(1)
+    log = directory / "flower.log"
     try:
         with (
-            _signals_raise(),
-            SuperLink(
-                directory / "flower", directory / "flower.log", resources.threads
-            ) as superlink,
+            on_signals(interrupt, "SIGTERM", "SIGHUP"),
+            SuperLink(directory / "flower", log, resources.threads) as superlink,
         ):
             run_id = superlink.submit(app, run_config, resources.federation_config(supernodes))
             superlink.stream_log(run_id)
@@ -316,10 +271,9 @@ def launch(
         "overrides": "",
         "resume": str(directory) if resuming else "",
     }
-    with _following(directory, resuming):
+    with prepared(directory, resuming):
         if notes and not resuming:
-            journal = directory / "rounds.jsonl"
-            append_event(journal, "data", notes=list(notes))
+            append_event(directory / "rounds.jsonl", "data", notes=list(notes))
         app = stage_app(directory / "flower" / "app")
         resources = plan_resources(config, supernodes)
-        return _launch_app(app, run_config, directory, supernodes, on_event, resources, resuming)
+        return launch_app(app, run_config, directory, supernodes, on_event, resources)

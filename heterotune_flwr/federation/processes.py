@@ -9,12 +9,16 @@ launcher holds, and then ends the run. So nothing is left even when the launcher
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -79,6 +83,26 @@ def clean_up(mark: str, folders: Sequence[Path]) -> None:
     end_marked(mark)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def on_signals(
+    handler: Callable[[int, FrameType | None], Any] | signal.Handlers, *names: str
+) -> Iterator[None]:
+    """Handle these signals so for a while; only a main thread can, another one changes nothing."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def interrupt(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM and a closed terminal end the run like Ctrl-C does, through the clean-up: a handler."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _guard() -> None:

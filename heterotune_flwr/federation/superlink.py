@@ -7,30 +7,27 @@ started it first.)
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 
 from heterotune_flwr.errors import FederationError
-from heterotune_flwr.federation.processes import MARK, clean_up, start_guard
-from heterotune_flwr.programs import program, search_path
+from heterotune_flwr.federation.processes import MARK, clean_up, on_signals, start_guard
+from heterotune_flwr.programs import QUIET, flwr_json, program, search_path, to_toml
 
 START_SECONDS = 60.0
-COMMAND_SECONDS = 120.0
 LOG_SECONDS = 5.0
 TAIL_LINES = 15
 #: Flower's own name for a run that is over, and of the process that runs a simulation.
@@ -60,10 +57,8 @@ def flower_environment(home: Path, temporary: Path, mark: str, threads: int = 1)
     environment = {
         **os.environ,
         MARK: mark,
+        **QUIET,
         "FLWR_HOME": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_TMPDIR": str(temporary),  # short: it holds sockets; also hides other Ray clusters
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -81,21 +76,6 @@ def flower_environment(home: Path, temporary: Path, mark: str, threads: int = 1)
         if environment.get(name):
             environment[name] = _absolute(environment[name])
     return environment
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C does not cut the clean-up short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class SuperLink:
@@ -116,8 +96,9 @@ class SuperLink:
         self.work, self.log = work, log
         self.cwd = work / "cwd"
         self.mark = uuid.uuid4().hex
-        self._temporary = Path(tempfile.mkdtemp(prefix="heterotune-"))
-        self.environment = flower_environment(work / "home", self._temporary, self.mark, threads)
+        temporary = Path(tempfile.mkdtemp(prefix="heterotune-"))
+        self.environment = flower_environment(work / "home", temporary, self.mark, threads)
+        self._folders = (work, temporary)
         self._guard: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._streamer: subprocess.Popen[bytes] | None = None
@@ -135,10 +116,6 @@ class SuperLink:
     def __exit__(self, *_: object) -> None:
         """End every process of the run and remove its working folders."""
         self.close()
-
-    @property
-    def _folders(self) -> tuple[Path, Path]:
-        return self.work, self._temporary
 
     def _start(self) -> None:
         port = free_port()
@@ -170,7 +147,9 @@ class SuperLink:
 
     def close(self) -> None:
         """End every process of the run and remove its working folders; may be called twice."""
-        with _undisturbed():
+        with on_signals(
+            signal.SIG_IGN, "SIGINT", "SIGTERM", "SIGHUP"
+        ):  # not cut short by a second Ctrl-C
             clean_up(self.mark, self._folders)
             for process in (self._streamer, self._process):
                 if process is not None:
@@ -179,34 +158,21 @@ class SuperLink:
                 self._guard.stdin.close()
                 self._guard.wait()
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run ``flwr`` with these arguments against this SuperLink."""
-        try:
-            return subprocess.run(
-                [program("flwr"), *arguments], env=self.environment, cwd=self.cwd,
-                capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise FederationError(
-                f"Flower did not answer `flwr {arguments[0]}` within {COMMAND_SECONDS:.0f} s; "
-                f"see {self.log}"
-            ) from error
+    def flwr(self, *arguments: str) -> tuple[dict[str, Any], str]:
+        """Run ``flwr`` against this SuperLink: what it answers, and why it failed (:func:`.programs.flwr_json`)."""
+        return flwr_json(*arguments, environment=self.environment, cwd=self.cwd)
 
     def submit(self, app: Path, run_config: Mapping[str, str], federation: str) -> str:
         """Submit a run of the app in this folder; returns its id."""
         # A file: `key=value` arguments are cut at every quotation mark inside a value.
         settings = self.work / "run.toml"
-        settings.write_text("".join(f"{key} = {toml_string(v)}\n" for key, v in run_config.items()))
-        done = self.command(
-            "run", str(app), "run", "--run-config", str(settings), "--federation-config", federation,
-            "--format", "json",
-        )  # fmt: skip
-        answer = _parse_json(done.stdout)
-        run_id = answer.get("run-id")
-        if done.returncode != 0 or run_id is None:
-            detail = answer.get("error-message") or (done.stdout + done.stderr).strip()[-800:]
-            raise FederationError(f"Flower refused the run: {' '.join(str(detail).split())}")
-        return str(run_id)
+        settings.write_text(to_toml(run_config))
+        answer, trouble = self.flwr(
+            "run", str(app), "run", "--run-config", str(settings), "--federation-config", federation
+        )
+        if trouble:
+            raise FederationError(f"Flower refused the run: {trouble}")
+        return str(answer["run-id"])
 
     def stream_log(self, run_id: str) -> None:
         """Append what the run's server and clients print to the log, from now on.
@@ -220,16 +186,15 @@ class SuperLink:
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def await_log(self, seconds: float = LOG_SECONDS) -> None:
+    def await_log(self) -> None:
         """Give the run's last lines time to arrive."""
         if self._streamer is not None:
             with suppress(subprocess.TimeoutExpired):
-                self._streamer.wait(seconds)
+                self._streamer.wait(LOG_SECONDS)
 
     def verdict(self, run_id: str) -> str | None:
         """How the run ended according to Flower (``finished:failed``, ...), None while it goes on."""
-        done = self.command("list", "run", "--run-id", run_id, "--format", "json")
-        runs = _parse_json(done.stdout).get("runs") or []
+        runs = self.flwr("list", "run", "--run-id", run_id)[0].get("runs") or []
         status = str(runs[0].get("status", "")) if runs else ""
         return status if status.startswith(_OVER) else None
 
@@ -276,18 +241,3 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
         return ""
     text = path.read_text(errors="replace")
     return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
-
-
-def toml_string(text: str) -> str:
-    """``text`` as a TOML basic string (JSON's escapes without surrogate pairs are TOML's)."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _parse_json(text: str) -> dict[str, Any]:
-    """The JSON object in a command's output, which may have lines around it."""
-    start, end = text.find("{"), text.rfind("}")
-    try:
-        parsed = json.loads(text[start : end + 1])
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}

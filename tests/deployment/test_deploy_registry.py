@@ -15,7 +15,7 @@ from heterotune_flwr.deploy import registry
 from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.keys import key_body, new_node_key, public_of, read_public
 from heterotune_flwr.deploy.layout import Deployment
-from heterotune_flwr.deploy.registry import Listed, flwr, reconcile, register, revoke
+from heterotune_flwr.deploy.registry import Listed, flwr, reconcile, revoke
 from heterotune_flwr.deploy.rotation import rotate_key
 from heterotune_flwr.errors import ConfigError, FederationError
 
@@ -41,7 +41,7 @@ def flower(monkeypatch):
 @pytest.fixture
 def lab(flower, tmp_path):
     deployment = initialise(tmp_path / "lab", ["h.org"], ["n1", "n2"], {}, 90, False)
-    register(deployment)
+    reconcile(deployment)
     return deployment
 
 

@@ -30,7 +30,7 @@ from heterotune_flwr.federation.launcher import (
     launch,
     launch_app,
     plan_resources,
-    prepare_directory,
+    prepared,
 )
 from heterotune_flwr.federation.processes import (
     MARK,
@@ -38,9 +38,10 @@ from heterotune_flwr.federation.processes import (
     marked_processes,
     start_guard,
 )
+from heterotune_flwr.federation.resume import FOLLOWER
 from heterotune_flwr.federation.staging import stage_app
-from heterotune_flwr.federation.superlink import SuperLink, flower_environment, tail, toml_string
-from heterotune_flwr.programs import program
+from heterotune_flwr.federation.superlink import SuperLink, flower_environment, tail
+from heterotune_flwr.programs import program, to_toml
 
 # The config value holds both kinds of quotes, a line break and an emoji: they must arrive unharmed.
 SETTINGS = 'yaml:prompt: "it\'s {text}" \n# \U0001f600 = "x"'
@@ -127,7 +128,8 @@ def marks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run_app(app: Path, directory: Path, deed: str) -> tuple[RunOutcome, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     settings = {"config": SETTINGS, "directory": str(directory), "deed": deed}
-    return launch_app(app, settings, directory, 2, events.append), events
+    with prepared(directory):
+        return launch_app(app, settings, directory, 2, events.append), events
 
 
 def test_a_run_is_followed_and_leaves_nothing(
@@ -178,10 +180,11 @@ def _superlink_in_child(folder: Path) -> tuple[subprocess.Popen[str], str, Path]
     code = textwrap.dedent(f"""
         import sys, time
         from pathlib import Path
-        from heterotune_flwr.federation.launcher import _signals_raise
+        from heterotune_flwr.federation.processes import interrupt, on_signals
         from heterotune_flwr.federation.superlink import SuperLink
         folder = Path({str(folder)!r})
-        with _signals_raise(), SuperLink(folder / "work", folder / "log") as link:
+        signals = on_signals(interrupt, "SIGTERM", "SIGHUP")
+            with signals, SuperLink(folder / "work", folder / "log") as link:
             print(link.mark, link.environment["RAY_TMPDIR"], flush=True)
             time.sleep(300)
     """)
@@ -283,7 +286,7 @@ def test_the_environment_has_no_relative_paths_and_no_foreign_cluster(
     "text", ["plain", SETTINGS, "tab\there", "\x7f\x01", "back\\slash", 'ends with "']
 )
 def test_run_settings_survive_toml(text: str) -> None:
-    assert tomllib.loads(f"key = {toml_string(text)}")["key"] == text
+    assert tomllib.loads(to_toml({"key": text}))["key"] == text
 
 
 def test_a_directory_with_a_run_in_it_is_refused_to_others(tmp_path: Path) -> None:
@@ -317,17 +320,18 @@ def test_results_of_an_earlier_run_are_never_overwritten(tmp_path: Path) -> None
 def test_a_directory_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        prepare_directory(tmp_path / "file" / "run")
+        prepared(tmp_path / "file" / "run").__enter__()
     with pytest.raises(ConfigError, match="absolute"):
-        prepare_directory(Path("relative"))
+        prepared(Path("relative")).__enter__()
 
 
 def test_traces_of_an_early_failure_do_not_confuse_the_next_run(tmp_path: Path) -> None:
     for name in ("status.json", "rounds.jsonl", "flower.log"):
         (tmp_path / name).write_text("old")
     (tmp_path / "mine.txt").write_text("kept")
-    prepare_directory(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with prepared(tmp_path):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"mine.txt", FOLLOWER}
 
 
 def test_events_are_read_once_and_only_when_complete(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ import pytest
 
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.exchange.storage import load_tensors
-from heterotune_flwr.federation.launcher import free_port, launch, stage_app
+from heterotune_flwr.federation.launcher import launch
+from heterotune_flwr.federation.staging import stage_app
+from heterotune_flwr.federation.superlink import free_port
 
 BIN = Path(sys.executable).parent
 BITS = {"tiny-a@bf16", "tiny-b@int8", "tiny-c@nf4"}

@@ -18,7 +18,7 @@ from heterotune_flwr.federation import superlink as superlinks
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, free_port, tail
-from heterotune_flwr.programs import program
+from heterotune_flwr.programs import program, to_toml
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.worker.cli import ask_status
 from heterotune_flwr.worker.places import Place
@@ -77,13 +77,10 @@ class Deployment(SuperLink):
 
     def run_app(self, app: Path, config: str) -> str:
         settings = self.work / "run.toml"
-        settings.write_text(f'config = {superlinks.toml_string(config)}\noverrides = ""\n')
-        done = self.command(
-            "run", str(app), "run", "--run-config", str(settings), "--format", "json"
-        )
-        run_id = superlinks._parse_json(done.stdout).get("run-id")
-        assert run_id is not None, done.stdout + done.stderr
-        return str(run_id)
+        settings.write_text(to_toml({"config": config, "overrides": ""}))
+        answer, trouble = self.flwr("run", str(app), "run", "--run-config", str(settings))
+        assert not trouble
+        return str(answer["run-id"])
 
 
 @pytest.mark.slow
