@@ -184,7 +184,7 @@ def _superlink_in_child(folder: Path) -> tuple[subprocess.Popen[str], str, Path]
         from heterotune_flwr.federation.superlink import SuperLink
         folder = Path({str(folder)!r})
         signals = on_signals(interrupt, "SIGTERM", "SIGHUP")
-            with signals, SuperLink(folder / "work", folder / "log") as link:
+        with signals, SuperLink(folder / "work", folder / "log") as link:
             print(link.mark, link.environment["RAY_TMPDIR"], flush=True)
             time.sleep(300)
     """)
