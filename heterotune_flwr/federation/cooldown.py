@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 #: Rounds of a client's first cooldown; each further one doubles (exponential back-off).
@@ -81,13 +81,10 @@ class Cooldowns:
             newly[client_id] = record.until
         return newly
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything it remembers; JSON-able."""
-        return {
-            cid: {"strikes": r.strikes, "benches": r.benches, "until": r.until}
-            for cid, r in sorted(self._records.items())
-        }
+        return {cid: asdict(record) for cid, record in sorted(self._records.items())}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
         self._records = {cid: _Record(**fields) for cid, fields in state.items()}

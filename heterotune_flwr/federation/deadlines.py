@@ -6,6 +6,7 @@ that a node that has died must not hold up everybody for an hour. Measured times
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,24 +63,15 @@ class ReplyTimes:
         """Take down that a client did not answer in time."""
         self._silent.add(client_id)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything it remembers; JSON-able."""
-        return {
-            "times": {k: {t: list(v) for t, v in by.items()} for k, by in self._times.items()},
-            "own": {kind: dict(by) for kind, by in self._own.items()},
-        }
+        return copy.deepcopy({"times": self._times, "own": self._own})
 
-    def restore(self, state: Mapping[str, Any], warm: bool = False) -> None:
-        """Take over the times that :meth:`state` gave.
+    def load_state_dict(self, state: Mapping[str, Any], warm: bool = False) -> None:
+        """Take over the times that :meth:`state_dict` gave; ``warm``: whether the clients' processes still run.
 
-        Parameters
-        ----------
-        state
-            What was saved.
-        warm
-            Whether the clients' processes still run. Of a resumed run they do not: each loads its backbone anew, so
-            who has answered is forgotten and everybody has ``timeout`` once more.
-
+        Of a resumed run they do not: each loads its backbone anew, so who has answered is forgotten and everybody has
+        ``timeout`` once more.
         """
-        self._times = {k: {t: list(v) for t, v in by.items()} for k, by in state["times"].items()}
-        self._own = {k: dict(by) for k, by in state["own"].items()} if warm else {}
+        saved = copy.deepcopy(dict(state))
+        self._times, self._own = saved["times"], saved["own"] if warm else {}

@@ -45,16 +45,16 @@ class Safety:
             ),
         )
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All three as one JSON-able dictionary."""
         return {
-            "gate": self.gate.state(),
-            "cooldown": self.cooldown.state(),
-            "times": self.times.state(),
+            "gate": self.gate.state_dict(),
+            "cooldown": self.cooldown.state_dict(),
+            "times": self.times.state_dict(),
         }
 
-    def restore(self, state: Mapping[str, Any], warm: bool = False) -> None:
-        """Take over what :meth:`state` gave; ``warm``: the clients' processes still run (:class:`ReplyTimes`)."""
-        self.gate.restore(state["gate"])
-        self.cooldown.restore(state["cooldown"])
-        self.times.restore(state["times"], warm)
+    def load_state_dict(self, state: Mapping[str, Any], warm: bool = False) -> None:
+        """Take over what :meth:`state_dict` gave; ``warm``: the clients' processes still run (:class:`ReplyTimes`)."""
+        self.gate.load_state_dict(state["gate"])
+        self.cooldown.load_state_dict(state["cooldown"])
+        self.times.load_state_dict(state["times"], warm)

@@ -246,7 +246,7 @@ class Transport:
 
     def state_dict(self) -> State:
         """The ledger, which clients hold their maps, and what is known of their behaviour."""
-        safety = self.safety.state()
+        safety = self.safety.state_dict()
         return {
             "ledger": self.ledger.state_dict(),
             "holds_maps": self._holds_maps,
@@ -257,7 +257,7 @@ class Transport:
         """Go on from :meth:`state_dict`; what this start has cost already is added."""
         self.ledger.add(state["ledger"])
         self._holds_maps = set(state["holds_maps"]) & set(self.roster.clients)
-        self.safety.restore(state["safety"])
+        self.safety.load_state_dict(state["safety"])
 
     def _send_and_collect(
         self,

@@ -234,7 +234,7 @@ class UpdateGate:
         counts = self.counts.setdefault(client_id, {})
         counts[check] = counts.get(check, 0) + 1
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything it remembers; JSON-able."""
         return {
             "levels": dict(self._levels),
@@ -242,8 +242,8 @@ class UpdateGate:
             "counts": {cid: dict(counts) for cid, counts in self.counts.items()},
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` gave: from here on it judges exactly as the one that was saved."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave: from here on it judges exactly as the one that was saved."""
         self._levels = {key: float(value) for key, value in state["levels"].items()}
         self._last = {cid: list(entry) for cid, entry in state["last"].items()}
         self.counts = {cid: dict(counts) for cid, counts in state["counts"].items()}

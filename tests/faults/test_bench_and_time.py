@@ -59,10 +59,10 @@ def test_never_everybody_and_the_saved_bench_goes_on_alike(seed, after, keep, cl
         asked = [cid for cid in ids if cid not in cooldown.cooling(round)]
         assert len(asked) >= min(keep, clients)
         failed = [cid for cid in asked if rng.random() < 0.8]
-        other.restore(json.loads(json.dumps(cooldown.state())))
+        other.load_state_dict(json.loads(json.dumps(cooldown.state_dict())))
         fine = set(asked) - set(failed)
         assert cooldown.record(round, fine, failed, ids) == other.record(round, fine, failed, ids)
-        assert cooldown.state() == other.state()
+        assert cooldown.state_dict() == other.state_dict()
 
 
 def test_sampling_is_a_function_of_ids_seed_round_and_the_bench():
@@ -94,7 +94,7 @@ def test_a_client_that_fails_again_and_again_is_not_asked_and_comes_back(fault):
 
 def frozen(strategy):
     """A copy of all that a skipped round must not touch."""
-    gate = strategy.transport.safety.gate.state()
+    gate = strategy.transport.safety.gate.state_dict()
     parts = [
         strategy.state, strategy._optimizer_states, getattr(strategy, "chain_states", {}),
         getattr(strategy, "_controls", {}), gate["levels"], gate["last"],
@@ -179,10 +179,10 @@ def test_deadlines_follow_the_type_once_a_client_has_answered():
     times.measured("evaluate", "a", "x", 100.0)
     assert times.deadline("train+anchors", "a", "x") == 3600
     warm, cold = ReplyTimes(3600), ReplyTimes(3600)
-    state = json.loads(json.dumps(times.state()))
-    warm.restore(state, warm=True)
-    cold.restore(state)
-    assert warm.state() == times.state()
+    state = json.loads(json.dumps(times.state_dict()))
+    warm.load_state_dict(state, warm=True)
+    cold.load_state_dict(state)
+    assert warm.state_dict() == times.state_dict()
     assert warm.deadline("train", "a", "x") == 360
     assert (
         cold.deadline("train", "a", "x") == 3600
@@ -253,10 +253,10 @@ def test_a_restored_gate_and_bench_go_on_bit_for_bit(monkeypatch):
     states = []
 
     def reborn(self, server_round, arrays, config, grid):
-        text = json.dumps(self.transport.safety.state())
+        text = json.dumps(self.transport.safety.state_dict())
         states.append(text)
         self.transport.safety = Safety.of(self.config.server, self.config.exchange)
-        self.transport.safety.restore(json.loads(text))
+        self.transport.safety.load_state_dict(json.loads(text))
         return configure(self, server_round, arrays, config, grid)
 
     monkeypatch.setattr(HeteroStrategy, "configure_train", reborn)
@@ -270,5 +270,5 @@ def test_a_restored_gate_and_bench_go_on_bit_for_bit(monkeypatch):
     for name, value in whole.strategy.shared_tensors().items():
         np.testing.assert_array_equal(value, parts.strategy.shared_tensors()[name])
     one, other = (e.strategy.transport.safety for e in (whole, parts))
-    assert one.gate.state() == other.gate.state()
-    assert one.cooldown.state() == other.cooldown.state()
+    assert one.gate.state_dict() == other.gate.state_dict()
+    assert one.cooldown.state_dict() == other.cooldown.state_dict()

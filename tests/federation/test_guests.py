@@ -260,7 +260,7 @@ def test_a_lesson_is_no_round(tmp_path):
     assert failed == set(strategy.roster.of_type(LARGE))
     assert strategy.outcome.rows
     assert not events(config, "round_closed")
-    times = strategy.transport.safety.times.state()["own"]
+    times = strategy.transport.safety.times.state_dict()["own"]
     last = times["train+anchors to fit+for guests"]
     assert set(last) == set(strategy.roster.learners)
     assert "train+anchors" in times
