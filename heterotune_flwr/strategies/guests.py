@@ -18,6 +18,7 @@ from heterotune_flwr.federation.updates import check_step, mean_delta, training_
 from heterotune_flwr.flower import Grid
 from heterotune_flwr.protocol.messages import TRAIN
 from heterotune_flwr.schema import TrainConfig
+from heterotune_flwr.strategies.messages import asked_of, payloads, train_message
 
 if TYPE_CHECKING:
     from heterotune_flwr.strategies.strategy import HeteroStrategy
@@ -51,15 +52,16 @@ def teach(strategy: HeteroStrategy, grid: Grid) -> None:
         return replace(train, local_steps=asked.steps, learning_rate=rate), asked.examples
 
     messages = [
-        strategy.train_message(
+        train_message(
+            strategy,
             cid,
             last,
             training(cid)[0],
-            strategy.payloads(strategy.channels, last + 1, cid, {"unlabelled"}),
+            payloads(strategy.channels, last + 1, cid, {"unlabelled"}),
         )
         for cid in pupils
     ]
-    intake = Intake(strategy.transport, lambda cid: strategy.asked_of(cid, last, *training(cid)))
+    intake = Intake(strategy.transport, lambda cid: asked_of(strategy, cid, last, *training(cid)))
     replies = strategy.transport.collect(
         grid, messages, TRAIN, last, is_round=False, arrived=intake.arrived
     )

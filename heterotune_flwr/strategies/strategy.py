@@ -18,24 +18,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from heterotune_flwr.channels.channel import Aggregated, Purpose, Purposes, ServerChannel
-from heterotune_flwr.cmga import pull
-from heterotune_flwr.dema.bank import slot_of
-from heterotune_flwr.errors import FederationError
+from heterotune_flwr.channels.channel import ServerChannel
 from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.exchange.trees import State
-from heterotune_flwr.federation import evaluation
 from heterotune_flwr.federation.admission import Admitted, Intake, admit, read_evaluations
-from heterotune_flwr.federation.outcome import Outcome, by_type, statistics
+from heterotune_flwr.federation.outcome import Outcome
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.sampling import sample_clients
 from heterotune_flwr.federation.session import Maps, StrategyContext
 from heterotune_flwr.federation.transport import Transport
-from heterotune_flwr.federation.update_gate import Asked
 from heterotune_flwr.federation.updates import (
     ClientUpdate,
     Shapes,
-    Work,
     check_step,
     mean_delta,
     training_summary,
@@ -50,16 +44,11 @@ from heterotune_flwr.flower import (
     Strategy,
 )
 from heterotune_flwr.protocol.messages import (
-    EVALUATE,
     TRAIN,
-    EvaluateRequest,
-    Header,
-    TrainRequest,
 )
-from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.rates import sinking_share
 from heterotune_flwr.schema import MethodConfig, TrainConfig, TypeConfig
-from heterotune_flwr.strategies import guests, opening, snapshot
+from heterotune_flwr.strategies import books, guests, messages, opening, snapshot, testing
 from heterotune_flwr.strategies.groups import GLOBAL, Groups, Scope
 
 __all__ = ["GLOBAL", "HeteroStrategy", "Scope"]
@@ -84,7 +73,7 @@ class HeteroStrategy(Strategy):
     #: Why no ``server_optimizer`` fits the class; empty: one does.
     own_server_step: ClassVar[str] = ""
     #: Attributes that a checkpoint must hold; of every class on the way up all count.
-    remembered: ClassVar[tuple[str, ...]] = ("taught", "_optimizer_states", "_empty_rounds")
+    remembered: ClassVar[tuple[str, ...]] = ("taught", "_optimizer_states", "empty_rounds")
 
     def __init__(self, context: StrategyContext) -> None:
         self.context = context
@@ -100,7 +89,8 @@ class HeteroStrategy(Strategy):
         self.channels: list[ServerChannel] = []
         self.maps: Maps | None = None
         self._optimizer_states: dict[str, dict[str, State]] = {}
-        self._empty_rounds = 0
+        #: Rounds in a row without enough usable updates.
+        self.empty_rounds = 0
         #: What has seen the answers of the round under way arrive.
         self._intake: Intake | None = None
         #: After which round guests were taught; 0: not yet.
@@ -267,13 +257,7 @@ class HeteroStrategy(Strategy):
             self.roster.learners, server.participation, self.context.seed, server_round,
             cooldowns.cooling(server_round), server.oversample,
         )  # fmt: skip
-        train = self.training(server_round)
-        return [
-            self.train_message(
-                cid, server_round, train, self._payloads(server_round, cid, {"train"})
-            )
-            for cid in sampled
-        ]
+        return messages.train_messages(self, server_round, sampled)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -285,7 +269,8 @@ class HeteroStrategy(Strategy):
         """
         admitted = self.admit(server_round, replies)
         if len(admitted.candidates) < self.config.server.min_results:
-            return self._skip(server_round, len(admitted.candidates))
+            books.skip(self, server_round, len(admitted.candidates))
+            return None, None
         self.groups.apply(
             {
                 group: self._step(group, server_round, updates)
@@ -299,52 +284,14 @@ class HeteroStrategy(Strategy):
         for channel in self.at_work(server_round):
             payloads = admitted.payloads(channel.name)
             aggregated = channel.aggregate(server_round, payloads, admitted.updates)
-            logs[channel.name] = self.record(channel.name, server_round, aggregated)
-        self._journal_round(server_round, summary)
+            logs[channel.name] = books.told(self, channel.name, server_round, aggregated)
+        books.end_round(self, server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
         return None, MetricRecord({**numbers, "clients": len(admitted.candidates)})
 
     def training(self, server_round: int) -> TrainConfig:
         """The training settings of a round."""
         return replace(self.config.train, learning_rate=self.learning_rate(server_round))
-
-    def _payloads(
-        self, server_round: int, client_id: str, purposes: Iterable[Purpose]
-    ) -> dict[str, Payload]:
-        """What the channels at work ask and bring in one message."""
-        channels, type_key = self.at_work(server_round), self.type_of(client_id)
-        wanted: set[Purpose] = set(purposes)
-        if "train" in wanted:
-            wanted.update(*(channel.purposes(server_round, type_key) for channel in channels))
-        return self.payloads(channels, server_round, client_id, wanted)
-
-    @staticmethod
-    def payloads(
-        channels: Iterable[ServerChannel], server_round: int, client_id: str, purposes: Purposes
-    ) -> dict[str, Payload]:
-        """What some channels ask and bring."""
-        asked = {c.name: c.request(server_round, client_id, purposes) for c in channels}
-        return {name: payload for name, payload in asked.items() if payload is not None}
-
-    def train_message(
-        self,
-        client_id: str,
-        server_round: int,
-        train: TrainConfig,
-        payloads: Mapping[str, Payload],
-    ) -> Message:
-        """Build one client's training message."""
-        digest, maps = self.transport.maps_for(client_id)
-        request = TrainRequest(
-            header=self._header(server_round, client_id, train),
-            tensors=self.outgoing(client_id),
-            maps_digest=digest,
-            maps=maps,
-            expected=sorted(self._trained_by(client_id, server_round)),
-            frozen=sorted(self.frozen(self.type_of(client_id), server_round)),
-            channels=payloads,
-        )
-        return self.transport.message(client_id, request, TRAIN, server_round)
 
     def admit(self, server_round: int, replies: Iterable[Message]) -> Admitted:
         """Read replies through the gate, and give every client that failed a strike."""
@@ -362,7 +309,9 @@ class HeteroStrategy(Strategy):
         train, clients = self.training(server_round), self.roster.clients
         return Intake(
             self.transport,
-            lambda cid: self.asked_of(cid, server_round, train, clients[cid].info.train_examples),
+            lambda cid: messages.asked_of(
+                self, cid, server_round, train, clients[cid].info.train_examples
+            ),
         )
 
     def _step(self, group: str, server_round: int, updates: Sequence[ClientUpdate]) -> Tensors:
@@ -377,151 +326,26 @@ class HeteroStrategy(Strategy):
             taken[name] = new.astype(np.float32)
         return taken
 
-    def record(self, channel: str, server_round: int, aggregated: Aggregated) -> dict[str, Any]:
-        """Put on record what a channel refuses and finds; returns its part of the round's summary."""
-        for note in aggregated.notes:
-            self.transport.event(
-                "channel_note", round=server_round, channel=channel, text=note.text, **note.facts
-            )
-        for client_id, reason in sorted(aggregated.refused.items()):
-            self.transport.safety.gate.count(client_id, channel)
-            self.transport.refuse(
-                client_id, server_round, reason, "payload_refused", channel=channel
-            )
-        return dict(aggregated.log)
-
-    def _skip(self, server_round: int, usable: int) -> tuple[None, None]:
-        needed = self.config.server.min_results
-        self.outcome.skipped.append(server_round)
-        self.transport.event("skipped", round=server_round, usable=usable, needed=needed)
-        return None, None
-
-    def _trained_by(self, client_id: str, server_round: int) -> list[str]:
-        """Names of the shared tensors a client trains: from its lowest trained slot on, but for the frozen."""
-        info = self.roster.clients[client_id].info
-        held = self.frozen(info.type_key, server_round)
-        names = self.groups.of[info.type_key]
-        return [n for n in names if slot_of(n) >= info.lowest_slot and n not in held]
-
-    def asked_of(
-        self, client_id: str, server_round: int, train: TrainConfig, examples: int
-    ) -> Asked:
-        """Against what a client's answer is checked; ``examples``: texts in use at most."""
-        info = self.roster.clients[client_id].info
-        shapes = self.client_shapes(client_id)
-        trained = {n: shapes[n] for n in self._trained_by(client_id, server_round)}
-        return Asked(
-            client_id=client_id,
-            type_key=info.type_key,
-            round=server_round,
-            code_hash=info.code_hash,
-            maps_digest=self.transport.maps_for(client_id)[0],
-            shapes=trained,
-            work=Work(
-                examples, train.local_steps, train.learning_rate, train.optimizer, train.clip_norm,
-                train.warmup_ratio, pull.MOST * self.roster.usual_examples,
-            ),
-            expected=self.transport.expected(trained),
-        )  # fmt: skip
-
-    def _journal_round(self, server_round: int, summary: Mapping[str, Any]) -> None:
-        ledger = self.transport.ledger
-        entry = {
-            "round": server_round,
-            **summary,
-            **self.round_log(),
-            "bytes_up": ledger.train_up,
-            "bytes_down": ledger.train_down,
-        }
-        peak = summary.get("peak_memory_mb")
-        if peak is not None:
-            self.outcome.peak_memory_mb = max(self.outcome.peak_memory_mb or 0.0, peak)
-        self.outcome.rounds.append({"event": "round", **entry})
-        self.transport.event("round", of=self.rounds, **entry)
-
-    # -------------------------------------------------------------------------------- evaluation
+    # ------------------------------------------------------------------------------------- tests
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask for tests as :mod:`.evaluation` plans them (all models are equal before round 1)."""
-        differ = self.differ_after(server_round)
-        return self._evaluate_messages(
-            evaluation.plan(self.roster, differ, self.tested), server_round
-        )
+        """Ask for tests (:mod:`.testing`)."""
+        return testing.planned(self, server_round)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Make one row per client and journal the statistics; None when nobody answered."""
         answers = read_evaluations(self.transport, server_round, replies)
-        if not answers:
-            return None
-        differ = self.differ_after(server_round)
-        rows = evaluation.rows(self.roster, answers, differ, self.tested)
-        for row in rows:
-            row.type_key = self.row_type(row.client_id)
-        self.outcome.rows = rows
-        if server_round == 0:
-            self.outcome.before = rows
-        overall = statistics(rows)
-        counts = {"tested": len(self.tested), "clients": len(self.roster.clients)}
-        entry = {"round": server_round, **counts, "types": by_type(rows), "overall": overall}
-        self.outcome.rounds.append({"event": "evaluate", **entry})
-        self.transport.event("evaluate", of=self.rounds, **entry)
-        return MetricRecord({key: float(value) for key, value in overall.items()})
-
-    @property
-    def tested(self) -> list[str]:
-        """Ids of the clients that are tested, sorted."""
-        return evaluation.tested(
-            self.roster, self.config.server.evaluate_clients, self.context.seed
-        )
-
-    def _evaluate_messages(
-        self, asked: Mapping[str, list[str]], server_round: int
-    ) -> list[Message]:
-        messages = []
-        for client_id, test_sets in asked.items():
-            digest, maps = self.transport.maps_for(client_id)
-            header = self._header(server_round, client_id, self.config.train)
-            payloads = self._payloads(server_round, client_id, {"test"})
-            request = EvaluateRequest(
-                header, self.outgoing(client_id), digest, maps, test_sets, payloads
-            )
-            messages.append(self.transport.message(client_id, request, EVALUATE, server_round))
-        return messages
-
-    def _evaluate(self, server_round: int, grid: Grid, result: Result) -> None:
-        """Evaluate once; where a type's speaker fails, its other clients are asked in turn."""
-        messages = list(self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid))
-        collected = self.transport.collect(grid, messages, EVALUATE, server_round)
-        who = self.tested
-        tried = {evaluation.speaker(self.roster, key, who) or "" for key in self.roster.type_keys}
-        while not self.differ_after(server_round):
-            answers = read_evaluations(self.transport, server_round, collected)
-            asked = evaluation.plan_again(self.roster, answers, who, tried)
-            if not asked:
-                break
-            tried |= set(asked)
-            messages = self._evaluate_messages(asked, server_round)
-            collected += self.transport.collect(grid, messages, EVALUATE, server_round)
-        record = self.aggregate_evaluate(server_round, collected)
-        if record is None:
-            self.outcome.rows = []  # an older evaluation must not pass for this one
-        else:
-            result.evaluate_metrics_clientapp[server_round] = record
+        return testing.summarized(self, server_round, answers) if answers else None
 
     # ---------------------------------------------------------------------------------- the loop
 
     def summary(self) -> None:
         """Write what is about to run into the journal."""
-        self.transport.event(
-            "start",
-            of=self.rounds,
-            clients=len(self.roster.clients),
-            shared={group: len(tensors) for group, tensors in self.state.items()},
-        )
+        books.begin(self)
 
     def start(
         self,
@@ -557,13 +381,13 @@ class HeteroStrategy(Strategy):
             self._close(done, grid, result)
         settings = train_config or ConfigRecord()
         for server_round in range(done + 1, self.rounds + 1):
-            messages = list(self.configure_train(server_round, ArrayRecord(), settings, grid))
+            asked = list(self.configure_train(server_round, ArrayRecord(), settings, grid))
             self._intake = self._make_intake(server_round)
             replies = self.transport.collect(
-                grid, messages, TRAIN, server_round, arrived=self._intake.arrived
+                grid, asked, TRAIN, server_round, arrived=self._intake.arrived
             )
             _, record = self.aggregate_train(server_round, replies)
-            self._check_progress(server_round, record)
+            books.check_progress(self, server_round, record is not None)
             snapshot.save(self, server_round, evaluated=False)
             if record is not None:
                 result.train_metrics_clientapp[server_round] = record
@@ -573,7 +397,7 @@ class HeteroStrategy(Strategy):
                 if central is not None:
                     result.evaluate_metrics_serverapp[server_round] = central
         result.arrays = self.arrays()
-        self._finish(time.monotonic() - self.begin)
+        books.finish(self, time.monotonic() - self.begin)
         return result
 
     def _close(self, server_round: int, grid: Grid, result: Result) -> None:
@@ -581,7 +405,7 @@ class HeteroStrategy(Strategy):
         if server_round == self.rounds:
             guests.teach(self, grid)
         if self._evaluates(server_round):
-            self._evaluate(server_round, grid, result)
+            testing.test(self, server_round, grid, result)
             snapshot.save(self, server_round, evaluated=True)
 
     def _evaluates(self, server_round: int) -> bool:
@@ -589,36 +413,6 @@ class HeteroStrategy(Strategy):
             return self.config.server.evaluate_before
         every = self.config.server.evaluate_every
         return server_round == self.rounds or (every > 0 and server_round % every == 0)
-
-    def _check_progress(self, server_round: int, record: MetricRecord | None) -> None:
-        """Give up when round after round brings nothing: the same error would repeat for ever."""
-        self._empty_rounds = 0 if record is not None else self._empty_rounds + 1
-        patience = self.config.server.give_up_after
-        if patience and self._empty_rounds >= min(patience, self.rounds):
-            reason = self.transport.first_failure or "nobody failed; too few were asked"
-            needed = self.config.server.min_results
-            missing = "no usable update" if needed == 1 else f"fewer than {needed} usable updates"
-            raise FederationError(
-                f"{self.context.name}, round {server_round}: {missing} in "
-                f"{self._empty_rounds} rounds; first reason: {reason}"
-            )
-
-    def _finish(self, seconds: float) -> None:
-        self.outcome.seconds = seconds
-        self.outcome.population = len(self.roster.clients)
-        self.outcome.refused = self.transport.safety.gate.counts
-        self.outcome.bytes = self.transport.ledger.summary(
-            self.roster.per_type("lora16_bytes"),
-            self.roster.per_type("model_bytes"),
-            {key: len(self.roster.of_type(key)) for key in self.roster.type_keys},
-        )
-        if self.maps is not None:
-            self.outcome.alignment = {"quality": self.maps.quality}
-        self.transport.event("strategy_end", seconds=seconds, overall=statistics(self.outcome.rows))
-
-    def _header(self, server_round: int, client_id: str, train: TrainConfig) -> Header:
-        method = self.client_method(client_id)
-        return Header(self.context.experiment, self.context.seed, method, server_round, train)
 
     def arrays(self) -> ArrayRecord:
         """All shared tensors, as Flower keeps them."""
