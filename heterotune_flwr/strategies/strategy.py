@@ -271,10 +271,11 @@ class HeteroStrategy(Strategy):
         if len(admitted.candidates) < self.config.server.min_results:
             books.skip(self, server_round, len(admitted.candidates))
             return None, None
+        updates = admitted.updates
         self.groups.apply(
             {
-                group: self._step(group, server_round, updates)
-                for group, updates in self.groups.divide(admitted.updates)
+                group: self._step(group, server_round, parts)
+                for group, parts in self.groups.divide(updates)
             }
         )
         self.after_aggregate(server_round)
@@ -283,7 +284,7 @@ class HeteroStrategy(Strategy):
         logs = summary["channels"] = {}
         for channel in self.at_work(server_round):
             payloads = admitted.payloads(channel.name)
-            aggregated = channel.aggregate(server_round, payloads, admitted.updates)
+            aggregated = channel.aggregate(server_round, payloads, updates)
             logs[channel.name] = books.told(self, channel.name, server_round, aggregated)
         books.end_round(self, server_round, summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
