@@ -137,6 +137,8 @@ class ServerChannel:
     name: ClassVar[str]
     #: Whether clients fit what it brings, so that types learn from each other without sharing tensors.
     teaches: ClassVar[bool] = False
+    #: Whether its options have ``pool_over``, one of :data:`POOL_OVER`.
+    pools: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -196,7 +198,6 @@ def channel_names() -> tuple[str, ...]:
     return (*_built_in(), *(name for name in plugin_names("channels") if name not in _built_in()))
 
 
-@functools.cache
 def _half(name: str, side: str) -> Any:
     if name not in channel_names():
         raise ConfigError(

@@ -86,7 +86,7 @@ class TextRounds(ServerChannel, Generic[Known]):
     """The server's half of a channel whose clients say something of public texts, and fit what came of it."""
 
     options: TextOptions
-    teaches = True
+    teaches = pools = True
 
     @classmethod
     def read(cls, given: Any) -> TextOptions:

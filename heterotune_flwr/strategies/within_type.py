@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from heterotune_flwr.channels.channel import server_half
 from heterotune_flwr.dema.bank import tier_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.strategies.strategy import HeteroStrategy, Scope
@@ -32,7 +33,7 @@ class WithinType(HeteroStrategy):
 
 
 def _inside(channel: str, given: Any) -> Any:
-    if not isinstance(given, Mapping) or (not given and channel == "control_variates"):
+    if not isinstance(given, Mapping) or not server_half(channel).pools:
         return given
     if given.get("pool_over") == "all":
         raise ConfigError(f"{channel}.pool_over is 'all', but nothing crosses types in WithinType")

@@ -173,6 +173,7 @@ class PooledClassifier(ServerChannel):
     """The server's half: asks every client once, adds up, hands out."""
 
     options: StatisticsOptions
+    pools = True
 
     @classmethod
     def read(cls, given: Any) -> StatisticsOptions | None:

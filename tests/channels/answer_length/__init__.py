@@ -1,0 +1,1 @@
+"""How long clients' answers are: the smallest channel there can be. Nobody learns from it."""
