@@ -484,9 +484,10 @@ class ToyFederation:
         return Message(reply.to_content(), reply_to=message)
 
     def app(self) -> ClientApp:
+        """Handlers are looked up when a message comes, so that a fault may replace them."""
         app = ClientApp()
-        app.query("describe")(self.describe)
-        app.query("align")(self.align)
-        app.train()(self.train)
-        app.evaluate()(self.evaluate)
+        app.query("describe")(lambda message, context: self.describe(message, context))
+        app.query("align")(lambda message, context: self.align(message, context))
+        app.train()(lambda message, context: self.train(message, context))
+        app.evaluate()(lambda message, context: self.evaluate(message, context))
         return app

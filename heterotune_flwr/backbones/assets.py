@@ -19,7 +19,7 @@ DISTRIBUTION = "heterotune-flwr"
 ENVIRONMENT = "HETEROTUNE_ASSETS"
 CACHE_ENVIRONMENT = "HETEROTUNE_CACHE"
 #: Beside the package's own files; resolved once, for every message of a client asks for it.
-_OWN = Path(__file__).resolve().parents[1] / "assets"
+OWN = Path(__file__).resolve().parents[1] / "assets"
 
 
 def cache_dir() -> Path:
@@ -39,7 +39,7 @@ def asset_roots() -> Iterator[Path]:
     for entry in os.environ.get(ENVIRONMENT, "").split(os.pathsep):
         if entry:
             yield Path(entry).expanduser()
-    yield _OWN
+    yield OWN
     for entry in sys.path:
         yield Path(entry or ".").resolve() / PACKAGE / "assets"
     try:

@@ -62,18 +62,19 @@ def resolve_spec(
 
     """
     if bits == AUTO:
-        bits = _chosen(source, revision, memory_gb, device, kept)
+        bits = chosen_bits(source, revision, memory_gb, device, kept)
     return BackboneSpec(source, bits, revision)
 
 
 @functools.cache  # one process, one answer: free memory shrinks as soon as the backbone is loaded
-def _chosen(
+def chosen_bits(
     source: str,
     revision: str | None,
     memory_gb: float | None,
     device: str | None,
     kept: Path | None,
 ) -> str:
+    """What ``auto`` stands for here; asked once per process."""
     from heterotune_flwr.backbones.loading import default_device
 
     device = device or default_device()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 #: Weights that are float32 at the same time (16 MB).
-_WEIGHTS_AT_A_TIME = 2**22
+WEIGHTS_AT_A_TIME = 2**22
 
 
 @functools.cache
@@ -69,7 +69,7 @@ class _Product(torch.autograd.Function):
 
 
 def _rows(weight: Tensor) -> int:
-    return max(1, _WEIGHTS_AT_A_TIME // weight.shape[1])
+    return max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
 
 
 class Float32Linear(nn.Linear):

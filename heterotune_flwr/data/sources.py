@@ -141,7 +141,7 @@ def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
 
 
 @functools.cache
-def _from_plugin(name: str, part: str) -> tuple[Example, ...]:
+def plugin_examples(name: str, part: str) -> tuple[Example, ...]:
     """Examples of a data set that an installed package brings: its entry point is a function of the part."""
     try:
         examples = tuple(load_plugin("data", name)(part))
@@ -202,7 +202,7 @@ def own_file(data: DataConfig) -> tuple[Example, ...]:
     if data.name == NATURAL_INSTRUCTIONS and data.train is not None:
         return read_tasks(data.train, data, None if data.test is not None else "train")
     if _is_plugin(data):
-        return _from_plugin(data.name, "train")
+        return plugin_examples(data.name, "train")
     return _table(data, "train")
 
 
@@ -214,7 +214,7 @@ def global_test(data: DataConfig) -> list[Example]:
     Raises DataError: as :func:`read_examples`; also when an answer is outside the closed label set.
     """
     if _is_plugin(data):
-        where, found = f"test of {data.name}", _from_plugin(data.name, "test")
+        where, found = f"test of {data.name}", plugin_examples(data.name, "test")
     elif data.name == NATURAL_INSTRUCTIONS and (data.test or data.train) is not None:
         where = str(data.test or data.train)
         found = read_tasks(where, data, None if data.test is not None else "test")

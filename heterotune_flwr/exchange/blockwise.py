@@ -159,16 +159,17 @@ def coders(
         head = 2 * len(starts)
         bits = np.frombuffer(data[:head].tobytes(), dtype="<u2")
         codes = _unpack(data[head:], scheme.bits, total)
-        _check(scheme, bits, codes, starts)
+        check_codes(scheme, bits, codes, starts)
         scales = from_bf16(bits).astype(np.float64)
         return (scheme.value(codes) * _per_number(scales, starts, total)).astype(np.float32)
 
     return write, read
 
 
-def _check(
+def check_codes(
     scheme: Scheme, scales: NDArray[np.uint16], codes: Codes, starts: NDArray[np.int64]
 ) -> None:
+    """Refuse scales and codes that this writer never makes (ExchangeError)."""
     empty = (scales == 0) | (scales == NAN)
     if not (empty | ((scales >= _SMALLEST) & (scales <= _LARGEST))).all():
         raise ExchangeError("a block's scale is negative, infinite or too small")

@@ -21,7 +21,7 @@ from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.wire import DELTAS
 
 #: Bytes of answers of one round that wait as they came; later ones are read at once.
-_WAITING = 4_000_000
+WAITING = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Intake:
             return
         self._waiting += payload_bytes(record)
         client_id = self._client_of(message)
-        if self._waiting <= _WAITING or client_id is None:
+        if self._waiting <= WAITING or client_id is None:
             return
         try:
             found: Candidate | RefusedError = self._read(message, client_id)

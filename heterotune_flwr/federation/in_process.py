@@ -68,8 +68,8 @@ class InProcessGrid(Grid):
     ) -> None:
         identify_process()
         self.most_in_flight = most_in_flight
-        self._app = app
-        self._drop = drop
+        self.app = app
+        self.drop = drop
         self._counter = itertools.count(1)
         self._replies: dict[str, Message] = {}
         self.contexts: dict[int, Context] = {}
@@ -118,11 +118,12 @@ class InProcessGrid(Grid):
             self.messages_sent += 1
             node_id = message.metadata.dst_node_id
             round = int(message.metadata.group_id or 0)
-            if self._drop is None or not self._drop(node_id, message.metadata.message_type, round):
-                self._replies[message_id] = self._run(message, self.contexts[node_id])
+            if self.drop is None or not self.drop(node_id, message.metadata.message_type, round):
+                self._replies[message_id] = self.answer(message, self.contexts[node_id])
         return ids
 
-    def _run(self, message: Message, context: Context) -> Message:
+    def answer(self, message: Message, context: Context) -> Message:
+        """What a node replies to a message that reaches it."""
         request = Message(
             _over_the_wire(message.content),
             message.metadata.dst_node_id,
@@ -131,7 +132,7 @@ class InProcessGrid(Grid):
         )
         request.metadata.__dict__["_message_id"] = message.metadata.message_id
         try:
-            reply = self._app(request, context)
+            reply = self.app(request, context)
             reply.content = _over_the_wire(reply.content)
         except Exception as error:  # as Flower does: an app that raises gives an error reply
             reason = f"{type(error).__name__}: {error}"

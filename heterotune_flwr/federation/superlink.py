@@ -136,7 +136,7 @@ class SuperLink:
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
-        while not _healthy(port):
+        while not healthy(port):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise FederationError(
                     f"the Flower SuperLink did not start; the end of {self.log}:\n{tail(self.log)}"
@@ -214,7 +214,8 @@ class SuperLink:
         return False
 
 
-def _healthy(port: int) -> bool:
+def healthy(port: int) -> bool:
+    """Whether a SuperLink answers on its health port."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as reply:
             return bool(reply.status == 200)

@@ -35,11 +35,11 @@ from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.task import Task
 
 #: Tokens of one batch, padding and answers included.
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 #: Drawn tokens are among the likeliest that have this much of the probability: the tail of a small model is noise.
 _NUCLEUS = 0.95
 #: Logits of a step of drawing, which needs several tables of their size (32 MB each in float32).
-_LOGITS_AT_A_TIME = 2**23
+LOGITS_AT_A_TIME = 2**23
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def generate_answers(
 
     """
     answers = [""] * len(prompts)
-    for batch in batches_by_length([len(p) + limit for p in prompts], _BATCH_TOKENS):
+    for batch in batches_by_length([len(p) + limit for p in prompts], BATCH_TOKENS):
         texts, _ = _generate(adapter, [prompts[i] for i in batch], limit, stop)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
@@ -130,8 +130,8 @@ def draw_answers(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed % 2**63)
         vocabulary = adapter.backbone.model.get_output_embeddings().weight.shape[0]
-        most = max(1, _LOGITS_AT_A_TIME // int(vocabulary))
-        batches = batches_by_length([len(p) + limit for p in prompts], _BATCH_TOKENS)
+        most = max(1, LOGITS_AT_A_TIME // int(vocabulary))
+        batches = batches_by_length([len(p) + limit for p in prompts], BATCH_TOKENS)
         for batch in [b[i : i + most] for b in batches for i in range(0, len(b), most)]:
             noted = _Entropies()
             texts, counts = _generate(adapter, [prompts[i] for i in batch], limit, stop, noted)
@@ -178,7 +178,7 @@ def _generate(
     backbone = adapter.backbone
     model, tokenizer = backbone.model, backbone.tokenizer
     longest = max(len(ids) for ids in prompts)
-    settings = _settings(model, tokenizer, limit, drawn is not None)
+    settings = sampling_settings(model, tokenizer, limit, drawn is not None)
     settings.pad_token_id = backbone.pad_id
     ids = torch.full((len(prompts), longest), int(settings.pad_token_id), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -207,7 +207,7 @@ def _generate(
     return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts], counts
 
 
-def _settings(model: Any, tokenizer: Any, limit: int, drawn: bool) -> GenerationConfig:
+def sampling_settings(model: Any, tokenizer: Any, limit: int, drawn: bool) -> GenerationConfig:
     """Plain decoding, greedy or drawn, that ends at the token training teaches, or at one the model's makers named."""
     ends = {tokenizer.eos_token_id}
     named = getattr(model.generation_config, "eos_token_id", None)

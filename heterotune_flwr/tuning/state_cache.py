@@ -54,7 +54,7 @@ def disk_budget() -> int:
     return _budget("HETEROTUNE_STATES_GB", 20.0)
 
 
-class _Memory:
+class Memory:
     """Tables by key, the least recently used ones forgotten first."""
 
     def __init__(self) -> None:
@@ -62,11 +62,13 @@ class _Memory:
         self._bytes = 0
 
     def get(self, key: str) -> Tensor | None:
+        """The table of a key, None when it is not held."""
         if key in self._held:
             self._held.move_to_end(key)
         return self._held.get(key)
 
     def put(self, key: str, table: Tensor) -> None:
+        """Hold a table, unless it is larger than the whole budget."""
         limit = memory_budget()
         if table.nbytes > limit:
             return  # read from disk piece by piece, or computed again
@@ -77,11 +79,12 @@ class _Memory:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
+        """Forget all."""
         self._held.clear()
         self._bytes = 0
 
 
-class _Written:
+class Written:
     """Prunes the disk after enough was written: to look through thousands of files after every table is quadratic.
 
     A process may thus pass the budget by 1/64 of it.
@@ -100,14 +103,14 @@ class _Written:
 
 
 #: Explicit per-process count.
-written = _Written()
+written = Written()
 #: Explicit per-process cache; holds frozen states only, nothing a client trained.
-memory = _Memory()
+memory = Memory()
 
 
 #: The state directory whose client this process works for; None in a simulation.
 _state_dir: Path | None = None
-_pruned: set[Path] = set()
+pruned: set[Path] = set()
 
 
 def states_dir(state_dir: Path | None = None) -> Path:
@@ -122,8 +125,8 @@ def keep_in(state_dir: Path | None) -> None:
     """
     global _state_dir
     _state_dir = state_dir
-    if states_dir() not in _pruned:
-        _pruned.add(states_dir())
+    if states_dir() not in pruned:
+        pruned.add(states_dir())
         prune(disk_budget())
 
 

@@ -32,7 +32,7 @@ from heterotune_flwr.schema import DataConfig, TrainConfig
 
 LOSSES = ("auto", "labels", "tokens")
 #: Full-vocabulary logits that exist at the same time (32 MB in float32).
-_LOGITS_AT_A_TIME = 2**23
+LOGITS_AT_A_TIME = 2**23
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Task:
     def chunks(self, states: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split rows so that the logits of a chunk stay small, whatever the vocabulary."""
         vocabulary = self.backbone.model.get_output_embeddings().weight.shape[0]
-        size = max(1, _LOGITS_AT_A_TIME // int(vocabulary))
+        size = max(1, LOGITS_AT_A_TIME // int(vocabulary))
         return list(zip(torch.split(states, size), torch.split(targets, size), strict=True))
 
     def token_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

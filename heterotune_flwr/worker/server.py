@@ -239,7 +239,8 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _start_log(path: Path) -> None:
+def start_log(path: Path) -> None:
+    """Write all that this process logs or prints to a file of bounded size."""
     handler = _Log(path, maxBytes=LOG_BYTES, backupCount=1)
     handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.adopt()
@@ -272,7 +273,7 @@ def main() -> None:
     if not lock.acquire():
         print(f"{place.state_dir} has a worker already", file=sys.stderr)
         sys.exit(3)
-    _start_log(place.log)
+    start_log(place.log)
     worker = Worker(place, options.idle_seconds)
     _end_on_signals(worker)
     worker.run()

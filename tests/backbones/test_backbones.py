@@ -127,7 +127,7 @@ def test_weights_are_found_behind_a_bundle_copy(directory, tmp_path, monkeypatch
     (installed / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
     monkeypatch.setattr("sys.path", [str(tmp_path / "fab"), str(tmp_path / "site")])
     monkeypatch.setattr(
-        "heterotune_flwr.backbones.assets._OWN", tmp_path / "fab" / "heterotune_flwr" / "assets"
+        "heterotune_flwr.backbones.assets.OWN", tmp_path / "fab" / "heterotune_flwr" / "assets"
     )
     monkeypatch.delenv("HETEROTUNE_ASSETS", raising=False)
     assert sources.resolve_source("tiny-a") == installed

@@ -20,7 +20,7 @@ from heterotune_flwr.preflight import settle_bits
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    bits._chosen.cache_clear()
+    bits.chosen_bits.cache_clear()
     yield
     loading.clear_backbones()
 
@@ -73,7 +73,7 @@ def test_free_memory_decides_once_per_run(tmp_path, needs, monkeypatch):
     monkeypatch.setattr(bits, "free_gb", lambda device: needs["int8"])
     assert resolve_spec("tiny-c", "auto", None, None, "cuda", kept).bits == "int8"
     monkeypatch.setattr(bits, "free_gb", lambda device: needs["bf16"])
-    bits._chosen.cache_clear()  # as in the next process
+    bits.chosen_bits.cache_clear()  # as in the next process
     assert resolve_spec("tiny-c", "auto", None, None, "cuda", kept).bits == "int8"
     assert resolve_spec("tiny-c", "auto", None, None, "cuda", tmp_path / "run-2").bits == "bf16"
 

@@ -49,7 +49,7 @@ def test_the_set_is_written_beside_the_task(index, tmp_path):
         ("debian_sections/test", test),
         ("anchors/debian-other", [{"text": "a far text"}]),
     ):
-        corpus._write_jsonl(tmp_path / f"{name}.jsonl.gz", rows)
+        corpus.write_jsonl(tmp_path / f"{name}.jsonl.gz", rows)
     write_near(tmp_path, index, 3)
     path = tmp_path / "anchors/debian-near.jsonl.gz"
     texts = load_anchors(AlignmentConfig(anchors=str(path)))

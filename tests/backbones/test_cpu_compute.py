@@ -25,7 +25,7 @@ def _cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at_a_time", [2**22, 64, 1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_is_the_float32_one_rounded_once(at_a_time, bias, monkeypatch):
-    monkeypatch.setattr(cpu_compute, "_WEIGHTS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(cpu_compute, "WEIGHTS_AT_A_TIME", at_a_time)
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(24, 17, bias=bias).to(torch.bfloat16).requires_grad_(False)
     inputs = torch.randn(2, 5, 24, generator=generator).bfloat16().requires_grad_()

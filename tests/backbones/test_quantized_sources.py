@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    bits_module._chosen.cache_clear()
+    bits_module.chosen_bits.cache_clear()
     yield
     clear_backbones()
 

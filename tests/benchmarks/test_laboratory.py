@@ -121,7 +121,7 @@ def test_training_alone_equals_the_products_loop(monkeypatch: pytest.MonkeyPatch
     drawn = [torch.rand(2, 1, 16, generator=generator).argsort(-1).flatten(1) for _ in range(3)]
     kept = {}
     monkeypatch.setattr(
-        "benchmarks.science.laboratory.federation._accuracies",
+        "benchmarks.science.laboratory.federation.accuracies",
         lambda bank, *_: kept.update(bank) or np.zeros(2),
     )
     federate(tasks, (targets, targets), shares, 2, [7], METHOD, schedule, ("alone",))
@@ -215,11 +215,11 @@ def test_lessons_hold_each_runs_mean_prediction_balanced():
     )
     lessons = Lessons(tasks, kinds, runs, options)
     lessons.aggregate(banks)
-    drawn = lessons._chosen
+    drawn = lessons.chosen
     said = [torch.softmax(tasks[kind].anchors_logits[drawn], -1) for kind in (0, 1)]
     mean = torch.stack(said).mean(0).double().numpy()
     for run in (0, 1):  # the bank's output starts at 0: everybody says what its backbone says
-        np.testing.assert_allclose(lessons._targets[run], sinkhorn_balance(mean, 3), atol=1e-5)
+        np.testing.assert_allclose(lessons.targets[run], sinkhorn_balance(mean, 3), atol=1e-5)
 
 
 def test_read_out_learns_a_separable_task():

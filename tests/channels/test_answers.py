@@ -393,12 +393,14 @@ def test_sureness_ends_with_the_answer_whatever_the_batch_holds(directory, monke
     adapter = loaded(directory, METHOD)
     prompts = prompts_of(adapter.backbone.tokenizer)[:4]
     letters = {letter for text in generate_answers(adapter, prompts, 6, None) for letter in text}
-    settings = generation._settings  # greedy here, so that answers do not depend on batch mates
+    settings = (
+        generation.sampling_settings
+    )  # greedy here, so that answers do not depend on batch mates
 
     def greedy(model, tokenizer, limit, drawn):
         return settings(model, tokenizer, limit, False)
 
-    monkeypatch.setattr(generation, "_settings", greedy)
+    monkeypatch.setattr(generation, "sampling_settings", greedy)
     for stop in sorted(letters)[:6]:
         _, together = draw_answers(adapter, prompts, 6, stop, seed=1)
         alone = [draw_answers(adapter, [prompt], 6, stop, seed=1)[1][0] for prompt in prompts]

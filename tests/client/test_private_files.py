@@ -117,7 +117,7 @@ def test_a_deployed_nodes_states_lie_in_its_state_dir_and_nobody_elses_enters(
 
 def test_states_that_nobody_uses_go(tmp_path, monkeypatch):
     monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(state_cache, "_pruned", set())
+    monkeypatch.setattr(state_cache, "pruned", set())
     state_cache.keep_in(tmp_path / "node")
     try:
         for key in ("aa" * 16, "bb" * 16):
@@ -127,7 +127,7 @@ def test_states_that_nobody_uses_go(tmp_path, monkeypatch):
         os.utime(old, (1, time.time() - 31 * 86400))
         state_cache.keep_in(tmp_path / "node")  # the process has looked already
         assert old.exists()
-        state_cache._pruned.clear()  # another process
+        state_cache.pruned.clear()  # another process
         state_cache.keep_in(tmp_path / "node")
         assert not old.exists()
         assert state_cache.states_path("bb" * 16).exists()

@@ -169,7 +169,7 @@ def test_examples_of_another_package_must_be_texts(monkeypatch: pytest.MonkeyPat
         examples = [Example("t", "l"), bad]
         monkeypatch.setattr(sources, "load_plugin", lambda *_, given=examples: lambda part: given)
         with pytest.raises(DataError, match="of an installed package"):
-            sources._from_plugin(f"bad-{number}", "train")
+            sources.plugin_examples(f"bad-{number}", "train")
 
 
 # ------------------------------------------------------------------------------------ anchors

@@ -15,11 +15,15 @@ class Killed(BaseException):
 
 
 class FakeFlower:
-    """Stands for ``flwr supernode ...``; ``kill_at`` ends the command at the so-manieth call, before or after it."""
+    """Stands for ``flwr supernode ...``; ``kill_at`` ends the command at the so-manieth call, before or after it.
+
+    ``refused`` is a public key's line that cannot be registered.
+    """
 
     def __init__(self) -> None:
         self.keys: dict[str, Listed] = {}
         self.on = True
+        self.refused = ""
         self.kill_at, self.after = 0, False
         self._calls, self._ids = 0, itertools.count(100)
 
@@ -62,7 +66,10 @@ class FakeFlower:
 
     def _register(self, file: str) -> dict[str, str]:
         with open(file) as stream:
-            body = key_body(stream.read())
+            line = stream.read()
+        body = key_body(line)
+        if line == self.refused:
+            raise FederationError("refused")
         if body in self.keys:
             raise FederationError("[code: 23] Public key already in use.")
         self.keys[body] = Listed(str(next(self._ids)), True)

@@ -232,7 +232,7 @@ def test_a_reader_that_believes_too_much_is_found(monkeypatch):
     """The target must be able to fail: without its check, int8 reads codes its writer never makes."""
     from heterotune_flwr.exchange import blockwise
 
-    monkeypatch.setattr(blockwise, "_check", lambda *_: None)
+    monkeypatch.setattr(blockwise, "check_codes", lambda *_: None)
     with pytest.raises(AssertionError):
         fuzz_target.check(bytes([2, 31, 3, 9, 9, 9]))
 

@@ -14,6 +14,8 @@ from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.flower import Message
+from heterotune_flwr.protocol.queries import DescribeReply
 from heterotune_flwr.strategies import build_strategy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +42,33 @@ def toy_spec(name: str) -> dict:
     if train.get("optimizer") != "sgd":
         train["learning_rate"] = 0.02
     return {**spec, "method": method}
+
+
+def answering(kind, change, liars):
+    """A ``prepare``: the liars' replies to messages of a kind (train, align ...) have another content.
+
+    ``change``: the content of an honest reply -> the content that is sent.
+    """
+
+    def prepare(federation, grid):
+        honest = getattr(federation, kind)
+
+        def handler(message, context):
+            reply = honest(message, context)
+            if federation.who(context)[0] in liars:
+                reply = Message(change(reply.content), reply_to=message)
+            return reply
+
+        setattr(federation, kind, handler)
+
+    return prepare
+
+
+def describing(change, liars):
+    """The same of descriptions; ``change``: an honest :class:`DescribeReply` -> another."""
+    return answering(
+        "describe", lambda content: change(DescribeReply.from_content(content)).to_content(), liars
+    )
 
 
 @dataclass

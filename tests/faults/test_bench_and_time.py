@@ -95,12 +95,9 @@ def test_a_client_that_fails_again_and_again_is_not_asked_and_comes_back(fault):
 def frozen(strategy):
     """A copy of all that a skipped round must not touch."""
     gate = strategy.transport.safety.gate.state_dict()
-    parts = [
-        strategy.state, strategy._optimizer_states, getattr(strategy, "chain_states", {}),
-        getattr(strategy, "_controls", {}), gate["levels"], gate["last"],
-    ]  # fmt: skip
+    parts = [strategy.state, strategy.state_dict(), gate["levels"], gate["last"]]
     if strategy.consensus is not None:
-        parts += [strategy.consensus._targets, strategy.consensus._due]
+        parts.append(strategy.consensus.state_dict())
     return copy.deepcopy(parts)
 
 
@@ -125,7 +122,6 @@ def test_a_round_with_too_few_updates_changes_nothing(name, monkeypatch):
         federation.train = lambda message, context: (
             hostile if message.content["config"]["round"] in (3, 4) else honest
         )(message, context)
-        grid._app = federation.app()
 
     ended = run(toy_spec(name), prepare=from_round_three, rounds=5, min_results=5)
     assert [skipped for skipped, _, _ in seen] == [False, False, True, True, False]
@@ -232,8 +228,8 @@ def test_a_quorum_closes_the_round_after_its_grace():
 
 def _answers_evaluation(federation, grid):
     """The node is only silent when it is to train."""
-    drop = grid._drop
-    grid._drop = lambda node, kind, round: kind == "train" and drop(node, kind, round)
+    drop = grid.drop
+    grid.drop = lambda node, kind, round: kind == "train" and drop(node, kind, round)
 
 
 def test_more_are_asked_than_needed_and_the_first_taken():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_federation import run, toy_spec
+from fault_federation import answering, describing, run, toy_spec
 from toy_federation import Backbone, ToyFederation, toy_config
 
 from heterotune_flwr.alignment.factor_checks import fault_of, same_backbone
@@ -15,8 +15,7 @@ from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation import factors_asked
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.flower import Message
-from heterotune_flwr.protocol.queries import AlignReply, DescribeReply
+from heterotune_flwr.protocol.queries import AlignReply
 from heterotune_flwr.run import run_strategies
 
 HONEST = {name: value.astype(np.float32) for name, value in Backbone("small").factors().items()}
@@ -66,27 +65,15 @@ WRONG = {
 def aligning(change, liars=("client-0000",), type_key=None):
     """``change``: honest factors -> others; ``type_key``: what the liars call their type."""
 
+    def tell(content):
+        told = AlignReply.from_content(content)
+        return replace(told, factors=change(told.factors)).to_content("fp32")
+
     def prepare(federation, grid):
-        describe, align = federation.describe, federation.align
-
-        def say(message, context):
-            reply = describe(message, context)
-            if federation.who(context)[0] in liars and type_key:
-                info = DescribeReply.from_content(reply.content)
-                info = dataclasses.replace(info, type_key=type_key, fingerprint="e" * 16)
-                reply = Message(info.to_content(), reply_to=message)
-            return reply
-
-        def tell(message, context):
-            reply = align(message, context)
-            if federation.who(context)[0] in liars:
-                told = AlignReply.from_content(reply.content)
-                told = dataclasses.replace(told, factors=change(told.factors))
-                reply = Message(told.to_content("fp32"), reply_to=message)
-            return reply
-
-        federation.describe, federation.align = say, tell
-        grid._app = federation.app()
+        answering("align", tell, liars)(federation, grid)
+        if type_key:
+            other = {"type_key": type_key, "fingerprint": "e" * 16}
+            describing(lambda told: replace(told, **other), liars)(federation, grid)
 
     return prepare
 
@@ -118,9 +105,7 @@ def test_of_two_that_disagree_neither_is_believed(name):
     assert not fault_of(WRONG[name](HONEST), 1, False, 24, 6, False)
     ended = play(WRONG[name])
     assert {e["type"] for e in ended.of("apart")} == {"small@fp32"}
-    groups = ended.strategy._groups
-    assert "global" not in groups["small@fp32"].values()
-    assert "global" in groups["large@fp32"].values()
+    assert [group for group in ended.strategy.state if group != "global"] == ["type/small@fp32"]
     # The others' maps are made as if the type were not there.
     alone = play(clients=(0, 2, 2)).strategy.maps.tensors
     for key in ("middle@fp32", "large@fp32"):
@@ -152,7 +137,7 @@ def test_a_new_type_that_lies_is_left_out(name):
 
 def test_a_new_type_that_fits_nobody_has_no_say_in_the_others_maps():
     ended = play(WRONG["random"], liars=("client-0004",), type_key="evil@fp32")
-    assert "global" not in ended.strategy._groups["evil@fp32"].values()
+    assert "type/evil@fp32" in ended.strategy.state
     honest = play().strategy.maps.tensors
     for key, maps in honest.items():
         for part, value in maps.items():

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 from fault_cases import PLACES, applies, play
-from fault_federation import SHIPPED, run, toy_spec
+from fault_federation import SHIPPED, answering, run, toy_spec
 from wire_faults import FAULTS, Hostile
 
-from heterotune_flwr.flower import Message
 from heterotune_flwr.protocol.wire import error_content
 
 NAMES = list(FAULTS)
@@ -117,51 +116,34 @@ def test_an_answer_that_comes_twice_counts_once():
 
 def test_an_answer_from_a_stranger_is_not_believed():
     def impostor(federation, grid):
-        run_app = grid._run
+        honest = grid.answer
 
         def answer(message, context):
-            reply = run_app(message, context)
+            reply = honest(message, context)
             if message.metadata.message_type == "train":
                 reply.metadata.__dict__["_src_node_id"] = 12345
             return reply
 
-        grid._run = answer
+        grid.answer = answer
 
     with pytest.raises(Exception, match="node 12345 answered in its place"):
         run(toy_spec("heterotune"), prepare=impostor)
 
 
 def test_what_a_client_says_of_its_failure_is_kept_short_and_printable():
-    def talkative(federation, grid):
-        honest = federation.train
-
-        def train(message, context):
-            if federation.who(context)[0] == "client-0001":
-                return Message(error_content("\x1b[2J\x07 owned " * 10_000), reply_to=message)
-            return honest(message, context)
-
-        federation.train = train
-        grid._app = federation.app()
-
-    ended = run(toy_spec("heterotune"), prepare=talkative)
-    for event in ended.of("client_failed"):
+    loud = error_content("\x1b[2J\x07 owned " * 10_000)
+    talkative = answering("train", lambda _: loud, ["client-0001"])
+    failed = run(toy_spec("heterotune"), prepare=talkative).of("client_failed")
+    assert failed
+    for event in failed:
         assert event["reason"].isprintable()
         assert len(event["reason"]) < 320
 
 
 def test_a_reply_that_is_no_reply_is_quarantined():
-    def nonsense(federation, grid):
-        honest = federation.train
+    def nonsense(content):
+        del content["metrics"]
+        return content
 
-        def train(message, context):
-            reply = honest(message, context)
-            if federation.who(context)[0] == "client-0001":
-                del reply.content["metrics"]
-                return Message(reply.content, reply_to=message)
-            return reply
-
-        federation.train = train
-        grid._app = federation.app()
-
-    ended = run(toy_spec("heterotune"), prepare=nonsense)
+    ended = run(toy_spec("heterotune"), prepare=answering("train", nonsense, ["client-0001"]))
     assert ended.strategy.outcome.to_json()["refused"] == {"client-0001": {"unreadable": 3}}

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from fault_cases import ONE_PARENT
-from fault_federation import run, toy_spec
+from fault_federation import answering, describing, run, toy_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_faults import CODEC, Hostile
@@ -20,9 +20,7 @@ from heterotune_flwr.channels.statistics import class_pool
 from heterotune_flwr.channels.statistics.class_pool import ClassPool
 from heterotune_flwr.channels.statistics.record import ClassSums
 from heterotune_flwr.cmga import pull
-from heterotune_flwr.flower import Message
 from heterotune_flwr.protocol.messages import TrainReply
-from heterotune_flwr.protocol.queries import DescribeReply
 
 LIAR, HUGE, ROUNDS = "client-0003", 10**6, 5
 #: One of every way to combine updates.
@@ -60,33 +58,22 @@ def unbounded():
         yield
 
 
-class Liar:
-    """Declares a million examples, and changes what it answers."""
+def liar(change, declares=HUGE):
+    """A client that declares a million examples, and changes what it answers."""
 
-    def __init__(self, change, declares=HUGE):
-        self.change, self.declares = change, declares
+    def described(told):
+        return replace(told, train_examples=declares)
 
-    def __call__(self, federation, grid):
-        describe, train = federation.describe, federation.train
+    def trained(content):
+        told = TrainReply.from_content(content)
+        told = replace(told, metrics={**told.metrics, "examples": float(declares)})
+        return change(told).to_content(CODEC)
 
-        def own(message, context):
-            reply = describe(message, context)
-            if federation.who(context)[0] == LIAR:
-                told = DescribeReply.from_content(reply.content)
-                told = replace(told, train_examples=self.declares)
-                reply = Message(told.to_content(), reply_to=message)
-            return reply
+    def prepare(federation, grid):
+        describing(described, [LIAR])(federation, grid)
+        answering("train", trained, [LIAR])(federation, grid)
 
-        def lying(message, context):
-            reply = train(message, context)
-            if federation.who(context)[0] == LIAR:
-                told = TrainReply.from_content(reply.content)
-                told = replace(told, metrics={**told.metrics, "examples": float(self.declares)})
-                reply = Message(self.change(told).to_content(CODEC), reply_to=message)
-            return reply
-
-        federation.describe, federation.train = own, lying
-        grid._app = federation.app()
+    return prepare
 
 
 def turned(reply):
@@ -104,9 +91,9 @@ def absent(name):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_a_million_examples_and_a_turned_update_pull_as_one_client(name):
-    lied = run(toy_spec(name), sizes(name), rounds=ROUNDS, prepare=Liar(turned))
+    lied = run(toy_spec(name), sizes(name), rounds=ROUNDS, prepare=liar(turned))
     with unbounded():
-        free = run(toy_spec(name), sizes(name), rounds=ROUNDS, prepare=Liar(turned))
+        free = run(toy_spec(name), sizes(name), rounds=ROUNDS, prepare=liar(turned))
     before, without = lied.strategy.outcome.before, absent(name).loss((LIAR,))
     start = float(np.mean([row.global_loss for row in before if row.client_id != LIAR]))
     lost = (lied.loss((LIAR,)) - without) / (start - without)
@@ -138,8 +125,8 @@ def test_no_client_counts_as_much_more_than_the_median_one():
 def test_who_counts_more_cannot_be_longer_too():
     longest = []
     for declares in (48, HUGE):
-        liar = Liar(lambda reply: scaled(reply, -4.0), declares)
-        ended = run(toy_spec("within_type"), rounds=1, prepare=liar)
+        scale = liar(lambda reply: scaled(reply, -4.0), declares)
+        ended = run(toy_spec("within_type"), rounds=1, prepare=scale)
         (event,) = [one for one in ended.of("shortened") if one["client_id"] == LIAR]
         longest.append(event["to"])
     assert longest[1] == pytest.approx(longest[0] / pull.MOST, rel=0.01)
@@ -262,11 +249,11 @@ def test_a_liar_about_classes_is_put_on_record_and_pulls_little():
             reply, class_sums=ClassSums(counts, (counts[:, None] * means).astype(np.float32))
         )
 
-    lied = run(toy_spec("heterotune"), rounds=ROUNDS, prepare=Liar(moved))
+    lied = run(toy_spec("heterotune"), rounds=ROUNDS, prepare=liar(moved))
     assert LIAR in {event["client_id"] for event in lied.of("classes_doubted")}
     assert lied.loss((LIAR,)) < 1.1 * absent("heterotune").loss((LIAR,))
     with unbounded():
-        free = run(toy_spec("heterotune"), rounds=ROUNDS, prepare=Liar(moved))
+        free = run(toy_spec("heterotune"), rounds=ROUNDS, prepare=liar(moved))
     assert free.loss((LIAR,)) > 1.1 * lied.loss((LIAR,))
 
 

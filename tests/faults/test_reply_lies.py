@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from fault_federation import run, toy_spec
+from fault_federation import answering, run, toy_spec
 from test_factor_lies import HONEST, aligning, one
 
 from heterotune_flwr.alignment.factor_checks import fault_of, same_backbone
 from heterotune_flwr.channels.predictions.record import as_probabilities
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.spill import Spill, Stored
-from heterotune_flwr.federation.admission import _shortened
+from heterotune_flwr.federation.admission import Admitted
 from heterotune_flwr.federation.updates import RESERVED, ClientUpdate
-from heterotune_flwr.flower import ConfigRecord, Message, MetricRecord
+from heterotune_flwr.flower import ConfigRecord, MetricRecord
 from heterotune_flwr.protocol.wire import ERROR_REFUSED, error_content
 
 LIAR = "client-0003"
-
-
-def answering(kind, change, liar=LIAR):
-    """``change``: honest content of replies to messages of a kind -> another."""
-
-    def prepare(federation, grid):
-        honest = getattr(federation, kind)
-
-        def lying(message, context):
-            reply = honest(message, context)
-            if federation.who(context)[0] == liar:
-                reply = Message(change(reply.content), reply_to=message)
-            return reply
-
-        setattr(federation, kind, lying)
-        grid._app = federation.app()
-
-    return prepare
 
 
 def results(**values):
@@ -82,7 +66,7 @@ def test_metrics_may_have_any_name_even_where_everybody_uses_it():
     ],
 )
 def test_results_that_no_test_has_or_that_were_not_asked_for_are_refused(change):
-    ended, honest = play(answering("evaluate", change)), play()
+    ended, honest = play(answering("evaluate", change, [LIAR])), play()
     assert {event["client_id"] for event in ended.of("refused")} == {LIAR}
     for row, other in zip(ended.strategy.outcome.rows, honest.strategy.outcome.rows, strict=True):
         if row.client_id == LIAR:  # of a type whose global test another was asked for
@@ -94,13 +78,13 @@ def test_results_that_no_test_has_or_that_were_not_asked_for_are_refused(change)
 
 def test_the_next_client_of_a_type_is_tested_where_the_first_one_lies():
     change = results(global_accuracy=2.0)
-    ended = play(answering("evaluate", change, "client-0000"))
+    ended = play(answering("evaluate", change, ["client-0000"]))
     assert ended.loss() == play().loss()
 
 
 def test_a_nodes_refusal_is_no_failure():
     content = error_content("its budget is spent", ERROR_REFUSED)
-    ended = play(answering("train", lambda _: content))
+    ended = play(answering("train", lambda _: content, [LIAR]))
     assert {event["client_id"] for event in ended.of("left_out")} == {LIAR}
     assert not ended.of("client_failed")
 
@@ -140,12 +124,16 @@ def test_the_one_client_of_a_type_may_be_right_about_one_part_and_wrong_about_an
 def test_a_shortened_update_stays_in_its_file(tmp_path):
     deltas = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
     stored = Spill(tmp_path).put(deltas, 1.0, "print")
-    update = ClientUpdate("c", "t", 8, 2, 0.1, stored)
-    short = _shortened(update, 0.3)
+    candidates = {
+        name: SimpleNamespace(update=ClientUpdate(name, "t", 8, 2, 0.1, held))
+        for name, held in {"stored": stored, "whole": deltas, "full": deltas}.items()
+    }
+    short, whole, full = Admitted(candidates, {"stored": 0.3, "whole": 0.3}).updates
     assert isinstance(short.deltas, Stored)
-    whole = _shortened(ClientUpdate("c", "t", 8, 2, 0.1, deltas), 0.3)
-    for name, value in whole.deltas.items():
-        assert np.array_equal(short.deltas[name], value)
+    assert full.deltas is deltas
+    for name, value in deltas.items():
+        np.testing.assert_array_equal(whole.deltas[name], np.float32(0.3) * value)
+        np.testing.assert_array_equal(short.deltas[name], whole.deltas[name])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +150,7 @@ def test_one_client_of_a_type_that_the_strategy_cannot_use_is_left_out(name, cli
         content["config"] = ConfigRecord({**content["config"], **lie})
         return content
 
-    ended = run(toy_spec(name), clients, prepare=answering("describe", described), rounds=1)
+    ended = run(toy_spec(name), clients, prepare=answering("describe", described, [LIAR]), rounds=1)
     assert [event["client_id"] for event in ended.of("left_out")] == [LIAR]
     assert ended.finite()
     assert len(ended.strategy.outcome.rows) == sum(clients) - 1
@@ -170,16 +158,13 @@ def test_one_client_of_a_type_that_the_strategy_cannot_use_is_left_out(name, cli
 
 @pytest.mark.parametrize("name", ["heterofl", "flora"])
 def test_where_most_clients_are_of_such_types_the_settings_are_wrong(name):
-    def quantized(federation, grid):
-        for index in range(6):
-            answering("describe", quantize, f"client-{index:04d}")(federation, grid)
-
     def quantize(content):
         content["config"] = ConfigRecord({**content["config"], "bits": "nf4"})
         return content
 
+    everybody = [f"client-{index:04d}" for index in range(6)]
     with pytest.raises(ConfigError):
-        run(toy_spec(name), (6,), prepare=quantized, rounds=1)
+        run(toy_spec(name), (6,), prepare=answering("describe", quantize, everybody), rounds=1)
 
 
 @pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
@@ -191,7 +176,11 @@ def test_a_client_that_describes_itself_at_one_width_alone_ends_nothing(name):
         return content if len(asked) == 1 else error_content("no")
 
     ended = run(
-        toy_spec(name), (6,), prepare=answering("describe", once), rounds=2, wait_seconds=0.1
+        toy_spec(name),
+        (6,),
+        prepare=answering("describe", once, [LIAR]),
+        rounds=2,
+        wait_seconds=0.1,
     )
     assert len(asked) > 1
     assert ended.finite()

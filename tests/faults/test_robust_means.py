@@ -7,7 +7,7 @@ import pytest
 from fault_federation import run, toy_spec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from wire_faults import Fault, Hostile, _values
+from wire_faults import Fault, Hostile, each_value
 
 from heterotune_flwr.cmga import Member, RobustMean, make_updates, within_type_mean
 from heterotune_flwr.errors import ConfigError
@@ -100,7 +100,7 @@ def test_the_chain_averages_inside_types_by_the_rule(rule):
 @pytest.mark.parametrize("rule", ["trimmed_mean", "median", "multi_krum"])
 def test_one_line_keeps_two_of_ten_flips_out_where_the_gate_is_off(name, rule):
     """Ten clients of one type; the gate's size check is off, so that only the mean stands between."""
-    flip = Hostile(("client-0000", "client-0001"), Fault(_values(lambda value: -10 * value)))
+    flip = Hostile(("client-0000", "client-0001"), Fault(each_value(lambda value: -10 * value)))
     off = {"norm_limit": None, "norm_ceiling": None, "rounds": 4, "clients": (10,)}
     plain = run(toy_spec(name), prepare=flip, **off)
     robust = run({**toy_spec(name), "robust": {"rule": rule, "hostile": 2}}, prepare=flip, **off)

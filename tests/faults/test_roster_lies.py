@@ -8,39 +8,14 @@ import json
 
 import numpy as np
 import pytest
-from fault_federation import run, toy_spec
+from fault_federation import answering, describing, run, toy_spec
 from toy_federation import LABELS
 
 from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.errors import ConfigError, FederationError
-from heterotune_flwr.flower import Message
-from heterotune_flwr.protocol.queries import DescribeReply
 from heterotune_flwr.protocol.wire import error_content
 
 LIAR = "client-0004"  # the second of its type
-
-
-def lying(change, liars=(LIAR,), content=None):
-    """``change``: honest description -> another; ``content``: the same of a message's content."""
-
-    def prepare(federation, grid):
-        honest = federation.describe
-
-        def describe(message, context):
-            reply = honest(message, context)
-            if federation.who(context)[0] not in liars:
-                return reply
-            found = reply.content
-            if change is not None:
-                found = change(DescribeReply.from_content(found)).to_content()
-            if content is not None:
-                found = content(found)
-            return Message(found, reply_to=message)
-
-        federation.describe = describe
-        grid._app = federation.app()
-
-    return prepare
 
 
 def field(**changes):
@@ -103,7 +78,7 @@ RAW = {
 @functools.cache
 def alone():
     """The run of the other five."""
-    absent = lying(None, content=lambda _: error_content("absent", client_id=LIAR))
+    absent = answering("describe", lambda _: error_content("absent", client_id=LIAR), [LIAR])
     return run(toy_spec("heterotune"), (2, 2, 2), prepare=absent, min_clients=5)
 
 
@@ -120,12 +95,12 @@ def check_left_out(ended):
 
 @pytest.mark.parametrize("name", sorted(LIES))
 def test_one_that_lies_is_left_out_and_the_others_run_as_without_it(name):
-    check_left_out(run(toy_spec("heterotune"), (2, 2, 2), prepare=lying(LIES[name])))
+    check_left_out(run(toy_spec("heterotune"), (2, 2, 2), prepare=describing(LIES[name], [LIAR])))
 
 
 @pytest.mark.parametrize("name", sorted(RAW))
 def test_so_is_one_whose_description_cannot_be_read(name):
-    prepare = lying(None, content=raw_shapes(RAW[name]))
+    prepare = answering("describe", raw_shapes(RAW[name]), [LIAR])
     check_left_out(run(toy_spec("heterotune"), (2, 2, 2), prepare=prepare))
 
 
@@ -140,7 +115,7 @@ def test_so_is_one_whose_description_cannot_be_read(name):
     ],
 )
 def test_so_it_is_with_other_adapters(strategy, shapes):
-    lie = lying(lambda info: dataclasses.replace(info, shapes=shapes))
+    lie = describing(field(shapes=shapes), [LIAR])
     ended = run(toy_spec(strategy), (6,), prepare=lie)
     assert {e["client_id"] for e in ended.of("left_out")} == {LIAR}
     assert len(ended.strategy.roster.clients) == 5
@@ -148,7 +123,9 @@ def test_so_it_is_with_other_adapters(strategy, shapes):
 
 def test_the_servers_own_word_stands_before_the_majority():
     others = tuple(f"client-000{n}" for n in range(2, 6))
-    ended = run(toy_spec("heterotune"), (2, 2, 2), prepare=lying(field(labels=["a", "b"]), others))
+    ended = run(
+        toy_spec("heterotune"), (2, 2, 2), prepare=describing(field(labels=["a", "b"]), others)
+    )
     assert sorted(ended.strategy.roster.clients) == ["client-0000", "client-0001"]
 
     def mine(federation, grid):
@@ -159,14 +136,16 @@ def test_the_servers_own_word_stands_before_the_majority():
 
 
 def test_one_that_alone_has_the_servers_program_does_not_end_the_run_of_the_others():
-    ended = run(toy_spec("heterotune"), (2, 2, 2), prepare=lying(field(code_hash=code_hash())))
+    ended = run(
+        toy_spec("heterotune"), (2, 2, 2), prepare=describing(field(code_hash=code_hash()), [LIAR])
+    )
     check_left_out(ended)
 
 
 def test_of_two_sides_alike_that_with_the_smallest_node_id_stands():
     lie = field(fingerprint="0" * 64)
     for liar in ("client-0000", "client-0003"):
-        ended = run(toy_spec("heterotune"), (2, 2, 2), prepare=lying(lie, (liar,)))
+        ended = run(toy_spec("heterotune"), (2, 2, 2), prepare=describing(lie, [liar]))
         nodes = {cid: node for node, cid in all_nodes(ended).items()}
         pair = ("client-0000", "client-0003")
         assert [e["client_id"] for e in ended.of("left_out")] == [max(pair, key=nodes.get)]
@@ -180,10 +159,10 @@ def all_nodes(ended):
 def test_only_when_too_few_remain_the_run_ends_and_says_why():
     liars = tuple(f"client-000{n}" for n in range(1, 6))
     with pytest.raises(FederationError, match=r"only 1 of 6 clients .* node 8919: field .layers"):
-        run(toy_spec("heterotune"), (2, 2, 2), prepare=lying(field(layers=0), liars))
+        run(toy_spec("heterotune"), (2, 2, 2), prepare=describing(field(layers=0), liars))
     with pytest.raises(FederationError, match=r"only 5 of 6 clients .* another version"):
         run(
-            toy_spec("heterotune"), (2, 2, 2), prepare=lying(LIES["code"]), min_clients=6,
+            toy_spec("heterotune"), (2, 2, 2), prepare=describing(LIES["code"], [LIAR]), min_clients=6,
             wait_seconds=0.1,
         )  # fmt: skip
 
@@ -191,7 +170,7 @@ def test_only_when_too_few_remain_the_run_ends_and_says_why():
 def test_guests_alone_are_no_run():
     liars = tuple(f"client-000{n}" for n in range(6))
     with pytest.raises(FederationError, match="every client is a guest"):
-        run(toy_spec("heterotune"), (2, 2, 2), prepare=lying(field(train_examples=0), liars))
+        run(toy_spec("heterotune"), (2, 2, 2), prepare=describing(field(train_examples=0), liars))
 
 
 def test_slots_are_the_settings_fault_where_most_backbones_are_too_shallow():
@@ -199,4 +178,4 @@ def test_slots_are_the_settings_fault_where_most_backbones_are_too_shallow():
     shallow = field(layers=1)
     liars = tuple(f"client-000{n}" for n in range(4))
     with pytest.raises(ConfigError, match=r"method\.slots is 2 but .* only 1 blocks"):
-        run(spec, (2, 2, 2), prepare=lying(shallow, liars))
+        run(spec, (2, 2, 2), prepare=describing(shallow, liars))

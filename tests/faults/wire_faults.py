@@ -23,7 +23,7 @@ CODEC = "bf16"
 Deltas = dict[str, np.ndarray]
 
 
-def _values(change: Callable[[np.ndarray], np.ndarray]):
+def each_value(change: Callable[[np.ndarray], np.ndarray]):
     """Change every number that is sent; predictions where no tensor is."""
 
     def fault(content: RecordDict, memory: dict) -> RecordDict:
@@ -155,11 +155,11 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {
-    "nan": Fault(_values(_nan_somewhere)),
-    "inf": Fault(_values(lambda value: np.full_like(value, np.inf))),
-    "times_1e8": Fault(_values(lambda value: 1e8 * value), needs="tensors"),
-    "flip_x10": Fault(_values(lambda value: -10 * value)),
-    "zero": Fault(_values(np.zeros_like), seen=False, needs="tensors"),
+    "nan": Fault(each_value(_nan_somewhere)),
+    "inf": Fault(each_value(lambda value: np.full_like(value, np.inf))),
+    "times_1e8": Fault(each_value(lambda value: 1e8 * value), needs="tensors"),
+    "flip_x10": Fault(each_value(lambda value: -10 * value)),
+    "zero": Fault(each_value(np.zeros_like), seen=False, needs="tensors"),
     "missing_key": Fault(_tensors(_without_one), needs="tensors"),
     "extra_key": Fault(
         _tensors(lambda d: {**d, "slots.0.stowaway": np.ones(3, np.float32)}), needs=""
@@ -208,4 +208,3 @@ class Hostile:
             return reply
 
         federation.train = train
-        grid._app = federation.app()

@@ -30,7 +30,7 @@ class Flickering(InProcessGrid):
         self.left = {ids[place]: times for place in places}
         self.kind, self.code, self.asked = kind, code, []
 
-    def _run(self, message, context):
+    def answer(self, message, context):
         node, kind = message.metadata.dst_node_id, message.metadata.message_type
         if kind == self.kind:
             self.asked.append(node)
@@ -38,7 +38,7 @@ class Flickering(InProcessGrid):
                 self.left[node] -= 1
                 error = Error(self.code, "Node Unavailable")
                 return Message(error, reply_to=message)
-        return super()._run(message, context)
+        return super().answer(message, context)
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,7 @@ def test_what_precedes_the_first_round_has_a_patience_of_its_own(tmp_path):
         tmp_path, "none", AWAY, 0, timeout_seconds=600.0, query_seconds=0.2
     )
     silent = next(iter(grid.contexts))
-    grid._drop = lambda node, kind, round: node == silent and kind == "query.describe"
+    grid.drop = lambda node, kind, round: node == silent and kind == "query.describe"
     began = time.monotonic()
     with pytest.raises(FederationError, match="no reply within 0 s"):
         run_strategies(grid, config, journal, "toy-0")
@@ -225,7 +225,7 @@ def test_how_many_empty_rounds_end_a_run_is_an_option(tmp_path, give_up_after, r
         tmp_path, "none", AWAY, 0, rounds=5, give_up_after=give_up_after, cooldown_after=0,
         timeout_seconds=0.1, query_seconds=5.0,
     )  # fmt: skip
-    grid._drop = lambda node, kind, round: kind == "train"
+    grid.drop = lambda node, kind, round: kind == "train"
     if give_up_after:
         with pytest.raises(FederationError, match=f"in {give_up_after} rounds"):
             run_strategies(grid, config, journal, "toy-0")

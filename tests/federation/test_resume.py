@@ -97,8 +97,8 @@ class DyingGrid(InProcessGrid):
         super().__init__(*arguments, **options)
         self.dies, self.code = dies, code
 
-    def _run(self, message, context):
-        reply = super()._run(message, context)
+    def answer(self, message, context):
+        reply = super().answer(message, context)
         where = (
             context.node_config["partition-id"],
             message.metadata.message_type,

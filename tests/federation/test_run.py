@@ -214,7 +214,7 @@ def test_messenger_reports_every_node_once():
     nodes = [{"partition-id": i} for i in range(4)]
     grid = InProcessGrid(echo_app(), nodes)
     ids = list(grid.get_node_ids())
-    grid._drop = lambda node, kind, round: node == ids[2]
+    grid.drop = lambda node, kind, round: node == ids[2]
     content = RecordDict({"config": ConfigRecord({"x": 1, "empty": []})})
     content["t"] = ArrayRecord([np.arange(3)])
     seen = []

@@ -22,8 +22,9 @@ from heterotune_flwr.client.identity import expand_types
 from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.data import partition, pools, sources
+from heterotune_flwr.data import partition, sources
 from heterotune_flwr.data.partition import client_examples
+from heterotune_flwr.data.pools import answers_of
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.exchange import spill
 from heterotune_flwr.exchange.spill import Spill
@@ -52,15 +53,13 @@ SMALL = DataConfig(examples_per_client=6, personal_test_examples=2)
 
 def test_a_pool_is_not_hashed_or_sorted_anew_for_every_client(monkeypatch):
     client_examples(SMALL, 0, 50, 0)
-    shared = partition._shares.cache_info().misses
-    sorted_before = pools._answers.cache_info().misses
-    hashed = []
+    pool, hashed = sources.training_pool(SMALL), []
+    assert answers_of(pool) is answers_of(pool)
     monkeypatch.setattr(sources.Example, "__hash__", lambda self: hashed.append(self) or 0)
+    monkeypatch.setattr(partition, "generator", None)  # nothing is drawn again
     for client in range(50):
         assert len(client_examples(SMALL, client, 50, 0).train) == 6
     assert not hashed
-    assert partition._shares.cache_info().misses == shared
-    assert pools._answers.cache_info().misses == sorted_before
 
 
 def test_a_pool_that_was_read_anew_is_another_one(tmp_path):
@@ -112,7 +111,7 @@ def test_maps_are_computed_once_for_equal_factors_and_settings(tmp_path, monkeyp
 def test_the_disk_is_looked_through_after_enough_was_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("HETEROTUNE_STATES_GB", "0.00064")
-    monkeypatch.setattr(state_cache, "written", state_cache._Written())
+    monkeypatch.setattr(state_cache, "written", state_cache.Written())
     looked = []
     prune = state_cache.prune
     monkeypatch.setattr(state_cache, "prune", lambda *a, **k: looked.append(a) or prune(*a, **k))
@@ -128,7 +127,7 @@ def test_the_disk_is_looked_through_after_enough_was_written(tmp_path, monkeypat
 
 def test_memory_counts_a_table_that_is_put_twice_once(monkeypatch):
     monkeypatch.setenv("HETEROTUNE_STATES_MEMORY_GB", "0.000003")
-    memory = state_cache._Memory()
+    memory = state_cache.Memory()
     for key in ("a", "b", "a", "b", "a"):
         memory.put(key, torch.zeros(250))
     assert memory.get("a") is not None
@@ -428,7 +427,7 @@ def test_updates_that_were_put_aside_give_the_same_bits(tmp_path, monkeypatch, n
     (one, bank), results = run("memory"), []
     assert not made
     for where, waiting, held in (("some", 10**9, 4000), ("none", 0, 0)):
-        monkeypatch.setattr(admission, "_WAITING", waiting)
+        monkeypatch.setattr(admission, "WAITING", waiting)
         monkeypatch.setattr(spill, "IN_MEMORY", held)
         results.append(run(where))
         assert made

@@ -52,10 +52,10 @@ def package(tmp_path, monkeypatch, folder):
     entries = re.sub(r'\[project\.entry-points\."([\w.]+)"\]', r"[\1]", toml).replace('"', "")
     (metadata / "entry_points.txt").write_text(entries)
     monkeypatch.syspath_prepend(str(site))
-    for cached in (plugins.installed, plugins.load_plugin, sources._from_plugin):
+    for cached in (plugins.installed, plugins.load_plugin, sources.plugin_examples):
         cached.cache_clear()
     yield own
-    for cached in (plugins.installed, plugins.load_plugin, sources._from_plugin):
+    for cached in (plugins.installed, plugins.load_plugin, sources.plugin_examples):
         cached.cache_clear()
     for name in [name for name in sys.modules if name.startswith("my_package")]:
         del sys.modules[name]

@@ -67,7 +67,7 @@ DEEP = replace(METHOD, slots=2, experts_private=1)
     "method", [METHOD, DEEP, CORES, LORA], ids=["last", "deep", "cores", "lora"]
 )
 def test_answers_are_those_of_the_full_forward_pass(directory, method, monkeypatch):
-    monkeypatch.setattr(generation, "_BATCH_TOKENS", 120)  # several batches, rows of unequal length
+    monkeypatch.setattr(generation, "BATCH_TOKENS", 120)  # several batches, rows of unequal length
     adapter = loaded(directory, method)
     tokenizer = adapter.backbone.tokenizer
     prompts = prompts_of(tokenizer)

@@ -177,7 +177,7 @@ def _label_words(task):
 def test_token_loss_never_holds_logits_of_the_whole_batch(directory, data, monkeypatch):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
-    monkeypatch.setattr(task_module, "_LOGITS_AT_A_TIME", 4 * vocabulary)
+    monkeypatch.setattr(task_module, "LOGITS_AT_A_TIME", 4 * vocabulary)
     adapter = prepared(backbone)
     task = make_task(backbone, data, LABELS, replace(TRAIN, loss="tokens"))
     rows = make_rows(adapter, task.encode(own_file(data)))

@@ -444,7 +444,7 @@ import logging, os, sys
 from pathlib import Path
 from heterotune_flwr.worker import server
 server.LOG_BYTES = 20_000
-server._start_log(Path(sys.argv[1]))
+server.start_log(Path(sys.argv[1]))
 for number in range(2000):
     logging.getLogger("heterotune_flwr.x").info("line %d", number)
 os.write(2, b"from native code")

@@ -56,7 +56,7 @@ class Deployment(SuperLink):
             "--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port", str(port),
         )  # fmt: skip
         deadline = time.monotonic() + 60
-        while not superlinks._healthy(port):
+        while not superlinks.healthy(port):
             assert self._process.poll() is None, tail(self.log)
             assert time.monotonic() < deadline, tail(self.log)
             time.sleep(0.1)

@@ -52,8 +52,8 @@ class Lessons:
         self._effects = torch.stack([task.effect.T for task in tasks])
         self._kinds, self._runs, self._options = kinds, runs, options
         self._rng = torch.Generator().manual_seed(1)
-        self._chosen = torch.empty(0, dtype=torch.long)
-        self._targets = torch.empty(0)
+        self.chosen = torch.empty(0, dtype=torch.long)
+        self.targets = torch.empty(0)
 
     def _logs(self, bank: Mapping[str, Tensor], kinds: Tensor, drawn: Tensor) -> Tensor:
         """Log label probabilities (N x B x C) of some anchors (N x B), each client by its own model."""
@@ -66,8 +66,8 @@ class Lessons:
         """Average what clients predict on newly drawn anchors (or on ``everything``), run by run."""
         pool = len(self._z[0]) if everything else min(self._options.pool, len(self._z[0]))
         count = pool if everything else min(self._options.anchors, pool)
-        self._chosen = torch.randperm(pool, generator=self._rng)[:count]
-        drawn = self._chosen.repeat(len(self._kinds), 1)
+        self.chosen = torch.randperm(pool, generator=self._rng)[:count]
+        drawn = self.chosen.repeat(len(self._kinds), 1)
         said = self._logs(bank, self._kinds, drawn).exp().numpy()
         found = []
         for run in range(int(self._runs.max()) + 1):
@@ -75,7 +75,7 @@ class Lessons:
             shares = agreement_weights(list(own), self._options.agreement_power)
             mean, _ = confidence_weighted_mean(list(own), shares, self._options.entropy_power)
             found.append(sinkhorn_balance(mean, self._options.balance))
-        self._targets = torch.from_numpy(np.stack(found)).float()
+        self.targets = torch.from_numpy(np.stack(found)).float()
 
     def loss(
         self,
@@ -86,8 +86,8 @@ class Lessons:
         """Sum over clients of the mean cross-entropy of one step's anchors."""
         kinds = self._kinds if kinds is None else kinds
         runs = self._runs if runs is None else runs
-        count = len(self._chosen)
+        count = len(self.chosen)
         places = torch.rand(len(kinds), count, generator=self._rng).argsort(1)
         places = places[:, : min(self._options.batch, count)]
-        logs = self._logs(bank, kinds, self._chosen[places])
-        return -(self._targets[runs[:, None], places] * logs).sum(-1).mean(1).sum()
+        logs = self._logs(bank, kinds, self.chosen[places])
+        return -(self.targets[runs[:, None], places] * logs).sum(-1).mean(1).sum()

@@ -290,11 +290,11 @@ def _results(
     fleet: _Fleet, bank: Mapping[str, Tensor], waiting: _Guests | None, everyone: list[LatentTask],
     wanted: Tensor, sharings: tuple[str, ...], shape: tuple[int, int],
 ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-    found = _accuracies(bank, everyone, fleet.types, wanted)
+    found = accuracies(bank, everyone, fleet.types, wanted)
     parts = found.reshape(len(sharings), -1, *shape)
     result = dict(zip(sharings, parts, strict=True))
     if waiting is not None:
-        reached = _accuracies(waiting.bank, everyone, waiting.kinds, wanted)
+        reached = accuracies(waiting.bank, everyone, waiting.kinds, wanted)
         result["guests"] = reached.reshape(-1, shape[0], waiting.guests)
     return result
 
@@ -306,7 +306,7 @@ def _log_priors(wanted: Tensor, labels: int, schedule: Schedule) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracies(
+def accuracies(
     bank: Mapping[str, Tensor], tasks: list[LatentTask], types: Tensor, wanted: Tensor
 ) -> NDArray[np.float64]:
     found = []

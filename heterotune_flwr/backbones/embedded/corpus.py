@@ -132,7 +132,8 @@ def dictionary_texts(folder: Path, package: str) -> list[str]:
     return [text for text in texts if len(text) > 20]
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write rows as gzipped JSON lines; the same rows give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(payload, 9, mtime=0))
@@ -248,7 +249,7 @@ def write_near(assets: Path, packages: list[Package], seed: int) -> None:
     ]
     far = [row["text"] for row in _read_jsonl(assets / "anchors/debian-other.jsonl.gz")]
     texts = near_anchors(packages, task, far, random.Random(seed))
-    _write_jsonl(assets / "anchors/debian-near.jsonl.gz", ({"text": text} for text in texts))
+    write_jsonl(assets / "anchors/debian-near.jsonl.gz", ({"text": text} for text in texts))
 
 
 def main() -> None:
@@ -275,16 +276,16 @@ def main() -> None:
     glosses = sorted(
         {re.sub(r"\b(adj|adv|n|v) 1: ", "", t)[:160] for t in wordnet if " 2: " not in t}
     )
-    _write_jsonl(args.assets / "debian_sections/train.jsonl.gz", train)
-    _write_jsonl(args.assets / "debian_sections/test.jsonl.gz", test)
+    write_jsonl(args.assets / "debian_sections/train.jsonl.gz", train)
+    write_jsonl(args.assets / "debian_sections/test.jsonl.gz", test)
     for name, pool in (("debian-other", shorts), ("wordnet", glosses)):
         rows = [{"text": text} for text in rng.sample(pool, ANCHORS)]
-        _write_jsonl(args.assets / f"anchors/{name}.jsonl.gz", rows)
+        write_jsonl(args.assets / f"anchors/{name}.jsonl.gz", rows)
     write_near(args.assets, packages, args.seed)
     documents = list(package_documents(packages, taken))
     documents += dictionary_documents(wordnet, dictionary_texts(args.work, "dict-foldoc"))
     rng.shuffle(documents)
-    _write_jsonl(args.work / "corpus.jsonl.gz", ({"text": text} for text in documents))
+    write_jsonl(args.work / "corpus.jsonl.gz", ({"text": text} for text in documents))
     characters = sum(map(len, documents))
     print(f"{len(train)} train, {len(test)} test, {len(shorts)} anchor texts, "
           f"{len(documents)} documents of {characters / 1e6:.1f} M characters")  # fmt: skip

@@ -25,7 +25,7 @@ from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
 
 #: Tokens of one batch of predictions, padding included.
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 #: What a target tells at least, in nats: one that says nothing may still be drawn.
 _LEAST = 1e-3
 
@@ -111,7 +111,7 @@ def predict(task: Task, rows: Rows, chosen: Sequence[int]) -> NDArray[np.float32
     """Label probabilities ``n x C`` of some rows, with the values the adapter holds."""
     order: list[int] = []
     parts = []
-    for batch in batches_by_length([rows.length(index) for index in chosen], _BATCH_TOKENS):
+    for batch in batches_by_length([rows.length(index) for index in chosen], BATCH_TOKENS):
         own = [chosen[position] for position in batch]
         states, _, _ = rows.rows(own)
         logits = _label_logits(task, rows, states, own)
