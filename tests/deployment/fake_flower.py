@@ -17,7 +17,7 @@ class Killed(BaseException):
 class FakeFlower:
     """Stands for ``flwr supernode ...``; ``kill_at`` ends the command at the so-manieth call, before or after it.
 
-    ``refused`` is a public key's line that cannot be registered.
+    ``refused`` is the body of a key that cannot be registered.
     """
 
     def __init__(self) -> None:
@@ -66,9 +66,8 @@ class FakeFlower:
 
     def _register(self, file: str) -> dict[str, str]:
         with open(file) as stream:
-            line = stream.read()
-        body = key_body(line)
-        if line == self.refused:
+            body = key_body(stream.read())
+        if body == self.refused:
             raise FederationError("refused")
         if body in self.keys:
             raise FederationError("[code: 23] Public key already in use.")

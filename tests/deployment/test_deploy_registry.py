@@ -198,7 +198,7 @@ def test_one_node_that_cannot_be_registered_does_not_hold_up_the_others(lab, flo
     for name in ("n3", "n4"):
         lab.add_node(name)
     lab.save()
-    flower.refused = read_public(lab.public_key("n3"))
+    flower.refused = key_body(lab.nodes["n3"].public_key)
     done = run("register", lab.folder)
     assert done.exit_code == 1
     assert "error: n3: refused" in done.output
