@@ -160,7 +160,7 @@ class MethodConfig:
 
 @dataclass
 class AlignmentConfig:
-    """How the frozen maps D, U of every type are computed (METHOD section 3)."""
+    """How the frozen maps D, U of every type are computed (docs/method.md, section 3)."""
 
     anchors: str = _help(
         "shipped set (debian-other | wordnet | debian-near), or path of a .txt(.gz) or data file with a column text",

@@ -63,7 +63,7 @@ def _project(
 
 
 def deconflict(threshold: float = -0.1, orders: int = 24) -> Transform:
-    """Remove from each type's update what points against another type's (METHOD 4.4).
+    """Remove from each type's update what points against another type's (docs/method.md, 4.4).
 
     Two types conflict where ``cos(g_a, g_b) / sqrt(rel_a rel_b) < threshold``: the division undoes
     what noise takes off a cosine. There the component along ``g_b`` is removed from ``g_a``
@@ -146,7 +146,7 @@ def _guarded(direction: Vector, types: tuple[Member, ...]) -> tuple[Vector, floa
 
 
 def combine(weights: str = "reliability", rescale: bool = True, guard: bool = True) -> Transform:
-    """``d = sum_m w_m g^_m``, as long as the plain weighted mean (METHOD 4.5).
+    """``d = sum_m w_m g^_m``, as long as the plain weighted mean (docs/method.md, 4.5).
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def server_opt(
     beta2: float = 0.99,
     tau: float = 1e-3,
 ) -> Transform:
-    """Server optimizer on the combined direction (METHOD 4.6); see :mod:`.server_optimizers`."""
+    """Server optimizer on the combined direction (docs/method.md, 4.6); see :mod:`.server_optimizers`."""
     optimizer = ServerOptimizer(kind, learning_rate, momentum, beta2, tau)
 
     def update(state: State, updates: Updates) -> tuple[State, Updates]:

@@ -21,7 +21,7 @@ def downweight_outliers(decay: float = 0.9, floor: float = 0.03, power: float = 
     everybody learns the form of an answer, with right and wrong labels alike.
 
     Not in the default chain: it protects from wrong answers, and costs where nothing is wrong but the steps are too
-    long (docs/method.md has the numbers). End the chain with ``combine`` and ``guard: false``, for the guard would let
+    long (docs/results.md). End the chain with ``combine`` and ``guard: false``, for the guard would let
     no type go against its will. Two types always dissent equally: which of two is wrong nobody can tell.
 
     Parameters

@@ -28,7 +28,7 @@ def within_type_mean(
     hostile: int = 1,
     keep: int | None = None,
 ) -> Transform:
-    """``g_m``: example-weighted mean over the clients of type m (METHOD 4.1), or a robust ``rule`` (:mod:`.robust`).
+    """``g_m``: example-weighted mean of type m's clients (docs/method.md, 4.1), or a robust ``rule`` (:mod:`.robust`).
 
     With a rule, the reference whose norm later transforms take is the mean of the types' robust means.
     """
@@ -121,7 +121,7 @@ def weigh_reliability(
     cap: float = 0.5,
     splits: int = 8,
 ) -> Transform:
-    """``w_m ~ rel_m * staleness^age_m``, normalised, none above ``cap`` (METHOD 4.3).
+    """``w_m ~ rel_m * staleness^age_m``, normalised, none above ``cap`` (docs/method.md, 4.3).
 
     With c >= ``floor`` the mean cosine between two random halves of a type's n clients, the
     Spearman-Brown relation gives the reliability of one client, ``rho = 2 c / (n - (n - 2) c)``

@@ -225,7 +225,7 @@ class HeteroStrategy(Strategy):
         return self.roster.clients[client_id].info.type_key
 
     def shares(self, type_key: str, slot: int) -> bool:
-        """Whether a type's slot is aligned well enough to share across types (METHOD 3.5)."""
+        """Whether a type's slot is aligned well enough to share across types (docs/method.md, 3.5)."""
         if self.maps is None:
             return False
         if self.config.alignment.control != "none":  # a control must show its damage
