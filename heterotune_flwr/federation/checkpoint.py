@@ -16,7 +16,7 @@ from heterotune_flwr.exchange.trees import State, load_state, read_header, save_
 
 FORMAT = "heterotune-checkpoint"
 #: Raised whenever an older program could not go on from a newer file.
-VERSION = 2
+VERSION = 3
 
 
 class CheckpointError(HeteroTuneError):

@@ -36,7 +36,7 @@ from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import safe_text
 
 #: Of the events' fields (docs/journal.md); raised when a reader of the older ones would misread a new one.
-VERSION = 1
+VERSION = 2
 #: Events that a power cut may take: they are many, and nothing is rebuilt from them.
 _PASSING = frozenset({"train_reply", "bytes", "progress"})
 #: Seconds between two events that tell how far asking or testing is.

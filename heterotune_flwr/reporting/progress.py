@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -16,6 +15,20 @@ from heterotune_flwr.schema import Config
 Event = dict[str, Any]
 #: A line at most this often when the output is not a terminal.
 LINE_SECONDS = 2.0
+#: Events that are a line, and the line; those that are more have a method below.
+_LINES = {
+    "channel_note": "  {text}",
+    "channel_off": "  {channel} is off: {reason}",
+    "checkpoint_damaged": "  a checkpoint was passed over: {reason}",
+    "client_failed": "  {client_id} failed: {reason}",
+    "cooldown": "  {client_id} failed too often: not asked until after round {until}",
+    "payload_refused": "  {channel} of {client_id} are not used: {reason}",
+    "personalization_phase": "  from round {round} on: a bank per type, taught by what all types predict",
+    "refused": "  refused {client_id}: {reason}",
+    "returned": "  {client_id} is asked again",
+    "sent_again": "  {client_id}: its process died, asked again",
+    "skipped": "  round {round} skipped: {usable} usable updates, {needed} needed",
+}
 
 
 class RunProgress:
@@ -56,23 +69,20 @@ class RunProgress:
             self._bar.start()
             self._task = self._bar.add_task("starting Flower", total=1.0, note="")
         else:
-            self._line("starting Flower and its workers", force=True)
+            self._line("starting Flower and its workers")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the display."""
         if self._task is not None:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         """Take one event of the journal."""
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler is not None:
+        kind = event["event"]
+        if kind in _LINES:
+            self._line(_LINES[kind].format_map(event))
+        if handler := getattr(self, f"_on_{kind}", None):
             handler(event)
 
     @property
@@ -88,15 +98,16 @@ class RunProgress:
         left = (time.monotonic() - self._started) * (1 - self.fraction) / self.fraction
         return f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
 
-    def _line(self, text: str, force: bool = False) -> None:
-        text = printable(text)
-        if not self.console.is_terminal:
-            now = time.monotonic()
-            if force or now - self._last_line > LINE_SECONDS:
-                self.console.print(text, soft_wrap=True, highlight=False, markup=False)
-                self._last_line = self._last_line if force else now
-        elif force:
-            self._bar.console.print(text, soft_wrap=True, highlight=False, markup=False)
+    def _line(self, text: str) -> None:
+        """Write a line; over the bar, where there is one."""
+        self.console.print(printable(text), soft_wrap=True, highlight=False, markup=False)
+
+    def _passing(self, text: str) -> None:
+        """Write a line now and then, where there is no bar to tell it."""
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._last_line > LINE_SECONDS:
+            self._last_line = now
+            self._line(text)
 
     def _show(self, description: str, note: str) -> None:
         if self._task is not None:
@@ -113,25 +124,24 @@ class RunProgress:
 
     def _on_describe(self, event: Event) -> None:
         types = ", ".join(f"{facts['clients']} x {key}" for key, facts in event["types"].items())
-        self._line(f"{event['clients']} clients: {types}", force=True)
+        self._line(f"{event['clients']} clients: {types}")
 
     def _on_progress(self, event: Event) -> None:
         done = "asked" if event["what"] == "asking" else "tested"
         text = f"{done} {event['done']} of {event['clients']} clients"
         self._show(text, "")
-        self._line(f"  {text}")
+        self._passing(f"  {text}")
 
     def _on_left_out(self, event: Event) -> None:
         name = event["client_id"] or f"node {event['node_id']}"
-        self._line(f"  {name} does not take part: {event['reason']}", force=True)
+        self._line(f"  {name} does not take part: {event['reason']}")
 
     def _on_aligning(self, event: Event) -> None:
         what = "as whole texts" if event["part"] == "texts" else "for the maps"
         kept = "kept for later runs; " if event.get("cached") else ""
         self._line(
             f"one client each of {', '.join(event['types'])} reads up to {event['anchors']} public anchors {what} "
-            f"({kept}minutes for a real model on a CPU)",
-            force=True,
+            f"({kept}minutes for a real model on a CPU)"
         )
 
     def _on_align(self, event: Event) -> None:
@@ -140,46 +150,27 @@ class RunProgress:
             for key, values in event["quality"].items()
         )
         origin = "from the cache" if event.get("cached") else f"{human_bytes(event['bytes_up'])} up"
-        self._line(f"aligned ({origin}); held-out canonical correlation: {quality}", force=True)
+        self._line(f"aligned ({origin}); held-out canonical correlation: {quality}")
         least, held = self.alignment.quality_threshold, self.alignment.control == "none"
         short = [key for key, values in event["quality"].items() if held and min(values) < least]
         if short:
             self._line(
                 f"  below alignment.quality_threshold ({least:g}), so not shared with other types there: "
-                f"{', '.join(short)}",
-                force=True,
+                f"{', '.join(short)}"
             )
-
-    def _on_channel_off(self, event: Event) -> None:
-        self._line(f"  {event['channel']} is off: {event['reason']}", force=True)
-
-    def _on_channel_note(self, event: Event) -> None:
-        self._line(f"  {event['text']}", force=True)
-
-    def _on_payload_refused(self, event: Event) -> None:
-        self._line(
-            f"  {event['channel']} of {event['client_id']} are not used: {event['reason']}",
-            force=True,
-        )
 
     def _on_start(self, event: Event) -> None:
         self._started = self._started or time.monotonic()
         self._round, self._replies = 0, 0
-        self._line(f"{self._name(event)}: {event['of']} rounds", force=True)
+        self._line(f"{self._name(event)}: {event['of']} rounds")
 
     def _on_resumed(self, event: Event) -> None:
         self._round = event["round"]
-        self._line(f"{self._name(event)}: goes on after round {event['round']}", force=True)
+        self._line(f"{self._name(event)}: goes on after round {event['round']}")
 
     def _on_already_finished(self, event: Event) -> None:
         self._finished += 1
-        self._line(f"{self._name(event)}: had finished", force=True)
-
-    def _on_checkpoint_damaged(self, event: Event) -> None:
-        self._line(f"  a checkpoint was passed over: {event['reason']}", force=True)
-
-    def _on_sent_again(self, event: Event) -> None:
-        self._line(f"  {event['client_id']}: its process died, asked again", force=True)
+        self._line(f"{self._name(event)}: had finished")
 
     def _on_train_reply(self, event: Event) -> None:
         self._replies += 1
@@ -194,7 +185,7 @@ class RunProgress:
         text = f"  round {event['round']}/{event['of']}: {event.get('clients', '?')} clients"
         text += f", loss {loss:.3f}" if isinstance(loss, float) else ""
         text += f", {human_bytes(event['bytes_up'] + event['bytes_down'])} so far"
-        self._line(text + self._eta())
+        self._passing(text + self._eta())
         self._show(f"{self._name(event)} round {event['round']}/{event['of']}", "")
 
     def _on_evaluate(self, event: Event) -> None:
@@ -207,28 +198,16 @@ class RunProgress:
         sampled = event.get("tested", 0) < event.get("clients", 0)
         text += " on the global test"
         text += f", {event['tested']} of {event['clients']} clients tested" if sampled else ""
-        self._line(text, force=True)
+        self._line(text)
 
     def _on_slices(self, event: Event) -> None:
         shown = [f"{k} {100 * v:.1f} %" for k, v in event["accuracies"].items() if v is not None]
-        self._line(f"  slices before any training: {', '.join(shown)}", force=True)
+        self._line(f"  slices before any training: {', '.join(shown)}")
 
     def _on_strategy_end(self, event: Event) -> None:
         self._finished += 1
         self._round, self._replies = 0, 0
-        self._line(f"{self._name(event)} done in {event['seconds']:.0f} s", force=True)
-
-    def _on_refused(self, event: Event) -> None:
-        self._line(f"  refused {event['client_id']}: {event['reason']}", force=True)
-
-    def _on_client_failed(self, event: Event) -> None:
-        self._line(f"  {event['client_id']} failed: {event['reason']}", force=True)
-
-    def _on_personalization_phase(self, event: Event) -> None:
-        self._line(
-            f"  from round {event['round']} on: a bank per type, taught by what all types predict",
-            force=True,
-        )
+        self._line(f"{self._name(event)} done in {event['seconds']:.0f} s")
 
     def _on_guests(self, event: Event) -> None:
         names, loss = ", ".join(event["types"]), event.get("loss")
@@ -236,24 +215,11 @@ class RunProgress:
         if event["clients"]:
             text += f" and fit what the others predict: {event['clients']} clients"
         text += f", loss {loss:.3f}" if isinstance(loss, float) else ""
-        self._line(text, force=True)
+        self._line(text)
 
     def _on_skipped(self, event: Event) -> None:
         self._round, self._replies = event["round"], 0
-        self._line(
-            f"  round {event['round']} skipped: {event['usable']} usable updates, {event['needed']} needed",
-            force=True,
-        )
-
-    def _on_cooldown(self, event: Event) -> None:
-        self._line(
-            f"  {event['client_id']} failed too often: not asked until after round {event['until']}",
-            force=True,
-        )
-
-    def _on_returned(self, event: Event) -> None:
-        self._line(f"  {event['client_id']} is asked again", force=True)
 
     def _on_round_closed(self, event: Event) -> None:
         left = ", ".join(event["unawaited"])
-        self._line(f"  round {event['round']} closed without waiting for {left}", force=True)
+        self._line(f"  round {event['round']} closed without waiting for {left}")

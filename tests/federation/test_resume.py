@@ -210,7 +210,7 @@ def test_older_newer_and_foreign_files_are_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint, "VERSION", version)
         checkpoints.save("mine", 0, 4, {"n": 4})
         monkeypatch.undo()
-        with pytest.raises(CheckpointError, match=f"version {version}, this program reads 2;"):
+        with pytest.raises(CheckpointError, match=f"version {version}, this program reads 3;"):
             checkpoints.latest("mine", 0)
     save_tensors(folder / "round-000004.safetensors", {"x": np.ones(2)})
     with pytest.raises(CheckpointError, match="no checkpoint of this program"):

@@ -130,14 +130,13 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         progress({"event": "evaluate", "round": 2,
                   "overall": {"global_accuracy_mean": 0.0, "global_rouge_l_mean": 0.375}})  # fmt: skip
         progress({"event": "client_failed", "client_id": "client-0003", "reason": "out of memory"})
-        told = {"clients": 6, "examples": 320, "alone": [], "agreement": {"a": 0.25, "b": 0.5}}
-        for known in (told, {**told, "examples": 1}):  # once is enough
-            progress({"event": "round", "strategy": "heterotune", "seed": 0, "round": 2, "of": 2,
-                      "bytes_up": 1, "bytes_down": 1, "statistics": known})  # fmt: skip
         progress({"event": "align", "quality": {"a": [0.5, 0.25], "b": [0.01, 0.5]}, "bytes_up": 9})
-        progress({"event": "discriminant_off", "reason": "open text"})
-        progress({"event": "consensus_off", "reason": "open text"})
-        progress({"event": "class_sums_refused", "client_id": "client-0004", "reason": "far away"})
+        progress({"event": "channel_off", "channel": "predictions", "reason": "open text"})
+        progress(
+            {"event": "channel_note", "channel": "statistics", "text": "made of {320} examples"}
+        )
+        progress({"event": "payload_refused", "channel": "statistics", "client_id": "client-0004",
+                  "reason": "far {away}"})  # fmt: skip
         progress({"event": "strategy_end", "strategy": "heterotune", "seed": 0, "seconds": 12.0})
         assert progress.fraction == 1.0
     text = out.getvalue()
@@ -148,11 +147,10 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         "after round 1: accuracy 25.0 % on the global test",
         "after round 2: accuracy 0.0 %, ROUGE-L 37.5 % on the global test",
         "client-0003 failed: out of memory",
-        "shared discriminant of 320 examples, told by 6 clients, agreement between types 0.25 to 0.50",
+        "made of {320} examples",
         "correlation: a 0.50/0.25, b 0.01/0.50",
         "so not shared with other types there: b",
-        "no shared discriminant: open text",
-        "no consensus on public texts: open text",
-        "class sums of client-0004 are not used: far away",
+        "predictions is off: open text",
+        "statistics of client-0004 are not used: far {away}",
     ):
         assert expected in text
