@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from client_app.app import app
 from heterotune_flwr.channels.statistics.client import shared_latents
 from heterotune_flwr.channels.statistics.record import LinearClassifier
-from heterotune_flwr.client.handlers import Client
+from heterotune_flwr.client.node import Client
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import label_set, training_pool
 from heterotune_flwr.dema.bank import initial_tensors

@@ -35,7 +35,7 @@ from heterotune_flwr.channels.predictions.server import (
     confidence_weighted_mean,
     sinkhorn_balance,
 )
-from heterotune_flwr.client.handlers import Client
+from heterotune_flwr.client.node import Client
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import global_test

@@ -14,7 +14,8 @@ from tiny_backbones import LABELS, write_rows
 
 from benchmarks.deployment.runs import NODES, simulated_bank
 from heterotune_flwr.channels.statistics.record import LinearClassifier
-from heterotune_flwr.client.floors import KEYS, MOST_LOSS, Floors, Guard, check_maps
+from heterotune_flwr.client.floors import KEYS, Floors
+from heterotune_flwr.client.guard import MOST_LOSS, Guard, check_maps
 from heterotune_flwr.client.holdout import held_size, split, whole_test
 from heterotune_flwr.client.identity import identify
 from heterotune_flwr.client.node_book import FILE, NodeBook
