@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from heterotune_flwr.protocol.queries import (
     DescribeReply,
     DescribeRequest,
 )
-from heterotune_flwr.schema import MethodConfig
+from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.tuning.state_cache import forget_states
 
@@ -61,22 +63,33 @@ class World:
         (reply,) = self.grid.send_and_receive([message])
         return reply.content
 
+    @cached_property
+    def training(self) -> TrainConfig:
+        """The run's training settings."""
+        return compose(self.run_config["config"], self.run_config["overrides"]).train
+
+    def header(
+        self, method: MethodConfig, round: int = 0, experiment: str = "run", steps: int = 3
+    ) -> Header:
+        train = replace(self.training, local_steps=steps, learning_rate=0.01)
+        return Header(experiment, 0, method, round, train)
+
     def describe(self, client: int, method: MethodConfig = METHOD) -> DescribeReply:
-        request = DescribeRequest(Header("run", 0, method), ["fruit", "engines", "xylophone"])
+        request = DescribeRequest(self.header(method), ["fruit", "engines", "xylophone"])
         return DescribeReply.from_content(self.ask(client, DESCRIBE, request.to_content()))
 
     def train(
         self, client: int, round: int, values=None, expected=(), experiment="run", method=METHOD,
         maps=None, digest="", steps=3,
     ) -> TrainReply:  # fmt: skip
-        header = Header(experiment, 0, method, round)
-        request = TrainRequest(header, values or {}, digest, maps, list(expected), steps, 0.01)
+        header = self.header(method, round, experiment, steps)
+        request = TrainRequest(header, values or {}, digest, maps, list(expected))
         return TrainReply.from_content(self.ask(client, TRAIN, request.to_content("fp32")))
 
     def evaluate(
         self, client: int, values=None, digest="", experiment="run", method=METHOD, round=1, maps=None
     ):  # fmt: skip
-        header = Header(experiment, 0, method, round)
+        header = self.header(method, round, experiment)
         request = EvaluateRequest(header, values or {}, digest, maps, ["global", "personal"])
         content = self.ask(client, EVALUATE, request.to_content("fp32"))
         return EvaluateReply.from_content(content).metrics
@@ -152,18 +165,19 @@ def run(world, name, rounds=2, overrides=""):
     return strategy
 
 
-#: The shipped strategy with a consensus, made small.
+#: The shipped strategy with LoRA, made small.
 DEEP = "heterotune_deep"
 
 
-#: A consensus in every round, on few anchors.
+#: Predictions in every round, on few anchors.
 FEW = (
     f"strategies.{DEEP}.personalization_phase=0 strategies.{DEEP}.predictions.anchors=16 "
     f"strategies.{DEEP}.predictions.batch=0 strategies.{DEEP}.method.core_rank=2"
 )
 
 
-def ask(world, lesson, round=1):
-    header = Header("run", 0, LORA, round)
-    request = TrainRequest(header, {}, "", None, [], 2, 0.01, lesson=lesson)
+def ask(world, asked, round=1, channel="predictions"):
+    """A training of two steps with a channel's request."""
+    header = world.header(LORA, round, steps=2)
+    request = TrainRequest(header, {}, "", None, [], channels={channel: asked.to_payload()})
     return TrainReply.from_content(world.ask(0, TRAIN, request.to_content("fp32")))
