@@ -103,8 +103,6 @@ def _fits(field: dataclasses.Field[Any], value: Any) -> bool:
     if choices and value not in choices:
         return False
     least, above, most, below = field.metadata.get("bounds", (None,) * 4)
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
     return not (
         (least is not None and value < least)
         or (above is not None and value <= above)
@@ -115,6 +113,8 @@ def _fits(field: dataclasses.Field[Any], value: Any) -> bool:
 
 def check_field(field: dataclasses.Field[Any], kind: Any, value: Any, where: str) -> None:
     """Refuse a value of the right type that the field does not take (ConfigError)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError.of(where, value, "a finite number is needed")
     if value is None or _fits(field, value):
         return
     near = nearest(str(value), choices_of(field))

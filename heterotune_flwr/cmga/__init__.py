@@ -13,22 +13,16 @@ replaceable alone, named in YAML::
         weights: equal
       - transform: server_opt
 
-A transform is a pair ``(init, update)`` of pure functions, ``update(state, updates) -> (state,
-updates)``; states are nested dictionaries of numbers, texts and arrays, saved without pickle
+A transform is a pair ``(init, update)`` of pure functions, ``update(updates, state) -> (updates,
+state)``, as in optax; states are nested dictionaries of numbers, texts and arrays, saved without pickle
 (:mod:`heterotune_flwr.exchange.trees`). Rules from the literature stand beside ours in :mod:`.alternatives`.
 """
 
 from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus, pcgrad, ties
 from heterotune_flwr.cmga.base import Member, Transform, Updates, make_updates
-from heterotune_flwr.cmga.chain import (
-    DEFAULT_CHAIN,
-    GUARDED_CHAIN,
-    MEAN_CHAIN,
-    TRANSFORMS,
-    build_chain,
-    chain,
-)
+from heterotune_flwr.cmga.chain import DEFAULT_CHAIN, GUARDED_CHAIN, MEAN_CHAIN, chain
 from heterotune_flwr.cmga.directions import combine, deconflict, min_norm_weights, server_opt
+from heterotune_flwr.cmga.read import TRANSFORMS, build_chain
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean

@@ -29,9 +29,9 @@ def pcgrad(orders: int = 24) -> Transform:
     """
     plain = deconflict(0.0, orders)
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
-        state, changed = plain.update(state, replace(updates, reliability={}))
-        return state, replace(changed, reliability=updates.reliability)
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
+        changed, state = plain.update(replace(updates, reliability={}), state)
+        return replace(changed, reliability=updates.reliability), state
 
     return Transform("pcgrad", dict, update)
 
@@ -108,14 +108,14 @@ def ties(density: float = 0.2, rescale: bool = True) -> Transform:
     if not 0 < density <= 1:
         raise ConfigError(f"ties.density is {density}, it must be in (0, 1]")
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         stacked = np.stack([member.vector for member in updates.members])
         kept = max(1, round(density * stacked.shape[1]))
         threshold = np.partition(np.abs(stacked), -kept, axis=1)[:, -kept, None]
         trimmed = np.where(np.abs(stacked) >= threshold, stacked, 0.0)
         agree = trimmed * np.sign(trimmed.sum(axis=0)) > 0
         direction = np.where(agree, trimmed, 0.0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
-        return state, conclude(updates, direction, rescale, updates.logged())
+        return conclude(updates, direction, rescale, updates.logged()), state
 
     return Transform("ties", dict, update)
 
@@ -123,11 +123,11 @@ def ties(density: float = 0.2, rescale: bool = True) -> Transform:
 def _linear(name: str, coefficients: Callable[[Matrix], Vector], rescale: bool) -> Transform:
     """A rule whose direction is ``coefficients(G G') G``."""
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         found = coefficients(gram(updates.members))
         direction = found @ np.stack([member.vector for member in updates.members])
         shares = {m.key: float(share) for m, share in zip(updates.members, found, strict=True)}
-        return state, conclude(updates, direction, rescale, updates.logged(coefficients=shares))
+        return conclude(updates, direction, rescale, updates.logged(coefficients=shares)), state
 
     return Transform(name, dict, update)
 

@@ -88,7 +88,7 @@ class Transform:
 
     name: str
     init: Callable[[], State]
-    update: Callable[[State, Updates], tuple[State, Updates]]
+    update: Callable[[Updates, State], tuple[Updates, State]]
 
 
 class LazyMember(Member):

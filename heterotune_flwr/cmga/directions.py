@@ -72,7 +72,7 @@ def deconflict(threshold: float = -0.1, orders: int = 24) -> Transform:
     if threshold > 0:
         raise ConfigError(f"deconflict.threshold is {threshold}; it must not be above 0")
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         members, count = updates.members, len(updates.members)
         names = [member.key for member in members]
         products = gram(members)
@@ -97,7 +97,7 @@ def deconflict(threshold: float = -0.1, orders: int = 24) -> Transform:
             conflict_rate=float(conflict.sum()) / pairs,
         )
         changed = tuple(replace(m, vector=v) for m, v in zip(members, stacked, strict=True))
-        return state, replace(updates, members=changed, log=log)
+        return replace(updates, members=changed, log=log), state
 
     return Transform("deconflict", dict, update)
 
@@ -168,7 +168,7 @@ def combine(weights: str = "reliability", rescale: bool = True, guard: bool = Tr
     if weights not in {"reliability", "equal", "examples"}:
         raise ConfigError(f"combine.weights is {weights!r}; choose reliability, equal or examples")
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         members = updates.members
         shares = {member.key: 1.0 for member in members}
         if weights == "examples":
@@ -182,7 +182,7 @@ def combine(weights: str = "reliability", rescale: bool = True, guard: bool = Tr
         log = updates.logged(weights=dict(used))
         if guard and len(members) > 1:
             direction, log["guard_blend"] = _guarded(direction, updates.types)
-        return state, conclude(updates, direction, rescale, log)
+        return conclude(updates, direction, rescale, log), state
 
     return Transform("combine", dict, update)
 
@@ -197,9 +197,9 @@ def server_opt(
     """Server optimizer on the combined direction (docs/method.md, 4.6); see :mod:`.server_optimizers`."""
     optimizer = ServerOptimizer(kind, learning_rate, momentum, beta2, tau)
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
-        new, step = optimizer.step(state, updates.direction)
-        return new, replace(updates, members=(replace(updates.members[0], vector=step),))
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
+        step, new = optimizer.step(updates.direction, state)
+        return replace(updates, members=(replace(updates.members[0], vector=step),)), new
 
     return Transform("server_opt", dict, update)
 

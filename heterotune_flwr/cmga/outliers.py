@@ -40,7 +40,7 @@ def downweight_outliers(decay: float = 0.9, floor: float = 0.03, power: float = 
             "above 0, power not negative"
         )
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         pulls, seen = dict(state["pulls"]), dict(state["seen"])
         for member in updates.members:
             norm = float(np.linalg.norm(member.vector))
@@ -64,6 +64,6 @@ def downweight_outliers(decay: float = 0.9, floor: float = 0.03, power: float = 
         )
         weights = dict(zip(keys, (raw / raw.sum()).tolist(), strict=True))
         log = updates.logged(dissent=dissent, weights=weights)
-        return {"pulls": pulls, "seen": seen}, replace(updates, weights=weights, log=log)
+        return replace(updates, weights=weights, log=log), {"pulls": pulls, "seen": seen}
 
     return Transform("downweight_outliers", lambda: {"pulls": {}, "seen": {}}, update)

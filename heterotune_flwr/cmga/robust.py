@@ -18,15 +18,13 @@ choice is made by Flower's own implementation.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.fields import check_fields, option
 
 Matrix = NDArray[np.float64]
 RULES = ("mean", "trimmed_mean", "median", "clipped_mean", "krum", "multi_krum")
@@ -56,45 +54,14 @@ class RobustMean:
 
     """
 
-    rule: str = "mean"
-    trim: float = 0.2
-    clip: float = 1.0
-    hostile: int = 1
-    keep: int | None = None
+    rule: str = option("mean", choices=RULES)
+    trim: float = option(0.2, least=0, below=0.5)
+    clip: float = option(1.0, above=0)
+    hostile: int = option(1, least=0)
+    keep: int | None = option(None, least=1)
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ConfigError(f"robust mean {self.rule!r} is unknown; choose {', '.join(RULES)}")
-        for name in ("trim", "clip", "hostile", "keep"):
-            value = getattr(self, name)
-            whole = name in ("hostile", "keep")
-            if value is None and name == "keep":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                kind = "a whole number" if whole else "a number"
-                raise ConfigError(f"the robust mean's {name} is {value!r}; {kind} is needed")
-        if not 0 <= self.trim < 0.5:
-            raise ConfigError(f"the robust mean's trim is {self.trim}, it must be in [0, 0.5)")
-        if not 0 < self.clip < float("inf"):
-            raise ConfigError(f"the robust mean's clip is {self.clip}, it must be above 0")
-        if self.hostile < 0 or (self.keep is not None and self.keep < 1):
-            raise ConfigError("the robust mean needs hostile >= 0 and keep >= 1 (or null)")
-
-    @classmethod
-    def read(cls, given: Any, where: str) -> RobustMean:
-        """Read a YAML entry: a rule's name, or ``{rule: ..., option: ...}`` (ConfigError says what is wrong)."""
-        if isinstance(given, str):
-            given = {"rule": given}
-        if not isinstance(given, Mapping) or "rule" not in given:
-            raise ConfigError(f"{where} is {given!r}; write a rule's name, or rule: and options")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in given:
-            if key not in known:
-                raise ConfigError(f"{where} has no key {key!r}; known: {', '.join(known)}")
-        try:
-            return cls(**given)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        check_fields(self, "robust")
 
     def __call__(self, vectors: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
         """Combine vectors of one shape ``(d,)`` in float64.

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from heterotune_flwr.cmga.base import Vector
-from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.trees import State
+from heterotune_flwr.fields import check_fields, option
 
 KINDS = ("sgd", "momentum", "adam", "yogi", "adagrad")
 _ADAPTIVE = KINDS[2:]
@@ -48,28 +48,14 @@ class ServerOptimizer:
 
     """
 
-    kind: str = "sgd"
-    learning_rate: float | None = None
-    momentum: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3
+    kind: str = option("sgd", choices=KINDS)
+    learning_rate: float | None = option(None, above=0)
+    momentum: float = option(0.9, least=0, below=1)
+    beta2: float = option(0.99, least=0, below=1)
+    tau: float = option(1e-3, above=0)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(
-                f"server optimizer {self.kind!r} is unknown; choose {', '.join(KINDS)}"
-            )
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(
-                f"the server's learning_rate is {self.learning_rate}, it must be above 0"
-            )
-        for name in ("momentum", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"the server's {name} is {getattr(self, name)}, it must be in [0, 1)"
-                )
-        if not self.tau > 0:
-            raise ConfigError(f"the server's tau is {self.tau}, it must be above 0")
+        check_fields(self, "server_optimizer")
 
     @property
     def rate(self) -> float:
@@ -78,18 +64,18 @@ class ServerOptimizer:
             return self.learning_rate
         return 0.01 if self.kind in _ADAPTIVE else 1.0
 
-    def step(self, state: State, change: Vector) -> tuple[State, Vector]:
-        """New state and step for the round's combined change, any shape; an empty state starts anew."""
+    def step(self, change: Vector, state: State) -> tuple[Vector, State]:
+        """Step for the round's combined change, any shape, and the new state; an empty state starts anew."""
         if self.kind == "sgd":
-            return {}, self.rate * change
+            return self.rate * change, {}
         first = state.get("first", np.zeros_like(change))
         if self.kind == "momentum":
             first = self.momentum * first + change
-            return {"first": first}, self.rate * first
+            return self.rate * first, {"first": first}
         first = self.momentum * first + (1 - self.momentum) * change
         second = self._second(state.get("second", np.full_like(change, self.tau**2)), change**2)
         step = self.rate * first / (np.sqrt(second) + self.tau)
-        return {"first": first, "second": second}, step
+        return step, {"first": first, "second": second}
 
     def _second(self, old: Vector, square: Vector) -> Vector:
         if self.kind == "adagrad":

@@ -34,7 +34,7 @@ def within_type_mean(
     """
     robust = RobustMean(rule, trim, clip, hostile, keep)
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         groups: dict[str, list[Member]] = {}
         for member in updates.members:
             groups.setdefault(member.type_key, []).append(member)
@@ -46,7 +46,7 @@ def within_type_mean(
         changed = replace(updates, members=means, types=means, log=updates.logged(norms=norms))
         if rule != "mean":
             changed = replace(changed, reference=weighted_mean(means))
-        return state, changed
+        return changed, state
 
     def centre(key: str, group: list[Member], updates: Updates) -> Vector:
         if rule == "mean":
@@ -66,7 +66,7 @@ def equalise_norms(decay: float = 0.9) -> Transform:
     if not 0 <= decay < 1:
         raise ConfigError(f"equalise_norms.decay is {decay}, it must be in [0, 1)")
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         averages = dict(state["norms"])
         members = []
         for member in updates.members:
@@ -76,7 +76,7 @@ def equalise_norms(decay: float = 0.9) -> Transform:
                 averages[member.key] = decay * old + (1 - decay) * norm
                 member = replace(member, vector=member.vector / averages[member.key])
             members.append(member)
-        return {"norms": averages}, replace(updates, members=tuple(members))
+        return replace(updates, members=tuple(members)), {"norms": averages}
 
     return Transform("equalise_norms", lambda: {"norms": {}}, update)
 
@@ -132,7 +132,7 @@ def weigh_reliability(
     record is that old.
     """
 
-    def update(state: State, updates: Updates) -> tuple[State, Updates]:
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
         earned: dict[str, float] = dict(state["rho"])
         seen: dict[str, int] = dict(state["seen"])
         counts: dict[str, int] = {}
@@ -159,9 +159,7 @@ def weigh_reliability(
         weights = dict(zip(present, _capped(raw, cap).tolist(), strict=True))
         seen.update(dict.fromkeys(present, updates.round))
         log = updates.logged(reliability=reliability, weights=weights)
-        return (
-            {"rho": earned, "seen": seen},
-            replace(updates, reliability=reliability, weights=weights, log=log),
-        )
+        changed = replace(updates, reliability=reliability, weights=weights, log=log)
+        return changed, {"rho": earned, "seen": seen}
 
     return Transform("weigh_reliability", lambda: {"rho": {}, "seen": {}}, update)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+import inspect
+import typing
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -11,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heterotune_flwr.config.renamed import unknown_key
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.fields import check_field, kinds, needed
+from heterotune_flwr.fields import check_field, kinds, needed, option, without_none
 
 T = TypeVar("T")
 
@@ -54,11 +56,14 @@ def read_options(
         if key not in (known or fields):
             raise unknown_key(section, str(key), known or fields)
     types_of = kinds(cls)
-    values = {}
+    values: dict[str, Any] = {}
     for key in given:
         where, field = f"{section}.{key}", fields[key]
         values[key] = _typed(cls, field, types_of[key], given[key], where)
         check_field(field, types_of[key], values[key], where)
+    missing = [name for name, field in fields.items() if name not in given and _required(field)]
+    if missing and base is None:
+        raise ConfigError.plain(f"{section} lacks {missing[0]}")
     try:
         return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
     except ConfigError as error:
@@ -67,8 +72,35 @@ def read_options(
         raise ConfigError(f"{section}: {error}", f"{section}: {error.told}") from error
 
 
+def read_arguments(function: Callable[..., Any], given: Any, section: str) -> dict[str, Any]:
+    """The same for a function's arguments: its signature says which there are, of which type."""
+    hints = typing.get_type_hints(function)
+    fields = [
+        (name, _checked(hints.get(name)), _field(parameter.default))
+        for name, parameter in inspect.signature(function).parameters.items()
+    ]
+    cls: type[Any] = dataclasses.make_dataclass(function.__name__, fields, kw_only=True)
+    values = read_options(cls, given, section)
+    return {key: getattr(values, key) for key in given}
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _field(default: Any) -> Any:
+    return dataclasses.field() if default is inspect.Parameter.empty else option(default)
+
+
+def _checked(kind: Any) -> Any:
+    """A type that OmegaConf checks; what else a function of one's own is annotated with, it takes unchecked."""
+    return kind if without_none(kind)[0] in (int, float, bool, str) else Any
+
+
 def _typed(cls: type, field: dataclasses.Field[Any], kind: Any, value: Any, where: str) -> Any:
     """A value as its field's type."""
+    if kind is Any:
+        return value
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), {field.name: value})
         found: Any = OmegaConf.to_container(merged, resolve=True)
@@ -77,36 +109,8 @@ def _typed(cls: type, field: dataclasses.Field[Any], kind: Any, value: Any, wher
     return found[field.name]
 
 
-#: Whose share a client gets: everybody's, or that of its own model type, where nothing crosses types.
-SCOPES = ("all", "type")
-
-
-def check_keys(section: str, given: Any, known: Iterable[str]) -> None:
-    """Refuse what is no section, and keys that it does not have."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{section} is {given!r}; write it as key: value pairs, or null for none")
-    names = list(known)
-    for key in given:
-        if key not in names:
-            raise ConfigError(f"{section} has no key {key!r}; known: {', '.join(names)}")
-
-
-def check_scope(section: str, value: Any) -> None:
-    """Refuse what is none of :data:`SCOPES`."""
-    if value not in SCOPES:
-        raise ConfigError(f"{section}.pool_over is {value!r}; {' or '.join(SCOPES)} is needed")
-
-
 def check_between(where: str, value: Any, low: float, high: float) -> None:
     """Refuse what is no number from ``low`` to ``high``."""
     wrong = isinstance(value, bool) or not isinstance(value, (int, float))
     if wrong or not low <= value <= high:
         raise ConfigError(f"{where} is {value!r}; a number from {low:g} to {high:g} is needed")
-
-
-def check_number(where: str, value: Any, whole: bool, least: int) -> None:
-    """Refuse what is no finite number (a ``whole`` one) from ``least``."""
-    wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-    if wrong or not least <= value < float("inf"):
-        kind = f"a whole number from {least}" if whole else "a number that is not negative"
-        raise ConfigError(f"{where} is {value!r}; {kind} is needed")

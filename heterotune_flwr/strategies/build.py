@@ -3,80 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from heterotune_flwr.channels.channel import channel_names, read_channels, server_half
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.choices import check_choices
+from heterotune_flwr.config.components import COMPONENT, import_component
+from heterotune_flwr.config.options import read_options
 from heterotune_flwr.config.renamed import unknown_key
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
-from heterotune_flwr.schema import Config, MethodConfig
+from heterotune_flwr.schema import Config, MethodConfig, TrainConfig
 from heterotune_flwr.strategies.heterotune import HeteroTune
 from heterotune_flwr.strategies.opening import NO_TEACHER, closed_task, surely_open
 from heterotune_flwr.strategies.strategy import HeteroStrategy
 
-_ConfigPart = TypeVar("_ConfigPart")
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
-
 
 def load_component(path: str, where: str) -> type[HeteroStrategy]:
     """Import the strategy class a dotted path names; ConfigError when it is none."""
-    module_name, _, class_name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except ModuleNotFoundError as error:
-        hint = "install the package it is in, or put its folder on PYTHONPATH"
-        raise ConfigError(f"{where}._component_ is {path!r}: {error}; {hint}") from error
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{where}._component_ is {path!r}: {error}") from error
+    found = import_component(path, where)
     if not (inspect.isclass(found) and issubclass(found, HeteroStrategy)):
-        raise ConfigError(f"{where}._component_ is {path!r}, which is no HeteroStrategy")
+        raise ConfigError(f"{where}.{COMPONENT} is {path!r}, which is no HeteroStrategy")
     return found
-
-
-def _replaced(part: _ConfigPart, changes: Any, allowed: list[str], where: str) -> _ConfigPart:
-    """Copy a configuration dataclass with some fields changed, checking names and types."""
-    if not isinstance(changes, Mapping):
-        raise ConfigError(f"{where} is {changes!r}; write it as key: value pairs")
-    values: dict[str, Any] = {}
-    for key, value in changes.items():
-        if key not in allowed:
-            raise ConfigError(f"{where} has no key {key!r}; {_nearest(str(key), allowed)}")
-        old = getattr(part, key)
-        if isinstance(old, float) and type(value) is int:
-            value = float(value)
-        if old is not None and type(value) is not type(old):
-            kind = type(old).__name__
-            raise ConfigError(f"{where}.{key} is {value!r}; a value of type {kind} is needed")
-        values[key] = value
-    return dataclasses.replace(part, **values)  # type: ignore[type-var]
 
 
 def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Config:
     """Return the run's configuration with the strategy's own ``method`` and ``train`` settings."""
     where = f"strategies.{name}"
-    fields = [field.name for field in dataclasses.fields(config.method)]
+    method, train = (spec.get(part, {}) for part in ("method", "train"))
     return dataclasses.replace(
         config,
-        method=_replaced(config.method, spec.get("method", {}), fields, f"{where}.method"),
-        train=_replaced(
-            config.train,
-            spec.get("train", {}),
-            [f.name for f in dataclasses.fields(config.train)],
-            f"{where}.train",
-        ),
+        method=read_options(MethodConfig, method, f"{where}.method", config.method),
+        train=read_options(TrainConfig, train, f"{where}.train", config.train),
     )
 
 
@@ -158,19 +121,7 @@ def _server_optimizer(
         return ServerOptimizer()
     if component.own_server_step:
         raise ConfigError(f"{where}: {component.__name__} {component.own_server_step}")
-    fields = [field.name for field in dataclasses.fields(ServerOptimizer)]
-    changes = spec["server_optimizer"]
-    if not isinstance(changes, Mapping):
-        raise ConfigError(f"{where} is {changes!r}; write it as key: value pairs, kind first")
-    for key, value in changes.items():
-        if key not in fields:
-            raise ConfigError(f"{where} has no key {key!r}; {_nearest(str(key), fields)}")
-        if key != "kind" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ConfigError(f"{where}.{key} is {value!r}; a number is needed")
-    try:
-        return ServerOptimizer(**changes)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return read_options(ServerOptimizer, spec["server_optimizer"], where)
 
 
 def _robust_mean(name: str, spec: Mapping[str, Any], component: type[HeteroStrategy]) -> RobustMean:
@@ -182,7 +133,11 @@ def _robust_mean(name: str, spec: Mapping[str, Any], component: type[HeteroStrat
         raise ConfigError(
             f"{where}: {component.__name__} combines updates in its own way, which no other mean can replace"
         )
-    return RobustMean.read(spec["robust"], where)
+    given = spec["robust"]
+    given = {"rule": given} if isinstance(given, str) else given
+    if not isinstance(given, Mapping) or "rule" not in given:
+        raise ConfigError(f"{where} is {given!r}; write a rule's name, or rule: and options")
+    return read_options(RobustMean, given, where)
 
 
 @dataclass(frozen=True)
@@ -196,11 +151,11 @@ class _Entry:
 
 def _read_entry(name: str, spec: Mapping[str, Any]) -> _Entry:
     where = f"strategies.{name}"
-    if not isinstance(spec, Mapping) or "_component_" not in spec:
+    if not isinstance(spec, Mapping) or COMPONENT not in spec:
         raise ConfigError(f"{where} lacks _component_, the dotted path of its class")
-    component = load_component(str(spec["_component_"]), where)
+    component = load_component(str(spec[COMPONENT]), where)
     common = ["method", "train", "server_optimizer", "robust"]
-    reserved = {"_component_", *common}
+    reserved = {COMPONENT, *common}
     options = {str(key): value for key, value in spec.items() if key not in reserved}
     own = [key for key in inspect.signature(component).parameters if key != "context"]
     names = channel_names()

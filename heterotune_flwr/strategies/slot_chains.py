@@ -62,7 +62,7 @@ class SlotChains:
         length = sum(u.examples * u.path_length for u in sharing) / sum(u.examples for u in sharing)
         state = self.states.get(slot, self._chain.init())
         inputs = make_updates(members, round, self._seed)
-        self.states[slot], result = self._chain.update(state, inputs)
+        result, self.states[slot] = self._chain.update(inputs, state)
         self.log[f"slot {slot}"] = dict(result.log)
         step: Tensors = {}
         start = 0

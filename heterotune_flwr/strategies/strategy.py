@@ -323,7 +323,7 @@ class HeteroStrategy(Strategy):
         states = self._optimizer_states.setdefault(group, {})
         taken: Tensors = {}
         for name, change in step.items():
-            states[name], new = self.optimizer.step(states.get(name, {}), change.astype(np.float64))
+            new, states[name] = self.optimizer.step(change.astype(np.float64), states.get(name, {}))
             taken[name] = new.astype(np.float32)
         return taken
 

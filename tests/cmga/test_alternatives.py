@@ -21,7 +21,7 @@ def combined(vectors, name, between=(), **options):
     if name == "pcgrad":
         spec.append({"transform": "combine", "weights": "equal", "rescale": False, "guard": False})
     chain = build_chain(spec)
-    return chain.update(chain.init(), make_updates(members))[1].direction
+    return chain.update(make_updates(members), chain.init())[0].direction
 
 
 def vectors(seed, types, size=6):
@@ -91,7 +91,7 @@ def test_every_rule_is_finite_and_does_not_depend_on_order(seed, types, name):
     for order in (range(types), reversed(range(types))):
         members = [Member(f"c{i}", names[i], g[i], 1.0) for i in order]
         chain = build_chain([{"transform": "within_type_mean"}, {"transform": name}])
-        found.append(chain.update(chain.init(), make_updates(members))[1].direction)
+        found.append(chain.update(make_updates(members), chain.init())[0].direction)
     assert np.isfinite(found[0]).all()
     np.testing.assert_array_equal(found[0], found[1])
     length = np.linalg.norm(g.mean(axis=0))
@@ -146,7 +146,7 @@ def weights_after(pulls, rounds=30, **options):
         members = [
             Member(f"c{i}", f"t{i}", np.array(v, float), 1.0) for i, v in enumerate(pulls(number))
         ]
-        state, result = chain.update(state, make_updates(members, number))
+        result, state = chain.update(make_updates(members, number), state)
     return result.log["weights"], result.log["dissent"]
 
 

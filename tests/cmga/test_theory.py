@@ -54,7 +54,7 @@ def run(types, spec, rounds, gamma, steps=1, rate=1e-3, start=None):
             Member(f"c{i}", f"t{i}", -f.pseudo_gradient(x, steps, rate), 1.0)
             for i, f in enumerate(types)
         ]
-        state, result = chain.update(state, make_updates(members, index + 1))
+        result, state = chain.update(make_updates(members, index + 1), state)
         x = x + gamma * result.direction
         visited.append(x)
     return visited
@@ -157,7 +157,7 @@ def test_7_with_two_types_every_rule_after_equal_norms_gives_one_direction():
                 {"transform": rule},
             ]
             chain = build_chain(spec)
-            found = chain.update(chain.init(), make_updates(members))[1].direction
+            found = chain.update(make_updates(members), chain.init())[0].direction
             directions.append(found / np.linalg.norm(found))
         for direction in directions[1:]:
             np.testing.assert_allclose(direction, directions[0], atol=1e-5)

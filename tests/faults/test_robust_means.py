@@ -84,7 +84,7 @@ def test_two_of_ten_do_not_turn_the_direction(rule):
 def test_the_chain_averages_inside_types_by_the_rule(rule):
     rng = np.random.default_rng(1)
     members = [Member(f"c{i}", "ab"[i % 2], rng.normal(size=5), 1.0 + i) for i in range(9)]
-    _, result = within_type_mean(rule, hostile=1).update({}, make_updates(members))
+    result, _ = within_type_mean(rule, hostile=1).update(make_updates(members), {})
     for key in "ab":
         group = [m for m in members if m.type_key == key]
         mean = RobustMean(rule)([m.vector for m in group], [m.examples for m in group])
@@ -112,10 +112,10 @@ def test_one_line_keeps_two_of_ten_flips_out_where_the_gate_is_off(name, rule):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("medain", "strategies.x.robust: robust mean 'medain' is unknown"),
+        ("medain", "strategies.x.robust.rule is 'medain'; choose from"),
         ({"rule": "median", "trum": 1}, "no key 'trum'"),
         ({"rule": "trimmed_mean", "trim": 0.5}, "trim is 0.5"),
-        ({"rule": "krum", "hostile": 1.5}, "a whole number is needed"),
+        ({"rule": "krum", "hostile": 1.5}, "a whole number of at least 0 is needed"),
         (3, "write a rule's name"),
     ],
 )

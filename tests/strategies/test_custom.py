@@ -161,7 +161,7 @@ def test_what_is_not_installed_or_broken_gets_one_clear_line(package, tmp_path):
     ("spec", "message"),
     [
         ({"_component_": "my_package.clip.clop"}, "has no attribute 'clop'"),
-        ({"_component_": "my_package.clip.clip", "limt": 1}, "clip has no option 'limt'"),
+        ({"_component_": "my_package.clip.clip", "limt": 1}, "clip has no key 'limt'"),
         ({"_component_": "my_package.clip.np"}, "which is no function"),
         (
             {"_component_": "dataclasses.fields", "class_or_instance": DataConfig},

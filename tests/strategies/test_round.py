@@ -488,7 +488,7 @@ def test_alignment_asks_another_client_when_the_first_cannot(tmp_path):
         ({"_component_": "heterotune_flwr.errors.ConfigError"}, "which is no HeteroStrategy"),
         ({**SPECS["heterotune"], "chian": []}, "did you mean 'chain'"),
         ({**SPECS["heterotune"], "method": {"latnt": 3}}, "did you mean 'latent'"),
-        ({**SPECS["heterotune"], "method": {"latent": "x"}}, "a value of type int is needed"),
+        ({**SPECS["heterotune"], "method": {"latent": "x"}}, "a whole number is needed"),
         ({**SPECS["heterotune"], "train": {"batch_size": 3}}, "has no key 'batch_size'"),
         ({"_component_": f"{HERE}.FedIT"}, "method.kind=lora"),
     ],

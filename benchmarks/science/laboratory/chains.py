@@ -89,7 +89,7 @@ class ChainServers:
             ]
             state = self._states.get(run, self._chain.init())
             inputs = make_updates(members, self._round, run)
-            self._states[run], updates = self._chain.update(state, inputs)
+            updates, self._states[run] = self._chain.update(inputs, state)
             step, at = torch.from_numpy(length * updates.direction).float(), 0
             for name in names:
                 shape = end[name].shape[1:]
