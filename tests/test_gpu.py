@@ -11,7 +11,7 @@ from tiny_adapters import CORES, prepared, prompts_of, random_values, with_maps
 from tiny_backbones import LABELS
 
 from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
-from heterotune_flwr.data import training_pool
+from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.fit import fit

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import numpy as np
 
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.exchange import Expected, pack, unpack
 from heterotune_flwr.exchange.arrays import flat_array
 from heterotune_flwr.exchange.codecs import find_codec
-from heterotune_flwr.exchange.manifest import Manifest
+from heterotune_flwr.exchange.manifest import Expected, Manifest
+from heterotune_flwr.exchange.packing import pack, unpack
 from heterotune_flwr.flower import Array, ArrayRecord, content_from_bytes, content_to_bytes
 from heterotune_flwr.protocol.cached import CachedRef
 from heterotune_flwr.protocol.messages import (

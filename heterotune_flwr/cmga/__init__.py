@@ -1,5 +1,7 @@
 """CMGA, Cross-Model Gradient Alignment: how the updates of different model types become one step.
 
+Numpy only, and pure: no message, no client and no file is known here.
+
 Our definition (docs/method.md, section 4): the public abstract of HeteroTune (arXiv 2411.16796)
 names the mechanism and its purpose, harmonising gradient directions across client models during
 aggregation, but not its formula. Here it is a chain of small pure transforms, each usable and

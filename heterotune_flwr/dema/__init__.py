@@ -1,7 +1,7 @@
-"""DeMA, the dense mixture of adapters: a PEFT tuner, its bank and its latent alignment.
+"""DeMA, the dense mixture of adapters: a PEFT tuner and its bank of shared tensors.
 
-The names below are imported on first use, so that the server's numpy-only modules
-(:mod:`.bank`, :mod:`..alignment.gcca`, :mod:`..alignment.maps`) load without torch. Importing this package registers
+A tuner and nothing else: no alignment, no training loop, no federation. The names below are imported on first use, so
+that the server's numpy-only :mod:`.bank` loads without torch. Importing this package registers
 the tuner with PEFT: at once where PEFT is imported already, else as soon as it is.
 """
 

@@ -1,35 +1,8 @@
-"""How tensors travel and rest: packed Flower records, atomic safetensors files."""
+"""How tensors travel and rest: packed Flower records, codecs, atomic files, states without pickle.
 
-from heterotune_flwr.exchange.codecs import CODECS, Codec, RecordCodec
-from heterotune_flwr.exchange.manifest import Expected
-from heterotune_flwr.exchange.packing import (
-    content_bytes,
-    pack,
-    payload_bytes,
-    round_trip,
-    tensor_digest,
-    unpack,
-)
-from heterotune_flwr.exchange.storage import (
-    atomic_write_bytes,
-    atomic_write_text,
-    load_tensors,
-    save_tensors,
-)
+Numpy only: it knows neither what a tensor means nor who sent it, and believes no byte before it is checked.
+"""
 
-__all__ = [
-    "CODECS",
-    "Codec",
-    "Expected",
-    "RecordCodec",
-    "atomic_write_bytes",
-    "atomic_write_text",
-    "content_bytes",
-    "load_tensors",
-    "pack",
-    "payload_bytes",
-    "round_trip",
-    "save_tensors",
-    "tensor_digest",
-    "unpack",
-]
+from heterotune_flwr.exchange.codecs import Codec, RecordCodec
+
+__all__ = ["Codec", "RecordCodec"]

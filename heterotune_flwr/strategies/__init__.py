@@ -1,4 +1,7 @@
-"""One strategy, one file; :mod:`.strategy` holds what every heterogeneous strategy shares."""
+"""One strategy, one file; :mod:`.strategy` holds the round that all share, :mod:`.groups` who shares what.
+
+Numpy only, on the server: sending, checking and saving are :mod:`..federation`'s, never a strategy's.
+"""
 
 from heterotune_flwr.federation.updates import ClientUpdate, mean_delta
 from heterotune_flwr.strategies.build import build_strategy

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from heterotune_flwr.alignment.public_texts import load_anchors
-from heterotune_flwr.data import Example, client_examples, sources
+from heterotune_flwr.data import sources
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import columns_recognised, global_test, how_read, read_examples
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import AlignmentConfig, DataConfig

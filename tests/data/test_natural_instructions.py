@@ -12,8 +12,10 @@ from tiny_backbones import TEXTS, save_backbone
 from client_app.app import app
 from heterotune_flwr.backbones import loading
 from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
-from heterotune_flwr.data import Example, client_examples, global_test, label_set, training_pool
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.natural_instructions import read_tasks
+from heterotune_flwr.data.partition import client_examples
+from heterotune_flwr.data.sources import global_test, label_set, training_pool
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.flower import Context, RecordDict

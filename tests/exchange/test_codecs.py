@@ -13,10 +13,10 @@ from hypothesis.extra import numpy as hnp
 from heterotune_flwr.config.compose import compose, conf_root
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.exchange import Codec, Expected, RecordCodec, pack, round_trip, unpack
-from heterotune_flwr.exchange.codecs import find_codec, precise, topk_name
+from heterotune_flwr.exchange.codecs import Codec, RecordCodec, find_codec, precise, topk_name
 from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
-from heterotune_flwr.exchange.packing import content_bytes, payload_bytes
+from heterotune_flwr.exchange.manifest import Expected
+from heterotune_flwr.exchange.packing import content_bytes, pack, payload_bytes, round_trip, unpack
 from heterotune_flwr.protocol.messages import Header, TrainReply, TrainRequest
 from heterotune_flwr.schema import ExchangeConfig, MethodConfig
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from benchmarks.reliability import fuzz_target
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.exchange import Expected, pack, unpack
-from heterotune_flwr.exchange.manifest import Manifest
+from heterotune_flwr.exchange.manifest import Expected, Manifest
+from heterotune_flwr.exchange.packing import pack, unpack
 from heterotune_flwr.flower import Array, ArrayRecord
 from heterotune_flwr.protocol.messages import TrainReply
 

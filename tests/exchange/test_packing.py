@@ -12,16 +12,15 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.exchange import (
+from heterotune_flwr.exchange.packing import (
     content_bytes,
-    load_tensors,
     pack,
     payload_bytes,
     round_trip,
-    save_tensors,
     tensor_digest,
     unpack,
 )
+from heterotune_flwr.exchange.storage import load_tensors, save_tensors
 from heterotune_flwr.flower import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from heterotune_flwr.protocol.messages import (
     EvaluateReply,

@@ -16,10 +16,10 @@ from heterotune_flwr import plugins
 from heterotune_flwr.backbones.sources import resolve_source
 from heterotune_flwr.cmga import build_chain
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.data import global_test, sources, training_pool
-from heterotune_flwr.data.sources import label_set
+from heterotune_flwr.data import sources
+from heterotune_flwr.data.sources import global_test, label_set, training_pool
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError, ExchangeError
-from heterotune_flwr.exchange import pack, round_trip, unpack
+from heterotune_flwr.exchange.packing import pack, round_trip, unpack
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.schema import DataConfig

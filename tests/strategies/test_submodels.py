@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.data import training_pool
+from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.dema.bank import initial_tensors, tier_of
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.slices import as_fraction, open_mesh, window

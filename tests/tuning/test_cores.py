@@ -13,7 +13,7 @@ from tiny_backbones import LABELS
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.data import training_pool
+from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.tuning.adapters import attach, detach
