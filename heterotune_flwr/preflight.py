@@ -6,9 +6,8 @@ import copy
 from typing import Any
 
 from heterotune_flwr.alignment.public_texts import load_anchors
-from heterotune_flwr.backbones.bits import resolve_spec
+from heterotune_flwr.backbones.bits import check_bits, resolve_spec
 from heterotune_flwr.backbones.headers import tensor_headers
-from heterotune_flwr.backbones.loading import check_bits
 from heterotune_flwr.backbones.quantized import check_stored_bits
 from heterotune_flwr.backbones.sources import describe_source, has_weights, resolve_source
 from heterotune_flwr.backbones.tokenizer import (

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from heterotune_flwr.backbones.headers import TensorHeader, tensor_headers
 from heterotune_flwr.backbones.quantized import stored_bits
-from heterotune_flwr.backbones.sources import AUTO, BITS, BackboneSpec, resolve_source
+from heterotune_flwr.backbones.sources import AUTO, BITS, QUANTIZED, BackboneSpec, resolve_source
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.storage import atomic_write_text, private_folder
 from heterotune_flwr.jsons import parse_json
@@ -75,8 +75,6 @@ def chosen_bits(
     kept: Path | None,
 ) -> str:
     """What ``auto`` stands for here; asked once per process."""
-    from heterotune_flwr.backbones.loading import default_device
-
     device = device or default_device()
     if memory_gb is not None:
         return _fitting(source, revision, memory_gb, "its budget", device)
@@ -111,8 +109,6 @@ def _widest(source: str, revision: str | None) -> str:
 
 
 def _fitting(source: str, revision: str | None, budget: float, origin: str, device: str) -> str:
-    from heterotune_flwr.backbones.loading import check_bits
-
     directory = resolve_source(source, revision)
     needs = needed_gb(source, directory)
     refused = ""
@@ -133,6 +129,35 @@ def _fitting(source: str, revision: str | None, budget: float, origin: str, devi
         f"backbone {source!r} does not fit {budget:.2f} GB ({origin}): it needs {listed}, weights "
         f"and working memory together{refused}; raise the budget or take a smaller backbone"
     )
+
+
+def default_device() -> str:
+    """``cuda`` when an accelerator can be used, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_bits(bits: str, device: str | None = None) -> None:
+    """Check that this machine can hold a backbone at ``bits``, without loading one.
+
+    Raises BackboneError: unknown bits, or bitsandbytes cannot run on this device.
+    """
+    if bits not in BITS:
+        raise BackboneError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
+    if bits not in QUANTIZED:
+        return
+    device = device or default_device()
+    if device.split(":")[0] not in ("cuda", "cpu", "xpu"):
+        raise BackboneError(f"bits={bits} does not run on device {device!r}; use bits=bf16")
+    # Its import warns that an optional faster kernel package is missing; nothing is wrong without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a broken native library raises anything
+        raise BackboneError(
+            f"bits={bits} needs bitsandbytes, which does not load here ({error}); use bits=bf16"
+        ) from error
 
 
 def free_gb(device: str) -> float:

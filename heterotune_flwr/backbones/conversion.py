@@ -7,16 +7,13 @@ done once, the result is kept as bfloat16 safetensors.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from heterotune_flwr.backbones.assets import cache_dir
-from heterotune_flwr.backbones.manifest import flush_to_disk, write_manifest
+from heterotune_flwr.backbones.manifest import whole_directory
 from heterotune_flwr.backbones.sources import file_digest, has_weights
 from heterotune_flwr.errors import BackboneError
 
@@ -26,26 +23,16 @@ log = logging.getLogger(__name__)
 def build_directory(
     target: Path, build: Callable[[Path], None], ready: Callable[[Path], bool] = has_weights
 ) -> Path:
-    """Make directory ``target`` by ``build(temporary)``; it appears whole or not at all.
+    """Make directory ``target`` by ``build(directory)``; it appears whole or not at all.
 
-    One process builds while others wait; nothing is done when the target is ``ready``. A manifest
-    with the checksums of its files is added.
+    One process builds while others wait; nothing is done when the target is ``ready``.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if ready(target):
             return target
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            build(temporary)
-            write_manifest(temporary, {"name": target.name})
-            temporary.chmod(0o755)
-            flush_to_disk(temporary)
-            if target.exists():  # the rest of something that was not finished
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with whole_directory(target, {"name": target.name}) as directory:
+            build(directory)
     return target
 
 

@@ -7,7 +7,6 @@ them are memory-mapped: from the source itself if it has the format, else from :
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from heterotune_flwr.backbones.bits import check_bits, default_device
+from heterotune_flwr.backbones.bnb_cpu import apply_dequantize_remedy, apply_repacking_remedy
 from heterotune_flwr.backbones.cpu_compute import (
     compute_in_float32,
     slow_bfloat16,
@@ -28,7 +29,6 @@ from heterotune_flwr.backbones.head import HeadScaling, measured_scaling
 from heterotune_flwr.backbones.headers import damaged_json, mend_hint, tensor_headers
 from heterotune_flwr.backbones.quantized import check_stored_bits, stored_bits
 from heterotune_flwr.backbones.sources import (
-    BITS,
     QUANTIZED,
     BackboneSpec,
     fingerprint,
@@ -37,15 +37,6 @@ from heterotune_flwr.backbones.sources import (
 from heterotune_flwr.backbones.store import Loader, shared_model
 from heterotune_flwr.backbones.tokenizer import learned_positions, load_tokenizer, padding_id
 from heterotune_flwr.errors import BackboneError
-
-__all__ = [
-    "Backbone",
-    "BackboneSpec",
-    "check_bits",
-    "clear_backbones",
-    "default_device",
-    "load_backbone",
-]
 
 log = logging.getLogger(__name__)
 
@@ -120,33 +111,6 @@ def clear_backbones() -> None:
     _loaded.clear()
 
 
-def default_device() -> str:
-    """``cuda`` when an accelerator can be used, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_bits(bits: str, device: str | None = None) -> None:
-    """Check that this machine can hold a backbone at ``bits``, without loading one.
-
-    Raises BackboneError: unknown bits, or bitsandbytes cannot run on this device.
-    """
-    if bits not in BITS:
-        raise BackboneError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
-    if bits not in QUANTIZED:
-        return
-    device = device or default_device()
-    if device.split(":")[0] not in ("cuda", "cpu", "xpu"):
-        raise BackboneError(f"bits={bits} does not run on device {device!r}; use bits=bf16")
-    # Its import warns that an optional faster kernel package is missing; nothing is wrong without it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:  # a broken native library raises anything
-        raise BackboneError(
-            f"bits={bits} needs bitsandbytes, which does not load here ({error}); use bits=bf16"
-        ) from error
-
-
 def load_backbone(spec: BackboneSpec, device: str | None = None) -> Backbone:
     """Load ``spec``, or return it from this process's cache.
 
@@ -211,12 +175,6 @@ def _check_complete(found: Mapping[str, Any]) -> None:
         raise ValueError(f"the weights do not fit the configuration: {wrong}")
 
 
-def _from_stored(spec: BackboneSpec, device: str, entry: Path) -> Any:
-    model, found = _from_pretrained(spec, entry, device)  # its config says how it is quantized
-    _check_complete(found)  # unexpected keys too: we wrote it
-    return model
-
-
 def _from_pretrained(spec: BackboneSpec, directory: Path, device: str, **given: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -239,12 +197,9 @@ def prepare_libraries(bits: str) -> None:
     """Quieten transformers and put the bitsandbytes remedies in place; before a model is built."""
     from transformers.utils import logging as transformers_logging
 
-    from heterotune_flwr.backbones.bnb_blocks import apply_dequantize_remedy
-    from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
-
     transformers_logging.disable_progress_bar()
     if bits in QUANTIZED:
-        apply_bitsandbytes_cpu_remedy()
+        apply_repacking_remedy()
         apply_dequantize_remedy()
         # It warns at every single multiplication that int8 computes in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -276,7 +231,11 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
         except Exception as error:  # damaged files make the libraries raise whatever they like
             raise _unloadable(spec, directory, error) from error
 
-    stored = functools.partial(_from_stored, spec, device)
+    def stored(entry: Path) -> Any:
+        model, found = _from_pretrained(spec, entry, device)  # its config says how it is quantized
+        _check_complete(found)  # unexpected keys too: we wrote it
+        return model
+
     model = shared_model(spec, directory, device, Loader(direct, stored, count_parameters))
     if device == "cpu":
         train_attention_in_float32(model)

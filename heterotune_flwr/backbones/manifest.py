@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +49,28 @@ def flush_to_disk(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def whole_directory(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A new folder to fill; at the end it takes the place of ``target``, with a manifest, or nothing has changed.
+
+    What another process has mapped of an older ``target`` it keeps.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        write_manifest(temporary, facts)
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+        temporary.chmod(0o755)
+        flush_to_disk(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        flush_to_disk(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remember_checksums(directory: Path) -> None:

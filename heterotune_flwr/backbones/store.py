@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,10 +34,9 @@ from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.manifest import (
     MANIFEST,
     damage,
-    flush_to_disk,
     read_manifest,
     remember_checksums,
-    write_manifest,
+    whole_directory,
 )
 from heterotune_flwr.backbones.quantized import stored_bits
 from heterotune_flwr.backbones.sources import QUANTIZED, BackboneSpec, fingerprint
@@ -205,7 +203,9 @@ def _write_entry(
             "made_on": device.split(":")[0],
             "libraries": libraries(spec.bits),
         }
-        _save(model, target, facts)
+        with whole_directory(target, facts) as directory:
+            model.save_pretrained(directory)
+        remember_checksums(target)
     except (OSError, SafetensorError) as error:  # a full disk comes as either
         reason = " ".join(str(error).split())[:200]
         log.warning("%s: no shared copy in %s (%s); every process loads a copy of its own",
@@ -214,24 +214,6 @@ def _write_entry(
     del model
     _return_memory()
     return None
-
-
-def _save(model: Any, target: Path, facts: dict[str, Any]) -> None:
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        model.save_pretrained(temporary)
-        write_manifest(temporary, facts)
-        for path in temporary.iterdir():
-            path.chmod(0o644)
-        temporary.chmod(0o755)
-        flush_to_disk(temporary)
-        if target.exists():  # damaged; who has it mapped keeps it
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        flush_to_disk(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    remember_checksums(target)
 
 
 def sweep(target: Path) -> int:

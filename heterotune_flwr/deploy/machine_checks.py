@@ -81,8 +81,7 @@ def _budget(settings: NodeSettings) -> tuple[float, str]:
 
 def backbone(settings: NodeSettings) -> Iterator[Finding]:
     """The backbone at its bits, against the memory there is."""
-    from heterotune_flwr.backbones.bits import candidates, needed_gb, resolve_spec
-    from heterotune_flwr.backbones.loading import check_bits
+    from heterotune_flwr.backbones.bits import candidates, check_bits, needed_gb, resolve_spec
     from heterotune_flwr.backbones.quantized import check_stored_bits
     from heterotune_flwr.backbones.sources import AUTO, describe_source, resolve_source
 

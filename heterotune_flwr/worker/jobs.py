@@ -73,7 +73,7 @@ class Runner:
 
     def prepare(self) -> None:
         """Import what every job needs (torch and all), and find the device."""
-        from heterotune_flwr.backbones.loading import default_device
+        from heterotune_flwr.backbones.bits import default_device
         from heterotune_flwr.client import handlers as client
 
         identify_process()

@@ -15,9 +15,10 @@ from tiny_backbones import save_backbone
 from heterotune_flwr.backbones import fetch as fetch_module
 from heterotune_flwr.backbones import loading, sources
 from heterotune_flwr.backbones.assets import asset_path
-from heterotune_flwr.backbones.bnb_blocks import apply_dequantize_remedy
+from heterotune_flwr.backbones.bits import check_bits
+from heterotune_flwr.backbones.bnb_cpu import apply_dequantize_remedy
 from heterotune_flwr.backbones.cpu_compute import Float32Linear
-from heterotune_flwr.backbones.loading import BackboneSpec, check_bits, load_backbone
+from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.errors import BackboneError
 
 

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, modules
 from tiny_backbones import save_backbone
 
-from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
+from heterotune_flwr.backbones.bnb_cpu import apply_repacking_remedy
 from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
 
 
@@ -47,7 +47,7 @@ def gradient(net: Net, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("double_quantization", [True, False])
 def test_gradients_and_weights_survive_an_evaluation(double_quantization: bool) -> None:
-    apply_bitsandbytes_cpu_remedy()
+    apply_repacking_remedy()
     net = Net(double_quantization)
     x = torch.randn(8, 64)
     before = gradient(net, x)
@@ -66,8 +66,8 @@ def test_gradients_and_weights_survive_an_evaluation(double_quantization: bool) 
 
 
 def test_the_remedy_is_in_place_and_idempotent() -> None:
-    needed = apply_bitsandbytes_cpu_remedy()
-    assert apply_bitsandbytes_cpu_remedy() is needed
+    needed = apply_repacking_remedy()
+    assert apply_repacking_remedy() is needed
     assert needed == hasattr(modules, "has_avx512bf16")
     if needed:
         assert modules.has_avx512bf16() is False
@@ -78,11 +78,11 @@ def test_the_remedy_is_in_place_and_idempotent() -> None:
     not bitsandbytes.__version__.startswith("0.50."), reason="written for bitsandbytes 0.50"
 )
 def test_canary_the_hook_is_where_the_remedy_expects_it() -> None:
-    assert apply_bitsandbytes_cpu_remedy()
+    assert apply_repacking_remedy()
 
 
 def test_four_bit_backward_is_exact_against_dequantized_weights() -> None:
-    apply_bitsandbytes_cpu_remedy()
+    apply_repacking_remedy()
     net = Net(double_quantization=True)
     x = torch.randn(8, 64)
     weight = bitsandbytes.functional.dequantize_4bit(

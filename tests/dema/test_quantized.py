@@ -11,7 +11,7 @@ from dema_models import dema_config, logits, randomize, save_base, tokens
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from heterotune_flwr.backbones.bnb_cpu import apply_bitsandbytes_cpu_remedy
+from heterotune_flwr.backbones.bnb_cpu import apply_repacking_remedy
 from heterotune_flwr.dema.access import slot_layers, trainable_tensors
 
 BITS = ("bf16", "int8", "nf4")
@@ -37,7 +37,7 @@ def load_options(bits: str) -> dict[str, Any]:
 
 
 def load(base: Path, bits: str) -> Any:
-    apply_bitsandbytes_cpu_remedy()
+    apply_repacking_remedy()
     model = AutoModelForCausalLM.from_pretrained(base, **load_options(bits)).eval()
     kind = type(model.model.layers[0].mlp.up_proj).__name__
     assert kind == {"bf16": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}[bits]
