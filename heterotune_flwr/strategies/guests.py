@@ -57,7 +57,7 @@ def teach(strategy: HeteroStrategy, grid: Grid) -> None:
             cid,
             last,
             training(cid)[0],
-            payloads(strategy.channels, last + 1, cid, {"unlabelled"}),
+            payloads(strategy.channels, last + 1, cid, {"unlabelled", "fit"}),
         )
         for cid in pupils
     ]

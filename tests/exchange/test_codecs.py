@@ -18,6 +18,7 @@ from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_code
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import content_bytes, pack, payload_bytes, round_trip, unpack
 from heterotune_flwr.protocol.messages import Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.schema import ExchangeConfig, MethodConfig
 
 LOSSY = ["int8", "nf4", "topk:0.1", "topk:0.5"]
@@ -163,13 +164,14 @@ def test_maps_keep_an_exact_codec_whatever_updates_use():
     assert precise("topk:0.1") == "bf16"
 
 
-def test_maps_and_controls_of_a_request_travel_exactly():
+def test_maps_of_a_request_and_what_a_channel_says_travel_by_their_own_codecs():
     tensors = {"a": np.random.default_rng(0).normal(size=200).astype(np.float32)}
     header = Header("e", 0, MethodConfig(output=4), 1)
-    request = TrainRequest(header, tensors, "d", tensors, ["a"], 1, 0.1, controls=tensors)
+    channels = {"control_variates": Payload(tensors)}
+    request = TrainRequest(header, tensors, "d", tensors, ["a"], channels=channels)
     read = TrainRequest.from_content(request.to_content("nf4"))
     assert not np.allclose(read.tensors["a"], tensors["a"], rtol=1e-2)
-    for exact in (read.maps, read.controls):
+    for exact in (read.maps, read.channels["control_variates"].tensors):
         np.testing.assert_array_equal(exact["a"], round_trip(tensors, "bf16")["a"])
     read = TrainRequest.from_content(request.to_content("nf4", "fp32"))
     np.testing.assert_array_equal(read.maps["a"], tensors["a"])
@@ -197,9 +199,10 @@ def bytes_of(exchange, output):
     method = MethodConfig(output=output)
     values = initial_tensors(bank_shapes(method, output), 0)
     header = Header("run-heterotune-seed0", 0, method, 10)
-    request = TrainRequest(header, values, 64 * "f", None, sorted(values), 12, 4e-3)
+    request = TrainRequest(header, values, 64 * "f", None, sorted(values))
     metrics = {f"a-metric-of-some-name-{i}": 1.0 for i in range(12)}
-    reply = TrainReply("client-0001", "backbone@nf4", 10, 64 * "f", values, metrics, kept=64 * "f")
+    digest = 64 * "f"
+    reply = TrainReply("client-0001", "backbone@nf4", 10, digest, values, metrics, digest)
     up = reply.to_content(up_codec(exchange))
     return content_bytes(request.to_content(down_codec(exchange))), content_bytes(up)
 

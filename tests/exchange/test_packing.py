@@ -30,6 +30,7 @@ from heterotune_flwr.protocol.messages import (
     TrainRequest,
     resolve_output,
 )
+from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
@@ -221,6 +222,7 @@ DESCRIPTION = DescribeReply(
     {"slots.0.gate.bias": (3,), "slots.0.gate.weight": (3, 8)}, "f00", b"\x80",
 )  # fmt: skip
 TENSORS = {"slots.0.gate.bias": np.ones(3, np.float32)}
+SAID = Payload({"x": np.ones((2, 3), np.float32)}, {"count": 2, "words": ["a", ""]}, "fp32")
 
 
 def same(one, other) -> bool:
@@ -231,6 +233,9 @@ def same(one, other) -> bool:
             assert set(value) == set(right[key])
             for name in value:
                 np.testing.assert_array_equal(value[name], right[key][name])
+        elif key == "channels":
+            digests = [{name: p.digest for name, p in side[key].items()} for side in (left, right)]
+            assert digests[0] == digests[1]
         else:
             assert value == right[key], key
     return True
@@ -245,10 +250,13 @@ def same(one, other) -> bool:
         (AlignRequest(HEADER, 2, ["one"], b"\x80"), ()),
         (AlignRequest(HEADER, 1, [], b"", True), ()),
         (AlignReply("c", "t", TENSORS), ("fp32",)),
-        (TrainRequest(HEADER, TENSORS, "d1", TENSORS, ["a"], 12, 3e-3), ("fp32",)),
-        (TrainRequest(HEADER, {}, "", None, [], 12, 3e-3), ("bf16",)),
+        (TrainRequest(HEADER, TENSORS, "d1", TENSORS, ["a"], ["b"]), ("fp32",)),
+        (TrainRequest(HEADER, {}, "", None, [], channels={"a": SAID}), ("bf16",)),
         (TrainReply("c", "t", 5, "d1", TENSORS, {"loss": 1.5, "examples": 3.0}), ("fp32",)),
-        (TrainReply("c", "t", 5, "", {}, {"loss": 1.5}), ("bf16",)),
+        (
+            TrainReply("c", "t", 5, "", {}, {"loss": 1.5}, channels={"a": SAID, "b": Payload()}),
+            ("bf16",),
+        ),
         (EvaluateRequest(HEADER, TENSORS, "d1", None, ["global"]), ("fp32",)),
         (EvaluateReply("c", "t", 5, "d1", {"global_accuracy": 0.5}), ()),
     ],

@@ -11,7 +11,7 @@ import torch
 from real_clients import LORA, World, ask
 from tiny_adapters import prepared
 from tiny_backbones import LABELS
-from toy_federation import ToyFederation, toy_config
+from toy_federation import ToyFederation, lesson_of, toy_config
 from toy_runs import config_dir, events, start
 
 from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, round_anchors
@@ -19,6 +19,7 @@ from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.predictions.loss import Distillation
 from heterotune_flwr.channels.predictions.record import DistillationRequest
+from heterotune_flwr.channels.statistics.record import Request
 from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
@@ -29,7 +30,7 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import round_trip
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.preflight import preflight
-from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.messages import TRAIN, TrainReply, TrainRequest
 from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.reporting.status import read_status
 from heterotune_flwr.reporting.tables import final_table
@@ -72,24 +73,27 @@ def test_guests_are_asked_once_after_the_last_round_about_all_anchors(tmp_path):
     guests = strategy.roster.of_type(LARGE)
     assert {(c, r) for c, r in trained(federation) if c in guests} == {(c, 4) for c in guests}
     request = federation.received[guests[0], 4]
-    assert request.local_steps == 40
-    assert request.lesson.targets.shape == (12, 6)
-    assert (request.lesson.wanted, request.lesson.batch) == (0, 8)
+    assert request.header.train.local_steps == 40
+    lesson = lesson_of(request)
+    assert lesson.targets.shape == (12, 6)
+    assert (lesson.wanted, lesson.batch) == (0, 8)
     learner = strategy.roster.learners[0]
-    wanted = [federation.received[learner, round].lesson.wanted for round in (2, 3, 4)]
+    wanted = [lesson_of(federation.received[learner, round]).wanted for round in (2, 3, 4)]
     assert wanted == [8, 8, 12]  # in the last round on all, for the guests
     (event,) = events(config, "guests")
     assert (event["round"], event["types"], event["clients"]) == (4, [LARGE], 2)
 
 
-def test_a_guest_learns_with_the_discriminants_share(tmp_path):
+def test_a_guest_learns_with_the_classifiers_share(tmp_path):
     """The others' predictions hold it, and the tests add it: without it a guest would learn it once more."""
     strategy, federation, _ = with_guest(tmp_path, spec={**SPEC, "statistics": {"weight": 0.5}})
     (guest, *_) = strategy.roster.of_type(LARGE)
     taught = federation.received[guest, 4]
-    assert taught.lesson.wanted == 0
-    assert taught.discriminant.digest == strategy.discriminant.of(LARGE).digest
-    assert taught.class_sums == 0
+    assert lesson_of(taught).wanted == 0
+    asked = Request.from_payload(taught.channels["statistics"])
+    statistics = next(channel for channel in strategy.channels if channel.name == "statistics")
+    np.testing.assert_array_equal(asked.classifier.weight, statistics.classifier(LARGE).weight)
+    assert asked.min_count == 0
 
 
 def test_status_counts_no_examples_of_a_guest(tmp_path):
@@ -102,7 +106,7 @@ def test_status_counts_no_examples_of_a_guest(tmp_path):
 
 def test_without_guests_the_last_round_is_like_the_others(tmp_path):
     strategy, federation, config = with_guest(tmp_path, guest=False)
-    lessons = [federation.received[c, 4].lesson for c in strategy.roster.clients]
+    lessons = [lesson_of(federation.received[c, 4]) for c in strategy.roster.clients]
     assert {lesson.wanted for lesson in lessons} == {8}
     assert not events(config, "guests")
 
@@ -146,8 +150,8 @@ def taught(tmp_path, **spec):
     config = toy_config(tmp_path, (4, 4, 1), rounds=6)
     Path(config.alignment.anchors).write_text("\n".join(f"public text {i}" for i in range(64)))
     config.types[-1].guest = True
-    consensus = {"anchors": 64, "pool": 64, "guest_steps": 20}
-    strategy, _ = start(config, ToyFederation(config), spec={**spec, "predictions": consensus})
+    predictions = {"anchors": 64, "pool": 64, "guest_steps": 20}
+    strategy, _ = start(config, ToyFederation(config), spec={**spec, "predictions": predictions})
     return guest_accuracy(strategy.outcome.before), guest_accuracy(strategy.outcome.rows)
 
 
@@ -162,7 +166,7 @@ def test_predictions_alone_teach_a_guest_too(tmp_path):
     assert reached > bare + 0.2
 
 
-def test_where_there_is_no_consensus_a_guest_takes_the_bank_and_is_asked_nothing(tmp_path):
+def test_where_nobody_teaches_a_guest_takes_the_bank_and_is_asked_nothing(tmp_path):
     strategy, federation, config = with_guest(tmp_path, spec={**SPEC, "predictions": None})
     assert not [c for c, _ in trained(federation) if c in strategy.roster.of_type(LARGE)]
     state = strategy.state
@@ -209,9 +213,9 @@ def test_a_run_that_goes_on_teaches_its_guests_again(tmp_path):
     results = run_strategies(federation.grid(), config, journal, "toy-0", True)
     guest = "client-0002"
     assert {round for client, round in trained(federation) if client == guest} == {3, 5}
-    lessons = [federation.received["client-0000", round].lesson for round in (4, 5)]
+    lessons = [lesson_of(federation.received["client-0000", round]) for round in (4, 5)]
     assert [lesson.targets.shape for lesson in lessons] == [(8, 6), (8, 6)]
-    first = federation.received[guest, 3].lesson.targets
+    first = lesson_of(federation.received[guest, 3]).targets
     chosen = round_anchors(10, 8, 0, 4)  # the round's own, out of all that was predicted for guests
     np.testing.assert_array_equal(lessons[0].targets, first[chosen])
     assert "large@fp32 (guest)" in final_table(results, tmp_path)
@@ -247,7 +251,8 @@ def test_a_lesson_is_no_round(tmp_path):
     died = []
 
     def train(message, context):
-        if message.metadata.dst_node_id in guests and lesson_of(message).targets is not None:
+        asked = lesson_of(TrainRequest.from_content(message.content))
+        if message.metadata.dst_node_id in guests and asked.targets is not None:
             died.append(message.metadata.dst_node_id)
             raise MemoryError
         return original(message, context)
@@ -261,13 +266,8 @@ def test_a_lesson_is_no_round(tmp_path):
     assert strategy.outcome.rows
     assert not events(config, "round_closed")
     times = strategy.transport.safety.times.state_dict()["own"]
-    last = times["train+anchors to fit+for guests"]
-    assert set(last) == set(strategy.roster.learners)
-    assert "train+anchors" in times
-
-
-def lesson_of(message):
-    return TrainRequest.from_content(message.content).lesson
+    assert set(times["train+predictions fit 12 of 8"]) == set(strategy.roster.learners)
+    assert "train+predictions 8 of 8" in times
 
 
 def test_a_run_that_is_ended_early_gives_its_guests_the_bank(tmp_path):
@@ -291,9 +291,9 @@ def test_a_run_that_is_ended_early_gives_its_guests_the_bank(tmp_path):
 
 
 def test_empty_answers_teach_nothing():
-    assert DistillationRequest("", 3, 3, 1.0, words=True, answers=["", "", ""]).is_empty
-    assert not DistillationRequest("", 3, 3, 1.0, words=True, answers=["", "web", ""]).is_empty
-    assert DistillationRequest("", 3, 3, 0.0, words=True, answers=["web"] * 3).is_empty
+    assert DistillationRequest("", 3, 3, 1.0, answers=["", "", ""]).is_empty
+    assert not DistillationRequest("", 3, 3, 1.0, answers=["", "web", ""]).is_empty
+    assert DistillationRequest("", 3, 3, 0.0, answers=["web"] * 3).is_empty
 
 
 def test_a_server_cannot_ask_for_more_anchors_than_there_are(world, folder):
@@ -312,12 +312,14 @@ def test_a_real_client_without_examples_learns_and_sends_all_of_it(world, folder
     texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
     targets = np.tile(np.float32([[0.8, 0.1, 0.1]]), (40, 1))
     lesson = DistillationRequest(anchor_digest(texts), 40, 40, 1.0, targets, batch=8, asked=0)
-    header, names = Header("run", 0, LORA, 1), sorted(told.shapes)
-    request = TrainRequest(header, {}, "", None, names, 30, 0.05, lesson=lesson)
+    header = guest.header(LORA, 1, steps=30)
+    header = replace(header, train=replace(header.train, learning_rate=0.05))
+    channels = {"predictions": lesson.to_payload()}
+    request = TrainRequest(header, {}, "", None, sorted(told.shapes), channels=channels)
     reply = TrainReply.from_content(guest.ask(0, TRAIN, request.to_content("fp32")))
     assert (reply.metrics["examples"], reply.metrics["steps"]) == (40, 30)
     assert "accuracy" not in reply.metrics
-    assert reply.predictions is None
+    assert not reply.channels
     share = np.mean([np.count_nonzero(delta) / delta.size for delta in reply.deltas.values()])
     assert share > 0.9  # topk would send a tenth
     start = initial_tensors(told.shapes, 0)

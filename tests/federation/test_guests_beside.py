@@ -32,7 +32,7 @@ def test_scaffolds_control_variate_is_that_of_the_clients_that_train(tmp_path):
         federation.answered[cid, 1][name] - federation.received[cid, 1].tensors[name] for cid in ids
     ]
     expected = -np.mean(deltas, axis=0) / (config.train.local_steps * 0.01)
-    found = federation.received[ids[0], 2].controls[name]
+    found = federation.received[ids[0], 2].channels["control_variates"].tensors[name]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 

@@ -84,7 +84,7 @@ def test_strategies_of_the_page_run_on_real_clients(world, package, block):
     strategy = build_strategy(spec, StrategyContext(name, config, 0, session))
     strategy.start(session.grid)
     for group, tensors in strategy.state.items():
-        first = strategy.first_values(group)
+        first = strategy.groups.first_values(group)
         assert any(not np.array_equal(value, first[n]) for n, value in tensors.items())
     refused = [
         e for e in (world.path / "j" / "rounds.jsonl").read_text().splitlines() if "refused" in e

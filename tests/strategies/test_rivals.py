@@ -84,7 +84,7 @@ def test_flora_stacks_any_ranks_and_starts_anew(tmp_path):
     strategy, federation, ids = run_rival(tmp_path, "FLoRA", rounds=2, method=LORA, ranks=[2, 4])
     ranks = [federation.received[cid, 1].header.method.lora_rank for cid in ids]
     assert ranks == [2, 4, 2]
-    state, first = strategy.state[SMALL], strategy.first_values(SMALL)
+    state, first = strategy.state[SMALL], strategy.groups.first_values(SMALL)
     for name in (A, B):
         np.testing.assert_array_equal(state[name], first[name])
     total = sum(mean_change(federation, ids, round) for round in (1, 2))
@@ -131,33 +131,36 @@ def test_scaffold_control_variates(tmp_path):
     sgd = {"optimizer": "sgd", "learning_rate": 0.01}
     _, federation, ids = run_rival(tmp_path, "Scaffold", rounds=2, train=sgd)
     name = "slots.0.experts.global.0.down.weight"
-    assert not federation.received[ids[0], 1].controls[name].any()
+    assert not federation.received[ids[0], 1].channels["control_variates"].tensors[name].any()
     length = 6 * 0.01
     deltas = [
         federation.answered[cid, 1][name] - federation.received[cid, 1].tensors[name] for cid in ids
     ]
     expected = -np.mean(deltas, axis=0) / length  # c_i started at 0
     np.testing.assert_allclose(
-        federation.received[ids[0], 2].controls[name], expected, rtol=1e-3, atol=1e-6
+        federation.received[ids[0], 2].channels["control_variates"].tensors[name],
+        expected,
+        rtol=1e-3,
+        atol=1e-6,
     )
 
 
 def test_fedprox_and_the_optimizer_reach_the_clients(tmp_path):
     train = {"proximal": 0.25, "optimizer": "sgd", "warmup_ratio": 0.5}
     _, federation, ids = run_rival(tmp_path, "WithinType", train=train)
-    request = federation.received[ids[0], 1]
-    assert (request.proximal, request.optimizer, request.warmup_ratio) == (0.25, "sgd", 0.5)
+    asked = federation.received[ids[0], 1].header.train
+    assert (asked.proximal, asked.optimizer, asked.warmup_ratio) == (0.25, "sgd", 0.5)
 
 
 def test_the_rate_follows_half_a_cosine_over_the_rounds(tmp_path):
     train = {"learning_rate": 0.02, "last_rate": 0.1}
     _, federation, ids = run_rival(tmp_path, "WithinType", rounds=3, train=train)
-    rates = [federation.received[ids[0], round].learning_rate for round in (1, 2, 3)]
+    rates = [federation.received[ids[0], round].header.train.learning_rate for round in (1, 2, 3)]
     assert rates == pytest.approx([0.02, 0.011, 0.002])
     constant, single, last = {"learning_rate": 0.02}, {**train}, {**train, "last_rate": 1.0}
     for options, rounds in ((constant, 2), (single, 1), (last, 2)):
         _, federation, ids = run_rival(tmp_path, "WithinType", rounds=rounds, train=options)
-        assert federation.received[ids[0], rounds].learning_rate == 0.02
+        assert federation.received[ids[0], rounds].header.train.learning_rate == 0.02
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adam", "yogi", "adagrad"])
@@ -166,7 +169,7 @@ def test_any_strategy_takes_a_server_optimizer(tmp_path, kind):
     strategy, federation, ids = run_rival(
         tmp_path, "FedIT", method=LORA, server_optimizer=optimizer
     )
-    start = strategy.first_values(SMALL)[A].astype(float)
+    start = strategy.groups.first_values(SMALL)[A].astype(float)
     mean = np.mean([federation.answered[cid, 1][A] for cid in ids], axis=0) - start
     first = 0.1 * mean
     second = {
@@ -228,7 +231,7 @@ def test_flowers_fedadam_inside_a_type(tmp_path):
     strategy, federation, ids = run_rival(
         tmp_path, "FlowerInside", method=LORA, strategy="FedAdam", options=options
     )
-    start = strategy.first_values(SMALL)[A].astype(float)
+    start = strategy.groups.first_values(SMALL)[A].astype(float)
     mean = np.mean([federation.answered[cid, 1][A] for cid in ids], axis=0) - start
     rate = (
         0.1 * np.sqrt(1 - 0.99**2) / (1 - 0.9**2)

@@ -266,7 +266,7 @@ def test_nothing_crosses_types_in_within_type(tmp_path):
     }
     config = toy_config(tmp_path)
     strategy, _ = start(config, name="mine", spec=spec)
-    assert strategy.consensus.options.pool_over == strategy.discriminant.options.pool_over == "type"
+    assert {channel.options.pool_over for channel in strategy.channels} == {"type"}
     for section in ("predictions", "statistics"):
         across = {**spec, section: {"pool_over": "all"}}
         with pytest.raises(ConfigError, match=rf"{section}\.pool_over is 'all'"):
@@ -333,7 +333,7 @@ def test_maps_travel_once_and_again_to_a_client_that_lost_them(tmp_path):
 def test_bytes_per_client_round_are_the_bank_in_bf16_plus_little(tmp_path):
     config = toy_config(tmp_path)
     strategy, _ = start(config)
-    numbers = sum(value.size for value in strategy.slice("small@fp32").values())
+    numbers = sum(value.size for value in strategy.groups.slice("small@fp32").values())
     summary = strategy.outcome.bytes
     assert 2 * numbers < summary["up_per_client_round"] < 2 * numbers + 1500
     assert 2 * numbers < summary["down_per_client_round"] < 2 * numbers + 2500
@@ -489,7 +489,7 @@ def test_alignment_asks_another_client_when_the_first_cannot(tmp_path):
         ({**SPECS["heterotune"], "chian": []}, "did you mean 'chain'"),
         ({**SPECS["heterotune"], "method": {"latnt": 3}}, "did you mean 'latent'"),
         ({**SPECS["heterotune"], "method": {"latent": "x"}}, "a whole number is needed"),
-        ({**SPECS["heterotune"], "train": {"batch_size": 3}}, "has no key 'batch_size'"),
+        ({**SPECS["heterotune"], "train": {"batch_sise": 3}}, "did you mean 'batch_size'"),
         ({"_component_": f"{HERE}.FedIT"}, "method.kind=lora"),
     ],
 )

@@ -151,7 +151,7 @@ def test_fedmosaic_shares_p_and_q_with_all_and_never_moves_the_gate(tmp_path):
         assert np.abs(mean).max() > 1e-4
     for cid in everybody:
         assert "slots.0.gate.weight" in federation.received[cid, 1].frozen
-        assert not strategy.first_values("global")[p].any()  # a run starts at the backbones
+        assert not strategy.groups.first_values("global")[p].any()  # a run starts at the backbones
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_federation import ToyFederation, toy_config
+from toy_federation import ToyFederation, lesson_of, toy_config
 from toy_runs import events, start
 
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import round_trip
-from heterotune_flwr.federation.transport import _label
-from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.protocol.messages import Header, TrainRequest
+from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.strategies.build import check_strategy
 
 SPEC = {
@@ -108,11 +108,12 @@ def test_a_type_that_runs_away_takes_no_other_with_it(tmp_path):
 def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
     strategy, federation, config = phased(tmp_path)
     client = next(iter(strategy.roster.clients))
-    lessons = [federation.received[client, round].lesson for round in (1, 2, 3, 4)]
+    lessons = [lesson_of(federation.received[client, round]) for round in (1, 2, 3, 4)]
     assert lessons[0] is None
     assert lessons[1].targets is None
     assert all(lesson.targets.shape == (12, 6) and lesson.batch == 8 for lesson in lessons[2:])
-    heard = [event.get("predictions", {}).get("clients") for event in events(config, "round")]
+    logs = [event["channels"] for event in events(config, "round")]
+    heard = [log.get("predictions", {}).get("clients") for log in logs]
     assert heard == [None, 5, 5, 5]
     assert [event["round"] for event in events(config, "personalization_phase")] == [3]
 
@@ -127,17 +128,17 @@ def test_types_that_share_nothing_go_through_the_phase_alone(tmp_path):
     assert len(events(config, "round")) == 4
 
 
-def test_without_a_consensus_the_bank_is_shared_to_the_end(tmp_path):
+def test_without_a_teacher_the_bank_is_shared_to_the_end(tmp_path):
     strategy, _, config = phased(tmp_path, predictions=None)
     assert set(strategy.state) == {"global"}
     assert not events(config, "personalization_phase")
 
 
-def test_without_a_phase_the_consensus_is_at_work_in_every_round(tmp_path):
+def test_without_a_phase_predictions_are_at_work_in_every_round(tmp_path):
     strategy, federation, _ = phased(tmp_path, personalization_phase=0)
     assert set(strategy.state) == {"global"}
     client = next(iter(strategy.roster.clients))
-    assert all(federation.received[client, round].lesson for round in (1, 2, 3, 4))
+    assert all(lesson_of(federation.received[client, round]) for round in (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -167,15 +168,9 @@ def test_what_is_no_share_is_refused_before_anything_runs(option, value):
 
 def test_the_first_round_with_anchors_is_not_hurried():
     """Each kind of work has deadlines of its own: reply times of rounds without anchors say nothing about it."""
-    labels = []
-    for lesson in (
-        None,
-        DistillationRequest("d", 2, 2, 1.0),
-        DistillationRequest("d", 2, 2, 1.0, np.full((2, 2), 0.5, np.float32)),
-    ):
-        config = ConfigRecord({})
-        content = RecordDict({"config": config})
-        if lesson is not None:
-            lesson.add_to(content, config)
-        labels.append(_label("train", content))
-    assert len(set(labels)) == 3
+    header = Header("run", 0, MethodConfig())
+    efforts = {TrainRequest(header, {}, "", None, []).effort}
+    for targets in (None, np.full((2, 2), 0.5, np.float32)):
+        asked = DistillationRequest("d", 2, 2, 1.0, targets).to_payload()
+        efforts.add(TrainRequest(header, {}, "", None, [], channels={"predictions": asked}).effort)
+    assert len(efforts) == 3

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from real_clients import METHOD, World, make_maps
+from real_clients import World, make_maps
 
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.packing import round_trip, tensor_digest
-from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
 from heterotune_flwr.schema import ExchangeConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.feedback import Feedback
@@ -117,22 +116,16 @@ def test_the_residual_has_files_of_its_own(store):
     assert "~" in store.part("residual").path.name  # no client id has one
 
 
-def train_request(shapes, values, round):
-    header = Header("run", 0, METHOD, round)
-    maps, digest = make_maps(32)
-    expected = sorted(name for name in shapes if "private" not in name)
-    return TrainRequest(header, values, digest, maps, expected, 3, 0.01)
-
-
 def test_a_real_client_keeps_its_residual_and_repeats_a_round_to_the_bit(world):
     words = "exchange.up=nf4"
     client = World(world.path, str(world.path / "run.yaml"), words)
     shapes = client.describe(0).shapes
     values = {n: v for n, v in initial_tensors(shapes, 0).items() if "private" not in n}
 
+    maps, digest = make_maps(32)
+
     def answer(round):
-        content = client.ask(0, TRAIN, train_request(shapes, values, round).to_content("fp32"))
-        return TrainReply.from_content(content).deltas
+        return client.train(0, round, values, sorted(values), maps=maps, digest=digest).deltas
 
     first = answer(1)
     files = world.path / "run" / "state" / "clients" / "run"

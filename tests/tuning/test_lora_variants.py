@@ -13,7 +13,7 @@ from tiny_backbones import LABELS, save_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
-from heterotune_flwr.channels.control_variates import Correction
+from heterotune_flwr.channels.control_variates.client import Correction
 from heterotune_flwr.config.compose import compose, conf_root
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ConfigError, ExchangeError
@@ -193,7 +193,7 @@ def test_every_shipped_strategy_runs_and_moves_what_it_shares(world, name):
     strategy = run(world, name, overrides=f"train.batch_size=2 {' '.join(few)}")
     assert len(strategy.outcome.rows) == 4
     for group, tensors in strategy.state.items():
-        first = strategy.first_values(group)
+        first = strategy.groups.first_values(group)
         assert all(np.isfinite(value).all() for value in tensors.values())
         assert any(not np.array_equal(value, first[n]) for n, value in tensors.items())
     assert bool(strategy.state) == (name not in ("local_only", "fedmkt"))
@@ -204,9 +204,10 @@ def test_server_and_clients_agree_on_scaffolds_control_variates(world, warmup):
     """With everybody taking part, c is the mean of the clients' own c_i, each kept in its client's file."""
     overrides = f"strategies.scaffold.train.warmup_ratio={warmup}"
     strategy = run(world, "scaffold", rounds=3, overrides=overrides)
+    (channel,) = strategy.channels
     for type_key in strategy.roster.type_keys:
         members = [int(cid.split("-")[1]) for cid in strategy.roster.of_type(type_key)]
         kept = [world.state(client, strategy.context.experiment) for client in members]
-        for name, value in strategy.controls(type_key).items():
+        for name, value in channel.control(type_key).items():
             mean = np.mean([own[f"control.{name}"] for own in kept], axis=0)
             np.testing.assert_allclose(value, mean, rtol=1e-3, atol=1e-5)

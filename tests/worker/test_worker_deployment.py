@@ -28,7 +28,7 @@ groups: {{types: tiny, data: debian_sections, method: dema, alignment: labels, t
   exchange: bf16, server: deployment}}
 strategies:
   - heterotune:
-      consensus: {{anchors: 16, pool: 32, batch: 8, guest_anchors: 64, guest_steps: 8}}
+      predictions: {{anchors: 16, pool: 32, batch: 8, guest_anchors: 64, guest_steps: 8}}
 types: [{{backbone: tiny-a, bits: bf16, clients: 1}}, {{backbone: tiny-b, bits: bf16, clients: 1}}]
 data: {{global_test_examples: 32}}
 method: {{latent: 32, inner: 8}}
@@ -116,7 +116,7 @@ def test_every_backbone_of_a_deployment_is_loaded_once(tmp_path, monkeypatch):
             assert status is not None
             assert status["loads"]["@".join(node)]["loads"] == 1
             assert status["jobs_failed"] == 0
-            # describe, align, 2 x train (a guest: its lesson), 2 x evaluate
+            # describe, align, 2 x train (a guest: one), 2 x evaluate
             assert status["jobs_done"] >= (5 if "guest" in nodes[node] else 6)
             assert (states[node] / "worker.log").read_text().count("ready, pid") == 1
             with suppress(psutil.NoSuchProcess):  # ended with the deployment's other processes

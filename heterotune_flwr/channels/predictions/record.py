@@ -88,8 +88,8 @@ class DistillationRequest:
         if self.answers is not None:
             fields[_ANSWERS] = self.answers
         tensors = {} if self.targets is None else {_TARGETS: self.targets}
-        fits = "" if self.is_empty else "fit"
-        return Payload(tensors, fields, UNIT8, effort=f"{fits} {self.wanted} of {self.count}")
+        fits = "" if self.is_empty else "fit "
+        return Payload(tensors, fields, UNIT8, effort=f"{fits}{self.wanted} of {self.count}")
 
     @classmethod
     def from_payload(cls, payload: Payload) -> DistillationRequest:
