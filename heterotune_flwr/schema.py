@@ -108,9 +108,12 @@ class MethodConfig:
     slots: int = _help("K depth slots; the last acts on the final normalised state", 1)
     latent: int = _help("r, width of the shared latent space", 128)
     output: int | None = _help("width of the output latent; null: number of labels or r", None)
-    text_view: bool = _help(
-        "types also align what a text is made of and about (means of first and middle states), for a discriminant",
-        False,
+    views: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "further views of a text that types align, for a pooled classifier: text (what it is made of and "
+            "about: means of first and middle states)"
+        },
     )
     inner: int = _help(
         "q, inner width of an expert; 0: none, an expert is one matrix P and a bias Q (Co-LoRA)", 32

@@ -99,16 +99,16 @@ class Backbone:
     def states(self, meaning):
         return np.tanh(meaning @ self.mixing.T)
 
-    def factors(self, whole_texts=False):
-        """Of the states; whole texts have the same."""
+    def factors(self, part="slots"):
+        """Of the states; a view has the same."""
         public = np.random.default_rng(99).normal(size=(ANCHORS, MEANING)) * 1.5
         states = self.states(public)
         mean = states.mean(axis=0)
         _, _, right = np.linalg.svd(states - mean, full_matrices=False)
         basis = right[:COMPONENTS]
         parts = {"scores": (states - mean) @ basis.T, "basis": basis, "mean": mean}
-        if whole_texts:
-            return {f"text.{name}": part for name, part in parts.items()}
+        if part != "slots":
+            return {f"{part}.{name}": value for name, value in parts.items()}
         return {**{f"slots.0.{n}": part for n, part in parts.items()}, "label_rows": self.labels}
 
 
@@ -381,7 +381,7 @@ class ToyFederation:
         self.log.append(("align", client_id))
         if (client_id, 0) in self.fail:
             return Message(error_content("no memory left"), reply_to=message)
-        factors = backbone.factors(request.whole_texts)
+        factors = backbone.factors(request.part)
         reply = AlignReply(client_id, type_key, factors)
         return Message(reply.to_content(self.config.exchange.codec), reply_to=message)
 

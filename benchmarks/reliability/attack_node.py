@@ -59,7 +59,7 @@ ROWS, RECORDS, CANDIDATES = 128, 20, 2000
 ROUNDS = 12
 LATENT, HIDDEN = 128, 128
 LABELS = label_set(DataConfig()) or []
-METHOD = MethodConfig(latent=LATENT, output=len(LABELS), text_view=False)
+METHOD = MethodConfig(latent=LATENT, output=len(LABELS))
 SECRET = "HETEROTUNE_ATTACKED"
 Matrix = NDArray[np.float64]
 

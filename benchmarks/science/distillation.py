@@ -57,7 +57,7 @@ Array = NDArray[np.float32]
 def entry() -> dict[str, Any]:
     """The strategy as it ships, but for the shared discriminant: what is asked is what models learn of each other."""
     found = shipped(_METHOD)
-    return {**found, "statistics": None, "method": {**found["method"], "text_view": False}}
+    return {**found, "statistics": None, "method": {**found["method"], "views": []}}
 
 
 def federated(folder: Path, suite: str) -> None:

@@ -43,9 +43,10 @@ from benchmarks.science.laboratory.rows import (
 )
 from benchmarks.science.laboratory.states import parse
 from benchmarks.science.ngrams import AXES, CLIENTS, SEEDS, NgramView, told
-from heterotune_flwr.alignment.factors import collect_text_states, text_components
+from heterotune_flwr.alignment.factors import collect_view, view_components
 from heterotune_flwr.alignment.maps import compute_maps
 from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.alignment.views import VIEWS
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.statistics.server import Classes as Told
@@ -54,7 +55,6 @@ from heterotune_flwr.channels.statistics.server import (
     linear_discriminant,
     who_agrees,
 )
-from heterotune_flwr.dema.bank import TEXT
 
 OPTIONS = StatisticsOptions()
 _PENALTIES = (1e-2, 3e-2, 1e-1)
@@ -92,6 +92,7 @@ def last_view(lab: Laboratory) -> View:
     )
 
 
+TEXT = "text"
 #: Anchors, pool and test as one type reads whole texts.
 Read = list[NDArray[np.float32]]
 
@@ -103,7 +104,7 @@ def text_states(lab: Laboratory) -> dict[str, Read]:
         backbone = load_backbone(BackboneSpec(*parse(name)))
         say(f"{name}: reading whole texts")
         states[own.name] = [
-            collect_text_states(backbone, texts, lab.task.data)
+            collect_view(VIEWS[TEXT], backbone, texts, lab.task.data)
             for texts in (anchors, lab.task.pool, lab.task.test)
         ]
     return states
@@ -113,7 +114,7 @@ def text_view(lab: Laboratory, states: Mapping[str, Read]) -> View:
     """Of whole texts, read as ``states``."""
     factors = {}
     for own in lab.types:
-        parts = text_components(states[own.name][0], ALIGNMENT)
+        parts = view_components(VIEWS[TEXT], states[own.name][0], ALIGNMENT)
         factors[own.name] = {
             name.replace(TEXT, "slots.0", 1): value for name, value in parts.items()
         }

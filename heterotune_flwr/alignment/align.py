@@ -11,6 +11,7 @@ from pathlib import Path
 from heterotune_flwr.alignment.kept import kept_maps, maps_path
 from heterotune_flwr.alignment.maps import APART, AlignmentResult, compute_maps, join_type
 from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, public_words
+from heterotune_flwr.alignment.views import SLOTS, view_asked
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
 from heterotune_flwr.exchange.directions import exact_codec
@@ -32,11 +33,7 @@ __all__ = [
 
 #: Counts up when the factors' meaning changes, so that old cache files are not used.
 VERSION = 4
-#: The same of those of whole texts.
-TEXT_VERSION = 3
-#: What is read of the anchors, each kept by itself: what slots see, and the second view of a text.
-SLOTS, TEXTS = "slots", "texts"
-#: Called with one of them and types.
+#: Called with what is read of the anchors, ``slots`` or the name of a view, and types.
 Ask = Callable[[str, list[str]], dict[str, Tensors]]
 
 
@@ -60,11 +57,6 @@ class Trust:
     lost: dict[str, str] = field(default_factory=dict)
 
 
-def parts_of(method: MethodConfig) -> list[str]:
-    """What is read of the anchors for a method."""
-    return [SLOTS, TEXTS] if method.text_view else [SLOTS]
-
-
 def factors_path(
     fingerprints: Mapping[str, str],
     type_key: str,
@@ -77,7 +69,7 @@ def factors_path(
 
     Keyed by the type's backbone and bits, the anchors, the prompt form and the settings that the factors depend on; the
     shared words depend on all types, so with ``output: vocabulary`` the whole set of types is part of the key. Those of
-    whole texts depend on neither labels nor words.
+    a view depend on neither labels nor words.
     """
     alignment = config.alignment
     parts: dict[str, object] = {
@@ -89,8 +81,8 @@ def factors_path(
         "components": alignment.components,
         "codec": exact_codec(config.exchange),  # factors are kept as they travelled
     }
-    if part == TEXTS:
-        return _cache_file({**parts, "part": part, "view": TEXT_VERSION})
+    if view := view_asked(part):
+        return _cache_file({**parts, "part": part, "view": view.version})
     parts |= {
         "labels": list(labels or []),
         "slots": method.slots,
@@ -130,8 +122,8 @@ def align_types(
     config, method, labels
         The run; ``method.output`` may still be null.
     ask
-        Called with what to read (one of :func:`parts_of`) and the types whose factors are not in the cache; returns
-        them (a Flower query inside a run, direct calls in ``heterotune align``).
+        Called with what to read (``slots``, or the name of a view) and the types whose factors are not in the cache;
+        returns them (a Flower query inside a run, direct calls in ``heterotune align``).
     seed
         For the held-out split and the controls.
     trust
@@ -207,7 +199,7 @@ class _Gathered:
     ) -> _Gathered:
         """Read what is in the cache, and ask for the rest."""
         gathered = cls({key: {} for key in sorted(fingerprints)})
-        for part in parts_of(method):
+        for part in (SLOTS, *method.views):
             paths = {
                 key: factors_path(fingerprints, key, config, method, labels, part)
                 for key in gathered.factors

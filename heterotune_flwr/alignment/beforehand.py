@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from heterotune_flwr.alignment.align import TEXTS, align_types, load_anchors, public_words
-from heterotune_flwr.alignment.factors import alignment_factors, text_factors, words_mask
-from heterotune_flwr.alignment.maps import places_of
+from heterotune_flwr.alignment.align import align_types, load_anchors, public_words
+from heterotune_flwr.alignment.factors import alignment_factors, view_factors, words_mask
+from heterotune_flwr.alignment.views import places_of, view_asked
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.data.sources import label_set
@@ -36,7 +36,7 @@ def prealign(
 
     Returns
     -------
-    Type -> held-out canonical correlation per slot, and of whole texts, of the method with most of them.
+    Type -> held-out canonical correlation per slot, and of every view, of the method with most of them.
 
     """
     if not config.types:
@@ -57,11 +57,11 @@ def prealign(
     def ask(slots: int, part: str, type_keys: list[str]) -> dict[str, Tensors]:
         answers: dict[str, Tensors] = {}
         for key in type_keys:
-            whole = ", whole texts" if part == TEXTS else ""
-            report(f"reading {len(texts)} anchors with {key}{whole}")
+            view = view_asked(part)
+            report(f"reading {len(texts)} anchors with {key}{', whole texts' if view else ''}")
             public = (loaded[key], texts, config.alignment, config.data)
-            if part == TEXTS:
-                answers[key] = text_factors(*public)
+            if view:
+                answers[key] = view_factors(view, *public)
             else:
                 answers[key] = alignment_factors(*public, labels, slots, shared)
         return {

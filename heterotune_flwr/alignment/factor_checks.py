@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.dema.bank import TEXT
+from heterotune_flwr.alignment.views import View
 from heterotune_flwr.exchange.packing import Tensors
 
 Matrix = NDArray[Any]
@@ -29,27 +29,27 @@ _RIDGE = 0.1
 
 
 def fault_of(
-    factors: Tensors, slots: int, texts: bool, hidden: int, labels: int, deep: bool
+    factors: Tensors, slots: int, view: View | None, hidden: int, labels: int, deep: bool
 ) -> str:
     """What is wrong with a client's factors by themselves; empty where nothing is.
 
-    ``texts``: they are those of whole texts; ``labels``: rows of label words there must be; ``deep``: slots below the
-    last have gradients.
+    ``view``: what they are of instead of slots; ``labels``: rows of label words there must be; ``deep``: slots below
+    the last have gradients.
     """
     for name, value in factors.items():
         if not np.isfinite(value).all():
             return f"{name} holds numbers that are not finite"
         if value.size and np.abs(value).max() > _LARGEST:
             return f"{name} holds numbers beyond {_LARGEST:g}"
-    places = [TEXT] if texts else [f"slots.{slot}" for slot in range(slots)]
+    places = [view.name] if view else [f"slots.{slot}" for slot in range(slots)]
     wanted = [f"{place}.{part}" for place in places for part in ("scores", "basis", "mean")]
-    wanted += [] if texts else ["label_rows"]
-    wanted += [f"slots.{slot}.pullback" for slot in range(slots - 1)] if deep and not texts else []
+    wanted += [] if view else ["label_rows"]
+    wanted += [f"slots.{slot}.pullback" for slot in range(slots - 1)] if deep and not view else []
     if missing := [name for name in wanted if name not in factors]:
         return f"{missing[0]} is missing"
     known = {
         *wanted,
-        *([] if texts else _WORDS),
+        *([] if view else _WORDS),
         *(f"slots.{slot}.pullback" for slot in range(slots - 1)),
     }
     if others := sorted(set(factors) - known):
@@ -67,11 +67,11 @@ def fault_of(
             or not len(basis)
         ):
             return f"{place} has an impossible shape"
-        if width not in ((hidden, 2 * hidden) if texts else (hidden,)):
+        if width not in (hidden, view.parts * hidden if view else hidden):
             return f"{place} is {width} wide, the backbone {hidden}"
         if not scores.std(axis=0).all() or not basis.any(axis=1).all():
             return f"{place} has components that are nothing"
-    return "" if texts else _fault_of_outputs(factors, slots, hidden, labels)
+    return "" if view else _fault_of_outputs(factors, slots, hidden, labels)
 
 
 def _fault_of_outputs(factors: Tensors, slots: int, hidden: int, labels: int) -> str:
@@ -134,7 +134,7 @@ def _same_reading(a: Mapping[str, Matrix], b: Mapping[str, Matrix], place: str) 
     gram = theirs.T @ theirs
     ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))
     reads = np.linalg.solve(gram + ridge, theirs.T @ latents)
-    # The smallest states that give these scores; the basis of whole texts is scaled, so it is no orthogonal one.
+    # The smallest states that give these scores; the basis of a view is scaled, so it is no orthogonal one.
     lengths = basis @ basis.T
     tiny = 1e-12 * np.trace(lengths) / len(basis) * np.eye(len(basis))
     states = scores @ np.linalg.solve(lengths + tiny, basis)

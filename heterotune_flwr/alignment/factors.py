@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from heterotune_flwr.alignment.views import View
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
@@ -27,7 +28,6 @@ from heterotune_flwr.data.template import (
     render_prompt,
 )
 from heterotune_flwr.data.tokens import plainly
-from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, DataConfig
@@ -145,14 +145,14 @@ def collect_states(
     return rows
 
 
-def collect_text_states(
-    backbone: Backbone, texts: Sequence[str], data: DataConfig
+def collect_view(
+    view: View, backbone: Backbone, texts: Sequence[str], data: DataConfig
 ) -> NDArray[np.float32]:
-    """The second view of every text (``n x 2 d``; :meth:`.reader.Reader.text_means`)."""
+    """States of a view of every text (``n x parts d``)."""
     encoded = [
         encode_prompt(backbone.tokenizer, data.prompt, text, data.max_length) for text in texts
     ]
-    return np.asarray(Reader.of(backbone).text_means(encoded).cpu().numpy())
+    return np.asarray(view.states(Reader.of(backbone), encoded).cpu().numpy())
 
 
 def principal_components(
@@ -318,23 +318,27 @@ def alignment_factors(
     return _written(values)
 
 
-def text_factors(
-    backbone: Backbone, texts: Sequence[str], alignment: AlignmentConfig, data: DataConfig
+def view_factors(
+    view: View,
+    backbone: Backbone,
+    texts: Sequence[str],
+    alignment: AlignmentConfig,
+    data: DataConfig,
 ) -> Tensors:
-    """The same of the second view of a text : ``text.scores``, ``.basis`` and ``.mean``."""
-    return _written(text_components(collect_text_states(backbone, texts, data), alignment))
+    """The same of a view: ``{name}.scores``, ``.basis`` and ``.mean``."""
+    return _written(view_components(view, collect_view(view, backbone, texts, data), alignment))
 
 
-def text_components(
-    states: NDArray[np.float32], alignment: AlignmentConfig
+def view_components(
+    view: View, states: NDArray[np.float32], alignment: AlignmentConfig
 ) -> dict[str, NDArray[np.float64]]:
-    """Principal components of the second view (``n x 2 d``), whose halves weigh the same whatever their scale."""
-    halves = np.split(states, 2, axis=1)
-    lengths = [np.linalg.norm(half - half.mean(axis=0)) / len(half) ** 0.5 for half in halves]
-    scale = np.repeat(np.maximum(lengths, 1e-12), states.shape[1] // 2)
-    found = _components(TEXT, (states / scale).astype(np.float32), alignment.components)
-    found[f"{TEXT}.basis"] = found[f"{TEXT}.basis"] / scale  # reads states as they are
-    found[f"{TEXT}.mean"] = found[f"{TEXT}.mean"] * scale
+    """Principal components of a view (``n x parts d``), whose parts weigh the same whatever their scale."""
+    parts = np.split(states, view.parts, axis=1)
+    lengths = [np.linalg.norm(part - part.mean(axis=0)) / len(part) ** 0.5 for part in parts]
+    scale = np.repeat(np.maximum(lengths, 1e-12), states.shape[1] // view.parts)
+    found = _components(view.name, (states / scale).astype(np.float32), alignment.components)
+    found[f"{view.name}.basis"] = found[f"{view.name}.basis"] / scale  # reads states as they are
+    found[f"{view.name}.mean"] = found[f"{view.name}.mean"] * scale
     return found
 
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from heterotune_flwr.alignment.gcca import Matrix, SlotFit, fit_slot, ridge, unit_variance
-from heterotune_flwr.dema.bank import TEXT, generator
+from heterotune_flwr.alignment.views import places_of
+from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
@@ -151,12 +152,6 @@ def _deep_output_map(own: Factors, slot: int, wanted_effect: _Functionals) -> Ma
     singular = np.asarray(own["words.singular"], dtype=np.float64)
     rows = (functionals.T @ (left * singular)) @ pulled[labels:] / len(functionals)
     return _ridge_pseudo_inverse(rows, DEEP_RIDGE)
-
-
-def places_of(method: MethodConfig) -> list[str]:
-    """Where types are aligned: at every slot, and in the view of whole texts where the method has it."""
-    slots = [f"slots.{slot}" for slot in range(method.slots)]
-    return [*slots, TEXT] if method.text_view else slots
 
 
 def _type_maps(
@@ -356,7 +351,7 @@ def apply_control(
     for key, own in maps.items():
         for place, scale in weights.items():
             rng = generator(seed, f"control.{control}.{key}.{place.removeprefix('slots.')}")
-            prefix, has_output = f"{place}.map", place != TEXT
+            prefix, has_output = f"{place}.map", f"{place}.map.up.weight" in own
             if control in ("random_down", "random_maps"):
                 scores = np.asarray(factors[key][f"{place}.scores"], dtype=np.float64)
                 basis = np.asarray(factors[key][f"{place}.basis"], dtype=np.float64)

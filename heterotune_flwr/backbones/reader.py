@@ -93,19 +93,15 @@ class Reader:
         return [[states[row, : len(line)] for states in seen] for row, line in enumerate(lines)]
 
     @torch.no_grad()
-    def text_means(self, lines: Lines) -> Tensor:
-        """A second view of every text (``n x 2 d``, float32): means over its tokens of two states, one after the other.
+    def text_means(self, lines: Lines, numbers: Sequence[int]) -> Tensor:
+        """Means over a text's tokens of what enters some blocks, in rising order (``n x blocks d``, float32).
 
-        They are what enters the first block and what enters the middle one. The final state at the answer's position
-        holds what a model would answer; halfway up, and over the whole text, lies what the text is about, and before
-        the first block which words stand in it. The first token is left out where there is another: models park
-        attention there (attention sinks, arXiv 2309.17453), whatever the text is.
+        The first token is left out where there is another: models park attention there (attention sinks, arXiv
+        2309.17453), whatever the text is.
         """
-        layers = len(self.blocks)
-        read = (0, min((layers + 1) // 2, layers - 1))
         rows: list[Tensor] = [torch.empty(0)] * len(lines)
         for batch in batches(lines):
-            found = self.entering([lines[index] for index in batch], read)
+            found = self.entering([lines[index] for index in batch], numbers)
             for index, states in zip(batch, found, strict=True):
                 rows[index] = torch.cat(
                     [part[min(1, len(part) - 1) :].float().mean(dim=0) for part in states]

@@ -124,8 +124,9 @@ def describe(message: Message, context: Context) -> RecordDict:
 
 def align(message: Message, context: Context) -> RecordDict:
     """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
-    from heterotune_flwr.alignment.factors import alignment_factors, text_factors
+    from heterotune_flwr.alignment.factors import alignment_factors, view_factors
     from heterotune_flwr.alignment.public_texts import load_anchors
+    from heterotune_flwr.alignment.views import view_asked
 
     client = Client.of(context)
     asked = AlignRequest.from_content(message.content)
@@ -135,8 +136,8 @@ def align(message: Message, context: Context) -> RecordDict:
     texts = load_anchors(alignment)
     mask = unpack_mask(request.words_mask, len(request.words))
     detach(client.backbone)
-    if request.whole_texts:
-        factors = text_factors(client.backbone, texts, alignment, data)
+    if view := view_asked(request.part):
+        factors = view_factors(view, client.backbone, texts, alignment, data)
     else:
         words = [word for word, shared in zip(request.words, mask, strict=True) if shared]
         factors = alignment_factors(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from heterotune_flwr.alignment.views import VIEWS
 from heterotune_flwr.backbones.sources import AUTO, BITS
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.codecs import codec_names
@@ -85,6 +86,11 @@ def check_choices(config: Config) -> None:
         value = _value(config, path)
         if value not in allowed and (path not in _NULLABLE or value is not None):
             raise _not_among(path, value, allowed)
+    for name in config.method.views:
+        if name not in list(VIEWS):
+            raise _not_among("method.views", name, tuple(VIEWS))
+    if len(set(config.method.views)) != len(config.method.views):
+        raise ConfigError.of("method.views", config.method.views, "name each once")
     losses = config.train.losses and plugin_names("losses")
     for name, options in config.train.losses.items():
         if name not in losses:

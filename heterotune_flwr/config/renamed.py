@@ -31,7 +31,10 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 #: Keys that are no more, with what became of them.
 GONE: dict[str, dict[str, str]] = {
-    "method": {"ngrams": "the package has no character n-grams any more"},
+    "method": {
+        "ngrams": "the package has no character n-grams any more",
+        "text_view": "write views: [text], or views: []",
+    },
 }
 
 

@@ -34,8 +34,6 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-#: First part of the names of factors, maps and latents of whole texts, where a slot's begin with ``slots.{k}``.
-TEXT = "text"
 #: How the names of dense changes end.
 RESIDUAL = ".residual"
 TIERS = ("global", "type", "private")

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.alignment.align import (
-    TEXTS,
     Trust,
     align_types,
     join_known,
@@ -20,7 +19,7 @@ from heterotune_flwr.alignment.align import (
     public_words,
 )
 from heterotune_flwr.alignment.factor_checks import fault_of
-from heterotune_flwr.alignment.maps import places_of
+from heterotune_flwr.alignment.views import classifier_places, view_asked
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import (
@@ -171,7 +170,7 @@ class MapsService:
             joined=[key for key in joined if key in present],
         )
         digests = {key: tensor_digest(value) for key, value in tensors.items()}
-        places = [f"{place}.weights" for place in places_of(method)[method.slots - 1 :]]
+        places = [f"{place}.weights" for place in classifier_places(method)]
         spreads = None
         if set(places) <= set(kept.latents):
             spreads = np.concatenate([np.asarray(kept.latents[p], np.float64) for p in places])
@@ -252,12 +251,12 @@ class MapsService:
             cached=self._config.alignment.cache,
         )
         header = Header(f"{self._run_name}-align", inquiry.seed, inquiry.method)
-        request = AlignRequest(header, slots, self.words(), pack_mask(shared), part == TEXTS)
+        request = AlignRequest(header, slots, self.words(), pack_mask(shared), part)
         labels = len(roster.labels or ()) if self._config.alignment.output == "labels" else 0
 
         def fault(client_id: str, factors: Tensors) -> str:
             hidden = roster.clients[client_id].info.hidden
-            return fault_of(factors, slots, part == TEXTS, hidden, labels, slots > 1)
+            return fault_of(factors, slots, view_asked(part), hidden, labels, slots > 1)
 
         server = self._config.server
         question = Question(

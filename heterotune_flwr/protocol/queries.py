@@ -157,14 +157,14 @@ class DescribeReply:
 class AlignRequest:
     """Ask one client of a type for its public factors; ``words_mask`` marks the shared words.
 
-    ``whole_texts``: those of the second view of a text, instead of those of ``slots``.
+    ``part``: those of ``slots``, or of a view by its name.
     """
 
     header: Header
     slots: int
     words: list[str]
     words_mask: bytes
-    whole_texts: bool = False
+    part: str = "slots"
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
@@ -172,7 +172,7 @@ class AlignRequest:
             "slots": self.slots,
             "words": self.words,
             "words_mask": self.words_mask,
-            "whole_texts": self.whole_texts,
+            "part": self.part,
         }
         return RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
 
@@ -185,7 +185,7 @@ class AlignRequest:
             read_field(record, "slots", int),
             read_texts(record, "words"),
             read_field(record, "words_mask", bytes),
-            read_field(record, "whole_texts", bool),
+            read_field(record, "part", str),
         )
 
 

@@ -137,7 +137,7 @@ class RunProgress:
         self._line(f"  {name} does not take part: {event['reason']}")
 
     def _on_aligning(self, event: Event) -> None:
-        what = "as whole texts" if event["part"] == "texts" else "for the maps"
+        what = "for the maps" if event["part"] == "slots" else "as whole texts"
         kept = "kept for later runs; " if event.get("cached") else ""
         self._line(
             f"one client each of {', '.join(event['types'])} reads up to {event['anchors']} public anchors {what} "

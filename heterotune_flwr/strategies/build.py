@@ -52,8 +52,8 @@ def aligned_methods(config: Config) -> list[MethodConfig]:
         own, entry = strategy_config(name, spec, config), _read_entry(name, spec)
         closed = list(labels or ()) if closed_task(labels, own.train) else []
         halves = [server_half(channel)(options) for channel, options in entry.channels.items()]
-        views = own.method.text_view and any(half.reads_views(closed) for half in halves)
-        method = dataclasses.replace(own.method, text_view=views)
+        views = own.method.views if any(half.reads_views(closed) for half in halves) else []
+        method = dataclasses.replace(own.method, views=views)
         if method.kind == "dema" and method not in aligned:
             aligned.append(method)
     return aligned or [config.method]

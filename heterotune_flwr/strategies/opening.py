@@ -57,7 +57,7 @@ def _align(strategy: HeteroStrategy, views: bool) -> None:
     """Get the maps; further views of a text are aligned where a channel reads them. Types without maps are left out."""
     session = strategy.context.session
     if not views:
-        strategy.method = replace(strategy.method, text_view=False)
+        strategy.method = replace(strategy.method, views=[])
     strategy.maps = session.maps.get(strategy.roster, strategy.method, strategy.context.seed)
     if lost := strategy.maps.lost:
         needed = session.minimum if strategy.maps.away else session.least

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from heterotune_flwr.alignment.views import View, views_of
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader
-from heterotune_flwr.dema.bank import RESIDUAL, TEXT, slot_of
+from heterotune_flwr.dema.bank import RESIDUAL, slot_of
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.schema import MethodConfig
@@ -33,8 +34,6 @@ from heterotune_flwr.tuning.task import Task
 KINDS = ("dema", "lora", "submodel")
 
 Tensors = dict[str, NDArray[np.float32]]
-
-_TEXT_MAPS = (f"{TEXT}.map.down.weight", f"{TEXT}.map.down.bias")
 
 
 @dataclass(eq=False)
@@ -55,7 +54,7 @@ class AttachedAdapter:
         The decoder without its unembedding: ids -> final normalised states.
     maps_digest
         Digest of the frozen maps last loaded; empty for LoRA and before the first.
-    text_maps
+    view_maps
         The maps of whole texts, where the method has that view.
     lowest, frozen
         Index of the lowest trained slot, and names held fixed in it and above; see :meth:`train_from`.
@@ -72,7 +71,7 @@ class AttachedAdapter:
     parameters: dict[str, nn.Parameter]
     reader: Reader
     maps_digest: str = ""
-    text_maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    view_maps: dict[str, torch.Tensor] = field(default_factory=dict)
     lowest: int = 0
     frozen: frozenset[str] = frozenset()
     cores: Cores = field(default_factory=Cores)
@@ -167,21 +166,27 @@ class AttachedAdapter:
             return
         from heterotune_flwr.dema import load_maps, read_maps
 
-        of_texts = {name: maps[name] for name in maps if name.startswith(f"{TEXT}.")}
-        of_slots = {name: maps[name] for name in maps if name not in of_texts}
-        expected = set(read_maps(self.model)) | set(_TEXT_MAPS if self.method.text_view else ())
+        width, latent = self.backbone.hidden, self.method.latent
+        shapes: dict[str, tuple[int, ...]] = {}
+        for view in views_of(self.method):
+            weight, bias = _map_names(view)
+            shapes |= {weight: (latent, view.parts * width), bias: (latent,)}
+        of_slots = {name: value for name, value in maps.items() if name not in shapes}
+        expected = set(read_maps(self.model)) | set(shapes)
         if set(maps) != expected:
             raise ExchangeError(
                 f"the maps sent do not fit: expected {sorted(expected)}, got {sorted(maps)}"
             )
-        down, wide = _TEXT_MAPS[0], (self.method.latent, 2 * self.backbone.hidden)
-        if down in maps and maps[down].shape != wide:
-            raise ExchangeError(f"the map {down} is {list(maps[down].shape)}, not {list(wide)}")
+        for name, shape in shapes.items():
+            if maps[name].shape != shape:
+                raise ExchangeError(
+                    f"the map {name} is {list(maps[name].shape)}, not {list(shape)}"
+                )
         self.maps_digest = ""  # until all of them are in place
         load_maps(self.model, of_slots)
-        self.text_maps = {
-            name: torch.tensor(np.asarray(value, np.float32), device=self.backbone.device)
-            for name, value in of_texts.items()
+        self.view_maps = {
+            name: torch.tensor(np.asarray(maps[name], np.float32), device=self.backbone.device)
+            for name in shapes
         }
         self.maps_digest = digest or tensor_digest(maps)
 
@@ -230,9 +235,9 @@ class AttachedAdapter:
         latents: torch.Tensor = self._slots()[-1].latents(states)
         return latents
 
-    def text_latents(self, states: torch.Tensor) -> torch.Tensor:
-        """What the second view of texts ``N x 2 d`` is in its latents, ``N x r``."""
-        weight, bias = (self.text_maps[name] for name in _TEXT_MAPS)
+    def view_latents(self, view: View, states: torch.Tensor) -> torch.Tensor:
+        """What a view of texts ``N x parts d`` is in its latents, ``N x r``."""
+        weight, bias = (self.view_maps[name] for name in _map_names(view))
         return functional.linear(states.float(), weight, bias)
 
     def last_slot(self, states: torch.Tensor) -> torch.Tensor:
@@ -263,6 +268,10 @@ class AttachedAdapter:
 
             self._slot_layers = slot_layers(self.model) if self.kind == "dema" else []
         return self._slot_layers
+
+
+def _map_names(view: View) -> tuple[str, str]:
+    return f"{view.name}.map.down.weight", f"{view.name}.map.down.bias"
 
 
 def _numpy(value: torch.Tensor) -> NDArray[np.float32]:

@@ -28,8 +28,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from heterotune_flwr.alignment.views import View
 from heterotune_flwr.backbones.reader import batches
-from heterotune_flwr.dema.bank import TEXT
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import (
     block_inputs,
@@ -314,18 +314,20 @@ def bare_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = Tru
     return kept(key, rows, backbone.hidden, backbone.device, compute)
 
 
-def bare_text_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Second view of examples in the backbone alone (``n x 2 d``; :meth:`.reader.Reader.text_means`).
+def bare_view(
+    adapter: AttachedAdapter, view: View, encoded: EncodedSet, cache: bool = True
+) -> Tensor:
+    """A view of examples in the backbone alone (``n x parts d``, float32).
 
     ``cache``: kept as :func:`frozen_states`.
     """
 
     def compute() -> Tensor:
         with adapter.bare():
-            return adapter.reader.text_means(encoded.inputs)
+            return view.states(adapter.reader, encoded.inputs)
 
     if not cache:
         return compute()
     backbone = adapter.backbone
-    key = f"{states_key(adapter, encoded, bare=True)}-{TEXT}"
-    return kept(key, len(encoded), 2 * backbone.hidden, backbone.device, compute)
+    key = f"{states_key(adapter, encoded, bare=True)}-{view.name}"
+    return kept(key, len(encoded), view.parts * backbone.hidden, backbone.device, compute)

@@ -17,8 +17,8 @@ from heterotune_flwr.alignment.factors import (
     alignment_factors,
     collect_states,
     principal_components,
-    text_factors,
     unembedding_rows,
+    view_factors,
     words_mask,
 )
 from heterotune_flwr.alignment.public_texts import (
@@ -27,6 +27,7 @@ from heterotune_flwr.alignment.public_texts import (
     load_anchors,
     public_words,
 )
+from heterotune_flwr.alignment.views import view_asked
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks
@@ -238,8 +239,8 @@ class Counter:
             self.config.alignment,
             self.config.data,
         )
-        whole = part == "texts"
-        factors = text_factors(*public) if whole else alignment_factors(*public, LABELS, 1)
+        view = view_asked(part)
+        factors = view_factors(view, *public) if view else alignment_factors(*public, LABELS, 1)
         return dict.fromkeys(type_keys, factors)
 
 
@@ -270,12 +271,12 @@ def test_factors_are_asked_for_once(backbone, run_config):
 
 def test_what_is_known_is_not_read_again_for_whole_texts(backbone, run_config):
     ask = Counter(backbone, run_config)
-    both = replace(run_config.method, text_view=True)
+    both = replace(run_config.method, views=["text"])
     align_types({"x@fp32": "f1"}, run_config, run_config.method, LABELS, ask)
     first = align_types({"x@fp32": "f1"}, run_config, both, LABELS, ask)
-    assert ask.parts == ["slots", "texts"]
+    assert ask.parts == ["slots", "text"]
     again = align_types({"x@fp32": "f1"}, run_config, both, ["other", "labels"], ask)
-    assert ask.parts == ["slots", "texts", "slots"]
+    assert ask.parts == ["slots", "text", "slots"]
     name = "text.map.down.weight"
     np.testing.assert_array_equal(first.maps["x@fp32"][name], again.maps["x@fp32"][name])
 

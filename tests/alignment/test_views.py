@@ -10,26 +10,34 @@ import torch
 from tiny_adapters import CORES, with_maps
 from tiny_backbones import LABELS
 
+from heterotune_flwr.alignment.factor_checks import fault_of
 from heterotune_flwr.alignment.factors import (
-    collect_text_states,
+    alignment_factors,
+    collect_view,
     principal_components,
-    text_components,
+    view_components,
+    view_factors,
 )
 from heterotune_flwr.alignment.maps import compute_maps, join_type
+from heterotune_flwr.alignment.views import VIEWS
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.channels.statistics.client import shared_latents
+from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.dema import read_maps
 from heterotune_flwr.errors import ExchangeError
-from heterotune_flwr.schema import AlignmentConfig, MethodConfig, TrainConfig
+from heterotune_flwr.schema import AlignmentConfig, Config, MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach, detach
-from heterotune_flwr.tuning.states import bare_text_states
+from heterotune_flwr.tuning.states import bare_view
 from heterotune_flwr.tuning.task import make_task
+
+TEXT = VIEWS["text"]
 
 
 def test_a_text_is_the_means_of_its_first_and_middle_states_without_the_first_token(adapted):
     adapter, _, encoded = adapted
-    found = bare_text_states(adapter, encoded)
+    found = bare_view(adapter, TEXT, encoded)
     with adapter.bare(), torch.no_grad():
         for index in (0, 5):
             ids = torch.tensor([encoded.inputs[index]])
@@ -45,9 +53,9 @@ def test_both_sides_read_whole_texts_alike(directory, data):
     task = make_task(backbone, data, list(LABELS), TrainConfig())
     examples = training_pool(data)[:9]
     adapter = with_maps(attach(backbone, replace(CORES, output=3), 3))
-    found = bare_text_states(adapter, task.encode(examples)).numpy()
+    found = bare_view(adapter, TEXT, task.encode(examples)).numpy()
     detach(backbone)
-    read = collect_text_states(backbone, [example.text for example in examples], data)
+    read = collect_view(TEXT, backbone, [example.text for example in examples], data)
     np.testing.assert_allclose(found, read, rtol=1e-4, atol=1e-5)
 
 
@@ -55,17 +63,19 @@ def test_both_halves_of_the_view_weigh_the_same_whatever_their_scale():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(50, 8)).astype(np.float32) + 3
     alignment = AlignmentConfig(components=6)
-    found = text_components(states, alignment)
+    found = view_components(TEXT, states, alignment)
     scores = (states - found["text.mean"]) @ found["text.basis"].T
     np.testing.assert_allclose(scores, found["text.scores"], atol=1e-4)
     louder = states.copy()
     louder[:, 4:] *= 1000
-    again = text_components(louder, alignment)
+    again = view_components(TEXT, louder, alignment)
     np.testing.assert_allclose(
         np.abs(again["text.scores"]), np.abs(found["text.scores"]), atol=1e-3
     )
     constant = np.concatenate([states[:, :4], np.ones((50, 4), np.float32)], axis=1)
-    assert all(np.isfinite(part).all() for part in text_components(constant, alignment).values())
+    assert all(
+        np.isfinite(part).all() for part in view_components(TEXT, constant, alignment).values()
+    )
 
 
 def factors_of(seed, rotation, count=60, width=12):
@@ -85,7 +95,7 @@ def factors_of(seed, rotation, count=60, width=12):
 
 
 def test_whole_texts_are_aligned_like_a_slot_and_a_late_type_joins():
-    method = MethodConfig(latent=4, inner=2, output=3, text_view=True)
+    method = MethodConfig(latent=4, inner=2, output=3, views=["text"])
     alignment = AlignmentConfig(shrinkage=[0.01])
     factors = {"a": factors_of(1, 0.0), "b": factors_of(2, 3.0)}
     result = compute_maps(factors, alignment, method, ["x", "y", "z"])
@@ -107,7 +117,7 @@ def test_whole_texts_are_aligned_like_a_slot_and_a_late_type_joins():
         for other in seen[1:]:
             for column in range(4):
                 assert np.corrcoef(seen[0][:, column], other[:, column])[0, 1] > 0.9
-    without = replace(method, text_view=False)
+    without = replace(method, views=[])
     plain = compute_maps(factors, alignment, without, ["x", "y", "z"])
     for name, value in plain.maps["a"].items():
         np.testing.assert_array_equal(value, result.maps["a"][name])
@@ -132,10 +142,37 @@ def test_maps_of_texts_are_wanted_where_the_method_has_them(directory):
     }
     with pytest.raises(ExchangeError, match="do not fit"):
         adapter.load_maps({**maps, **texts})
-    both = attach(backbone, replace(CORES, output=3, text_view=True), 3)
+    both = attach(backbone, replace(CORES, output=3, views=["text"]), 3)
     with pytest.raises(ExchangeError, match="do not fit"):
         both.load_maps(maps)
     both.load_maps({**maps, **texts})
     np.testing.assert_allclose(
-        both.text_latents(torch.ones(1, width)), np.full((1, latent), width + 2.0)
+        both.view_latents(TEXT, torch.ones(1, width)), np.full((1, latent), width + 2.0)
     )
+
+
+def test_another_view_is_one_class_and_a_name(directory, data, monkeypatch):
+    class Words:
+        name, version, parts = "words", 1, 1
+
+        def states(self, reader, lines):
+            return reader.text_means(lines, (0,))
+
+    monkeypatch.setitem(VIEWS, "words", Words())
+    method = replace(CORES, output=3, views=["words", "text"])
+    check_choices(Config(method=method))
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    texts = [f"public words {n} and {n % 7} more of them" for n in range(40)]
+    alignment = AlignmentConfig(components=8, shrinkage=[0.01])
+    public = (backbone, texts, alignment, data)
+    factors = alignment_factors(*public, LABELS, method.slots)
+    for name in method.views:
+        factors |= view_factors(VIEWS[name], *public)
+        assert not fault_of(view_factors(VIEWS[name], *public), 1, VIEWS[name], 32, 3, False)
+    maps = compute_maps({"a": factors, "b": factors}, alignment, method, LABELS).maps["a"]
+    adapter = attach(backbone, method, 3)
+    adapter.load_maps({name: value.astype(np.float32) for name, value in maps.items()})
+    encoded = make_task(backbone, data, list(LABELS), TrainConfig()).encode(training_pool(data)[:5])
+    both, alone = bare_view(adapter, TEXT, encoded), bare_view(adapter, VIEWS["words"], encoded)
+    torch.testing.assert_close(alone, both[:, :32])
+    assert shared_latents(adapter, encoded).shape == (5, 3 * method.latent)

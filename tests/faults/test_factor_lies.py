@@ -102,7 +102,7 @@ def test_faulty_factors_are_refused_and_the_next_clients_are_used(name):
 
 @pytest.mark.parametrize("name", sorted(WRONG))
 def test_of_two_that_disagree_neither_is_believed(name):
-    assert not fault_of(WRONG[name](HONEST), 1, False, 24, 6, False)
+    assert not fault_of(WRONG[name](HONEST), 1, None, 24, 6, False)
     ended = play(WRONG[name])
     assert {e["type"] for e in ended.of("apart")} == {"small@fp32"}
     assert [group for group in ended.strategy.state if group != "global"] == ["type/small@fp32"]

@@ -7,12 +7,14 @@ adapted states of different models drift apart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from heterotune_flwr.alignment.views import classifier_places, views_of
 from heterotune_flwr.channels.channel import Purpose
 from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
 from heterotune_flwr.channels.limits import bounded
@@ -20,7 +22,7 @@ from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifi
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.tuning.adapters import AttachedAdapter
-from heterotune_flwr.tuning.states import bare_states, bare_text_states
+from heterotune_flwr.tuning.states import bare_states, bare_view
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
 #: States that go through the maps at a time: the tables may be larger than the device's memory.
@@ -31,7 +33,7 @@ LARGEST_LOGITS = 1e3
 
 @torch.no_grad()
 def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Latents of examples in the bare backbone: ``n x r``, then those of whole texts where the method has that view.
+    """Latents of examples in the bare backbone: ``n x r``, then those of the method's views.
 
     On the backbone's device; ``cache``: whether the states behind them are kept.
     """
@@ -40,10 +42,11 @@ def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = 
     def mapped(states: Tensor, maps: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([maps(part.to(device)) for part in torch.split(states, _ROWS_AT_A_TIME)])
 
-    views = [mapped(bare_states(adapter, encoded, cache), adapter.last_latents)]
-    if adapter.method.text_view:
-        views.append(mapped(bare_text_states(adapter, encoded, cache), adapter.text_latents))
-    return torch.cat(views, dim=1)
+    latents = [mapped(bare_states(adapter, encoded, cache), adapter.last_latents)]
+    for view in views_of(adapter.method):
+        maps = partial(adapter.view_latents, view)
+        latents.append(mapped(bare_view(adapter, view, encoded, cache), maps))
+    return torch.cat(latents, dim=1)
 
 
 @torch.no_grad()
@@ -102,7 +105,8 @@ def classifier_logits(
         )
     if not (np.isfinite(classifier.weight).all() and np.isfinite(classifier.bias).all()):
         raise ExchangeError("the classifier holds numbers that are not finite")
-    wanted = (len(task.labels or ()), adapter.method.latent * (1 + adapter.method.text_view))
+    places = classifier_places(adapter.method)
+    wanted = (len(task.labels or ()), adapter.method.latent * len(places))
     if classifier.weight.shape != wanted:
         labels, latents = classifier.weight.shape
         raise ExchangeError(

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.alignment.views import places_of
 from heterotune_flwr.channels.channel import (
     POOL_OVER,
     Aggregated,
@@ -192,7 +193,7 @@ class PooledClassifier(ServerChannel):
         if run.spreads is None:
             return f"method.kind={run.method.kind} has no latents that types share"
         self.clients, self.type_keys = run.clients, run.type_keys
-        read = range(run.method.slots - 1, run.method.slots + run.method.text_view)
+        read = range(run.method.slots - 1, len(places_of(run.method)))
         #: Types whose latents are not aligned well enough: they neither tell nor hear.
         self.unaligned_types = frozenset(
             key for key in run.type_keys if not all(run.shares(key, place) for place in read)
