@@ -86,3 +86,10 @@ def adapted_task(directory, data):
     task = make_task(backbone, data, list(LABELS), TrainConfig())
     adapter = with_maps(attach(backbone, replace(CORES, output=3), 3))
     return adapter, task, task.encode(training_pool(data)[:13])
+
+
+def maps_of(adapter):
+    """The maps it works with, by name."""
+    from heterotune_flwr.dema import read_maps
+
+    return read_maps(adapter.model)

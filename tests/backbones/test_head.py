@@ -147,5 +147,5 @@ def test_a_family_that_does_something_else_is_refused_when_loaded(tmp_path: Path
         dim_ff=64, num_hidden_layers=2, prompt_length=4,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match=r"'cpmant' cannot be trained here.*final states"):
+    with pytest.raises(BackboneError, match="cpmant"):
         load_backbone(BackboneSpec(str(tmp_path), "fp32"), "cpu")

@@ -290,9 +290,7 @@ def test_a_truncated_source_is_one_line_that_says_what_and_where(directory, tmp_
     source = _damaged_copy(directory, tmp_path / "hurt")
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(
-        BackboneError, match=r"model\.safetensors has \d+ bytes.*download"
-    ) as raised:
+    with pytest.raises(BackboneError, match=r"model\.safetensors.*download") as raised:
         fresh(spec_of(source, bits))
     assert str(source) in str(raised.value)
     assert "\n" not in str(raised.value)

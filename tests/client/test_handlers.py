@@ -221,9 +221,12 @@ def test_errors_become_one_line(world):
         bad.describe(0)
 
 
-def test_types_are_dealt_in_turn():
-    types = [TypeConfig("a", clients=3), TypeConfig("b", clients=1), TypeConfig("c", clients=2)]
-    assert "".join(item.backbone for item in expand_types(types)) == "abcaca"
+@pytest.mark.parametrize("counts", [(2, 1, 3), (0, 4), (1,), (0, 0)])
+def test_types_come_in_turn_until_each_has_its_clients(counts):
+    types = [TypeConfig(str(index), clients=n) for index, n in enumerate(counts)]
+    order = [int(item.backbone) for item in expand_types(types)]
+    assert [order.count(index) for index in range(len(counts))] == list(counts)
+    assert order[: sum(n > 0 for n in counts)] == [i for i, n in enumerate(counts) if n]
 
 
 def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from real_clients import World, deployed_node, inline, make_maps
 from tiny_backbones import write_rows
 from toy_federation import ToyFederation, toy_config
@@ -113,27 +111,6 @@ def test_a_deployed_nodes_states_lie_in_its_state_dir_and_nobody_elses_enters(
     )  # a simulation in the same process: in the cache again
     assert list((tmp_path / "cache" / "states").glob("*/*.safetensors"))
     assert len(list((state / "states").glob("*/*.safetensors"))) == len(tables)
-
-
-def test_states_that_nobody_uses_go(tmp_path, monkeypatch):
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(state_cache, "pruned", set())
-    state_cache.keep_in(tmp_path / "node")
-    try:
-        for key in ("aa" * 16, "bb" * 16):
-            state_cache.kept(key, 2, 2, torch.device("cpu"), lambda: torch.zeros(2, 2))
-        old = state_cache.states_path("aa" * 16)
-        assert old.is_relative_to(tmp_path / "node" / "states")
-        os.utime(old, (1, time.time() - 31 * 86400))
-        state_cache.keep_in(tmp_path / "node")  # the process has looked already
-        assert old.exists()
-        state_cache.pruned.clear()  # another process
-        state_cache.keep_in(tmp_path / "node")
-        assert not old.exists()
-        assert state_cache.states_path("bb" * 16).exists()
-    finally:
-        state_cache.keep_in(None)
-        state_cache.forget_states()
 
 
 def test_columns_are_the_nodes(tmp_path):

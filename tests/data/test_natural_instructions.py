@@ -127,9 +127,7 @@ def test_every_client_owns_a_task_or_several(folder: Path) -> None:
     assert owned[0] | owned[1] == set(TASKS)
     assert client_examples(two, 1, 2, seed=3) == pairs[1]
     assert client_examples(two, 1, 2, seed=4) != pairs[1]
-    with pytest.raises(
-        DataError, match=r"names 4 clients.*6 are needed \(3 x data.groups_per_client=2"
-    ):
+    with pytest.raises(DataError, match=r"6 are needed .*data\.groups_per_client"):
         client_examples(two, 0, 3, seed=0)
 
 
@@ -174,9 +172,7 @@ def test_the_hubs_table_is_read_like_task_files(
         with pytest.raises(DataError, match=rf"row 1.*{column}"):
             read_tasks(str(table), settings(folder))
     (table / "train.jsonl").write_text(json.dumps({"task_name": "a", "inputs": "b"}) + "\n")
-    with pytest.raises(
-        DataError, match="has no column 'definition'; columns present: task_name, inputs"
-    ):
+    with pytest.raises(DataError, match=r"no column 'definition'.*task_name, inputs"):
         read_tasks(str(table), settings(folder))
 
 
@@ -222,25 +218,25 @@ def test_a_bad_task_file_is_named_with_what_is_wrong(
 
 
 def test_bad_sources_and_settings_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of the tasks task7\* \(data.tasks\)"):
+    with pytest.raises(DataError, match=r"data\.tasks"):
         training_pool(settings(folder, tasks=["task7*"]))
-    with pytest.raises(DataError, match=r"is a file; natural_instructions wants a directory"):
+    with pytest.raises(DataError, match="wants a directory"):
         training_pool(settings(folder / "task001_copy.json"))
-    with pytest.raises(DataError, match=r"no directory of task .json files, and loading it"):
+    with pytest.raises(DataError, match="no directory"):
         training_pool(settings(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"fewer positive examples than data.demonstrations=3"):
+    with pytest.raises(DataError, match=r"data\.demonstrations=3"):
         training_pool(settings(folder, demonstrations=3))
     with pytest.raises(DataError, match=r"change data.test_share"):
         global_test(settings(folder, test_share=1e-9))
-    with pytest.raises(DataError, match=r"give data.train=DIRECTORY with Natural Instructions"):
+    with pytest.raises(DataError, match=r"data\.train=DIRECTORY"):
         preflight(
             compose("open_text", ["data.name=natural_instructions", "data.partition=natural"])
         )
-    with pytest.raises(ConfigError, match=r"data.test_share is 1.0; it must be between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"data\.test_share is 1\.0"):
         compose("open_text", ["data.test_share=1.0"])
     with pytest.raises(ConfigError, match=r"it must be below data.max_length"):
         compose("open_text", ["data.max_answer_tokens=128"])
-    with pytest.raises(ConfigError, match=r"data.generate is for open text.*set data.max_labels=0"):
+    with pytest.raises(ConfigError, match=r"data\.generate .*data\.max_labels=0"):
         preflight(compose("demo", ["data.generate=5"]))
 
 

@@ -75,7 +75,7 @@ def test_errors_name_file_column_and_setting(tmp_path, data):
         training_pool(replace(data, train=str(tmp_path / "empty.csv")))
     with pytest.raises(DataError, match="neither"):
         training_pool(replace(data, train=str(write_rows(tmp_path / "x.txt", 3))))
-    with pytest.raises(DataError, match=r"test.jsonl: the answer of row 1 is not in the label set"):
+    with pytest.raises(DataError, match=r"test\.jsonl: .*row 1 "):
         global_test(replace(data, labels=["fruit", "music"]))
 
 
@@ -285,7 +285,7 @@ def test_of_an_answer_that_leaves_no_room_the_beginning_is_kept(tokenizer):
 
 
 def test_labels_must_differ_in_their_first_token(tokenizer):
-    with pytest.raises(DataError, match=r"'music' and 'music box' begin with the same token"):
+    with pytest.raises(DataError, match="'music' and 'music box'"):
         label_tokens(tokenizer, ["fruit", "music", "music box"], "{text}:")
     with pytest.raises(DataError, match=r"no \{text\}"):
         label_tokens(tokenizer, LABELS, "Section:")

@@ -108,9 +108,7 @@ def test_no_decoder_no_mlp_no_norm() -> None:
         "opt", vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
         num_attention_heads=4, word_embed_proj_dim=32,
     )  # fmt: skip
-    with pytest.raises(
-        BackboneError, match="name the blocks' MLPs and the final norm with mlp_modules"
-    ):
+    with pytest.raises(BackboneError, match="mlp_modules"):
         find_structure(AutoModelForCausalLM.from_config(opt))
     model = tiny_model()
     del model.model.norm
@@ -123,7 +121,7 @@ def test_slots_at_equal_relative_depth() -> None:
     assert slot_blocks(2, 4) == [1]
     assert slot_blocks(3, 7) == [2, 4]
     assert slot_blocks(4, 4) == [0, 1, 2]
-    with pytest.raises(BackboneError, match=r"method.slots is 5 but the backbone has 4 blocks"):
+    with pytest.raises(BackboneError, match=r"method\.slots is 5"):
         slot_blocks(5, 4)
 
 

@@ -161,7 +161,7 @@ def test_renew_makes_a_new_server_certificate_under_the_same_authority(deploymen
     assert (deployment.server / "server.crt").read_bytes() != old
     assert (deployment.folder / "ca" / "ca.crt").read_bytes() == ca
     assert mode(deployment.server / "server.key") == 0o600
-    with pytest.raises(ConfigError, match=r"does not name new\.example\.org; add --renew"):
+    with pytest.raises(ConfigError, match="--renew"):
         initialise(deployment.folder, ["new.example.org"], [], {}, 90, False)
     (deployment.folder / "ca" / "ca.key").rename(deployment.folder / "elsewhere")
     make(deployment.folder)  # without the CA's key all but a new certificate goes

@@ -27,7 +27,7 @@ def lab(tmp_path):
 
 
 def test_a_place_where_no_folder_can_be_made_is_refused(lab):
-    with pytest.raises(ConfigError, match=r"run\.dir is /proc/x, and no folder can be made"):
+    with pytest.raises(ConfigError, match=r"run\.dir is /proc/x"):
         settle(lab, "demo", ["run.dir=/proc/x"])
 
 
@@ -84,7 +84,7 @@ def test_an_interrupted_submission_says_that_the_run_may_go_on(lab, monkeypatch,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "flwr", interrupted)
-    with pytest.raises(LeftRunningError, match=r"the run goes on; look with `FLWR_HOME=.* list"):
+    with pytest.raises(LeftRunningError, match=r"the run goes on; .*FLWR_HOME=.* list"):
         submit(lab, "demo", [], None)
 
     def command(standalone_mode):

@@ -144,9 +144,7 @@ def str_of(value):
 
 
 def test_a_run_that_never_gets_enough_ends_with_a_clear_reason():
-    with pytest.raises(
-        FederationError, match="fewer than 5 usable updates in 3 rounds; first reason: client-0000"
-    ):
+    with pytest.raises(FederationError, match=r"fewer than 5 .*client-0000"):
         run(toy_spec("heterotune"), prepare=Hostile(tuple(IDS[:6]), None), rounds=6, min_results=5)
 
 

@@ -82,5 +82,5 @@ def test_events_tell_the_bytes_of_every_message(tmp_path):
 
 def test_a_disk_that_refuses_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FederationError, match=r"cannot be written: Not a directory; make room"):
+    with pytest.raises(FederationError, match="Not a directory"):
         Journal(tmp_path / "file" / "run")

@@ -154,9 +154,7 @@ def test_other_weights_under_a_known_name_are_refused(tmp_path, monkeypatch):
     state["fingerprints"][SMALL] = "others"
     save_state(path, state)
     before = the_run(config)
-    with pytest.raises(
-        FederationError, match=r"client-0000\): it would bring small@fp32 with other w"
-    ):
+    with pytest.raises(FederationError, match=r"client-0000.*small@fp32"):
         start(config, federation, (0, 1), True, rounds=5)
     assert the_run(config) == before
 

@@ -118,7 +118,7 @@ def test_a_node_that_answers_with_an_error_is_on_record(tmp_path):
     left, told = namesakes(tmp_path, mute={"client-0002"})
     assert [(e["client_id"], e["reason"]) for e in left] == [("client-0002", "its data? is gone")]
     assert sorted(told["members"]) == ["client-0000", "client-0001"]
-    with pytest.raises(FederationError, match=r"first reason: node \d+ \(client-0002\): its data"):
+    with pytest.raises(FederationError, match=r"client-0002.*its data"):
         namesakes(tmp_path, minimum=3, mute={"client-0002"})
 
 

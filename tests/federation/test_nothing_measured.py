@@ -29,12 +29,12 @@ def test_a_run_of_which_nothing_was_evaluated_fails(tmp_path):
 
     federation.evaluate = without_a_test
     journal = Journal(config_dir(config))
-    with pytest.raises(FederationError, match="nothing was evaluated in the end; no client has a"):
+    with pytest.raises(FederationError, match="nothing was evaluated"):
         run_strategies(federation.grid(), config, journal, "toy-0")
     federation.evaluate = evaluate
     federation.lose_evaluation = {(f"client-{n:04d}", round) for n in range(4) for round in (2, 3)}
     config.server.rounds = 3
-    with pytest.raises(FederationError, match=r"nothing was evaluated .*client-\d+: .*disk"):
+    with pytest.raises(FederationError, match=r"client-\d+: .*disk"):
         run_strategies(federation.grid(), config, journal, "toy-0", True)
     with pytest.raises(FederationError, match="nothing was evaluated"):  # nor is it one later
         run_strategies(federation.grid(), config, journal, "toy-0", True)

@@ -41,7 +41,7 @@ def test_the_state_before_the_last_round_is_kept(tmp_path, monkeypatch):
     assert (held(7), held(6)) == (6.0, 5.5)
     save(7.0, 7)
     save(8.0, 8)
-    with pytest.raises(ExchangeError, match=r"before round 6 is gone \(kept: after rounds 7, 8\)"):
+    with pytest.raises(ExchangeError, match=r"round 6 .*rounds 7, 8"):
         held(6)
     save(1.0, 1)  # the run begins anew: what was before round 1 is known, there was nothing
     assert (held(), held(2), held(1)) == (1.0, 1.0, None)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tiny_adapters import CORES, LORA, METHOD, TRAIN, loaded, prompts_of
 from tiny_backbones import TEXTS
 
-from heterotune_flwr.backbones import loading
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.text_metrics import (
@@ -24,26 +23,13 @@ from heterotune_flwr.data.text_metrics import (
 )
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.tuning import generation
-from heterotune_flwr.tuning.adapters import attach, detach_all
+from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.generation import generate_answers, score_generation
 from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    yield
-    detach_all()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _release():
-    yield
-    loading.clear_backbones()
 
 
 @torch.no_grad()
