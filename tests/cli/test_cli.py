@@ -5,35 +5,54 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-HETEROTUNE = str(Path(sys.executable).parent / "heterotune")
+from heterotune_flwr.entry import main
+
+Call = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def _heterotune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([HETEROTUNE, *arguments], capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def heterotune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """The command in this process: its exit code, and what it prints."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["heterotune", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return call
 
 
-def test_help_lists_every_command() -> None:
-    done = _heterotune("--help")
+def test_the_installed_command_lists_every_command() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "heterotune"), "--help"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0
     for command in ("run", "report", "config", "fetch", "backbones", "align", "states"):
         assert command in done.stdout
 
 
-def test_config_lists_presets_and_shows_a_resolved_one() -> None:
-    assert "demo" in _heterotune("config").stdout
-    shown = _heterotune("config", "demo", "server.rounds=3").stdout
+def test_config_lists_presets_and_shows_a_resolved_one(heterotune: Call) -> None:
+    assert "demo" in heterotune("config").stdout
+    shown = heterotune("config", "demo", "server.rounds=3").stdout
     assert "rounds: 3" in shown
     assert "_component_: heterotune_flwr.strategies.heterotune.HeteroTune" in shown
 
 
-def test_a_dry_run_checks_and_shows_the_configuration(tmp_path: Path) -> None:
+def test_a_dry_run_checks_and_shows_the_configuration(heterotune: Call, tmp_path: Path) -> None:
     compared = "run.compare=[within_type]"
-    done = _heterotune("run", "quick", compared, "--dry-run", "--dir", str(tmp_path / "x"))
+    done = heterotune("run", "quick", compared, "--dry-run", "--dir", str(tmp_path / "x"))
     assert done.returncode == 0, done.stderr
     assert f"dir: {tmp_path / 'x'}" in done.stdout
     assert list(yaml.safe_load(done.stdout)["strategies"]) == ["within_type"]
@@ -51,34 +70,43 @@ def test_a_dry_run_checks_and_shows_the_configuration(tmp_path: Path) -> None:
         (["fetch", "lama"], "unknown backbone"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_one(arguments: list[str], words: str) -> None:
-    done = _heterotune(*arguments)
+def test_wrong_input_is_one_line_and_exit_code_one(
+    heterotune: Call, arguments: list[str], words: str
+) -> None:
+    done = heterotune(*arguments)
     assert done.returncode == 1
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert words in line
     assert "Traceback" not in done.stderr
 
 
-def test_a_directory_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_used_is_refused_before_anything_starts(
+    heterotune: Call, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "results.json").write_text("{}")
     for directory, words in ((tmp_path / "file", "no directory"), (tmp_path, "holds the results")):
         for more in ([], ["--dry-run"]):
-            done = _heterotune("run", "quick", "--dir", str(directory), *more)
+            done = heterotune("run", "quick", "--dir", str(directory), *more)
             assert done.returncode == 1
             assert words in done.stderr
             assert "starting" not in done.stdout
 
 
-def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> None:
-    within = "run.compare=[within_type]"
-    first = _heterotune("align", "quick", within)
+def test_align_computes_maps_that_a_run_finds_in_the_cache(
+    heterotune: Call, tmp_path: Path
+) -> None:
+    small = "alignment.count=80 alignment.components=16 types.0.clients=1 types.1.clients=1 types.2.clients=1"
+    within = (*small.split(), "run.compare=[within_type]")
+    first = heterotune("align", "quick", *within)
     assert first.returncode == 0, first.stderr
-    assert "reading 400 anchors with tiny-a@bf16\n" in first.stdout
-    second = _heterotune("align", "quick", within)
+    assert "reading 80 anchors with tiny-a@bf16\n" in first.stdout
+    second = heterotune("align", "quick", *within)
     assert "reading" not in second.stdout
     assert second.stdout.count("canonical correlation") == 3
-    both = _heterotune("align", "quick")  # heterotune's discriminant reads whole texts besides
+    both = heterotune(
+        "align", "quick", *small.split()
+    )  # heterotune's discriminant reads whole texts besides
     assert both.stdout.count("whole texts") == both.stdout.count("reading") == 3
     from client_app.app import app
     from heterotune_flwr.config.compose import compose
@@ -86,8 +114,11 @@ def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> No
     from heterotune_flwr.flower import Context, RecordDict
     from heterotune_flwr.run import run
 
-    run_config = {"config": "quick", "overrides": f"run.dir={tmp_path} server.rounds=1"}
-    nodes = [{"partition-id": i, "num-partitions": 6} for i in range(6)]
+    run_config = {
+        "config": "quick",
+        "overrides": f"run.dir={tmp_path} server.rounds=1 data.global_test_examples=16 train.local_steps=1 {small}",
+    }
+    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
     context = Context(
         run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config
     )
@@ -101,13 +132,15 @@ def test_align_computes_maps_that_a_run_finds_in_the_cache(tmp_path: Path) -> No
     assert again.server.rounds == 1
 
 
-def test_states_are_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_are_shown_and_cleared(
+    heterotune: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path))
     kept = tmp_path / "states" / "ab" / "abc.safetensors"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"x" * 2_000_000)
-    assert "1 tables, 0.002 of 20 GB" in _heterotune("states").stdout
-    assert "removed 0.002 GB" in _heterotune("states", "--clear").stdout
+    assert "1 tables, 0.002 of 20 GB" in heterotune("states").stdout
+    assert "removed 0.002 GB" in heterotune("states", "--clear").stdout
     assert not kept.exists()
 
 
