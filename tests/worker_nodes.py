@@ -25,7 +25,7 @@ from heterotune_flwr.protocol.messages import (
     TrainRequest,
 )
 from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
-from heterotune_flwr.schema import MethodConfig
+from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.worker.cli import ask_status
 from heterotune_flwr.worker.places import Place
 
@@ -72,13 +72,16 @@ class Node:
         request = DescribeRequest(Header("run", 0, LORA), [])
         return DescribeReply.from_content(self.ask(DESCRIBE, request.to_content()))
 
+    def header(self, round: int, steps: int = 3) -> Header:
+        work = TrainConfig(batch_size=4, local_steps=steps, learning_rate=0.01)
+        return Header("run", 0, LORA, round, work)
+
     def train(self, round: int = 1, steps: int = 3, **values) -> TrainReply:
-        header = Header("run", 0, LORA, round)
-        request = TrainRequest(header, values, "", None, [], steps, 0.01)
+        request = TrainRequest(self.header(round, steps), values, "", None, [])
         return TrainReply.from_content(self.ask(TRAIN, request.to_content("fp32")))
 
     def evaluate(self, round: int = 1) -> dict[str, float]:
-        request = EvaluateRequest(Header("run", 0, LORA, round), {}, "", None, ["personal"])
+        request = EvaluateRequest(self.header(round), {}, "", None, ["personal"])
         return EvaluateReply.from_content(self.ask(EVALUATE, request.to_content("fp32"))).metrics
 
     def tensors(self) -> dict[str, np.ndarray]:
