@@ -11,8 +11,7 @@ from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, FederationError
-from heterotune_flwr.federation import factors_asked, roster
-from heterotune_flwr.federation import transport as transport
+from heterotune_flwr.federation import collection, factors_asked, roster
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Error, Message
@@ -43,7 +42,7 @@ class Flickering(InProcessGrid):
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    for module in (roster, factors_asked, transport):
+    for module in (roster, factors_asked, collection):
         monkeypatch.setattr(module, "AGAIN_SECONDS", 0.05)
 
 
