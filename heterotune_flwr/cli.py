@@ -86,8 +86,9 @@ def run(
     from heterotune_flwr.federation.launcher import check_directory, launch
     from heterotune_flwr.federation.resume import check_resumable
     from heterotune_flwr.preflight import preflight, settle_bits
+    from heterotune_flwr.reporting.measures import load_results
     from heterotune_flwr.reporting.progress import RunProgress
-    from heterotune_flwr.reporting.tables import load_results, show
+    from heterotune_flwr.reporting.tables import show
     from heterotune_flwr.run import run_directory
 
     if resume is not None:
@@ -135,7 +136,8 @@ def report(
     ] = False,
 ) -> None:
     """Show the tables of a run again."""
-    from heterotune_flwr.reporting.tables import load_results, show
+    from heterotune_flwr.reporting.measures import load_results
+    from heterotune_flwr.reporting.tables import show
 
     show(load_results(directory), directory, personal)
 

@@ -16,10 +16,9 @@ from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.outcome import MEASURES
-from heterotune_flwr.federation.ray_pool import mend_actor_pool
 from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock, saved_config
 from heterotune_flwr.federation.session import Session, StrategyContext
-from heterotune_flwr.federation.simulated import mend_poll
+from heterotune_flwr.federation.simulated import mend_actor_pool, mend_poll
 from heterotune_flwr.flower import Context, Grid
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.reporting.tables import final_table

@@ -134,45 +134,35 @@ class Ledger:
         total = max(sum(clients.values()), 1)
         lora = sum(lora16[key] * count for key, count in clients.items()) / total
         whole = sum(model[key] * count for key, count in clients.items()) / total
-        up, down = (
-            _per_round(self.train_up, self.client_rounds),
-            _per_round(self.train_down, self.client_rounds),
-        )
         names = (
             "one_time_up", "one_time_down", "evaluate_up", "evaluate_down", "train_up", "train_down",
             "wire_up", "wire_down", "client_rounds",
         )  # fmt: skip
         return {
-            "up_per_client_round": up,
-            "down_per_client_round": down,
+            **_against(self.train_up, self.train_down, self.client_rounds, lora, whole),
             **{name: getattr(self, name) for name in names},
-            "lora16_bytes": lora,
-            "model_bytes": whole,
-            **_saved(up, lora, whole),
             "types": {
-                key: {
-                    "up_per_client_round": _per_round(counts["up"], counts["client_rounds"]),
-                    "down_per_client_round": _per_round(counts["down"], counts["client_rounds"]),
-                    "lora16_bytes": lora16[key],
-                    "model_bytes": model[key],
-                    **_saved(
-                        _per_round(counts["up"], counts["client_rounds"]), lora16[key], model[key]
-                    ),
-                }
+                key: _against(
+                    counts["up"], counts["down"], counts["client_rounds"], lora16[key], model[key]
+                )
                 for key, counts in sorted(self.by_type.items())
                 if key in lora16
             },
         }
 
 
-def _per_round(count: int, rounds: int) -> float:
-    return count / max(rounds, 1)
-
-
-def _saved(up: float, lora16: float, model: float) -> dict[str, float | None]:
+def _against(
+    up: int, down: int, rounds: int, lora16: float, model: float
+) -> dict[str, float | None]:
+    """Bytes of a client and round, and what is saved of the two denominators."""
+    each = up / max(rounds, 1)
     return {
-        "saved_vs_lora16": 1 - up / lora16 if lora16 else None,
-        "saved_vs_model": 1 - up / model if model else None,
+        "up_per_client_round": each,
+        "down_per_client_round": down / max(rounds, 1),
+        "lora16_bytes": lora16,
+        "model_bytes": model,
+        "saved_vs_lora16": 1 - each / lora16 if lora16 else None,
+        "saved_vs_model": 1 - each / model if model else None,
     }
 
 

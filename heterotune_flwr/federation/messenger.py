@@ -124,32 +124,29 @@ def send_and_collect(
         What of a message really goes out, asked when it does; None: its content.
 
     """
-    conversation = _Conversation(grid, messages, timeout, on_reply, enough or Enough())
-    conversation.outgoing = outgoing
-    return conversation.run(on_progress)
+    talk = _Conversation(grid, deque(messages), timeout, on_reply, enough or Enough(), outgoing)
+    return talk.run(on_progress)
 
 
+@dataclass
 class _Conversation:
     """One exchange of messages; see :func:`send_and_collect`."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        messages: Sequence[Message],
-        timeout: float | Mapping[int, float],
-        on_reply: Callable[[Message], bool | None] | None,
-        enough: Enough,
-    ) -> None:
-        self.grid, self.on_reply, self.enough = grid, on_reply, enough
-        self.replies = Replies()
-        self.quorum_since = math.inf
-        self.timeout = timeout
-        self.queue, self.total = deque(messages), len(messages)
-        self.most = most_in_flight(grid)
-        self.outgoing: Callable[[Message], RecordDict] | None = None
-        #: Message id -> its node, and when it was sent (seconds since the beginning).
-        self.waiting: dict[str, tuple[int, float]] = {}
-        self.started = time.monotonic()
+    grid: Grid
+    queue: deque[Message]
+    timeout: float | Mapping[int, float]
+    on_reply: Callable[[Message], bool | None] | None
+    enough: Enough
+    outgoing: Callable[[Message], RecordDict] | None
+    replies: Replies = field(default_factory=Replies)
+    #: Message id -> its node, and when it was sent (seconds since the beginning).
+    waiting: dict[str, tuple[int, float]] = field(default_factory=dict)
+    quorum_since: float = math.inf
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Count what is to be sent, and how much of it may be under way."""
+        self.total, self.most = len(self.queue), most_in_flight(self.grid)
 
     def _patience(self, node_id: int) -> float:
         return self.timeout[node_id] if isinstance(self.timeout, Mapping) else self.timeout

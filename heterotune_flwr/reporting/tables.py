@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,20 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from heterotune_flwr.errors import FederationError
-from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import printable
+from heterotune_flwr.reporting.measures import (
+    MEASURE_TITLES,
+    OVERALL,
+    Spread,
+    guest_types,
+    has_measure,
+    mean_accuracy,
+    measures_taken,
+    paired_gain,
+    strategies_of,
+    subject_of,
+    types_of,
+)
 
 TITLES = {
     "local_only": "local only",
@@ -25,32 +35,12 @@ TITLES = {
     "heterotune": "HeteroTune",
     "mean": "plain mean",
 }
-#: What a measure is called in a title.
-MEASURE_TITLES = {"accuracy": "Accuracy", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
-OVERALL = "all clients"
 #: Columns where the output is no terminal and nobody says how wide it is.
 PLAIN_WIDTH = 110
 #: A table is as wide as its title at least, which would be broken otherwise.
 MIN_WIDTH = 48
 #: Strategies that stand side by side; more are one below the other.
 SIDE_BY_SIDE = 3
-
-
-def load_results(directory: Path) -> dict[str, Any]:
-    """``results.json`` of a run directory (FederationError: there are none (yet))."""
-    path = directory / "results.json"
-    try:
-        results: dict[str, Any] = parse_json(path.read_text())
-    except FileNotFoundError as error:
-        if not (directory / "rounds.jsonl").exists():
-            raise FederationError(f"{directory} is no run directory: no results.json") from error
-        raise FederationError(
-            f"{directory} holds a run without results yet; heterotune status shows where it stands, "
-            f"heterotune run --resume {directory} goes on if it was stopped"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise FederationError(f"{directory} has no readable results.json ({error})") from error
-    return results
 
 
 def _title(strategy: str) -> str:
@@ -62,106 +52,19 @@ def _shown(name: str) -> Text:
     return Text(printable(name))
 
 
-def _accuracies(
-    results: Mapping[str, Any], strategy: str, type_key: str, metric: str
-) -> list[list[float]]:
-    """Per seed, the clients' accuracies in percent."""
-    return [
-        [
-            100 * client[metric]
-            for client in run["clients"]
-            if client[metric] is not None and type_key in (OVERALL, client["type"])
-        ]
-        for run in results["runs"]
-        if run["strategy"] == strategy
-    ]
-
-
-def mean_accuracy(
-    results: Mapping[str, Any],
-    strategy: str,
-    type_key: str = OVERALL,
-    metric: str = "global_accuracy",
-) -> tuple[float, float] | None:
-    """(mean over clients and seeds, standard deviation over seeds) in percent; None without data."""
-    means = [
-        statistics.fmean(row) for row in _accuracies(results, strategy, type_key, metric) if row
-    ]
-    if not means:
-        return None
-    return statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0
-
-
-def _strategies(results: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(run["strategy"] for run in results["runs"]))
-
-
-def _types(results: Mapping[str, Any]) -> list[str]:
-    return sorted({client["type"] for run in results["runs"] for client in run["clients"]})
-
-
-def _guest_types(results: Mapping[str, Any]) -> set[str]:
-    """Types none of whose clients has examples to train on."""
-    clients = [client for run in results["runs"] for client in run["clients"]]
-    return {c["type"] for c in clients} - {c["type"] for c in clients if c.get("examples", 1)}
-
-
-def _cell(value: tuple[float, float] | None, seeds: int) -> str:
+def _cell(value: Spread | None, seeds: int, sign: str = "") -> str:
+    """A measure, or with ``+`` for ``sign`` a gain."""
     if value is None:
         return "-"
-    return f"{value[0]:.1f} ± {value[1]:.1f}" if seeds > 1 else f"{value[0]:.1f}"
-
-
-def subject_of(strategies: Sequence[str]) -> str:
-    """Return the strategy whose gains over the others are shown: HeteroTune, else the last."""
-    return "heterotune" if "heterotune" in strategies else strategies[-1]
-
-
-def paired_gain(
-    results: Mapping[str, Any],
-    strategy: str,
-    rival: str,
-    type_key: str = OVERALL,
-    metric: str = "global_accuracy",
-) -> tuple[float, float] | None:
-    """(mean gain in points, its standard deviation over seeds), paired by seed and client.
-
-    Only clients that both strategies measured in a seed count; None without any.
-    """
-
-    def by_client(name: str) -> dict[int, dict[str, float]]:
-        return {
-            run["seed"]: {
-                client["client_id"]: 100 * client[metric]
-                for client in run["clients"]
-                if client[metric] is not None and type_key in (OVERALL, client["type"])
-            }
-            for run in results["runs"]
-            if run["strategy"] == name
-        }
-
-    ours, theirs = by_client(strategy), by_client(rival)
-    gains = []
-    for seed in ours.keys() & theirs.keys():
-        common = ours[seed].keys() & theirs[seed].keys()
-        if common:
-            gains.append(statistics.fmean(ours[seed][c] - theirs[seed][c] for c in sorted(common)))
-    if not gains:
-        return None
-    return statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else 0.0
-
-
-def _gain(value: tuple[float, float] | None, seeds: int) -> str:
-    if value is None:
-        return "-"
-    return f"{value[0]:+.1f} ± {value[1]:.1f}" if seeds > 1 else f"{value[0]:+.1f}"
+    mean = f"{value[0]:{sign}.1f}"
+    return f"{mean} ± {value[1]:.1f}" if seeds > 1 else mean
 
 
 def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") -> Table:
     """A measure in percent by type and strategy, and gains in points; more than three strategies have a row each."""
-    if len(_strategies(results)) > SIDE_BY_SIDE:
+    if len(strategies_of(results)) > SIDE_BY_SIDE:
         return _tall_table(results, metric)
-    strategies = _strategies(results)
+    strategies = strategies_of(results)
     seeds = len({run["seed"] for run in results["runs"]})
     subject = subject_of(strategies)
     rivals = [name for name in strategies if name != subject]
@@ -175,7 +78,7 @@ def accuracy_table(results: Mapping[str, Any], metric: str = "global_accuracy") 
             justify="right",
             min_width=12 if seeds > 1 else None,
         )
-    types, guests = _types(results), _guest_types(results)
+    types, guests = types_of(results), guest_types(results)
     for type_key in [*types, OVERALL]:
         style = "bold" if type_key == OVERALL else None
         cells = _row(results, strategies, rivals, type_key, metric, seeds)
@@ -211,7 +114,7 @@ def _own_tests(results: Mapping[str, Any], metric: str) -> str | None:
 
 def _tall_table(results: Mapping[str, Any], metric: str) -> Table:
     """A row per strategy, a column per type."""
-    strategies, types, guests = _strategies(results), _types(results), _guest_types(results)
+    strategies, types, guests = strategies_of(results), types_of(results), guest_types(results)
     seeds = len({run["seed"] for run in results["runs"]})
     subject, personal = subject_of(strategies), _own_tests(results, metric)
     table = _empty_table(metric)
@@ -226,7 +129,7 @@ def _tall_table(results: Mapping[str, Any], metric: str) -> Table:
         cells = [mean_accuracy(results, name, key, metric) for key in (*types, OVERALL)]
         cells += [mean_accuracy(results, name, OVERALL, personal)] if personal else []
         gain = None if name == subject else paired_gain(results, subject, name, OVERALL, metric)
-        shown = "" if name == subject else _gain(gain, seeds)
+        shown = "" if name == subject else _cell(gain, seeds, "+")
         style = "bold" if name == subject else None
         table.add_row(
             _shown(_title(name)), *[_cell(cell, seeds) for cell in cells], shown, style=style
@@ -246,19 +149,7 @@ def _row(
     subject = subject_of(strategies)
     values = [mean_accuracy(results, name, type_key, metric) for name in strategies]
     gains = [paired_gain(results, subject, rival, type_key, metric) for rival in rivals]
-    return [_cell(value, seeds) for value in values] + [_gain(gain, seeds) for gain in gains]
-
-
-def has_measure(results: Mapping[str, Any], metric: str) -> bool:
-    """Whether any client was measured that way."""
-    return any(c.get(metric) is not None for run in results["runs"] for c in run["clients"])
-
-
-def measures_taken(results: Mapping[str, Any], personal: bool = True) -> list[str]:
-    """Measures in percent that a table is worth: accuracy always, of the others those that were taken."""
-    scopes = ("global", "personal") if personal else ("global",)
-    names = [f"{scope}_{measure}" for measure in MEASURE_TITLES for scope in scopes]
-    return [name for name in names if name == "global_accuracy" or has_measure(results, name)]
+    return [_cell(value, seeds) for value in values] + [_cell(gain, seeds, "+") for gain in gains]
 
 
 def _accuracy_note(results: Mapping[str, Any], seeds: int, subject: str | None) -> str:
@@ -297,7 +188,7 @@ def bytes_table(results: Mapping[str, Any]) -> Table:
     table.add_column("strategy", no_wrap=True)
     for name in ("up", "down", "saved vs LoRA r=16", "saved vs the model", "once per run"):
         table.add_column(name, justify="right")
-    for strategy in _strategies(results):
+    for strategy in strategies_of(results):
         counts = next(run["bytes"] for run in results["runs"] if run["strategy"] == strategy)
         up = counts["up_per_client_round"]
         once = counts["one_time_up"] + counts["one_time_down"]
@@ -345,7 +236,7 @@ def _print(
     console: Console, results: Mapping[str, Any], directory: Path, metrics: Sequence[str]
 ) -> None:
     if results["runs"]:
-        if _types(results):
+        if types_of(results):
             for metric in metrics:
                 console.print(accuracy_table(results, metric))
         else:
@@ -369,7 +260,7 @@ def final_table(results: Mapping[str, Any], directory: Path, width: int = PLAIN_
 
 def _wide_enough(console: Console, results: Mapping[str, Any]) -> int:
     """The console's width, or what a row per strategy needs to be uncut."""
-    if len(_strategies(results)) <= SIDE_BY_SIDE or not _types(results):
+    if len(strategies_of(results)) <= SIDE_BY_SIDE or not types_of(results):
         return console.width
     roomy = console.options.update(max_width=10 * PLAIN_WIDTH)
     return max(console.width, Measurement.get(console, roomy, accuracy_table(results)).maximum)

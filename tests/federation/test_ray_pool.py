@@ -13,7 +13,7 @@ PROGRAM = """
 import json, os, pathlib, signal, sys
 import ray
 from flwr.simulation.ray_transport import ray_actor
-from heterotune_flwr.federation.ray_pool import mend_actor_pool
+from heterotune_flwr.federation.simulated import mend_actor_pool
 
 @ray.remote
 class Worker:
@@ -64,6 +64,6 @@ def test_a_dead_worker_is_replaced_and_without_the_remedy_it_takes_later_message
 
 def test_without_a_simulation_nothing_is_touched():
     program = (
-        "from heterotune_flwr.federation.ray_pool import mend_actor_pool as m; assert m() is False"
+        "from heterotune_flwr.federation.simulated import mend_actor_pool as m; assert m() is False"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

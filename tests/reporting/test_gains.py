@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from heterotune_flwr.reporting.tables import final_table, paired_gain, subject_of
+from heterotune_flwr.reporting.measures import paired_gain, subject_of
+from heterotune_flwr.reporting.tables import final_table
 
 
 def run(

@@ -12,12 +12,11 @@ from rich.console import Console
 
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.reporting.measures import load_results, mean_accuracy
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.tables import (
     final_table,
     human_bytes,
-    load_results,
-    mean_accuracy,
 )
 
 

@@ -1,0 +1,119 @@
+"""What ``results.json`` of a run says, in numbers: means, paired gains, which measures were taken."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.errors import FederationError
+from heterotune_flwr.jsons import parse_json
+
+#: What a measure is called in a title.
+MEASURE_TITLES = {"accuracy": "Accuracy", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
+OVERALL = "all clients"
+#: Mean, and standard deviation over seeds.
+Spread = tuple[float, float]
+
+
+def load_results(directory: Path) -> dict[str, Any]:
+    """``results.json`` of a run directory (FederationError: there are none (yet))."""
+    path = directory / "results.json"
+    try:
+        results: dict[str, Any] = parse_json(path.read_text())
+    except FileNotFoundError as error:
+        if not (directory / "rounds.jsonl").exists():
+            raise FederationError(f"{directory} is no run directory: no results.json") from error
+        raise FederationError(
+            f"{directory} holds a run without results yet; heterotune status shows where it stands, "
+            f"heterotune run --resume {directory} goes on if it was stopped"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise FederationError(f"{directory} has no readable results.json ({error})") from error
+    return results
+
+
+def strategies_of(results: Mapping[str, Any]) -> list[str]:
+    """Names of the strategies, in the order in which they ran."""
+    return list(dict.fromkeys(run["strategy"] for run in results["runs"]))
+
+
+def types_of(results: Mapping[str, Any]) -> list[str]:
+    """Model types, sorted."""
+    return sorted({client["type"] for run in results["runs"] for client in run["clients"]})
+
+
+def guest_types(results: Mapping[str, Any]) -> set[str]:
+    """Types none of whose clients has examples to train on."""
+    clients = [client for run in results["runs"] for client in run["clients"]]
+    return {c["type"] for c in clients} - {c["type"] for c in clients if c.get("examples", 1)}
+
+
+def subject_of(strategies: Sequence[str]) -> str:
+    """Return the strategy whose gains over the others are shown: HeteroTune, else the last."""
+    return "heterotune" if "heterotune" in strategies else strategies[-1]
+
+
+def has_measure(results: Mapping[str, Any], metric: str) -> bool:
+    """Whether any client was measured that way."""
+    return any(c.get(metric) is not None for run in results["runs"] for c in run["clients"])
+
+
+def measures_taken(results: Mapping[str, Any], personal: bool = True) -> list[str]:
+    """Measures in percent that a table is worth: accuracy always, of the others those that were taken."""
+    scopes = ("global", "personal") if personal else ("global",)
+    names = [f"{scope}_{measure}" for measure in MEASURE_TITLES for scope in scopes]
+    return [name for name in names if name == "global_accuracy" or has_measure(results, name)]
+
+
+def _by_client(
+    results: Mapping[str, Any], strategy: str, type_key: str, metric: str
+) -> dict[int, dict[str, float]]:
+    """Seed -> client -> its measure in percent, of those that have one."""
+    return {
+        run["seed"]: {
+            client["client_id"]: 100 * client[metric]
+            for client in run["clients"]
+            if client[metric] is not None and type_key in (OVERALL, client["type"])
+        }
+        for run in results["runs"]
+        if run["strategy"] == strategy
+    }
+
+
+def _spread(means: Sequence[float]) -> Spread | None:
+    if not means:
+        return None
+    return statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0
+
+
+def mean_accuracy(
+    results: Mapping[str, Any],
+    strategy: str,
+    type_key: str = OVERALL,
+    metric: str = "global_accuracy",
+) -> Spread | None:
+    """(mean over clients and seeds, standard deviation over seeds) in percent; None without data."""
+    seeds = _by_client(results, strategy, type_key, metric).values()
+    return _spread([statistics.fmean(row.values()) for row in seeds if row])
+
+
+def paired_gain(
+    results: Mapping[str, Any],
+    strategy: str,
+    rival: str,
+    type_key: str = OVERALL,
+    metric: str = "global_accuracy",
+) -> Spread | None:
+    """(mean gain in points, its standard deviation over seeds), paired by seed and client.
+
+    Only clients that both strategies measured in a seed count; None without any.
+    """
+    ours, theirs = (_by_client(results, name, type_key, metric) for name in (strategy, rival))
+    gains = []
+    for seed in ours.keys() & theirs.keys():
+        common = ours[seed].keys() & theirs[seed].keys()
+        if common:
+            gains.append(statistics.fmean(ours[seed][c] - theirs[seed][c] for c in sorted(common)))
+    return _spread(gains)
