@@ -23,6 +23,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.runner import say
 from heterotune_flwr.channels.statistics import class_pool
 from heterotune_flwr.channels.statistics.record import ClassSums
 from heterotune_flwr.client import handlers as clients
@@ -65,19 +66,9 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Attack:
-    """Who lies, and what about.
+    """Who lies, and what about: how many examples, what replies to ``train`` become.
 
-    Attributes
-    ----------
-    liars
-        Client ids.
-    declares
-        How many examples they say they have; None: as many as they have.
-    lie
-        What becomes of their replies to ``train``.
-    poisoned
-        Whether half of their own texts carry the trigger and the first label.
-
+    ``poisoned``: half of the liars' own texts carry the trigger and the first label.
     """
 
     liars: tuple[str, ...] = ()
@@ -137,9 +128,8 @@ def play(
     grid = InProcessGrid(app, nodes, {"config": PRESET, "overrides": shlex.join(words)})
     session = Session(grid, config, Journal(folder), "attack")
     labels = label_set(config.data) or []
-    with _own_texts(
-        lambda who, own: _poison(own, labels[0]) if who in attack.liars else own, attack.poisoned
-    ):
+    poisoned = _own_texts(lambda who, own: _poison(own, labels[0]) if who in attack.liars else own)
+    with poisoned if attack.poisoned else contextlib.nullcontext():
         context = StrategyContext(STRATEGY, config, seed, session)
         strategy = build_strategy(config.strategies[STRATEGY], context)
         strategy.start(grid)
@@ -215,13 +205,8 @@ def true_means(played: Played) -> Matrix:
 
 
 @contextmanager
-def _own_texts(
-    change: Callable[[str, ClientData], ClientData], wanted: bool = True
-) -> Iterator[None]:
+def _own_texts(change: Callable[[str, ClientData], ClientData]) -> Iterator[None]:
     """Let clients' own examples be others."""
-    if not wanted:
-        yield
-        return
     original = Identity.examples
 
     def examples(identity: Identity, seed: int) -> ClientData:
@@ -288,15 +273,10 @@ def success(played: Played) -> dict[str, float]:
 def unbounded() -> Iterator[None]:
     """Nobody's pull is bounded, as before there were bounds."""
     off = float("inf")
-    with contextlib.ExitStack() as stack:
-        for module, name in (
-            (pull, "MOST"),
-            (pull, "LOUDEST"),
-            (pull, "MOST_TOLD"),
-            (class_pool, "FAR"),
-            (class_pool, "FAR_CLASS"),
-        ):
-            stack.enter_context(patch.object(module, name, off))
+    with (
+        patch.multiple(pull, MOST=off, LOUDEST=off, MOST_TOLD=off),
+        patch.multiple(class_pool, FAR=off, FAR_CLASS=off),
+    ):
         yield
 
 
@@ -324,7 +304,7 @@ def worst_drop(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]])
     }
 
 
-def run(seeds: Sequence[int], say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run(seeds: Sequence[int]) -> dict[str, Any]:
     """Measure every attack with every seed; see the module for what the numbers are."""
     pairs: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {}
     flags: dict[str, set[str]] = {}
@@ -344,16 +324,15 @@ def run(seeds: Sequence[int], say: Callable[[str], None] = lambda line: None) ->
             with unbounded():
                 free = play(seed, examples=max(UNEVEN)).accuracy
             pairs.setdefault("cost_uneven", []).append((free, bounded))
-        say(
-            f"seed {seed}, costs: {[worst_drop(pairs[n][-1:])['by_type'] for n in ('cost', 'cost_uneven')]}"
-        )
+        costs = [worst_drop(pairs[name][-1:])["by_type"] for name in ("cost", "cost_uneven")]
+        say(f"seed {seed}, costs: {costs}")
         for robust in (None, *ROBUST):
             played = play(seed, Attack(TWO, poisoned=True), robust, rounds=BACKDOOR_ROUNDS)
             mean = statistics.fmean(played.accuracy.values())
             doors.setdefault(robust or "mean", []).append({**success(played), "accuracy": mean})
             say(f"seed {seed}, backdoor, {robust or 'mean'}: {doors[robust or 'mean'][-1]}")
     drops = {name: worst_drop(found) for name, found in pairs.items()}
-    costs = {name: _mean_cost(pairs.pop(name)) for name in ("cost", "cost_uneven")}
+    mean_costs = {name: _mean_cost(pairs.pop(name)) for name in ("cost", "cost_uneven")}
     backdoor = {
         rule: {key: round(statistics.fmean(one[key] for one in found), 2) for key in found[0]}
         for rule, found in doors.items()
@@ -361,14 +340,14 @@ def run(seeds: Sequence[int], say: Callable[[str], None] = lambda line: None) ->
     return {
         "sums_drop_points": drops["sums"]["points"],
         "weight_drop_points": drops["weight"]["points"],
-        "honest_cost_points": max(costs.values()),
+        "honest_cost_points": max(mean_costs.values()),
         "backdoor_success": backdoor["mean"]["with"],
         "run": {
             "rounds": ROUNDS,
             "backdoor_rounds": BACKDOOR_ROUNDS,
             "clients": CLIENTS,
             "drops": drops,
-            "costs": costs,
+            "costs": mean_costs,
             "backdoor": backdoor,
             "flags": {name: sorted(found) for name, found in flags.items()},
         },
