@@ -8,8 +8,10 @@ import re
 
 import pytest
 
+from benchmarks import runner
 from benchmarks.report import headline, page
 from benchmarks.runner import RESULTS, ROOT, merged, paired_gain, table
+from benchmarks.science import headline as science
 from benchmarks.science.ngrams import plain
 
 PAGES = [
@@ -78,3 +80,49 @@ def test_n_grams_are_of_letters_and_digits_with_the_ends_of_words():
     z = view(texts, 4).of_texts(texts)
     assert z.shape == (60, 4)
     assert z.std(axis=0) == pytest.approx([1.0] * 4, abs=1e-3)
+
+
+def test_the_headline_goes_on_where_it_was_stopped(monkeypatch):
+    """First the rates with seeds of their own, then the best one; what is there is not measured again."""
+    cells = {}
+
+    def measured(rates, seeds):
+        for rate in rates:
+            for seed in seeds:
+                row = {"global_accuracy": 0.5 - abs(rate - 4e-3)}
+                cells[science.key("bank3", "bank", rate, seed)] = {"clients": [row]}
+
+    monkeypatch.setattr(science.CELLS, "read", lambda: dict(cells))
+    assert science.best_rate("bank3", "bank", cells) is None
+    runs = science.missing("bank3", "bank", [20, 21])
+    rates, seeds = next(runs)
+    assert (list(rates), seeds) == ([2e-3, 4e-3, 8e-3], (7, 8, 9))
+    measured(rates, seeds)
+    assert next(runs) == ([4e-3], [20, 21])
+    measured([4e-3], [20])
+    assert list(science.missing("bank3", "bank", [20, 21])) == [([4e-3], [21])]
+    measured([4e-3], [21])
+    assert list(science.missing("bank3", "bank", [20, 21])) == []
+
+
+def test_cells_are_kept_as_they_are_done_and_forgotten_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    cells = runner.Cells("some_cells")
+    cells.keep({"a|x": 1})
+    cells.keep({"b|x": 2, "a|x": 3})
+    assert cells.read() == {"a|x": 3, "b|x": 2}
+    cells.forget(lambda name: name.startswith("a"))
+    assert cells.read() == {"b|x": 2}
+
+
+def test_results_of_several_commands_share_a_file_and_other_seeds_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    for name, values in (("one", {"seeds": [1], "a": {"x": 1}}), ("two", {"a": {"y": 2}})):
+        monkeypatch.setattr(runner, "command", lambda name=name: f"python -m {name}")
+        runner.write_results("shared", values)
+    assert runner.read_results("shared") == {"seeds": [1], "a": {"x": 1, "y": 2}}
+    assert runner.load_results("shared")["command"] == "python -m one; python -m two"
+    with pytest.raises(SystemExit, match="other seeds"):
+        runner.write_results("shared", {"seeds": [2]})
+    runner.write_results("shared", {"seeds": [2]}, anew=True)
+    assert runner.read_results("shared") == {"seeds": [2]}
