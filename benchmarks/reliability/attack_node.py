@@ -22,7 +22,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,13 @@ from numpy.typing import NDArray
 
 from client_app.app import app
 from heterotune_flwr.channels.statistics.client import shared_latents
-from heterotune_flwr.channels.statistics.record import LinearClassifier
+from heterotune_flwr.channels.statistics.record import LinearClassifier, Request
 from heterotune_flwr.client.node import Client
+from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import label_set, training_pool
 from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.exchange.packing import Tensors, pack, tensor_digest
+from heterotune_flwr.exchange.packing import Tensors, tensor_digest
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.flower import Message, RecordDict
 from heterotune_flwr.protocol.messages import (
@@ -101,10 +102,11 @@ class Node:
         self, shared: LinearClassifier, maps: Tensors, overrides: str = "", seed: int = 0
     ) -> float | None:
         """Mean loss of the node's own test beside a discriminant; None where the node refuses."""
-        header = Header("x", seed, METHOD, 0)
-        request = EvaluateRequest(header, {}, tensor_digest(maps), maps, ["personal"], shared)
+        header = Header("x", seed, METHOD, 0, compose("demo", overrides).train)
+        payload = replace(Request(shared).to_payload(), codec="fp32")  # as exactly as it likes
+        channels = {"statistics": payload}
+        request = EvaluateRequest(header, {}, tensor_digest(maps), maps, ["personal"], channels)
         content = request.to_content("fp32", "fp32")
-        content["statistics"] = pack(shared._tensors, "fp32")  # as exactly as it likes
         try:
             metrics = EvaluateReply.from_content(self.ask(EVALUATE, content, overrides)).metrics
         except RemoteError:
@@ -115,9 +117,11 @@ class Node:
         self, maps: Tensors, start: Tensors, overrides: str, steps: int, round: int
     ) -> Tensors | None:
         """What one round of plain gradient descent changes; None where the node refuses."""
-        header = Header(f"t{round}", round, METHOD, 1)
+        train = compose("demo", overrides).train
+        train = replace(train, local_steps=steps, learning_rate=0.05, optimizer="sgd")
+        header = Header(f"t{round}", round, METHOD, 1, train)
         digest, expected = tensor_digest(maps), sorted(start)
-        request = TrainRequest(header, start, digest, maps, expected, steps, 0.05, optimizer="sgd")
+        request = TrainRequest(header, start, digest, maps, expected)
         try:
             content = self.ask(TRAIN, request.to_content("fp32", "fp32"), overrides)
             return TrainReply.from_content(content).deltas

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.runner import say
+from heterotune_flwr.channels.predictions.record import Said
 from heterotune_flwr.channels.statistics import class_pool
 from heterotune_flwr.channels.statistics.record import ClassSums
 from heterotune_flwr.client import handlers as clients
@@ -39,8 +40,10 @@ from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.protocol.messages import DESCRIBE, TRAIN, EvaluateReply, TrainReply
+from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.queries import DescribeReply
 from heterotune_flwr.strategies.build import build_strategy
+from heterotune_flwr.strategies.messages import test_messages
 from heterotune_flwr.strategies.strategy import HeteroStrategy
 
 PRESET, STRATEGY, ROUNDS, CLIENTS = "demo", "heterotune", 6, 12
@@ -118,8 +121,9 @@ def play(
         kind = message.metadata.message_type
         reply = clients.respond(message, context, clients.HANDLERS[kind])
         who = f"client-{int(context.node_config['partition-id']):04d}"
-        if kind == TRAIN and (told := ClassSums.read(reply.content)) is not None:
-            class_sums[who] = told
+        if kind == TRAIN:
+            told = TrainReply.from_content(reply.content).channels.get("statistics")
+            class_sums.update({} if told is None else {who: ClassSums.from_payload(told)})
         if who in attack.liars:
             return Message(_told(attack, kind, reply.content, codec), reply_to=message)
         return reply
@@ -166,13 +170,18 @@ def turned(times: float = 1.0) -> Lie:
     )
 
 
+def _with(reply: TrainReply, channel: str, payload: Payload) -> TrainReply:
+    return dataclasses.replace(reply, channels={**reply.channels, channel: payload})
+
+
 def sure_and_wrong(reply: TrainReply) -> TrainReply:
     """Predictions on anchors that are certain of the label after the likeliest."""
-    if reply.predictions is None:
+    if (told := reply.channels.get("predictions")) is None:
         return reply
-    labels = reply.predictions.shape[1]
-    wrong = (reply.predictions.argmax(axis=1) + 1) % labels
-    return dataclasses.replace(reply, predictions=np.eye(labels, dtype=np.float32)[wrong])
+    said = Said.from_payload(told).predictions
+    wrong = (said.argmax(axis=1) + 1) % said.shape[1]
+    lie = Said(np.eye(said.shape[1], dtype=np.float32)[wrong])
+    return _with(reply, "predictions", lie.to_payload())
 
 
 def wrong_classes(means: Matrix, examples: int, truth: float = 0.0) -> Lie:
@@ -185,10 +194,11 @@ def wrong_classes(means: Matrix, examples: int, truth: float = 0.0) -> Lie:
     counts = np.full(len(means), float(examples // len(means)))
 
     def lie(reply: TrainReply) -> TrainReply:
-        if reply.class_sums is None:
+        if "statistics" not in reply.channels:
             return reply
         sums = (counts[:, None] * moved).astype(np.float32)
-        return dataclasses.replace(reply, class_sums=ClassSums(counts.astype(np.float32), sums))
+        told = ClassSums(counts.astype(np.float32), sums)
+        return _with(reply, "statistics", told.to_payload())
 
     return lie
 
@@ -257,7 +267,7 @@ def success(played: Played) -> dict[str, float]:
     for name, before in (("with", TRIGGER), ("without", "")):
         texts = [dataclasses.replace(e, text=before + e.text, label=target) for e in test]
         with _encoded_anew(), patch.object(Identity, "global_test", lambda self, t=texts: t):
-            messages = strategy._evaluate_messages(asked, strategy.rounds)
+            messages = test_messages(strategy, strategy.rounds, asked)
             replies = [
                 EvaluateReply.from_content(reply.content)
                 for reply in played.grid.send_and_receive(messages)

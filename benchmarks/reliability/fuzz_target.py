@@ -28,6 +28,7 @@ from heterotune_flwr.protocol.messages import (
     TrainReply,
     TrainRequest,
 )
+from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.queries import AlignReply, DescribeReply
 from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import MethodConfig
@@ -190,11 +191,12 @@ def seeds() -> list[bytes]:
             inputs.append(bytes([0, 31, choice, 255]) + text)
     tensors = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
     header = Header("run", 0, MethodConfig(output=4), 3)
+    channels = {"some.channel": Payload(tensors, {"count": 3}, "bf16")}
     messages = [
-        TrainReply("c", "t", 3, "d", tensors, {"loss": 1.0}, kept="k").to_content("int8"),
+        TrainReply("c", "t", 3, "d", tensors, {"loss": 1.0}, cache_digest="k", channels=channels).to_content("int8"),
         EvaluateReply("c", "t", 3, "d", {"global_loss": 1.0}).to_content(),
-        TrainRequest(header, tensors, "d", tensors, ["a.down"], 3, 0.1, controls=tensors,
-                     held=CachedRef(["x"], "d")).to_content("nf4"),
+        TrainRequest(header, tensors, "d", tensors, ["a.down"], channels=channels,
+                     cached=CachedRef(["x"], "d")).to_content("nf4"),
         EvaluateRequest(header, tensors, "d", None, ["global"]).to_content("bf16"),
         AlignReply("c", "t", tensors).to_content("bf16"),
         DescribeReply("c", "t", "f", "nf4", 9, 3, 9, 9, 9, 9, 3, ["x"], SHAPES, "0", b"1").to_content(),

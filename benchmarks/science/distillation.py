@@ -25,16 +25,16 @@ from numpy.typing import NDArray
 
 from benchmarks.runner import arguments, flower_run, say, write_results
 from benchmarks.science.headline_suites import SUITES, SWEEP_SEED, shipped
-from heterotune_flwr.alignment.public_texts import entropies, load_anchors
-from heterotune_flwr.channels.predictions.client import anchor_work
+from heterotune_flwr.alignment.public_texts import anchor_digest, entropies, load_anchors
 from heterotune_flwr.channels.predictions.loss import predict
+from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.predictions.server import (
     PredictionEnsemble,
-    PredictionOptions,
     agreement_weights,
     confidence_weighted_mean,
     sinkhorn_balance,
 )
+from heterotune_flwr.channels.text_rounds import TextOptions
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
@@ -42,11 +42,12 @@ from heterotune_flwr.data.sources import global_test
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.trees import State, load_state
 from heterotune_flwr.flower import Context, RecordDict
+from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.strategies.build import strategy_config
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.fit import fit
-from heterotune_flwr.tuning.losses import Examples, LossTerm
+from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import Task
 
@@ -77,10 +78,9 @@ class Again:
         self.before, self.end = (self._state(number) for number in (rounds - 1, rounds))
         total = sum(entry.clients for entry in self.config.types)
         self.clients = [self._client(number, total) for number in range(total)]
-        self.options = PredictionOptions.read(entry()["predictions"])
-        self.consensus = PredictionEnsemble(self.options, self.config.alignment)
-        self.consensus.load_state_dict(self.before["predictions"])
+        self.options = PredictionEnsemble.read(entry()["predictions"])
         self.texts = load_anchors(replace(self.config.alignment, count=self.options.pool))
+        self.train = strategy_config(_METHOD, entry(), self.config).train
 
     def _state(self, number: int) -> State:
         folder = self.run / "checkpoints" / f"{_METHOD}-seed{SWEEP_SEED}"
@@ -108,24 +108,29 @@ class Again:
         test = client.encoded("global", SWEEP_SEED)
         return make_rows(adapter, test, cache=False), make_rows(adapter, anchors, cache=False)
 
+    def request(self, type_key: str) -> DistillationRequest:
+        """What the clients of a type were asked in the last round."""
+        options, known = self.options, self.before["channels"]["predictions"]["targets"]
+        return DistillationRequest(
+            anchor_digest(self.texts), options.pool, options.anchors, options.weight,
+            known.get(type_key, known.get("")), options.batch, asked=0,
+            informativeness_power=options.informativeness_power,
+        )  # fmt: skip
+
     def trained(self, client: Client) -> tuple[Array, Array]:
         """What a client predicts after the last round's training, on the global test and on all anchors."""
-        adapter = self.adapter(client, self.before)
-        task = adapter.reads(client.task())
-        rounds = self.config.server.rounds
-        lesson = self.consensus.lesson(rounds, client.type_key)
-        work = anchor_work(lesson, client.identity, self.config, task, adapter, SWEEP_SEED)
-        assert work is not None
-        train = entry()["train"]
-        settings = replace(
-            strategy_config(_METHOD, entry(), self.config).train,
-            learning_rate=train["learning_rate"] * train["last_rate"],
-        )
-        rows = make_rows(adapter, client.encoded("train", SWEEP_SEED), cache=False)
-        losses: list[LossTerm] = [Examples(rows, client.prior(SWEEP_SEED))]
-        if taught := work.distillation(rounds):
-            losses.append(taught)
-        fit(adapter, task, settings, losses, seed=int(client.client_id[-4:]))
+        adapter, rounds = self.adapter(client, self.before), self.config.server.rounds
+        rate = self.train.learning_rate * self.train.last_rate
+        train = replace(self.train, learning_rate=rate)
+        header = Header("distillation", SWEEP_SEED, self.config.method, rounds, train)
+        client = client.by(header)
+        own = client.encoded("train", SWEEP_SEED)
+        asked = {"predictions": self.request(client.type_key).to_payload()}
+        work = client.work(header, adapter, client.store(header), own, asked)
+        examples = Examples(make_rows(adapter, own, cache=False), client.prior(SWEEP_SEED))
+        losses = [examples, *work.channels["predictions"].losses()]
+        task = work.task
+        fit(adapter, task, train, losses, seed=int(client.client_id[-4:]))
         test, anchors = self.rows(client, adapter, task)
         return predict(task, test, range(len(test))), predict(task, anchors, range(len(anchors)))
 
@@ -149,7 +154,7 @@ def entropy_quartiles(predictions: Array) -> list[float]:
 
 
 def combined(
-    predictions: list[Array], shares: list[float], options: PredictionOptions
+    predictions: list[Array], shares: list[float], options: TextOptions
 ) -> NDArray[np.float32]:
     """As the server combines them."""
     mean, _ = confidence_weighted_mean(predictions, shares, options.entropy_power)

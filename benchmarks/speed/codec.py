@@ -86,15 +86,15 @@ def open_text_bytes(exchange: ExchangeConfig) -> tuple[int, int]:
         64 * "f",
         None,
         sorted(values),
-        12,
-        4e-3,
     )
     names = (
         "examples", "steps", "learning_rate", "loss", "seconds", "accuracy", "peak_memory_mb",
         "gate_mass_global", "gate_mass_type", "gate_mass_private",
     )  # fmt: skip
     metrics = dict.fromkeys(names, 1.0)
-    reply = TrainReply("client-0001", "backbone@nf4", 10, 64 * "f", values, metrics, kept=64 * "f")
+    reply = TrainReply(
+        "client-0001", "backbone@nf4", 10, 64 * "f", values, metrics, cache_digest=64 * "f"
+    )
     down = request.to_content(down_codec(exchange), exact_codec(exchange))
     return content_bytes(down), content_bytes(reply.to_content(up_codec(exchange)))
 
@@ -140,7 +140,7 @@ def resend_milliseconds(repeats: int = 100) -> float:
             _, kept = TensorCache.of(store, exchange).complete(received)
             server.confirm("client", kept)
             taken.append(middle - begin + time.perf_counter() - arrived)
-            assert bool(request.held.names) == (index % 2 == 1)
+            assert bool(request.cached.names) == (index % 2 == 1)
     return round(1e3 * float(np.median(taken)), 2)
 
 

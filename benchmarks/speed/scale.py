@@ -172,14 +172,15 @@ class _Clients:
         request = TrainRequest.from_content(content)
         rng = np.random.default_rng([request.header.round, index])
         shapes = bank_shapes(request.header.method, len(LABELS))
-        reach = np.float32(0.3 * request.learning_rate * request.local_steps)
+        train = request.header.train
+        reach = np.float32(0.3 * train.learning_rate * train.local_steps)
         deltas = {
             name: reach * rng.standard_normal(shapes[name], dtype=np.float32)
             for name in request.expected
         }
         metrics = {
-            "examples": 16.0, "steps": float(request.local_steps), "loss": 1.0, "seconds": 0.0,
-            "learning_rate": request.learning_rate,
+            "examples": 16.0, "steps": float(train.local_steps), "loss": 1.0, "seconds": 0.0,
+            "learning_rate": train.learning_rate,
         }  # fmt: skip
         return TrainReply(
             client, kind, request.header.round, request.maps_digest, deltas, metrics,

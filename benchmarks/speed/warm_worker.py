@@ -32,7 +32,7 @@ from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.flower import content_from_bytes, content_to_bytes
 from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
-from heterotune_flwr.schema import DataConfig, MethodConfig
+from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.worker.cli import ask_status
 from heterotune_flwr.worker.link import find
 from heterotune_flwr.worker.places import Place
@@ -96,8 +96,9 @@ class Node:
             for name, shape in shapes.items()
         }
         first = maps if round == 1 else None
-        header = Header("warm-worker", 0, METHOD, round)
-        request = TrainRequest(header, {}, tensor_digest(maps), first, [], STEPS, 1e-3)
+        train = TrainConfig(local_steps=STEPS, learning_rate=1e-3)
+        header = Header("warm-worker", 0, METHOD, round, train)
+        request = TrainRequest(header, {}, tensor_digest(maps), first, [])
         return content_to_bytes(request.to_content("fp32"))
 
 
