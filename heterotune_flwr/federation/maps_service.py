@@ -250,7 +250,8 @@ class MapsService:
             anchors=self._config.alignment.count,
             cached=self._config.alignment.cache,
         )
-        header = Header(f"{self._run_name}-align", inquiry.seed, inquiry.method)
+        name, train = f"{self._run_name}-align", self._config.train
+        header = Header(name, inquiry.seed, inquiry.method, train=train)
         request = AlignRequest(header, slots, self.words(), pack_mask(shared), part)
         labels = len(roster.labels or ()) if self._config.alignment.output == "labels" else 0
 

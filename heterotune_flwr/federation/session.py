@@ -26,7 +26,7 @@ from heterotune_flwr.federation.roster import (
 )
 from heterotune_flwr.flower import Grid, is_simulation
 from heterotune_flwr.protocol.messages import Header
-from heterotune_flwr.schema import Config, DataConfig, MethodConfig
+from heterotune_flwr.schema import Config, DataConfig, MethodConfig, TrainConfig
 
 __all__ = ["Maps", "Session", "StrategyContext"]
 
@@ -56,15 +56,15 @@ class Session:
             return max(self.config.server.min_clients, 1)
         return sum(item.clients for item in self.config.types) or 2
 
-    def roster(self, method: MethodConfig, seed: int) -> Roster:
-        """Describe all clients for ``method``; asked once per method and seed."""
-        key = json.dumps([asdict(method), seed], sort_keys=True)
+    def roster(self, method: MethodConfig, train: TrainConfig, seed: int) -> Roster:
+        """Describe all clients; asked once per method, seed and what of ``train`` a description depends on."""
+        key = json.dumps([asdict(method), train.slots, train.loss, seed], sort_keys=True)
         if key not in self._rosters:
             words = self.maps.words() if method.kind == "dema" else []
             self.journal.event("asking", seed=seed, needed=self.minimum)
             roster = describe_clients(
                 self.grid,
-                Header(f"{self.run_name}-describe", seed, method),
+                Header(f"{self.run_name}-describe", seed, method, train=train),
                 words,
                 Need(
                     self.minimum, self.least, self.config.server.wait_seconds, bool(self._rosters)

@@ -124,7 +124,8 @@ class HeteroFL(HeteroStrategy):
         super().prepare(grid)
         for ratio in sorted(set(self.ratios)):
             method = replace(self.method, sub_width=ratio)
-            roster = self.context.session.roster(method, self.context.seed)
+            train, seed = self.config.train, self.context.seed
+            roster = self.context.session.roster(method, train, seed)
             self._cut[ratio] = roster
             for client_id in roster.clients if ratio != 1.0 else ():  # the parent's are counted
                 down, up = roster.bytes_down[client_id], roster.bytes_up[client_id]

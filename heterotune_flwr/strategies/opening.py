@@ -35,7 +35,7 @@ def surely_open(data: DataConfig, train: TrainConfig) -> bool:
 def open_run(strategy: HeteroStrategy) -> None:
     """Describe the clients, get the maps, open the channels, lay out the groups and their first values."""
     context, session, seed = strategy.context, strategy.context.session, strategy.context.seed
-    strategy.roster = session.roster(strategy.method, seed)
+    strategy.roster = session.roster(strategy.method, strategy.config.train, seed)
     _check_who_came(strategy)
     labels = strategy.roster.labels
     closed = list(labels or ()) if closed_task(labels, strategy.config.train) else []
