@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +28,8 @@ from heterotune_flwr.protocol.messages import (
     TrainReply,
     TrainRequest,
 )
-from heterotune_flwr.protocol.queries import (
-    DescribeReply,
-    DescribeRequest,
-)
+from heterotune_flwr.protocol.payloads import Payload
+from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
 from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.tuning.state_cache import forget_states
@@ -69,10 +69,12 @@ class World:
         return compose(self.run_config["config"], self.run_config["overrides"]).train
 
     def header(
-        self, method: MethodConfig, round: int = 0, experiment: str = "run", steps: int = 3
-    ) -> Header:
-        train = replace(self.training, local_steps=steps, learning_rate=0.01)
-        return Header(experiment, 0, method, round, train)
+        self, method: MethodConfig, round: int = 0, experiment: str = "run", steps: int = 3,
+        **changes: Any,
+    ) -> Header:  # fmt: skip
+        """A request's header; ``changes``: of the run's training settings."""
+        settings = {"local_steps": steps, "learning_rate": 0.01, **changes}
+        return Header(experiment, 0, method, round, replace(self.training, **settings))
 
     def describe(self, client: int, method: MethodConfig = METHOD) -> DescribeReply:
         request = DescribeRequest(self.header(method), ["fruit", "engines", "xylophone"])
@@ -80,17 +82,22 @@ class World:
 
     def train(
         self, client: int, round: int, values=None, expected=(), experiment="run", method=METHOD,
-        maps=None, digest="", steps=3,
+        maps=None, digest="", steps=3, channels: Mapping[str, Payload] | None = None,
     ) -> TrainReply:  # fmt: skip
         header = self.header(method, round, experiment, steps)
-        request = TrainRequest(header, values or {}, digest, maps, list(expected))
+        request = TrainRequest(
+            header, values or {}, digest, maps, list(expected), channels=channels or {}
+        )
         return TrainReply.from_content(self.ask(client, TRAIN, request.to_content("fp32")))
 
     def evaluate(
-        self, client: int, values=None, digest="", experiment="run", method=METHOD, round=1, maps=None
-    ):  # fmt: skip
+        self, client: int, values=None, digest="", experiment="run", method=METHOD, round=1, maps=None,
+        test_sets=("global", "personal"), channels: Mapping[str, Payload] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         header = self.header(method, round, experiment)
-        request = EvaluateRequest(header, values or {}, digest, maps, ["global", "personal"])
+        request = EvaluateRequest(
+            header, values or {}, digest, maps, list(test_sets), channels or {}
+        )
         content = self.ask(client, EVALUATE, request.to_content("fp32"))
         return EvaluateReply.from_content(content).metrics
 
@@ -176,8 +183,7 @@ FEW = (
 )
 
 
-def ask(world, asked, round=1, channel="predictions"):
+def ask(world, asked, round=1, channel="predictions", expected=()):
     """A training of two steps with a channel's request."""
-    header = world.header(LORA, round, steps=2)
-    request = TrainRequest(header, {}, "", None, [], channels={channel: asked.to_payload()})
-    return TrainReply.from_content(world.ask(0, TRAIN, request.to_content("fp32")))
+    channels = {channel: asked.to_payload()}
+    return world.train(0, round, expected=expected, method=LORA, steps=2, channels=channels)
