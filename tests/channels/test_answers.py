@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from facts import opened, run_facts, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
 from real_clients import LORA, run
@@ -18,83 +19,89 @@ from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.answers.leak_filter import repeating
-from heterotune_flwr.channels.answers.server import AnswerEnsemble, bags, balance_answers
-from heterotune_flwr.channels.predictions.client import _Answering
+from heterotune_flwr.channels.answers.server import bags, balance_answers
+from heterotune_flwr.channels.channel import client_half
+from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.channels.predictions.loss import Distillation
 from heterotune_flwr.channels.predictions.record import (
     LONGEST_ANSWER,
     DistillationRequest,
+    Said,
     as_answers,
 )
-from heterotune_flwr.channels.predictions.server import PredictionEnsemble, PredictionOptions
 from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.trees import load_state, save_state
-from heterotune_flwr.federation.transport import _label
+from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.flower import ConfigRecord, RecordDict
-from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.messages import Header, TrainRequest
+from heterotune_flwr.protocol.payloads import add_payloads, read_payloads
 from heterotune_flwr.protocol.wire import RemoteError
-from heterotune_flwr.schema import AlignmentConfig, DataConfig, TrainConfig
+from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, TrainConfig
 from heterotune_flwr.tuning import generation
+from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.generation import draw_answers, generate_answers
 from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import make_rows
-from heterotune_flwr.tuning.task import make_task
+from heterotune_flwr.tuning.task import EncodedSet, make_task
 
 TOKENS = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.01, loss="tokens")
 WORDS = "heterotune_answers"
-#: A consensus in every round, on few anchors.
+#: Answers in every round, on few anchors.
 FEW = (
     f"train.loss=tokens data.max_answer_tokens=4 strategies.{WORDS}.personalization_phase=0 "
-    f"strategies.{WORDS}.predictions.anchors=16 strategies.{WORDS}.predictions.batch=4"
+    f"strategies.{WORDS}.answers.anchors=16 strategies.{WORDS}.answers.batch=4"
 )
 
 
 # ------------------------------------------------------------------------------------ the server
 
 
-def consensus_of(tmp_path, anchors=20, **options):
-    path = tmp_path / "anchors.txt"
-    path.write_text("".join(f"text {n}\n" for n in range(anchors)))
-    given = PredictionOptions(anchors=anchors, pool=anchors, answers=True, **options)
-    return AnswerEnsemble(PredictionEnsemble(given, AlignmentConfig(anchors=str(path))), seed=5)
+def ensemble_of(tmp_path, anchors=20, **options):
+    """Ten clients of type ``a`` and two of type ``b`` that answer so many anchors."""
+    types = {f"c{n}": "a" for n in range(10)} | {"b0": "b", "b1": "b"}
+    path = texts(tmp_path / "anchors.txt", anchors)
+    facts = run_facts(types, path, labels=[], seed=5)
+    return opened("answers", facts, anchors=anchors, pool=anchors, **options)
 
 
-def reply(name, answers, sure=1.0, type_key="a"):
+def said(answers, sure=1.0):
     sureness = np.broadcast_to(np.asarray(sure, np.float32).reshape(-1, 1), (len(answers), 1))
-    return TrainReply(name, type_key, 1, "", {}, {}, sureness, answers=answers)
+    return Said(sureness, list(answers)).to_payload()
 
 
-def test_what_is_drawn_follows_the_clients_voices(tmp_path):
+def drawn(ensemble, round, type_key="a"):
+    return ensemble.round_request(round, type_key).answers
+
+
+def test_what_is_drawn_follows_the_clients_weights(tmp_path):
     plain = {"agreement_power": 0.0, "balance": 0}
-    consensus = consensus_of(tmp_path, 3000, entropy_power=2.0, **plain)
-    said = [reply("c0", ["web"] * 3000, 1.0), reply("c1", ["games"] * 3000, 0.5)]
-    log, refused = consensus.aggregate(1, said, 0)
-    assert not refused
-    drawn = Counter(consensus.lesson(2, "a").answers)
-    assert drawn["web"] / 3000 == pytest.approx(0.8, abs=0.03)  # 1 : 0.5^2
-    assert log["agreement_weights"] == {"a": pytest.approx(1.0)}
-    assert (log["clients"], log["answers"]) == (2, 2)
-    equal = consensus_of(tmp_path, 3000, entropy_power=0.0, **plain)
-    equal.aggregate(1, said, 0)
-    drawn = Counter(equal.lesson(2, "a").answers)
-    assert drawn["web"] / 3000 == pytest.approx(0.5, abs=0.03)
+    replies = {"c0": said(["web"] * 3000, 1.0), "c1": said(["games"] * 3000, 0.5)}
+    for power, share in ((2.0, 0.8), (0.0, 0.5)):  # 1 : 0.5^2, or alike
+        ensemble = ensemble_of(tmp_path, 3000, entropy_power=power, **plain)
+        found = ensemble.aggregate(1, replies, [])
+        assert not found.refused
+        web = drawn(ensemble, 2).count("web") / 3000
+        assert web == pytest.approx(share, abs=0.03)
+        assert found.log["agreement_weights"] == {"a": pytest.approx(1.0)}
+        assert (found.log["clients"], found.log["answers"]) == (2, 2)
 
 
 def test_who_says_nothing_on_an_anchor_is_not_drawn_there(tmp_path):
-    consensus = consensus_of(tmp_path, entropy_power=1.0)
+    ensemble = ensemble_of(tmp_path, entropy_power=1.0)
     first, second = [""] * 10 + ["web"] * 10, ["games"] * 15 + [" "] * 5
-    consensus.aggregate(1, [reply("c0", first), reply("c1", second)], 0)
-    answers = consensus.lesson(2, "a").answers
+    ensemble.aggregate(1, {"c0": said(first), "c1": said(second)}, [])
+    answers = drawn(ensemble, 2)
     assert answers[:10] == ["games"] * 10
     assert set(answers[10:15]) <= {"web", "games"}
     assert answers[15:] == ["web"] * 5
-    consensus.aggregate(2, [reply("c0", [""] * 20)], 0)
-    assert consensus.lesson(3, "a").answers == [""] * 20
+    ensemble.aggregate(2, {"c0": said([""] * 20)}, [])
+    assert drawn(ensemble, 3) == [""] * 20
+    assert ensemble.purposes(3, "a") == ["predict"]  # there is nothing to fit
 
 
 def test_one_who_answers_at_random_is_hardly_heard(tmp_path):
@@ -105,56 +112,54 @@ def test_one_who_answers_at_random_is_hardly_heard(tmp_path):
     def mostly_right():
         return np.where(rng.random(200) < 0.8, truth, words[rng.integers(4, size=200)]).tolist()
 
-    said = [reply(f"c{i}", mostly_right(), type_key="a") for i in range(3)]
-    noise = reply("c3", words[rng.integers(4, size=200)].tolist(), type_key="b")
-    log, _ = consensus_of(tmp_path, 200, balance=0).aggregate(1, [*said, noise], 0)
-    assert log["agreement_weights"]["b"] < 0.1
+    replies = {f"c{n}": said(mostly_right()) for n in range(3)}
+    replies["b0"] = said(words[rng.integers(4, size=200)].tolist())
+    found = ensemble_of(tmp_path, 200, balance=0).aggregate(1, replies, [])
+    assert found.log["agreement_weights"]["b"] < 0.1
 
 
 def test_malformed_answers_are_refused_and_the_others_heard(tmp_path):
-    consensus = consensus_of(tmp_path)
+    ensemble = ensemble_of(tmp_path)
     fine = ["web"] * 20
-    bad = [
-        reply("c1", fine[:5]),
-        reply("c2", ["x" * (LONGEST_ANSWER + 1)] * 20),
-        reply("c3", fine, np.nan),
-        reply("c4", fine, 1.5),
-        replace(reply("c5", fine), predictions=None),
-        replace(reply("c6", fine), answers=None),
-        replace(reply("c7", fine), predictions=np.ones((20, 2), np.float32)),
-    ]
-    log, refused = consensus.aggregate(1, [reply("c0", fine), *bad], 0)
-    assert set(refused) == {f"c{i}" for i in range(1, 8)}
-    assert log["clients"] == 1
-    assert consensus.lesson(2, "a").answers == fine
-    assert consensus.lesson(3, "a").answers is None  # they were about round 2's anchors
-    assert consensus.aggregate(2, bad, 0)[0] == {}
-    assert consensus.lesson(3, "a").answers is None
+    bad = {
+        "c1": said(fine[:5]),
+        "c2": said(["x" * (LONGEST_ANSWER + 1)] * 20),
+        "c3": said(fine, np.nan),
+        "c4": said(fine, 1.5),
+        "c5": None,
+        "c6": Said(np.ones((20, 1), np.float32)).to_payload(),
+        "c7": Said(np.ones((20, 2), np.float32), fine).to_payload(),
+    }
+    found = ensemble.aggregate(1, {"c0": said(fine), **bad}, [])
+    assert set(found.refused) == set(bad)
+    assert found.log["clients"] == 1
+    assert drawn(ensemble, 2) == fine
+    assert drawn(ensemble, 3) is None  # they were about round 2's anchors
+    assert ensemble.aggregate(2, bad, []).log == {}
+    assert drawn(ensemble, 3) is None
 
 
-def test_with_the_scope_of_a_type_nothing_crosses_and_memory_keeps_the_answers(tmp_path):
-    consensus = consensus_of(tmp_path, pool_over="type")
-    said = [reply("c0", ["web"] * 20), reply("c1", ["games"] * 20, type_key="b")]
-    consensus.aggregate(1, said, 0)
-    again = consensus_of(tmp_path, pool_over="type")
-    save_state(tmp_path / "memory", consensus.state_dict())
+def test_with_the_scope_of_a_type_nothing_crosses_and_a_checkpoint_keeps_the_answers(tmp_path):
+    ensemble = ensemble_of(tmp_path, pool_over="type")
+    ensemble.aggregate(1, {"c0": said(["web"] * 20), "b0": said(["games"] * 20)}, [])
+    again = ensemble_of(tmp_path, pool_over="type")
+    save_state(tmp_path / "memory", ensemble.state_dict())
     again.load_state_dict(load_state(tmp_path / "memory"))
-    for one in (consensus, again):
-        assert one.lesson(2, "a").answers == ["web"] * 20
-        assert one.lesson(2, "b").answers == ["games"] * 20
-        assert one.lesson(2, "c").answers is None
-        assert one.lesson(2, "a").words
+    for one in (ensemble, again):
+        assert drawn(one, 2, "a") == ["web"] * 20
+        assert drawn(one, 2, "b") == ["games"] * 20
+        assert drawn(one, 2, "c") is None
 
 
 def test_the_same_seed_draws_the_same(tmp_path):
     rng = np.random.default_rng(3)
-    said = [reply(f"c{i}", [f"word{n}" for n in rng.integers(9, size=20)]) for i in range(3)]
-    drawn = []
-    for order in (said, said[::-1]):
-        consensus = consensus_of(tmp_path)
-        consensus.aggregate(4, order, 0)
-        drawn.append(consensus.lesson(5, "a").answers)
-    assert drawn[0] == drawn[1]
+    replies = [(f"c{n}", said([f"word{n}" for n in rng.integers(9, size=20)])) for n in range(3)]
+    found = []
+    for _ in range(2):
+        ensemble = ensemble_of(tmp_path)
+        ensemble.aggregate(4, dict(replies), [])
+        found.append(drawn(ensemble, 5))
+    assert found[0] == found[1]
 
 
 @example([list("a" * 20 + "bbbbb" + "aaa" + "bb"), list("a" * 20 + "bbbbb" + "aaa" + "bc")])
@@ -190,7 +195,7 @@ def test_free_text_is_not_evened(anchors):
     np.testing.assert_allclose(balance_answers(weights, answers, 5), weights)
 
 
-def test_who_invents_an_answer_and_is_sure_of_it_is_not_lifted_above_its_voice(tmp_path):
+def test_who_invents_an_answer_and_is_sure_of_it_is_not_lifted_above_its_weight(tmp_path):
     rng = np.random.default_rng(0)
     words = np.array(["web", "games", "fonts", "mail"])
     truth = words[rng.integers(4, size=256)]
@@ -198,10 +203,10 @@ def test_who_invents_an_answer_and_is_sure_of_it_is_not_lifted_above_its_voice(t
     def honest():
         return np.where(rng.random(256) < 0.7, truth, words[rng.integers(4, size=256)]).tolist()
 
-    said = [reply(f"c{i}", honest(), 0.1) for i in range(8)]
-    consensus = consensus_of(tmp_path, 256)
-    consensus.aggregate(1, [*said, reply("c9", ["evil"] * 256, 1.0)], 0)
-    answers = consensus.lesson(2, "a").answers
+    replies = {f"c{n}": said(honest(), 0.1) for n in range(8)}
+    ensemble = ensemble_of(tmp_path, 256)
+    ensemble.aggregate(1, {**replies, "c9": said(["evil"] * 256, 1.0)}, [])
+    answers = drawn(ensemble, 2)
     assert answers.count("evil") < 0.12 * 256
     # The others' answers are evened all the same.
     counts = [answers.count(word) for word in words]
@@ -219,24 +224,22 @@ def test_bags_compare_words_not_letters():
 # ------------------------------------------------------------------------------------- the wire
 
 
-def test_lessons_and_replies_in_words_travel():
+def test_requests_and_replies_in_words_travel():
+    sent = DistillationRequest("abc", 40, 3, 1.0, answers=["web", "", "größer"], asked=3)
+    assert DistillationRequest.from_payload(sent.to_payload()) == sent
+    words = ["web", "", "ü"]
     config = ConfigRecord({})
     content = RecordDict({"config": config})
-    lesson = DistillationRequest("abc", 40, 3, 1.0, words=True, answers=["web", "", "größer"])
-    lesson.add_to(content, config)
-    assert DistillationRequest.read(content, config) == lesson
-    sent = reply("c0", ["web", "", "ü"], [1.0, 0.2, 0.0])
-    read = TrainReply.from_content(sent.to_content("fp32"))
-    assert read.answers == sent.answers
-    np.testing.assert_allclose(read.predictions, sent.predictions, atol=0.01)
+    add_payloads(content, config, {"answers": said(words, [1.0, 0.2, 0.0])})
+    read = Said.from_payload(read_payloads(content, config)["answers"])
+    assert read.answers == words
+    np.testing.assert_allclose(read.predictions[:, 0], [1.0, 0.2, 0.0], atol=0.01)
 
 
-def test_a_lesson_with_the_wrong_number_of_answers_is_refused():
-    config = ConfigRecord({})
-    content = RecordDict({"config": config})
-    DistillationRequest("abc", 40, 3, 1.0, words=True, answers=["web"]).add_to(content, config)
+def test_a_request_with_the_wrong_number_of_answers_is_refused():
+    wrong = DistillationRequest("abc", 40, 3, 1.0, answers=["web"]).to_payload()
     with pytest.raises(ExchangeError, match="expected 3 texts"):
-        DistillationRequest.read(content, config)
+        DistillationRequest.from_payload(wrong)
     with pytest.raises(ExchangeError, match="nothing"):
         as_answers(None, 3)
 
@@ -343,50 +346,60 @@ def test_a_client_keeps_its_own_texts_to_itself(answer, kept_back):
     assert repeating(["web", answer], own) == ({1} if kept_back else set())
 
 
-def answering(adapter, task, texts, own, lesson=None, **options):
-    """The client's side of a lesson with a real adapter; data and owner's choice as given."""
-    identity = SimpleNamespace(
+def half(adapter, task, folder, own, known=None, **node):
+    """The client's half about forty anchors of a folder, four of them in use; ``known``: answers to fit."""
+    path = str(folder / "anchors.txt")
+    alignment = AlignmentConfig(anchors=path, count=40)
+    owner = SimpleNamespace(
         client_id="c0", answers=True, data=DataConfig(max_answer_tokens=90, stop=None),
-        examples=lambda seed: ClientData(own, []),
+        examples=lambda seed: ClientData(own, []), alignment=lambda config: alignment,
     )  # fmt: skip
-    vars(identity).update(options)
-    lesson = lesson or DistillationRequest("", len(texts), len(texts), 1.0, words=True)
-    return _Answering(lesson, task, adapter, texts, identity, 0, True)
+    vars(owner).update(node)
+    request = DistillationRequest(
+        anchor_digest(load_anchors(alignment)), 40, 4, 1.0, answers=known, asked=4
+    )
+    header = Header("run", 0, METHOD, 1)
+    work = ClientWork(
+        owner, Config(train=TOKENS), header, task, adapter,
+        ClientStore(folder, "run", "c0"), EncodedSet([], [], []), lambda *given: EncodedSet([], [], []),
+    )  # fmt: skip
+    return client_half("answers")(request.to_payload(), work)
 
 
-def test_what_stands_in_its_own_texts_stays_at_home(directory, data):
+def test_what_stands_in_its_own_texts_stays_at_home(directory, folder, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     task = make_task(backbone, data, None, TOKENS)
     adapter = loaded(directory, METHOD)
-    texts = [f"text {n}" for n in range(4)]
-    loose = answering(adapter, task, texts, [Example("another", "text")]).predict(1)
+
+    def reply(own, **node):
+        return Said.from_payload(half(adapter, task, folder, own, **node).reply())
+
+    loose = reply([Example("another", "text")])
     assert all(loose.answers)
     assert (loose.predictions > 0).all()
     # The draws are the same; now one of them is what the client's own example says.
-    strict = answering(adapter, task, texts, [Example("its own", loose.answers[2])]).predict(1)
+    strict = reply([Example("its own", loose.answers[2])])
     assert strict.answers == [*loose.answers[:2], "", loose.answers[3]]
     assert strict.predictions[2] == 0
     np.testing.assert_array_equal(strict.predictions[:2], loose.predictions[:2])
-    closed = answering(adapter, task, texts, [], answers=False).predict(1)
+    closed = reply([], answers=False)
     assert closed.answers == [""] * 4
     assert not closed.predictions.any()
 
 
-def test_answers_that_no_client_can_have_drawn_are_not_learnt(directory, data):
+def test_answers_that_no_client_can_have_drawn_are_not_learnt(directory, folder, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     task = make_task(backbone, data, None, TOKENS)
     adapter, end = loaded(directory, METHOD), backbone.tokenizer.eos_token
-    texts = [f"text {n}" for n in range(4)]
     words = DataConfig(max_answer_tokens=6)
 
     def learnt(*answers):
-        lesson = DistillationRequest("", 4, 4, 1.0, words=True, answers=list(answers))
-        found = answering(adapter, task, texts, [], lesson, data=words).distillation(1)
-        return found and len(found.rows)
+        terms = half(adapter, task, folder, [], list(answers), data=words).losses()
+        return [len(term.rows) for term in terms]
 
-    assert learnt("red", "blue", "", "red") == 3
-    assert learnt("red", "red " * 40, f"red{end}blue", "") == 1
-    assert learnt("", "", "red " * 400, "") is None
+    assert learnt("red", "blue", "", "red") == [3]
+    assert learnt("red", "red " * 40, f"red{end}blue", "") == [1]
+    assert learnt("", "", "red " * 400, "") == []
 
 
 def test_sureness_ends_with_the_answer_whatever_the_batch_holds(directory, monkeypatch):
@@ -418,42 +431,41 @@ def test_a_deployed_node_answers_in_words_only_where_its_owner_says_so(tmp_path)
 
 
 def test_rounds_in_which_answers_are_fitted_have_their_own_times():
-    def label(lesson):
-        config = ConfigRecord({})
-        content = RecordDict({"config": config})
-        lesson.add_to(content, config)
-        return _label(TRAIN, content)
+    def effort(answers):
+        asked = DistillationRequest("abc", 40, 2, 1.0, answers=answers)
+        return TrainRequest(
+            Header("run", 0, LORA), {}, "", None, [], channels={"answers": asked.to_payload()}
+        ).effort
 
-    asked = DistillationRequest("abc", 40, 2, 1.0, words=True)
-    assert label(asked) == "train+anchors"
-    assert label(replace(asked, answers=["web", ""])) == "train+anchors to fit"
+    assert effort(None) == effort(["", ""]) != effort(["web", ""])
 
 
 def test_every_client_answers_every_round_and_learns(world):
     strategy = run(world, WORDS, rounds=3, overrides=FEW)
-    heard = [e["predictions"] for e in strategy.outcome.rounds if e["event"] == "round"]
-    assert [entry["clients"] for entry in heard] == [4, 4, 4]
-    assert set(heard[0]["agreement_weights"]) == set(strategy.roster.type_keys)
-    assert isinstance(strategy.consensus, AnswerEnsemble)
+    rounds = [e["channels"]["answers"] for e in strategy.outcome.rounds if e["event"] == "round"]
+    assert [entry["clients"] for entry in rounds] == [4, 4, 4]
+    assert set(rounds[0]["agreement_weights"]) == set(strategy.roster.type_keys)
     again = run(world, WORDS, rounds=3, overrides=FEW)
-    off = run(world, WORDS, rounds=3, overrides=f"{FEW} strategies.{WORDS}.predictions=null")
+    off = run(world, WORDS, rounds=3, overrides=f"{FEW} strategies.{WORDS}.answers=null")
     ours, theirs = strategy.shared_tensors(), off.shared_tensors()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, again.shared_tensors()[name])
     assert any(not np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_a_closed_label_set_exchanges_probabilities_whatever_is_said(world):
+def test_a_closed_label_set_has_no_answers_in_words_and_says_so(world):
     closed = FEW.replace("train.loss=tokens", "train.loss=labels")
-    strategy = run(world, WORDS, rounds=2, overrides=closed)
-    assert type(strategy.consensus) is PredictionEnsemble
+    assert run(world, WORDS, rounds=1, overrides=closed).channels == []
+    (off,) = (
+        e
+        for e in read_events(world.path / "journal" / "rounds.jsonl")
+        if e["event"] == "channel_off"
+    )
+    assert off["channel"] == "answers"
+    assert "closed label set" in off["reason"]
 
 
-def test_a_lesson_in_words_needs_open_text(world, folder):
-    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
-    request = TrainRequest(
-        Header("run", 0, LORA, 1), {}, "", None, [], 2, 0.01,
-        lesson=DistillationRequest(anchor_digest(texts), 40, 8, 1.0, words=True),
-    )  # fmt: skip
+def test_a_request_for_words_needs_open_text(world):
+    asked = DistillationRequest("digest", 40, 8, 1.0).to_payload()
     with pytest.raises(RemoteError, match="open-text task"):
-        TrainReply.from_content(world.ask(0, TRAIN, request.to_content("fp32")))
+        world.train(0, 1, method=LORA, channels={"answers": asked})

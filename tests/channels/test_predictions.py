@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from facts import opened, run_facts, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -15,15 +15,19 @@ from real_clients import DEEP, FEW, LORA, ask, run
 from tiny_adapters import prepared
 from tiny_backbones import LABELS
 from toy_federation import ToyFederation, toy_config
+from toy_runs import start
 
 from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, round_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.channels.channel import Unlabelled
 from heterotune_flwr.channels.predictions.loss import Distillation, predict
-from heterotune_flwr.channels.predictions.record import DistillationRequest, as_probabilities
+from heterotune_flwr.channels.predictions.record import (
+    DistillationRequest,
+    Said,
+    as_probabilities,
+)
 from heterotune_flwr.channels.predictions.server import (
-    PredictionEnsemble,
-    PredictionOptions,
     agreement_weights,
     confidence_weighted_mean,
     sinkhorn_balance,
@@ -32,13 +36,11 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.sources import Example, training_pool
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import content_bytes
-from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.federation.session import Session, StrategyContext
+from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.flower import ConfigRecord, RecordDict
-from heterotune_flwr.protocol.messages import TRAIN, Header, TrainReply, TrainRequest
+from heterotune_flwr.protocol.payloads import add_payloads, read_payloads
 from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import AlignmentConfig, TrainConfig
-from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy
 from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.losses import Examples
@@ -56,7 +58,7 @@ def probabilities(rng, n=20, classes=3, sharpness=2.0):
 # ------------------------------------------------------------------------------------ the server
 
 
-def test_voices_follow_agreement_with_the_others():
+def test_weights_follow_agreement_with_the_others():
     rng = np.random.default_rng(0)
     truth = probabilities(rng)
     noisy = [0.8 * truth + 0.2 * probabilities(rng) for _ in range(3)]
@@ -103,119 +105,116 @@ def test_who_is_sure_speaks_louder_on_that_anchor():
     assert shares == pytest.approx([0.2, 0.8])
 
 
-def test_the_mean_of_what_clients_say_is_the_next_rounds_lesson(tmp_path):
-    path = tmp_path / "anchors.txt"
-    path.write_text("".join(f"text {n}\n" for n in range(30)))
-    options = PredictionOptions(
-        anchors=20, pool=25, agreement_power=0.0, entropy_power=0.0, balance=0
-    )
-    consensus = PredictionEnsemble(options, AlignmentConfig(anchors=str(path)))
-    assert consensus.lesson(1, "t").targets is None
+def told(values):
+    """What clients reply, by id."""
+    return {f"c{n}": None if p is None else Said(p).to_payload() for n, p in enumerate(values)}
+
+
+PLAIN = {"agreement_power": 0.0, "entropy_power": 0.0, "balance": 0}
+
+
+def test_the_mean_of_what_clients_predict_is_what_all_fit_in_the_next_round(tmp_path):
+    facts = run_facts({f"c{n}": "t" for n in range(6)}, texts(tmp_path / "anchors.txt", 30))
+    ensemble = opened("predictions", facts, anchors=20, pool=25, **PLAIN)
+    assert ensemble.purposes(1, "t") == ["predict"]
     rng = np.random.default_rng(1)
     said = [probabilities(rng) for _ in range(2)]
-    replies = [TrainReply(f"c{i}", "t", 1, "", {}, {}, p) for i, p in enumerate(said)]
-    bad = [
-        TrainReply("c2", "t", 1, "", {}, {}, None),
-        TrainReply("c3", "t", 1, "", {}, {}, said[0][:5]),
-        TrainReply("c4", "t", 1, "", {}, {}, np.zeros_like(said[0])),
-        TrainReply("c5", "t", 1, "", {}, {}, np.full_like(said[0], np.nan)),
-    ]
-    log, refused = consensus.aggregate(1, [*replies, *bad], classes=3)
-    assert set(refused) == {"c2", "c3", "c4", "c5"}
-    assert log["clients"] == 2
-    np.testing.assert_allclose(consensus.lesson(2, "t").targets, np.mean(said, axis=0), atol=1e-6)
-    assert consensus.lesson(3, "t").targets is None  # they were about round 2's anchors
-    assert consensus.aggregate(2, bad[:1], classes=3)[0] == {}
-    assert consensus.lesson(3, "t").targets is None
+    bad = [None, said[0][:5], np.zeros_like(said[0]), np.full_like(said[0], np.nan)]
+    found = ensemble.aggregate(1, told([*said, *bad]), [])
+    assert set(found.refused) == {"c2", "c3", "c4", "c5"}
+    assert found.log["clients"] == 2
+    assert ensemble.purposes(2, "t") == ["predict", "fit"]
+    request = ensemble.round_request(2, "t")
+    np.testing.assert_allclose(request.targets, np.mean(said, axis=0), atol=1e-6)
+    assert (request.pool, request.count, request.wanted) == (25, 20, 20)
+    assert ensemble.round_request(3, "t").targets is None  # they were about round 2's anchors
+    assert ensemble.aggregate(2, told(bad[:1]), []).log == {}
+    assert ensemble.round_request(3, "t").targets is None
 
 
 def test_with_the_scope_of_a_type_nothing_crosses(tmp_path):
-    path = tmp_path / "anchors.txt"
-    path.write_text("".join(f"text {n}\n" for n in range(20)))
-    options = PredictionOptions(anchors=20, pool=20, entropy_power=0.0, balance=0, pool_over="type")
-    consensus = PredictionEnsemble(options, AlignmentConfig(anchors=str(path)))
+    facts = run_facts(
+        {"c0": "a", "c1": "a", "c2": "b", "c3": "c"}, texts(tmp_path / "anchors.txt", 20)
+    )
+    ensemble = opened("predictions", facts, **PLAIN, pool_over="type")
     rng = np.random.default_rng(1)
-    said = [probabilities(rng, n=20) for _ in range(3)]
-    reply = [TrainReply(f"c{i}", "ab"[i // 2], 1, "", {}, {}, p) for i, p in enumerate(said)]
-    happened, _ = consensus.aggregate(1, reply, said[0].shape[1])
-    np.testing.assert_allclose(
-        consensus.lesson(2, "a").targets, np.mean(said[:2], axis=0), atol=1e-6
-    )
-    np.testing.assert_allclose(consensus.lesson(2, "b").targets, said[2], atol=1e-6)
-    assert consensus.lesson(2, "c").targets is None
-    assert happened["clients"] == 3
-    again = PredictionEnsemble(options, AlignmentConfig(anchors=str(path)))
-    again.load_state_dict(consensus.state_dict())
-    np.testing.assert_array_equal(again.lesson(2, "b").targets, consensus.lesson(2, "b").targets)
+    said = [probabilities(rng) for _ in range(3)]
+    found = ensemble.aggregate(1, told(said), [])
+    targets = {key: ensemble.round_request(2, key).targets for key in "abc"}
+    np.testing.assert_allclose(targets["a"], np.mean(said[:2], axis=0), atol=1e-6)
+    np.testing.assert_allclose(targets["b"], said[2], atol=1e-6)
+    assert targets["c"] is None
+    assert found.log["clients"] == 3
+    again = opened("predictions", facts, **PLAIN, pool_over="type")
+    again.load_state_dict(ensemble.state_dict())
+    np.testing.assert_array_equal(again.round_request(2, "b").targets, targets["b"])
 
 
-def test_fewer_anchors_than_asked_for_are_all_used(tmp_path):
-    path = tmp_path / "anchors.txt"
-    path.write_text("".join(f"text {n}\n" for n in range(30)))
-    lesson = PredictionEnsemble(PredictionOptions(), AlignmentConfig(anchors=str(path))).lesson(
-        1, "t"
-    )
-    assert (lesson.pool, lesson.count) == (30, 30)
+def test_fewer_anchors_than_asked_for_are_all_used_and_every_request_says_how_to_draw(tmp_path):
+    facts = run_facts(anchors=texts(tmp_path / "anchors.txt", 30))
+    ensemble = opened("predictions", facts, informativeness_power=1.5, batch=7)
+    request = ensemble.round_request(1, "a")
+    assert (request.pool, request.count, request.batch) == (30, 30, 7)
+    assert request.informativeness_power == 1.5
+    assert ensemble.guest_request(1, "a").informativeness_power == 1.5
+
+
+def test_what_a_client_is_asked_depends_on_what_its_message_is_for(tmp_path):
+    facts = run_facts(anchors=texts(tmp_path / "anchors.txt", 20), rounds=1, guests=True)
+    ensemble = opened("predictions", facts, anchors=12, pool=12, guest_anchors=20, **PLAIN)
+    assert ensemble.request(1, "c0", {"test"}) is None
+    asked = DistillationRequest.from_payload(ensemble.request(1, "c0", {"train"}))
+    assert asked.wanted == 20  # in the last round guests need all there are
+    assert ensemble.unlabelled(2, "a") is None
+    said = probabilities(np.random.default_rng(0))
+    ensemble.aggregate(1, told([said]), [])
+    assert ensemble.unlabelled(2, "a") == Unlabelled(steps=480, examples=20)
+    brought = DistillationRequest.from_payload(ensemble.request(2, "c0", {"unlabelled"}))
+    assert (brought.count, brought.wanted) == (20, 0)
+    np.testing.assert_allclose(brought.targets, said, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("given_options", "said"),
+    "wrong",
     [
-        ({"anchor": 3}, "no key 'anchor'"),
-        ({"anchors": 0}, "whole number from 1"),
-        ({"anchors": 2.5}, "whole number"),
-        ({"anchors": 30, "pool": 20}, "more than the 20"),
-        ({"batch": -1}, "whole number from 0"),
-        ({"weight": -1}, "not negative"),
-        ({"weight": float("nan")}, "not negative"),
-        ({"agreement_power": True}, "not negative"),
-        ({"informativeness_power": -1}, "not negative"),
-        ({"informativeness_power": 20}, "informativeness_power is 20; 8 at most"),
-        ({"pool_over": "everybody"}, "all or type"),
-        ("yes", "key: value"),
+        {"anchor": 3},
+        {"anchors": 0},
+        {"anchors": 30, "pool": 20},
+        {"batch": -1},
+        {"weight": -1},
+        {"agreement_power": True},
+        {"informativeness_power": 20},
+        {"pool_over": "everybody"},
     ],
 )
-def test_wrong_options_are_named(given_options, said):
-    with pytest.raises(ConfigError, match=said):
-        PredictionOptions.read(given_options)
-
-
-def test_a_wrong_option_is_found_before_anything_runs_and_says_whose_it_is():
-    config = compose("demo", f"run.compare=[{DEEP}] strategies.{DEEP}.predictions.anchors=0")
-    with pytest.raises(
-        ConfigError, match=r"strategies\.heterotune_deep: predictions\.anchors is 0"
-    ):
-        check_strategy(DEEP, config.strategies[DEEP], config)
+def test_a_wrong_option_is_found_before_anything_runs_and_says_whose_it_is(wrong):
+    config = compose("demo", f"run.compare=[{DEEP}]")
+    with pytest.raises(ConfigError, match=rf"strategies\.{DEEP}: predictions.*{next(iter(wrong))}"):
+        check_strategy(DEEP, {**config.strategies[DEEP], "predictions": wrong}, config)
 
 
 # ------------------------------------------------------------------------------------- the wire
 
 
-def lesson_content(lesson):
+def travelled(record):
+    """A record as it comes out of a message."""
     config = ConfigRecord({})
     content = RecordDict({"config": config})
-    lesson.add_to(content, config)
-    return content, config
+    add_payloads(content, config, {"predictions": record.to_payload()})
+    payload = read_payloads(content, config)["predictions"]
+    return type(record).from_payload(payload), content_bytes(content)
 
 
-def test_lessons_travel_as_one_byte_per_probability():
+def test_requests_travel_as_one_byte_per_probability():
     targets = probabilities(np.random.default_rng(2), n=256, classes=16)
-    content, config = lesson_content(DistillationRequest("abc", 1024, 256, 1.0, targets))
-    assert content_bytes(content) < 256 * 16 + 400
-    read = DistillationRequest.read(content, config)
-    assert (read.digest, read.pool, read.count, read.weight) == ("abc", 1024, 256, 1.0)
+    sent = DistillationRequest("abc", 1024, 256, 1.0, targets, informativeness_power=1.5)
+    read, size = travelled(sent)
+    assert size < 256 * 16 + 500
+    assert replace(read, targets=None) == replace(sent, targets=None, asked=256)
     np.testing.assert_allclose(read.targets, targets, atol=0.02)
     np.testing.assert_allclose(read.targets.sum(1), 1, atol=1e-6)
-    content, config = lesson_content(DistillationRequest("abc", 1024, 256, 1.0))
-    assert DistillationRequest.read(content, config).targets is None
-    assert DistillationRequest.read(content, config).informativeness_power == 0
-    assert (
-        DistillationRequest.read(
-            *lesson_content(DistillationRequest("abc", 9, 9, 1.0, informativeness_power=1.5))
-        ).informativeness_power
-        == 1.5
-    )
-    assert DistillationRequest.read(RecordDict({}), ConfigRecord({})) is None
+    read, _ = travelled(DistillationRequest("abc", 1024, 256, 1.0))
+    assert read.targets is None
 
 
 @pytest.mark.parametrize(
@@ -227,24 +226,35 @@ def test_lessons_travel_as_one_byte_per_probability():
         {"weight": float("inf")},
         {"pool": "many"},
         {"batch": -1},
-        {"informativeness_power": -1.0},
+        {"asked": -1},
         {"informativeness_power": 9.0},
         {"informativeness_power": float("nan")},
     ],
 )
-def test_impossible_lessons_are_refused(change):
-    _, config = lesson_content(DistillationRequest("abc", 1024, 256, 1.0))
-    config["predictions"] = json.dumps({**json.loads(config["predictions"]), **change})
+def test_impossible_requests_are_refused(change):
+    payload = DistillationRequest("abc", 1024, 256, 1.0).to_payload()
     with pytest.raises(ExchangeError):
-        DistillationRequest.read(RecordDict({"config": config}), config)
+        DistillationRequest.from_payload(replace(payload, fields={**payload.fields, **change}))
 
 
-def test_targets_of_another_number_of_anchors_are_refused():
+def test_a_request_without_one_of_its_fields_is_refused():
+    payload = DistillationRequest("abc", 1024, 256, 1.0).to_payload()
+    for name in payload.fields:
+        fields = {key: value for key, value in payload.fields.items() if key != name}
+        with pytest.raises(ExchangeError, match=name):
+            DistillationRequest.from_payload(replace(payload, fields=fields))
+
+
+def test_targets_of_another_number_of_anchors_or_name_are_refused():
     targets = probabilities(np.random.default_rng(2), n=7)
-    content, config = lesson_content(DistillationRequest("abc", 1024, 256, 1.0, targets))
     with pytest.raises(ExchangeError, match="expected 256"):
-        DistillationRequest.read(content, config)
-    with pytest.raises(ExchangeError):
+        travelled(DistillationRequest("abc", 1024, 256, 1.0, targets))
+    payload = DistillationRequest("abc", 7, 7, 1.0).to_payload()
+    with pytest.raises(ExchangeError, match="nothing"):
+        DistillationRequest.from_payload(replace(payload, tensors={"more": targets}))
+    with pytest.raises(ExchangeError, match="more"):
+        Said.from_payload(replace(Said(targets).to_payload(), tensors={"more": targets}))
+    with pytest.raises(ExchangeError, match="no probabilities"):
         as_probabilities(-targets, 7)
 
 
@@ -259,7 +269,7 @@ def test_both_sides_draw_the_same_anchors():
 # ------------------------------------------------------------------------------------ the client
 
 
-def test_a_client_comes_closer_to_the_consensus_and_nowhere_without_weight(directory, data):
+def test_a_client_comes_closer_to_the_mean_and_nowhere_without_weight(directory, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     task = make_task(backbone, data, list(LABELS), TRAINING)
     adapter = prepared(backbone)
@@ -308,24 +318,6 @@ def test_the_anchors_gradient_is_their_cross_entropys(directory, data):
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_share_of_what_the_rows_add_is_in_what_is_fitted(directory, data, share):
-    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
-    task = make_task(backbone, data, list(LABELS), TRAINING)
-    adapter = prepared(backbone)
-    encoded = task.encode([Example(f"public words {n}", LABELS[0]) for n in range(4)])
-    added = torch.randn(4, len(LABELS), generator=torch.Generator().manual_seed(0))
-    rows = make_rows(adapter, encoded, cache=False, offsets=added)
-    wanted = torch.from_numpy(probabilities(np.random.default_rng(0), 4, len(LABELS)))
-    lesson = Distillation(rows, range(4), wanted, 1.0, offsets=share)
-    found = lesson.losses(task, [3, 1])
-    states, _, _ = rows.rows([3, 1])
-    logs = (task.label_logits(states) + share * added[[3, 1]]).log_softmax(-1)
-    torch.testing.assert_close(found, -(wanted[[3, 1]] * logs).sum(-1), rtol=1e-4, atol=1e-5)
-    whole = torch.from_numpy(predict(task, rows, [3, 1]))  # what is said has all of it
-    torch.testing.assert_close(whole, (task.label_logits(states) + added[[3, 1]]).softmax(-1))
-
-
 def test_anchors_are_drawn_as_often_as_their_targets_say_something():
     """Chances ~ (log C - H)^informativeness_power, of single draws."""
     wanted = torch.tensor(
@@ -364,74 +356,62 @@ def test_a_step_never_draws_an_anchor_twice_however_sharp_the_focus():
     assert sorted(whole.draw(4, rng)) == list(range(12))
 
 
-def test_the_options_focus_is_every_lessons(tmp_path):
-    path = tmp_path / "anchors.txt"
-    path.write_text("".join(f"text {n}\n" for n in range(30)))
-    consensus = PredictionEnsemble(
-        PredictionOptions(informativeness_power=1.5), AlignmentConfig(anchors=str(path))
-    )
-    assert (
-        consensus.lesson(1, "t").informativeness_power
-        == consensus.guest_request(1, "t").informativeness_power
-        == 1.5
+def digest_of(folder, count):
+    return anchor_digest(
+        load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=count))
     )
 
 
-def test_a_client_draws_as_its_lesson_says(world, folder):
+def test_a_client_draws_as_its_request_says(world, folder):
     """The first eight anchors are certain, the others say nothing: with informativeness_power they alone are learnt."""
-    told = world.describe(0, LORA)
-    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=24))
+    names = sorted(world.describe(0, LORA).shapes)
+    digest = digest_of(folder, 24)
     targets = np.full((24, 3), 1 / 3, np.float32)
     targets[:8] = [1.0, 0.0, 0.0]
 
-    def deltas(informativeness_power, targets):
-        lesson = DistillationRequest(
-            anchor_digest(texts),
-            24,
-            24,
-            1.0,
-            targets,
-            batch=4,
-            asked=0,
-            informativeness_power=informativeness_power,
+    def deltas(power, targets):
+        request = DistillationRequest(
+            digest, 24, 24, 1.0, targets, batch=4, asked=0, informativeness_power=power
         )
-        header, names = Header("run", 0, LORA, 1), sorted(told.shapes)
-        request = TrainRequest(header, {}, "", None, names, 3, 0.05, lesson=lesson)
-        return TrainReply.from_content(world.ask(0, TRAIN, request.to_content("fp32"))).deltas
+        return ask(world, request, expected=names).deltas
 
     other = targets.copy()
     other[8:] = [0.4, 0.3, 0.3]  # says something, but little
-    focused, alike = (
-        [deltas(informativeness_power, t) for t in (targets, other)]
-        for informativeness_power in (8.0, 0.0)
-    )
+    focused, alike = ([deltas(power, t) for t in (targets, other)] for power in (8.0, 0.0))
     for name in focused[0]:
         np.testing.assert_array_equal(focused[0][name], focused[1][name])
     assert any((alike[0][name] != alike[1][name]).any() for name in alike[0])
 
 
-def test_a_client_with_other_anchors_says_so(world, folder):
+def test_a_client_with_other_anchors_says_so(world):
     with pytest.raises(RemoteError, match="not those of the server"):
         ask(world, DistillationRequest("another", 40, 8, 1.0))
 
 
 def test_targets_for_other_labels_are_refused(world, folder):
-    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
+    digest = digest_of(folder, 40)
     targets = probabilities(np.random.default_rng(0), n=8, classes=5)
     with pytest.raises(RemoteError, match="expected 8 x 3"):
-        ask(world, DistillationRequest(anchor_digest(texts), 40, 8, 1.0, targets))
-    reply = ask(world, DistillationRequest(anchor_digest(texts), 40, 8, 1.0, targets[:, :3]))
-    assert reply.predictions.shape == (8, 3)
+        ask(world, DistillationRequest(digest, 40, 8, 1.0, targets))
+    reply = ask(world, DistillationRequest(digest, 40, 8, 1.0, targets[:, :3]))
+    assert Said.from_payload(reply.channels["predictions"]).predictions.shape == (8, 3)
+    silent = ask(world, DistillationRequest(digest, 40, 8, 1.0, targets[:, :3], asked=0))
+    assert "predictions" not in silent.channels
 
 
-def test_every_client_is_heard_every_round(world, folder):
+def logs(strategy):
+    """What the rounds say of predictions."""
+    rounds = [e for e in strategy.outcome.rounds if e["event"] == "round"]
+    return [entry["channels"]["predictions"] for entry in rounds]
+
+
+def test_every_client_is_heard_every_round(world):
     strategy = run(world, DEEP, rounds=2, overrides=FEW)
-    heard = [e["predictions"] for e in strategy.outcome.rounds if e["event"] == "round"]
-    assert [entry["clients"] for entry in heard] == [4, 4]
-    assert set(heard[0]["agreement_weights"]) == set(strategy.roster.type_keys)
+    assert [entry["clients"] for entry in logs(strategy)] == [4, 4]
+    assert set(logs(strategy)[0]["agreement_weights"]) == set(strategy.roster.type_keys)
 
 
-def test_the_same_seed_gives_the_same_bank_and_the_consensus_changes_it(world):
+def test_the_same_seed_gives_the_same_bank_and_predictions_change_it(world):
     on = [run(world, DEEP, rounds=3, overrides=FEW) for _ in range(2)]
     off = run(world, DEEP, rounds=3, overrides=f"{FEW} strategies.{DEEP}.predictions=null")
     for name, value in on[0].shared_tensors().items():
@@ -440,21 +420,25 @@ def test_the_same_seed_gives_the_same_bank_and_the_consensus_changes_it(world):
         not np.array_equal(value, off.shared_tensors()[name])
         for name, value in on[0].shared_tensors().items()
     )
-    assert off.consensus is None
+    assert [channel.name for channel in off.channels] == ["statistics"]
     extra = on[0].outcome.bytes["up_per_client_round"] - off.outcome.bytes["up_per_client_round"]
     assert 16 * 3 <= extra < 16 * 3 + 400  # and two manifests
 
 
-def test_open_text_has_no_consensus_and_fedmkt_says_so(world):
+def test_open_text_has_no_predictions_and_fedmkt_says_so(world):
     strategy = run(world, DEEP, rounds=1, overrides=f"{FEW} train.loss=tokens")
-    assert strategy.consensus is None
+    assert strategy.channels == []
+    events = read_events(world.path / "journal" / "rounds.jsonl")
+    off = {e["channel"]: e["reason"] for e in events if e["event"] == "channel_off"}
+    assert set(off) == {"predictions", "statistics"}
+    assert all("closed label set" in reason for reason in off.values())
     with pytest.raises(ConfigError, match="no closed label set"):
         run(world, "fedmkt", rounds=1, overrides="train.loss=tokens")
 
 
 def test_fedmkt_shares_predictions_and_no_tensor(world):
     strategy = run(world, "fedmkt", rounds=2, overrides="strategies.fedmkt.predictions.anchors=16")
-    assert strategy.state == {}
+    assert not any(strategy.state.values())
     assert strategy.outcome.bytes["up_per_client_round"] < 800
     states = [world.state(client, strategy.context.experiment) for client in range(4)]
     assert all(any(name.startswith("lora.") for name in own) for own in states)
@@ -463,15 +447,15 @@ def test_fedmkt_shares_predictions_and_no_tensor(world):
 def test_clients_that_say_nothing_cost_the_round_nothing(tmp_path):
     """Clients that know no anchors: their updates count, their silence is on record."""
     config = toy_config(tmp_path, (2, 1, 1), rounds=1)
-    federation = ToyFederation(config, silent=True)
-    journal = Journal(tmp_path / "journal")
-    session = Session(federation.grid(), config, journal, "toy-0")
     spec = {
         "_component_": "heterotune_flwr.strategies.HeteroTune",
         "predictions": {"anchors": 16, "pool": 16},
     }
-    strategy = build_strategy(spec, StrategyContext("toy", config, 0, session))
-    strategy.start(session.grid)
-    events = [e for e in strategy.outcome.rounds if e["event"] == "round"]
-    assert events[0]["clients"] == 4
-    assert events[0]["predictions"] == {}
+    strategy, events = start(config, ToyFederation(config, silent=True), spec=spec)
+    (entry,) = [e for e in events if e["event"] == "round"]
+    assert entry["clients"] == 4
+    assert logs(strategy) == [{}]
+    refused = [e for e in events if e["event"] == "payload_refused"]
+    assert {(e["channel"], e["client_id"]) for e in refused} == {
+        ("predictions", f"client-000{n}") for n in range(4)
+    }

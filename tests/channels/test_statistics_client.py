@@ -1,8 +1,9 @@
-"""The shared discriminant on a client: what it tells of its classes, and where it adds the logits."""
+"""Class statistics on a client: what it tells of its classes, and where it adds the logits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,20 +13,15 @@ from scipy.special import log_softmax
 from tiny_adapters import with_maps
 from tiny_backbones import LABELS
 
+from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.predictions.loss import Distillation, predict
 from heterotune_flwr.channels.statistics.client import class_sums, classifier_logits
-from heterotune_flwr.channels.statistics.record import LinearClassifier
+from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier, Request
 from heterotune_flwr.client.identity import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
-from heterotune_flwr.protocol.messages import (
-    TRAIN,
-    EvaluateRequest,
-    Header,
-    TrainReply,
-    TrainRequest,
-)
 from heterotune_flwr.protocol.wire import RemoteError
+from heterotune_flwr.schema import Config
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.states import bare_states, make_rows
 
@@ -85,7 +81,6 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
     right = log_softmax(logs, axis=1)[np.arange(len(labels)), labels]
     assert report.loss == pytest.approx(-right.mean(), abs=1e-4)
     assert report.accuracy == pytest.approx((logs.argmax(axis=1) == labels).mean())
-    assert classifier_logits(None, adapter, task, encoded) is None
     other = LinearClassifier(np.zeros((3, 5), np.float32), np.zeros(3, np.float32))
     one_label = LinearClassifier(np.zeros((1, 8), np.float32), np.zeros(1, np.float32))
     endless = replace(shared, bias=np.array([0, np.inf, 0], np.float32))
@@ -100,6 +95,26 @@ def test_its_logits_add_to_predictions_and_tests(adapted):
     torch.testing.assert_close(pieces, added)
 
 
+def work_of(adapter, task, own):
+    return SimpleNamespace(adapter=adapter, task=task, own=own, config=Config())
+
+
+def test_a_share_of_it_is_in_what_is_fitted_and_nothing_on_own_examples(adapted):
+    adapter, task, encoded = adapted
+    rng = np.random.default_rng(0)
+    shared = LinearClassifier(
+        rng.normal(size=(3, adapter.method.latent)).astype(np.float32), np.zeros(3, np.float32)
+    )
+    whole = classifier_logits(shared, adapter, task, encoded)
+    work = work_of(adapter, task, encoded)
+    half = client_half("statistics")(Request(shared, 0, 0.25).to_payload(), work)
+    for purpose, share in (("fit", 0.25), ("predict", 1.0), ("test", 1.0)):
+        torch.testing.assert_close(half.logits(encoded, purpose), share * whole)
+    assert half.logits(encoded, "train") is None
+    nothing = client_half("statistics")(Request(None, 2).to_payload(), work)
+    assert nothing.logits(encoded, "test") is None
+
+
 def test_training_does_not_see_it(world):
     """On own examples: the same deltas with and without; the tests differ."""
     strategy = run(
@@ -107,61 +122,47 @@ def test_training_does_not_see_it(world):
     )
     method, (client_id, *_) = strategy.method, strategy.roster.clients
     type_key = strategy.roster.clients[client_id].info.type_key
-    digest, tensors = strategy.maps.digests[type_key], strategy.slice(type_key)
-    header = Header("other", 0, method, 1)
+    tensors, maps = strategy.groups.slice(type_key), strategy.maps.tensors[type_key]
+    run_of = {
+        "values": tensors, "experiment": "other", "method": method, "maps": maps,
+        "digest": strategy.maps.digests[type_key],
+    }  # fmt: skip
     shared = LinearClassifier(
         np.random.default_rng(0).normal(size=(3, 2 * method.latent)).astype(np.float32),
         np.array([5.0, -5.0, 0.0], np.float32),
     )
 
-    def ask(kind, request):
-        return world.ask(0, kind, request.to_content("fp32"))
+    def trained(**channels):
+        return world.train(0, 1, expected=sorted(tensors), channels=channels, **run_of)
 
-    def trained(**extra):
-        request = TrainRequest(
-            header,
-            tensors,
-            digest,
-            strategy.maps.tensors[type_key],
-            sorted(tensors),
-            2,
-            0.01,
-            **extra,
-        )
-        return TrainReply.from_content(ask(TRAIN, request))
-
-    alone, both = trained(), trained(discriminant=shared, class_sums=2)
+    alone, both = trained(), trained(statistics=Request(shared, 2).to_payload())
     for name, value in alone.deltas.items():
         np.testing.assert_array_equal(value, both.deltas[name])
-    assert alone.class_sums is None
-    assert both.class_sums.counts.sum() <= 16
-    measured = [
-        world.ask(
-            0,
-            "evaluate",
-            EvaluateRequest(header, tensors, digest, None, ["global"], d).to_content("fp32"),
-        )
-        for d in (None, shared, None)
+    assert not alone.channels
+    assert ClassSums.from_payload(both.channels["statistics"]).counts.sum() <= 16
+    losses = [
+        world.evaluate(0, test_sets=["global"], channels=channels, **run_of)["global_loss"]
+        for channels in ({}, {"statistics": Request(shared).to_payload()}, {})
     ]
-    losses = [dict(content["metrics"])["global_loss"] for content in measured]
     assert losses[0] == losses[2] != losses[1]  # what is remembered of one is not told of the other
     wrong = replace(shared, weight=np.zeros((3, 1), np.float32))
+    predictions = next(channel for channel in strategy.channels if channel.name == "predictions")
     with pytest.raises(RemoteError, match="and 1 latents"):
-        TrainReply.from_content(ask(TRAIN, TrainRequest(
-            header, tensors, digest, None, [], 1, 0.01, discriminant=wrong,
-            lesson=strategy.consensus.lesson(1, type_key),
-        )))  # fmt: skip
+        trained(
+            statistics=Request(wrong).to_payload(),
+            predictions=predictions.round_request(1, type_key).to_payload(),
+        )
 
 
 def test_a_nodes_owner_must_allow_it(world):
     config = compose(str(world.path / "run.yaml"))
     node = {"client-id": "n", "backbone": "tiny-a", "data": "d.jsonl", "state-dir": str(world.path)}
-    assert identify(config, node).told(2) == 0
-    assert identify(config, {**node, "class-sums": "no"}).told(2) == 0
+    assert identify(config, node).allowed_min_count(2) == 0
+    assert identify(config, {**node, "class-sums": "no"}).allowed_min_count(2) == 0
     for report in ("all", "counts-and-loss-only"):
         allowed = identify(config, {**node, "report": report, "class-sums": "yes"})
-        assert allowed.told(3) == 3
-        assert allowed.told(1) == 2  # of one example a deployed node never tells
-        assert allowed.told(0) == allowed.told(-3) == 0
+        assert allowed.allowed_min_count(3) == 3
+        assert allowed.allowed_min_count(1) == 2  # of one example a deployed node never tells
+        assert allowed.allowed_min_count(0) == allowed.allowed_min_count(-3) == 0
     with pytest.raises(ConfigError, match=r"class-sums.*no, yes"):
         identify(config, {**node, "class-sums": "maybe"})

@@ -1,14 +1,13 @@
-"""The shared discriminant: told once, pooled over types in closed form, heard in predictions and tests alone."""
+"""Class statistics: told once, pooled over types in closed form, heard in predictions and tests alone."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from facts import opened, run_facts
 from hypothesis import given
 from hypothesis import strategies as st
 from real_clients import DEEP, FEW, run
@@ -20,11 +19,9 @@ from toy_federation import latents as toy_latents
 from toy_runs import Killed, comparable, killer
 from toy_runs import run_all as run_toy
 
-from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier
+from heterotune_flwr.channels.statistics.class_pool import Classes
+from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier, Request
 from heterotune_flwr.channels.statistics.server import (
-    Classes,
-    PooledClassifier,
-    StatisticsOptions,
     agreement,
     linear_discriminant,
     who_agrees,
@@ -32,13 +29,15 @@ from heterotune_flwr.channels.statistics.server import (
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import round_trip
-from heterotune_flwr.federation.journal import Journal
+from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.session import Session, StrategyContext
-from heterotune_flwr.flower import RecordDict
+from heterotune_flwr.flower import ConfigRecord, RecordDict
+from heterotune_flwr.protocol.messages import TrainReply
+from heterotune_flwr.protocol.payloads import Payload, add_payloads, read_payloads
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.strategies.build import check_strategy
 
-#: HeteroTune with nothing but its bank and the discriminant.
+#: HeteroTune with nothing but its bank and class statistics.
 PLAIN = {
     "_component_": "heterotune_flwr.strategies.heterotune.HeteroTune",
     "statistics": {"weight": 0.5},
@@ -80,10 +79,9 @@ def test_a_class_nobody_has_lies_at_the_mean():
 def test_latents_count_by_their_correlation():
     """M = rho / spread^2: in standard deviations, a latent counts by how alike the types see it."""
     spreads = np.array([2.0, 0.5])
-    nobody = SimpleNamespace(clients={}, labels=["a", "b", "c"], usual_examples=0.0)
-    known = PooledClassifier(StatisticsOptions(), spreads, 2.0, nobody)
+    known = opened("statistics", run_facts(spreads=spreads, weighting=2.0))
     np.testing.assert_allclose(known.metric * spreads**2, np.sqrt(spreads))
-    equal = PooledClassifier(StatisticsOptions(), np.ones(2), 0.0, nobody)
+    equal = opened("statistics", run_facts(spreads=np.ones(2)))
     np.testing.assert_array_equal(equal.metric, 1)
 
 
@@ -132,82 +130,75 @@ def test_neither_other_classes_nor_another_domain_are_disagreement():
     assert who_agrees({"a": less, "b": rest}, metric, 0.9) == ({}, frozenset())
 
 
+def payload(counts, sums):
+    return ClassSums(np.asarray(counts, np.float32), np.asarray(sums, np.float32)).to_payload()
+
+
+def facts_of(types):
+    """Clients that are called as their types."""
+    return run_facts({key: key for key in types}, spreads=np.ones(5), usual_examples=60.0)
+
+
 def judged(classes, **options):
-    """The server after one client of each type has told these."""
-    clients = {
-        key: SimpleNamespace(info=SimpleNamespace(type_key=key, train_examples=60))
-        for key in classes
-    }
-    roster = SimpleNamespace(
-        clients=clients, labels=["a", "b", "c"], type_keys=sorted(classes), usual_examples=60.0
-    )
-    server = PooledClassifier(StatisticsOptions(**options), np.ones(5), 0.0, roster)
-    replies = [
-        SimpleNamespace(
-            client_id=key,
-            type_key=key,
-            class_sums=ClassSums(c.counts.astype(np.float32), c.sums.astype(np.float32)),
-        )
-        for key, c in classes.items()
-    ]
-    return server, server.aggregate(replies)[0]
+    """The server's half after one client of each type has told these, and what it made of them."""
+    server = opened("statistics", facts_of([*classes, "guest"]), **options)
+    told = {key: payload(c.counts, c.sums) for key, c in classes.items()}
+    return server, server.aggregate(1, told, [])
 
 
 def test_a_type_with_other_labels_keeps_to_its_own_classes():
     classes = {"a": drawn(0), "b": drawn(1, shift=1), "c": drawn(2), "d": drawn(3)}
-    server, known = judged(classes)
+    server, found = judged(classes)
+    known = found.log
     assert server.excluded_types == {"b"}
     assert known["excluded_types"] == ["b"]
     assert known["agreement"]["b"] < 0 < 0.7 < min(known["agreement"][key] for key in "acd")
+    assert "b" in [note.facts.get("excluded_type") for note in found.notes]
     assert set(server.tensors()) == {
         f"{group}/statistics.{name}" for group in ("global", "type/b") for name in ("weight", "bias")
     }  # fmt: skip
-    for key, behind in (("a", "acd"), ("d", "acd"), ("b", "b")):
+    for key, behind in (("a", "acd"), ("d", "acd"), ("b", "b"), ("guest", "acd")):
         counts, sums = (
             sum(getattr(classes[k], what) for k in behind) for what in ("counts", "sums")
         )
         expected = linear_discriminant(counts, sums, server.metric, 2.0)
-        np.testing.assert_allclose(server.of(key).weight, 0.1 * expected.weight, rtol=0.01)
-    again = PooledClassifier(server.options, np.ones(5), 0.0, server.roster)
+        np.testing.assert_allclose(server.classifier(key).weight, 0.1 * expected.weight, atol=0.01)
+    again = opened("statistics", facts_of([*classes, "guest"]))
     again.load_state_dict(server.state_dict())
     assert again.excluded_types == {"b"}
-    assert again.of("a").digest == server.of("a").digest
+    np.testing.assert_array_equal(again.classifier("a").weight, server.classifier("a").weight)
+    assert again.requested_min_count("a") == 0 < again.requested_min_count("guest")
     everybody, _ = judged(classes, min_cosine=-1.0)
     assert not everybody.excluded_types
+
+
+def test_of_two_types_that_disagree_nobody_knows_which_is_right():
     two, _ = judged({"a": drawn(0), "b": drawn(1, shift=1)})
-    assert two.excluded_types == {"a", "b"}  # nobody knows who is right
+    assert two.excluded_types == {"a", "b"}
     assert {name.rpartition("/")[0] for name in two.tensors()} == {"type/a", "type/b"}
-    assert two.of("guest") is None
-    assert server.of("guest").digest == server.of("a").digest
-    few, known = judged({"a": drawn(0, count=5), "b": drawn(1, shift=1, count=5)})
+    assert two.classifier("guest") is None
+    few, found = judged({"a": drawn(0, count=5), "b": drawn(1, shift=1, count=5)})
     assert not few.excluded_types
-    assert "agreement" not in known
+    assert "agreement" not in found.log
 
 
 @pytest.mark.parametrize(
-    ("given_options", "said"),
+    "wrong",
     [
-        ({"weigth": 1}, "no key 'weigth'; known: weight"),
-        ({"weight": -0.1}, "not negative"),
-        ({"weight": float("nan")}, "not negative"),
-        ({"weight": True}, "not negative"),
-        ({"min_count": 0}, "whole number from 1"),
-        ({"min_count": 1.5}, "whole number"),
-        ({"prior": float("inf")}, "not negative"),
-        ({"pool_over": "everybody"}, "all or type"),
-        ({"min_cosine": 2}, "from -1 to 1"),
-        ({"min_cosine": True}, "from -1 to 1"),
-        ({"distill_share": 1.1}, "from 0 to 1"),
-        ({"distill_share": "half"}, "from 0 to 1"),
-        ("yes", "key: value"),
+        {"weight": -0.1},
+        {"min_count": 0},
+        {"prior": float("inf")},
+        {"pool_over": "everybody"},
+        {"min_cosine": 2},
+        {"distill_share": 1.1},
     ],
 )
-def test_wrong_options_are_named_before_anything_runs(given_options, said):
-    with pytest.raises(ConfigError, match=said):
-        StatisticsOptions.read(given_options)
+def test_wrong_options_are_named_before_anything_runs(wrong):
     config = compose("demo", "run.compare=[heterotune]")
-    entry = {**config.strategies["heterotune"], "statistics": given_options}
-    with pytest.raises(ConfigError, match=r"strategies\.heterotune: statistics"):
+    entry = {**config.strategies["heterotune"], "statistics": wrong}
+    with pytest.raises(
+        ConfigError, match=rf"strategies\.heterotune: statistics\.{next(iter(wrong))}"
+    ):
         check_strategy("heterotune", entry, config)
 
 
@@ -220,59 +211,78 @@ def told(counts=(3.0, 0.0, 2.0), latent=4, each=1.0):
     return ClassSums(counts, sums)
 
 
+def travelled(record):
+    """A record as it comes out of a message."""
+    config = ConfigRecord({})
+    content = RecordDict({"config": config})
+    add_payloads(content, config, {"statistics": record.to_payload()})
+    return type(record).from_payload(read_payloads(content, config)["statistics"])
+
+
 def test_both_travel_as_bf16_and_counts_exactly():
-    content = RecordDict({})
-    sums = ClassSums(
-        np.array([257.0, 0.0], np.float32), np.array([[0.1, 1e-6], [0, 0]], np.float32)
-    )
-    sums.add_to(content)
-    read = ClassSums.read(content)
-    np.testing.assert_array_equal(read.counts, sums.counts)
-    np.testing.assert_array_equal(read.sums, round_trip({"s": sums.sums}, "bf16")["s"])
-    np.testing.assert_allclose(read.sums, sums.sums, rtol=2**-8)
-    discriminant = LinearClassifier(sums.sums, sums.counts)
-    discriminant.add_to(content)
-    assert (
-        LinearClassifier.read(content).digest == discriminant.rounded.digest != discriminant.digest
-    )
-    assert discriminant.rounded.rounded.digest == discriminant.rounded.digest
-    half = replace(discriminant, distill_share=0.5)
-    half.add_to(content)
-    assert LinearClassifier.read(content).distill_share == 0.5
-    assert half.digest != discriminant.digest
-    assert ClassSums.read(RecordDict({})) is None
-    assert LinearClassifier.read(RecordDict({})) is None
+    sums = np.array([[0.1, 1e-6], [0, 0]], np.float32)
+    read = travelled(ClassSums(np.array([257.0, 0.0], np.float32), sums))
+    np.testing.assert_array_equal(read.counts, [257, 0])
+    np.testing.assert_array_equal(read.sums, round_trip({"s": sums}, "bf16")["s"])
+    classifier = LinearClassifier(sums, sums[:, 0]).rounded
+    read = travelled(Request(classifier, 3, 0.5))
+    np.testing.assert_array_equal(read.classifier.weight, classifier.weight)
+    np.testing.assert_array_equal(read.classifier.bias, classifier.bias)
+    assert (read.min_count, read.distill_share) == (3, 0.5)
+    assert travelled(Request(None)) == Request(None)
 
 
-def test_malformed_ones_are_refused():
-    for matrix, vector in (((2, 3), (3,)), ((6,), (6,)), ((2, 3), (2, 1))):
-        content = RecordDict({})
-        ClassSums(np.zeros(vector, np.float32), np.zeros(matrix, np.float32)).add_to(content)
-        with pytest.raises(ExchangeError, match="class sums are"):
-            ClassSums.read(content)
-    for distill_share in (np.nan, -0.1, 1.5):
-        content = RecordDict({})
-        LinearClassifier(
-            np.zeros((2, 3), np.float32), np.zeros(2, np.float32), distill_share
-        ).add_to(content)
-        with pytest.raises(ExchangeError, match="from 0 to 1"):
-            LinearClassifier.read(content)
-    content = RecordDict({})
-    LinearClassifier(np.zeros((2, 3), np.float32), np.zeros(2, np.float32)).add_to(content)
-    content["class_sums"] = content["statistics"]
-    with pytest.raises(ExchangeError, match="class sums hold"):
-        ClassSums.read(content)
+def test_what_a_message_brings_says_what_it_is():
+    """A request that differs in anything is another one, to whoever remembers answers."""
+    one = LinearClassifier(np.ones((2, 3), np.float32), np.zeros(2, np.float32))
+    digests = {
+        request.to_payload().digest
+        for request in (Request(one), Request(one, 2), Request(one, 0, 0.5), Request(None))
+    }
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("counts", "sums"),
+    [
+        ([1, 2, 3], (2, 3)),
+        ([1] * 6, (6,)),
+        ([1.5, 0], (2, 3)),
+        ([True, 0], (2, 3)),
+        ([-1, 0], (2, 3)),
+        ([10**10, 0], (2, 3)),
+        (2, (2, 3)),
+    ],
+)
+def test_malformed_sums_are_refused(counts, sums):
+    with pytest.raises(ExchangeError, match="count"):
+        ClassSums.from_payload(Payload({"sums": np.zeros(sums, np.float32)}, {"counts": counts}))
+
+
+def test_malformed_classifiers_are_refused():
+    weight, bias = np.zeros((2, 3), np.float32), np.zeros(2, np.float32)
+    fields = {"min_count": 0, "distill_share": 0.5}
+    for wrong in (
+        {"weight": weight},
+        {"weight": weight, "bias": bias, "more": bias},
+        {"weight": weight, "bias": weight},
+        {"weight": bias, "bias": bias},
+    ):
+        with pytest.raises(ExchangeError, match="a classifier"):
+            Request.from_payload(Payload(wrong, fields))
+    for share in (np.nan, -0.1, 1.5, "half", None):
+        with pytest.raises(ExchangeError, match="share"):
+            Request.from_payload(Payload({}, {**fields, "distill_share": share}))
+    with pytest.raises(ExchangeError, match="min_count"):
+        Request.from_payload(Payload({}, {"distill_share": 0.5}))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"sums": np.zeros((2, 4), np.float32)}, "expected 3 x 4"),
-        ({"counts": np.array([3, np.nan, 2], np.float32)}, "not finite"),
         ({"sums": np.full((3, 4), np.inf, np.float32)}, "not finite"),
-        ({"counts": np.array([3, -2, 2], np.float32)}, "whole numbers from 2"),
-        ({"counts": np.array([3.5, 0, 2], np.float32)}, "whole numbers from 2"),
-        ({"counts": np.array([3, 0, 1], np.float32)}, "whole numbers from 2"),
+        ({"counts": np.array([3, 0, 1], np.float32)}, "nor from 2"),
         ({"counts": np.array([30, 0, 2], np.float32)}, "32 examples, more than the 5"),
         ({"counts": np.array([3, 0, 0], np.float32)}, "classes without examples"),
         ({"sums": np.ones((3, 4), np.float32) * [[3], [0], [2e3]]}, "1e.03 standard deviations"),
@@ -297,17 +307,29 @@ def toy(tmp_path, entry=PLAIN, clients=(2, 2, 2), **server):
     return strategy, federation, session
 
 
+def asked_of(federation):
+    """What every training asked and brought: (client id, round) -> request."""
+    return {
+        key: Request.from_payload(request.channels["statistics"])
+        for key, request in federation.received.items()
+        if "statistics" in request.channels
+    }
+
+
+def rounds_of(strategy):
+    rounds = [e for e in strategy.outcome.rounds if e["event"] == "round"]
+    return [entry["channels"]["statistics"] for entry in rounds]
+
+
 def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
     entry = {**PLAIN, "predictions": {"anchors": 16, "pool": 16}}
     strategy, federation, session = toy(tmp_path, entry)
     strategy.start(session.grid)
-    asked = {key: request.class_sums for key, request in federation.received.items()}
-    assert {round for (_, round), least in asked.items() if least} == {1}
-    assert len([least for least in asked.values() if least == 2]) == 6
-    assert all(
-        (request.discriminant is None) == (round == 1)
-        for (_, round), request in federation.received.items()
-    )
+    requests = asked_of(federation)
+    told = {key: request.min_count for key, request in requests.items() if request.min_count}
+    assert told == {(f"client-000{n}", 1): 2 for n in range(6)}
+    assert all((request.classifier is None) == (key[1] == 1) for key, request in requests.items())
+    assert len(requests) == 18
     counts, sums = np.zeros(len(TOY_LABELS)), np.zeros((len(TOY_LABELS), 8))
     for partition in range(6):
         name = federation.type_of(partition)
@@ -316,15 +338,16 @@ def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
         own = toy_sums(z, labels, 2)
         counts = counts + own.counts
         sums = sums + round_trip({"s": own.sums}, "bf16")["s"]
-    expected = linear_discriminant(counts, sums, strategy.discriminant.metric, 2.0)
-    found = federation.received["client-0000", 3].discriminant
+    (channel,) = (one for one in strategy.channels if one.name == "statistics")
+    expected = linear_discriminant(counts, sums, channel.metric, 2.0)
+    found = requests["client-0000", 3].classifier
     seen = LinearClassifier(0.5 * expected.weight, 0.5 * expected.bias).rounded
     np.testing.assert_allclose(found.weight, seen.weight, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.bias, seen.bias, rtol=1e-4, atol=1e-4)
     saved = strategy.shared_tensors()
     np.testing.assert_array_equal(saved["global/statistics.weight"], found.weight)
     np.testing.assert_array_equal(saved["global/statistics.bias"], found.bias)
-    rounds = [e["statistics"] for e in strategy.outcome.rounds if e["event"] == "round"]
+    rounds = rounds_of(strategy)
     agreements = [known.pop("agreement") for known in rounds]
     assert rounds == [{"clients": 6, "examples": int(counts.sum()), "excluded_types": []}] * 3
     assert agreements[0] == agreements[2]
@@ -334,8 +357,8 @@ def test_every_client_is_asked_once_and_all_are_pooled(tmp_path):
 def test_who_predicts_nothing_is_sent_none(tmp_path):
     strategy, federation, session = toy(tmp_path)
     strategy.start(session.grid)
-    assert all(request.discriminant is None for request in federation.received.values())
-    assert strategy.discriminant.of("small@fp32") is not None  # the tests have it
+    assert all(request.classifier is None for request in asked_of(federation).values())
+    assert "global/statistics.weight" in strategy.shared_tensors()  # the tests have it
 
 
 def test_types_know_more_with_each_others_classes(tmp_path):
@@ -361,8 +384,6 @@ def test_a_type_by_itself_has_one_of_its_own_classes(tmp_path):
     saved = strategy.shared_tensors()
     assert [name for name in saved if name.endswith("statistics.weight")] == weights
     assert not np.allclose(saved[weights[0]], saved[weights[1]], atol=0.1)
-    with pytest.raises(ConfigError, match=r"statistics\.weight"):
-        check_strategy("mine", {**entry, "statistics": {"weight": -1}}, toy_config(tmp_path))
 
 
 def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path):
@@ -373,66 +394,74 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path):
     federation = ToyFederation(config)
     with pytest.raises(Killed):  # in round 3, after 3 clients of round 1 and one more of round 2
         run_toy(config, federation, drop=killer(24), directory=tmp_path / "parts")
-    before = {key for key, request in federation.received.items() if request.class_sums}
+    before = {key for key, request in asked_of(federation).items() if request.min_count}
     again = run_toy(config, federation, resuming=True, directory=tmp_path / "parts")
     assert comparable(again) == whole
-    asked = {key for key, request in federation.received.items() if request.class_sums}
+    asked = {key for key, request in asked_of(federation).items() if request.min_count}
     assert len(before) == 4 < len(asked)
     assert len({client_id for client_id, _ in asked}) == len(asked)
 
 
-def with_one_that_tells(tmp_path, sums):
-    """A finished run in which client 1 tells these sums instead of its own."""
-    strategy, federation, _ = toy(tmp_path)
+def telling(federation, change, liar):
+    """``change``: what those whose id or type begins with ``liar`` tell -> another payload."""
     train = federation.train
 
     def lying(message, context):
         reply = train(message, context)
-        if federation.who(context)[0] == "client-0001" and "class_sums" in reply.content:
-            sums.add_to(reply.content)
+        found = TrainReply.from_content(reply.content)
+        told = found.channels.get("statistics")
+        client_id, type_key, *_ = federation.who(context)
+        if told is not None and liar in (client_id, type_key):
+            channels = {**found.channels, "statistics": change(told)}
+            codec = federation.config.exchange.codec
+            reply.content = replace(found, channels=channels).to_content(codec)
         return reply
 
     federation.train = lying
-    strategy.start(federation.grid())
-    return strategy
 
 
-def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path):
-    strategy = with_one_that_tells(tmp_path, told(counts=[900.0, *[0.0] * 5], latent=8))
-    assert strategy.outcome.refused == {"client-0001": {"class_sums": 1}}
-    events = (tmp_path / "journal" / "rounds.jsonl").read_text()
-    assert "class_sums_refused" in events
-    assert "900 examples, more than the 48 declared" in events
-    last = [e["statistics"] for e in strategy.outcome.rounds if e["event"] == "round"][-1]
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (told([900.0, *[0.0] * 5], 8), "900 examples, more than the 48 declared"),
+        # Whole counts, within the declared number, and a class where nobody has any.
+        (told([40.0, *[0.0] * 5], 8, each=30.0), "times as far away as is usual"),
+    ],
+)
+def test_sums_that_cannot_be_are_refused_and_put_on_record(tmp_path, lie, reason):
+    strategy, federation, session = toy(tmp_path)
+    telling(federation, lambda _: lie.to_payload(), "client-0001")
+    strategy.start(session.grid)
+    assert strategy.outcome.refused == {"client-0001": {"statistics": 1}}
+    (event,) = (
+        e
+        for e in read_events(tmp_path / "journal" / "rounds.jsonl")
+        if e["event"] == "payload_refused"
+    )
+    assert event["channel"] == "statistics"
+    assert reason in event["reason"]
+    last = rounds_of(strategy)[-1]
     assert last["examples"] < 5 * 48 + 1
     assert last["clients"] == 5
 
 
 def test_a_type_that_tells_of_other_classes_is_put_on_record(tmp_path):
-    config = toy_config(tmp_path, clients=(2, 2, 2), strategies={"mine": PLAIN})
-    federation = ToyFederation(config)
-    train, wrong = federation.train, federation.type_of(1)
+    strategy, federation, session = toy(tmp_path)
+    wrong = f"{federation.type_of(1)}@fp32"
 
-    def other_labels(message, context):
-        reply = train(message, context)
-        sums = ClassSums.read(reply.content)
-        if federation.who(context)[1].startswith(wrong) and sums is not None:
-            ClassSums(np.roll(sums.counts, 1), np.roll(sums.sums, 1, axis=0)).add_to(reply.content)
-        return reply
+    def other_labels(given):
+        sums = ClassSums.from_payload(given)
+        return payload(np.roll(sums.counts, 1), np.roll(sums.sums, 1, axis=0))
 
-    federation.train = other_labels
-    run_toy(config, federation, directory=tmp_path / "run")
-    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
-    (apart,) = [e for e in map(json.loads, lines) if e["event"] == "types_excluded"]
-    assert apart["type"].startswith(wrong)
+    telling(federation, other_labels, wrong)
+    strategy.start(session.grid)
+    events = read_events(tmp_path / "journal" / "rounds.jsonl")
+    (apart,) = (e for e in events if "excluded_type" in e)
+    assert (apart["event"], apart["channel"], apart["excluded_type"]) == (
+        "channel_note", "statistics", wrong,
+    )  # fmt: skip
     assert apart["agreement"] < 0.06
-
-
-def test_one_that_lies_far_from_all_others_is_not_pooled(tmp_path):
-    """Whole counts, within the declared number, and a class where nobody has any."""
-    strategy = with_one_that_tells(tmp_path, told(counts=[40.0, *[0.0] * 5], latent=8, each=30.0))
-    assert strategy.outcome.refused == {"client-0001": {"class_sums": 1}}
-    assert "times as far away as is usual" in (tmp_path / "journal" / "rounds.jsonl").read_text()
+    assert wrong in apart["text"]
 
 
 def test_honest_clients_of_one_class_are_pooled():
@@ -443,14 +472,14 @@ def test_honest_clients_of_one_class_are_pooled():
     }
     far = Classes(np.array([0, 20.0, 0]), np.full((3, 5), 1.2) * [[0], [20], [0]])
     lie = Classes(np.array([0, 20.0, 0]), np.full((3, 5), 4.0) * [[0], [20], [0]])
-    assert judged({**near, "z": far})[1]["clients"] == 5
-    assert judged({**near, "z": lie})[1]["clients"] == 4
+    assert judged({**near, "z": far})[1].log["clients"] == 5
+    assert judged({**near, "z": lie})[1].log["clients"] == 4
 
 
-def test_without_weight_nothing_is_asked(tmp_path):
-    strategy, federation, session = toy(tmp_path, {**PLAIN, "statistics": {"weight": 0.0}})
+def test_without_weight_the_channel_is_off(tmp_path):
+    strategy, _, session = toy(tmp_path, {**PLAIN, "statistics": {"weight": 0.0}})
     strategy.start(session.grid)
-    assert not any(request.class_sums for request in federation.received.values())
+    assert strategy.channels == []
 
 
 def test_a_type_that_is_not_aligned_neither_tells_nor_hears(tmp_path):
@@ -460,17 +489,7 @@ def test_a_type_that_is_not_aligned_neither_tells_nor_hears(tmp_path):
         config, alignment=dataclasses.replace(config.alignment, quality_threshold=2.0)
     )
     strategy.start(session.grid)
-    assert not any(request.class_sums for request in federation.received.values())
-    assert not any(request.discriminant for request in federation.received.values())
-
-
-def test_open_text_has_none_and_says_so(world):
-    strategy = run(
-        world, DEEP, rounds=1,
-        overrides=f"{FEW} train.loss=tokens strategies.{DEEP}.statistics.weight=0.1",
-    )  # fmt: skip
-    assert strategy.discriminant is None
-    assert "discriminant_off" in (world.path / "journal" / "rounds.jsonl").read_text()
+    assert not asked_of(federation)
 
 
 def test_the_shipped_strategy_uses_it_on_real_models(world):
@@ -478,9 +497,8 @@ def test_the_shipped_strategy_uses_it_on_real_models(world):
         run(world, DEEP, rounds=2, overrides=f"{FEW} strategies.{DEEP}.statistics={value}")
         for value in ("'{weight: 0.3}'", "null")
     )
-    rounds = [e for e in on.outcome.rounds if e["event"] == "round"]
-    assert rounds[0]["statistics"]["clients"] == 4
-    assert 40 <= rounds[0]["statistics"]["examples"] <= 64
-    assert off.discriminant is None
+    assert rounds_of(on)[0]["clients"] == 4
+    assert 40 <= rounds_of(on)[0]["examples"] <= 64
+    assert [channel.name for channel in off.channels] == ["predictions"]
     losses = [[row.global_loss for row in s.outcome.rows] for s in (on, off)]
     assert losses[0] != losses[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import stat
 from dataclasses import replace
@@ -13,7 +14,9 @@ from real_clients import METHOD, World, inline, make_maps
 from tiny_backbones import LABELS, write_rows
 
 from benchmarks.deployment.runs import NODES, simulated_bank
+from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import LinearClassifier
+from heterotune_flwr.channels.statistics.record import Request as Statistics
 from heterotune_flwr.client.floors import KEYS, Floors
 from heterotune_flwr.client.guard import MOST_LOSS, Guard, check_maps
 from heterotune_flwr.client.holdout import held_size, split, whole_test
@@ -35,8 +38,10 @@ from heterotune_flwr.protocol.messages import (
     TrainReply,
     TrainRequest,
 )
+from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.queries import DescribeReply, DescribeRequest
-from heterotune_flwr.protocol.wire import ERROR_REFUSED, RemoteError
+from heterotune_flwr.protocol.wire import ERROR_FAILED, ERROR_REFUSED, RemoteError
+from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.tuning.evaluate import bounded
 from heterotune_flwr.tuning.losses import Examples
 
@@ -44,6 +49,7 @@ ROWS = 80
 SHARED = replace(METHOD, experts_private=0)
 VAST = replace(METHOD, latent=8192, inner=8192)
 MAPS, DIGEST = make_maps(48)
+WORK = {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 class Node:
@@ -59,24 +65,29 @@ class Node:
         }  # fmt: skip
         self.text = inline(world)
 
-    def ask(self, kind, content, overrides=""):
+    def world(self, overrides=""):
         words = f"data.labels=[{','.join(LABELS)}] train.batch_size=16 {overrides}"
-        return World(self.data.parent, self.text, words, **self.config).ask(0, kind, content)
+        return World(self.data.parent, self.text, words, **self.config)
 
-    def describe(self, overrides="", method=METHOD):
-        content = DescribeRequest(Header("run", 0, method), []).to_content()
-        return DescribeReply.from_content(self.ask(DESCRIBE, content, overrides))
+    def describe(self, method=METHOD):
+        world = self.world()
+        content = DescribeRequest(world.header(method), []).to_content()
+        return DescribeReply.from_content(world.ask(0, DESCRIBE, content))
 
-    def train(self, overrides="", **changes):
-        request = TrainRequest(Header("run", 0, METHOD, 1), {}, DIGEST, MAPS, [], 3, 0.01)
+    def train(self, overrides="", method=METHOD, round=1, **changes):
+        """``changes``: of the request, or of its training settings."""
+        world, work = self.world(overrides), {"local_steps": 3, "learning_rate": 0.01}
+        work |= {key: changes.pop(key) for key in WORK & set(changes)}
+        request = TrainRequest(world.header(method, round, **work), {}, DIGEST, MAPS, [])
         content = replace(request, **changes).to_content("fp32")
-        return TrainReply.from_content(self.ask(TRAIN, content, overrides))
+        return TrainReply.from_content(world.ask(0, TRAIN, content))
 
-    def test(self, overrides="", **changes):
-        header = Header("run", 0, METHOD, 0)
+    def test(self, overrides="", experiment="run", seed=0, **changes):
+        world = self.world(overrides)
+        header = replace(world.header(METHOD, experiment=experiment), seed=seed)
         request = EvaluateRequest(header, {}, DIGEST, MAPS, ["personal"])
         content = replace(request, **changes).to_content("fp32")
-        return EvaluateReply.from_content(self.ask(EVALUATE, content, overrides)).metrics
+        return EvaluateReply.from_content(world.ask(0, EVALUATE, content)).metrics
 
     def identity(self, overrides=""):
         words = f"data.labels=[{','.join(LABELS)}] {overrides}"
@@ -97,8 +108,15 @@ def one_number(seed=0):
     return MAPS | {"slots.0.map.down.weight": np.eye(8, 48, seed, dtype=np.float32)}
 
 
-def zeros(bias):
-    return LinearClassifier(np.zeros((3, 8), np.float32), np.asarray(bias, np.float32))
+def classifier(bias):
+    """What brings a classifier that adds the same to all examples."""
+    found = LinearClassifier(np.zeros((3, 8), np.float32), np.asarray(bias, np.float32))
+    return {"statistics": Statistics(found).to_payload()}
+
+
+def texts(**changes):
+    """What a channel about public texts brings."""
+    return replace(DistillationRequest("digest", 40, 8, 1.0), **changes).to_payload()
 
 
 TENSOR = "slots.0.experts.global.0.up.weight"
@@ -120,9 +138,8 @@ TENSOR = "slots.0.experts.global.0.up.weight"
         ("'data.prompt=Section:'", {}, "must hold {text}"),
         ("'data.prompt={text}{text}'", {}, "hold {text} once"),
         ("data.name=natural_instructions", {}, "simulations"),
-        ("", {"header": Header("run", 0, VAST, 1)}, "size of the adapter"),
+        ("", {"method": VAST}, "size of the adapter"),
         ("", {"expected": ["slots.0.experts.private.0.up.weight"]}, "private experts never leave"),
-        ("", {"controls": {TENSOR: np.full((8, 4), 1e9, np.float32)}}, "control variates"),
     ],
 )
 def test_what_reads_single_records_is_refused(node, overrides, changes, match):
@@ -130,6 +147,30 @@ def test_what_reads_single_records_is_refused(node, overrides, changes, match):
         node.train(overrides, **changes)
     assert caught.value.kind == ERROR_REFUSED
     assert not list((node.data.parent / "mine").rglob("*.safetensors"))  # before anything is kept
+
+
+@pytest.mark.parametrize(
+    ("channels", "match"),
+    [
+        ({"control_variates": Payload({TENSOR: np.full((8, 4), 1e9, np.float32)})}, "control variates"),
+        (classifier([0, 1000, 2000]), "the classifier"),
+        ({"predictions": texts(weight=1e6)}, "weight of what others know"),
+        ({"predictions": texts(batch=10**6)}, "public texts of a step"),
+        ({"answers": texts(weight=1e6)}, "weight of what others know"),
+    ],
+)  # fmt: skip
+def test_what_channels_bring_is_bounded_before_any_work(node, channels, match):
+    with refused(match) as caught:
+        node.train(channels=channels)
+    assert caught.value.kind == ERROR_REFUSED
+    assert not list((node.data.parent / "mine").rglob("*.safetensors"))
+
+
+def test_a_channel_that_a_node_does_not_have_is_said_in_one_line(node):
+    with refused("uses a channel that is not installed here") as caught:
+        node.train(channels={"unheard_of": Payload()})
+    assert caught.value.kind == ERROR_FAILED
+    assert "unheard_of" not in str(caught.value)  # the server's words stay in the node's own log
 
 
 def test_start_tensors_are_finite_and_of_a_usual_size(node):
@@ -148,17 +189,17 @@ def test_a_test_is_of_the_nodes_own_rows_whatever_a_run_says(node):
     first = node.test()
     assert first["personal_examples"] == held_size(ROWS, Floors()) == 20
     for words in ("data.personal_test_examples=1", "data.personal_test_examples=31 run.seeds=[7]"):
-        other = node.test(words, header=Header("other", 7, METHOD, 0))
+        other = node.test(words, experiment="other", seed=7)
         assert other["personal_examples"] == 20
         assert other["personal_loss"] == first["personal_loss"]
     assert round(first["personal_loss"], 3) == first["personal_loss"]
-    with refused("the discriminant"):
-        node.test("data.personal_test_examples=1", discriminant=zeros([0, 1000, 2000]))
+    with refused("the classifier"):
+        node.test("data.personal_test_examples=1", channels=classifier([0, 1000, 2000]))
     assert not any(name.startswith("gate_mass") for name in node.train().metrics)
 
 
 def test_one_example_moves_a_test_by_no_more_than_its_bound(node):
-    worst = node.test(discriminant=zeros([0, 900, 900]))["personal_loss"]
+    worst = node.test(channels=classifier([0, 900, 900]))["personal_loss"]
     assert worst < 20.0
 
 
@@ -173,7 +214,7 @@ def test_every_loss_on_own_rows_is_bounded(world, folder, tmp_path):
     own = tmp_path / "test.jsonl"
     node = Node(world, folder, tmp_path, test=str(own))
     write_rows(own, 30, offset=500)
-    told = node.test(discriminant=zeros([0, 900, 900]), test_sets=["global", "personal"])
+    told = node.test(channels=classifier([0, 900, 900]), test_sets=["global", "personal"])
     assert 5.0 < told["global_loss"] < 20.0
     big = {"slots.0.map.up.weight": MAPS["slots.0.map.up.weight"] * 800}
     maps = {**MAPS, **big}
@@ -279,12 +320,12 @@ def test_a_test_file_of_ones_own_has_the_same_floor(world, folder, tmp_path):
 def test_a_budget_is_spent_once_and_what_was_answered_is_free(world, folder, tmp_path):
     node = Node(world, folder, tmp_path, **{"floor-tests": 2, "floor-trainings": 1})
     first = node.test()
-    second = node.test(discriminant=zeros([0, 0, 1]))
+    second = node.test(channels=classifier([0, 0, 1]))
     for _ in range(3):  # asked again: the same answer, for nothing
         assert node.test() == first
-        assert node.test(discriminant=zeros([0, 0, 1])) == second
+        assert node.test(channels=classifier([0, 0, 1])) == second
     with refused("budget of 2 tests") as caught:
-        node.test(discriminant=zeros([0, 0, 2]))
+        node.test(channels=classifier([0, 0, 2]))
     assert caught.value.kind == ERROR_REFUSED
     public = EvaluateRequest(Header("run", 0, METHOD), {}, DIGEST, None, ["global"])
     Guard(node.identity(), compose("demo")).charge(
@@ -308,10 +349,10 @@ def test_what_a_node_keeps_of_earlier_rounds_is_part_of_what_is_asked(world, fol
     zero = {TENSOR: np.zeros(shapes[TENSOR], np.float32)}
 
     def ask(round, rate):
-        header = Header("run", 0, SHARED, round)
         node.train(
-            header=header, learning_rate=rate, tensors=start, expected=[TENSOR], controls=zero
-        )
+            method=SHARED, round=round, learning_rate=rate, tensors=start, expected=[TENSOR],
+            channels={"control_variates": Payload(zero)},
+        )  # fmt: skip
 
     for round, rate in ((1, 0.01), (2, 0.01), (1, 0.02)):  # the node's own variate is another one
         ask(round, rate)
@@ -355,11 +396,10 @@ def test_lists_of_labels_are_counted_against_a_test_file_too(world, folder, tmp_
 def test_maps_stay_those_that_a_run_began_with(node):
     node.train()
     other, digest = make_maps(48, seed=1)
-    header = Header("run", 0, METHOD, 2)
     with refused("not those that this run began with"):
-        node.train(header=header, maps=other, maps_digest=digest)
-    node.train(header=header)
-    node.train(header=replace(header, round=1), maps=other, maps_digest=digest)  # begun anew
+        node.train(round=2, maps=other, maps_digest=digest)
+    node.train(round=2)
+    node.train(maps=other, maps_digest=digest)  # begun anew
 
 
 def test_maps_of_any_dense_kind_pass_and_degenerate_ones_do_not():
@@ -428,7 +468,8 @@ def test_an_honest_run_of_real_nodes_passes_their_floors(tmp_path):
     ]
     trained = [e["client_id"] for e in events if e["event"] == "train_reply"]
     assert sorted(trained) == sorted([*NODES, *NODES])
-    assert not [e for e in events if "class_sums" in str(e.get("statistics"))]
+    rounds = [e["channels"]["statistics"] for e in events if e["event"] == "round"]
+    assert {one["clients"] for one in rounds} == {0}  # what no owner has allowed
 
 
 def test_a_run_goes_on_without_a_node_whose_budget_is_spent(tmp_path):

@@ -68,7 +68,7 @@ def play(strategy: str, fault: str, place: str, seed: int = 0) -> Case:
         nothing = float("nan")
         line = f"{type(error).__name__}: {error}"
         return Case(strategy, fault, place, False, False, nothing, reference, nothing, line)
-    refused = ended.of("refused") + ended.of("predictions_refused")
+    refused = ended.of("refused") + ended.of("payload_refused")
     caught = {event["client_id"] for event in refused}
     loss = ended.loss(hostile)
     return Case(

@@ -96,9 +96,7 @@ def frozen(strategy):
     """A copy of all that a skipped round must not touch."""
     gate = strategy.transport.safety.gate.state_dict()
     parts = [strategy.state, strategy.state_dict(), gate["levels"], gate["last"]]
-    if strategy.consensus is not None:
-        parts.append(strategy.consensus.state_dict())
-    return copy.deepcopy(parts)
+    return copy.deepcopy([*parts, *(channel.state_dict() for channel in strategy.channels)])
 
 
 @pytest.mark.parametrize("name", ["heterotune_deep", "fedadam", "scaffold"])

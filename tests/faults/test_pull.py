@@ -40,7 +40,7 @@ WEIGHED = (
     "scaffold",
     "fedmosaic",
 )
-FLAGS = {"counted_less", "shortened", "classes_doubted", "class_sums_refused", "refused"}
+FLAGS = {"counted_less", "shortened", "payload_refused", "refused"}
 
 
 @contextlib.contextmanager
@@ -108,6 +108,7 @@ def test_a_million_examples_and_a_turned_update_pull_as_one_client(name):
 def test_an_honest_run_is_the_same_bit_for_bit(name):
     ended = run(toy_spec(name), rounds=ROUNDS, skew=2.0)
     assert not {event["event"] for event in ended.events} & FLAGS
+    assert not [event for event in ended.of("channel_note") if "doubted" in event]
     with unbounded():
         free = run(toy_spec(name), rounds=ROUNDS, skew=2.0)
     for key, value in ended.strategy.shared_tensors().items():
@@ -240,17 +241,16 @@ def test_a_pool_is_the_same_whoever_tells_first_and_after_a_resume():
 
 def test_a_liar_about_classes_is_put_on_record_and_pulls_little():
     def moved(reply):
-        told = reply.class_sums
+        told = reply.channels.get("statistics")
         if told is None:
             return reply
-        means = np.array([*np.eye(6, told.sums.shape[1])]) * 2.0
+        means = 2.0 * np.eye(6, told.tensors["sums"].shape[1], dtype=np.float32)
         counts = np.full(6, 1e5, np.float32)
-        return replace(
-            reply, class_sums=ClassSums(counts, (counts[:, None] * means).astype(np.float32))
-        )
+        lie = ClassSums(counts, counts[:, None] * means).to_payload()
+        return replace(reply, channels={**reply.channels, "statistics": lie})
 
     lied = run(toy_spec("heterotune"), rounds=ROUNDS, prepare=liar(moved))
-    assert LIAR in {event["client_id"] for event in lied.of("classes_doubted")}
+    assert LIAR in {event.get("doubted") for event in lied.of("channel_note")}
     assert lied.loss((LIAR,)) < 1.1 * absent("heterotune").loss((LIAR,))
     with unbounded():
         free = run(toy_spec("heterotune"), rounds=ROUNDS, prepare=liar(moved))

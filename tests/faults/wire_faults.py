@@ -14,26 +14,27 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from heterotune_flwr.exchange.packing import pack
 from heterotune_flwr.flower import Array, ArrayRecord, Message, RecordDict
 from heterotune_flwr.protocol.messages import TrainReply
-from heterotune_flwr.protocol.wire import DELTAS, PREDICTIONS, error_content
+from heterotune_flwr.protocol.wire import DELTAS, error_content
 
 CODEC = "bf16"
 Deltas = dict[str, np.ndarray]
 
 
 def each_value(change: Callable[[np.ndarray], np.ndarray]):
-    """Change every number that is sent; predictions where no tensor is."""
+    """Change every number that is sent; what channels are told where no tensor is."""
 
     def fault(content: RecordDict, memory: dict) -> RecordDict:
         reply = TrainReply.from_content(content)
         if reply.deltas:
             deltas = {name: change(value) for name, value in reply.deltas.items()}
             return replace(reply, deltas=deltas).to_content(CODEC)
-        if reply.predictions is not None:  # in a codec that can say it
-            content[PREDICTIONS] = pack({PREDICTIONS: change(reply.predictions)}, "fp32")
-        return content
+        told = {  # in a codec that can say it
+            name: replace(one, tensors={n: change(v) for n, v in one.tensors.items()}, codec="fp32")
+            for name, one in reply.channels.items()
+        }
+        return replace(reply, channels=told).to_content(CODEC)
 
     return fault
 
@@ -55,8 +56,9 @@ def _fields(**changes):
 
 
 def _record(content: RecordDict) -> tuple[str, ArrayRecord]:
-    key = DELTAS if DELTAS in content else PREDICTIONS
-    return key, content[key]
+    arrays = {key: record for key, record in content.items() if isinstance(record, ArrayRecord)}
+    key = DELTAS if DELTAS in arrays else next(iter(arrays))
+    return key, arrays[key]
 
 
 def _raw(change: Callable[[Array], Array]):
@@ -116,7 +118,7 @@ def _replay(content: RecordDict, memory: dict) -> RecordDict:
     """The first update once more, under the new round's number."""
     reply = TrainReply.from_content(content)
     first = memory.setdefault("first", reply)
-    return replace(reply, deltas=first.deltas, predictions=reply.predictions).to_content(CODEC)
+    return replace(reply, deltas=first.deltas).to_content(CODEC)
 
 
 def _weight(value: float):
@@ -145,7 +147,7 @@ class Fault:
     """One kind of hostile reply.
 
     ``change``: honest content -> hostile content. ``since``: first hostile round. ``seen``: whether the server can see
-    it at all. ``tensors``: whether it needs tensors to travel (else predictions, or metrics, are enough).
+    it at all. ``tensors``: whether it needs tensors to travel (else what channels are told, or metrics, are enough).
     """
 
     change: Callable[[RecordDict, dict], RecordDict]

@@ -126,7 +126,7 @@ def lies():
     yield "long metric", TRAIN, TrainReply, {"metrics": {"m" * 1_000_000: 1.0}}
     yield "digest", TRAIN, TrainReply, {"maps_digest": ESC}
     yield "tests as another", EVALUATE, EvaluateReply, {"client_id": ESC}
-    yield "kept", EVALUATE, EvaluateReply, {"kept": ESC}
+    yield "kept", EVALUATE, EvaluateReply, {"cache_digest": ESC}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,8 +49,8 @@ class Pair:
         complete, kept = TensorCache.of(self.store, self.exchange).complete(received)
         if answer:
             self.server.confirm("c", kept)
-        assert complete.held == CachedRef()
-        return set(received.tensors), set(received.held.names), complete.tensors
+        assert complete.cached == CachedRef()
+        return set(received.tensors), set(received.cached.names), complete.tensors
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "nf4"])
@@ -107,10 +108,10 @@ def test_a_client_says_so_when_its_tensors_are_not_those(tmp_path, damage):
 
 
 def test_malformed_lists_of_held_tensors_are_refused():
-    request = TrainRequest(HEADER, {}, "", None, [], 1, 0.1, held=CachedRef(["a", "b"], "f"))
-    assert TrainRequest.from_content(request.to_content("bf16")).held == request.held
+    request = TrainRequest(HEADER, {}, "", None, [], cached=CachedRef(["a", "b"], "f"))
+    assert TrainRequest.from_content(request.to_content("bf16")).cached == request.cached
     for names in (["b", "a"], ["a", "a"]):
-        broken = TrainRequest(HEADER, {}, "", None, [], 1, 0.1, held=CachedRef(names, "f"))
+        broken = replace(request, cached=CachedRef(names, "f"))
         with pytest.raises(ExchangeError, match="once, in order"):
             TrainRequest.from_content(broken.to_content("bf16"))
 
@@ -150,12 +151,14 @@ def test_a_run_is_the_same_to_the_bit_and_costs_fewer_bytes(world):
 def test_clients_that_lost_what_they_held_are_sent_it_again(world, monkeypatch):
     """A wiped disk in the middle of a run: the same bits, no failure on record."""
     wanted = run(world.path, "kept", WORDS)[2]
+    received = world.path / "run" / "state" / "clients" / "lost-heterotune-seed0"
     complete, seen = TensorCache.complete, []
 
     def wiping(self, request):
-        if isinstance(request, TrainRequest) and request.header.round == 2 and request.held.names:
-            self._path.unlink(missing_ok=True)
-            seen.append(request.held.names)
+        if isinstance(request, TrainRequest) and request.header.round == 2 and request.cached.names:
+            for path in received.glob("*~received.safetensors"):
+                path.unlink()
+            seen.append(request.cached.names)
         return complete(self, request)
 
     monkeypatch.setattr(TensorCache, "complete", wiping)
@@ -185,4 +188,4 @@ def test_clients_that_confirm_nothing_are_sent_everything(tmp_path):
     toy = ToyFederation(config)
     run_strategies(toy.grid(), config, Journal(tmp_path / "run"), "toy")
     assert toy.received
-    assert all(request.tensors and not request.held.names for request in toy.received.values())
+    assert all(request.tensors and not request.cached.names for request in toy.received.values())
