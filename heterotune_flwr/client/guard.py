@@ -346,8 +346,9 @@ def _plain(value: Any) -> Any:
         content = np.ascontiguousarray(value).tobytes()
         return [list(value.shape), str(value.dtype), hashlib.sha256(content).hexdigest()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = _NAMED if isinstance(value, TrainRequest | EvaluateRequest) else ()
         names = (item.name for item in dataclasses.fields(value))
-        return {name: _plain(getattr(value, name)) for name in names if name not in _NAMED}
+        return {name: _plain(getattr(value, name)) for name in names if name not in named}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

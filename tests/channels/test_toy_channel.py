@@ -29,16 +29,16 @@ def forget():
         del sys.modules[name]
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """The channel as a package of its own, outside the repository."""
+@pytest.fixture(params=["answer_length"])
+def installed(request, tmp_path, monkeypatch):
+    """The channel as a package of its own, outside the repository; the parameter: what its entry point names."""
     site = tmp_path / "site"
     shutil.copytree(HERE, site / "answer_length")
     metadata = site / "answer_length-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: answer-length\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
-        "[heterotune_flwr.channels]\nanswer_length = answer_length\n"
+        f"[heterotune_flwr.channels]\nanswer_length = {request.param}\n"
     )
     monkeypatch.syspath_prepend(str(site))
     forget()
@@ -70,6 +70,20 @@ def test_what_cannot_be_is_refused_and_the_round_goes_on(world):
     run(world, "within_type", overrides="'strategies.within_type.answer_length={longest: 1}'")
     assert [event["channels"]["answer_length"]["clients"] for event in rounds(world)] == [0, 0]
     assert [event["clients"] for event in rounds(world)] == [4, 4]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("installed", "says"),
+    [
+        ("answer_length.server:Channel", "must name a package"),
+        ("answer_length.unheard_of", "cannot be imported"),
+    ],
+    indirect=["installed"],
+)
+def test_an_entry_point_that_is_no_package_is_said_before_anything_runs(world, says):
+    with pytest.raises(ConfigError, match=says):
+        run(world, "within_type", overrides=ENTRY)
 
 
 def test_a_client_without_it_says_so_in_one_line(world):

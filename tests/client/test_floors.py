@@ -131,7 +131,6 @@ TENSOR = "slots.0.experts.global.0.up.weight"
         ("train.clip_norm=1e9", {}, r"clip_norm is 1000000000.0"),
         ("", {"maps": one_number(), "maps_digest": tensor_digest(one_number())}, "single numbers"),
         ("", {"learning_rate": 1e6}, "learning_rate"),
-        ("", {"learning_rate": float("nan")}, "learning_rate"),
         ("train.prior_smoothing=1e-9", {}, "prior_smoothing"),
         ("train.logit_adjustment=1000", {}, "logit_adjustment"),
         ("data.max_length=8", {}, "max_length"),
@@ -147,6 +146,24 @@ def test_what_reads_single_records_is_refused(node, overrides, changes, match):
         node.train(overrides, **changes)
     assert caught.value.kind == ERROR_REFUSED
     assert not list((node.data.parent / "mine").rglob("*.safetensors"))  # before anything is kept
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": float("nan")},
+        {"learning_rate": -0.1},
+        {"local_steps": 0},
+        {"loss": "least squares"},
+        {"optimizer": "adagrad"},
+        {"losses": {"unheard_of": {}}},
+    ],
+)
+def test_settings_that_no_run_has_are_said_in_one_line_before_any_work(node, settings):
+    with refused(next(iter(settings))) as caught:
+        node.train(**settings)
+    assert "\n" not in str(caught.value)
+    assert not list((node.data.parent / "mine").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
