@@ -8,13 +8,7 @@ from collections.abc import Iterator, Sequence
 def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """Positions in batches of similar length: a function of the lengths alone.
 
-    Parameters
-    ----------
-    lengths
-        Tokens each position takes.
-    most
-        Tokens of a batch, padding included; a single position may take more.
-
+    ``most``: tokens of a batch, padding included; a single position may take more.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
@@ -33,19 +27,8 @@ def parts_by_length(lengths: Sequence[int], most: int, overhead: int) -> list[li
     A part of n positions costs ``overhead + n * (its longest)``; the split is the cheapest of all into
     runs of the sorted lengths (dynamic programming, O(n^2)).
 
-    Parameters
-    ----------
-    lengths
-        Tokens each position takes.
-    most
-        Positions in one part.
-    overhead
-        What a pass costs beside its tokens, in tokens.
-
-    Returns
-    -------
-    The parts, shortest first; a function of the arguments alone. Equal lengths are never split but by ``most``.
-
+    ``most``: positions in one part; ``overhead``: what a pass costs beside its tokens, in tokens. The shortest part
+    comes first; equal lengths are never split but by ``most``.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     if len(set(lengths)) == 1 and len(order) <= most:  # every step on kept states: nothing to weigh

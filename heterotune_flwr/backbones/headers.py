@@ -92,15 +92,9 @@ def mend_hint(source: str) -> str:
 def tensor_headers(source: str, directory: Path) -> list[TensorHeader]:
     """All tensors of a backbone, after checking that its weights are as long as they should be.
 
+    ``source`` is its name in a configuration, for the error.
+
     Raises BackboneError: a weight file is missing, truncated or damaged.
-
-    Parameters
-    ----------
-    source
-        Its name in a configuration, for the error.
-    directory
-        Where it lies.
-
     """
     try:
         return [tensor for path in weight_files(directory) for tensor in read_header(path)]

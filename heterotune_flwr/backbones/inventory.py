@@ -103,17 +103,10 @@ def prune(
 ) -> list[Entry]:
     """Remove entries of the store and return them; every condition given must hold.
 
+    ``names``: names, sources or type keys; none means all. ``unused_days``: only those no process loaded for so long.
+    ``damaged``: only those whose checksums do not hold (reads them whole).
+
     Raises BackboneError: the store has no entry of a given name, or cannot be written.
-
-    Parameters
-    ----------
-    names
-        Names, sources or type keys; none means all.
-    unused_days
-        Only those no process loaded for so long.
-    damaged
-        Only those whose checksums do not hold (reads them whole).
-
     """
     candidates = stored_entries()
     for name in names:

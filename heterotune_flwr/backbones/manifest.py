@@ -83,13 +83,7 @@ def remember_checksums(directory: Path) -> None:
 def damage(directory: Path, checks: Checks = "remembered") -> str | None:
     """Say what contradicts the manifest of ``directory``; None if nothing does.
 
-    Parameters
-    ----------
-    directory
-        A directory of the cache.
-    checks
-        ``sizes`` only, checksums ``remembered`` since the file last changed, or ``full`` ones.
-
+    ``checks``: ``sizes`` only, checksums ``remembered`` since the file last changed, or ``full`` ones.
     """
     manifest = read_manifest(directory)
     if manifest is None:

@@ -46,15 +46,9 @@ def _format(declared: dict[str, Any]) -> tuple[str | None, str]:
 def stored_bits(source: str, directory: Path) -> str | None:
     """Bits of a checkpoint that is quantized already; None for an ordinary one.
 
+    ``source`` is its name in a configuration, for the error; ``config.json`` lies in ``directory``.
+
     Raises BackboneError: it is quantized in a format that no ``bits`` stands for.
-
-    Parameters
-    ----------
-    source
-        Its name in a configuration, for the error.
-    directory
-        Where its ``config.json`` lies.
-
     """
     declared = _declared(directory)
     if declared is None:

@@ -107,19 +107,9 @@ def used_in_place(spec: BackboneSpec, source: Path) -> bool:
 def shared_model(spec: BackboneSpec, source: Path, device: str, loader: Loader) -> Any:
     """Load a model so that all processes of this machine share its weights.
 
+    ``source`` is the backbone as it was published. On an accelerator the store only spares the quantization.
+
     Raises BackboneError: the source is damaged.
-
-    Parameters
-    ----------
-    spec
-        What is asked for.
-    source
-        Directory with the backbone as it was published.
-    device
-        Where the model goes; on an accelerator the store only spares the quantization.
-    loader
-        How to read both.
-
     """
     if used_in_place(spec, source):
         return loader.direct()

@@ -23,21 +23,10 @@ _FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "
 def load_tokenizer(source: str, directory: Path, rows: int) -> Any:
     """Load the tokenizer of a backbone.
 
+    ``source`` is the backbone's name, for the error; ``rows`` are its embedding's. No id is ``rows`` or more, but for
+    that of padding.
+
     Raises BackboneError: there is no tokenizer, or it has tokens without a row.
-
-    Parameters
-    ----------
-    source
-        The backbone's name in a configuration, for the error.
-    directory
-        Where it lies.
-    rows
-        Rows of its embedding.
-
-    Returns
-    -------
-    A ``transformers`` tokenizer none of whose ids is ``rows`` or more, but for that of padding.
-
     """
     from transformers import AutoTokenizer
 
@@ -85,13 +74,8 @@ def padding_id(tokenizer: Any, rows: int) -> int:
 def learned_positions(tables: Iterable[tuple[str, Sequence[int]]], most: int | None) -> int | None:
     """Longest sequence of a model with a table of positions; None where positions are computed.
 
-    Parameters
-    ----------
-    tables
-        Names and shapes of its tensors.
-    most
-        ``max_position_embeddings`` of its configuration, where it has one: some tables have rows to spare.
-
+    ``tables``: names and shapes of its tensors; ``most``: its ``max_position_embeddings``, for some tables have rows to
+    spare.
     """
     rows = [
         shape[0]

@@ -20,16 +20,11 @@ def from_chat(value: Any, column: str, where: str) -> tuple[str, str]:
     One message before the reply is the text as it stands; of several, each is a line ``role: content``, so that the
     reply is read from the whole conversation. What follows the last reply is left out.
 
+    ``value`` is a list of ``{"role": ..., "content": ...}`` (or ShareGPT's ``from`` and ``value``) in order, or one as
+    JSON text.
+
     Raises DataError: a message lacks its role or content, or there is no reply, or nothing before it. Contents are
     never quoted.
-
-    Parameters
-    ----------
-    value
-        ``{"role": ..., "content": ...}`` (or ShareGPT's ``from`` and ``value``) in order: a list, or one as JSON text.
-    column, where
-        The column's name; file and row, for errors.
-
     """
     turns = [
         _turn(message, f"{where}: message {number} of {column!r}")

@@ -18,15 +18,9 @@ def plain_text(value: Any, where: str, column: str) -> str | None:
     A list of one value is that value. Numbers and truth values are written as JSON writes them, whole numbers without a
     point (a column of 0, 1 and nothing is 0.0 and 1.0 to most tools): ``0``, ``0.5``, ``true``.
 
+    ``where`` and ``column`` are for errors. The value itself is never quoted: it may be private.
+
     Raises DataError: an object, bytes, a date, a list of several values or of lists; or a text that no tokenizer takes.
-
-    Parameters
-    ----------
-    value
-        As a reader of JSON, CSV, Parquet or Arrow gives it.
-    where, column
-        File with row, and the column's name, for errors. The value itself is never quoted: it may be private.
-
     """
     if isinstance(value, list):
         if len(value) > 1 or (value and isinstance(value[0], list)):

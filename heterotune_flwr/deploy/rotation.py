@@ -23,16 +23,10 @@ from heterotune_flwr.errors import ConfigError
 def rotate_key(deployment: Deployment, name: str, public_key: Path | None) -> str:
     """Give a node a new key, registered before the old one is barred; returns the new one's fingerprint.
 
+    ``public_key`` is that of a node that makes its own; None makes one in the node's folder here.
+
     Raises ConfigError: the key is not new; FederationError: the SuperLink does not answer: then nothing has changed; or
     it refuses.
-
-    Parameters
-    ----------
-    deployment, name
-        Whose key.
-    public_key
-        The new public key of a node that makes its own; None makes one in the node's folder here.
-
     """
     node = deployment.known(name)
     known = listed(deployment)

@@ -39,15 +39,9 @@ class Seen:
 def look(host: str, port: int, ca: Path, pem: bytes) -> Seen:
     """Connect, check the certificate against the CA and the host's name, ask for the time.
 
+    ``pem`` is what is in the file ``ca``.
+
     Raises FederationError: the server cannot be reached or is not the one it should be: what is wrong and who mends it.
-
-    Parameters
-    ----------
-    host, port
-        Of the server.
-    ca, pem
-        File of the CA certificate, and what is in it.
-
     """
     where = f"{host}:{port}"
     try:

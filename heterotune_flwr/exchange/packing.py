@@ -75,16 +75,10 @@ def _divided(manifest: Manifest, values: NDArray[np.float32]) -> Tensors:
 def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
     """Pack named tensors into one flat array and a manifest.
 
+    Arrays may be of any shape; they are converted to float32 first. ``codec`` is a shipped one or an installed
+    package's (:mod:`.codecs`).
+
     Raises ExchangeError: the codec is unknown.
-
-    Parameters
-    ----------
-    tensors
-        Name -> array of any shape; converted to float32 first. May be empty.
-    codec
-        ``bf16`` | ``fp16`` | ``fp32`` | ``int8`` | ``nf4`` | ``topk:<share>``, or an installed package's
-        (:mod:`.codecs`).
-
     """
     writer = find_codec(codec)
     layout, flat = _flattened(tensors)
@@ -100,17 +94,11 @@ def pack(tensors: Mapping[str, NDArray[Any]], codec: str) -> ArrayRecord:
 def unpack(record: ArrayRecord, expected: Expected | None = None) -> Tensors:
     """Read what :func:`pack` wrote, as float32 arrays (copies, writable).
 
+    ``expected``: names, shapes and codecs it may have; None: any, as long as it announces at most 16 numbers per byte.
+
     Raises ExchangeError: anything about the record is malformed or not expected: arrays missing or of another dtype,
     manifest not in its one form, unknown codec, impossible shapes, sizes that do not add up, bytes the codec would not
     write.
-
-    Parameters
-    ----------
-    record
-        From the network.
-    expected
-        Names, shapes and codecs it may have; None: any, as long as it announces at most 16 numbers per byte.
-
     """
     if set(record) != {_DATA, _MANIFEST}:
         raise ExchangeError("packed tensors are the arrays 'data' and 'manifest' and no others")

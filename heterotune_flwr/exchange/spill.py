@@ -112,11 +112,7 @@ def loaded(tensors: Mapping[str, NDArray[np.float32]]) -> Mapping[str, NDArray[n
 class Spill:
     """Where one round's updates are kept.
 
-    Parameters
-    ----------
-    directory
-        For the file, which is made when :data:`IN_MEMORY` is passed.
-
+    A file of ``directory`` is made when :data:`IN_MEMORY` is passed.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -35,13 +35,7 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    Parameters
-    ----------
-    run_directory
-        Where the run writes.
-    keep
-        How many of one strategy and seed are kept; at least two, so that a damaged one has a predecessor.
-
+    ``keep`` of one strategy and seed are kept; at least two, so that a damaged one has a predecessor.
     """
 
     def __init__(self, run_directory: Path, keep: int = 2) -> None:

@@ -71,17 +71,9 @@ class Reference:
 def unfit(infos: Mapping[str, DescribeReply], order: Order, reference: Reference) -> dict[str, str]:
     """Client id -> why it cannot take part.
 
+    ``infos``: client id -> its description; ``order``: the same ids by rising node id.
+
     Raises ConfigError: the settings do not fit most clients: it is not these that are wrong.
-
-    Parameters
-    ----------
-    infos
-        Client id -> its description.
-    order
-        The same ids by rising node id.
-    reference
-        What they are held to.
-
     """
     left: dict[str, str] = {}
 

@@ -101,15 +101,7 @@ class _Journals(Protocol):
 class Pace:
     """Tells now and then how far a long exchange of messages is; what is over within seconds tells nothing.
 
-    Parameters
-    ----------
-    to
-        Journals an event.
-    what
-        ``asking`` or ``testing``.
-    fields
-        Of the event besides.
-
+    ``what`` is ``asking`` or ``testing``; ``fields`` are the event's besides.
     """
 
     def __init__(self, to: _Journals, what: str, **fields: Any) -> None:
@@ -146,12 +138,8 @@ def append_event(path: Path, event: str, /, **fields: Any) -> None:
 class Journal:
     """Writer of one run directory.
 
-    Parameters
-    ----------
-    directory
-        Absolute path; made if missing, for its owner alone. Events are appended to those of an earlier run in it; a
-        last line that a crash has torn is closed first.
-
+    Its directory (an absolute path) is made if missing, for its owner alone. Events are appended to those of an earlier
+    run in it; a last line that a crash has torn is closed first.
     """
 
     def __init__(self, directory: Path) -> None:

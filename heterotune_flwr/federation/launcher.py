@@ -245,20 +245,12 @@ def launch(
 ) -> RunOutcome:
     """Run ``config`` in a Flower simulation of its own and wait for its end.
 
+    ``config`` is resolved, with an absolute ``run.dir``; ``on_event`` is called with every journal event, in order,
+    while the run goes on. ``resuming``: go on after the last checkpoint there. ``notes`` are what was said of the data;
+    a new run's journal begins with it.
+
     Raises ConfigError: the run directory cannot be used, or the configuration has no types; FederationError: Flower
     could not be started or refused the run. A run that starts and fails is reported in the outcome.
-
-    Parameters
-    ----------
-    config
-        A resolved configuration with an absolute ``run.dir``.
-    on_event
-        Called with every journal event, in order, while the run goes on.
-    resuming
-        Go on with the run in ``run.dir`` after its last checkpoint.
-    notes
-        What was said of the data; a new run's journal begins with it.
-
     """
     if config.run.dir is None:
         raise ConfigError("run.dir must be an absolute path before a run is launched")

@@ -124,18 +124,11 @@ def run_lock(directory: Path, name: str = _LOCK) -> Iterator[None]:
 def check_resumable(directory: Path, overrides: Sequence[str], other: Path | None) -> Config:
     """The configuration with which the run in ``directory`` can go on.
 
+    ``overrides`` are ``key=value`` for what may change (:data:`MAY_CHANGE`); ``other`` is a second directory the user
+    named.
+
     Raises ConfigError: it is no run directory, another run is writing to it, or an override would change what is
     computed.
-
-    Parameters
-    ----------
-    directory
-        A run directory.
-    overrides
-        ``key=value`` for what may change (:data:`MAY_CHANGE`).
-    other
-        A second directory the user named.
-
     """
     directory = directory.expanduser().resolve()
     if other is not None and other.expanduser().resolve() != directory:

@@ -181,25 +181,12 @@ def describe_clients(
     whose node was away (restarting, say), are asked again, and so are nodes that have come since. Whoever answers with
     something that is wrong, or does not fit the others, is left out, and the run goes on.
 
+    ``header`` names the experiment, seed and method to describe themselves for; ``words`` is the public word list,
+    empty when no alignment is needed. ``unfit`` says, of clients that have described themselves, who cannot take part
+    and why. ``tell`` is called with every node that does not take part, ``on_progress`` with how many have answered,
+    and of how many. Times are seconds.
+
     Raises FederationError: too few clients appeared or answered usefully; the first reason is named.
-
-    Parameters
-    ----------
-    grid, header
-        Whom to ask, and the experiment, seed and method to describe themselves for.
-    words
-        Public word list, empty when no alignment is needed.
-    need
-        How many clients are needed and how long to wait for them.
-    timeout
-        Seconds to wait for the answers.
-    unfit
-        Says, of clients that have described themselves, who cannot take part and why.
-    tell
-        Called with every node that does not take part.
-    on_progress
-        Called with how many have answered, and of how many, as they do.
-
     """
     deadline = time.monotonic() + need.wait_seconds
     nodes = wait_for_nodes(grid, need.waited_for, need.wait_seconds)

@@ -81,15 +81,8 @@ def flower_environment(home: Path, temporary: Path, mark: str, threads: int = 1)
 class SuperLink:
     """A SuperLink in simulation mode of one's own; use as a context manager.
 
-    Parameters
-    ----------
-    work
-        Folder for Flower's home and the neutral working directory; removed at the end.
-    log
-        File that takes what all processes of the run print.
-    threads
-        ``OMP_NUM_THREADS`` of the workers.
-
+    ``work`` is for Flower's home and the neutral working directory, and removed at the end; ``log`` takes what all
+    processes of the run print; ``threads`` is ``OMP_NUM_THREADS`` of the workers.
     """
 
     def __init__(self, work: Path, log: Path, threads: int = 1) -> None:

@@ -34,13 +34,7 @@ _LINES = {
 class RunProgress:
     """Shows strategy, round, client, loss, bytes and the time left; use as a context manager.
 
-    Parameters
-    ----------
-    config
-        The run (for how much there is to do).
-    console
-        Where to write; a terminal gets a bar, anything else plain lines.
-
+    ``config`` tells how much there is to do. A terminal ``console`` gets a bar, anything else plain lines.
     """
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
