@@ -58,10 +58,9 @@ UNEVEN = (24, 48, 96, 384)
 #: Robust means beside which a backdoor is tried.
 ROBUST = ("median", "{rule: trimmed_mean, trim: 0.25}", "multi_krum")
 #: What tells, in a run's journal, that a client was noticed.
-FLAGS = (
-    "refused", "counted_less", "shortened", "class_sums_refused", "classes_doubted", "types_excluded",
-    "predictions_refused",
-)  # fmt: skip
+FLAGS = {"refused", "counted_less", "shortened", "payload_refused"}
+#: The same in what a channel notes.
+NOTED = ("doubted", "excluded_type")
 
 Lie = Callable[[TrainReply], TrainReply]
 Matrix = NDArray[np.float64]
@@ -97,7 +96,8 @@ class Played:
     @property
     def flags(self) -> list[str]:
         """Kinds of events that name a liar, or somebody."""
-        return sorted({event["event"] for event in self.events if event["event"] in FLAGS})
+        events = {event["event"] for event in self.events}
+        return sorted(events & FLAGS | {fact for e in self.events for fact in NOTED if fact in e})
 
 
 def play(
