@@ -30,6 +30,7 @@ from heterotune_flwr.config.plain import (
     load_plain,
     refuse_interpolation,
 )
+from heterotune_flwr.config.renamed import unknown_key
 from heterotune_flwr.config.texts import (
     STRATEGY,
     check_texts,
@@ -236,11 +237,7 @@ def _check_keys(content: Any, schema: Any, where: str) -> None:
     for key, value in content.items():
         path = f"{where}.{key}" if where else key
         if key not in hints:
-            near = nearest(str(key), list(hints))
-            raise ConfigError(
-                f"unknown configuration key {path!r}{near}",
-                f"{where or 'the configuration'} has a key that is unknown to this node's version{near}",
-            )
+            raise unknown_key(where, str(key), hints)
         if key == "types" and where == "":
             for index, entry in enumerate(value or []):
                 _check_keys(entry, TypeConfig, f"types.{index}")

@@ -60,4 +60,7 @@ def unknown_key(where: str, key: str, known: Iterable[str], section: str = "") -
     else:
         hint = nearest(key, names) or f"; known: {', '.join(names) or 'none'}"
     path = where or "the configuration"
-    return ConfigError(f"{path} has no key {key!r}{hint}", f"{path} has an unknown key{hint}")
+    return ConfigError(
+        f"{path} has no key {key!r}{hint}",
+        f"{path} has a key that this version does not know{hint}",
+    )

@@ -68,9 +68,9 @@ def test_a_strategy_may_be_compared_without_being_listed_in_the_preset() -> None
 @pytest.mark.parametrize(
     ("overrides", "wrong", "right"),
     [
-        ("train.lerning_rate=1", "train.lerning_rate", "learning_rate"),
+        ("train.lerning_rate=1", "train has no key 'lerning_rate'", "learning_rate"),
         ("trian.local_steps=1", "trian", "train"),
-        ("types.0.bitz=nf4", "types.0.bitz", "bits"),
+        ("types.0.bitz=nf4", "types.0 has no key 'bitz'", "bits"),
         ("types.0.bits=nf5", "nf5", "nf4"),
         ("exchange.codec=bf17", "bf17", "bf16"),
         ("data.partition=dirchlet", "dirchlet", "dirichlet"),
