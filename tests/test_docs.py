@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -59,3 +65,71 @@ def test_tables_have_at_most_six_columns(page):
 
 def test_the_method_is_short():
     assert len((ROOT / "docs" / "method.md").read_text().split()) <= 1500
+
+
+def recipes() -> list[str]:
+    """The diffs of docs/architecture.md."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    return re.findall(r"^```diff\n(.*?)^```", page, flags=re.M | re.S)
+
+
+def added(diff: str) -> dict[str, str]:
+    """File -> text of the files that a diff makes."""
+    parts = re.split(r"^--- /dev/null\n\+\+\+ b/(.*)\n@@.*\n", diff, flags=re.M)[1:]
+    texts = (re.sub(r"^\+", "", part, flags=re.M) for part in parts[1::2])
+    return dict(zip(parts[::2], texts, strict=True))
+
+
+def applied(folder: Path, diff: str) -> None:
+    (folder / "a.diff").write_text(diff)
+    subprocess.run(["git", "apply", "a.diff"], cwd=folder, check=True)
+
+
+def test_the_recipe_of_a_channel_is_what_the_tests_run():
+    channel = added(recipes()[0])
+    assert len(channel) == 5
+    for name in ("__init__.py", "client.py", "server.py"):
+        own = ROOT / "tests" / "channels" / "answer_length" / name
+        assert channel[f"answer_length/{name}"] == own.read_text()
+    entries = tomllib.loads(channel["pyproject.toml"])["project"]["entry-points"]
+    assert entries == {"heterotune_flwr.channels": {"answer_length": "answer_length"}}
+    assert yaml.safe_load(channel["mine.yaml"])["strategies"] == [
+        {"within_type": {"answer_length": {"longest": 200}}}
+    ]
+
+
+def test_the_recipe_of_a_loss_is_that_of_its_page():
+    loss = added(recipes()[1])
+    assert len(loss) == 2
+    page = (ROOT / "docs" / "custom-strategy.md").read_text()
+    assert f"```python\n{loss['my_package/losses.py']}```" in page
+    assert 'entropy = "my_package.losses:Entropy"' in loss["pyproject.toml"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")
+def test_the_other_recipes_apply_to_this_checkout_and_work(tmp_path):
+    for folder in ("heterotune_flwr", "conf", "tests"):
+        skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skipped)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for diff in recipes()[2:]:
+        applied(tmp_path, diff)
+    tests = "strategies/test_median.py", "dema/test_peft.py", "alignment/test_views.py"
+    chosen = "median or lfm2 or both_sides"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests, "-k", chosen],
+        cwd=tmp_path / "tests", env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")
+@pytest.mark.parametrize("number", range(5))
+def test_every_recipe_applies(number, tmp_path):
+    diff = recipes()[number]
+    for name in re.findall(r"^--- a/(.*)$", diff, flags=re.M):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    applied(tmp_path, diff)
