@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from heterotune_flwr.channels.channel import ServerChannel
+from heterotune_flwr.channels.client_half import ClientChannel
+from heterotune_flwr.strategies.strategy import HeteroStrategy
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
@@ -115,8 +119,8 @@ def test_the_other_recipes_apply_to_this_checkout_and_work(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for diff in recipes()[2:]:
         applied(tmp_path, diff)
-    tests = "strategies/test_median.py", "dema/test_peft.py", "alignment/test_views.py"
-    chosen = "median or lfm2 or both_sides"
+    tests = "strategies/test_median.py", "dema/test_peft.py", "alignment/test_late_view.py"
+    chosen = "median or lfm2 or third_block"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests, "-k", chosen],
         cwd=tmp_path / "tests", env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
@@ -133,3 +137,23 @@ def test_every_recipe_applies(number, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     applied(tmp_path, diff)
+
+
+def public(kind: type) -> set[str]:
+    return {name for name in vars(kind) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "heading", "end"),
+    [
+        (HeteroStrategy, "What a `HeteroStrategy` may override", "## Flower's own strategies"),
+        (ServerChannel, "The server half, a `ServerChannel`", "The client half, a"),
+        (ClientChannel, "The client half, a `ClientChannel`", "## A loss, a codec"),
+    ],
+)
+def test_the_page_tells_of_every_public_method(kind, heading, end):
+    page = (ROOT / "docs" / "custom-strategy.md").read_text()
+    part = page[page.index(heading) : page.index(end)]
+    rows = set(re.findall(r"^\| `(\w+)` \|", part, flags=re.M))
+    assert rows <= public(kind)
+    assert public(kind) <= set(re.findall(r"`(\w+)`", part))
