@@ -81,7 +81,7 @@ def run(
     A run that was killed goes on where it was with --resume DIR; a finished one is extended with --resume DIR
     server.rounds=60.
     """
-    from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
+    from heterotune_flwr.config.compose import compose, to_yaml
     from heterotune_flwr.data.sources import columns_recognised
     from heterotune_flwr.federation.launcher import check_directory, launch
     from heterotune_flwr.federation.resume import check_resumable
@@ -89,7 +89,7 @@ def run(
     from heterotune_flwr.reporting.measures import load_results
     from heterotune_flwr.reporting.progress import RunProgress
     from heterotune_flwr.reporting.tables import show
-    from heterotune_flwr.run import run_directory
+    from heterotune_flwr.run import run_directory, with_absolute_paths
 
     if resume is not None:
         given = [*([config] if config is not None else []), *(overrides or [])]

@@ -7,22 +7,23 @@ from typing import Any
 
 from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.backbones.bits import check_bits, resolve_spec
+from heterotune_flwr.backbones.files import has_weights
 from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.quantized import check_stored_bits
-from heterotune_flwr.backbones.sources import describe_source, has_weights, resolve_source
+from heterotune_flwr.backbones.sources import describe_source, resolve_source
 from heterotune_flwr.backbones.tokenizer import (
     check_positions,
     learned_positions,
     load_tokenizer,
 )
-from heterotune_flwr.config.own_data import own_data
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import label_tokens
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.federation.sampling import sample_size
-from heterotune_flwr.run import check_strategies
+from heterotune_flwr.own_data import own_data
 from heterotune_flwr.schema import Config
+from heterotune_flwr.strategies.build import check_strategies
 from heterotune_flwr.tuning.slots import lowest_slot
 
 
@@ -47,7 +48,7 @@ def preflight(config: Config) -> list[str]:
 
     Returns
     -------
-    What its owner should know of data of their own, line by line (:mod:`.config.own_data`).
+    What its owner should know of data of their own, line by line (:mod:`.own_data`).
 
     Raises
     ------

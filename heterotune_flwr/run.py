@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 import traceback
@@ -11,8 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from heterotune_flwr.alignment.public_texts import SHIPPED
+from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.compose import compose, to_yaml
-from heterotune_flwr.errors import ConfigError, FederationError, HeteroTuneError
+from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.outcome import MEASURES
@@ -22,8 +25,8 @@ from heterotune_flwr.federation.simulated import mend_actor_pool, mend_poll
 from heterotune_flwr.flower import Context, Grid
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.schema import Config
-from heterotune_flwr.strategies.build import build_strategy, check_strategy
+from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config
+from heterotune_flwr.strategies.build import build_strategy, check_strategies
 
 
 def run_directory(config: Config) -> Path:
@@ -34,14 +37,34 @@ def run_directory(config: Config) -> Path:
     return Path.home() / "heterotune-runs" / f"{config.run.name}-{stamp}"
 
 
-def check_strategies(config: Config) -> None:
-    """Refuse unknown or misspelt strategies before anything runs (ConfigError)."""
-    for name in config.run.compare:
-        if name not in config.strategies:
-            known = ", ".join(sorted(config.strategies)) or "none"
-            raise ConfigError(f"run.compare names {name!r}; strategies of this run: {known}")
-        spec = config.strategies[name]
-        check_strategy(name, spec, config)
+def with_absolute_paths(config: Config) -> Config:
+    """``config`` with every path it names made absolute, as seen from the current directory.
+
+    The processes of a run start in a neutral directory; a name that is not an existing file or folder here (a
+    shipped set, a fetched backbone, a hub id) stays as it is.
+    """
+
+    def absolute(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.exists() else name
+
+    resolved = copy.deepcopy(config)
+    for entry in resolved.types:
+        if entry.backbone not in (*EMBEDDED, *FETCHABLE):
+            entry.backbone = absolute(entry.backbone)
+    if resolved.alignment.anchors not in SHIPPED:
+        resolved.alignment.anchors = absolute(resolved.alignment.anchors)
+    for name in ("train", "test"):
+        if (value := getattr(resolved.data, name)) is not None:
+            hub = (
+                resolved.data.name == NATURAL_INSTRUCTIONS and not Path(value).expanduser().exists()
+            )
+            path = value if hub else str(Path(value).expanduser().absolute())
+            setattr(resolved.data, name, path)
+    for name in ("dir", "state_dir"):
+        if (value := getattr(resolved.run, name)) is not None:
+            setattr(resolved.run, name, str(Path(value).expanduser().absolute()))
+    return resolved
 
 
 def run_strategies(

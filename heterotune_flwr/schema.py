@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+#: ``data.name`` of Super-NaturalInstructions.
+NATURAL_INSTRUCTIONS = "natural_instructions"
+
 
 def _help(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})

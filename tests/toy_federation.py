@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.alignment.public_texts import round_anchors
 from heterotune_flwr.channels.predictions.record import DistillationRequest, Said
 from heterotune_flwr.channels.statistics.record import ClassSums
@@ -25,7 +26,6 @@ from heterotune_flwr.protocol.messages import (
     EvaluateRequest,
     TrainReply,
     TrainRequest,
-    resolve_output,
 )
 from heterotune_flwr.protocol.queries import (
     AlignReply,

@@ -35,12 +35,12 @@ import numpy as np
 import psutil
 
 from benchmarks.runner import arguments, in_own_process, say, write_results
-from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.dema.bank import bank_shapes
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Context, Message, RecordDict
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.messages import (
     ALIGN,
     DESCRIBE,

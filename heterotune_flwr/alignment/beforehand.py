@@ -9,6 +9,7 @@ import torch
 
 from heterotune_flwr.alignment.align import align_types, load_anchors, public_words
 from heterotune_flwr.alignment.factors import alignment_factors, view_factors, words_mask
+from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.alignment.views import places_of, view_asked
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
@@ -16,7 +17,6 @@ from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
-from heterotune_flwr.protocol.messages import resolve_output
 from heterotune_flwr.schema import Config, MethodConfig
 
 

@@ -21,13 +21,13 @@ from heterotune_flwr.alignment.views import View
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
+from heterotune_flwr.backbones.tokens import plainly
 from heterotune_flwr.data.template import (
     answer_ids,
     encode_prompt,
     label_tokens,
     render_prompt,
 )
-from heterotune_flwr.data.tokens import plainly
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, DataConfig

@@ -18,16 +18,16 @@ At deeper slots ``W`` is replaced by its average gradient with respect to the sl
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from heterotune_flwr.alignment.gcca import Matrix, SlotFit, fit_slot, ridge, unit_variance
 from heterotune_flwr.alignment.views import places_of
-from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
+from heterotune_flwr.seeds import generator
 
 #: Ridge of the output maps, relative to the mean eigenvalue of the Gram matrix.
 LAST_RIDGE, DEEP_RIDGE = 1e-6, 1e-2
@@ -372,3 +372,13 @@ def apply_control(
                     up = own[f"{prefix}.up.weight"]
                     own[f"{prefix}.up.weight"] = up @ _rotation(rng, up.shape[1])
     return maps
+
+
+def resolve_output(
+    method: MethodConfig, alignment: AlignmentConfig, labels: Sequence[str] | None
+) -> MethodConfig:
+    """Fill ``method.output``: as given; number of labels (closed set, output by labels); else r."""
+    if method.output is not None:
+        return method
+    by_labels = alignment.output == "labels" and labels
+    return replace(method, output=len(labels) if by_labels and labels else method.latent)

@@ -16,9 +16,9 @@ from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.text_files import text_lines
 from heterotune_flwr.data.values import needed_text
-from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import AlignmentConfig
+from heterotune_flwr.seeds import generator
 
 SHIPPED = ("debian-other", "wordnet", "debian-near")
 _TOLD = "its anchors cannot be used"

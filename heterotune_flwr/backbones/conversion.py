@@ -13,8 +13,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.backbones.files import file_digest, has_weights
 from heterotune_flwr.backbones.manifest import whole_directory
-from heterotune_flwr.backbones.sources import file_digest, has_weights
 from heterotune_flwr.errors import BackboneError
 
 log = logging.getLogger(__name__)

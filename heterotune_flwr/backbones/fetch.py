@@ -18,14 +18,10 @@ from importlib import import_module
 from pathlib import Path
 
 from heterotune_flwr.backbones.conversion import build_directory, convert_gguf
+from heterotune_flwr.backbones.files import has_weights
 from heterotune_flwr.backbones.headers import damaged_json, read_header, weight_files
 from heterotune_flwr.backbones.manifest import MANIFEST, damage
-from heterotune_flwr.backbones.sources import (
-    FETCHABLE,
-    fetched_dir,
-    has_weights,
-    unknown_backbone,
-)
+from heterotune_flwr.backbones.sources import FETCHABLE, fetched_dir, unknown_backbone
 from heterotune_flwr.errors import BackboneError
 
 Report = Callable[[str], None]

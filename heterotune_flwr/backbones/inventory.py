@@ -9,12 +9,12 @@ from pathlib import Path
 
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.backbones.fetch import source_damage
+from heterotune_flwr.backbones.files import has_weights
 from heterotune_flwr.backbones.manifest import MANIFEST, damage
 from heterotune_flwr.backbones.sources import (
     EMBEDDED,
     FETCHABLE,
     describe_source,
-    has_weights,
     is_present,
     resolve_source,
 )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from heterotune_flwr.backbones.sources import file_digest, fresh_digest, hash_file, remember_digest
+from heterotune_flwr.backbones.files import file_digest, fresh_digest, hash_file, remember_digest
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.jsons import parse_json
 

@@ -11,6 +11,7 @@ parent's name alone.
 
 from __future__ import annotations
 
+import gzip
 import logging
 import math
 import time
@@ -23,9 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.backbones.cpu_compute import slow_bfloat16
-from heterotune_flwr.data.tokens import encode_texts
+from heterotune_flwr.backbones.sources import resolve_source
+from heterotune_flwr.backbones.tokens import encode_texts
 from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.jsons import parse_json
 
 log = logging.getLogger(__name__)
 Report = Callable[[str], None]
@@ -313,13 +317,11 @@ def prune_and_heal(
 
 def build_pruned(directory: Path, report: Report) -> None:
     """``smollm2-pruned``: the fetched SmolLM2 at 384 x 20, healed on the shipped anchors."""
-    from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
-    from heterotune_flwr.backbones.sources import resolve_source
-    from heterotune_flwr.schema import AlignmentConfig
-
-    texts = [
-        text
-        for name in SHIPPED
-        for text in load_anchors(AlignmentConfig(anchors=name, count=10**9))
-    ]
+    texts: list[str] = []
+    for name in ("debian-other", "wordnet", "debian-near"):
+        path = asset_path(f"anchors/{name}.jsonl.gz")
+        if path is None:
+            raise BackboneError(f"the shipped texts {name} are not installed here")
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            texts += [parse_json(line)["text"] for line in lines]
     prune_and_heal(resolve_source("smollm2"), directory, texts, report=report)

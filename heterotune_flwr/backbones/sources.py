@@ -6,7 +6,6 @@ A name is, in this order: a member of the embedded family, a fetched backbone
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path, cache_dir
+from heterotune_flwr.backbones.files import file_digest, has_weights
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import as_id
@@ -34,7 +34,6 @@ AUTO = "auto"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,6 @@ class Shape:
 def fetched_dir(name: str) -> Path:
     """Directory of the fetched backbone ``name`` in the cache; it need not exist."""
     return cache_dir() / "backbones" / name
-
-
-def has_weights(directory: Path) -> bool:
-    """Whether a directory holds safetensors weights."""
-    return any((directory / name).is_file() for name in _WEIGHTS)
 
 
 def _embedded_dir(name: str) -> Path | None:
@@ -261,38 +255,3 @@ def fingerprint(directory: Path, bits: str) -> str:
     for path in paths:
         digest.update(f"{path.name}:{file_digest(path)}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file, remembered in the cache by (path, size, time of change)."""
-    try:
-        return _remembered(path).read_text()
-    except OSError:
-        return fresh_digest(path)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 (hex) of a file, read now and not remembered."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fresh_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file as it is now; :func:`file_digest` then remembers it."""
-    value = hash_file(path)
-    remember_digest(path, value)
-    return value
-
-
-def remember_digest(path: Path, value: str) -> None:
-    """Let :func:`file_digest` answer ``value`` for this file until it changes."""
-    from heterotune_flwr.exchange.storage import atomic_write_text
-
-    with contextlib.suppress(OSError):  # a read-only cache costs time, not correctness
-        atomic_write_text(_remembered(path), value)
-
-
-def _remembered(path: Path) -> Path:
-    stat = path.stat()
-    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    return cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()

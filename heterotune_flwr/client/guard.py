@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.limits import LARGEST, TYPICAL, bounded, refuse, within
 from heterotune_flwr.client.floors import MOST_HELD, Floors
-from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainRequest
 from heterotune_flwr.protocol.queries import AlignRequest, DescribeRequest
-from heterotune_flwr.schema import Config, MethodConfig
+from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config, MethodConfig
 
 if TYPE_CHECKING:
     from heterotune_flwr.client.identity import Identity

@@ -19,22 +19,19 @@ from numpy.typing import NDArray
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.floors import check_message
-from heterotune_flwr.client.identity import (
-    Identity,
-    code_hash,
-    is_simulated,
-)
+from heterotune_flwr.client.identity import Identity, is_simulated
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.client.received import TensorCache
 from heterotune_flwr.client.redaction import LOG, told
-from heterotune_flwr.config.own_data import how_they_fit
+from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.sources import label_set
-from heterotune_flwr.dema.bank import generator, initial_tensors
+from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import HeteroTuneError, RefusedByNodeError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.flower import Context, Message, RecordDict
 from heterotune_flwr.names import printable
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.messages import (
     ALIGN,
     DESCRIBE,
@@ -62,6 +59,7 @@ from heterotune_flwr.protocol.wire import (
     unpack_mask,
 )
 from heterotune_flwr.rates import path_length
+from heterotune_flwr.seeds import generator
 from heterotune_flwr.tuning.adapters import AttachedAdapter, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once

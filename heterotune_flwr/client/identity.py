@@ -32,12 +32,18 @@ from heterotune_flwr.client.floors import MOST_HELD, Floors
 from heterotune_flwr.client.holdout import split, whole_test
 from heterotune_flwr.client.node_book import NodeBook
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.data.partition import ClientData, client_examples, own_examples
-from heterotune_flwr.data.sources import EMBEDDED, global_test, is_shipped, label_set
+from heterotune_flwr.data.sources import global_test, is_shipped, label_set, public_labels
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.names import ID_RULE, is_id
-from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, TypeConfig
+from heterotune_flwr.program_version import code_hash
+from heterotune_flwr.schema import (
+    NATURAL_INSTRUCTIONS,
+    AlignmentConfig,
+    Config,
+    DataConfig,
+    TypeConfig,
+)
 
 #: What a deployed client must say about itself.
 REQUIRED = ("client-id", "backbone", "data", "state-dir")
@@ -255,13 +261,6 @@ def _simulated_state_dir(config: Config, run_id: int | str) -> Path:
     return cache_dir() / "state" / f"run-{run_id}"
 
 
-def public_labels(data: DataConfig) -> list[str] | None:
-    """Labels the run names, or those of a shipped data set; never those of the client's own file."""
-    if data.labels is None and data.train is None and data.name in EMBEDDED:
-        return label_set(data)
-    return data.labels
-
-
 def about_shipped(data: DataConfig) -> bool:
     """Whether a run of real nodes is about a shipped data set, whose test then measures all of them."""
     if not is_shipped(data.name) or data.train is not None:
@@ -412,14 +411,3 @@ def _memory_gb(node_config: Mapping[str, Any]) -> float | None:
             "memory-gb in the node configuration", given, "give a number of GB, like memory-gb=7.5"
         )
     return budget
-
-
-@functools.cache
-def code_hash() -> str:
-    """SHA-256 (16 hex digits) over the package's Python files as this process runs them."""
-    root = Path(heterotune_flwr.__file__).resolve().parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]

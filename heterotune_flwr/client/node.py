@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.client_half import ClientWork
@@ -29,10 +30,7 @@ from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import examples_digest, label_set
 from heterotune_flwr.exchange.storage import close_to_others, private_folder
 from heterotune_flwr.flower import Context
-from heterotune_flwr.protocol.messages import (
-    Header,
-    resolve_output,
-)
+from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.schema import Config, MethodConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach

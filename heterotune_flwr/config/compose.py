@@ -7,7 +7,6 @@ other key overrides what the groups said. Overrides come last: ``train.learning_
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import shlex
@@ -19,8 +18,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heterotune_flwr.alignment.public_texts import SHIPPED
-from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.choices import check_choices, nearest
 from heterotune_flwr.config.numbers import check_numbers
 from heterotune_flwr.config.plain import (
@@ -38,9 +35,8 @@ from heterotune_flwr.config.texts import (
     kind_at,
     override_text,
 )
-from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.schema import Config, TypeConfig
+from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config, TypeConfig
 
 INLINE = "yaml:"
 _SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
@@ -358,36 +354,6 @@ def _add_compared_strategies(content: dict[str, Any]) -> None:
                     f"run.compare names a strategy that there is not (known: {', '.join(known)})",
                 )
             strategies[name] = _group("strategy", str(name))
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """``config`` with every path it names made absolute, as seen from the current directory.
-
-    The processes of a run start in a neutral directory; a name that is not an existing file or folder here (a
-    shipped set, a fetched backbone, a hub id) stays as it is.
-    """
-
-    def absolute(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.absolute()) if path.exists() else name
-
-    resolved = copy.deepcopy(config)
-    for entry in resolved.types:
-        if entry.backbone not in (*EMBEDDED, *FETCHABLE):
-            entry.backbone = absolute(entry.backbone)
-    if resolved.alignment.anchors not in SHIPPED:
-        resolved.alignment.anchors = absolute(resolved.alignment.anchors)
-    for name in ("train", "test"):
-        if (value := getattr(resolved.data, name)) is not None:
-            hub = (
-                resolved.data.name == NATURAL_INSTRUCTIONS and not Path(value).expanduser().exists()
-            )
-            path = value if hub else str(Path(value).expanduser().absolute())
-            setattr(resolved.data, name, path)
-    for name in ("dir", "state_dir"):
-        if (value := getattr(resolved.run, name)) is not None:
-            setattr(resolved.run, name, str(Path(value).expanduser().absolute()))
-    return resolved
 
 
 def to_yaml(config: Config) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from heterotune_flwr.backbones.tokens import encode_texts
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.template import render_prompt
-from heterotune_flwr.data.tokens import encode_texts
 from heterotune_flwr.schema import DataConfig
 
 
@@ -51,3 +51,59 @@ def lengths(tokenizer: Any, data: DataConfig, examples: Sequence[Example], token
     ]
     fitting = sorted(totals)[(99 * len(totals) + 99) // 100 - 1]
     return Lengths(totals, answers, len(left), min(left, default=0), -(-fitting // 16) * 16)
+
+
+def how_they_fit(
+    rows: Sequence[Example], data: DataConfig, tokens: bool, tokenizers: dict[str, Any]
+) -> Iterator[str]:
+    """Say what is cut, and which answers can never match, for the type that fits the texts least.
+
+    ``tokens``: the answers are written token by token, not labels.
+    """
+    found = {name: lengths(one, data, rows, tokens) for name, one in tokenizers.items()}
+    name = max(found, key=lambda one: found[one].cut)
+    worst = found[name]
+    yield _cut(worst, name, data)
+    if tokens:
+        yield from _over_long(rows, worst, name, data)
+    if tokens and data.generate:
+        yield from _unmatched(rows, max(found.values(), key=lambda one: sum(one.answers)), data)
+
+
+def _cut(of: Lengths, name: str, data: DataConfig) -> str:
+    if not of.cut:
+        return f"no text is cut: the longest has {max(of.totals)} of data.max_length={data.max_length} tokens ({name})"
+    mend = ""
+    if of.most > data.max_length:
+        mend = f"; 99 of 100 would fit whole with data.max_length={of.most}"
+    return (
+        f"warning: {100 * of.cut / len(of.totals):.3g} % of the prompts are cut to fit data.max_length="
+        f"{data.max_length} tokens ({name}), one to its last {of.shortest}{mend}"
+    )
+
+
+def _over_long(rows: Sequence[Example], of: Lengths, name: str, data: DataConfig) -> Iterator[str]:
+    found = [n for n, answer in enumerate(of.answers) if answer >= data.max_length]
+    if found:
+        first = found[0]
+        yield (
+            f"warning: {len(found)} of {len(rows)} answers leave no room for a prompt and are cut, the first in row "
+            f"{rows[first].row or first + 1}: {of.answers[first]} tokens ({name}), data.max_length is {data.max_length}"
+        )
+
+
+def _unmatched(rows: Sequence[Example], of: Lengths, data: DataConfig) -> Iterator[str]:
+    """Right answers that no generated one can equal."""
+    if data.stop is not None:
+        held = sum(all(data.stop in answer for answer in row.answers) for row in rows)
+        if held:
+            yield (
+                f"warning: {held} of {len(rows)} right answers hold data.stop ({data.stop!r}), before which every "
+                "generated answer ends: they can never match; set data.stop=null or another text"
+            )
+    longer = sum(answer - 1 > data.max_answer_tokens for answer in of.answers)
+    if longer:
+        yield (
+            f"warning: {longer} of {len(rows)} right answers have more than data.max_answer_tokens="
+            f"{data.max_answer_tokens} tokens (up to {max(of.answers) - 1}): they can never match"
+        )

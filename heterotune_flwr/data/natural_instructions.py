@@ -27,7 +27,6 @@ from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import DataConfig
 
 #: Value of ``data.name``.
-NATURAL_INSTRUCTIONS = "natural_instructions"
 _HUB_COLUMNS = ("task_name", "definition", "inputs", "targets")
 #: Bytes of a hash that decide the side of an instance.
 _HASH_BYTES = 8

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.pools import Pool, answers_of
 from heterotune_flwr.data.sources import check_labels, label_set, own_file, training_pool
-from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import DataConfig
+from heterotune_flwr.seeds import generator
 
 log = logging.getLogger(__name__)
 

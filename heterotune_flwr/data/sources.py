@@ -15,15 +15,15 @@ from typing import Any
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.layouts import arranged, described, recognised
-from heterotune_flwr.data.natural_instructions import NATURAL_INSTRUCTIONS, read_tasks
+from heterotune_flwr.data.natural_instructions import read_tasks
 from heterotune_flwr.data.pools import Pool, answers_of
 from heterotune_flwr.data.split import split
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.values import needed_text, plain_text
-from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
-from heterotune_flwr.schema import DataConfig
+from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, DataConfig
+from heterotune_flwr.seeds import generator
 
 log = logging.getLogger(__name__)
 
@@ -266,3 +266,10 @@ def examples_digest(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(json.dumps([example.text, *example.answers]).encode())
     return digest.hexdigest()
+
+
+def public_labels(data: DataConfig) -> list[str] | None:
+    """Labels the run names, or those of a shipped data set; never those of the client's own file."""
+    if data.labels is None and data.train is None and data.name in EMBEDDED:
+        return label_set(data)
+    return data.labels

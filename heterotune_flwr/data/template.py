@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from heterotune_flwr.backbones.tokens import encode_text
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.tokens import encode_text
 from heterotune_flwr.errors import DataError
 
 #: Stands for a task's text where only the prompt's end matters.

@@ -26,13 +26,14 @@ For slices of a whole model (:mod:`heterotune_flwr.tuning.submodel`), changes of
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from heterotune_flwr.seeds import generator
 
 #: How the names of dense changes end.
 RESIDUAL = ".residual"
@@ -91,12 +92,6 @@ def slot_of(name: str) -> int:
     """Slot index of a canonical DeMA name; 0 for LoRA and cores, which have no slots."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "slots" else 0
-
-
-def generator(seed: int, name: str) -> np.random.Generator:
-    """The named random stream ``name`` of a run: independent of order and platform hash."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
 def initial_tensors(

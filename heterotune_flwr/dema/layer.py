@@ -17,9 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heterotune_flwr.dema.bank import TIERS, bank_shapes, generator, initial_tensors
+from heterotune_flwr.dema.bank import TIERS, bank_shapes, initial_tensors
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.seeds import generator
 
 MERGE_MESSAGE = (
     "DeMA is a non-linear branch beside the backbone's modules, so no change of the backbone's weights can "

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr import __version__
-from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.deploy import certificates, pairs, templates
 from heterotune_flwr.deploy.explain import explain
 from heterotune_flwr.deploy.files import (
@@ -33,6 +32,7 @@ from heterotune_flwr.deploy.layout import MANIFEST, NODE_MANIFEST, Deployment
 from heterotune_flwr.deploy.values import check_days
 from heterotune_flwr.deploy.versions import installed_versions
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.program_version import code_hash
 
 
 def write_folder(

@@ -11,7 +11,7 @@ from typing import Any
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.client.floors import Floors, checked_floors
-from heterotune_flwr.client.identity import code_hash, required_of
+from heterotune_flwr.client.identity import required_of
 from heterotune_flwr.deploy.certificates import load_certificate
 from heterotune_flwr.deploy.files import (
     make_folder,
@@ -27,6 +27,7 @@ from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
 from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import close_to_others
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.programs import QUIET, program, search_path, to_toml
 
 #: Settings of the client that ``node start`` turns into environment variables of the process.

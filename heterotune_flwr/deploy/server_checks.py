@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.deploy import certificates
 from heterotune_flwr.deploy.files import present, read_bytes
 from heterotune_flwr.deploy.findings import Finding, State
@@ -15,6 +14,7 @@ from heterotune_flwr.deploy.server_probe import Seen, look
 from heterotune_flwr.deploy.versions import LIBRARIES, MISSING, installed_versions
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.program_version import code_hash
 
 #: Flower refuses a message signed more than 5 s in the server's future or 305 s in its past.
 AHEAD, BEHIND, CLOSE = 4.0, 300.0, 2.0

@@ -11,14 +11,7 @@ import typer
 from omegaconf import OmegaConf
 
 from heterotune_flwr.client.identity import about_shipped
-from heterotune_flwr.config.compose import (
-    INLINE,
-    compose,
-    conf_root,
-    presets,
-    to_yaml,
-    with_absolute_paths,
-)
+from heterotune_flwr.config.compose import INLINE, compose, conf_root, presets, to_yaml
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
 from heterotune_flwr.errors import ConfigError, LeftRunningError
@@ -26,8 +19,9 @@ from heterotune_flwr.federation.launcher import check_directory
 from heterotune_flwr.federation.resume import check_resumable
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.programs import to_toml
-from heterotune_flwr.run import check_strategies, run_directory
+from heterotune_flwr.run import run_directory, with_absolute_paths
 from heterotune_flwr.schema import Config
+from heterotune_flwr.strategies.build import check_strategies
 
 
 @dataclass(frozen=True)

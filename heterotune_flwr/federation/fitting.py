@@ -19,9 +19,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.dema.bank import bank_shapes
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.protocol.messages import resolve_output
 from heterotune_flwr.protocol.queries import DescribeReply
 from heterotune_flwr.protocol.wire import unpack_mask
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig

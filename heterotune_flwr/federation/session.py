@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from heterotune_flwr.client.identity import code_hash, public_labels
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
+from heterotune_flwr.data.sources import public_labels
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.fitting import Reference, by_node, unfit
@@ -25,6 +25,7 @@ from heterotune_flwr.federation.roster import (
     without,
 )
 from heterotune_flwr.flower import Grid, is_simulation
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.schema import Config, DataConfig, MethodConfig, TrainConfig
 

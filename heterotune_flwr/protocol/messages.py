@@ -47,7 +47,7 @@ from heterotune_flwr.protocol.wire import (
     read_tensors,
     read_texts,
 )
-from heterotune_flwr.schema import AlignmentConfig, MethodConfig, TrainConfig
+from heterotune_flwr.schema import MethodConfig, TrainConfig
 
 DESCRIBE = "query.describe"
 ALIGN = "query.align"
@@ -57,18 +57,6 @@ EVALUATE = "evaluate"
 #: What an ``evaluate`` can be about.
 _TEST_SETS: tuple[set[str], ...] = ({"global"}, {"personal"}, {"global", "personal"})
 Section = TypeVar("Section", MethodConfig, TrainConfig)
-
-
-def resolve_output(
-    method: MethodConfig, alignment: AlignmentConfig, labels: Sequence[str] | None
-) -> MethodConfig:
-    """Fill ``method.output``: as given; number of labels (closed set, output by labels); else r."""
-    if method.output is not None:
-        return method
-    by_labels = alignment.output == "labels" and labels
-    return dataclasses.replace(
-        method, output=len(labels) if by_labels and labels else method.latent
-    )
 
 
 @dataclass(frozen=True)

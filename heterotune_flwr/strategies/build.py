@@ -167,3 +167,13 @@ def _read_entry(name: str, spec: Mapping[str, Any]) -> _Entry:
         return _Entry(component, options, read_channels(component.channel_entries(given)))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def check_strategies(config: Config) -> None:
+    """Refuse unknown or misspelt strategies before anything runs (ConfigError)."""
+    for name in config.run.compare:
+        if name not in config.strategies:
+            known = ", ".join(sorted(config.strategies)) or "none"
+            raise ConfigError(f"run.compare names {name!r}; strategies of this run: {known}")
+        spec = config.strategies[name]
+        check_strategy(name, spec, config)

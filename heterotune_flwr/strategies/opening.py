@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.channels.channel import RunFacts, ServerChannel, server_half
 from heterotune_flwr.cmga import pull
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.flower import is_simulation
-from heterotune_flwr.protocol.messages import resolve_output
 from heterotune_flwr.schema import DataConfig, TrainConfig
 from heterotune_flwr.strategies.groups import Groups
 

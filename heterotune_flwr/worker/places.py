@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.program_version import code_hash
 
 ENVIRONMENT = "HETEROTUNE_RUNTIME_DIR"
 #: sun_path holds 108 bytes on Linux, 104 on macOS, one of them the closing zero.

@@ -11,7 +11,7 @@ import pytest
 from real_clients import LORA, LOW_FLOORS, METHOD, World, deployed_node, inline, make_maps
 from tiny_backbones import LABELS
 
-from heterotune_flwr.client.identity import code_hash, expand_types, identify
+from heterotune_flwr.client.identity import expand_types, identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.dema.bank import initial_tensors, slot_of
 from heterotune_flwr.errors import BackboneError, ConfigError, ExchangeError
@@ -19,6 +19,7 @@ from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.messages import ALIGN, DESCRIBE, Header, TrainReply
 from heterotune_flwr.protocol.queries import (
     AlignReply,

@@ -9,8 +9,8 @@ import pytest
 from tiny_backbones import LABELS, save_tokenizer, write_rows
 
 from heterotune_flwr.config.compose import INLINE, compose, to_yaml
-from heterotune_flwr.config.own_data import own_data
 from heterotune_flwr.data.sources import global_test, training_pool
+from heterotune_flwr.own_data import own_data
 
 OPEN = ["data.max_labels=0", "alignment.output=vocabulary", "data.generate=20"]
 

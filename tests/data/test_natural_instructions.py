@@ -11,7 +11,7 @@ from tiny_backbones import TEXTS, save_backbone
 
 from client_app.app import app
 from heterotune_flwr.backbones import loading
-from heterotune_flwr.config.compose import compose, to_yaml, with_absolute_paths
+from heterotune_flwr.config.compose import compose, to_yaml
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.natural_instructions import read_tasks
 from heterotune_flwr.data.partition import client_examples
@@ -20,7 +20,7 @@ from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.flower import Context, RecordDict
 from heterotune_flwr.preflight import preflight
-from heterotune_flwr.run import run
+from heterotune_flwr.run import run, with_absolute_paths
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.tuning.adapters import detach_all
 from heterotune_flwr.tuning.state_cache import forget_states

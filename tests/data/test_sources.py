@@ -12,10 +12,10 @@ from tiny_backbones import LABELS, save_tokenizer, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from heterotune_flwr.backbones.tokens import encode_texts
 from heterotune_flwr.data.partition import client_examples, own_examples
 from heterotune_flwr.data.sources import Example, global_test, label_set, own_file, training_pool
 from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
-from heterotune_flwr.data.tokens import encode_texts
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import DataConfig
 

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from heterotune_flwr.dema.bank import bank_shapes, generator, initial_tensors, slot_of, tier_of
+from heterotune_flwr.dema.bank import bank_shapes, initial_tensors, slot_of, tier_of
 from heterotune_flwr.schema import MethodConfig
+from heterotune_flwr.seeds import generator
 
 METHOD = MethodConfig(
     slots=2, latent=8, inner=5, experts_global=2, experts_type=1, experts_private=1

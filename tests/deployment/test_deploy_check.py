@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from benchmarks.deployment.tls_server import TlsServer
 from heterotune_flwr.cli import app
-from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.deploy import certificates, node_check, server_checks
 from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.node_config import (
@@ -20,6 +19,7 @@ from heterotune_flwr.deploy.node_config import (
     supernode_command,
 )
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.program_version import code_hash
 
 
 @pytest.fixture

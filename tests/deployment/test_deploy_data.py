@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from heterotune_flwr.client.identity import COUNTED, Identity, check_code, code_hash
+from heterotune_flwr.client.identity import COUNTED, Identity, check_code
 from heterotune_flwr.data.sources import read_examples
 from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.schema import DataConfig
 
 ROWS = [{"q": f"what is {i}?", "a": f"number {i}"} for i in range(2500)]

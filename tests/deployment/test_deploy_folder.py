@@ -16,7 +16,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from typer.testing import CliRunner
 
 from heterotune_flwr.cli import app
-from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.deploy import certificates, templates
 from heterotune_flwr.deploy.files import write_private
@@ -26,6 +25,7 @@ from heterotune_flwr.deploy.keys import key_fingerprint, new_node_key, read_publ
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.submit import settle
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.program_version import code_hash
 
 
 def make(folder, names=("clinic-a", "clinic-b"), renew=False, days=90.0, public=None, **settings):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
+from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import (
     content_bytes,
@@ -28,7 +29,6 @@ from heterotune_flwr.protocol.messages import (
     Header,
     TrainReply,
     TrainRequest,
-    resolve_output,
 )
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.queries import (

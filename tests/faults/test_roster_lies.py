@@ -11,8 +11,8 @@ import pytest
 from fault_federation import answering, describing, run, toy_spec
 from toy_federation import LABELS
 
-from heterotune_flwr.client.identity import code_hash
 from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.wire import error_content
 
 LIAR = "client-0004"  # the second of its type

@@ -27,7 +27,8 @@ from heterotune_flwr.flower import (
     Message,
     RecordDict,
 )
-from heterotune_flwr.run import check_strategies, run, run_directory
+from heterotune_flwr.run import run, run_directory
+from heterotune_flwr.strategies.build import check_strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 

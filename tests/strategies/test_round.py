@@ -19,9 +19,9 @@ from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.federation.updates import Work, as_update
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
 from heterotune_flwr.protocol.messages import TrainReply
-from heterotune_flwr.run import check_strategies, run_strategies
+from heterotune_flwr.run import run_strategies
 from heterotune_flwr.strategies import HeteroTune, build_strategy
-from heterotune_flwr.strategies.build import check_strategy
+from heterotune_flwr.strategies.build import check_strategies, check_strategy
 
 MEAN = {
     "_component_": f"{HERE}.HeteroTune",

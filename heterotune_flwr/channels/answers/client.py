@@ -12,9 +12,9 @@ from heterotune_flwr.channels.predictions.loss import Distillation
 from heterotune_flwr.channels.predictions.record import LONGEST_ANSWER, Said
 from heterotune_flwr.channels.text_work import TextWork
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.protocol.payloads import Payload
+from heterotune_flwr.seeds import generator
 from heterotune_flwr.tuning.generation import answer_prompts, draw_answers
 from heterotune_flwr.tuning.losses import LossTerm
 from heterotune_flwr.tuning.states import make_rows

@@ -24,10 +24,10 @@ from heterotune_flwr.channels.predictions.server import agreement_weights
 from heterotune_flwr.channels.text_rounds import TextRounds
 from heterotune_flwr.cmga.pull import no_louder
 from heterotune_flwr.data.text_metrics import folded, words
-from heterotune_flwr.dema.bank import generator
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.protocol.payloads import Payload
+from heterotune_flwr.seeds import generator
 
 Matrix = NDArray[np.float64]
 

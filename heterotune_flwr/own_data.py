@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
-from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.lengths import Lengths, lengths
+from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.partition import ClientData, client_examples
 from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
 from heterotune_flwr.names import safe_text
@@ -82,62 +81,6 @@ def _texts(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
         rows += global_test(data)
     tokens = loss_kind(config.train, label_set(data)) == "tokens"
     yield from how_they_fit(rows, data, tokens, tokenizers)
-
-
-def how_they_fit(
-    rows: Sequence[Example], data: DataConfig, tokens: bool, tokenizers: dict[str, Any]
-) -> Iterator[str]:
-    """Say what is cut, and which answers can never match, for the type that fits the texts least.
-
-    ``tokens``: the answers are written token by token, not labels.
-    """
-    found = {name: lengths(one, data, rows, tokens) for name, one in tokenizers.items()}
-    name = max(found, key=lambda one: found[one].cut)
-    worst = found[name]
-    yield _cut(worst, name, data)
-    if tokens:
-        yield from _over_long(rows, worst, name, data)
-    if tokens and data.generate:
-        yield from _unmatched(rows, max(found.values(), key=lambda one: sum(one.answers)), data)
-
-
-def _cut(of: Lengths, name: str, data: DataConfig) -> str:
-    if not of.cut:
-        return f"no text is cut: the longest has {max(of.totals)} of data.max_length={data.max_length} tokens ({name})"
-    mend = ""
-    if of.most > data.max_length:
-        mend = f"; 99 of 100 would fit whole with data.max_length={of.most}"
-    return (
-        f"warning: {100 * of.cut / len(of.totals):.3g} % of the prompts are cut to fit data.max_length="
-        f"{data.max_length} tokens ({name}), one to its last {of.shortest}{mend}"
-    )
-
-
-def _over_long(rows: Sequence[Example], of: Lengths, name: str, data: DataConfig) -> Iterator[str]:
-    found = [n for n, answer in enumerate(of.answers) if answer >= data.max_length]
-    if found:
-        first = found[0]
-        yield (
-            f"warning: {len(found)} of {len(rows)} answers leave no room for a prompt and are cut, the first in row "
-            f"{rows[first].row or first + 1}: {of.answers[first]} tokens ({name}), data.max_length is {data.max_length}"
-        )
-
-
-def _unmatched(rows: Sequence[Example], of: Lengths, data: DataConfig) -> Iterator[str]:
-    """Right answers that no generated one can equal."""
-    if data.stop is not None:
-        held = sum(all(data.stop in answer for answer in row.answers) for row in rows)
-        if held:
-            yield (
-                f"warning: {held} of {len(rows)} right answers hold data.stop ({data.stop!r}), before which every "
-                "generated answer ends: they can never match; set data.stop=null or another text"
-            )
-    longer = sum(answer - 1 > data.max_answer_tokens for answer in of.answers)
-    if longer:
-        yield (
-            f"warning: {longer} of {len(rows)} right answers have more than data.max_answer_tokens="
-            f"{data.max_answer_tokens} tokens (up to {max(of.answers) - 1}): they can never match"
-        )
 
 
 def _settings(config: Config) -> Iterator[str]:
