@@ -214,7 +214,8 @@ def conflict() -> str:
         "One type gone wrong",
         shown(
             "Laboratory, three tiny types, 4 clients each, seeds 100 to 103: accuracy of the *other* types, mean over "
-            "which type it is. `downweight_outliers` was chosen on two of these seeds, on these very scenes. Where "
+            "which type it is. Measured with the gates at the full rate, before they learnt at a tenth of it. "
+            "`downweight_outliers` was chosen on two of these seeds, on these very scenes. Where "
             f"nothing is wrong, CMGA costs {-family['none']['cmga.gain']:.1f} points (standard error "
             f"{family['none']['cmga.gain_se']:.2f}).",
             "science.conflict",
