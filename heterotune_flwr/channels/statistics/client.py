@@ -127,7 +127,7 @@ class Channel(ClientChannel):
     @classmethod
     def check(cls, asked: Payload) -> None:
         """Bound the classifier."""
-        bounded(asked.tensors, "the classifier", LARGEST_LOGITS)
+        bounded(asked.tensors, "the classifier's tensors", LARGEST_LOGITS)
 
     def logits(self, of: EncodedSet, purpose: Purpose) -> Tensor | None:
         """The classifier's: a share of them while the client fits others' predictions, all of them otherwise."""
