@@ -29,7 +29,7 @@ from heterotune_flwr.channels.predictions.record import (
     Said,
     as_answers,
 )
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData

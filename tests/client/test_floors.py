@@ -20,7 +20,7 @@ from heterotune_flwr.channels.statistics.record import Request as Statistics
 from heterotune_flwr.client.floors import KEYS, Floors
 from heterotune_flwr.client.guard import MOST_LOSS, Guard, check_maps
 from heterotune_flwr.client.holdout import held_size, split, whole_test
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.client.node_book import FILE, NodeBook
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example

@@ -20,7 +20,7 @@ from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.predictions.loss import Distillation
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import Request
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.dema.bank import initial_tensors

@@ -12,7 +12,7 @@ from rich.console import Console
 from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.federation.in_process import InProcessGrid
