@@ -185,7 +185,7 @@ def test_what_is_kept_at_home_is_learnt_there(tmp_path):
     row = next(row for row in strategy.outcome.rows if row.type_key == LARGE)
     before = next(row for row in strategy.outcome.before if row.type_key == LARGE)
     assert row.global_loss != before.global_loss  # its own file was read after the lesson
-    (client, *_), kept = strategy.roster.of_type(LARGE), federation.own_state
+    (client, *_), kept = strategy.roster.of_type(LARGE), federation.states
     assert [list(rounds) for (_, owner), rounds in kept.items() if owner == client] == [[3]]
 
 

@@ -380,10 +380,10 @@ def test_private_experts_and_client_gates_stay_on_their_client(tmp_path):
     assert shared
     assert all(".experts.global." in name for name in shared)
     assert strategy.models_differ
-    (*_, own) = federation.own_state["toy-0-heterotune-seed0", "client-0003"].values()
+    (*_, (own, _)) = federation.states["toy-0-heterotune-seed0", "client-0003"].values()
     assert {name for name in own if ".private." in name}
     assert {name for name in own if ".gate." in name}
-    (*_, other) = federation.own_state["toy-0-heterotune-seed0", "client-0000"].values()
+    (*_, (other, _)) = federation.states["toy-0-heterotune-seed0", "client-0000"].values()
     assert any(not np.array_equal(own[name], other[name]) for name in own)
 
 
