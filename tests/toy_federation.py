@@ -143,17 +143,17 @@ class ToyFederation:
         nodes = [{"partition-id": i, "num-partitions": count} for i in ids]
         return InProcessGrid(self.app(), nodes, drop=drop)
 
-    def type_of(self, partition: int) -> TypeConfig:
-        return expand_types(self.config.types)[partition]
+    def type_of(self, partition: int) -> str:
+        return expand_types(self.config.types)[partition].backbone
 
     def who(self, context):
         partition = int(context.node_config["partition-id"])
-        name = self.type_of(partition).backbone
+        name = self.type_of(partition)
         return f"client-{partition:04d}", f"{name}@fp32", Backbone(name), partition
 
     def examples_of(self, partition):
         """How many examples a client trains on: none where its type is a guest."""
-        return 0 if self.type_of(partition).guest else 48
+        return 0 if expand_types(self.config.types)[partition].guest else 48
 
     def data(self, partition, seed, salt, count):
         mixture = np.random.default_rng([seed, partition, 1]).dirichlet([self.skew] * len(LABELS))
