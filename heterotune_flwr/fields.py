@@ -38,6 +38,7 @@ def option(
     below: float | None = None,
     choices: Sequence[str] = (),
     plugins: Kind | None = None,
+    by_strategy: bool = False,
 ) -> Any:
     """Field of a setting.
 
@@ -49,6 +50,8 @@ def option(
         Bounds of a number, the first and third included.
     choices, plugins
         The texts it may be, and the kind of installed plugins whose names it may be as well.
+    by_strategy
+        Whether a strategy sets it, and nobody else.
 
     """
     metadata = {
@@ -56,6 +59,7 @@ def option(
         "bounds": (least, above, most, below),
         "choices": tuple(choices),
         "plugins": plugins,
+        "by_strategy": by_strategy,
     }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -114,7 +118,8 @@ def _fits(field: dataclasses.Field[Any], value: Any) -> bool:
 def check_field(field: dataclasses.Field[Any], kind: Any, value: Any, where: str) -> None:
     """Refuse a value of the right type that the field does not take (ConfigError)."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError.of(where, value, "a finite number is needed")
+        need = needed(field, kind).replace("a number", "a finite number", 1)
+        raise ConfigError.of(where, value, need)
     if value is None or _fits(field, value):
         return
     near = nearest(str(value), choices_of(field))

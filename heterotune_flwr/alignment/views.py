@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.fields import nearest
 from heterotune_flwr.schema import MethodConfig
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ SLOTS = "slots"
 
 
 def views_of(method: MethodConfig) -> list[View]:
-    """The views of a method, in order."""
+    """The views of a method, in order (ConfigError: there is none of a name)."""
+    for name in method.views:
+        if name not in VIEWS:
+            need = f"choose from {', '.join(VIEWS)}{nearest(name, VIEWS)}"
+            raise ConfigError.of("method.views", name, need)
     return [VIEWS[name] for name in method.views]
 
 

@@ -17,10 +17,11 @@ from filelock import FileLock
 
 from heterotune_flwr.backbones.headers import TensorHeader, tensor_headers
 from heterotune_flwr.backbones.quantized import stored_bits
-from heterotune_flwr.backbones.sources import AUTO, BITS, QUANTIZED, BackboneSpec, resolve_source
+from heterotune_flwr.backbones.sources import QUANTIZED, BackboneSpec, resolve_source
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.storage import atomic_write_text, private_folder
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.schema import AUTO, BITS
 
 log = logging.getLogger(__name__)
 

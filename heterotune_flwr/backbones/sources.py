@@ -20,17 +20,14 @@ from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import as_id
 from heterotune_flwr.plugins import load_plugin, plugin_names
+from heterotune_flwr.schema import BITS
 
 #: The shipped family, smallest first.
 EMBEDDED = ("tiny-a", "tiny-b", "tiny-c")
 #: Backbones that ``heterotune fetch`` puts into the cache (see :mod:`.fetch`).
 FETCHABLE = ("smollm2", "gemma3-270m", "smollm2-pruned")
-#: ``nf4`` quantizes its block scales once more (double quantization), ``nf4-single`` does not.
-BITS = ("nf4", "nf4-single", "int8", "bf16", "fp32")
 #: Those that bitsandbytes makes.
 QUANTIZED = ("nf4", "nf4-single", "int8")
-#: In a configuration: take what fits the memory (see :mod:`.bits`); a spec never holds it.
-AUTO = "auto"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from heterotune_flwr.alignment.maps import resolve_output
+from heterotune_flwr.alignment.views import views_of
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.encodings import encodings
 from heterotune_flwr.client.guard import Guard
-from heterotune_flwr.client.identify import identify, is_simulated
-from heterotune_flwr.client.identity import Identity
+from heterotune_flwr.client.identity import (
+    Identity,
+    identify,
+    is_simulated,
+)
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.partition import ClientData
@@ -93,6 +97,7 @@ class Client:
         """The same client, working by a message's training settings."""
         config = replace(self.config, train=header.train)
         check_choices(replace(config, method=header.method))  # they came with the message
+        views_of(header.method)
         return replace(self, config=config)
 
     def task(self) -> Task:

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heterotune_flwr.config.choices import check_choices, nearest
+from heterotune_flwr.config.choices import check_choices, check_left_alone
 from heterotune_flwr.config.numbers import check_numbers
 from heterotune_flwr.config.plain import (
     DEEPEST,
@@ -36,6 +36,7 @@ from heterotune_flwr.config.texts import (
     override_text,
 )
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.fields import nearest
 from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config, TypeConfig
 
 INLINE = "yaml:"
@@ -297,6 +298,7 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
         raise ConfigError(f"{key}: {reason}", expected_at(str(key))) from error
     assert isinstance(result, Config)
     check_choices(result)
+    check_left_alone(result)
     check_numbers(result)
     return result
 

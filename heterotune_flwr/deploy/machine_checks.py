@@ -83,7 +83,8 @@ def backbone(settings: NodeSettings) -> Iterator[Finding]:
     """The backbone at its bits, against the memory there is."""
     from heterotune_flwr.backbones.bits import candidates, check_bits, needed_gb, resolve_spec
     from heterotune_flwr.backbones.quantized import check_stored_bits
-    from heterotune_flwr.backbones.sources import AUTO, describe_source, resolve_source
+    from heterotune_flwr.backbones.sources import describe_source, resolve_source
+    from heterotune_flwr.schema import AUTO
 
     source, bits = str(settings.client["backbone"]), str(settings.client.get("bits", "bf16"))
     revision = settings.client.get("revision")

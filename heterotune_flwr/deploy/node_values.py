@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.backbones.sources import AUTO, BITS
 from heterotune_flwr.client.floors import KEYS as FLOORS
-from heterotune_flwr.client.identify import ANSWERS, CLASS_SUMS, GUEST, REPORTS
+from heterotune_flwr.client.identity import ANSWERS, CLASS_SUMS, GUEST, REPORTS
 from heterotune_flwr.data.tables import FORMS
 from heterotune_flwr.deploy.hosts import check_port, parse_server
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.names import ID_RULE, is_id
+from heterotune_flwr.schema import AUTO, BITS
 from heterotune_flwr.tuning.slots import lowest_slot
 
 #: Keys of the file: table -> key -> type of its value.

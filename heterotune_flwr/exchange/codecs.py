@@ -125,12 +125,6 @@ _SPECIAL = {
 }
 
 
-def codec_names() -> tuple[str, ...]:
-    """Shipped codecs, then those of installed packages."""
-    shipped = (*CODECS, TOPK)
-    return (*shipped, *(name for name in plugin_names("codecs") if name not in shipped))
-
-
 def topk_name(share: float) -> str:
     """Name of the codec that keeps this share of the numbers: ``topk:0.1``.
 
@@ -161,7 +155,8 @@ def find_codec(name: str) -> Codec | RecordCodec:
     if name.startswith(f"{TOPK}:"):
         return _topk(name)
     if name not in plugin_names("codecs"):
-        raise ExchangeError(f"exchange.codec is {name!r}; choose one of {', '.join(codec_names())}")
+        known = ", ".join((*CODECS, TOPK, *plugin_names("codecs")))
+        raise ExchangeError(f"exchange.codec is {name!r}; choose one of {known}")
     try:
         codec = load_plugin("codecs", name)
     except ConfigError as error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from heterotune_flwr.alignment.views import views_of
 from heterotune_flwr.channels.channel import channel_names, read_channels, server_half
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
@@ -17,6 +18,7 @@ from heterotune_flwr.config.options import read_options
 from heterotune_flwr.config.renamed import unknown_key
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.directions import check_directions
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.schema import Config, MethodConfig, TrainConfig
 from heterotune_flwr.strategies.heterotune import HeteroTune
@@ -36,9 +38,10 @@ def strategy_config(name: str, spec: Mapping[str, Any], config: Config) -> Confi
     """Return the run's configuration with the strategy's own ``method`` and ``train`` settings."""
     where = f"strategies.{name}"
     method, train = (spec.get(part, {}) for part in ("method", "train"))
+    free = [f.name for f in dataclasses.fields(MethodConfig) if not f.metadata["by_strategy"]]
     return dataclasses.replace(
         config,
-        method=read_options(MethodConfig, method, f"{where}.method", config.method),
+        method=read_options(MethodConfig, method, f"{where}.method", config.method, free),
         train=read_options(TrainConfig, train, f"{where}.train", config.train),
     )
 
@@ -99,6 +102,7 @@ def check_strategy(name: str, spec: Mapping[str, Any], config: Config) -> None:
         component.check_options(options)
         own = strategy_config(name, spec, config)
         check_choices(own)
+        views_of(own.method)
         words = "answers" in entry.channels
         if component.needs_teacher and surely_open(own.data, own.train) and not words:
             raise ConfigError(
@@ -171,6 +175,7 @@ def _read_entry(name: str, spec: Mapping[str, Any]) -> _Entry:
 
 def check_strategies(config: Config) -> None:
     """Refuse unknown or misspelt strategies before anything runs (ConfigError)."""
+    check_directions(config.exchange)
     for name in config.run.compare:
         if name not in config.strategies:
             known = ", ".join(sorted(config.strategies)) or "none"

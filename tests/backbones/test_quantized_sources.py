@@ -22,10 +22,11 @@ from heterotune_flwr.backbones.loading import (
     load_backbone,
     prepare_libraries,
 )
-from heterotune_flwr.backbones.sources import BITS, QUANTIZED
+from heterotune_flwr.backbones.sources import QUANTIZED
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.preflight import preflight
+from heterotune_flwr.schema import BITS
 
 IDS = torch.tensor([[5, 9, 30, 7, 12, 3, 100, 64]])
 #: bits -> what people write who publish such a checkpoint; float16 and float32 computing are usual

@@ -134,7 +134,7 @@ def test_no_value_of_a_servers_configuration_comes_back(world, node, case):
         ("yaml:server: {rounds: many}", "server.rounds: a value of type int"),
         ("yaml:types: [{backbone: x, clients: no}]", "types.clients: a value of type int"),
         ("yaml:data: {trian: x}", "did you mean 'train'"),
-        ("yaml:method: {slots: 0}", "method.slots: it must be at least 1"),
+        ("yaml:method: {slots: 0}", "method.slots: a whole number of at least 1 is needed"),
         ("yaml:groups: {data: debian_section}", "debian_sections"),
     ],
 )

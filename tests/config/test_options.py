@@ -46,7 +46,7 @@ def test_given_values_replace_the_defaults_or_those_of_a_base() -> None:
         ({"minutes": None}, "oven.minutes is None; a whole number of at least 1 is needed"),
         ({"heat": "hot"}, "oven.heat is 'hot'; a number from 0 to 1 is needed"),
         ({"heat": True}, "oven.heat is True; a number from 0 to 1 is needed"),
-        ({"heat": float("nan")}, "oven.heat is nan; a finite number is needed"),
+        ({"heat": float("nan")}, "oven.heat is nan; a finite number from 0 to 1 is needed"),
         ({"cooling": "x"}, "oven.cooling is 'x'; a number above 0 and below 1 is needed (or null)"),
         ({"cooling": 1.0}, "oven.cooling is 1.0; a number above 0 and below 1 is needed (or null)"),
         ({"fan": "x"}, "oven.fan is 'x'; true or false is needed"),

@@ -181,7 +181,7 @@ def test_maps_of_a_request_and_what_a_channel_says_travel_by_their_own_codecs():
     ("words", "message"),
     [
         ("exchange.codec=topk", "updates alone: set exchange.up=topk"),
-        ("exchange.down=topk", "updates alone: set exchange.up=topk"),
+        ("exchange.down=topk", "exchange.down is 'topk'; choose from bf16"),
         ("exchange.up=topkk", "exchange.up is 'topkk'; choose from .*; did you mean 'topk'"),
         ("exchange.down=nf5", "exchange.down is 'nf5'; choose from .*; did you mean 'nf4'"),
         ("exchange.up=topk exchange.top_k=1.5", "exchange.top_k is 1.5"),

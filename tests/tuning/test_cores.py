@@ -168,7 +168,7 @@ def test_private_cores_never_travel(world, name):
 
 
 def test_wrong_settings_get_one_clear_line():
-    with pytest.raises(ConfigError, match=r"core_from is 1\.0; it must be below 1"):
+    with pytest.raises(ConfigError, match=r"core_from is 1\.0; a number of at least 0 and below 1"):
         compose("quick", "method.core_from=1.0")
     with pytest.raises(ConfigError, match="core_rank is -1"):
         compose("quick", "method.core_rank=-1")
