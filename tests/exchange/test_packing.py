@@ -248,7 +248,7 @@ def same(one, other) -> bool:
         (DescribeRequest(HEADER, []), ()),
         (DESCRIPTION, ()),
         (AlignRequest(HEADER, 2, ["one"], b"\x80"), ()),
-        (AlignRequest(HEADER, 1, [], b"", True), ()),
+        (AlignRequest(HEADER, 1, [], b"", "text"), ()),
         (AlignReply("c", "t", TENSORS), ("fp32",)),
         (TrainRequest(HEADER, TENSORS, "d1", TENSORS, ["a"], ["b"]), ("fp32",)),
         (TrainRequest(HEADER, {}, "", None, [], channels={"a": SAID}), ("bf16",)),

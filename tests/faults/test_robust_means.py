@@ -131,5 +131,5 @@ def test_strategies_with_a_mean_of_their_own_say_so(tmp_path):
     from toy_federation import toy_config
 
     config = toy_config(tmp_path, strategies={"x": {}})
-    with pytest.raises(ConfigError, match="Scaffold combines updates in its own way"):
-        check_strategy("x", {**toy_spec("scaffold"), "robust": "median"}, config)
+    with pytest.raises(ConfigError, match="FlexLoRA combines"):
+        check_strategy("x", {**toy_spec("flexlora"), "robust": "median"}, config)
