@@ -157,3 +157,14 @@ def test_the_page_tells_of_every_public_method(kind, heading, end):
     rows = set(re.findall(r"^\| `(\w+)` \|", part, flags=re.M))
     assert rows <= public(kind)
     assert public(kind) <= set(re.findall(r"`(\w+)`", part))
+
+
+def test_the_rooms_stand_in_their_order():
+    """The table of docs/architecture.md names every room, none above what it may import."""
+    floor_of = pytest.importorskip("test_rooms").FLOOR_OF
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \|", page[page.index("| room |") :], flags=re.M)
+    rooms = [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
+    assert sorted(rooms) == sorted(floor_of)
+    floors = [floor_of[room] for room in rooms]
+    assert floors == sorted(floors)

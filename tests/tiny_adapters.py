@@ -21,6 +21,7 @@ LORA = MethodConfig(kind="lora", lora_rank=2)
 
 
 TRAIN = TrainConfig(batch_size=4, learning_rate=0.01)
+TRAINING = replace(TRAIN, local_steps=3)
 
 
 def random_values(shapes, seed=0, scale=0.3):

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from benchmarks.runner import arguments, flower_run, say, write_results
 from benchmarks.science.headline_suites import SUITES, SWEEP_SEED, shipped
 from heterotune_flwr.alignment.public_texts import anchor_digest, entropies, load_anchors
+from heterotune_flwr.channels.channel import server_half
 from heterotune_flwr.channels.predictions.loss import predict
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.predictions.server import (
-    PredictionEnsemble,
     agreement_weights,
     confidence_weighted_mean,
     sinkhorn_balance,
@@ -78,7 +78,7 @@ class Again:
         self.before, self.end = (self._state(number) for number in (rounds - 1, rounds))
         total = sum(entry.clients for entry in self.config.types)
         self.clients = [self._client(number, total) for number in range(total)]
-        self.options = PredictionEnsemble.read(entry()["predictions"])
+        self.options = server_half("predictions").read(entry()["predictions"])
         self.texts = load_anchors(replace(self.config.alignment, count=self.options.pool))
         self.train = strategy_config(_METHOD, entry(), self.config).train
 

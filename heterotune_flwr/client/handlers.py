@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.floors import check_message
-from heterotune_flwr.client.identity import Identity, is_simulated
+from heterotune_flwr.client.identify import is_simulated
+from heterotune_flwr.client.identity import Identity
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.client.received import TensorCache
 from heterotune_flwr.client.redaction import LOG, told

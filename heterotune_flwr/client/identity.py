@@ -1,62 +1,31 @@
-"""Who a client is: its id, backbone, data and state directory (no torch here).
-
-In a simulation a node knows only its partition; the run's configuration says the rest. A deployed
-client's own node configuration (``flower-supernode --node-config``) says everything about its
-machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
-``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field``,
-``label-field``, ``references-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash``, ``floor-...``
-(:mod:`.floors`), and ``worker``, ``worker-idle-minutes`` (:mod:`heterotune_flwr.worker`);
-``heterotune node start`` writes it from the node's file. It takes no path from the server, and
-nothing of its data answers the server: its columns are named here, its labels by the run.
-"""
+"""Who a client is: its id, backbone, data and state directory, and what of it may leave (no torch here)."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import heterotune_flwr
 from heterotune_flwr.alignment.public_texts import SHIPPED
-from heterotune_flwr.backbones.assets import cache_dir
-from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.client.floors import MOST_HELD, Floors
 from heterotune_flwr.client.holdout import split, whole_test
 from heterotune_flwr.client.node_book import NodeBook
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData, client_examples, own_examples
-from heterotune_flwr.data.sources import global_test, is_shipped, label_set, public_labels
+from heterotune_flwr.data.sources import global_test, is_shipped
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.names import ID_RULE, is_id
-from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.schema import (
     NATURAL_INSTRUCTIONS,
     AlignmentConfig,
     Config,
     DataConfig,
-    TypeConfig,
 )
 
-#: What a deployed client must say about itself.
-REQUIRED = ("client-id", "backbone", "data", "state-dir")
-#: How much a deployed client tells beside its update; with the second one only :data:`COUNTED`.
-REPORTS = ("all", "counts-and-loss-only")
-#: Whether answers that a deployed client's model writes on public prompts may leave it.
-ANSWERS = ("no", "yes")
-#: Whether what a deployed client tells of its classes (how many examples, sums of their latents) may leave it.
-CLASS_SUMS = ("no", "yes")
 #: Examples of a class that a deployed client's sum is of at least: that of one would be the example's own latents.
 FEWEST = 2
-#: Whether a deployed client has no labelled examples, or keeps them all for its own test.
-GUEST = ("no", "yes")
 #: What always leaves: the server weighs and checks updates by the first three.
 COUNTED = ("examples", "steps", "learning_rate", "loss")
 
@@ -186,228 +155,3 @@ class Identity:
     def account(self, path: str) -> str:
         """Under which name the book counts what is asked about a file: one that says nothing of where it lies."""
         return self.book.keyed(f"file {Path(path).expanduser().resolve()}")
-
-
-def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
-    """Type of every simulated client: the types in turn, each until it has its number of clients."""
-    return [types[index] for index in _turns(tuple(item.clients for item in types))]
-
-
-@functools.lru_cache(maxsize=16)
-def _turns(counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Index of the type of every client, in turn."""
-    left, order = list(counts), []
-    while any(left):
-        for index in range(len(left)):
-            if left[index] > 0:
-                left[index] -= 1
-                order.append(index)
-    return tuple(order)
-
-
-#: What the configuration of a deployed client says in words.
-_WORDS = (
-    "client-id", "backbone", "bits", "revision", "data", "format", "test", "anchors", "state-dir", "text-field",
-    "label-field", "references-field", "slots", "code-hash",
-)  # fmt: skip
-
-
-def is_simulated(node_config: Mapping[str, Any]) -> bool:
-    """Whether a node is a virtual client of this machine's own simulation."""
-    return "partition-id" in node_config
-
-
-def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str = 0) -> Identity:
-    """Return the identity of the node with this node configuration.
-
-    Raises
-    ------
-    ConfigError
-        A deployed client does not say enough, or a simulation has another number of nodes than
-        the types have clients.
-    BackboneError
-        Unknown bits, or ``auto`` and no format fits the client's memory.
-
-    """
-    if not is_simulated(node_config):
-        return _deployed(config, node_config, run_id)
-    partition, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
-    order = _turns(tuple(item.clients for item in config.types))
-    if len(order) != count:
-        raise ConfigError(
-            f"the simulation has {count} nodes but the types have {len(order)} clients; set "
-            f"num-supernodes={len(order)} or change types.*.clients"
-        )
-    mine = config.types[order[partition]]
-    state_dir = _simulated_state_dir(config, run_id)
-    return Identity(
-        client_id=f"client-{partition:04d}",
-        spec=_spec(mine.backbone, mine.bits, mine.revision, mine.memory_gb, state_dir, run_id),
-        data=config.data,
-        state_dir=state_dir,
-        partition=(partition, count),
-        threads=config.run.worker_threads,
-        memory_gb=mine.memory_gb,
-        slots=mine.slots,
-        guest=mine.guest,
-    )
-
-
-def _simulated_state_dir(config: Config, run_id: int | str) -> Path:
-    if config.run.state_dir is not None:
-        return Path(config.run.state_dir).expanduser()
-    if config.run.dir is not None:
-        return Path(config.run.dir).expanduser() / "state"
-    return cache_dir() / "state" / f"run-{run_id}"
-
-
-def about_shipped(data: DataConfig) -> bool:
-    """Whether a run of real nodes is about a shipped data set, whose test then measures all of them."""
-    if not is_shipped(data.name) or data.train is not None:
-        return False
-    return data.labels is None or data.labels == label_set(DataConfig(name=data.name))
-
-
-def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str) -> Identity:
-    _check_words(node_config)
-    guest = _choice(node_config, "guest", GUEST) == "yes"
-    missing = [key for key in required_of(guest) if not node_config.get(key)]
-    if missing:
-        raise ConfigError.plain(
-            f"the node configuration lacks {', '.join(missing)}; start the client with "
-            'flower-supernode --node-config \'client-id="..." backbone="..." bits="..." '
-            'data="..." state-dir="..."\''
-        )
-    if not is_id(str(node_config["client-id"])):
-        raise ConfigError.of(
-            "client-id in the node configuration", str(node_config["client-id"])[:80], ID_RULE
-        )
-    check_code(str(node_config.get("code-hash") or ""))
-    report = _choice(node_config, "report", REPORTS)
-    answers = _choice(node_config, "answers", ANSWERS)
-    sums = _choice(node_config, "class-sums", CLASS_SUMS)
-    test, anchors = node_config.get("test"), node_config.get("anchors")
-    state_dir = Path(str(node_config["state-dir"])).expanduser()
-    memory_gb = _memory_gb(node_config)
-    return Identity(
-        client_id=str(node_config["client-id"]),
-        spec=_spec(
-            str(node_config["backbone"]),
-            str(node_config.get("bits", "bf16")),
-            str(node_config["revision"]) if node_config.get("revision") else None,
-            memory_gb,
-            state_dir,
-            run_id,
-        ),
-        data=dataclasses.replace(
-            config.data,
-            name=_named(config.data),
-            train=str(node_config["data"]) if node_config.get("data") else None,
-            test=str(test) if test else None,
-            text_field=str(node_config.get("text-field", "text")),
-            label_field=str(node_config.get("label-field") or "label"),
-            references_field=str(node_config.get("references-field") or "references"),
-            client_field="client",
-            format=str(node_config["format"]) if node_config.get("format") else None,
-            labels=public_labels(config.data),
-            max_labels=0,
-            # Of its own test file a run cannot choose how much is told.
-            global_test_examples=(
-                DataConfig().global_test_examples if test else config.data.global_test_examples
-            ),
-        ),
-        state_dir=state_dir,
-        threads=int(
-            node_config.get("threads") or min(config.run.worker_threads, os.cpu_count() or 1)
-        ),
-        anchors=str(anchors) if anchors else None,
-        memory_gb=memory_gb,
-        slots=str(node_config["slots"]) if node_config.get("slots") else None,
-        report=report,
-        answers=answers == "yes",
-        class_sums=sums == "yes",
-        guest=guest,
-        floors=Floors.of(node_config),
-    )
-
-
-def _check_words(node_config: Mapping[str, Any]) -> None:
-    """Refuse 007, 1234e5 and true where a text is meant: Flower reads what has no quotes as a number (ConfigError)."""
-    for key in _WORDS:
-        value = node_config.get(key)
-        if value is not None and not isinstance(value, str):
-            raise ConfigError.of(
-                f"{key} in the node configuration",
-                value,
-                'it is a text; write it in quotes: key="..."',
-            )
-
-
-def _named(data: DataConfig) -> str:
-    """The data set that a deployed client's examples are of: a shipped one only where the run is about it."""
-    return "own" if is_shipped(data.name) and not about_shipped(data) else data.name
-
-
-def required_of(guest: bool) -> tuple[str, ...]:
-    """What a deployed client must say: a guest needs no data."""
-    return tuple(key for key in REQUIRED if key != "data" or not guest)
-
-
-def _choice(node_config: Mapping[str, Any], key: str, choices: Sequence[str]) -> str:
-    """Return a value of a deployed client's configuration, the first choice by default."""
-    value = str(node_config.get(key) or choices[0])
-    if value not in choices:
-        raise ConfigError.of(
-            f"{key} in the node configuration", value, f"choose one of {', '.join(choices)}"
-        )
-    return value
-
-
-def check_code(accepted: str) -> None:
-    """Refuse to work for a run whose code is not the one this machine's owner has installed.
-
-    Flower hands every client the run's own copy of this package, and that copy asks this question: it keeps an upgrade
-    of the server from changing what nodes run unnoticed, not a hostile server from doing so.
-
-    Raises
-    ------
-    ConfigError
-        ``accepted`` is given and differs from :func:`code_hash`.
-
-    """
-    if accepted and accepted != code_hash():
-        raise ConfigError.plain(
-            f"the run brings heterotune-flwr {heterotune_flwr.__version__} with code {code_hash()}, but this node "
-            f"accepts only code {accepted}, which it has installed; install the server's version on the node and "
-            'restart it (or set accept-code = "any" in its node.toml)'
-        )
-
-
-def _spec(
-    source: str,
-    bits: str,
-    revision: str | None,
-    memory_gb: float | None,
-    state_dir: Path,
-    run_id: int | str,
-) -> BackboneSpec:
-    """The spec a client has for a whole run, although every message may meet a fresh process."""
-    name = hashlib.sha256(json.dumps([source, revision]).encode()).hexdigest()[:12]
-    kept = state_dir / "auto-bits" / f"{run_id}-{name}"
-    return resolve_spec(source, bits, revision, memory_gb, kept=kept)
-
-
-def _memory_gb(node_config: Mapping[str, Any]) -> float | None:
-    """Memory budget of a deployed client in GB (10^9 bytes), None without one."""
-    given = node_config.get("memory-gb")
-    if given is None or given == "":
-        return None
-    try:
-        budget = float(given)
-    except (TypeError, ValueError):
-        budget = 0.0
-    if not 0.0 < budget < float("inf"):
-        raise ConfigError.of(
-            "memory-gb in the node configuration", given, "give a number of GB, like memory-gb=7.5"
-        )
-    return budget

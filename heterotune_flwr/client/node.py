@@ -20,11 +20,8 @@ from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.encodings import encodings
 from heterotune_flwr.client.guard import Guard
-from heterotune_flwr.client.identity import (
-    Identity,
-    identify,
-    is_simulated,
-)
+from heterotune_flwr.client.identify import identify, is_simulated
+from heterotune_flwr.client.identity import Identity
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.partition import ClientData

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.client.identity import is_simulated
+from heterotune_flwr.client.identify import is_simulated
 from heterotune_flwr.errors import ConfigError, DataError, HeteroTuneError
 
 #: Settings of a node that may be paths.

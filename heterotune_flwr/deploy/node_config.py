@@ -11,7 +11,7 @@ from typing import Any
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.client.floors import Floors, checked_floors
-from heterotune_flwr.client.identity import required_of
+from heterotune_flwr.client.identify import required_of
 from heterotune_flwr.deploy.certificates import load_certificate
 from heterotune_flwr.deploy.files import (
     make_folder,

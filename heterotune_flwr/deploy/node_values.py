@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.client.floors import KEYS as FLOORS
-from heterotune_flwr.client.identity import ANSWERS, CLASS_SUMS, GUEST, REPORTS
+from heterotune_flwr.client.identify import ANSWERS, CLASS_SUMS, GUEST, REPORTS
 from heterotune_flwr.data.tables import FORMS
 from heterotune_flwr.deploy.hosts import check_port, parse_server
 from heterotune_flwr.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from omegaconf import OmegaConf
 
-from heterotune_flwr.client.identity import about_shipped
+from heterotune_flwr.client.identify import about_shipped
 from heterotune_flwr.config.compose import INLINE, compose, conf_root, presets, to_yaml
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.federation.session import StrategyContext
+from heterotune_flwr.federation.updates import ClientUpdate, mean_delta
 from heterotune_flwr.strategies.within_type import WithinType
 
 
@@ -30,3 +32,7 @@ class Scaffold(WithinType):
     def channel_entries(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
         """Control variates besides."""
         return {**super().channel_entries(entries), "control_variates": {}}
+
+    def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:
+        """FedAvg's step; the control variates follow it, so no robust mean can take its place."""
+        return mean_delta(updates)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.client.identity import is_simulated
+from heterotune_flwr.client.identify import is_simulated
 from heterotune_flwr.client.redaction import told
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.flower import Context, Message, content_from_bytes, content_to_bytes

@@ -231,7 +231,7 @@ class _Log(RotatingFileHandler):
             os.dup2(self.stream.fileno(), handle)
 
 
-class _Printable(logging.Formatter):
+class Printable(logging.Formatter):
     """Lines of a log that a terminal may show: a server's words are in them."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -242,7 +242,7 @@ class _Printable(logging.Formatter):
 def start_log(path: Path) -> None:
     """Write all that this process logs or prints to a file of bounded size."""
     handler = _Log(path, maxBytes=LOG_BYTES, backupCount=1)
-    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(Printable("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.adopt()
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("heterotune_flwr").setLevel(logging.INFO)

@@ -11,7 +11,7 @@ from heterotune_flwr.backbones.bits import CANDIDATES, needed_gb, resolve_spec, 
 from heterotune_flwr.backbones.headers import weight_files
 from heterotune_flwr.backbones.sources import BackboneSpec, resolve_source
 from heterotune_flwr.backbones.store import entry_dir, used_in_place
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import BackboneError, ConfigError
 from heterotune_flwr.preflight import settle_bits

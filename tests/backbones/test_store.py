@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -147,10 +148,10 @@ def test_processes_that_come_at_once_quantize_once(directory, cache):
             [sys.executable, "-c", _WORKER, str(directory), "nf4"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for _ in range(3)
+        for _ in range(2)
     ]  # fmt: skip
     answers = [process.communicate("\n") for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], answers
+    assert [process.returncode for process in processes] == [0, 0], answers
     assert len({out for out, _ in answers}) == 1
     assert sum(err.count("making the shared copy") for _, err in answers) == 1
     assert sum(err.count("copy of its own") for _, err in answers) == 0
@@ -254,11 +255,9 @@ def test_a_full_disk_costs_memory_only_and_leaves_nothing_half(directory, cache)
     assert "File too large" in line
     assert store.entries() == []
     assert not [path for path in (cache / "store").iterdir() if path.is_dir()]
-    unlimited = subprocess.run(
-        [sys.executable, "-c", _WORKER, str(directory), "nf4"],
-        input="\n", capture_output=True, text=True,
-    )  # fmt: skip
-    assert unlimited.stdout == done.stdout
+    spec = BackboneSpec(str(directory), "nf4")
+    ours = logits(fresh(spec).model)
+    assert done.stdout.strip() == hashlib.sha256(ours.float().numpy().tobytes()).hexdigest()
     assert len(store.entries()) == 1
 
 

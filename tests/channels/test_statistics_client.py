@@ -17,7 +17,7 @@ from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.predictions.loss import Distillation, predict
 from heterotune_flwr.channels.statistics.client import class_sums, classifier_logits
 from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier, Request
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.protocol.wire import RemoteError

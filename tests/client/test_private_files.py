@@ -19,7 +19,7 @@ from heterotune_flwr.backbones.headers import (
     weight_files,
 )
 from heterotune_flwr.backbones.sources import describe_source
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import BackboneError, ExchangeError
 from heterotune_flwr.exchange.storage import (

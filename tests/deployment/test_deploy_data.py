@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from heterotune_flwr.client.identity import COUNTED, Identity, check_code
+from heterotune_flwr.client.identify import Identity, check_code
+from heterotune_flwr.client.identity import COUNTED
 from heterotune_flwr.data.sources import read_examples
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.program_version import code_hash

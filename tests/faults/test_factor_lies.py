@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fault_federation import answering, describing, run, toy_spec
-from toy_federation import Backbone, ToyFederation, toy_config
+from toy_federation import ToyFederation, toy_config
+from toy_model import Backbone
 
 from heterotune_flwr.alignment.factor_checks import fault_of, same_backbone
 from heterotune_flwr.errors import FederationError

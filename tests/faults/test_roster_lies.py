@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 from fault_federation import answering, describing, run, toy_spec
-from toy_federation import LABELS
+from toy_model import LABELS
 
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.program_version import code_hash

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from real_clients import LORA, World, ask
-from tiny_adapters import prepared
-from tiny_backbones import LABELS
 from toy_federation import ToyFederation, lesson_of, toy_config
 from toy_runs import config_dir, events, start
 
-from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, round_anchors
-from heterotune_flwr.backbones.loading import load_backbone
-from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.channels.predictions.loss import Distillation
+from heterotune_flwr.alignment.public_texts import round_anchors
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import Request
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.data.examples import Example
-from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.deploy.node_check import check_node
-from heterotune_flwr.deploy.node_config import read_node_settings
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import round_trip
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.preflight import preflight
-from heterotune_flwr.protocol.messages import TRAIN, TrainReply, TrainRequest
-from heterotune_flwr.protocol.wire import RemoteError
+from heterotune_flwr.protocol.messages import TrainRequest
 from heterotune_flwr.reporting.status import read_status
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.run import run_strategies
-from heterotune_flwr.schema import AlignmentConfig, TrainConfig
-from heterotune_flwr.tuning.fit import fit
-from heterotune_flwr.tuning.losses import Examples
-from heterotune_flwr.tuning.optimizer import rate_schedule
-from heterotune_flwr.tuning.states import make_rows
-from heterotune_flwr.tuning.task import make_task
 
 COMPONENT = "heterotune_flwr.strategies"
-TRAINING = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.01)
 SPEC = {
     "_component_": f"{COMPONENT}.HeteroTune",
     "predictions": {"anchors": 8, "pool": 10, "batch": 8, "guest_anchors": 12, "guest_steps": 40},
@@ -185,7 +165,7 @@ def test_what_is_kept_at_home_is_learnt_there(tmp_path):
     row = next(row for row in strategy.outcome.rows if row.type_key == LARGE)
     before = next(row for row in strategy.outcome.before if row.type_key == LARGE)
     assert row.global_loss != before.global_loss  # its own file was read after the lesson
-    (client, *_), kept = strategy.roster.of_type(LARGE), federation.own_state
+    (client, *_), kept = strategy.roster.of_type(LARGE), federation.states
     assert [list(rounds) for (_, owner), rounds in kept.items() if owner == client] == [[3]]
 
 
@@ -296,40 +276,6 @@ def test_empty_answers_teach_nothing():
     assert DistillationRequest("", 3, 3, 0.0, answers=["web"] * 3).is_empty
 
 
-def test_a_server_cannot_ask_for_more_anchors_than_there_are(world, folder):
-    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=4000))
-    lesson = DistillationRequest(anchor_digest(texts), 8, 8, 1.0, asked=10**10)
-    with pytest.raises(RemoteError, match="not those of the server"):
-        ask(world, lesson)
-
-
-@pytest.mark.parametrize("codec", ["topk", "int8"])
-def test_a_real_client_without_examples_learns_and_sends_all_of_it(world, folder, codec):
-    """Through the real client, with a codec that would hold some of an ordinary update back."""
-    guest = World(world.path, overrides=f"types.0.guest=true exchange.up={codec}")
-    told = guest.describe(0, LORA)
-    assert (told.train_examples, told.personal_examples) == (0, 4)
-    texts = load_anchors(AlignmentConfig(anchors=str(folder / "anchors.txt"), count=40))
-    targets = np.tile(np.float32([[0.8, 0.1, 0.1]]), (40, 1))
-    lesson = DistillationRequest(anchor_digest(texts), 40, 40, 1.0, targets, batch=8, asked=0)
-    header = guest.header(LORA, 1, steps=30)
-    header = replace(header, train=replace(header.train, learning_rate=0.05))
-    channels = {"predictions": lesson.to_payload()}
-    request = TrainRequest(header, {}, "", None, sorted(told.shapes), channels=channels)
-    reply = TrainReply.from_content(guest.ask(0, TRAIN, request.to_content("fp32")))
-    assert (reply.metrics["examples"], reply.metrics["steps"]) == (40, 30)
-    assert "accuracy" not in reply.metrics
-    assert not reply.channels
-    share = np.mean([np.count_nonzero(delta) / delta.size for delta in reply.deltas.values()])
-    assert share > 0.9  # topk would send a tenth
-    start = initial_tensors(told.shapes, 0)
-    trained = {name: start[name] + delta for name, delta in reply.deltas.items()}
-    after = guest.evaluate(0, trained, method=LORA)
-    assert after["global_examples"] == 30
-    ordinary = World(world.path, overrides=f"exchange.up={codec}")
-    assert ordinary.describe(0, LORA).train_examples == 16
-
-
 def test_a_federation_of_guests_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"every type is a guest.*types\.\*\.guest=false"):
         preflight(compose("demo", [f"types.{i}.guest=true" for i in range(3)]))
@@ -350,76 +296,3 @@ def test_a_simulated_guest_leaves_the_others_data_alone(tmp_path):
         own, other = (identify(c, node).examples(7) for c in (plain, guest))
         assert own.personal_test == other.personal_test
         assert other.train == ([] if partition % 3 == 2 else own.train)
-
-
-def node(tmp_path, **changes):
-    return {
-        "client-id": "lab", "backbone": "tiny-a", "state-dir": str(tmp_path / "state"), **changes,
-    }  # fmt: skip
-
-
-def test_a_deployed_guest_needs_no_data_and_trains_on_none(tmp_path):
-    config = compose("demo")
-    assert identify(config, node(tmp_path, guest="yes")).examples(0) == identify(
-        config, node(tmp_path, guest="yes")
-    ).examples(1)
-    own = tmp_path / "own.jsonl"
-    own.write_text('{"text": "a web server", "label": "web"}\n' * 3)
-    few = identify(config, node(tmp_path, guest="yes", data=str(own))).examples(0)
-    assert (len(few.train), len(few.personal_test)) == (0, 0)  # a test of three would tell too much
-    own.write_text('{"text": "a web server", "label": "web"}\n' * 20)
-    found = identify(config, node(tmp_path, guest="yes", data=str(own))).examples(0)
-    assert (len(found.train), len(found.personal_test)) == (0, 20)
-    with pytest.raises(ConfigError, match="lacks data"):
-        identify(config, node(tmp_path))
-    with pytest.raises(ConfigError, match="guest in the node configuration is 'maybe'"):
-        identify(config, node(tmp_path, guest="maybe"))
-
-
-def test_the_rate_sinks_where_there_are_no_examples(directory, data):
-    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
-    task = make_task(backbone, data, list(LABELS), TRAINING)
-    adapter = prepared(backbone)
-    texts = task.encode([Example(f"public words {n}", LABELS[0]) for n in range(4)])
-    none = make_rows(adapter, task.encode([]))
-    wanted = torch.eye(3)[[0, 1, 2, 0]]
-    distillation = Distillation(make_rows(adapter, texts), range(4), wanted, 1.0, 4)
-    before = distillation.losses(task, range(4)).mean()
-    work = replace(TRAINING, local_steps=30, learning_rate=0.02)
-    report = fit(adapter, task, work, [Examples(none), distillation], seed=0)
-    after = distillation.losses(task, range(4)).mean()
-    assert (report.examples, report.steps, report.accuracy) == (4, 30, None)
-    assert after < before - 0.1
-    assert after < report.loss < before
-    with pytest.raises(FederationError, match="no examples to train on, and no predictions"):
-        fit(adapter, task, TRAINING, [Examples(none)], seed=0)
-
-
-def test_half_a_cosine_after_the_warm_up():
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    schedule = rate_schedule(optimizer, 2, sinks_over=4)
-    rates = []
-    for _ in range(4):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    cosine = (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
-    np.testing.assert_allclose(rates, cosine * [0.5, 1, 1, 1])
-
-
-def test_a_nodes_file_says_that_it_is_a_guest(tmp_path):
-    path = tmp_path / "node.toml"
-    lines = '[server]\naddress = "a:1"\n[client]\nclient-id = "c"\nbackbone = "tiny-a"\nstate-dir = "s"\n'
-    path.write_text(lines + 'guest = "yes"\n')
-    settings = read_node_settings(path)
-    assert settings.node_config()["guest"] == "yes"
-    assert "data" not in settings.client
-    (found,) = [finding for finding in check_node(path, offline=True) if finding.name == "data"]
-    assert (found.state, "guest" in found.message) == ("ok", True)
-    path.write_text(lines + 'guest = "perhaps"\n')
-    with pytest.raises(ConfigError, match="guest is 'perhaps'; choose one of no, yes"):
-        read_node_settings(path)
-    path.write_text(lines)
-    with pytest.raises(ConfigError, match="lacks data"):
-        read_node_settings(path)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from toy_federation import LABELS, ToyFederation, toy_config
+from toy_federation import ToyFederation, toy_config
+from toy_model import LABELS
 
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation.in_process import InProcessGrid

@@ -12,7 +12,7 @@ from rich.console import Console
 from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.client.identity import identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.federation.in_process import InProcessGrid
@@ -27,7 +27,7 @@ from heterotune_flwr.reporting.status import Standing, follow, render
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.run import run_strategies
 from heterotune_flwr.tuning.client_state import ClientStore
-from heterotune_flwr.worker.server import _Printable
+from heterotune_flwr.worker.server import Printable
 
 ESC = "\x1b]0;pwned\x07\x1b[2J"
 NO_IDS = {
@@ -206,7 +206,7 @@ def test_what_an_older_journal_holds_is_shown_harmlessly(tmp_path):
 
 def test_logs_and_journals_hold_no_escapes(tmp_path):
     record = logging.LogRecord("x", logging.ERROR, "f", 1, "a %s", (ESC,), None)
-    assert "\x1b" not in _Printable("%(message)s").format(record)
+    assert "\x1b" not in Printable("%(message)s").format(record)
     journal = Journal(tmp_path)
     journal.event("refused", reason="z" * 100_000 + ESC)
     (event,) = [e for e in read_events(journal.path) if e["event"] == "refused"]

@@ -20,8 +20,7 @@ from heterotune_flwr.federation.updates import Work, as_update
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
 from heterotune_flwr.protocol.messages import TrainReply
 from heterotune_flwr.run import run_strategies
-from heterotune_flwr.strategies import HeteroTune, build_strategy
-from heterotune_flwr.strategies.build import check_strategies, check_strategy
+from heterotune_flwr.strategies import build_strategy
 
 MEAN = {
     "_component_": f"{HERE}.HeteroTune",
@@ -30,13 +29,6 @@ MEAN = {
         {"transform": "combine", "weights": "examples", "rescale": False, "guard": False},
     ],
 }
-
-
-def strategy_x(tmp_path, kind):
-    """A strategy of a class of one's own, called x, before it starts."""
-    config = toy_config(tmp_path)
-    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
-    return kind(StrategyContext("x", config, 0, session))
 
 
 def test_all_strategies_learn_and_sharing_across_types_helps_the_weakest(tmp_path):
@@ -201,78 +193,6 @@ def test_the_path_of_an_update_is_the_sum_of_its_rates(steps, warmup, length):
     assert found.path_length == pytest.approx(0.01 * length)
 
 
-def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
-    class Careless(HeteroTune):
-        def combine(self, group, round, updates):
-            return {name: value * np.nan for name, value in updates[0].deltas.items()}
-
-    strategy = strategy_x(tmp_path, Careless)
-    with pytest.raises(FederationError, match="not finite"):
-        strategy.start(strategy.context.session.grid)
-    assert all(np.isfinite(value).all() for value in strategy.shared_tensors().values())
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (lambda deltas: None, "a NoneType, not arrays"),
-        (lambda deltas: {"nonsense": np.zeros(1)}, "'nonsense', which is no tensor of the group"),
-        (lambda deltas: dict.fromkeys(deltas, 1.0), "as float, an array"),
-        (lambda deltas: {n: v[None] for n, v in deltas.items()}, r"as \[1, .*an array \["),
-    ],
-)
-def test_a_step_that_fits_nothing_is_named_and_not_applied(tmp_path, made, message):
-    class Careless(HeteroTune):
-        def combine(self, group, round, updates):
-            return made(updates[0].deltas)
-
-    strategy = strategy_x(tmp_path, Careless)
-    with pytest.raises(FederationError, match=f"strategy x, round 1: combine returned.*{message}"):
-        strategy.start(strategy.context.session.grid)
-
-
-def test_an_unknown_scope_is_refused(tmp_path):
-    class Careless(HeteroTune):
-        def scope(self, name, type_key):
-            return "everyone"
-
-    strategy = strategy_x(tmp_path, Careless)
-    with pytest.raises(ConfigError, match=r"'everyone'; one of global, type, client, fixed"):
-        strategy.start(strategy.context.session.grid)
-
-
-class Broken(HeteroTune):
-    """A user's strategy with an error in it."""
-
-    def combine(self, group, round, updates):
-        raise KeyError("my own mistake")
-
-
-def test_an_error_in_ones_own_class_says_where_it_came_from(tmp_path, capsys):
-    config = toy_config(tmp_path, strategies={"mine": {"_component_": f"{__name__}.Broken"}})
-    config.run.compare = ["mine"]
-    grid = ToyFederation(config).grid()
-    message = r"strategy mine \(seed 0\) failed with KeyError: 'my own mistake'; flower.log"
-    with pytest.raises(FederationError, match=message):
-        run_strategies(grid, config, Journal(config_dir(config)), "toy")
-    assert 'raise KeyError("my own mistake")' in capsys.readouterr().err
-
-
-def test_nothing_crosses_types_in_within_type(tmp_path):
-    spec = {
-        **SPECS["within_type"],
-        "predictions": {"anchors": 12, "pool": 12},
-        "statistics": {"weight": 0.2},
-    }
-    config = toy_config(tmp_path)
-    strategy, _ = start(config, name="mine", spec=spec)
-    assert {channel.options.pool_over for channel in strategy.channels} == {"type"}
-    for section in ("predictions", "statistics"):
-        across = {**spec, section: {"pool_over": "all"}}
-        with pytest.raises(ConfigError, match=rf"{section}\.pool_over is 'all'"):
-            check_strategy("mine", across, config)
-
-
 def test_a_lost_last_evaluation_does_not_show_an_older_one(tmp_path):
     config = toy_config(tmp_path)
     everybody = {f"client-{i:04d}" for i in range(6)}
@@ -287,28 +207,6 @@ def test_a_metric_cannot_take_the_place_of_a_field_of_the_journal(tmp_path):
     config = toy_config(tmp_path)
     _, log = start(config, ToyFederation(config, extra_metrics={"round": 99.0, "type": 1.0}))
     assert {e["round"] for e in log if e["event"] == "train_reply"} == {1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({**SPECS["heterotune"], "chain": [{"transform": "nonsense"}]}, "nonsense"),
-        (
-            {**SPECS["heterotune"], "train": {"local_steps": 0}},
-            "strategies.mine.train.local_steps",
-        ),
-        ({**SPECS["heterotune"], "method": {"gate": "denze"}}, "did you mean 'dense'"),
-        ({**SPECS["heterotune"], "foo": 3}, "no key 'foo'"),
-    ],
-)
-def test_wrong_options_of_any_compared_strategy_are_found_before_the_first_runs(
-    tmp_path, spec, message
-):
-    config = toy_config(tmp_path)
-    config.strategies = {"heterotune": SPECS["heterotune"], "mine": spec}
-    config.run.compare = ["heterotune", "mine"]
-    with pytest.raises(ConfigError, match=message):
-        check_strategies(config)
 
 
 def test_a_run_without_any_usable_update_fails_with_the_first_reason(tmp_path):
@@ -371,45 +269,6 @@ def test_another_client_speaks_for_its_type_when_the_first_cannot(tmp_path):
     assert sorted(speakers) == ["client-0000", "client-0001", "client-0002", "client-0003"]
 
 
-def test_private_experts_and_client_gates_stay_on_their_client(tmp_path):
-    config = toy_config(tmp_path)
-    config.method = replace(config.method, experts_private=1, gate_scope="client")
-    federation = ToyFederation(config)
-    strategy, _ = start(config, federation)
-    shared = {name.split("/", 1)[1] for name in strategy.shared_tensors()}
-    assert shared
-    assert all(".experts.global." in name for name in shared)
-    assert strategy.models_differ
-    (*_, own) = federation.own_state["toy-0-heterotune-seed0", "client-0003"].values()
-    assert {name for name in own if ".private." in name}
-    assert {name for name in own if ".gate." in name}
-    (*_, other) = federation.own_state["toy-0-heterotune-seed0", "client-0000"].values()
-    assert any(not np.array_equal(own[name], other[name]) for name in own)
-
-
-def test_type_tier_and_gate_are_averaged_inside_types(tmp_path):
-    config = toy_config(tmp_path)
-    config.method = replace(config.method, experts_type=1)
-    strategy, _ = start(config)
-    assert set(strategy.state) == {
-        "global", "type/large@fp32", "type/middle@fp32", "type/small@fp32",
-    }  # fmt: skip
-    name = "slots.0.experts.type.0.up.weight"
-    one, other = (strategy.state[f"type/{key}@fp32"][name] for key in ("small", "large"))
-    assert not np.array_equal(one, other)
-
-
-def test_badly_aligned_types_keep_their_experts_to_themselves(tmp_path):
-    config = toy_config(tmp_path)
-    config.alignment.quality_threshold = 0.99
-    strategy, _ = start(config)
-    assert "global" not in strategy.state
-    # A control, on the other hand, must show the damage it does.
-    config.alignment.control = "random_maps"
-    strategy, _ = start(config)
-    assert "global" in strategy.state
-
-
 def test_cmga_is_journalled_every_round(tmp_path):
     config = toy_config(tmp_path)
     _, log = start(config)
@@ -433,30 +292,6 @@ def test_the_guarded_chain_journals_conflicts_too(tmp_path):
         assert 0 <= slot["conflict_rate"] <= 1
 
 
-def test_own_strategy_overrides_one_method(tmp_path):
-    config = toy_config(tmp_path)
-    config.method.gate_scope = "type"
-    strategy, log = start(config, name="mine", spec={"_component_": f"{__name__}.Median"})
-    assert isinstance(strategy, Median)
-    assert strategy.groups_seen == {"global", *(f"type/{k}" for k in strategy.roster.type_keys)}
-    assert [e["clients"] for e in log if e["event"] == "round"] == [6, 6, 6]
-
-
-class Median(HeteroTune):
-    """A user's strategy: coordinate-wise median instead of CMGA."""
-
-    def __init__(self, context):
-        super().__init__(context)
-        self.groups_seen = set()
-
-    def combine(self, group, round, updates):
-        self.groups_seen.add(group)
-        return {
-            name: np.median([update.deltas[name] for update in updates], axis=0).astype(np.float32)
-            for name in updates[0].deltas
-        }
-
-
 def test_too_many_slots_and_too_few_clients(tmp_path):
     config = toy_config(tmp_path)
     config.method = replace(config.method, slots=3)
@@ -477,27 +312,6 @@ def test_alignment_asks_another_client_when_the_first_cannot(tmp_path):
     assert told == {"small@fp32": "aligned by one client, client-0003: unchecked"}
     assert len([e for e in log if e["event"] == "align"]) == 1
     assert len(strategy.maps.digests) == 3
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({}, "lacks _component_"),
-        ({"_component_": "heterotune_flwr.strategies.Nope"}, "_component_ is"),
-        ({"_component_": "no_such_module.Thing"}, "No module named"),
-        ({"_component_": "heterotune_flwr.errors.ConfigError"}, "which is no HeteroStrategy"),
-        ({**SPECS["heterotune"], "chian": []}, "did you mean 'chain'"),
-        ({**SPECS["heterotune"], "method": {"latnt": 3}}, "did you mean 'latent'"),
-        ({**SPECS["heterotune"], "method": {"latent": "x"}}, "a whole number of at least 1"),
-        ({**SPECS["heterotune"], "train": {"batch_sise": 3}}, "did you mean 'batch_size'"),
-        ({"_component_": f"{HERE}.FedIT"}, "method.kind=lora"),
-    ],
-)
-def test_wrong_strategy_entries_get_one_clear_line(tmp_path, spec, message):
-    config = toy_config(tmp_path)
-    session = Session(ToyFederation(config).grid(), config, Journal(config_dir(config)))
-    with pytest.raises(ConfigError, match=message):
-        build_strategy(spec, StrategyContext("x", config, 0, session))
 
 
 def test_final_bank_file_holds_the_shared_tensors(tmp_path):
