@@ -13,25 +13,13 @@ import torch
 from tiny_backbones import save_backbone
 
 from heterotune_flwr.backbones import fetch as fetch_module
-from heterotune_flwr.backbones import loading, sources
+from heterotune_flwr.backbones import sources
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.backbones.bits import check_bits
 from heterotune_flwr.backbones.bnb_cpu import apply_dequantize_remedy
 from heterotune_flwr.backbones.cpu_compute import Float32Linear
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.errors import BackboneError
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    yield
-    loading.clear_backbones()
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return save_backbone(tmp_path_factory.mktemp("backbones") / "little")
 
 
 @pytest.mark.parametrize("bits", sources.BITS)

@@ -18,14 +18,6 @@ from heterotune_flwr.preflight import settle_bits
 from heterotune_flwr.schema import BITS
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    bits.chosen_bits.cache_clear()
-    yield
-    loading.clear_backbones()
-
-
 @pytest.mark.parametrize("width", BITS)
 def test_the_estimate_is_what_the_weights_take(width):
     spec, source = BackboneSpec("tiny-c", width), resolve_source("tiny-c")

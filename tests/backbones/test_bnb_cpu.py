@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit, modules
 from tiny_backbones import save_backbone
 
 from heterotune_flwr.backbones.bnb_cpu import apply_repacking_remedy
-from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
+from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 
 
 class Net(torch.nn.Module):
@@ -100,13 +100,9 @@ def test_four_bit_backward_is_exact_against_dequantized_weights() -> None:
 
 
 @pytest.fixture
-def backbone(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Any:
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
+def backbone(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     folder = save_backbone(tmp_path / "little", hidden=64)
-    yield load_backbone(BackboneSpec(str(folder), request.param), "cpu")
-    clear_backbones()
+    return load_backbone(BackboneSpec(str(folder), request.param), "cpu")
 
 
 def dequantized(parameter: Any) -> torch.Tensor:

@@ -15,13 +15,6 @@ from heterotune_flwr.backbones.cpu_compute import Float32Linear, compute_in_floa
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    yield
-    loading.clear_backbones()
-
-
 @pytest.mark.parametrize("at_a_time", [2**22, 64, 1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_is_the_float32_one_rounded_once(at_a_time, bias, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from heterotune_flwr.alignment.factors import unembedding_rows
 from heterotune_flwr.backbones.head import HeadScaling, measured_scaling
-from heterotune_flwr.backbones.loading import BackboneSpec, clear_backbones, load_backbone
+from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.backbones.structure import find_structure
 from heterotune_flwr.data.template import label_tokens
 from heterotune_flwr.errors import BackboneError
@@ -33,13 +33,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], HeadScaling]] = {
         HeadScaling(0.2),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    yield
-    clear_backbones()
 
 
 def save(family: str, folder: Path, **extra: Any) -> Path:

@@ -12,13 +12,11 @@ import torch
 from tiny_backbones import save_backbone, save_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from heterotune_flwr.backbones import bits as bits_module
 from heterotune_flwr.backbones import store
 from heterotune_flwr.backbones.bits import needed_gb, resolve_spec, weight_bytes
 from heterotune_flwr.backbones.headers import tensor_headers
 from heterotune_flwr.backbones.loading import (
     BackboneSpec,
-    clear_backbones,
     load_backbone,
     prepare_libraries,
 )
@@ -36,14 +34,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nf4-single": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    bits_module.chosen_bits.cache_clear()
-    yield
-    clear_backbones()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_backbones import save_backbone
 
 from heterotune_flwr.backbones import loading, store
 from heterotune_flwr.backbones.cpu_compute import compute_in_float32
@@ -22,19 +21,6 @@ from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.schema import BITS
 
 IDS = torch.tensor([[5, 9, 30, 7, 12, 3, 100, 64]])
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    loading.clear_backbones()
-    yield tmp_path / "cache"
-    loading.clear_backbones()
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return save_backbone(tmp_path_factory.mktemp("backbones") / "little")
 
 
 def spec_of(source, bits="nf4"):

@@ -16,7 +16,6 @@ from heterotune_flwr.alignment.factors import collect_states
 from heterotune_flwr.backbones.loading import (
     Backbone,
     BackboneSpec,
-    clear_backbones,
     load_backbone,
 )
 from heterotune_flwr.config.compose import compose
@@ -35,14 +34,6 @@ EXAMPLES = [
     Example(text="red apples grow in the garden", label="fruit", client=""),
     Example(text="oil", label="motor", client=""),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("HETEROTUNE_CACHE", str(tmp_path / "cache"))
-    yield
-    detach_all()
-    clear_backbones()
 
 
 def load(folder: Path) -> Backbone:
