@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
@@ -18,6 +18,10 @@ from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
 from heterotune_flwr.names import printable
 from heterotune_flwr.worker.cli import app as worker_app
+
+if TYPE_CHECKING:
+    from heterotune_flwr.federation.launcher import RunOutcome
+    from heterotune_flwr.schema import Config
 
 app = App(
     no_args_is_help=True,
@@ -81,28 +85,20 @@ def run(
     A run that was killed goes on where it was with --resume DIR; a finished one is extended with --resume DIR
     server.rounds=60.
     """
-    from heterotune_flwr.config.compose import compose, to_yaml
+    from heterotune_flwr.config.compose import to_yaml
     from heterotune_flwr.data.sources import columns_recognised
-    from heterotune_flwr.federation.launcher import check_directory, launch
+    from heterotune_flwr.federation.launcher import launch
     from heterotune_flwr.federation.resume import check_resumable
-    from heterotune_flwr.preflight import preflight, settle_bits
+    from heterotune_flwr.preflight import preflight
     from heterotune_flwr.reporting.measures import load_results
     from heterotune_flwr.reporting.progress import RunProgress
     from heterotune_flwr.reporting.tables import show
-    from heterotune_flwr.run import run_directory, with_absolute_paths
 
     if resume is not None:
         given = [*([config] if config is not None else []), *(overrides or [])]
         resolved = check_resumable(resume, given, directory)
     else:
-        resolved = compose(config or "demo", overrides or [])
-        if directory is not None:
-            resolved.run.dir = str(directory)
-        place = run_directory(resolved)
-        resolved.run.dir = str(place)
-        resolved = with_absolute_paths(resolved)
-        check_directory(place)
-        resolved = settle_bits(resolved)  # every process of the run takes the same bits
+        resolved = _new_run(config or "demo", overrides or [], directory)
     notes = [*preflight(resolved), *columns_recognised(resolved.data)]
     for line in notes:
         typer.echo(line, err=True)
@@ -118,14 +114,35 @@ def run(
     if results.exists() and (not outcome.failed or results.stat().st_mtime >= began):
         show(load_results(outcome.directory), outcome.directory)
     if outcome.failed:
-        typer.echo(f"the end of {outcome.directory / 'flower.log'}:", err=True)
-        typer.echo(textwrap.indent(printable(outcome.log_tail), "  | "), err=True)
-        typer.echo(printable(f"the run failed: {outcome.reason}"), err=True)
-        told = outcome.reason or ""  # where the reason says how to mend it, that comes first
-        if (outcome.directory / "checkpoints").is_dir() and "checkpoint" not in told:
-            typer.echo(f"go on with it: heterotune run --resume {outcome.directory}", err=True)
+        _tell_failure(outcome)
         raise typer.Exit(2)
     typer.echo(f"done in {time.monotonic() - started:.0f} s")
+
+
+def _new_run(config: str, overrides: list[str], directory: Path | None) -> Config:
+    """The settings of a new run, with a directory of its own (ConfigError)."""
+    from heterotune_flwr.config.compose import compose
+    from heterotune_flwr.federation.launcher import check_directory
+    from heterotune_flwr.preflight import settle_bits
+    from heterotune_flwr.run import run_directory, with_absolute_paths
+
+    resolved = compose(config, overrides)
+    if directory is not None:
+        resolved.run.dir = str(directory)
+    place = run_directory(resolved)
+    resolved.run.dir = str(place)
+    resolved = with_absolute_paths(resolved)
+    check_directory(place)
+    return settle_bits(resolved)  # every process of the run takes the same bits
+
+
+def _tell_failure(outcome: RunOutcome) -> None:
+    typer.echo(f"the end of {outcome.directory / 'flower.log'}:", err=True)
+    typer.echo(textwrap.indent(printable(outcome.log_tail), "  | "), err=True)
+    typer.echo(printable(f"the run failed: {outcome.reason}"), err=True)
+    told = outcome.reason or ""  # where the reason says how to mend it, that comes first
+    if (outcome.directory / "checkpoints").is_dir() and "checkpoint" not in told:
+        typer.echo(f"go on with it: heterotune run --resume {outcome.directory}", err=True)
 
 
 @app.command()

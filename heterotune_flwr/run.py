@@ -188,9 +188,8 @@ def _run_in(
         results = run_strategies(grid, config, journal, name, resuming)
     except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(
-            error, SystemExit
-        ):  # Flower ends a ServerApp so when its SuperExec ends, or the run is stopped
+        if isinstance(error, SystemExit):
+            # Flower ends a ServerApp so when its SuperExec ends, or the run is stopped.
             reason = f"the ServerApp was told to end; go on with --resume {directory}"
         with suppress(FederationError):  # the disk may be what failed
             journal.status("failed", reason)

@@ -20,6 +20,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,24 +193,22 @@ def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
     return indices[: total - held], indices[total - held : total]
 
 
+#: Settings on which the shares depend.
+_SETTINGS = (
+    "partition", "examples_per_client", "personal_test_examples", "alpha", "client_field", "groups_per_client",
+)  # fmt: skip
+
+
 @functools.lru_cache(maxsize=8)
 def _shares(
-    of: Pool,
-    partition: str,
-    total: int | None,
-    alpha: float,
-    num_partitions: int,
-    seed: int,
-    field: str,
-    groups: int,
-    closed: bool,
+    of: Pool, settings: tuple[Any, ...], num_partitions: int, seed: int, closed: bool
 ) -> list[list[int]]:
-    pool = of.examples
-    if partition == "dirichlet":
-        return _dirichlet(pool, total, alpha, num_partitions, seed, closed)
-    if partition == "iid":
+    pool, data = of.examples, DataConfig(**dict(zip(_SETTINGS, settings, strict=True)))
+    if data.partition == "dirichlet":
+        return _dirichlet(pool, _total(data), data.alpha, num_partitions, seed, closed)
+    if data.partition == "iid":
         return _iid(pool, num_partitions, seed)
-    return _natural(pool, num_partitions, seed, field, groups)
+    return _natural(pool, num_partitions, seed, data.client_field, data.groups_per_client)
 
 
 def _total(data: DataConfig) -> int | None:
@@ -258,17 +257,8 @@ def client_examples(
     if labels is not None and not set(answers_of(pool)) <= set(labels):
         check_labels(pool, labels, f"training data {data.train or data.name}")
     _check(data, pool, num_partitions)
-    shares = _shares(
-        Pool(pool),
-        data.partition,
-        _total(data),
-        data.alpha,
-        num_partitions,
-        seed,
-        data.client_field,
-        data.groups_per_client,
-        labels is not None,
-    )
+    settings = tuple(getattr(data, name) for name in _SETTINGS)
+    shares = _shares(Pool(pool), settings, num_partitions, seed, labels is not None)
     train, personal = _split(shares[partition_id], data)
     if not train:
         raise DataError(

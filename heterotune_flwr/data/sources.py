@@ -61,10 +61,8 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
     """
     examples: list[Example] = []
     layout: str | None = None
-    client, references = (
-        repr(data.client_field),
-        f"{data.references_field!r} (data.references_field)",
-    )
+    client = repr(data.client_field)
+    references = f"{data.references_field!r} (data.references_field)"
     for number, where, values in rows(path, data.format):
         if not examples and (layout := recognised(values, data)):
             log.info("%s is %s", path, described(layout))
@@ -115,29 +113,21 @@ def _path(data: DataConfig, part: str) -> Path:
     return found
 
 
-@functools.lru_cache(maxsize=16)
-def _read(
-    path: Path, stamp: int, fields: tuple[str, str, str, str], form: str | None
-) -> tuple[Example, ...]:
-    text, label, client, references = fields
-    columns = DataConfig(
-        text_field=text,
-        label_field=label,
-        client_field=client,
-        references_field=references,
-        format=form,
-    )
-    return tuple(read_examples(path, columns))
+#: Settings on which the reading of a file depends.
+_COLUMNS = ("text_field", "label_field", "client_field", "references_field", "format")
 
 
 def _table(data: DataConfig, part: str) -> tuple[Example, ...]:
-    return _cached(_path(data, part), data)
-
-
-def _cached(path: Path, data: DataConfig) -> tuple[Example, ...]:
+    """Examples of a file, read once as long as it does not change."""
+    path = _path(data, part)
     stamp = path.stat().st_mtime_ns if path.exists() else 0
-    fields = (data.text_field, data.label_field, data.client_field, data.references_field)
-    return _read(path, stamp, fields, data.format)
+    return _read(path, stamp, tuple(getattr(data, name) for name in _COLUMNS))
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: Path, stamp: int, columns: tuple[Any, ...]) -> tuple[Example, ...]:
+    data = DataConfig(**dict(zip(_COLUMNS, columns, strict=True)))
+    return tuple(read_examples(path, data))
 
 
 @functools.cache

@@ -233,9 +233,8 @@ def start(settings: Settings = Path("node.toml")) -> None:
 
     node = read_node_settings(settings)
     command = supernode_command(node)
-    os.chdir(
-        node.state_dir
-    )  # a folder without code: it is on the search path of what is started here
+    # A folder without code: it is on the search path of what is started here.
+    os.chdir(node.state_dir)
     executor_watch.start()
     os.execve(command[0], command, node.environment())
 

@@ -34,9 +34,8 @@ def check_ports(host: str, port: int, internal: int) -> None:
     """Refuse ports that there are not, or one port for both nginx and the SuperLink behind it (ConfigError)."""
     check_port(port, "--server")
     check_port(internal, "--internal-port")
-    if port == internal and not is_loopback(
-        host
-    ):  # nobody comes from outside then, and there is no nginx
+    # On the loopback interface nobody comes from outside, and there is no nginx.
+    if port == internal and not is_loopback(host):
         raise ConfigError(
             f"port {port} cannot be both nginx's and the SuperLink's; give another --internal-port"
         )

@@ -65,9 +65,8 @@ def atomic_write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
-        if (
-            not durable
-        ):  # ext4 writes the data out when a rename replaces a file: 4 ms that nobody waits for
+        if not durable:
+            # ext4 writes the data out when a rename replaces a file: 4 ms that nobody waits for.
             path.unlink(missing_ok=True)
         os.replace(temporary, path)
     except BaseException:

@@ -124,9 +124,7 @@ def _own_or_most(values: Mapping[str, V], own: V | None, least: int) -> V | None
 
 def _most(values: Mapping[str, V]) -> V | None:
     """The value of most; of as many, the one that comes first. ``values`` are in trusted order."""
-    counts = Counter(
-        values.values()
-    )  # keeps the order of first occurrence, and max takes the first
+    counts = Counter(values.values())  # in the order of first occurrence; max takes the first
     return max(counts, key=lambda value: counts[value], default=None)
 
 

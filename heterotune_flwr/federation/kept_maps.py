@@ -91,8 +91,7 @@ class KeptMaps:
     def known(self, words: NDArray[np.bool_]) -> AlignmentResult:
         """What a later type joins that knows, of the public words, these."""
         latents = dict(self.latents)
-        if (
-            "functionals" in latents
-        ):  # a row for each word that all types of the first alignment knew
+        if "functionals" in latents:
+            # A row for each word that all types of the first alignment knew.
             latents["functionals"] = latents["functionals"][words[self.words]]
         return AlignmentResult(self.tensors, self.quality, self.shrinkage, 0, latents)
