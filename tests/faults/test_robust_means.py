@@ -127,9 +127,10 @@ def test_wrong_rules_get_one_clear_line(tmp_path, entry, message):
         check_strategy("x", {**toy_spec("within_type"), "robust": entry}, config)
 
 
-def test_strategies_with_a_mean_of_their_own_say_so(tmp_path):
+@pytest.mark.parametrize(("name", "who"), [("scaffold", "Scaffold"), ("flexlora", "FlexLoRA")])
+def test_strategies_with_a_mean_of_their_own_say_so(tmp_path, name, who):
     from toy_federation import toy_config
 
     config = toy_config(tmp_path, strategies={"x": {}})
-    with pytest.raises(ConfigError, match="FlexLoRA combines"):
-        check_strategy("x", {**toy_spec("flexlora"), "robust": "median"}, config)
+    with pytest.raises(ConfigError, match=f"{who} combines"):
+        check_strategy("x", {**toy_spec(name), "robust": "median"}, config)
