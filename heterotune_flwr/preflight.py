@@ -23,7 +23,7 @@ from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.own_data import own_data
 from heterotune_flwr.schema import Config
-from heterotune_flwr.strategies.build import check_strategies
+from heterotune_flwr.strategies.build import check_strategies, strategy_config
 from heterotune_flwr.tuning.slots import lowest_slot
 
 
@@ -102,6 +102,12 @@ def preflight(config: Config) -> list[str]:
 
 def _check_backbones(config: Config) -> None:
     lowest_slot(config.train.slots, config.method.slots)
+    for name in config.run.compare:
+        own = strategy_config(name, config.strategies[name], config)
+        try:
+            lowest_slot(own.train.slots, own.method.slots)
+        except ConfigError as error:
+            raise ConfigError(f"strategies.{name}.train: {error}") from error
     for entry in settle_bits(config).types:
         check_bits(entry.bits)
         lowest_slot(entry.slots or config.train.slots, config.method.slots)

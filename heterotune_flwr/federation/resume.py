@@ -38,7 +38,7 @@ MAY_CHANGE = (
     "server.deadline_floor_seconds",
     "server.deadline_factor",
 )
-#: CachedRef by whoever writes to a run directory, and by the command that started it and follows it.
+#: Held by whoever writes to a run directory, and by the command that started it and follows it.
 _LOCK, FOLLOWER = ".lock", ".follower.lock"
 
 

@@ -39,6 +39,7 @@ from heterotune_flwr.protocol.wire import (
     METRICS,
     TENSORS,
     add_tensors,
+    as_float,
     read_config,
     read_field,
     read_id,
@@ -110,7 +111,7 @@ def _read_section(record: Mapping[str, Any], name: str, section: type[Section]) 
     for key, kind in kinds.items():
         allowed = [typing.get_origin(one) or one for one in _alternatives(kind)]
         if float in allowed and type(fields[key]) is int:
-            fields[key] = float(fields[key])
+            fields[key] = as_float(fields[key], f"{name}.{key}")
         if type(fields[key]) not in allowed:
             raise ExchangeError(f"{name}.{key} of the message is no {allowed[0].__name__}")
     return section(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -69,12 +70,20 @@ def read_field(record: Mapping[str, Any], key: str, kind: type[T]) -> T:
         raise ExchangeError(f"the message lacks the field {key!r}")
     value: Any = record[key]
     if kind is float and type(value) is int:
-        value = float(value)
+        value = as_float(value, key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ExchangeError(
             f"field {key!r} of the message is a {type(value).__name__}, expected {kind.__name__}"
         )
     return value
+
+
+def as_float(value: int, key: str) -> float:
+    """A whole number as a float (ExchangeError: JSON's may have more digits than any float)."""
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ExchangeError(f"field {key!r} of the message is too large a number") from error
 
 
 def read_id(record: Mapping[str, Any], key: str, empty: bool = False) -> str:
@@ -94,10 +103,14 @@ def read_texts(record: Mapping[str, Any], key: str) -> list[str]:
 
 
 def read_json(record: Mapping[str, Any], key: str) -> Any:
-    """Return the JSON value of a text field."""
+    """Return the JSON value of a text field; half a surrogate pair, which no tokenizer takes, is none."""
+    text = read_field(record, key, str)
     try:
-        return parse_json(read_field(record, key, str))
-    except ValueError as error:
+        value = parse_json(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
         raise ExchangeError(f"field {key!r} of the message is not JSON: {error}") from error
 
 

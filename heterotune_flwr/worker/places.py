@@ -92,12 +92,12 @@ class Place:
 
     @property
     def lock(self) -> Path:
-        """CachedRef by the worker for its life."""
+        """Held by the worker for its life."""
         return self.socket.with_suffix(".lock")
 
     @property
     def start_lock(self) -> Path:
-        """CachedRef by whoever starts a worker."""
+        """Held by whoever starts a worker."""
         return self.socket.with_suffix(".start")
 
     @property

@@ -204,6 +204,11 @@ def test_preflight_accepts_the_demo() -> None:
         ("data.prompt=nothing", DataError, ["{text}"]),
         ("alignment.anchors=nosuch", DataError, ["nosuch", "debian-other"]),
         ("types=[]", ConfigError, ["types is empty"]),
+        (
+            "strategies.heterotune.train.slots=lower",
+            ConfigError,
+            ["strategies.heterotune", "lower"],
+        ),
     ],
 )
 def test_preflight_stops_bad_input_with_one_line(

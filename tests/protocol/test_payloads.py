@@ -15,6 +15,7 @@ from heterotune_flwr.exchange.packing import pack
 from heterotune_flwr.flower import ConfigRecord, RecordDict
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainReply, TrainRequest
 from heterotune_flwr.protocol.payloads import Payload, add_payloads, read_payloads
+from heterotune_flwr.protocol.wire import read_field
 from heterotune_flwr.schema import MethodConfig, TrainConfig
 
 NUMBERS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -86,6 +87,26 @@ def test_fields_that_are_no_object_are_refused(said):
         read_payloads(content, config)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a \udfff b", ["\udead\ud83d"]])
+def test_half_a_surrogate_pair_is_refused(text):
+    content, config = message({"one": Payload(fields={"answers": text})})
+    with pytest.raises(
+        ExchangeError, match="one"
+    ):  # no tokenizer takes it, and all clients would be sent it
+        read_payloads(content, config)
+
+
+def test_other_letters_are_read_as_they_were():
+    fields = {"answers": ["\U0001f600 ü \u202e\x00", "\\ud800"]}
+    assert read_payloads(*message({"one": Payload(fields=fields)}))["one"].fields == fields
+
+
+def test_a_number_beyond_all_floats_is_refused():
+    fields = read_payloads(*message({"one": Payload(fields={"n": 10**400})}))["one"].fields
+    with pytest.raises(ExchangeError, match="too large"):
+        read_field(fields, "n", float)
+
+
 def test_a_record_of_another_kind_is_refused():
     content, config = message({"one": Payload(fields={"n": 1})})
     content["channel.one"] = ConfigRecord({"x": 1})
@@ -126,6 +147,7 @@ def test_a_header_brings_all_settings_as_they_were():
         ("train", {"local_steps": "7"}, "local_steps"),
         ("train", {"local_steps": None}, "local_steps"),
         ("train", {"learning_rate": "fast"}, "learning_rate"),
+        ("train", {"learning_rate": 10**400}, "learning_rate"),
         ("train", {"cache_states": 1}, "cache_states"),
         ("train", {"losses": ["mine"]}, "losses"),
         ("train", {"optimizer": 3}, "optimizer"),
