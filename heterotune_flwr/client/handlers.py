@@ -213,9 +213,9 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     request, cached = TensorCache.of(store, client.config.exchange).complete(request)
     start = _start_values(adapter, store, header.round + 1, request.tensors, [], header.seed)
     _use_maps(adapter, store, request.maps_digest, request.maps)
-    client.guard.charge(request, start)
     adapter.load(start)
     work = client.work(header, adapter, store, EncodedSet([], [], []), request.channels)
+    client.guard.charge(request, start, *(half.depends_on() for half in work.channels.values()))
     metrics: dict[str, float] = {}
     for test_set in request.test_sets:
         metrics |= _tested(client, work, test_set)

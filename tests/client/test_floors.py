@@ -14,6 +14,7 @@ from real_clients import METHOD, World, inline, make_maps
 from tiny_backbones import LABELS, write_rows
 
 from benchmarks.deployment.runs import NODES, simulated_bank
+from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.channels.statistics.record import Request as Statistics
@@ -322,6 +323,17 @@ def test_what_a_node_keeps_of_earlier_rounds_is_part_of_what_is_asked(world, fol
         ask(round, rate)
     with refused("budget of 3 trainings"):
         ask(2, 0.01)
+
+
+def test_own_files_that_a_channel_reads_are_part_of_what_a_test_asks(
+    world, folder, tmp_path, monkeypatch
+):
+    node, own = Node(world, folder, tmp_path, **{"floor-tests": 1}), {"x": np.zeros(1, np.float32)}
+    monkeypatch.setattr(client_half("statistics"), "depends_on", lambda self: dict(own))
+    node.test(channels=classifier([0, 0, 1]))
+    own["x"] = np.ones(1, np.float32)
+    with refused("budget of 1 tests"):
+        node.test(channels=classifier([0, 0, 1]))
 
 
 def test_no_two_trainings_or_passes_differ_by_a_single_example(node, monkeypatch):
