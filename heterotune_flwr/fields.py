@@ -99,7 +99,7 @@ def needed(field: dataclasses.Field[Any], kind: Any) -> str:
         words = {"of at least": least, "above": above, "of at most": most, "below": below}
         said = [f"{word} {bound:g}" for word, bound in words.items() if bound is not None]
         limits = f" {' and '.join(said)}" if said else ""
-    return f"{_WORDS.get(plain, 'key: value pairs')}{limits} is needed{null}"
+    return f"{_WORDS.get(plain, 'a mapping {key: value}')}{limits} is needed{null}"
 
 
 def _fits(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -14,6 +14,10 @@ COMPONENT = "_component_"
 def import_component(path: str, where: str) -> Any:
     """Import what a dotted path names; ConfigError where there is no such thing."""
     module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ConfigError(
+            f"{where}.{COMPONENT} is {path!r}; write a dotted path, package.module.Name"
+        )
     try:
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:

@@ -239,7 +239,17 @@ def _check_keys(content: Any, schema: Any, where: str) -> None:
             for index, entry in enumerate(value or []):
                 _check_keys(entry, TypeConfig, f"types.{index}")
         else:
+            _check_form(value, hints[key], path)
             _check_keys(value, hints[key], path)
+
+
+def _check_form(value: Any, hint: Any, where: str) -> None:
+    """Refuse a list for a mapping and a mapping for a list: OmegaConf has no word on where it met them."""
+    form = typing.get_origin(hint)
+    if form is dict and not isinstance(value, dict):
+        raise ConfigError.of(where, value, "write it as key: value pairs, {} for none")
+    if form is list and isinstance(value, dict):
+        raise ConfigError.of(where, value, "it must be a list, like [0, 1]")
 
 
 def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = True) -> Config:

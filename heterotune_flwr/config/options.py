@@ -104,7 +104,7 @@ def _typed(cls: type, field: dataclasses.Field[Any], kind: Any, value: Any, wher
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), {field.name: value})
         found: Any = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a mapping
         raise ConfigError.of(where, value, needed(field, kind)) from error
     return found[field.name]
 

@@ -108,6 +108,8 @@ def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
         ("types=5", "types is 5"),
         ("run=5", "run is 5"),
         ("run.compare=heterotune", r"run.compare is 'heterotune'; it must be a list of texts"),
+        ("train.losses=[entropy]", "train.losses is .*key: value pairs"),
+        ("'alignment.shrinkage={a: 1}'", "alignment.shrinkage is .*a list"),
         ("run.seeds=[0,0]", "entry twice"),
         ("run.seeds=[-1]", "0 or more"),
         ("run.compare=[nosuch]", "run.compare: there is no strategy 'nosuch'"),
