@@ -8,6 +8,7 @@ flushed, renamed); its checksum is verified when it is read. Nothing in it is pi
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,22 @@ class Checkpoints:
             )
         return None, []
 
+    def check(self, strategy: str, seed: int) -> None:
+        """Refuse by its header what :meth:`latest` would (CheckpointError), reading no state."""
+        for path in self._files(strategy, seed):
+            try:
+                self._header(path, strategy, seed)
+            except CheckpointError:
+                raise
+            except HeteroTuneError:
+                continue  # damaged: an older one may do
+            return
+
     def _read(self, path: Path, strategy: str, seed: int) -> Checkpoint:
+        header = self._header(path, strategy, seed)
+        return Checkpoint(int(header["round"]), load_state(path), path)
+
+    def _header(self, path: Path, strategy: str, seed: int) -> Mapping[str, str]:
         header = read_header(path)
         if header.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no checkpoint of this program; remove it")
@@ -109,7 +125,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path} belongs to {header.get('strategy')}, seed {header.get('seed')}; put it back where it was"
             )
-        return Checkpoint(int(header["round"]), load_state(path), path)
+        return header
 
     def newest(self, strategy: str, seed: int) -> int:
         """The last round that has a file, readable or not; 0 where there is none."""

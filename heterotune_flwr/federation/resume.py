@@ -80,7 +80,8 @@ def saved_config(directory: Path) -> Config:
 def check_same(saved: Config, config: Config, directory: Path) -> None:
     """Refuse to go on with other settings than the run's own (ConfigError names the first that differs)."""
     old, new = (dict(flatten(dataclasses.asdict(c))) for c in (saved, config))
-    for key in sorted({*old, *new}):
+    # What both have comes first: a setting that was said for all leaves out those that single strategies had.
+    for key in sorted({*old, *new}, key=lambda key: (key not in old or key not in new, key)):
         if key in MAY_CHANGE or (key.startswith("strategies.") and key not in old):
             continue
         if old.get(key) != new.get(key):
@@ -91,10 +92,11 @@ def check_same(saved: Config, config: Config, directory: Path) -> None:
 
 
 def check_rounds(directory: Path, config: Config) -> None:
-    """Refuse fewer rounds than a strategy has done (ConfigError)."""
+    """Refuse fewer rounds than a strategy has done (ConfigError), and checkpoints of another program's format."""
     checkpoints = Checkpoints(directory)
     for seed in config.run.seeds:
         for name in config.run.compare:
+            checkpoints.check(name, seed)
             if (done := checkpoints.newest(name, seed)) > config.server.rounds:
                 raise ConfigError(
                     f"{name}, seed {seed}, has done {done} rounds already, more than "

@@ -177,6 +177,26 @@ def test_what_may_change_and_what_not(tmp_path):
         check_same(config, other, tmp_path)
 
 
+def test_a_rate_said_for_all_is_named_and_not_what_it_leaves_out(tmp_path):
+    config, other = toy_config(tmp_path), toy_config(tmp_path)
+    config.strategies = {"a": {"train": {"learning_rate": 0.1}}}
+    other.strategies = {"a": {}}
+    other.train.learning_rate = 0.5
+    with pytest.raises(ConfigError, match=r"started with train\.learning_rate="):
+        check_same(config, other, tmp_path)
+
+
+def test_checkpoints_of_another_format_are_refused_before_a_run_goes_on(tmp_path, monkeypatch):
+    config = toy_config(tmp_path)
+    config.run.compare, config.run.seeds = ["mine"], [0]
+    config.server.rounds = 3
+    saved(tmp_path)
+    check_rounds(tmp_path, config)
+    monkeypatch.setattr(checkpoint, "VERSION", 99)
+    with pytest.raises(CheckpointError, match="format version"):
+        check_rounds(tmp_path, config)
+
+
 def test_two_servers_cannot_write_to_one_directory(tmp_path):
     with run_lock(tmp_path), pytest.raises(ConfigError, match="still writing"), run_lock(tmp_path):
         pass
