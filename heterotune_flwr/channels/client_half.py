@@ -11,6 +11,7 @@ from torch import Tensor
 from heterotune_flwr.channels.channel import Purpose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
+from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.protocol.payloads import Payload
@@ -86,6 +87,16 @@ class ClientWork:
             if added is not None:
                 total = added if total is None else total + added
         return total
+
+    def replies(self) -> dict[str, Payload]:
+        """What the channels tell the server's halves, by name (FederationError: one's reply is no payload)."""
+        found = {name: half.reply() for name, half in self.channels.items()}
+        for name, reply in found.items():
+            if not isinstance(reply, Payload | None):
+                raise FederationError(
+                    f"channel {name}: `reply` of its client half gave a {type(reply).__name__}, no Payload"
+                )
+        return {name: reply for name, reply in found.items() if reply is not None}
 
 
 class ClientChannel:

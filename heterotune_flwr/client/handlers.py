@@ -188,7 +188,7 @@ def train(message: Message, context: Context) -> RecordDict:
     if own:
         store.save(own, header.round)
     feedback = Feedback.of(client.config.exchange, store, once=not len(encoded))
-    told = {name: half.reply() for name, half in work.channels.items()}
+    replies = work.replies()
     reply = TrainReply(
         client_id=client.client_id,
         type_key=client.type_key,
@@ -198,7 +198,7 @@ def train(message: Message, context: Context) -> RecordDict:
         metrics=client.reported(_train_metrics(report, settings.learning_rate)),
         cache_digest=cached,
         code_hash=code_hash(),
-        channels={name: payload for name, payload in told.items() if payload is not None},
+        channels=replies,
     )
     return reply.to_content(feedback.codec)
 

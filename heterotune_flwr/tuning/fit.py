@@ -126,11 +126,21 @@ def _backward(task: Task, first: LossTerm, passes: Iterable[Pass]) -> Tensor:
             loss, right, bounded = term.measure(task, part, batch)
         else:
             loss = bounded = term.loss(task, part, batch)
+            if not isinstance(loss, Tensor) or loss.dim():
+                raise FederationError(
+                    f"the loss {type(term).__name__} gave {_form(loss)}; `loss` must return a scalar tensor"
+                )
             right = torch.zeros_like(loss)
         loss.backward()  # type: ignore[no-untyped-call]
         if term is first:
             told += torch.stack((loss.detach(), right, bounded.detach()))
     return told
+
+
+def _form(found: object) -> str:
+    if isinstance(found, Tensor):
+        return f"a tensor of {found.dim()} dimension{'s' * (found.dim() != 1)}"
+    return f"a {type(found).__name__}"
 
 
 def _generators(losses: Sequence[LossTerm], seed: int) -> list[np.random.Generator]:

@@ -12,7 +12,8 @@ from real_clients import World, run
 
 from heterotune_flwr import plugins
 from heterotune_flwr.channels.channel import channel_names
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
+from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.protocol.messages import TRAIN, Header, TrainRequest
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.protocol.wire import RemoteError, read_config
@@ -91,3 +92,14 @@ def test_a_client_without_it_says_so_in_one_line(world):
     request = TrainRequest(header, {}, "", None, [], channels={"answer_length": Payload()})
     with pytest.raises(RemoteError, match="there is no channel"):
         read_config(World(world.path).ask(0, TRAIN, request.to_content("fp32")))
+
+
+def test_a_reply_that_is_no_payload_names_its_channel():
+    class Careless(ClientChannel):
+        def reply(self):
+            return {"letters": 3}
+
+    half = Careless(Payload(), None)
+    work = ClientWork(*[None] * 8, channels={"answer_length": half})
+    with pytest.raises(FederationError, match=r"channel answer_length: .* a dict, no Payload"):
+        work.replies()

@@ -19,7 +19,7 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.evaluate import evaluate, evaluate_once
 from heterotune_flwr.tuning.fit import fit
-from heterotune_flwr.tuning.losses import Examples, examples_correct
+from heterotune_flwr.tuning.losses import Examples, OnExamples, examples_correct
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import EncodedSet, make_task
 
@@ -139,6 +139,22 @@ def test_nothing_of_a_diverged_training_is_reported(directory, data):
     adapter.load(values)
     with pytest.raises(FederationError, match=r"diverged .*train.learning_rate"):
         fit(adapter, task, TRAIN, [Examples(rows)], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("gives", "word"), [(torch.zeros(3), "a tensor of 1 dimension;"), (0.5, "a float")]
+)
+def test_a_loss_of_ones_own_that_is_no_scalar_is_named(directory, data, gives, word):
+    class Shapeless(OnExamples):
+        def loss(self, task, part, batch):
+            return gives
+
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    adapter = prepared(backbone)
+    task = make_task(backbone, data, LABELS, TRAIN)
+    examples = Examples(make_rows(adapter, task.encode(own_file(data))))
+    with pytest.raises(FederationError, match=f"Shapeless gave {word}"):
+        fit(adapter, task, TRAIN, [examples, Shapeless(examples)], seed=0)
 
 
 def test_an_example_is_right_when_all_its_rows_are():
