@@ -18,7 +18,7 @@ Spread = tuple[float, float]
 
 
 def load_results(directory: Path) -> dict[str, Any]:
-    """``results.json`` of a run directory (FederationError: there are none (yet))."""
+    """``results.json`` of a run directory (FederationError: there are none (yet), or not in its form)."""
     path = directory / "results.json"
     try:
         results: dict[str, Any] = parse_json(path.read_text())
@@ -31,6 +31,8 @@ def load_results(directory: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise FederationError(f"{directory} has no readable results.json ({error})") from error
+    if not isinstance(results, dict) or not isinstance(results.get("runs"), list):
+        raise FederationError(f"{path} is not what a run writes: it has no list of runs")
     return results
 
 
