@@ -259,7 +259,9 @@ def test_every_client_answers_every_round_and_learns(world):
 
 def test_a_closed_label_set_has_no_answers_in_words_and_says_so(world):
     closed = FEW.replace("train.loss=tokens", "train.loss=labels")
-    assert run(world, WORDS, rounds=1, overrides=closed).channels == []
+    few = f"strategies.{WORDS}.predictions.anchors=8"
+    strategy = run(world, WORDS, rounds=1, overrides=f"{closed} {few}")
+    assert [channel.name for channel in strategy.channels] == ["predictions"]
     (off,) = (
         e
         for e in read_events(world.path / "journal" / "rounds.jsonl")
