@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from heterotune_flwr.errors import ConfigError
@@ -66,9 +66,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def kinds(cls: type) -> dict[str, Any]:
+#: What :func:`kinds` has found out: every message's settings are checked.
+_kinds: dict[type, Mapping[str, Any]] = {}
+
+
+def kinds(cls: type) -> Mapping[str, Any]:
     """The types of a dataclass' fields, by name."""
-    return typing.get_type_hints(cls)
+    if cls not in _kinds:
+        _kinds[cls] = types.MappingProxyType(typing.get_type_hints(cls))
+    return _kinds[cls]
 
 
 def without_none(kind: Any) -> tuple[Any, bool]:

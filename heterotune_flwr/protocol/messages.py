@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
+from heterotune_flwr.fields import kinds
 from heterotune_flwr.flower import ConfigRecord, MetricRecord, RecordDict
 from heterotune_flwr.protocol.cached import CACHE_DIGEST, CachedRef, read_cache_digest
 from heterotune_flwr.protocol.payloads import Payload, add_payloads, read_payloads
@@ -103,12 +104,12 @@ def _section_text(section: MethodConfig | TrainConfig) -> str:
 
 def _read_section(record: Mapping[str, Any], name: str, section: type[Section]) -> Section:
     """A section's settings, each of its kind; what values they may have is the client's question."""
-    fields, kinds = read_json(record, name), typing.get_type_hints(section)
-    if not isinstance(fields, dict) or set(fields) != set(kinds):
+    fields, known = read_json(record, name), kinds(section)
+    if not isinstance(fields, dict) or set(fields) != set(known):
         raise ExchangeError(
             f"field {name!r} of the message is not this version's {section.__name__}"
         )
-    for key, kind in kinds.items():
+    for key, kind in known.items():
         allowed = [typing.get_origin(one) or one for one in _alternatives(kind)]
         if float in allowed and type(fields[key]) is int:
             fields[key] = as_float(fields[key], f"{name}.{key}")

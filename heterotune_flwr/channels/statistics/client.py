@@ -123,6 +123,8 @@ class Channel(ClientChannel):
     def __init__(self, asked: Payload, work: ClientWork) -> None:
         super().__init__(asked, work)
         self.request = Request.from_payload(asked)
+        #: By what they are of: what is fitted is predicted too.
+        self._found: dict[str, Tensor] = {}
 
     @classmethod
     def check(cls, asked: Payload) -> None:
@@ -134,8 +136,12 @@ class Channel(ClientChannel):
         classifier, work = self.request.classifier, self.work
         if classifier is None or purpose == "train" or not len(of):
             return None
-        cache = work.config.train.cache_states
-        found = classifier_logits(classifier, work.adapter, work.task, of, cache)
+        if of.digest not in self._found:
+            cache = work.config.train.cache_states
+            self._found[of.digest] = classifier_logits(
+                classifier, work.adapter, work.task, of, cache
+            )
+        found = self._found[of.digest]
         return self.request.distill_share * found if purpose == "fit" else found
 
     def reply(self) -> Payload | None:
