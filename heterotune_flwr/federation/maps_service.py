@@ -36,7 +36,7 @@ from heterotune_flwr.names import safe_text
 from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.protocol.queries import AlignRequest
 from heterotune_flwr.protocol.wire import pack_mask, unpack_mask
-from heterotune_flwr.schema import Config, MethodConfig, ServerConfig
+from heterotune_flwr.schema import Config, MethodConfig, ServerConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class _Inquiry:
 
     roster: Roster
     method: MethodConfig
+    train: TrainConfig
     seed: int
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
@@ -127,13 +128,16 @@ class MapsService:
             found |= kept.fingerprints if kept is not None else {}
         return found
 
-    def get(self, roster: Roster, method: MethodConfig, seed: int) -> Maps:
-        """Maps for all types of a roster; ``method.output`` is resolved, ``seed`` for controls."""
+    def get(self, roster: Roster, method: MethodConfig, train: TrainConfig, seed: int) -> Maps:
+        """Maps for all types of a roster; ``method.output`` is resolved, ``seed`` for controls.
+
+        They do not depend on ``train``, by which clients judge whether they take part at all.
+        """
         if self._config.alignment.control == "none":
             seed = 0  # only the controls draw random numbers: one alignment serves all seeds
         key = json.dumps([dataclasses.asdict(method), roster.type_keys, seed], sort_keys=True)
         if key not in self._done:
-            self._done[key] = self._compute(roster, method, seed)
+            self._done[key] = self._compute(roster, method, train, seed)
         return self._done[key]
 
     def keep(self) -> None:
@@ -143,8 +147,8 @@ class MapsService:
                 kept.save(path)
         self._unsaved = {}
 
-    def _compute(self, roster: Roster, method: MethodConfig, seed: int) -> Maps:
-        inquiry = _Inquiry(roster, method, seed)
+    def _compute(self, roster: Roster, method: MethodConfig, train: TrainConfig, seed: int) -> Maps:
+        inquiry = _Inquiry(roster, method, train, seed)
         path = KeptMaps.path(self._journal.directory, method, seed)
         kept = self._unsaved.get(path) or KeptMaps.load(path)
         joined: list[str] = []
@@ -250,8 +254,8 @@ class MapsService:
             anchors=self._config.alignment.count,
             cached=self._config.alignment.cache,
         )
-        name, train = f"{self._run_name}-align", self._config.train
-        header = Header(name, inquiry.seed, inquiry.method, train=train)
+        name = f"{self._run_name}-align"
+        header = Header(name, inquiry.seed, inquiry.method, train=inquiry.train)
         request = AlignRequest(header, slots, self.words(), pack_mask(shared), part)
         labels = len(roster.labels or ()) if self._config.alignment.output == "labels" else 0
 

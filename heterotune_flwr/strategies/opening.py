@@ -58,7 +58,9 @@ def _align(strategy: HeteroStrategy, views: bool) -> None:
     session = strategy.context.session
     if not views:
         strategy.method = replace(strategy.method, views=[])
-    strategy.maps = session.maps.get(strategy.roster, strategy.method, strategy.context.seed)
+    strategy.maps = session.maps.get(
+        strategy.roster, strategy.method, strategy.config.train, strategy.context.seed
+    )
     if lost := strategy.maps.lost:
         needed = session.minimum if strategy.maps.away else session.least
         roster = strategy.roster
