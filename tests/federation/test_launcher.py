@@ -55,7 +55,9 @@ def main(grid: Grid, context: Context) -> None:
         raise RuntimeError("the dog ate the bank")
     if deed == "vanish":
         os.kill(os.getpid(), signal.SIGKILL)
-    (directory / "status.json").write_text(json.dumps({"state": "finished", "reason": None}))
+    aside = directory / "status.aside"  # as a journal writes it: whole or not at all
+    aside.write_text(json.dumps({"state": "finished", "reason": None}))
+    aside.rename(directory / "status.json")
 """
 
 CLIENT = """
