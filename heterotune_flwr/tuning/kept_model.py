@@ -1,0 +1,340 @@
+"""What a client keeps after its last round: what it may take home, and what is known about it.
+
+One folder a client and experiment, ``<state dir>/kept/<experiment>/<client id>/``: ``kept.json``, and beside it
+``federated.safetensors`` and ``alone.safetensors`` (adapter tensors under canonical names) and ``head.safetensors``
+where there are such. Maps lie where they are (:meth:`.client_state.ClientStore.load_maps`). Nothing else reads or
+writes these files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.exchange.packing import tensor_digest
+from heterotune_flwr.exchange.storage import atomic_write_text, load_tensors, save_tensors
+from heterotune_flwr.fields import kinds
+from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.names import is_file_name
+from heterotune_flwr.schema import MethodConfig
+
+#: Raised when what stands in the files changes its meaning.
+FORMAT = 1
+#: What a client chooses among, in this order: of equals it takes the first.
+BARE, ALONE, FEDERATED = "bare", "alone", "federated"
+MODELS = (BARE, ALONE, FEDERATED)
+FOLDER = "kept"
+_FACTS = "kept.json"
+#: Parts of a record that are tensors, each in a file of its name.
+_PARTS = (FEDERATED, ALONE, "head")
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class KeptBackbone:
+    """How the frozen model is found again: where from, at which bits and dtype, and its digest."""
+
+    source: str
+    bits: str
+    revision: str | None
+    fingerprint: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class KeptForm:
+    """How an example becomes text for the model, and how long it and its answer may be."""
+
+    prompt: str
+    template: str
+    system: str | None
+    max_length: int
+    max_answer_tokens: int
+    stop: str | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on the choosing set.
+
+    ``loss``: mean over its examples; ``error``: standard error of the mean paired difference from the bare model, 0 of
+    that itself. ``measure``: accuracy (labels) or ROUGE-L (generated text), 0 to 1; None where neither is taken.
+    """
+
+    loss: float
+    error: float
+    measure: float | None
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """On how many examples a client chose, and what each model came to there (none of them without examples)."""
+
+    examples: int
+    models: dict[str, Measured]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What channels add to the labels' logits: ``weight`` (C x places r) times bare latents, and ``bias`` (C).
+
+    The latents are those of the bare backbone at :func:`..alignment.views.classifier_places`, one after the other.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptFacts:
+    """What stands in ``kept.json``.
+
+    Attributes
+    ----------
+    experiment, strategy, seed, rounds
+        Of which run it is, and after how many rounds.
+    client_id, type_key, backbone
+        Whose it is, and on which model.
+    method
+        The adapter's settings, ``output`` resolved.
+    labels, loss, form
+        The closed label set (None: open text), the loss (``labels`` or ``tokens``), and how examples are written.
+    maps_digest
+        Which frozen maps the adapter reads through; empty where it has none.
+    took, choosing
+        ``bare``, ``alone`` or ``federated``, and what that was decided by.
+    tests
+        Model -> ``{personal,global}_{loss,accuracy,examples,...}``, as measured with its prior and channels.
+    examples
+        Own examples: ``train``, ``choosing`` and ``personal``.
+    prior
+        C numbers that own tests add to the labels' logits of ``alone`` and ``federated``; None: nothing is added.
+
+    """
+
+    experiment: str
+    strategy: str
+    seed: int
+    rounds: int
+    client_id: str
+    type_key: str
+    backbone: KeptBackbone
+    method: MethodConfig
+    labels: list[str] | None
+    loss: str
+    form: KeptForm
+    maps_digest: str
+    took: str
+    choosing: Choosing
+    tests: dict[str, dict[str, float]]
+    examples: dict[str, int]
+    prior: list[float] | None
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptModel(KeptFacts):
+    """A client's kept record: the facts, and the tensors they are about.
+
+    ``federated`` and ``alone`` are adapter tensors by canonical name; ``alone`` is None where there is no such model,
+    ``head`` where channels add nothing that is linear.
+    """
+
+    federated: Tensors = field(default_factory=dict)
+    alone: Tensors | None = None
+    head: Head | None = None
+
+    def save(self, folder: Path) -> None:
+        """Replace what the folder holds; a crash on the way leaves it without a record, never with a mixed one."""
+        facts = dataclasses.asdict(KeptFacts(**_facts(self)))
+        (folder / _FACTS).unlink(missing_ok=True)
+        digests = {}
+        for name, tensors in self._tensors().items():
+            if tensors is None:
+                _file(folder, name).unlink(missing_ok=True)
+            else:
+                save_tensors(_file(folder, name), tensors)
+                digests[name] = tensor_digest(tensors)
+        atomic_write_text(
+            folder / _FACTS, json.dumps({**facts, "digests": digests}, indent=1) + "\n"
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> KeptModel:
+        """Read a folder that :meth:`save` wrote.
+
+        Raises
+        ------
+        ExchangeError
+            A file is missing, damaged, of another version, or not of this record; one line that names it.
+
+        """
+        facts, digests = _read(folder)
+        held: dict[str, Tensors] = {}
+        for name, digest in digests.items():
+            held[name] = load_tensors(_file(folder, name))
+            if tensor_digest(held[name]) != digest:
+                raise _damaged(_file(folder, name), f"its tensors are not those of {_FACTS}")
+        head = held.get("head")
+        if FEDERATED not in held or (head is not None and set(head) != {"weight", "bias"}):
+            raise _damaged(folder / _FACTS, "it does not name the adapter's tensors")
+        return cls(
+            **_facts(facts),
+            federated=held[FEDERATED],
+            alone=held.get(ALONE),
+            head=None if head is None else Head(head["weight"], head["bias"]),
+        )
+
+    def _tensors(self) -> dict[str, Tensors | None]:
+        head = None
+        if self.head is not None:
+            head = {"weight": self.head.weight, "bias": self.head.bias}
+        return {FEDERATED: self.federated, ALONE: self.alone, "head": head}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A record that was found: its folder, what it says (without the tensors), and when it was written."""
+
+    folder: Path
+    facts: KeptFacts
+    saved: float
+
+    def load(self) -> KeptModel:
+        """The record with its tensors (ExchangeError as :meth:`KeptModel.load`)."""
+        return KeptModel.load(self.folder)
+
+
+def kept_folder(state_dir: Path, experiment: str, client_id: str) -> Path:
+    """Where a client's record lies (ExchangeError: a name that could leave the state-dir)."""
+    for name in (experiment, client_id):
+        if not is_file_name(name):
+            raise ExchangeError(f"{name[:80]!r} cannot name a folder; use letters, digits, - and _")
+    return state_dir / FOLDER / experiment / client_id
+
+
+def find_kept(
+    where: Path,
+    *,
+    strategy: str | None = None,
+    seed: int | None = None,
+    type_key: str | None = None,
+    client: str | None = None,
+) -> list[Kept]:
+    """Records of a run directory or a state-dir that fit what is asked; by experiment and client.
+
+    Parameters
+    ----------
+    where
+        A run directory (its own records alone are found, wherever its clients keep their state), or a state-dir.
+    strategy, seed, type_key, client
+        What must be so; None: anything.
+
+    Raises
+    ------
+    ExchangeError
+        A record cannot be read; one line that names it.
+
+    """
+    state_dir, begins = _state_dir(where)
+    wanted = {"strategy": strategy, "seed": seed, "type_key": type_key, "client_id": client}
+    found = []
+    for path in sorted((state_dir / FOLDER).glob(f"*/*/{_FACTS}")):
+        if not path.parent.parent.name.startswith(begins):
+            continue
+        facts, _ = _read(path.parent)
+        if all(value is None or getattr(facts, name) == value for name, value in wanted.items()):
+            found.append(Kept(path.parent, facts, path.stat().st_mtime))
+    return found
+
+
+def _state_dir(where: Path) -> tuple[Path, str]:
+    """Where the clients of a run keep their state, and how the names of its experiments begin."""
+    named, config = where / "run.json", where / "config.yaml"
+    if not named.exists():
+        return where, ""
+    try:
+        name = str(parse_json(named.read_text())["name"])
+        settings = yaml.safe_load(config.read_text()) if config.exists() else {}
+        given = (settings.get("run") or {}).get("state_dir")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise _damaged(where, f"it is no run directory: {_line(error)}") from error
+    if given:
+        return Path(str(given)).expanduser(), f"{name}-"
+    if (where / "state").is_dir():
+        return where / "state", f"{name}-"
+    return cache_dir() / "state" / f"run-{name.rpartition('-')[2]}", f"{name}-"
+
+
+def _facts(record: KeptFacts) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(KeptFacts)}
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _damaged(path: Path, why: str) -> ExchangeError:
+    return ExchangeError(f"{path} cannot be read as a kept model: {why}")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
+    """The facts of a folder, and the digests of its tensors."""
+    path = folder / _FACTS
+    try:
+        plain = parse_json(path.read_text())
+    except FileNotFoundError as error:
+        raise _damaged(path, "there is no such file") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, _line(error)) from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        version = plain.get("format") if isinstance(plain, dict) else None
+        raise _damaged(path, f"its format is {str(version)[:20]}, this version reads {FORMAT}")
+    try:
+        digests = _as(dict[str, str], plain.pop("digests", None), "digests")
+        facts: KeptFacts = _as(KeptFacts, plain, "it")
+        if facts.took not in MODELS or set(digests) - set(_PARTS):
+            raise ValueError("it names a model that this version does not know")
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    return facts, digests
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as what a field's type says (ValueError: it is none)."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+    form, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if dataclasses.is_dataclass(form) and isinstance(value, dict):
+        fields = kinds(form)  # type: ignore[arg-type]
+        if set(value) != set(fields):
+            odd = sorted(set(value) ^ set(fields))
+            raise ValueError(f"{where} lacks or does not know {', '.join(odd)[:80]}")
+        return form(**{name: _as(fields[name], value[name], name) for name in fields})  # type: ignore[operator]
+    if form is list and isinstance(value, list):
+        return [_as(inner[0], one, where) for one in value]
+    if form is dict and isinstance(value, dict):
+        return {name: _as(inner[1], one, where) for name, one in value.items()}
+    if form is float and type(value) in (int, float):
+        return float(value)
+    if form in (str, int, bool) and type(value) is form:
+        return value
+    raise ValueError(f"{where} is no {getattr(form, '__name__', form)}")
