@@ -122,9 +122,9 @@ def run(
 def _new_run(config: str, overrides: list[str], directory: Path | None) -> Config:
     """The settings of a new run, with a directory of its own (ConfigError)."""
     from heterotune_flwr.config.compose import compose
+    from heterotune_flwr.experiment import run_directory, with_absolute_paths
     from heterotune_flwr.federation.launcher import check_directory
     from heterotune_flwr.preflight import settle_bits
-    from heterotune_flwr.run import run_directory, with_absolute_paths
 
     resolved = compose(config, overrides)
     if directory is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from heterotune_flwr.experiment import run
 from heterotune_flwr.flower import Context, Grid, ServerApp
-from heterotune_flwr.run import run
 
 #: ``flwr run --stream`` stops when the run is over; what was printed last needs time to get there.
 LAST_WORDS_SECONDS = 3.0

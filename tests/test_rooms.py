@@ -28,7 +28,7 @@ FLOORS = (
     "strategies",
     "reporting",
     "own_data",
-    "preflight run",
+    "preflight experiment",
     "worker deploy",
     "cli_backbones",
     "cli",
@@ -106,7 +106,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_a_server_imports_neither_torch_nor_what_trains() -> None:
     """Server halves and records of channels, and all that a server imports, do without."""
-    starts = ["run", "cmga", "protocol.messages"]
+    starts = ["experiment", "cmga", "protocol.messages"]
     starts += [name for name in MODULES if name.startswith("channels.") and name.endswith("server")]
     starts += [name for name in MODULES if name.startswith("channels.") and name.endswith("record")]
     seen: set[str] = set()

@@ -8,9 +8,9 @@ from pathlib import Path
 from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.strategies import build_strategy
 
 HERE = "heterotune_flwr.strategies"

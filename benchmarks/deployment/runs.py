@@ -16,9 +16,9 @@ from heterotune_flwr.client.node_book import FILE, NodeBook
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.schema import Config
 
 #: Simulated client -> its backbone; nodes have the same names.

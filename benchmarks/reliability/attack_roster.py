@@ -23,12 +23,12 @@ import numpy as np
 
 from benchmarks.runner import use_test_helpers
 from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.flower import Context, Message
 from heterotune_flwr.protocol.messages import ALIGN, DESCRIBE
 from heterotune_flwr.protocol.queries import AlignReply, DescribeReply
-from heterotune_flwr.run import run_strategies
 
 use_test_helpers()
 STRATEGY = {"heterotune": {"_component_": "heterotune_flwr.strategies.heterotune.HeteroTune"}}

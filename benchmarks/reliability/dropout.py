@@ -20,9 +20,9 @@ import numpy as np
 from benchmarks.runner import SEEDS, arguments, say, use_test_helpers, write_results
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.sampling import named_generator
-from heterotune_flwr.run import run_strategies
 
 use_test_helpers()
 ROUNDS = 30

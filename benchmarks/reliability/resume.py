@@ -49,9 +49,9 @@ PATIENCE = 600.0
 def child(directory: Path, resume: bool, die_at: int | None) -> None:
     """Run server and clients in this process; ``die_at``: SIGKILL at so many flushes and renames."""
     from client_app.app import app
+    from heterotune_flwr.experiment import run
     from heterotune_flwr.federation.in_process import InProcessGrid
     from heterotune_flwr.flower import Context, RecordDict
-    from heterotune_flwr.run import run
 
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     config = compose(PRESET, [*SETTINGS, f"run.dir={directory}"])

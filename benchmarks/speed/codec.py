@@ -37,11 +37,11 @@ from heterotune_flwr.config.compose import compose, conf_root
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
 from heterotune_flwr.exchange.packing import content_bytes
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.resend import Resend
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainReply, TrainRequest
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.schema import ExchangeConfig, MethodConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 

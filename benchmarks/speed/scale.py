@@ -37,6 +37,7 @@ import psutil
 from benchmarks.runner import arguments, in_own_process, say, write_results
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.dema.bank import bank_shapes
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Context, Message, RecordDict
@@ -56,7 +57,6 @@ from heterotune_flwr.protocol.queries import (
     DescribeReply,
     DescribeRequest,
 )
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.schema import TypeConfig
 
 SETTINGS = (

@@ -15,11 +15,11 @@ from heterotune_flwr.config.compose import INLINE, compose, conf_root, presets, 
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
 from heterotune_flwr.errors import ConfigError, LeftRunningError
+from heterotune_flwr.experiment import run_directory, with_absolute_paths
 from heterotune_flwr.federation.launcher import check_directory
 from heterotune_flwr.federation.resume import check_resumable
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.programs import to_toml
-from heterotune_flwr.run import run_directory, with_absolute_paths
 from heterotune_flwr.schema import Config
 from heterotune_flwr.strategies.build import check_strategies
 

@@ -110,9 +110,9 @@ def test_align_computes_maps_that_a_run_finds_in_the_cache(
     assert both.stdout.count("whole texts") == both.stdout.count("reading") == 3
     from client_app.app import app
     from heterotune_flwr.config.compose import compose
+    from heterotune_flwr.experiment import run
     from heterotune_flwr.federation.in_process import InProcessGrid
     from heterotune_flwr.flower import Context, RecordDict
-    from heterotune_flwr.run import run
 
     run_config = {
         "config": "quick",

@@ -30,9 +30,9 @@ from heterotune_flwr.exchange.storage import (
 )
 from heterotune_flwr.exchange.trees import load_state
 from heterotune_flwr.exchange.trees import read_header as read_state_header
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.resume import run_lock
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.tuning import state_cache
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.run import with_absolute_paths
+from heterotune_flwr.experiment import with_absolute_paths
 
 
 def test_paths_become_absolute_and_names_stay_names(

@@ -17,10 +17,10 @@ from heterotune_flwr.data.natural_instructions import read_tasks
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set, training_pool
 from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.experiment import run, with_absolute_paths
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.flower import Context, RecordDict
 from heterotune_flwr.preflight import preflight
-from heterotune_flwr.run import run, with_absolute_paths
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.tuning.adapters import detach_all
 from heterotune_flwr.tuning.state_cache import forget_states

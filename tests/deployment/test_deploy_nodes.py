@@ -14,9 +14,9 @@ from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.deploy.folder import initialise
 from heterotune_flwr.deploy.node_config import read_node_settings
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.schema import DataConfig
 
 

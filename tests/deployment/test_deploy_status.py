@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from heterotune_flwr.cli import app
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.reporting.status import Standing, ago, follow, read_status, render
-from heterotune_flwr.run import run_strategies
 
 
 @pytest.fixture

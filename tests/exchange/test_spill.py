@@ -10,9 +10,9 @@ from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.exchange import spill
 from heterotune_flwr.exchange.spill import Spill
 from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation import admission
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.run import run_strategies
 
 HETEROTUNE = "heterotune_flwr.strategies.HeteroTune"
 STRATEGIES = {

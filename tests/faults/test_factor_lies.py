@@ -13,11 +13,11 @@ from toy_model import Backbone
 
 from heterotune_flwr.alignment.factor_checks import fault_of, same_backbone
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation import factors_asked
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.protocol.queries import AlignReply
-from heterotune_flwr.run import run_strategies
 
 HONEST = {name: value.astype(np.float32) for name, value in Backbone("small").factors().items()}
 rng = np.random.default_rng(0)

@@ -16,12 +16,12 @@ from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.packing import round_trip
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.preflight import preflight
 from heterotune_flwr.protocol.messages import TrainRequest
 from heterotune_flwr.reporting.status import read_status
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.run import run_strategies
 
 COMPONENT = "heterotune_flwr.strategies"
 SPEC = {

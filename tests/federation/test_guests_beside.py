@@ -8,10 +8,10 @@ from toy_federation import ToyFederation, toy_config
 from toy_runs import events, start
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation import roster
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
-from heterotune_flwr.run import run_strategies
 
 COMPONENT = "heterotune_flwr.strategies"
 

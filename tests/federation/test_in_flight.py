@@ -13,6 +13,7 @@ from rich.console import Console
 
 from client_app.app import app
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation import journal, simulated
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
@@ -20,7 +21,6 @@ from heterotune_flwr.federation.messenger import Enough, make_message, send_and_
 from heterotune_flwr.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.status import Standing, follow
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.schema import (
     Config,
 )

@@ -9,8 +9,8 @@ import pytest
 from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import VERSION, Journal, read_events
-from heterotune_flwr.run import run_strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "journal.md").read_text()

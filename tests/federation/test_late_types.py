@@ -11,11 +11,11 @@ from toy_runs import KINDS as SPECS
 
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.trees import load_state, save_state
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.kept_maps import KeptMaps
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.strategies import HeteroTune
 
 SMALL, MIDDLE, LARGE = "small@fp32", "middle@fp32", "large@fp32"

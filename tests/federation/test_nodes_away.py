@@ -11,12 +11,12 @@ from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation import collection, factors_asked, roster
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Error, Message
 from heterotune_flwr.protocol.wire import error_content
-from heterotune_flwr.run import run_strategies
 
 AWAY, DIED, RAISED = 5, 8, 2
 

@@ -9,10 +9,10 @@ from toy_federation import ToyFederation, toy_config
 from toy_runs import config_dir
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.flower import Message
 from heterotune_flwr.protocol.messages import EvaluateReply
-from heterotune_flwr.run import run_strategies
 
 
 def test_a_run_of_which_nothing_was_evaluated_fails(tmp_path):

@@ -7,10 +7,10 @@ from toy_federation import ToyFederation, toy_config
 from toy_runs import KINDS, Killed, banks, comparable, killer, run_all
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Error, Message
-from heterotune_flwr.run import run_strategies
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

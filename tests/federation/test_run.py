@@ -14,6 +14,7 @@ from toy_federation import ToyFederation, toy_config
 from toy_model import LABELS
 
 from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.experiment import run, run_directory
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import VERSION, Journal, to_json
 from heterotune_flwr.federation.ledger import Exchanged, Ledger
@@ -28,7 +29,6 @@ from heterotune_flwr.flower import (
     Message,
     RecordDict,
 )
-from heterotune_flwr.run import run, run_directory
 from heterotune_flwr.strategies.build import check_strategies
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,10 +8,10 @@ from toy_federation import ToyFederation, toy_config
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.federation.sampling import draw_tested
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.run import run_strategies
 
 TYPES = {"a": [f"a{i}" for i in range(30)], "b": [f"b{i}" for i in range(300)], "c": ["c0"]}
 

@@ -82,9 +82,9 @@ def test_the_same_seed_gives_the_same_bank_bit_for_bit_without_flower(
 ) -> None:
     from client_app.app import app
     from heterotune_flwr.config.compose import to_yaml
+    from heterotune_flwr.experiment import run
     from heterotune_flwr.federation.in_process import InProcessGrid
     from heterotune_flwr.flower import Context, RecordDict
-    from heterotune_flwr.run import run
 
     directory, _ = finished
     config = compose("quick", ["alignment.cache=false", f"run.dir={tmp_path}"])

@@ -15,6 +15,7 @@ from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal, read_events
 from heterotune_flwr.flower import Message
@@ -25,7 +26,6 @@ from heterotune_flwr.protocol.wire import RemoteError, error_content, read_confi
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.status import Standing, follow, render
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.worker.server import Printable
 

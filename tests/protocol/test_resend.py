@@ -15,12 +15,12 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import round_trip, tensor_digest
 from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.resend import Resend
 from heterotune_flwr.protocol.cached import CachedRef
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainRequest
 from heterotune_flwr.protocol.wire import ERROR_TENSORS_MISSING, RemoteError
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.schema import ExchangeConfig, MethodConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 

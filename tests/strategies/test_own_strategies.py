@@ -8,9 +8,9 @@ from toy_federation import ToyFederation, toy_config
 from toy_runs import HERE, SPECS, config_dir, start
 
 from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.strategies import HeteroTune, build_strategy
 from heterotune_flwr.strategies.build import check_strategies
 

@@ -13,13 +13,13 @@ from toy_runs import HERE, SPECS, config_dir, start
 from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.sampling import sample_clients
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.federation.updates import Work, as_update
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord
 from heterotune_flwr.protocol.messages import TrainReply
-from heterotune_flwr.run import run_strategies
 from heterotune_flwr.strategies import build_strategy
 
 MEAN = {
