@@ -46,9 +46,9 @@ from benchmarks.science.ngrams import AXES, CLIENTS, SEEDS, NgramView, told
 from heterotune_flwr.alignment.factors import collect_view, view_components
 from heterotune_flwr.alignment.maps import compute_maps
 from heterotune_flwr.alignment.public_texts import load_anchors
-from heterotune_flwr.alignment.views import VIEWS
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.backbones.views import VIEWS
 from heterotune_flwr.channels.statistics.server import Classes as Told
 from heterotune_flwr.channels.statistics.server import (
     StatisticsOptions,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.alignment.views import View
+from heterotune_flwr.backbones.views import View
 from heterotune_flwr.exchange.packing import Tensors
 
 Matrix = NDArray[Any]

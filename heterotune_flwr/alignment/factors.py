@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from heterotune_flwr.alignment.views import View
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
 from heterotune_flwr.backbones.tokens import plainly
+from heterotune_flwr.backbones.views import View
 from heterotune_flwr.data.template import (
     answer_ids,
     encode_prompt,

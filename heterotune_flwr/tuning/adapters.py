@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from heterotune_flwr.alignment.views import View, views_of
+from heterotune_flwr.alignment.views import views_of
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader
+from heterotune_flwr.backbones.views import View
 from heterotune_flwr.dema.bank import RESIDUAL, slot_of
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest

@@ -28,8 +28,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from heterotune_flwr.alignment.views import View
 from heterotune_flwr.backbones.reader import batches
+from heterotune_flwr.backbones.views import View
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import (
     block_inputs,

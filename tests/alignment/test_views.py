@@ -19,9 +19,9 @@ from heterotune_flwr.alignment.factors import (
     view_factors,
 )
 from heterotune_flwr.alignment.maps import compute_maps, join_type
-from heterotune_flwr.alignment.views import VIEWS
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.backbones.views import VIEWS
 from heterotune_flwr.channels.statistics.client import shared_latents
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.data.sources import training_pool
