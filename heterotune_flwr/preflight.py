@@ -18,7 +18,7 @@ from heterotune_flwr.backbones.tokenizer import (
 )
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
-from heterotune_flwr.data.template import label_tokens
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.own_data import own_data
@@ -151,6 +151,6 @@ def _tokenizers(config: Config) -> dict[str, Any]:
 def _check_labels(config: Config, labels: list[str], tokenizers: dict[str, Any]) -> None:
     for name, tokenizer in tokenizers.items():
         try:
-            label_tokens(tokenizer, labels, config.data.prompt)
+            make_form(tokenizer, config.data).label_tokens(labels)
         except DataError as error:
             raise DataError(f"backbone {name}: {error}") from error

@@ -20,14 +20,8 @@ from torch import Tensor, nn
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
-from heterotune_flwr.backbones.tokens import plainly
 from heterotune_flwr.backbones.views import View
-from heterotune_flwr.data.template import (
-    answer_ids,
-    encode_prompt,
-    label_tokens,
-    render_prompt,
-)
+from heterotune_flwr.data.template import Form, answer_ids, make_form
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, DataConfig
@@ -72,25 +66,15 @@ def _recorded(structure: DecoderStructure, model: nn.Module, slots: int) -> Iter
             handle.remove()
 
 
-def _word_spans(
-    backbone: Backbone, prompt: str, text: str, limit: int
-) -> tuple[list[int], list[list[int]]]:
+def _word_spans(form: Form, text: str) -> tuple[list[int], list[list[int]]]:
     """Token ids of the rendered anchor and, per word, the tokens that overlap its characters.
 
     Words are what white space separates: the same spans for every tokenizer, so that row ``i`` of every
     type's states speaks of the same word.
     """
-    rendered = render_prompt(prompt, text)
-    tokenizer = backbone.tokenizer
-    if not tokenizer.is_fast:
-        raise BackboneError(f"{backbone.spec.type_key}: word spans need a fast tokenizer")
-    encoded = tokenizer(rendered, return_offsets_mapping=True, **plainly(tokenizer))
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    if len(ids) > limit:  # as a prompt is cut: the end stays, and a leading bos
-        head = 1 if ids[0] == tokenizer.bos_token_id and limit > 1 else 0
-        ids, offsets = (row[:head] + row[len(row) - limit + head :] for row in (ids, offsets))
+    ids, offsets = form.prompt_offsets(text)
     spans = []
-    for match in re.finditer(r"\S+", rendered):
+    for match in re.finditer(r"\S+", form.render(text)):
         inside = [i for i, (start, end) in enumerate(offsets)
                   if start < match.end() and end > match.start() and end > start]  # fmt: skip
         spans.append(inside)
@@ -116,14 +100,14 @@ def collect_states(
 
     """
     model = backbone.model
-    structure = find_structure(model)
+    structure, form = find_structure(model), make_form(backbone.tokenizer, data)
     if positions == "words":
-        pairs = [_word_spans(backbone, data.prompt, text, data.max_length) for text in texts]
+        if not backbone.tokenizer.is_fast:
+            raise BackboneError(f"{backbone.spec.type_key}: word spans need a fast tokenizer")
+        pairs = [_word_spans(form, text) for text in texts]
         encoded, spans = [ids for ids, _ in pairs], [span for _, span in pairs]
     else:
-        encoded = [
-            encode_prompt(backbone.tokenizer, data.prompt, t, data.max_length) for t in texts
-        ]
+        encoded = [form.prompt_ids(text) for text in texts]
         spans = [[[len(ids) - 1]] for ids in encoded]
     starts = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
     rows = [
@@ -149,9 +133,8 @@ def collect_view(
     view: View, backbone: Backbone, texts: Sequence[str], data: DataConfig
 ) -> NDArray[np.float32]:
     """States of a view of every text (``n x parts d``)."""
-    encoded = [
-        encode_prompt(backbone.tokenizer, data.prompt, text, data.max_length) for text in texts
-    ]
+    form = make_form(backbone.tokenizer, data)
+    encoded = [form.prompt_ids(text) for text in texts]
     return np.asarray(view.states(Reader.of(backbone), encoded).cpu().numpy())
 
 
@@ -217,9 +200,8 @@ def _pullbacks(
     structure = find_structure(model)
     targets = torch.tensor(directions, dtype=torch.float32, device=backbone.device)
     sums = [np.zeros_like(directions) for _ in range(slots - 1)]
-    encoded = [
-        encode_prompt(backbone.tokenizer, data.prompt, text, data.max_length) for text in texts
-    ]
+    form = make_form(backbone.tokenizer, data)
+    encoded = [form.prompt_ids(text) for text in texts]
     outputs: list[Tensor] = [torch.empty(0)] * (slots - 1)
 
     def hook_for(slot: int) -> Any:
@@ -303,7 +285,7 @@ def alignment_factors(
         values |= _components(f"slots.{slot}", rows, alignment.components)
     values["label_rows"] = np.zeros((0, backbone.hidden))
     if labels and alignment.output == "labels":
-        tokens = label_tokens(backbone.tokenizer, labels, data.prompt)
+        tokens = make_form(backbone.tokenizer, data).label_tokens(labels)
         values["label_rows"] = unembedding_rows(backbone, tokens)
     directions = [values["label_rows"]]
     if alignment.output == "vocabulary":

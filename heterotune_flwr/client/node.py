@@ -122,7 +122,13 @@ class Client:
             data = replace(data, generate=self.guard.generated(len(examples)))
         if personal:
             return score_generation(adapter, task, examples, data)
-        settings = (data.generate, data.max_answer_tokens, data.stop, task.max_length, task.prompt)
+        settings = (
+            data.generate,
+            data.max_answer_tokens,
+            data.stop,
+            task.form.prompt,
+            task.form.max_length,
+        )
         key = f"generation {examples_digest(examples[: data.generate])} {settings}"
         return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
 

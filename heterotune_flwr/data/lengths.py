@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterotune_flwr.backbones.tokens import encode_texts
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.template import render_prompt
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.schema import DataConfig
 
 
@@ -32,13 +31,9 @@ def lengths(tokenizer: Any, data: DataConfig, examples: Sequence[Example], token
 
     Where answers are generated, the place that is kept free for them counts like an answer.
     """
-    rendered = [render_prompt(data.prompt, example.text) for example in examples]
-    prompts = [len(ids) for ids in encode_texts(tokenizer, rendered)]
-    answers = [0] * len(prompts)
-    if tokens:
-        whole = [f"{text} {e.label}" for text, e in zip(rendered, examples, strict=True)]
-        both = [len(ids) for ids in encode_texts(tokenizer, whole)]
-        answers = [max(b - p, 1) + 1 for b, p in zip(both, prompts, strict=True)]
+    prompts, answers = make_form(tokenizer, data).sizes(examples)
+    if not tokens:
+        answers = [0] * len(prompts)
     free = data.max_answer_tokens if tokens and data.generate else 0
     totals = [p + max(a, free) for p, a in zip(prompts, answers, strict=True)]
     left = [

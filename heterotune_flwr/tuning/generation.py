@@ -27,7 +27,6 @@ from transformers import (
 
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.template import encode_prompt
 from heterotune_flwr.data.text_metrics import exact_match, rouge_l
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.schema import DataConfig
@@ -141,13 +140,10 @@ def draw_answers(
     return answers, sureness
 
 
-def answer_prompts(
-    adapter: AttachedAdapter, task: Task, texts: Sequence[str], data: DataConfig
-) -> list[list[int]]:
+def answer_prompts(task: Task, texts: Sequence[str], data: DataConfig) -> list[list[int]]:
     """Token ids of prompts, with the answer's place in ``data.max_length`` left free, as in training."""
-    room = max(1, task.max_length - data.max_answer_tokens)
-    tokenizer = adapter.backbone.tokenizer
-    return [encode_prompt(tokenizer, task.prompt, text, room) for text in texts]
+    room = max(1, task.form.max_length - data.max_answer_tokens)
+    return [task.form.prompt_ids(text, room) for text in texts]
 
 
 def score_generation(
@@ -155,7 +151,7 @@ def score_generation(
 ) -> GenerationReport:
     """Generate the answers of the first ``data.generate`` examples and compare them with the right ones."""
     chosen = examples[: data.generate]
-    prompts = answer_prompts(adapter, task, [example.text for example in chosen], data)
+    prompts = answer_prompts(task, [example.text for example in chosen], data)
     answers = generate_answers(adapter, prompts, data.max_answer_tokens, data.stop)
     pairs = list(zip(answers, (example.answers for example in chosen), strict=True))
     count = max(len(pairs), 1)

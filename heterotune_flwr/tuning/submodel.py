@@ -27,7 +27,6 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from heterotune_flwr.backbones.loading import Backbone
-from heterotune_flwr.data.template import label_tokens
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.slices import as_fraction, open_mesh, sliced_sizes
 from heterotune_flwr.schema import MethodConfig
@@ -154,7 +153,7 @@ class SliceTask(Task):
         tokens = []
         if task.kind == "labels":
             assert task.labels is not None
-            tokens = label_tokens(backbone.tokenizer, list(task.labels), task.prompt)
+            tokens = task.form.label_tokens(task.labels)
         return cls(**{**fields, "backbone": backbone, "rows_weight": None}, tokens=tokens)
 
     def label_logits(self, states: Tensor) -> Tensor:

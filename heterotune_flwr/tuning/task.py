@@ -26,7 +26,7 @@ from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.tokenizer import check_positions
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import OUTSIDE
-from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
+from heterotune_flwr.data.template import Form, make_form
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.schema import DataConfig, TrainConfig
 
@@ -66,8 +66,7 @@ class Task:
 
     kind: str
     backbone: Backbone
-    prompt: str
-    max_length: int
+    form: Form
     labels: tuple[str, ...] | None
     scaling: HeadScaling
     rows_weight: Tensor | None = None
@@ -85,9 +84,8 @@ class Task:
         """
         encoded = EncodedSet([], [], [])
         for number, example in enumerate(examples, start=1):
-            tokenizer = self.backbone.tokenizer
             if self.kind == "labels":
-                ids = encode_prompt(tokenizer, self.prompt, example.text, self.max_length)
+                ids = self.form.prompt_ids(example.text)
                 if example.label not in self._index:
                     raise DataError(
                         f"the answer of example {number} is not in the label set; set data.labels",
@@ -95,7 +93,7 @@ class Task:
                     )
                 positions, targets = [len(ids) - 1], [self._index[example.label]]
             else:
-                both = encode_example(tokenizer, self.prompt, example, self.max_length)
+                both = self.form.encode(example)
                 ids = both.prompt + both.answer[:-1]
                 positions = list(range(len(both.prompt) - 1, len(ids)))
                 targets = both.answer
@@ -226,18 +224,17 @@ def make_task(
     check_positions(backbone.spec.source, backbone.positions, data.max_length)
     kind = loss_kind(config, labels)
     names = tuple(labels) if labels is not None else None
-    scaling = backbone.scaling
+    form, scaling = make_form(backbone.tokenizer, data), backbone.scaling
     if kind == "tokens":
-        return Task(kind, backbone, data.prompt, data.max_length, names, scaling)
+        return Task(kind, backbone, form, names, scaling)
     assert labels is not None
-    tokens = label_tokens(backbone.tokenizer, labels, data.prompt)
+    tokens = form.label_tokens(labels)
     head = backbone.model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     return Task(
         kind,
         backbone,
-        data.prompt,
-        data.max_length,
+        form,
         names,
         scaling,
         rows_weight=head.weight.detach()[tokens].float().contiguous(),

@@ -14,7 +14,7 @@ from heterotune_flwr.alignment.factors import unembedding_rows
 from heterotune_flwr.backbones.head import HeadScaling, measured_scaling
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.backbones.structure import find_structure
-from heterotune_flwr.data.template import label_tokens
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.schema import DataConfig, TrainConfig
 from heterotune_flwr.tuning.task import make_task
@@ -79,7 +79,7 @@ def test_losses_are_the_models_own(family: str, tmp_path: Path) -> None:
         assert float(losses.mean()) == pytest.approx(float(own.loss), rel=1e-4)
         closed = make_task(backbone, DataConfig(), LABELS, TrainConfig())
         logits = closed.label_logits(states)
-    tokens = label_tokens(backbone.tokenizer, LABELS, DataConfig().prompt)
+    tokens = make_form(backbone.tokenizer, DataConfig()).label_tokens(LABELS)
     torch.testing.assert_close(logits, own.logits[0][:, tokens].float(), rtol=1e-4, atol=1e-4)
     unscaled = model.get_output_embeddings().weight[tokens].double().numpy()
     assert unembedding_rows(backbone, tokens) == pytest.approx(unscaled * wanted.scale, rel=1e-5)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from heterotune_flwr.backbones.tokens import encode_texts
 from heterotune_flwr.data.partition import client_examples, own_examples
 from heterotune_flwr.data.sources import Example, global_test, label_set, own_file, training_pool
-from heterotune_flwr.data.template import encode_example, encode_prompt, label_tokens
+from heterotune_flwr.data.template import Form
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import DataConfig
 
@@ -238,39 +238,54 @@ def test_a_deployed_client_uses_its_own_whole_file(tmp_path, data):
         own_examples(replace(data, train=own, labels=["a", "b"]))
 
 
+PROMPT = "Package: {text}\nSection:"
+
+
 def test_prompt_ends_where_the_answer_begins(tokenizer):
-    form = "Package: {text}\nSection:"
+    form = Form(tokenizer, PROMPT, 64)
     example = Example("a text editor", "fruit")
-    encoded = encode_example(tokenizer, form, example, 64)
+    encoded = form.encode(example)
     text = tokenizer.decode(encoded.prompt + encoded.answer[:-1])
     assert text == "Package: a text editor\nSection: fruit"
     assert encoded.answer[-1] == tokenizer.eos_token_id
-    assert encoded.answer[:-1] == [label_tokens(tokenizer, LABELS, form)[0]]
-    assert encode_prompt(tokenizer, form, example.text, 64) == encoded.prompt
+    assert encoded.answer[:-1] == [form.label_tokens(LABELS)[0]]
+    assert form.prompt_ids(example.text) == encoded.prompt
+
+
+def test_a_form_tells_whole_labels_and_how_prompts_and_answers_end(tokenizer):
+    form = Form(tokenizer, PROMPT, 64)
+    labels = ["fruit", "a slow song"]
+    for label, ids in zip(labels, form.label_ids(labels), strict=True):
+        assert form.encode(Example("red", label)).answer == [*ids, *form.ending]
+    assert tokenizer.decode(form.label_ids(labels)[1]) == " a slow song"
+    end = form.prompt_end()
+    assert tokenizer.decode(end).endswith("\nSection:")
+    assert all(form.prompt_ids(text)[-len(end) :] == end for text in ("x", "red apples 3"))
+    assert Form(tokenizer, "{text}", 64).prompt_end() == []
 
 
 def test_long_prompts_keep_their_end(tokenizer):
-    form = "Package: {text}\nSection:"
-    whole = encode_prompt(tokenizer, form, "garden " * 50, 500)
-    assert encode_prompt(tokenizer, form, "garden " * 50, 16) == whole[-16:]
-    encoded = encode_example(tokenizer, form, Example("garden " * 50, "music"), 16)
+    form = Form(tokenizer, PROMPT, 16)
+    whole = form.prompt_ids("garden " * 50, room=500)
+    assert form.prompt_ids("garden " * 50) == whole[-16:]
+    encoded = form.encode(Example("garden " * 50, "music"))
     assert len(encoded.prompt) + len(encoded.answer) == 16
 
 
 def test_of_an_answer_that_leaves_no_room_the_beginning_is_kept(tokenizer):
-    form = "Package: {text}\nSection:"
-    whole = encode_example(tokenizer, form, Example("garden " * 20, "music " * 60), 900)
-    cut = encode_example(tokenizer, form, Example("garden " * 20, "music " * 60), 16)
+    example = Example("garden " * 20, "music " * 60)
+    whole = Form(tokenizer, PROMPT, 900).encode(example)
+    cut = Form(tokenizer, PROMPT, 16).encode(example)
     assert cut.answer == whole.answer[:8]
     assert cut.prompt == whole.prompt[-8:]
-    assert encode_example(tokenizer, form, Example("a", "music"), 8).answer[-1] == 2  # its end
+    assert Form(tokenizer, PROMPT, 8).encode(Example("a", "music")).answer[-1] == 2  # its end
 
 
 def test_labels_must_differ_in_their_first_token(tokenizer):
     with pytest.raises(DataError, match="'music' and 'music box'"):
-        label_tokens(tokenizer, ["fruit", "music", "music box"], "{text}:")
+        Form(tokenizer, "{text}:", 8).label_tokens(["fruit", "music", "music box"])
     with pytest.raises(DataError, match=r"no \{text\}"):
-        label_tokens(tokenizer, LABELS, "Section:")
+        Form(tokenizer, "Section:", 8).label_tokens(LABELS)
 
 
 def _unigram():
@@ -328,13 +343,13 @@ def test_control_tokens_in_texts_are_text(kind, tmp_path):
     controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     has_bos = kind != "bytes"
     text = f"{bos}see {eos} tail{eos}"
-    ids = encode_prompt(tokenizer, "{text}", text, 128)
+    ids = Form(tokenizer, "{text}", 128).prompt_ids(text)
     assert [n for n, token in enumerate(ids) if token in controls] == ([0] if has_bos else [])
     assert tokenizer.decode(ids[has_bos:]).replace(" ", "") == text.replace(" ", "")
-    both = encode_example(tokenizer, f"see {eos}: {{text}}", Example(text, f"tail {eos} tail"), 128)
+    both = Form(tokenizer, f"see {eos}: {{text}}", 128).encode(Example(text, f"tail {eos} tail"))
     assert both.answer[-1] == tokenizer.eos_token_id
     assert not controls & {*both.answer[:-1], *both.prompt[has_bos:]}
-    labels = label_tokens(tokenizer, [eos], "{text}:")
+    labels = Form(tokenizer, "{text}:", 8).label_tokens([eos])
     assert not controls & set(labels)
     # A text without any is encoded as ever, with other texts or alone.
     plain = "see tail"

@@ -126,8 +126,8 @@ def _compute_states(spec: Any, texts: list[str], data: DataConfig, path: Path, n
 def _compute_head(spec: Any, task: Task, path: Path) -> None:
     from heterotune_flwr.alignment.factors import unembedding_rows
     from heterotune_flwr.backbones.loading import load_backbone
-    from heterotune_flwr.data.template import label_tokens
+    from heterotune_flwr.data.template import make_form
 
     backbone = load_backbone(spec)
-    tokens = label_tokens(backbone.tokenizer, task.labels, task.data.prompt)
+    tokens = make_form(backbone.tokenizer, task.data).label_tokens(task.labels)
     save_tensors(path, {"labels": unembedding_rows(backbone, tokens).astype(np.float32)})

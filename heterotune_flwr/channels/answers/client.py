@@ -70,7 +70,7 @@ class Channel(TextWork):
             log.info("this node's owner lets no answers in words go (answers in node.toml)")
             return Said(np.zeros((count, 1), np.float32), [""] * count).to_payload()
         round, data = work.header.round + 1, work.node.data
-        prompts = answer_prompts(work.adapter, work.task, self._chosen(count, round), data)
+        prompts = answer_prompts(work.task, self._chosen(count, round), data)
         name = f"answers.{work.node.client_id}.{round}"
         draw = int(generator(work.header.seed, name).integers(2**62))
         answers, sureness = draw_answers(
