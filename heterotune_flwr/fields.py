@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ _WORDS: dict[Any, str] = {
     list[int]: "a list of whole numbers",
     list[float]: "a list of numbers",
 }
+_UNIT = re.compile(r"(?P<help>.*) \[(?P<unit>[^\[\]]+)\]", re.DOTALL)
 
 
 def option(
@@ -45,7 +47,8 @@ def option(
     Parameters
     ----------
     default, text
-        What it is unless somebody says otherwise (lists and mappings are copied), and its line of help.
+        What it is unless somebody says otherwise (lists and mappings are copied), and its sentence of help. A unit
+        stands at its end in brackets: ``patience for a round's replies [seconds]``.
     least, above, most, below
         Bounds of a number, the first and third included.
     choices, plugins
@@ -54,8 +57,10 @@ def option(
         Whether a strategy sets it, and nobody else.
 
     """
+    said = _UNIT.fullmatch(text)
     metadata = {
-        "help": text,
+        "help": said["help"] if said else text,
+        "unit": said["unit"] if said else "",
         "bounds": (least, above, most, below),
         "choices": tuple(choices),
         "plugins": plugins,
@@ -93,11 +98,18 @@ def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 
 
 def needed(field: dataclasses.Field[Any], kind: Any) -> str:
-    """What a field takes, in words: ``a number above 0 and of at most 1 is needed (or null)``."""
+    """What a field takes, for an error: ``a number above 0 and of at most 1 is needed (or null)``."""
     plain, nullable = without_none(kind)
     null = " (or null)" if nullable else ""
     if choices := choices_of(field):
         return f"choose from {', '.join(choices)}{null}"
+    return f"{taken(field, plain)} is needed{null}"
+
+
+def taken(field: dataclasses.Field[Any], plain: Any) -> str:
+    """What a field of a type (without ``| None``) takes: ``a number above 0 and of at most 1``."""
+    if choices := choices_of(field):
+        return f"one of {', '.join(choices)}"
     least, above, most, below = field.metadata.get("bounds", (None,) * 4)
     if least is not None and most is not None:
         limits = f" from {least:g} to {most:g}"
@@ -105,7 +117,7 @@ def needed(field: dataclasses.Field[Any], kind: Any) -> str:
         words = {"of at least": least, "above": above, "of at most": most, "below": below}
         said = [f"{word} {bound:g}" for word, bound in words.items() if bound is not None]
         limits = f" {' and '.join(said)}" if said else ""
-    return f"{_WORDS.get(plain, 'a mapping {key: value}')}{limits} is needed{null}"
+    return f"{_WORDS.get(plain, 'a mapping {key: value}')}{limits}"
 
 
 def _fits(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -141,6 +153,14 @@ def check_fields(part: Any, where: str) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'this'?``, or nothing where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """``; did you mean 'this'?``, or nothing where none is near; initials do too: ``train.lr``."""
+    names = list(known)
+    near = [name for name in names if word == _initials(name)]
+    near += difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _initials(name: str) -> str:
+    """``train.lr`` of ``train.learning_rate``."""
+    head, dot, last = name.rpartition(".")
+    return head + dot + "".join(word[:1] for word in last.split("_"))

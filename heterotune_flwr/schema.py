@@ -34,10 +34,12 @@ class TypeConfig:
         "of its weights; auto: what fits memory_gb",
         choices=(*BITS, AUTO),
     )
-    clients: int = option(1, "number of clients of this type (simulation only)", least=1)
+    clients: int = option(1, "number of clients of this type (simulation only) [clients]", least=1)
     revision: str | None = option(None, "hub revision, for hub ids")
     memory_gb: float | None = option(
-        None, "memory a client of this type may use (GB), weights included; null: no limit", above=0
+        None,
+        "memory a client of this type may use, weights included; null: no limit [GB]",
+        above=0,
     )
     slots: str | None = option(None, "depth slots its clients train; null: train.slots")
     guest: bool = option(
@@ -81,33 +83,39 @@ class DataConfig:
         "closed label set; null takes the sorted answers of the training file when there are at "
         "most `max_labels`, otherwise the task is open text",
     )
-    max_labels: int = option(64, "more distinct answers than this is an open-text task")
+    max_labels: int = option(64, "more distinct answers than this is an open-text task [labels]")
     partition: str = option(
         "dirichlet", "how rows are dealt out to clients", choices=("dirichlet", "iid", "natural")
     )
     alpha: float = option(
         0.3,
-        "Dirichlet concentration over labels (open text: over natural clients, where they are named)",
+        "Dirichlet concentration over labels (open text: over natural clients, where they are named) [concentration]",
         above=0,
     )
     groups_per_client: int = option(
-        1, "partition natural: natural clients (tasks) that one client of the run holds", least=1
+        1,
+        "partition natural: natural clients (tasks) that one client of the run holds [natural clients]",
+        least=1,
     )
     examples_per_client: int | None = option(
-        None, "training examples per client; null: all rows of the file are dealt out", above=0
+        None,
+        "training examples per client; null: all rows of the file are dealt out [examples]",
+        above=0,
     )
     personal_test_examples: int = option(
-        32, "held-out examples per client, from its own mixture", least=0
+        32, "held-out examples per client, from its own mixture [examples]", least=0
     )
-    global_test_examples: int = option(640, "size limit of the global test set", least=0)
-    max_length: int = option(128, "tokens per example; longer prompts keep their end", least=8)
+    global_test_examples: int = option(640, "size limit of the global test set [examples]", least=0)
+    max_length: int = option(
+        128, "tokens per example; longer prompts keep their end [tokens]", least=8
+    )
     generate: int = option(
         0,
         "open text: test examples per test set whose answer is generated (greedily) and scored by exact match and "
-        "ROUGE-L; 0: none",
+        "ROUGE-L; 0: none [examples]",
         least=0,
     )
-    max_answer_tokens: int = option(32, "most tokens of a generated answer", least=1)
+    max_answer_tokens: int = option(32, "most tokens of a generated answer [tokens]", least=1)
     stop: str | None = option(
         "\n", "a generated answer ends before this text; null: at the end-of-text token alone"
     )
@@ -115,15 +123,15 @@ class DataConfig:
         None, "natural_instructions: names or patterns (task1*) of the tasks to take; null: all"
     )
     instances_per_task: int = option(
-        500, "natural_instructions: the first so many of each task", least=1
+        500, "natural_instructions: the first so many of each task [examples]", least=1
     )
     demonstrations: int = option(
-        0, "natural_instructions: positive examples shown in the prompt", least=0
+        0, "natural_instructions: positive examples shown in the prompt [examples]", least=0
     )
     test_share: float = option(
         0.2,
         "share of each natural client's rows (natural_instructions: of each task's instances) kept for the global test "
-        "where `train` is given and no `test`",
+        "where `train` is given and no `test` [share]",
         above=0,
         below=1,
     )
@@ -138,9 +146,13 @@ class MethodConfig:
         "the adapter; submodel: a slice of the whole model",
         choices=("dema", "lora", "submodel"),
     )
-    slots: int = option(1, "K depth slots; the last acts on the final normalised state", least=1)
-    latent: int = option(128, "r, width of the shared latent space", least=1)
-    output: int | None = option(None, "width of the output latent; null: number of labels or r")
+    slots: int = option(
+        1, "K depth slots; the last acts on the final normalised state [slots]", least=1
+    )
+    latent: int = option(128, "r, width of the shared latent space [dimensions]", least=1)
+    output: int | None = option(
+        None, "width of the output latent; null: number of labels or r [dimensions]"
+    )
     views: list[str] = option(
         [],
         "further views of a text that types align, for a pooled classifier: text (what it is made of and "
@@ -148,14 +160,14 @@ class MethodConfig:
     )
     inner: int = option(
         32,
-        "q, inner width of an expert; 0: none, an expert is one matrix P and a bias Q (Co-LoRA)",
+        "q, inner width of an expert; 0: none, an expert is one matrix P and a bias Q (Co-LoRA) [dimensions]",
         least=0,
     )
-    experts_global: int = option(3, "experts shared by all clients", least=0)
-    experts_type: int = option(0, "experts shared inside a model type", least=0)
-    experts_private: int = option(0, "experts that never leave the client", least=0)
+    experts_global: int = option(3, "experts shared by all clients [experts]", least=0)
+    experts_type: int = option(0, "experts shared inside a model type [experts]", least=0)
+    experts_private: int = option(0, "experts that never leave the client [experts]", least=0)
     core_rank: int = option(
-        0, "rank of trained cores on the linear layers of the upper blocks; 0: none", least=0
+        0, "rank of trained cores on the linear layers of the upper blocks; 0: none [rank]", least=0
     )
     core_kind: str = option(
         "square",
@@ -168,10 +180,15 @@ class MethodConfig:
         choices=("type", "client"),
     )
     core_from: float = option(
-        0.5, "relative depth from which blocks have cores; 0: all of them", least=0, below=1
+        0.5,
+        "relative depth from which blocks have cores; 0: all of them [share of the depth]",
+        least=0,
+        below=1,
     )
-    core_scale: float = option(4.0, "what a core's effect is multiplied with", above=0)
-    private_dropout: float = option(0.3, "probability that a batch drops the private experts")
+    core_scale: float = option(4.0, "what a core's effect is multiplied with [factor]", above=0)
+    private_dropout: float = option(
+        0.3, "probability that a batch drops the private experts [probability]"
+    )
     activation: str = option(
         "silu", "of experts; linear: the r x r core of Co-LoRA", choices=("silu", "linear")
     )
@@ -181,8 +198,10 @@ class MethodConfig:
         "where the gate is averaged",
         choices=("client", "type", "global"),
     )
-    lora_rank: int = option(16, "LoRA rank, for kind=lora", least=1)
-    lora_alpha: float = option(32.0, "LoRA alpha, for kind=lora", above=0)
+    lora_rank: int = option(16, "kind=lora: rank of the two factors [rank]", least=1)
+    lora_alpha: float = option(
+        32.0, "kind=lora: its effect is multiplied with lora_alpha / lora_rank [factor]", above=0
+    )
     lora_core: bool = option(
         False,
         "kind=lora: train only an r x r core between frozen factors of the weights (Fed-SB)",
@@ -195,12 +214,12 @@ class MethodConfig:
     )
     sub_width: float = option(
         1.0,
-        "kind=submodel: share of the parent's width a client trains",
+        "kind=submodel: share of the parent's width a client trains [share]",
         by_strategy=True,
     )
     sub_window: int = option(
         0,
-        "kind=submodel: first channel, unit and head of the slice",
+        "kind=submodel: first channel, unit and head of the slice [channels]",
         by_strategy=True,
     )
     sub_scaler: bool = option(
@@ -218,19 +237,24 @@ class AlignmentConfig:
         "debian-other",
         "shipped set (debian-other | wordnet | debian-near), or path of a .txt(.gz) or data file with a column text",
     )
-    count: int = option(6000, "number of anchors used", least=10)
+    count: int = option(6000, "number of anchors used [texts]", least=10)
     positions: str = option(
         "answer",
         "answer: one row per anchor, where the answer is read; words: one row per word",
         choices=("answer", "words"),
     )
-    components: int = option(256, "p, principal components a type sends per slot", least=1)
+    components: int = option(
+        256,
+        "p, principal components of its states that a type sends per slot [components]",
+        least=1,
+    )
     shrinkage: list[float] = option(
         [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
-        "candidates; the best on held-out anchors is taken",
+        "ridges on every type's covariances, of which the best on held-out anchors is taken [mean squares]",
     )
     weighting: float = option(
-        2.0, "latents are weighed by their held-out canonical correlation to this power; 0: equally"
+        2.0,
+        "latents are weighed by their held-out canonical correlation to this power; 0: equally [power]",
     )
     output: str = option(
         "labels",
@@ -240,11 +264,11 @@ class AlignmentConfig:
     label_geometry: bool = option(
         True, "output=labels: move label words of similar meaning together (false: each alone)"
     )
-    words: int = option(4096, "size of the public word list shared by all vocabularies")
-    output_components: int = option(64, "components of the unembedding a type sends")
-    pullback_anchors: int = option(64, "anchors for the gradient pull-back of deeper slots")
+    words: int = option(4096, "size of the public word list shared by all vocabularies [words]")
+    output_components: int = option(64, "components of the unembedding a type sends [components]")
+    pullback_anchors: int = option(64, "anchors for the gradient pull-back of deeper slots [texts]")
     quality_threshold: float = option(
-        0.1, "held-out canonical correlation below which a type's slot does not share"
+        0.1, "held-out canonical correlation below which a type's slot does not share [correlation]"
     )
     control: str = option(
         "none",
@@ -258,40 +282,48 @@ class AlignmentConfig:
 class TrainConfig:
     """Local training on a client."""
 
-    local_steps: int = option(12, "optimizer steps per round", least=1)
-    batch_size: int = option(16, "examples per step", least=1)
-    learning_rate: float = option(2e-3, "AdamW learning rate", above=0)
+    local_steps: int = option(12, "optimizer steps per round [steps]", least=1)
+    batch_size: int = option(16, "examples per step [examples]", least=1)
+    learning_rate: float = option(2e-3, "learning rate of the local optimizer [per step]", above=0)
     last_rate: float = option(
         1.0,
         "share of learning_rate in the last round; from round to round it follows half a cosine (arXiv 1608.03983). "
-        "1: the rate stays",
+        "1: the rate stays [share]",
         above=0,
         most=1,
     )
     warmup_ratio: float = option(
         0.0,
         "share of every round's steps in which the rate rises to learning_rate, by equal amounts: the optimizer "
-        "starts anew every round, and its first steps are its boldest. 0: none",
+        "starts anew every round, and its first steps are its boldest. 0: none [share]",
         least=0,
         most=1,
     )
     gate_rate: float = option(
-        0.1, "AdamW: gates learn at this share of learning_rate; 0: they stay uniform", least=0
+        0.1,
+        "AdamW: gates learn at this share of learning_rate; 0: they stay uniform [share]",
+        least=0,
     )
     optimizer: str = option("adamw", "local optimizer", choices=("adamw", "sgd"))
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    proximal: float = option(
-        0.0, "FedProx (arXiv 1812.06127): mu of the term mu/2 |w - w_round|^2; 0: none", least=0
+    weight_decay: float = option(
+        0.0, "AdamW: how much weights shrink, times the learning rate [per step]"
     )
-    clip_norm: float = option(1.0, "gradient norm limit", above=0)
+    proximal: float = option(
+        0.0,
+        "FedProx (arXiv 1812.06127): mu of the term mu/2 |w - w_round|^2; 0: none [factor]",
+        least=0,
+    )
+    clip_norm: float = option(1.0, "a step's gradient is shortened to this norm [norm]", above=0)
     logit_adjustment: float = option(
         1.0,
         "closed label sets: the loss discounts the client's own label frequencies (arXiv 2007.07314), so that "
-        "a skewed client does not teach its skew; its personal test counts them in again. 0: off, 1: fully",
+        "a skewed client does not teach its skew; its personal test counts them in again. 0: off, 1: fully [factor]",
         least=0,
     )
     prior_smoothing: float = option(
-        0.1, "examples added to every label when a client counts its frequencies", above=0
+        0.1,
+        "examples added to every label when a client counts its frequencies [examples]",
+        above=0,
     )
     loss: str = option(
         "auto",
@@ -337,7 +369,10 @@ class ExchangeConfig:
         plugins="codecs",
     )
     top_k: float = option(
-        0.1, "topk: share of an update's numbers that travel, 0.001 to 1", least=0.001, most=1
+        0.1,
+        "topk: how many of an update's numbers travel [share]",
+        least=0.001,
+        most=1,
     )
     error_feedback: bool = option(
         True,
@@ -354,81 +389,89 @@ class ExchangeConfig:
 class ServerConfig:
     """Rounds, participation and patience of the server."""
 
-    rounds: int = option(30, "rounds per strategy", least=1)
-    participation: float = option(1.0, "share of clients trained per round", above=0, most=1)
-    min_clients: int | None = option(
-        None, "wait for this many clients; null: all simulated ones; 2 of a deployment", above=0
+    rounds: int = option(30, "rounds per strategy [rounds]", least=1)
+    participation: float = option(
+        1.0, "share of clients trained per round [share]", above=0, most=1
     )
-    wait_seconds: float = option(300.0, "patience for the clients to appear", above=0)
-    timeout_seconds: float = option(3600.0, "patience for one round's replies", above=0)
+    min_clients: int | None = option(
+        None,
+        "wait for this many clients; null: all simulated ones; 2 of a deployment [clients]",
+        above=0,
+    )
+    wait_seconds: float = option(300.0, "patience for the clients to appear [seconds]", above=0)
+    timeout_seconds: float = option(3600.0, "patience for one round's replies [seconds]", above=0)
     query_seconds: float | None = option(
         None,
-        "patience for the answers before the first round (who is there, alignment); null: timeout_seconds",
+        "patience for the answers before the first round (who is there, alignment); null: timeout_seconds [seconds]",
         above=0,
     )
     give_up_after: int = option(
         3,
-        "rounds in a row without a usable update after which a run ends (it can be resumed); 0: never",
+        "rounds in a row without a usable update after which a run ends (it can be resumed); 0: never [rounds]",
         least=0,
     )
     keep_checkpoints: int = option(
         2,
-        "checkpoints kept per strategy and seed, one a round (at least 2); 0: none are written, no resume",
+        "kept per strategy and seed, one a round (at least 2); 0: none are written, no resume [checkpoints]",
         least=0,
     )
     evaluate_every: int = option(
-        10, "evaluate every so many rounds (the last always); 0: last only", least=0
+        10, "evaluate every so many rounds (the last always); 0: last only [rounds]", least=0
     )
     evaluate_clients: float | None = option(
         None,
         "clients that are tested: a number, or below 1 a share; the same ones every time, drawn once by the seed, from "
-        "every type. null: all up to 48, 48 of more",
+        "every type. null: all up to 48, 48 of more [clients or share]",
         above=0,
     )
     evaluate_before: bool = option(True, "test the untouched models too, before round 1")
     min_results: int = option(
         1,
         "usable updates a round needs; with fewer it is skipped and nothing changes. 1: whoever answers counts; set "
-        "it to half of the clients asked where a few must not decide for all",
+        "it to half of the clients asked where a few must not decide for all [updates]",
         least=1,
     )
     norm_limit: float | None = option(
         5.0,
-        "an update this many times longer than its round's and its type's usual ones is refused; null: not checked",
+        "an update so many times longer than its round's and type's usual ones is refused; null: not checked [factor]",
         above=1,
     )
     norm_ceiling: float | None = option(
         3.0,
-        "an update this many times longer than the local optimizer can go is refused; null: not checked",
+        "an update so many times longer than the local optimizer can go is refused; null: not checked [factor]",
         above=1,
     )
     cooldown_after: int = option(
         3,
-        "failures in a row (refused, an error, no answer) after which a client is not asked for a while; 0: never",
+        "in a row (refused, an error, no answer), after which a client is not asked for a while; 0: never [failures]",
         least=0,
     )
     cooldown_longest: int = option(
-        16, "longest cooldown in rounds; the first lasts 2, each further one doubles", least=1
+        16,
+        "longest cooldown; the first lasts 2, each further one doubles [rounds]",
+        least=1,
     )
     deadline_factor: float | None = option(
         3.0,
-        "a client that has answered before is waited for this many times its type's median; null: timeout_seconds",
+        "who has answered before is waited for so many times its type's median; null: timeout_seconds [factor]",
         above=1,
     )
-    deadline_floor_seconds: float = option(60.0, "no deadline is shorter than this", least=0)
+    deadline_floor_seconds: float = option(
+        60.0, "no deadline is shorter than this [seconds]", least=0
+    )
     quorum: float | None = option(
         None,
         "share of the asked clients after whose results, and `grace_seconds`, a round closes; null: wait for all. "
-        "Results then depend on timing",
+        "Results then depend on timing [share]",
         above=0,
         most=1,
     )
     grace_seconds: float = option(
-        10.0, "how long the others are still waited for once `quorum` is reached", least=0
+        10.0, "how long the others are still waited for once `quorum` is reached [seconds]", least=0
     )
     oversample: float = option(
         0.0,
-        "ask this share more clients than needed and take the first results; 0: none. Results then depend on timing",
+        "ask so many more clients than needed, take the first results; 0: none. Results then depend on timing [share]",
         least=0,
         most=1,
     )
@@ -443,12 +486,12 @@ class RunConfig:
     compare: list[str] = option(
         ["heterotune"], "strategies (files of conf/strategy) run one after the other"
     )
-    seeds: list[int] = option([0], "one full run per seed")
+    seeds: list[int] = option([0], "one full run per seed [seeds]")
     state_dir: str | None = option(None, "clients' state; null: <run dir>/state (simulation)")
-    worker_threads: int = option(1, "torch threads per worker process", least=1)
+    worker_threads: int = option(1, "torch threads per worker process [threads]", least=1)
     workers: int | None = option(
         None,
-        "worker processes of a simulation; null: one per worker_threads cores, at most one per client",
+        "worker processes of a simulation; null: one per worker_threads cores, at most one per client [processes]",
         least=1,
     )
 

@@ -32,50 +32,62 @@ Known = TypeVar("Known", bound=Sized)
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Options of a strategy's ``predictions`` and ``answers``.
+    """Options of a strategy's ``predictions`` and ``answers``: what clients say of public texts, and all learn."""
 
-    Attributes
-    ----------
-    anchors
-        Anchors a round is about: ``anchors x C`` bytes each way per client-round, or as many answers.
-    pool
-        They are drawn from the first ``pool`` of ``alignment.anchors``, whose frozen states clients keep.
-    weight
-        Of the anchors' loss beside the loss on own examples.
-    agreement_power
-        A client's share is its agreement with the others (correlation of its predictions with the mean of the other
-        clients') to this power; 0: every client's is the same.
-    entropy_power
-        On each anchor a client's share is multiplied by ``exp(-entropy_power x entropy of what it predicts there)``:
-        who knows speaks. 0: no difference; at 1 the surest counts at most C times as much as one that has no idea.
-    balance
-        Rounds of :func:`.predictions.server.sinkhorn_balance` on the targets; 0: none.
-    batch
-        Anchors in every training step beside the client's examples; 0: as many as examples (``train.batch_size``).
-    informativeness_power
-        Clients draw the anchors of a step with chances ``~ (log C - entropy of the target)^informativeness_power``, in
-        nats: what nobody knows teaches nothing. 0: all alike.
-    pool_over
-        Over whom is pooled for a client: ``all``, or its own ``type``, where nothing crosses types.
-    guest_anchors
-        Where there are guests (clients without examples), how many anchors everybody predicts on in the last round, for
-        them to learn from: more than the pool, or 0 for as many.
-    guest_steps
-        Steps on these anchors that guests take after the last round.
-
-    """
-
-    anchors: int = option(256, least=1)
-    pool: int = option(1024, least=1)
-    weight: float = option(1.0, least=0)
-    agreement_power: float = option(1.0, least=0)
-    entropy_power: float = option(1.0, least=0)
-    balance: int = option(5, least=0)
-    batch: int = option(0, least=0)
-    informativeness_power: float = option(0.0, least=0, most=MOST_POWER)
-    pool_over: str = option("all", choices=POOL_OVER)
-    guest_anchors: int = option(0, least=0)
-    guest_steps: int = option(480, least=1)
+    anchors: int = option(
+        256,
+        "public texts a round is about: as many times C bytes each way per client-round, or as many answers [texts]",
+        least=1,
+    )
+    pool: int = option(
+        1024,
+        "they are drawn from so many, the first of alignment.anchors; clients keep their frozen states [texts]",
+        least=1,
+    )
+    weight: float = option(1.0, "of their loss beside the loss on own examples [factor]", least=0)
+    agreement_power: float = option(
+        1.0,
+        "a client's share is its agreement with the others (correlation of its predictions with the mean of the other "
+        "clients') to this power; 0: all have the same [power]",
+        least=0,
+    )
+    entropy_power: float = option(
+        1.0,
+        "on each text a client's share is multiplied by exp(-entropy_power x entropy of what it predicts there): who "
+        "knows speaks. 0: no difference; at 1 the surest counts at most C times as much as one without an idea [power]",
+        least=0,
+    )
+    balance: int = option(
+        5,
+        "rounds of Sinkhorn's algorithm that make labels equally frequent; 0: none [rounds]",
+        least=0,
+    )
+    batch: int = option(
+        0,
+        "public texts in every training step; 0: as many as examples (train.batch_size) [texts]",
+        least=0,
+    )
+    informativeness_power: float = option(
+        0.0,
+        "a step's texts are drawn with chances ~ (log C - entropy of the target)^power, in nats: what nobody knows "
+        "teaches nothing. 0: all alike [power]",
+        least=0,
+        most=MOST_POWER,
+    )
+    pool_over: str = option(
+        "all",
+        "over whom is pooled for a client: all, or its own type, where nothing crosses types",
+        choices=POOL_OVER,
+    )
+    guest_anchors: int = option(
+        0,
+        "where there are guests: texts everybody predicts on in the last round, for them to learn from; 0: as many as "
+        "pool [texts]",
+        least=0,
+    )
+    guest_steps: int = option(
+        480, "on these texts, that guests take after the last round [steps]", least=1
+    )
 
     def __post_init__(self) -> None:
         if self.anchors > self.pool:

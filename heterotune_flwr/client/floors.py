@@ -6,41 +6,40 @@ none. No torch here.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from heterotune_flwr.channels.limits import refuse
+from heterotune_flwr.client.node_keys import keys_of
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.fields import option
 
 #: How the floors are called in a node's configuration: this before their keys in ``[floors]`` of node.toml.
 PREFIX = "floor-"
-
-
-def _floor(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Floors:
     """The floors that are the owner's to change, with what they are for in one line each."""
 
-    test_examples: int = _floor(20, "a test of this node's rows is of at least so many")
-    step_examples: int = _floor(
+    test_examples: int = option(20, "a test of this node's rows is of at least so many [examples]")
+    step_examples: int = option(
         8,
-        "a training step is on at least so many examples (train.batch_size); as many others sit each training out",
+        "a training step is on at least so many (train.batch_size); as many others sit each training out [examples]",
     )
-    round_examples: int = _floor(
+    round_examples: int = option(
         32,
-        "a round trains on at least so many different examples; a node with fewer beside step-examples does not train",
+        "a round trains on at least so many different; with fewer beside step-examples it does not train [examples]",
     )
-    local_steps: int = _floor(1000, "most training steps of one round")
-    trainings: int = _floor(5000, "most different trainings answered on one data file, ever")
-    tests: int = _floor(1000, "most different tests answered on one data file, ever")
-    state_gb: float = _floor(20, "most GB that runs may keep in state-dir")
-    message_mb: float = _floor(1024, "largest message in MB")
+    local_steps: int = option(1000, "most training steps of one round [steps]")
+    trainings: int = option(
+        5000, "most different trainings answered on one data file, ever [trainings]"
+    )
+    tests: int = option(1000, "most different tests answered on one data file, ever [tests]")
+    state_gb: float = option(20, "most GB that runs may keep in state-dir [GB]")
+    message_mb: float = option(1024, "largest message in MB [MB]")
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> Floors:
@@ -63,7 +62,7 @@ class Floors:
 
 
 #: Key in ``[floors]`` -> field.
-KEYS = {item.name.replace("_", "-"): item for item in dataclasses.fields(Floors)}
+KEYS = keys_of(Floors)
 
 
 def checked_floors(given: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:

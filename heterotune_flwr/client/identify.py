@@ -27,8 +27,10 @@ from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.client.floors import Floors
 from heterotune_flwr.client.identity import Identity
+from heterotune_flwr.client.node_keys import CLIENT, REQUIRED
 from heterotune_flwr.data.sources import is_shipped, label_set, public_labels
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.fields import choices_of
 from heterotune_flwr.names import ID_RULE, is_id
 from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.schema import (
@@ -36,17 +38,6 @@ from heterotune_flwr.schema import (
     DataConfig,
     TypeConfig,
 )
-
-#: What a deployed client must say about itself.
-REQUIRED = ("client-id", "backbone", "data", "state-dir")
-#: How much a deployed client tells beside its update; with the second one only :data:`COUNTED`.
-REPORTS = ("all", "counts-and-loss-only")
-#: Whether answers that a deployed client's model writes on public prompts may leave it.
-ANSWERS = ("no", "yes")
-#: Whether what a deployed client tells of its classes (how many examples, sums of their latents) may leave it.
-CLASS_SUMS = ("no", "yes")
-#: Whether a deployed client has no labelled examples, or keeps them all for its own test.
-GUEST = ("no", "yes")
 
 
 def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
@@ -131,7 +122,7 @@ def about_shipped(data: DataConfig) -> bool:
 
 def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str) -> Identity:
     _check_words(node_config)
-    guest = _choice(node_config, "guest", GUEST) == "yes"
+    guest = _choice(node_config, "guest") == "yes"
     missing = [key for key in required_of(guest) if not node_config.get(key)]
     if missing:
         raise ConfigError.plain(
@@ -144,9 +135,9 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             "client-id in the node configuration", str(node_config["client-id"])[:80], ID_RULE
         )
     check_code(str(node_config.get("code-hash") or ""))
-    report = _choice(node_config, "report", REPORTS)
-    answers = _choice(node_config, "answers", ANSWERS)
-    sums = _choice(node_config, "class-sums", CLASS_SUMS)
+    report = _choice(node_config, "report")
+    answers = _choice(node_config, "answers")
+    sums = _choice(node_config, "class-sums")
     test, anchors = node_config.get("test"), node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)
@@ -154,7 +145,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         client_id=str(node_config["client-id"]),
         spec=_spec(
             str(node_config["backbone"]),
-            str(node_config.get("bits", "bf16")),
+            str(node_config.get("bits", CLIENT["bits"].default)),
             str(node_config["revision"]) if node_config.get("revision") else None,
             memory_gb,
             state_dir,
@@ -211,12 +202,14 @@ def _named(data: DataConfig) -> str:
 
 def required_of(guest: bool) -> tuple[str, ...]:
     """What a deployed client must say: a guest needs no data."""
-    return tuple(key for key in REQUIRED if key != "data" or not guest)
+    needed = (key for key, field in CLIENT.items() if field.default == REQUIRED)
+    return tuple(key for key in needed if key != "data" or not guest)
 
 
-def _choice(node_config: Mapping[str, Any], key: str, choices: Sequence[str]) -> str:
-    """Return a value of a deployed client's configuration, the first choice by default."""
-    value = str(node_config.get(key) or choices[0])
+def _choice(node_config: Mapping[str, Any], key: str) -> str:
+    """Return a value of a deployed client's configuration that is one of a few."""
+    choices = choices_of(CLIENT[key])
+    value = str(node_config.get(key) or CLIENT[key].default)
     if value not in choices:
         raise ConfigError.of(
             f"{key} in the node configuration", value, f"choose one of {', '.join(choices)}"

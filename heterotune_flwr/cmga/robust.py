@@ -32,20 +32,7 @@ RULES = ("mean", "trimmed_mean", "median", "clipped_mean", "krum", "multi_krum")
 
 @dataclass(frozen=True)
 class RobustMean:
-    """One of the rules above; holds no state.
-
-    Attributes
-    ----------
-    rule
-        One of :data:`RULES`.
-    trim
-        ``trimmed_mean``: share cut off at each end, below 0.5.
-    clip
-        ``clipped_mean``: longest vector, in median lengths.
-    hostile
-        ``krum``, ``multi_krum``: b.
-    keep
-        ``multi_krum``: vectors kept; None: n - b.
+    """How updates of one type are averaged; holds no state.
 
     Raises
     ------
@@ -54,11 +41,15 @@ class RobustMean:
 
     """
 
-    rule: str = option("mean", choices=RULES)
-    trim: float = option(0.2, least=0, below=0.5)
-    clip: float = option(1.0, above=0)
-    hostile: int = option(1, least=0)
-    keep: int | None = option(None, least=1)
+    rule: str = option(
+        "mean", "which mean (docs/reliability.md says what each withstands)", choices=RULES
+    )
+    trim: float = option(0.2, "trimmed_mean: cut off at each end [share]", least=0, below=0.5)
+    clip: float = option(1.0, "clipped_mean: longest update [median lengths]", above=0)
+    hostile: int = option(1, "krum, multi_krum: b, how many may be hostile [clients]", least=0)
+    keep: int | None = option(
+        None, "multi_krum: updates kept; null: all but the hostile [updates]", least=1
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "robust")

@@ -30,16 +30,7 @@ _ADAPTIVE = KINDS[2:]
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """One server optimizer; the state belongs to the caller.
-
-    Attributes
-    ----------
-    kind
-        One of :data:`KINDS`.
-    learning_rate
-        eta; None: 1 for ``sgd`` and ``momentum``, 0.01 for the adaptive ones, whose steps do not shrink with D.
-    momentum, beta2, tau
-        beta, beta2 and tau above.
+    """What the server does with a round's combined change; the state belongs to the caller.
 
     Raises
     ------
@@ -48,11 +39,27 @@ class ServerOptimizer:
 
     """
 
-    kind: str = option("sgd", choices=KINDS)
-    learning_rate: float | None = option(None, above=0)
-    momentum: float = option(0.9, least=0, below=1)
-    beta2: float = option(0.99, least=0, below=1)
-    tau: float = option(1e-3, above=0)
+    kind: str = option(
+        "sgd",
+        "sgd: plain addition; momentum (FedAvgM); adam, yogi, adagrad (FedOpt)",
+        choices=KINDS,
+    )
+    learning_rate: float | None = option(
+        None,
+        "eta; null: 1 for sgd and momentum, 0.01 for the others, whose steps do not shrink with the change [per round]",
+        above=0,
+    )
+    momentum: float = option(
+        0.9, "beta, how much of the old direction stays [share]", least=0, below=1
+    )
+    beta2: float = option(
+        0.99, "adam, yogi: how much of the old squares stays [share]", least=0, below=1
+    )
+    tau: float = option(
+        1e-3,
+        "adam, yogi, adagrad: added to the root of the squares; the smaller, the bolder [change]",
+        above=0,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "server_optimizer")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.client.holdout import held_size
+from heterotune_flwr.client.node_keys import CLIENT
 from heterotune_flwr.data.sources import examples_digest, how_read, read_examples
 from heterotune_flwr.deploy.files import make_folder, present, unwritten
 from heterotune_flwr.deploy.findings import Finding
@@ -86,7 +87,10 @@ def backbone(settings: NodeSettings) -> Iterator[Finding]:
     from heterotune_flwr.backbones.sources import describe_source, resolve_source
     from heterotune_flwr.schema import AUTO
 
-    source, bits = str(settings.client["backbone"]), str(settings.client.get("bits", "bf16"))
+    source, bits = (
+        str(settings.client["backbone"]),
+        str(settings.client.get("bits", CLIENT["bits"].default)),
+    )
     revision = settings.client.get("revision")
     shape = describe_source(source, revision)
     directory = resolve_source(source, revision)

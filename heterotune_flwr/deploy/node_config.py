@@ -12,6 +12,7 @@ from typing import Any
 from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.client.floors import Floors, checked_floors
 from heterotune_flwr.client.identify import required_of
+from heterotune_flwr.client.node_keys import SERVER
 from heterotune_flwr.deploy.certificates import load_certificate
 from heterotune_flwr.deploy.files import (
     make_folder,
@@ -23,8 +24,7 @@ from heterotune_flwr.deploy.files import (
     write_private,
 )
 from heterotune_flwr.deploy.keys import how_to_make, public_of
-from heterotune_flwr.deploy.node_values import ACCEPT, check_keys, check_values
-from heterotune_flwr.deploy.templates import NODE_RUNTIME_PORT
+from heterotune_flwr.deploy.node_values import check_keys, check_values
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import close_to_others
 from heterotune_flwr.program_version import code_hash
@@ -132,10 +132,10 @@ def read_node_settings(path: Path) -> NodeSettings:
     return NodeSettings(
         path=path,
         address=str(server["address"]),
-        ca=_absolute(folder, server.get("ca", "ca.crt")),
-        key=_absolute(folder, server.get("key", "node.key")),
-        port=int(server.get("port", NODE_RUNTIME_PORT)),
-        accept_code=str(server.get("accept-code", ACCEPT[0])),
+        ca=_absolute(folder, server.get("ca", SERVER["ca"].default)),
+        key=_absolute(folder, server.get("key", SERVER["key"].default)),
+        port=int(server.get("port", SERVER["port"].default)),
+        accept_code=str(server.get("accept-code", SERVER["accept-code"].default)),
         client=client,
         floors=Floors(**checked_floors(tables.get("floors", {}), f"{path}: [floors]")),
     )

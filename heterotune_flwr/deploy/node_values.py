@@ -9,34 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.client.floors import KEYS as FLOORS
-from heterotune_flwr.client.identify import ANSWERS, CLASS_SUMS, GUEST, REPORTS
-from heterotune_flwr.data.tables import FORMS
+from heterotune_flwr.client.node_keys import CLIENT, SERVER, ClientTable, ServerTable, keys_of
 from heterotune_flwr.deploy.hosts import check_port, parse_server
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.fields import check_field, kinds
 from heterotune_flwr.names import ID_RULE, is_id
-from heterotune_flwr.schema import AUTO, BITS
 from heterotune_flwr.tuning.slots import lowest_slot
 
-#: Keys of the file: table -> key -> type of its value.
-KEYS: dict[str, dict[str, tuple[type, ...]]] = {
-    "server": {"address": (str,), "ca": (str,), "key": (str,), "port": (int,), "accept-code": (str,)},
-    "client": {
-        **dict.fromkeys(
-            ("client-id", "backbone", "bits", "revision", "data", "format", "test", "anchors", "state-dir", "cache",
-             "text-field", "label-field", "references-field", "slots", "report", "answers", "class-sums", "guest",
-             "device", "worker"),
-            (str,),
-        ),
-        "memory-gb": (int, float),
-        "threads": (int,),
-        "worker-idle-minutes": (int, float),
-    },
-    "floors": dict.fromkeys(FLOORS, (int, float)),
-}  # fmt: skip
-ACCEPT = ("installed", "any")
-WORKER = ("on", "off")
-#: What no machine has more of; numbers beyond it are slips.
-MOST_THREADS = 1024
+#: Keys of the file: table -> key -> what it is.
+KEYS = {"server": SERVER, "client": CLIENT, "floors": FLOORS}
+_KINDS: dict[object, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
 _CUDA = re.compile(r"cuda:[0-9]{1,3}")
 
 
@@ -52,7 +34,7 @@ def check_keys(path: Path, tables: Mapping[str, Any]) -> None:
                 near = difflib.get_close_matches(key, KEYS[table], n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS[table])}"
                 raise ConfigError(f"{path}: [{table}] has no key {key!r}; {hint}")
-            kinds = KEYS[table][key]
+            kinds = _KINDS[KEYS[table][key].type]
             if not isinstance(value, kinds) or isinstance(value, bool):
                 kind = "a text in quotation marks" if kinds == (str,) else "a number"
                 raise ConfigError(f"{path}: [{table}] {key} is {value!r}; it must be {kind}")
@@ -61,24 +43,10 @@ def check_keys(path: Path, tables: Mapping[str, Any]) -> None:
 def check_values(path: Path, server: Mapping[str, Any], client: Mapping[str, Any]) -> None:
     """Refuse values that the client or Flower would refuse, or misread, when the node runs (ConfigError)."""
     _check_server(path, server)
-    choices = (
-        ("bits", client.get("bits"), (*BITS, AUTO)),
-        ("format", client.get("format"), FORMS),
-        ("report", client.get("report"), REPORTS),
-        ("answers", client.get("answers"), ANSWERS),
-        ("class-sums", client.get("class-sums"), CLASS_SUMS),
-        ("guest", client.get("guest"), GUEST),
-        ("worker", client.get("worker"), WORKER),
-        ("accept-code", server.get("accept-code"), ACCEPT),
-    )
-    for key, value, known in choices:
-        if value is not None and value not in known:
-            raise ConfigError(f"{path}: {key} is {value!r}; choose one of {', '.join(known)}")
-    for key in ("memory-gb", "threads", "worker-idle-minutes"):
-        if key in client and not 0 < client[key] < float("inf"):
-            raise ConfigError(f"{path}: {key} is {client[key]}; it must be above 0")
-    if client.get("threads", 1) > MOST_THREADS:
-        raise ConfigError(f"{path}: threads is {client['threads']}; at most {MOST_THREADS}")
+    for table, given in ((ServerTable, server), (ClientTable, client)):
+        fields, kinds_of = keys_of(table), kinds(table)
+        for key, value in given.items():
+            check_field(fields[key], kinds_of[fields[key].name], value, f"{path}: {key}")
     device = client.get("device")
     if device not in (None, "cpu", "cuda") and not _CUDA.fullmatch(device):
         raise ConfigError(f"{path}: device is {device!r}; write cpu, cuda or cuda:0")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from string import Template
 
 from heterotune_flwr.client.floors import KEYS, Floors
+from heterotune_flwr.client.node_keys import SERVER
 from heterotune_flwr.deploy.hosts import Address
 
 #: Flower's server-side patience with a node it believes online (two missed heartbeats of 30 s): a node that comes
 #: back sooner under the same key is refused (exit code 305), so a restart waits longer.
 RESTART_SECONDS = 75
-NODE_RUNTIME_PORT = 9094
 
 
 #: Every script: stop at the first error, make files for their owner only, and know the script's folder.
@@ -262,5 +262,5 @@ def node_toml(address: Address, node: str) -> str:
         for key, item in KEYS.items()
     )
     return _NODE_TOML.substitute(
-        address=address, node=node, runtime_port=NODE_RUNTIME_PORT, floors="".join(lines)
+        address=address, node=node, runtime_port=SERVER["port"].default, floors="".join(lines)
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.client.identify import is_simulated
+from heterotune_flwr.client.node_keys import CLIENT
 from heterotune_flwr.client.redaction import told
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.flower import Context, Message, content_from_bytes, content_to_bytes
@@ -49,7 +50,7 @@ def uses_worker(node_config: Mapping[str, Any]) -> bool:
     if is_simulated(node_config) or not node_config.get("state-dir") or os.name != "posix":
         return False
     settings = {
-        "worker in the node configuration": node_config.get("worker", "on"),
+        "worker in the node configuration": node_config.get("worker", CLIENT["worker"].default),
         ENVIRONMENT: os.environ.get(ENVIRONMENT) or "on",
     }
     for where, value in settings.items():
@@ -63,7 +64,7 @@ def idle_seconds(node_config: Mapping[str, Any]) -> float:
 
     Raises ConfigError: it is not a positive number.
     """
-    given = node_config.get("worker-idle-minutes", 30)
+    given = node_config.get("worker-idle-minutes", CLIENT["worker-idle-minutes"].default)
     try:
         minutes = float(given)
     except (TypeError, ValueError):

@@ -89,7 +89,7 @@ def test_a_nodes_file_says_that_it_is_a_guest(tmp_path):
     (found,) = [finding for finding in check_node(path, offline=True) if finding.name == "data"]
     assert (found.state, "guest" in found.message) == ("ok", True)
     path.write_text(lines + 'guest = "perhaps"\n')
-    with pytest.raises(ConfigError, match="guest is 'perhaps'; choose one of no, yes"):
+    with pytest.raises(ConfigError, match="guest is 'perhaps'; choose from no, yes"):
         read_node_settings(path)
     path.write_text(lines)
     with pytest.raises(ConfigError, match="lacks data"):

@@ -36,7 +36,7 @@ def found(part, place):
     ("old", "new", "words"),
     [
         ("[client]", '[client]\nslots = "nonsense"', "choose all, upper-half or last-"),
-        ("[client]", '[client]\nworker = "perhaps"', "choose one of on, off"),
+        ("[client]", '[client]\nworker = "perhaps"', "choose from on, off"),
         ("[client]", "[client]\nthreads = 100000000000000000000", "at most 1024"),
         ("# port = 9094", "port = 0 #", "there is no port 0"),
         ("# port = 9094", "port = -1 #", "there is no port -1"),

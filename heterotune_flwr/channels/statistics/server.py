@@ -69,33 +69,40 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """Options of a strategy's ``statistics``.
+    """Options of a strategy's ``statistics``: a classifier pooled from all clients' classes."""
 
-    Attributes
-    ----------
-    weight
-        Of the classifier's logits beside the model's logits; 0: the channel is off.
-    min_count
-        A client tells nothing of classes of which it has fewer examples: the sum of one is that example's latents.
-    prior
-        k, examples at the mean of all classes that are added to every class.
-    pool_over
-        Whose examples a client's is made of: ``all``, or those of its own ``type``, where nothing crosses types.
-    distill_share
-        Share of it, 0 to 1, that a client has in its own predictions while it fits the others', in which all of it is:
-        at 0 it learns what the others' classifier says and the tests add its own again, at 1 it learns the rest.
-    min_cosine
-        Cosine with the other types' classes (:func:`agreement`) below which a type has those of its own alone; -1: all
-        are pooled.
-
-    """
-
-    weight: float = option(0.1, least=0)
-    min_count: int = option(2, least=1)
-    prior: float = option(2.0, least=0)
-    pool_over: str = option("all", choices=POOL_OVER)
-    distill_share: float = option(0.5, least=0, most=1)
-    min_cosine: float = option(0.06, least=-1, most=1)
+    weight: float = option(
+        0.1,
+        "of the classifier's logits beside the model's logits; 0: the channel is off [factor]",
+        least=0,
+    )
+    min_count: int = option(
+        2,
+        "a client tells nothing of classes of which it has fewer: the sum of one is that example's latents [examples]",
+        least=1,
+    )
+    prior: float = option(
+        2.0, "k, added to every class at the mean of all classes [examples]", least=0
+    )
+    pool_over: str = option(
+        "all",
+        "whose examples a client's is made of: all, or those of its own type, where nothing crosses types",
+        choices=POOL_OVER,
+    )
+    distill_share: float = option(
+        0.5,
+        "how much of it a client has in its own predictions while it fits the others', in which all of it is: at 0 it "
+        "learns what the others' classifier says and the tests add its own again, at 1 it learns the rest [share]",
+        least=0,
+        most=1,
+    )
+    min_cosine: float = option(
+        0.06,
+        "agreement with the other types' classes below which a type has those of its own alone; -1: all are pooled "
+        "[cosine]",
+        least=-1,
+        most=1,
+    )
 
 
 def agreement(one: Classes, other: Classes, metric: Matrix) -> float | None:

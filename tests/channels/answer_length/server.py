@@ -12,9 +12,9 @@ from heterotune_flwr.protocol.wire import read_field
 
 @dataclass(frozen=True)
 class Options:
-    """Options of ``answer_length``; ``longest``: letters, beyond which an average is not believed."""
+    """Options of ``answer_length``."""
 
-    longest: int = option(1000, least=1)
+    longest: int = option(1000, "no longer average is believed [letters]", least=1)
 
 
 class Channel(ServerChannel):
