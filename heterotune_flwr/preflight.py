@@ -16,6 +16,7 @@ from heterotune_flwr.backbones.tokenizer import (
     learned_positions,
     load_tokenizer,
 )
+from heterotune_flwr.data.label_trie import make_trie
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import make_form
@@ -57,7 +58,7 @@ def preflight(config: Config) -> list[str]:
     BackboneError
         An unknown, unfetched or truncated backbone, bits this device cannot do, more slots than blocks.
     DataError
-        A file or column is missing, a client's shard would be empty, two labels begin with one token.
+        A file or column is missing, a client's shard would be empty, two labels are the same tokens.
 
     """
     if not config.types:
@@ -151,6 +152,6 @@ def _tokenizers(config: Config) -> dict[str, Any]:
 def _check_labels(config: Config, labels: list[str], tokenizers: dict[str, Any]) -> None:
     for name, tokenizer in tokenizers.items():
         try:
-            make_form(tokenizer, config.data).label_tokens(labels)
+            make_trie(make_form(tokenizer, config.data), labels)
         except DataError as error:
             raise DataError(f"backbone {name}: {error}") from error

@@ -29,7 +29,6 @@ FLOORS = (
     "reporting",
     "own_data",
     "preflight experiment",
-    "runs",
     "worker deploy",
     "cli_backbones",
     "cli",

@@ -21,6 +21,7 @@ from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
 from heterotune_flwr.backbones.views import View
+from heterotune_flwr.data.label_trie import LabelTrie, make_trie
 from heterotune_flwr.data.template import Form, answer_ids, make_form
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
@@ -81,6 +82,12 @@ def _word_spans(form: Form, text: str) -> tuple[list[int], list[list[int]]]:
     return ids, spans
 
 
+def _asked(form: Form, texts: Sequence[str], opening: Sequence[int]) -> list[list[int]]:
+    """Ids of prompts up to where answers part."""
+    room = form.max_length - len(opening)
+    return [[*form.prompt_ids(text, room), *opening] for text in texts]
+
+
 @torch.no_grad()
 def collect_states(
     backbone: Backbone,
@@ -89,8 +96,9 @@ def collect_states(
     slots: int,
     positions: str = "answer",
     progress: Progress | None = None,
+    opening: Sequence[int] = (),
 ) -> list[NDArray[np.float32]]:
-    """States of every slot on the anchors.
+    """States of every slot on the anchors; ``opening``: ids with which every answer begins.
 
     Returns
     -------
@@ -107,7 +115,7 @@ def collect_states(
         pairs = [_word_spans(form, text) for text in texts]
         encoded, spans = [ids for ids, _ in pairs], [span for _, span in pairs]
     else:
-        encoded = [form.prompt_ids(text) for text in texts]
+        encoded = _asked(form, texts, opening)
         spans = [[[len(ids) - 1]] for ids in encoded]
     starts = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
     rows = [
@@ -164,6 +172,16 @@ def unembedding_rows(backbone: Backbone, tokens: Sequence[int]) -> NDArray[np.fl
     return scaled * backbone.scaling.scale
 
 
+def label_rows(backbone: Backbone, trie: LabelTrie) -> NDArray[np.float64]:
+    """A row per label (C x d): the unembedding rows along its way, added up.
+
+    A step by the same vector at all places where labels part moves a label's score by it; where labels differ in their
+    first token, it is that token's row.
+    """
+    rows = unembedding_rows(backbone, trie.tokens)
+    return np.stack([rows[list(way)].sum(axis=0) for way in trie.ways])
+
+
 def _word_factors(
     backbone: Backbone, words: Sequence[str], count: int
 ) -> dict[str, NDArray[np.float64]]:
@@ -190,6 +208,7 @@ def _pullbacks(
     data: DataConfig,
     slots: int,
     directions: NDArray[np.float64],
+    opening: Sequence[int] = (),
 ) -> list[NDArray[np.float64]]:
     """Per deeper slot: average gradient of ``direction . final state`` by the slot's output.
 
@@ -200,8 +219,7 @@ def _pullbacks(
     structure = find_structure(model)
     targets = torch.tensor(directions, dtype=torch.float32, device=backbone.device)
     sums = [np.zeros_like(directions) for _ in range(slots - 1)]
-    form = make_form(backbone.tokenizer, data)
-    encoded = [form.prompt_ids(text) for text in texts]
+    encoded = _asked(make_form(backbone.tokenizer, data), texts, opening)
     outputs: list[Tensor] = [torch.empty(0)] * (slots - 1)
 
     def hook_for(slot: int) -> Any:
@@ -278,23 +296,22 @@ def alignment_factors(
     ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
 
     """
-    values: dict[str, NDArray[Any]] = {}
-    states = collect_states(backbone, texts, data, slots, alignment.positions, progress)
+    values: dict[str, NDArray[Any]] = {"label_rows": np.zeros((0, backbone.hidden))}
+    opening: Sequence[int] = ()
+    if labels and alignment.output == "labels":
+        trie = make_trie(make_form(backbone.tokenizer, data), labels)
+        opening, values["label_rows"] = trie.opening, label_rows(backbone, trie)
+    states = collect_states(backbone, texts, data, slots, alignment.positions, progress, opening)
     for slot, rows in enumerate(states):
         rows = np.where(np.isnan(rows), np.nanmean(rows, axis=0), rows)  # words cut off
         values |= _components(f"slots.{slot}", rows, alignment.components)
-    values["label_rows"] = np.zeros((0, backbone.hidden))
-    if labels and alignment.output == "labels":
-        tokens = make_form(backbone.tokenizer, data).label_tokens(labels)
-        values["label_rows"] = unembedding_rows(backbone, tokens)
     directions = [values["label_rows"]]
     if alignment.output == "vocabulary":
         values.update(_word_factors(backbone, words, alignment.output_components))
         directions.append(values["words.right"])
     if slots > 1:
-        pulled = _pullbacks(
-            backbone, texts[: alignment.pullback_anchors], data, slots, np.concatenate(directions)
-        )
+        few = texts[: alignment.pullback_anchors]
+        pulled = _pullbacks(backbone, few, data, slots, np.concatenate(directions), opening)
         for slot, gradients in enumerate(pulled):
             values[f"slots.{slot}.pullback"] = gradients
     return _written(values)

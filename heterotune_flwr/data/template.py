@@ -91,24 +91,6 @@ class Form:
         rendered = self.render(_PROBES[0])
         return [answer_ids(self.tokenizer, rendered, label) for label in labels]
 
-    def label_tokens(self, labels: Sequence[str]) -> list[int]:
-        """First token of every label after the prompt: the words whose logits decide.
-
-        Raises DataError: two labels begin with the same token; names both.
-        """
-        owners: dict[int, str] = {}
-        for label, ids in zip(labels, self.label_ids(labels), strict=True):
-            token = ids[0]
-            if token in owners:
-                problem = (
-                    f"labels {owners[token]!r} and {label!r} begin with the same token "
-                    f"{self.tokenizer.convert_ids_to_tokens(token)!r} of this backbone; rename one of them "
-                    "or set train.loss=tokens and alignment.output=vocabulary"
-                )
-                raise DataError(problem, problem)  # the labels are the run's own
-            owners[token] = label
-        return list(owners)
-
     def prompt_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """:meth:`prompt_ids`, and which letters of :meth:`render` (from, to) each id stands for (fast tokenizers)."""
         encoded = self.tokenizer(

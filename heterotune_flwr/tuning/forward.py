@@ -66,15 +66,14 @@ def first_block(adapter: AttachedAdapter) -> int | None:
 
 def final_states(adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]) -> Tensor:
     """Final normalised states ``R x d`` at the loss positions of some examples."""
-    lines = [encoded.inputs[index] for index in indices]
-    return adapter.reader.states_at(lines, [encoded.positions[index] for index in indices])
+    return adapter.reader.states_at(*encoded.lines(indices))
 
 
 def block_inputs(
     adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int], block: int
 ) -> list[Tensor]:
-    """What enters block ``block`` (``T_i x d`` per example, no padding); nothing above it is computed."""
-    lines = [encoded.inputs[index] for index in indices]
+    """What enters block ``block`` (``T_i x d`` per line, no padding); nothing above it is computed."""
+    lines, _ = encoded.lines(indices)
     return [states for (states,) in adapter.reader.entering(lines, [block])]
 
 
@@ -85,8 +84,8 @@ def states_from_block(
     block: int,
     inputs: Sequence[Tensor],
 ) -> Tensor:
-    """As :func:`final_states`, from what enters block ``block`` (one ``T_i x d`` per example)."""
-    shape = (len(indices), max(map(len, inputs)), adapter.backbone.hidden)
+    """As :func:`final_states`, from what enters block ``block`` (one ``T_i x d`` per line)."""
+    shape = (len(inputs), max(map(len, inputs)), adapter.backbone.hidden)
     hidden = torch.zeros(shape, dtype=inputs[0].dtype, device=adapter.reader.device)
     for row, states in enumerate(inputs):
         hidden[row, : len(states)] = states

@@ -43,22 +43,28 @@ from heterotune_flwr.tuning.task import EncodedSet
 
 #: Part of every key; raise it when the computation of states changes.
 _VERSION = 2
+#: Lines of one pass without gradients.
+_LINES = 32
 
 
 class Rows(Protocol):
-    """A set of examples as rows of adapted states; rows belong to examples."""
+    """A set of examples as rows of adapted states, and as losses to be taken; both belong to examples."""
 
     def __len__(self) -> int:
         """Count the examples."""
 
     def count(self, indices: Sequence[int]) -> int:
-        """Count the rows of some examples."""
+        """Count the losses of some examples."""
 
     def length(self, index: int) -> int:
         """Count the tokens of an example that a step has to run; 1 where none is run."""
 
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return adapted states ``R x d``, targets ``R``, owners ``R`` (positions in ``indices``)."""
+        """Return adapted states ``S x d``, targets ``R``, owners ``R`` (positions in ``indices``).
+
+        A row has a target of its own; but where labels part later than at the prompt's end, an example has one target
+        and a state for every place where they part (:meth:`.task.Task.label_logits` takes them so).
+        """
 
     def offsets(self, indices: Sequence[int], prior: Tensor | None = None) -> Tensor | None:
         """Return what is added to the label words' logits of some examples besides ``prior``; None for nothing."""
@@ -66,10 +72,11 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """Where each example's rows lie in a flat table."""
+    """Where each example's targets lie in a flat table; ``states``: how many states belong to one target."""
 
     targets: Tensor
     offsets: list[int]
+    states: int
 
     @classmethod
     def of(cls, encoded: EncodedSet, device: torch.device) -> _Layout:
@@ -77,7 +84,9 @@ class _Layout:
         for targets in encoded.targets:
             offsets.append(offsets[-1] + len(targets))
         flat = [target for targets in encoded.targets for target in targets]
-        return cls(torch.tensor(flat, dtype=torch.long, device=device), offsets)
+        return cls(
+            torch.tensor(flat, dtype=torch.long, device=device), offsets, encoded.states_each
+        )
 
     @property
     def one_each(self) -> bool:
@@ -87,7 +96,7 @@ class _Layout:
         return sum(self.offsets[i + 1] - self.offsets[i] for i in indices)
 
     def select(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return (flat row numbers ``R``, owners ``R``) of some examples."""
+        """Return (numbers of flat targets ``R``, owners ``R``) of some examples."""
         device = self.targets.device
         if self.one_each:
             chosen = torch.as_tensor(indices, dtype=torch.long, device=device)
@@ -97,6 +106,14 @@ class _Layout:
             n for n, i in enumerate(indices) for _ in range(self.offsets[i], self.offsets[i + 1])
         ]
         return torch.tensor(rows, device=device), torch.tensor(owners, device=device)
+
+    def of_states(self, chosen: Tensor) -> Tensor:
+        """The rows of states that belong to some targets."""
+        if self.states == 1:
+            return chosen
+        return (
+            chosen[:, None] * self.states + torch.arange(self.states, device=chosen.device)
+        ).flatten()
 
 
 class _Offset:
@@ -133,13 +150,25 @@ class FullRows(_Offset):
 
     def length(self, index: int) -> int:
         """See :class:`Rows`."""
-        return len(self._encoded.inputs[index])
+        lines, _ = self._encoded.lines([index])
+        return sum(map(len, lines))
 
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Rows`."""
         chosen, owners = self._layout.select(indices)
-        states = final_states(self._adapter, self._encoded, indices)
+        parts = [self._states(part) for part in self._parts(indices)]
+        states = torch.cat(parts) if len(parts) > 1 else parts[0]
         return states, self._layout.targets[chosen], owners
+
+    def _states(self, indices: Sequence[int]) -> Tensor:
+        return final_states(self._adapter, self._encoded, indices)
+
+    def _parts(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Some examples in passes: an example of many lines fills one, where no gradient needs them all anyway."""
+        if torch.is_grad_enabled() or len(self._encoded.reads) < 2:
+            return [indices]
+        size = max(1, _LINES // len(self._encoded.reads))
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 class PrefixRows(FullRows):
@@ -157,15 +186,14 @@ class PrefixRows(FullRows):
         self._block = block
         self._table = frozen_states(adapter, encoded, block, on_disk)
         self._starts = [0]
-        for ids in encoded.inputs:
+        for ids in encoded.by_line.inputs:
             self._starts.append(self._starts[-1] + len(ids))
 
-    def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`Rows`."""
-        chosen, owners = self._layout.select(indices)
-        inputs = [self._table[self._starts[i] : self._starts[i + 1]] for i in indices]
-        states = states_from_block(self._adapter, self._encoded, indices, self._block, inputs)
-        return states, self._layout.targets[chosen], owners
+    def _states(self, indices: Sequence[int]) -> Tensor:
+        each = max(1, len(self._encoded.reads))
+        lines = [line for i in indices for line in range(i * each, (i + 1) * each)]
+        inputs = [self._table[self._starts[line] : self._starts[line + 1]] for line in lines]
+        return states_from_block(self._adapter, self._encoded, indices, self._block, inputs)
 
 
 class CachedRows(_Offset):
@@ -197,7 +225,8 @@ class CachedRows(_Offset):
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Rows`."""
         chosen, owners = self._layout.select(indices)
-        states = self._states[chosen.to(self._states.device)].to(chosen.device)
+        rows = self._layout.of_states(chosen)
+        states = self._states[rows.to(self._states.device)].to(chosen.device)
         return self._adapter.last_slot(states), self._layout.targets[chosen], owners
 
 
@@ -228,10 +257,10 @@ def compute_states(
 ) -> Tensor:
     """Frozen states as a flat table, in the examples' order.
 
-    ``block`` None: final normalised states ``R x d`` at all loss positions, below the last slot. Else what enters
-    that block, ``sum T_i x d``.
+    ``block`` None: final normalised states ``S x d`` at all loss positions, below the last slot. Else what enters
+    that block, ``sum T_i x d`` over all lines.
     """
-    return _states_in(adapter.without_trained_slots(), adapter, encoded, block)
+    return _states_in(adapter.without_trained_slots(), adapter, encoded.by_line, block)
 
 
 @torch.no_grad()
@@ -241,6 +270,7 @@ def _states_in(
     encoded: EncodedSet,
     block: int | None,
 ) -> Tensor:
+    """States of lines, each an example of its own."""
     counts = [len(positions) for positions in encoded.positions]
     parts: list[Tensor | None] = [None] * len(encoded)
     with condition:
@@ -286,7 +316,7 @@ def frozen_states(
     adapter: AttachedAdapter, encoded: EncodedSet, block: int | None = None, on_disk: bool = True
 ) -> Tensor:
     """The table of :func:`compute_states`, kept (see :mod:`.state_cache`)."""
-    lines = encoded.positions if block is None else encoded.inputs
+    lines = encoded.by_line.positions if block is None else encoded.by_line.inputs
     return kept(
         states_key(adapter, encoded, block),
         sum(len(line) for line in lines),
@@ -299,17 +329,18 @@ def frozen_states(
 
 
 def bare_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Final normalised states ``R x d`` at all loss positions of the backbone alone.
+    """Final normalised states ``S x d`` at all loss positions of the backbone alone.
 
     ``cache``: kept as :func:`frozen_states`.
     """
 
     def compute() -> Tensor:
-        return _states_in(adapter.bare(), adapter, encoded, None)
+        return _states_in(adapter.bare(), adapter, encoded.by_line, None)
 
     if not cache:
         return compute()
-    rows, backbone = sum(len(line) for line in encoded.positions), adapter.backbone
+    rows = sum(len(line) for line in encoded.by_line.positions)
+    backbone = adapter.backbone
     key = states_key(adapter, encoded, bare=True)
     return kept(key, rows, backbone.hidden, backbone.device, compute)
 

@@ -17,13 +17,12 @@ over fewer inputs keeps its size. Ours: it acts in training *and* in tests, beca
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from heterotune_flwr.backbones.loading import Backbone
@@ -144,22 +143,16 @@ def _trained(module: nn.Module, base: Tensor, shape: tuple[int, ...]) -> nn.Para
 class SliceTask(Task):
     """The task where the unembedding is trained too: label rows are read off it anew, with gradients."""
 
-    tokens: list[int] = field(default_factory=list)
-
     @classmethod
     def of(cls, task: Task, backbone: Backbone) -> SliceTask:
         """A task on the slice that ``backbone`` holds."""
         fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
-        tokens = []
-        if task.kind == "labels":
-            assert task.labels is not None
-            tokens = task.form.label_tokens(task.labels)
-        return cls(**{**fields, "backbone": backbone, "rows_weight": None}, tokens=tokens)
+        return cls(**{**fields, "backbone": backbone, "rows_weight": None})
 
-    def label_logits(self, states: Tensor) -> Tensor:
-        """Logits of the label words (float32 ``N x C``)."""
-        rows = self.backbone.model.get_output_embeddings().weight[self.tokens]
-        return self.scaling(functional.linear(states.float(), rows.float()))
+    def label_rows(self) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`.Task.label_rows`; a slice has no biases."""
+        assert self.trie is not None
+        return self.backbone.model.get_output_embeddings().weight[self.trie.tokens].float(), None
 
     def losses(
         self, states: Tensor, targets: Tensor, prior: Tensor | None = None

@@ -1,7 +1,8 @@
 """The task as the loss sees it: which positions count, and what is right there.
 
 ``labels``
-    One position per example, the prompt's last token; the answer is one of C label words.
+    The answer is one of C labels, scored by its whole string: read at the prompt's last token, and at every further
+    place where labels part (:mod:`heterotune_flwr.data.label_trie`).
 ``tokens``
     Every position that predicts a token of the answer (and eos).
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,7 @@ from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.tokenizer import check_positions
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.label_trie import LabelTrie, Read, make_trie
 from heterotune_flwr.data.sources import OUTSIDE
 from heterotune_flwr.data.template import Form, make_form
 from heterotune_flwr.errors import ConfigError, DataError
@@ -40,12 +42,14 @@ class EncodedSet:
     """N examples as token ids.
 
     ``inputs[i]`` are the ids the model reads; its outputs at ``positions[i]`` are compared with
-    ``targets[i]`` (label indices, or token ids), equally many of both and at least one.
+    ``targets[i]`` (label indices, or token ids), equally many of both and at least one. Of labels that part later than
+    at the prompt's end, ``inputs`` are the prompts, and ``reads`` the lines that are read of every one.
     """
 
     inputs: list[list[int]]
     positions: list[list[int]]
     targets: list[list[int]]
+    reads: tuple[Read, ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -53,15 +57,42 @@ class EncodedSet:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of everything the model reads and where it is read off."""
-        return hashlib.sha256(json.dumps([self.inputs, self.positions]).encode()).hexdigest()
+        further = [[read.suffix, read.offsets] for read in self.reads]
+        parts = [self.inputs, self.positions, *([further] if further else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def states_each(self) -> int:
+        """How many states belong to one target."""
+        return sum(len(read.offsets) for read in self.reads) or 1
+
+    def lines(self, indices: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids that the model reads for some examples, and where its outputs count; one line each or ``reads``."""
+        if not self.reads:
+            return [self.inputs[i] for i in indices], [self.positions[i] for i in indices]
+        ids, places = [], []
+        for index in indices:
+            prompt, end = self.inputs[index], self.positions[index][0]
+            for read in self.reads:
+                ids.append([*prompt, *read.suffix])
+                places.append([end + offset for offset in read.offsets])
+        return ids, places
+
+    @cached_property
+    def by_line(self) -> EncodedSet:
+        """Every line as an example of its own; targets stay behind."""
+        if not self.reads:
+            return self
+        ids, places = self.lines(range(len(self)))
+        return EncodedSet(ids, places, [[] for _ in ids])
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
     """How examples become losses on one backbone.
 
-    ``rows_weight`` (C x d, float32) are the unembedding rows of the label words, None for
-    ``tokens``.
+    Of a closed label set, ``trie`` says where labels part, and ``rows_weight`` (float32) are the unembedding rows of
+    its tokens; both None for ``tokens``.
     """
 
     kind: str
@@ -69,6 +100,7 @@ class Task:
     form: Form
     labels: tuple[str, ...] | None
     scaling: HeadScaling
+    trie: LabelTrie | None = None
     rows_weight: Tensor | None = None
     rows_bias: Tensor | None = None
     _index: dict[str, int] = field(default_factory=dict)
@@ -82,10 +114,10 @@ class Task:
             An answer is outside the label set, or leaves no room for its prompt.
 
         """
-        encoded = EncodedSet([], [], [])
+        encoded = EncodedSet([], [], [], self._reads)
         for number, example in enumerate(examples, start=1):
             if self.kind == "labels":
-                ids = self.form.prompt_ids(example.text)
+                ids = self._asked(example.text)
                 if example.label not in self._index:
                     raise DataError(
                         f"the answer of example {number} is not in the label set; set data.labels",
@@ -101,6 +133,17 @@ class Task:
             encoded.positions.append(positions)
             encoded.targets.append(targets)
         return encoded
+
+    @property
+    def _reads(self) -> tuple[Read, ...]:
+        """Lines to read of every prompt, where labels part later than at its end."""
+        return self.trie.reads if self.trie is not None and len(self.trie.nodes) > 1 else ()
+
+    def _asked(self, text: str) -> list[int]:
+        """Ids of a prompt, and what all labels begin with; the rest of a label has room behind them."""
+        assert self.trie is not None
+        room = self.form.max_length - self.trie.longest
+        return [*self.form.prompt_ids(text, room), *self.trie.opening]
 
     def log_prior(self, encoded: EncodedSet, config: TrainConfig) -> Tensor | None:
         """``tau log p(label)`` over some examples (C, float32); None where the loss takes none.
@@ -125,7 +168,8 @@ class Task:
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and correctness of adapted states ``N x d`` against targets ``N``.
 
-        ``prior`` (C, or N x C) is added to the label words' logits. Returns (losses float32 ``N``, correct bool ``N``).
+        ``prior`` (C, or N x C) is added to the labels' logits; a target may have several states there
+        (:meth:`label_logits`). Returns (losses float32 ``N``, correct bool ``N``).
         """
         if self.kind == "labels":
             logits = self.label_logits(states)
@@ -139,11 +183,31 @@ class Task:
         parts = [self.token_losses(*chunk) for chunk in self.chunks(states, targets)]
         return torch.cat([loss for loss, _ in parts]), torch.cat([right for _, right in parts])
 
-    def label_logits(self, states: Tensor) -> Tensor:
-        """Logits of the label words (float32 ``N x C``); for a closed label set alone."""
+    def label_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Unembedding rows and biases of the trie's tokens, float32."""
         assert self.rows_weight is not None
-        logits = functional.linear(states.float(), self.rows_weight, self.rows_bias)
-        return self.scaling(logits)
+        return self.rows_weight, self.rows_bias
+
+    def label_logits(self, states: Tensor) -> Tensor:
+        """Logits of the labels (float32 ``N x C``); for a closed label set alone.
+
+        ``states``: one for every node of the trie, example by example. With one node they are its tokens' logits, else
+        log probabilities of the labels' ways.
+        """
+        assert self.trie is not None
+        weight, bias = self.label_rows()
+        if len(self.trie.nodes) == 1:
+            return self.scaling(functional.linear(states.float(), weight, bias))
+        at_nodes = states.float().view(-1, len(self.trie.nodes), states.shape[-1]).unbind(1)
+        rows = torch.split(weight, self.trie.sizes)
+        biases = [None] * len(rows) if bias is None else torch.split(bias, self.trie.sizes)
+        ways = torch.empty(len(at_nodes[0]), 0, device=states.device)
+        for node, state, row, base in zip(self.trie.nodes, at_nodes, rows, biases, strict=True):
+            logs = self.scaling(functional.linear(state, row, base)).log_softmax(-1)
+            if node.entered is not None:
+                logs = logs + ways[:, node.entered, None]
+            ways = torch.cat((ways, logs), dim=1)
+        return ways[:, [way[-1] for way in self.trie.ways]]
 
     def chunks(self, states: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split rows so that the logits of a chunk stay small, whatever the vocabulary."""
@@ -218,7 +282,7 @@ def make_task(
     ConfigError
         ``data.max_length`` is more than the backbone has learned positions.
     DataError
-        Two labels begin with the same token of this backbone.
+        Two labels are the same tokens to this backbone, or leave no room for a prompt.
 
     """
     check_positions(backbone.spec.source, backbone.positions, data.max_length)
@@ -228,7 +292,7 @@ def make_task(
     if kind == "tokens":
         return Task(kind, backbone, form, names, scaling)
     assert labels is not None
-    tokens = form.label_tokens(labels)
+    trie = make_trie(form, labels)
     head = backbone.model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     return Task(
@@ -237,7 +301,8 @@ def make_task(
         form,
         names,
         scaling,
-        rows_weight=head.weight.detach()[tokens].float().contiguous(),
-        rows_bias=bias.detach()[tokens].float() if bias is not None else None,
+        trie,
+        rows_weight=head.weight.detach()[trie.tokens].float().contiguous(),
+        rows_bias=bias.detach()[trie.tokens].float() if bias is not None else None,
         _index={name: index for index, name in enumerate(labels)},
     )

@@ -31,6 +31,8 @@ from heterotune_flwr.alignment.views import view_asked
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks
+from heterotune_flwr.data.label_trie import make_trie
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.errors import BackboneError, DataError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, MethodConfig
@@ -121,6 +123,35 @@ def test_factors_hold_the_label_words_rows_and_the_shared_words(backbone):
         np.testing.assert_array_equal(row, head[token].numpy())
     assert factors["words.left"].shape == (len(words), 4)
     assert all(value.dtype == np.float32 for value in factors.values())
+
+
+def test_labels_that_share_tokens_have_the_rows_of_their_ways_added_up(backbone):
+    labels = ["new york", "new", "music"]
+    trie = make_trie(make_form(backbone.tokenizer, DATA), labels)
+    factors = alignment_factors(backbone, TEXTS, AlignmentConfig(components=6), DATA, labels, 1)
+    head = backbone.model.get_output_embeddings().weight.detach().numpy()
+    end = backbone.tokenizer.eos_token_id
+    assert [trie.tokens[column] for column in trie.ways[1]][-1] == end
+    for row, way in zip(factors["label_rows"], trie.ways, strict=True):
+        wanted = sum(head[trie.tokens[column]] for column in way)
+        np.testing.assert_allclose(row, wanted, rtol=1e-6)
+    assert len({len(way) for way in trie.ways}) == 2
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_texts_are_read_where_labels_part(backbone, slots):
+    """What all labels begin with is read as a part of the prompt."""
+    labels = ["music one", "music two"]
+    opening = make_trie(make_form(backbone.tokenizer, DATA), labels).opening
+    alignment = AlignmentConfig(components=6, pullback_anchors=4)
+    found = alignment_factors(backbone, TEXTS, alignment, DATA, labels, slots)
+    further = replace(DATA, prompt=DATA.prompt + backbone.tokenizer.decode(opening))
+    plain = alignment_factors(backbone, TEXTS, alignment, further, None, slots)
+    name = f"slots.{slots - 1}"
+    states = [
+        own[f"{name}.scores"] @ own[f"{name}.basis"] + own[f"{name}.mean"] for own in (found, plain)
+    ]
+    np.testing.assert_allclose(*states, rtol=1e-3, atol=1e-3)
 
 
 def test_a_scaled_heads_rows_move_the_logits_as_they_are(backbone):

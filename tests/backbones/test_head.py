@@ -79,7 +79,7 @@ def test_losses_are_the_models_own(family: str, tmp_path: Path) -> None:
         assert float(losses.mean()) == pytest.approx(float(own.loss), rel=1e-4)
         closed = make_task(backbone, DataConfig(), LABELS, TrainConfig())
         logits = closed.label_logits(states)
-    tokens = make_form(backbone.tokenizer, DataConfig()).label_tokens(LABELS)
+    tokens = [ids[0] for ids in make_form(backbone.tokenizer, DataConfig()).label_ids(LABELS)]
     torch.testing.assert_close(logits, own.logits[0][:, tokens].float(), rtol=1e-4, atol=1e-4)
     unscaled = model.get_output_embeddings().weight[tokens].double().numpy()
     assert unembedding_rows(backbone, tokens) == pytest.approx(unscaled * wanted.scale, rel=1e-5)

@@ -146,7 +146,7 @@ def test_training_moves_all_of_a_slice_its_unembedding_too(directory, data, loss
     if loss == "labels":
         # Rows of label words that no prompt holds learn from the unembedding alone.
         assert isinstance(task, SliceTask)
-        unread = [token for token in task.tokens if token not in read]
+        unread = [token for token in task.trie.tokens if token not in read]
         assert unread
         assert all(adapter.read()["sub.model.embed_tokens"][token].any() for token in unread)
     detach(backbone)

@@ -124,10 +124,15 @@ def _compute_states(spec: Any, texts: list[str], data: DataConfig, path: Path, n
 
 
 def _compute_head(spec: Any, task: Task, path: Path) -> None:
-    from heterotune_flwr.alignment.factors import unembedding_rows
+    from heterotune_flwr.alignment.factors import label_rows
     from heterotune_flwr.backbones.loading import load_backbone
+    from heterotune_flwr.data.label_trie import make_trie
     from heterotune_flwr.data.template import make_form
 
     backbone = load_backbone(spec)
-    tokens = make_form(backbone.tokenizer, task.data).label_tokens(task.labels)
-    save_tensors(path, {"labels": unembedding_rows(backbone, tokens).astype(np.float32)})
+    trie = make_trie(make_form(backbone.tokenizer, task.data), task.labels)
+    if trie.longest:
+        raise SystemExit(
+            f"{spec.type_key}: the laboratory reads a text once, so labels must differ in their first token"
+        )
+    save_tensors(path, {"labels": label_rows(backbone, trie).astype(np.float32)})

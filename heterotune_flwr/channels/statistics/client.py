@@ -33,7 +33,7 @@ LARGEST_LOGITS = 1e3
 
 @torch.no_grad()
 def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = True) -> Tensor:
-    """Latents of examples in the bare backbone: ``n x r``, then those of the method's views.
+    """Latents of labelled examples in the bare backbone, at the prompt's end: ``n x r``, then the method's views'.
 
     On the backbone's device; ``cache``: whether the states behind them are kept.
     """
@@ -42,7 +42,8 @@ def shared_latents(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = 
     def mapped(states: Tensor, maps: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([maps(part.to(device)) for part in torch.split(states, _ROWS_AT_A_TIME)])
 
-    latents = [mapped(bare_states(adapter, encoded, cache), adapter.last_latents)]
+    at_prompts = bare_states(adapter, encoded, cache)[:: encoded.states_each]
+    latents = [mapped(at_prompts, adapter.last_latents)]
     for view in views_of(adapter.method):
         maps = partial(adapter.view_latents, view)
         latents.append(mapped(bare_view(adapter, view, encoded, cache), maps))
