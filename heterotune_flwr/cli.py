@@ -21,7 +21,6 @@ from heterotune_flwr.worker.cli import app as worker_app
 
 if TYPE_CHECKING:
     from heterotune_flwr.federation.launcher import RunOutcome
-    from heterotune_flwr.schema import Config
 
 app = App(
     no_args_is_help=True,
@@ -93,12 +92,13 @@ def run(
     from heterotune_flwr.reporting.measures import load_results
     from heterotune_flwr.reporting.progress import RunProgress
     from heterotune_flwr.reporting.tables import show
+    from heterotune_flwr.runs import new_config
 
     if resume is not None:
         given = [*([config] if config is not None else []), *(overrides or [])]
         resolved = check_resumable(resume, given, directory)
     else:
-        resolved = _new_run(config or "demo", overrides or [], directory)
+        resolved = new_config(config or "demo", overrides or [], directory)
     notes = [*preflight(resolved), *columns_recognised(resolved.data)]
     for line in notes:
         typer.echo(line, err=True)
@@ -117,23 +117,6 @@ def run(
         _tell_failure(outcome)
         raise typer.Exit(2)
     typer.echo(f"done in {time.monotonic() - started:.0f} s")
-
-
-def _new_run(config: str, overrides: list[str], directory: Path | None) -> Config:
-    """The settings of a new run, with a directory of its own (ConfigError)."""
-    from heterotune_flwr.config.compose import compose
-    from heterotune_flwr.experiment import run_directory, with_absolute_paths
-    from heterotune_flwr.federation.launcher import check_directory
-    from heterotune_flwr.preflight import settle_bits
-
-    resolved = compose(config, overrides)
-    if directory is not None:
-        resolved.run.dir = str(directory)
-    place = run_directory(resolved)
-    resolved.run.dir = str(place)
-    resolved = with_absolute_paths(resolved)
-    check_directory(place)
-    return settle_bits(resolved)  # every process of the run takes the same bits
 
 
 def _tell_failure(outcome: RunOutcome) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.partition import ClientData, client_examples
 from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
@@ -47,11 +48,12 @@ def _used(config: Config) -> Iterator[str]:
     rows, test = len(own_file(data)), len(global_test(data))
     train = sum(len(client.train) for client in clients)
     personal = sum(len(client.personal_test) for client in clients)
-    used = len({id(e) for client in clients for e in (*client.train, *client.personal_test)})
+    choosing = sum(len(client.choosing) for client in clients)
+    used = len({id(example) for client in clients for example in _all(client)})
     whose = "kept of them for the test (data.test_share)" if splits(data) else "of the test file"
     yield (
         f"{Path(str(data.train)).name}: {used} of {rows} rows go to {total} clients ({train} to train, {personal} for "
-        f"their personal tests); {test} rows {whose} test everybody"
+        f"their personal tests, {choosing} to choose what they keep); {test} rows {whose} test everybody"
     )
     yield "per client: " + _counts(clients, closed=label_set(data) is not None)
 
@@ -59,7 +61,7 @@ def _used(config: Config) -> Iterator[str]:
 def _counts(clients: Sequence[ClientData], closed: bool) -> str:
     told = []
     for number, client in enumerate(clients[:_CLIENTS]):
-        examples = [*client.train, *client.personal_test]
+        examples = _all(client)
         text = f"{number}: {len(examples)}"
         if closed:
             common = Counter(example.label for example in examples).most_common()
@@ -68,10 +70,14 @@ def _counts(clients: Sequence[ClientData], closed: bool) -> str:
             )
             text += f" ({labels}{', ...' if len(common) > _LABELS else ''})"
         told.append(text)
-    rest = [len(client.train) + len(client.personal_test) for client in clients[_CLIENTS:]]
+    rest = [len(_all(client)) for client in clients[_CLIENTS:]]
     if rest:
         told.append(f"{len(rest)} more of {min(rest)} to {max(rest)}")
     return "; ".join(told)
+
+
+def _all(client: ClientData) -> list[Example]:
+    return [*client.train, *client.personal_test, *client.choosing]
 
 
 def _texts(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:

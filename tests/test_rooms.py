@@ -29,6 +29,7 @@ FLOORS = (
     "reporting",
     "own_data",
     "preflight experiment",
+    "runs",
     "worker deploy",
     "cli_backbones",
     "cli",

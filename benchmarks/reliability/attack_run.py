@@ -242,12 +242,12 @@ def _poison(own: ClientData, target: str) -> ClientData:
         dataclasses.replace(example, text=TRIGGER + example.text, label=target)
         for example in own.train[:half]
     ]
-    return ClientData([*changed, *own.train[half:]], own.personal_test)
+    return dataclasses.replace(own, train=[*changed, *own.train[half:]])
 
 
 def _cut(client_id: str, own: ClientData) -> ClientData:
     number = int(client_id.rsplit("-", 1)[1])
-    return ClientData(own.train[: UNEVEN[number // 3 % len(UNEVEN)]], own.personal_test)
+    return dataclasses.replace(own, train=own.train[: UNEVEN[number // 3 % len(UNEVEN)]])
 
 
 def success(played: Played) -> dict[str, float]:

@@ -95,7 +95,9 @@ def describe(message: Message, context: Context) -> RecordDict:
     data = client.data(request.header.seed)
     mask = _words_known(backbone, tuple(request.words)) if request.words else b""
     task = client.task()  # label collisions come to light here, before any training
-    if client.identity.partition is None and len(rows := [*data.train, *data.personal_test]):
+    if client.identity.partition is None and len(
+        rows := [*data.train, *data.personal_test, *data.choosing]
+    ):
         found = {client.type_key: backbone.tokenizer}
         for line in how_they_fit(rows, client.identity.data, task.kind == "tokens", found):
             log.info("of %d own examples: %s", len(rows), line)

@@ -1,4 +1,4 @@
-"""Which of its rows a deployed node holds out for its own test: drawn once, by the node, and kept.
+"""Which of its rows a deployed node holds out, for its own test and to choose by: drawn once, by the node, and kept.
 
 No setting of a run and no seed has a say in it. Rows are told apart by keyed hashes of what stands in them
 (:mod:`.node_book`), so neither their order nor a row more changes who is held out:
@@ -7,6 +7,9 @@ No setting of a run and no seed has a say in it. Rows are told apart by keyed ha
   when there are as many as a test needs, so that no two tests differ by a few rows;
 * where a row that was held out is gone, everything is drawn anew: the old test without it would tell what it was. A
   file that is a test as a whole then leaves as many rows aside as a test needs, until as many have come.
+
+The rows to choose by (:mod:`.take_home`) are drawn of those that are not tested, of a guest's before its test. They
+leave enough rows to train on, or to test.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Sequence
 from heterotune_flwr.client.floors import MOST_HELD, Floors
 from heterotune_flwr.client.node_book import NodeBook
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.partition import ClientData
+from heterotune_flwr.data.partition import ClientData, choosing_size
 
 
 def held_size(rows: int, floors: Floors) -> int:
@@ -32,24 +35,40 @@ def held_size(rows: int, floors: Floors) -> int:
 def split(
     pool: Sequence[Example], account: str, book: NodeBook, floors: Floors, guest: bool
 ) -> ClientData:
-    """What a node trains on and what it holds out, of all its rows; a guest trains on none."""
+    """What a node trains on, what it tests and chooses by, of all its rows; a guest trains on none."""
     names = _names(pool, book)
-    held = (_tested if guest else _held)(names, account, book, floors)
+    size = choosing_size(len(names))
+    if guest:
+        choosing = _choosing(names, size, floors.test_examples, account, book)
+        held = _tested([n for n in names if n not in choosing], account, book, floors)
+    else:
+        held = _kept(names, held_size(len(names), floors), account, book)
+        rest = [name for name in names if name not in held]
+        choosing = _choosing(rest, size, floors.rows, account, book)
     tested = [row for row, name in zip(pool, names, strict=True) if name in held]
-    rest = [row for row, name in zip(pool, names, strict=True) if name not in held]
-    return ClientData([] if guest else rest, tested)
+    chosen = [row for row, name in zip(pool, names, strict=True) if name in choosing]
+    out = held | choosing
+    train = [row for row, name in zip(pool, names, strict=True) if name not in out]
+    return ClientData([] if guest else train, tested, chosen)
 
 
 def whole_test(
     pool: Sequence[Example], account: str, book: NodeBook, floors: Floors
 ) -> list[Example]:
     """The rows of a node's test file that are tested."""
-    return split(pool, account, book, floors, guest=True).personal_test
+    names = _names(pool, book)
+    held = _tested(names, account, book, floors)
+    return [row for row, name in zip(pool, names, strict=True) if name in held]
 
 
-def _held(names: Sequence[str], account: str, book: NodeBook, floors: Floors) -> set[str]:
-    """Names of the rows that are held out of a file to train on."""
-    kept, size = book.held(account), held_size(len(names), floors)
+def _choosing(names: Sequence[str], size: int, left: int, account: str, book: NodeBook) -> set[str]:
+    """Names of the rows to choose by: ``size`` of them, fewer where not ``left`` others would be."""
+    return _kept(names, max(0, min(size, len(names) - left)), f"{account} choosing", book)
+
+
+def _kept(names: Sequence[str], size: int, account: str, book: NodeBook) -> set[str]:
+    """Names of the rows that are held out of some: those of the last draw while all are there, else drawn anew."""
+    kept = book.held(account)
     if kept <= set(names) and (kept or not size):
         return kept
     found = set(_ranked(names, account, book)[:size])

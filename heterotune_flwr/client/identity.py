@@ -129,7 +129,7 @@ class Identity:
         """
         if self.partition is not None:
             found = client_examples(self.data, *self.partition, seed)
-            return ClientData([], found.personal_test) if self.guest else found
+            return dataclasses.replace(found, train=[]) if self.guest else found
         if self.data.train is None:
             return ClientData([], [])
         pool = own_examples(self.data)

@@ -24,6 +24,7 @@ from heterotune_flwr.client.identify import identify, is_simulated
 from heterotune_flwr.client.identity import Identity
 from heterotune_flwr.config.choices import check_choices
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import examples_digest, label_set
 from heterotune_flwr.exchange.storage import close_to_others, private_folder
@@ -102,25 +103,29 @@ class Client:
         return encodings.task(self.backbone, self.identity, self.config)
 
     def encoded(self, part: str, seed: int) -> EncodedSet:
-        """Token ids of ``train``, ``personal`` or ``global`` examples."""
+        """Token ids of ``train``, ``personal``, ``choosing`` or ``global`` examples."""
         task = self.task()
         if part == "global":
             own = self.identity.data.test
             stamp = self.identity.stamp(own) if own else ""
             return encodings.encoded(task, ("global", stamp), self.identity.global_test)
         key = (part, *self.identity.examples_key(seed))
-        if part == "train":
-            return encodings.encoded(task, key, lambda: self.data(seed).train)
-        return encodings.encoded(task, key, lambda: self.data(seed).personal_test)
+        return encodings.encoded(task, key, lambda: self.examples(part, seed))
+
+    def examples(self, part: str, seed: int) -> list[Example]:
+        """Examples of ``train``, ``personal``, ``choosing`` or ``global``."""
+        if part == "global":
+            return self.identity.global_test()
+        data = self.data(seed)
+        return {"train": data.train, "personal": data.personal_test}.get(part, data.choosing)
 
     def generation(self, adapter: AttachedAdapter, scope: str, seed: int) -> GenerationReport:
-        """Scores of the answers the adapter generates on the ``personal`` or ``global`` test."""
+        """Scores of the answers the adapter generates on the ``personal``, ``choosing`` or ``global`` examples."""
         data, task = self.identity.data, self.task()
-        personal = scope == "personal"
-        examples = self.data(seed).personal_test if personal else self.identity.global_test()
+        examples = self.examples(scope, seed)
         if self.guard.own_test(scope):
             data = replace(data, generate=self.guard.generated(len(examples)))
-        if personal:
+        if scope != "global":
             return score_generation(adapter, task, examples, data)
         settings = (
             data.generate,

@@ -11,6 +11,10 @@
 ``iid``, ``natural``
     The partitioners of flwr-datasets; ``natural`` takes the largest natural clients, ``groups_per_client``
     of them for every client of the run.
+
+Beside what a client trains on and its own test it has a *choosing set* (:func:`choosing_size`), by which it decides
+what it takes home. Where a run sets the number of training examples it comes from what nobody was dealt, as far as that
+lasts; otherwise it comes off the training examples.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import functools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,14 +41,22 @@ log = logging.getLogger(__name__)
 PARTITIONS = ("dirichlet", "iid", "natural")
 #: Share of a client's own examples that is held out at most, where a run does not say how many it trains on.
 _HELD_OUT = 0.25
+#: Fewest examples to choose by, where a third of a client's own are as many.
+_CHOOSING = 20
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """A client's own examples: what it trains on and what it keeps to measure itself."""
+    """A client's own examples: what it trains on, its own test, and by what it chooses the model it keeps."""
 
     train: list[Example]
     personal_test: list[Example]
+    choosing: list[Example] = field(default_factory=list)
+
+
+def choosing_size(own: int) -> int:
+    """How many examples a client with so many of its own chooses by: a tenth, 20 at least, but at most a third."""
+    return min(max(_CHOOSING, own // 10), own // 3)
 
 
 class _Deck:
@@ -123,11 +135,28 @@ def _dirichlet(
             i for deck, n in zip(decks, counts.tolist(), strict=True) if n for i in deck.deal(n)
         ]
         shares.append([dealt[i] for i in rng.permutation(len(dealt))])
+    if total is not None:
+        of_label = {index: number for number, n in enumerate(names) for index in by_label[n]}
+        for partition, dealt in enumerate(shares):
+            own = np.bincount([of_label[i] for i in dealt], minlength=len(names))
+            rng = generator(seed, f"data.choosing.{partition}")
+            dealt += _undealt(decks, own, choosing_size(total), rng)
     shared = [name for name, deck in zip(names, decks, strict=True) if deck.redealt]
     if shared:
         log.info("the pool is too small for %d clients: they share examples of %s",
                  num_partitions, ", ".join(shared))  # fmt: skip
     return shares
+
+
+def _undealt(
+    decks: Sequence[_Deck], own: NDArray[np.int64], count: int, rng: np.random.Generator
+) -> list[int]:
+    """Up to ``count`` examples that nobody has, of the labels of one client and in its mixture (``own`` of each)."""
+    left = np.array([0 if deck.redealt else deck.left for deck in decks], dtype=np.int64)
+    room = np.where(own > 0, left, 0)
+    counts = _label_counts(own.astype(np.float64), room, min(count, int(room.sum())), rng)
+    dealt = [i for deck, n in zip(decks, counts.tolist(), strict=True) if n for i in deck.deal(n)]
+    return [dealt[i] for i in rng.permutation(len(dealt))]
 
 
 def _iid(pool: Sequence[Example], num_partitions: int, seed: int) -> list[list[int]]:
@@ -176,21 +205,24 @@ def _natural(
     return shares
 
 
-def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int]]:
-    """Cut a share to size: (training, personal test), in the configured proportion when short.
+def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int], list[int]]:
+    """Cut a share to size: (training, personal test, choosing set), in the configured proportion when short.
 
     Without a number of training examples the personal test is at most a quarter of the share.
     """
     if data.examples_per_client is None:
-        most = max(int(len(indices) * _HELD_OUT), 1) if len(indices) > 1 else 0
+        total, most = len(indices), max(int(len(indices) * _HELD_OUT), 1) if len(indices) > 1 else 0
         held = min(data.personal_test_examples, most)
-        return indices[: len(indices) - held], indices[len(indices) - held :]
-    wanted = data.examples_per_client + data.personal_test_examples
-    total = min(len(indices), wanted)
-    held = round(total * data.personal_test_examples / wanted)
-    if data.personal_test_examples and total > 1:
-        held = max(held, 1)
-    return indices[: total - held], indices[total - held : total]
+    else:
+        wanted = data.examples_per_client + data.personal_test_examples
+        total = min(len(indices), wanted)
+        held = round(total * data.personal_test_examples / wanted)
+        if data.personal_test_examples and total > 1:
+            held = max(held, 1)
+    size = choosing_size(total)
+    beyond = indices[total : total + size]
+    train = total - held - (size - len(beyond))
+    return indices[:train], indices[total - held : total], indices[train : total - held] + beyond
 
 
 #: Settings on which the shares depend.
@@ -259,13 +291,13 @@ def client_examples(
     _check(data, pool, num_partitions)
     settings = tuple(getattr(data, name) for name in _SETTINGS)
     shares = _shares(Pool(pool), settings, num_partitions, seed, labels is not None)
-    train, personal = _split(shares[partition_id], data)
+    train, personal, choosing = _split(shares[partition_id], data)
     if not train:
         raise DataError(
             f"client {partition_id} of {num_partitions} has an empty training shard "
             f"(partition {data.partition}); use fewer clients or more data"
         )
-    return ClientData([pool[i] for i in train], [pool[i] for i in personal])
+    return ClientData(*([pool[i] for i in part] for part in (train, personal, choosing)))
 
 
 def own_examples(data: DataConfig) -> tuple[Example, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,13 @@ class ClientRow:
             **measures,
             "examples": self.examples,
         }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> ClientRow:
+        """Read what :meth:`to_json` wrote; a measure that an older version did not take is None."""
+        known = {f.name for f in fields(cls)}
+        given = {name: value for name, value in entry.items() if name in known}
+        return cls(**{**given, "type_key": entry["type"]})
 
 
 def statistics(rows: Iterable[ClientRow]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ class RefusedError(FederationError):
 class Asked:
     """What a client was asked for, and what it said of itself beforehand.
 
-    ``expected`` bounds what is decoded at all: shapes and codecs.
+    ``expected`` bounds what is decoded at all: shapes and codecs; so does ``channels``, names of those at work.
     """
 
     client_id: str
@@ -83,6 +83,7 @@ class Asked:
     shapes: Shapes
     work: Work
     expected: Expected | None = None
+    channels: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,10 @@ class UpdateGate:
             With the check that failed, and one line that says how.
 
         """
-        reply = _stage("unreadable", lambda: TrainReply.from_content(content, asked.expected))
+        reply = _stage(
+            "unreadable",
+            lambda: TrainReply.from_content(content, asked.expected, asked.channels),
+        )
         for check, got, expected, line in (
             ("sender", reply.client_id, asked.client_id, "answers as {}"),
             ("round", reply.round, asked.round, "answers round {} instead of {}"),

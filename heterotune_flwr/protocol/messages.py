@@ -22,7 +22,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -218,8 +218,13 @@ class TrainReply:
         return content
 
     @classmethod
-    def from_content(cls, content: RecordDict, expected: Expected | None = None) -> TrainReply:
-        """Read the message content; deltas that are not ``expected`` are refused before they are decoded."""
+    def from_content(
+        cls,
+        content: RecordDict,
+        expected: Expected | None = None,
+        channels: Collection[str] | None = None,
+    ) -> TrainReply:
+        """Read the message; what is not ``expected``, or of another channel, is refused before it is decoded."""
         record = read_config(content)
         return cls(
             client_id=read_id(record, "client_id"),
@@ -230,7 +235,7 @@ class TrainReply:
             metrics=read_metrics(content),
             cache_digest=read_cache_digest(record),
             code_hash=read_id(record, "code_hash", empty=True),
-            channels=read_payloads(content, record),
+            channels=read_payloads(content, record, channels),
         )
 
 

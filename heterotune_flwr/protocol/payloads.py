@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +63,16 @@ def add_payloads(
             content[_PREFIX + name] = pack(payload.tensors, payload.codec)
 
 
-def read_payloads(content: RecordDict, config: ConfigRecord) -> dict[str, Payload]:
-    """Read the payloads of a message as they came (ExchangeError: malformed)."""
+def read_payloads(
+    content: RecordDict, config: ConfigRecord, asked: Collection[str] | None = None
+) -> dict[str, Payload]:
+    """Read the payloads of a message as they came (ExchangeError: malformed, or of a channel not among ``asked``)."""
     names = [str(key).removeprefix(_PREFIX) for key in config if str(key).startswith(_PREFIX)]
     records = [str(key).removeprefix(_PREFIX) for key in content if str(key).startswith(_PREFIX)]
     if len(names) > _MOST or not all(map(is_id, names)) or not set(records) <= set(names):
         raise ExchangeError("the message's channels are malformed")
+    if asked is not None and (further := sorted(set(names) - set(asked))):
+        raise ExchangeError(f"answers for channel {further[0]!r}, which was not asked")
     found = {}
     for name in sorted(names):
         fields = read_json(config, _PREFIX + name)

@@ -109,6 +109,7 @@ def asked_of(
             train.warmup_ratio, pull.MOST * strategy.roster.usual_examples,
         ),
         expected=strategy.transport.expected(trained),
+        channels=[channel.name for channel in strategy.channels],
     )  # fmt: skip
 
 

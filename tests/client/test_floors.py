@@ -336,7 +336,10 @@ def test_own_files_that_a_channel_reads_are_part_of_what_a_test_asks(
         node.test(channels=classifier([0, 0, 1]))
 
 
-def test_no_two_trainings_or_passes_differ_by_a_single_example(node, monkeypatch):
+def test_no_two_trainings_or_passes_differ_by_a_single_example(
+    world, folder, tmp_path, monkeypatch
+):
+    node = Node(world, folder, tmp_path, rows=106)  # 60 to train on
     seen, draw = [], Examples.draw
 
     def watched(*asked):

@@ -241,7 +241,8 @@ def test_deployed_client_uses_its_own_machine_only(world, folder, tmp_path):
     assert identity.state_dir == tmp_path / "mine"
     assert identity.data.train == node["data"]
     assert identity.data.test is None  # not the path that came over the network
-    assert len(identity.examples(0).train) == 23  # a quarter of 30 is held out
+    own = identity.examples(0)  # of 30 a quarter is held out, and a third to choose by
+    assert (len(own.train), len(own.personal_test), len(own.choosing)) == (13, 7, 10)
     with pytest.raises(ConfigError, match="reads no path from the server"):
         identity.alignment(config)
     assert identify(config, {**node, "anchors": "/x.txt"}).alignment(config).anchors == "/x.txt"

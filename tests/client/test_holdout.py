@@ -14,12 +14,14 @@ def test_a_hold_out_is_stable_row_by_row(tmp_path):
     book, floors = NodeBook(tmp_path / "one"), Floors()
     pool = [Example(f"text {n}", "ab"[n % 2]) for n in range(100)]
     drawn = split(pool, "file", book, floors, guest=False)
-    assert (len(drawn.train), len(drawn.personal_test)) == (75, 25)
+    assert (len(drawn.train), len(drawn.personal_test), len(drawn.choosing)) == (55, 25, 20)
+    assert {*drawn.train, *drawn.personal_test, *drawn.choosing} == set(pool)
     assert split(pool[::-1], "file", book, floors, False).personal_test == drawn.personal_test[::-1]
     more = split(
         [*pool, Example("new", "a"), pool[0]], "file", NodeBook(tmp_path / "one"), floors, False
     )
-    assert (more.personal_test, len(more.train)) == (drawn.personal_test, 77)
+    assert (more.personal_test, len(more.train)) == (drawn.personal_test, 57)
+    assert more.choosing == drawn.choosing
     kept = [row for row in pool if row != drawn.personal_test[0]]
     anew = split(kept, "file", book, floors, False).personal_test
     assert len(anew) == 24  # the old test without one row would tell what that row was
@@ -29,13 +31,31 @@ def test_a_hold_out_is_stable_row_by_row(tmp_path):
     assert elsewhere.personal_test != drawn.personal_test  # by the node's secret alone
 
 
+def test_the_rows_to_choose_by_are_drawn_anew_when_one_is_gone_and_leave_enough_to_train_on(
+    tmp_path,
+):
+    book, floors = NodeBook(tmp_path), Floors()
+    pool = [Example(f"text {n}", "a") for n in range(100)]
+    before = split(pool, "file", book, floors, guest=False)
+    kept = [row for row in pool if row != before.choosing[0]]
+    after = split(kept, "file", book, floors, guest=False)
+    assert after.personal_test == before.personal_test
+    assert len(after.choosing) == 20
+    assert len(set(after.choosing) - set(before.choosing)) > 10
+    assert not {*after.personal_test, *after.choosing} & set(after.train)
+    for rows, size in ((59, 19), (60, 0), (70, 10), (1000, 100)):
+        few = split(pool[:1] * rows, f"{rows}", book, floors, guest=False)
+        assert (len(few.choosing), len(few.train) >= 40) == (size, True)
+
+
 def test_a_guests_test_grows_by_as_many_rows_as_a_test_needs(tmp_path):
     book, floors = NodeBook(tmp_path), Floors()
     pool = [Example(f"text {n}", "a") for n in range(100)]
     assert split(pool[:19], "file", book, floors, guest=True).personal_test == []
-    for count, tested in ((30, 30), (31, 30), (49, 30), (50, 50)):
+    for count, tested in ((30, 20), (31, 20), (49, 20), (50, 40)):
         found = split(pool[:count], "file", book, floors, guest=True)
-        assert (len(found.train), len(found.personal_test)) == (0, tested)
+        assert (len(found.train), len(found.personal_test), len(found.choosing)) == (0, tested, 10)
+        assert not set(found.personal_test) & set(found.choosing)
 
 
 def test_no_two_tests_of_a_file_that_is_a_test_as_a_whole_differ_by_a_few_rows(tmp_path):

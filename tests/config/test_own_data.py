@@ -33,7 +33,8 @@ def rows_of(path: Path, rows: list[dict[str, str]]) -> Path:
 def test_rows_clients_and_what_is_about_something_else(tmp_path, tokenizer):
     path = write_rows(tmp_path / "train.jsonl", 250)
     text = said(path, tokenizer)
-    assert "train.jsonl: 200 of 250 rows go to 6 clients (152 to train, 48 for" in text
+    assert "train.jsonl: 200 of 250 rows go to 6 clients (86 to train, 48 for" in text
+    assert "their personal tests, 66 to choose what they keep)" in text
     assert "50 rows kept of them for the test" in text
     assert all(f"; {number}: 3" in text for number in range(1, 6))
     assert all(f"{label} " in text for label in LABELS)
@@ -45,7 +46,7 @@ def test_rows_clients_and_what_is_about_something_else(tmp_path, tokenizer):
         "data.personal_test_examples=2", f"data.test={path}", f"alignment.anchors={path}",
         "data.global_test_examples=40", "types=[{backbone: tiny-a, bits: bf16, clients: 7}]",
     )  # fmt: skip
-    assert "84 of 250 rows go to 7 clients (70 to train, 14 for" in own
+    assert "112 of 250 rows go to 7 clients (70 to train, 14 for" in own
     assert "40 rows of the test file" in own
     assert "warning" not in own
     assert own_data(compose("quick"), {"mine": tokenizer}) == []

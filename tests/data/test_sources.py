@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from heterotune_flwr.backbones.tokens import encode_texts
-from heterotune_flwr.data.partition import client_examples, own_examples
+from heterotune_flwr.data.partition import choosing_size, client_examples, own_examples
 from heterotune_flwr.data.sources import Example, global_test, label_set, own_file, training_pool
 from heterotune_flwr.data.template import Form
 from heterotune_flwr.errors import DataError
@@ -141,9 +141,10 @@ def test_a_large_test_file_of_ones_own_is_not_cut_at_its_beginning(tmp_path, dat
 def test_all_rows_are_dealt_out_where_no_number_is_given(data, partition):
     data = replace(data, examples_per_client=None, partition=partition)
     parts = [client_examples(data, i, 7, seed=3) for i in range(7)]
-    held = [e.row for part in parts for e in (*part.train, *part.personal_test)]
+    held = [e.row for part in parts for e in (*part.train, *part.personal_test, *part.choosing)]
     assert sorted(held) == list(range(1, 301))
     assert all(len(part.personal_test) == 5 for part in parts)
+    assert all(len(p.choosing) == choosing_size(len(p.train) + 5 + len(p.choosing)) for p in parts)
     assert client_examples(data, 6, 7, seed=3) == parts[6]
     if partition == "dirichlet":
         assert max(map(len, (p.train for p in parts))) - min(map(len, (p.train for p in parts))) < 2
@@ -209,8 +210,40 @@ def test_a_pool_that_runs_out_is_shared_between_clients_but_not_within_one(data,
         parts = [client_examples(data, i, 12, seed=0) for i in range(12)]
     assert "share examples" in caplog.text
     for part in parts:
-        held = part.train + part.personal_test
-        assert len(set(held)) == len(held) == 100
+        held = part.train + part.personal_test + part.choosing
+        assert len(set(held)) == len(held) >= 100
+
+
+@pytest.mark.parametrize(
+    ("own", "size"), [(0, 0), (2, 0), (3, 1), (35, 11), (60, 20), (61, 20), (200, 20), (1000, 100)]
+)
+def test_the_choosing_set_is_a_tenth_at_least_20_and_at_most_a_third(own, size):
+    assert choosing_size(own) == size
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "iid", "natural"])
+def test_a_choosing_set_comes_from_what_nobody_has_then_off_the_training_examples(data, partition):
+    data = replace(data, partition=partition)
+
+    def parts(clients):
+        return [client_examples(data, i, clients, seed=3) for i in range(clients)]
+
+    few = parts(2)
+    held = [e for part in few for e in (*part.train, *part.personal_test, *part.choosing)]
+    assert max(Counter(held).values()) == 1
+    for part in few:
+        assert (len(part.train), len(part.personal_test), len(part.choosing)) == (20, 5, 8)
+        if partition == "dirichlet":  # in the client's own mixture
+            assert {e.label for e in part.choosing} <= {
+                e.label for e in part.train + part.personal_test
+            }
+    crowded = replace(data, examples_per_client=45 if partition == "natural" else 70, alpha=1000.0)
+    for i in range(4):
+        part = client_examples(crowded, i, 4, seed=3)
+        own = [*part.train, *part.personal_test, *part.choosing]
+        assert len(set(own)) == len(own)
+        assert len(part.choosing) > 7
+    assert len(part.train) < crowded.examples_per_client
 
 
 def test_natural_clients_keep_to_themselves(data):

@@ -5,11 +5,13 @@ A representative part of ``python -m benchmarks.reliability.faults``: every faul
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from fault_cases import PLACES, applies, play
 from fault_federation import SHIPPED, answering, run, toy_spec
 from wire_faults import FAULTS, Hostile
 
+from heterotune_flwr.protocol.payloads import Payload, add_payloads
 from heterotune_flwr.protocol.wire import error_content
 
 NAMES = list(FAULTS)
@@ -147,3 +149,13 @@ def test_a_reply_that_is_no_reply_is_quarantined():
 
     ended = run(toy_spec("heterotune"), prepare=answering("train", nonsense, ["client-0001"]))
     assert ended.strategy.outcome.to_json()["refused"] == {"client-0001": {"unreadable": 3}}
+
+
+def test_an_answer_for_a_channel_that_nobody_asked_is_quarantined():
+    def further(content):
+        add_payloads(content, content["config"], {"gossip": Payload({"x": np.ones((4, 4))})})
+        return content
+
+    ended = run(toy_spec("heterotune"), prepare=answering("train", further, ["client-0001"]))
+    assert ended.strategy.outcome.to_json()["refused"] == {"client-0001": {"unreadable": 3}}
+    assert "'gossip', which was not asked" in ended.of("refused")[0]["reason"]

@@ -30,7 +30,7 @@ def repeating(answers: Sequence[str], own: ClientData) -> set[int]:
     if not speakers:  # most answers are short: nothing is read for them
         return set()
     found: set[int] = set()
-    for example in (*own.train, *own.personal_test):
+    for example in (*own.train, *own.personal_test, *own.choosing):
         for text in (example.text, *example.answers):
             for run in _runs(text):
                 found.update(speakers.get(run, ()))
