@@ -216,14 +216,8 @@ def _unloadable(spec: BackboneSpec, directory: Path, error: Exception) -> Backbo
     )
 
 
-def _load(spec: BackboneSpec, device: str) -> Backbone:
-    prepare_libraries(spec.bits)
-    if device == "cpu":
-        return_freed_memory()
-    directory = resolve_source(spec.source, spec.revision)
-    check_stored_bits(spec.source, directory, spec.bits)
-    log.info("loading %s from %s", spec.type_key, directory)
-    tensor_headers(spec.source, directory)  # a truncated file is told before anything is made of it
+def loader_of(spec: BackboneSpec, directory: Path, device: str) -> Loader:
+    """How a backbone gets into memory (BackboneError: what is in ``directory`` cannot be read)."""
 
     def direct() -> Any:
         try:
@@ -236,11 +230,44 @@ def _load(spec: BackboneSpec, device: str) -> Backbone:
         _check_complete(found)  # unexpected keys too: we wrote it
         return model
 
-    model = shared_model(spec, directory, device, Loader(direct, stored, count_parameters))
-    if device == "cpu":
+    return Loader(direct, stored, count_parameters)
+
+
+def checked_source(spec: BackboneSpec) -> Path:
+    """Folder with a backbone's published weights (BackboneError: not here, damaged, or not to be had at its bits)."""
+    directory = resolve_source(spec.source, spec.revision)
+    check_stored_bits(spec.source, directory, spec.bits)
+    tensor_headers(spec.source, directory)  # a truncated file is told before anything is made of it
+    return directory
+
+
+def compute_as_trained(model: Any) -> None:
+    """Let a loaded model compute as backbones do in a federation, on the device it is on (in place, no weights change).
+
+    Once more changes nothing.
+    """
+    if model.get_input_embeddings().weight.device.type == "cpu":
         train_attention_in_float32(model)
         if slow_bfloat16():
             compute_in_float32(model)
+
+
+def _load(spec: BackboneSpec, device: str) -> Backbone:
+    prepare_libraries(spec.bits)
+    if device == "cpu":
+        return_freed_memory()
+    directory = checked_source(spec)
+    log.info("loading %s from %s", spec.type_key, directory)
+    model = shared_model(spec, directory, device, loader_of(spec, directory, device))
+    compute_as_trained(model)
+    return describe_model(spec, directory, model)
+
+
+def describe_model(spec: BackboneSpec, directory: Path, model: Any) -> Backbone:
+    """What is known of a loaded ``model`` of the backbone whose published files are in ``directory``.
+
+    Raises BackboneError: its tokenizer cannot be read, or belongs to another model.
+    """
     rows = int(model.get_input_embeddings().weight.shape[0])
     try:
         tokenizer = load_tokenizer(spec.source, directory, rows)

@@ -127,6 +127,21 @@ def shared_model(spec: BackboneSpec, source: Path, device: str, loader: Loader) 
     return model
 
 
+def shared_folder(spec: BackboneSpec, source: Path, device: str, loader: Loader) -> Path:
+    """Folder of a backbone's entry, made if it is not there (BackboneError: none can be kept)."""
+    target = entry_dir(spec, source, device)
+    for last in (False, True):
+        if target.is_dir() and damage(target) is None:
+            return target
+        _make(target, spec, source, device, loader, thorough=last)
+    if damage(target) is None:
+        return target
+    raise BackboneError(
+        f"no copy of {spec.type_key} can be kept in {target.parent}; free space there, or set HETEROTUNE_CACHE to a "
+        "folder that can be written"
+    )
+
+
 def _open(target: Path, spec: BackboneSpec, loader: Loader) -> Any | None:
     """Load an entry; None where there is none that is whole."""
     if not target.is_dir():

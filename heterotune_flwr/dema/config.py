@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import TaskType
 
+from heterotune_flwr.backbones.prepared import found_again
+from heterotune_flwr.backbones.views import VIEWS
 from heterotune_flwr.dema.registration import register
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.schema import MethodConfig
@@ -67,6 +70,26 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
     slot_modules: list[str] | None = field(
         default=None, metadata={"help": "set by the tuner: the module of every slot, bottom up"}
     )
+    head_labels: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "token ids of every label of a closed set, to whose logits the frozen head adds; null: no head"
+        },
+    )
+    head_prompt_end: list[int] = field(
+        default_factory=list,
+        metadata={"help": "token ids that every prompt ends with: the head acts right after them"},
+    )
+    head_views: list[str] = field(
+        default_factory=list, metadata={"help": "views of a text the head reads besides: text"}
+    )
+    backbone: dict[str, str | None] | None = field(
+        default=None,
+        metadata={
+            "help": "how the backbone is found again (source, revision, bits, fingerprint): base_model_name_or_path "
+            "is then made from it, on the machine at hand"
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "further modules to train and save whole; task heads are added by PEFT"},
@@ -104,11 +127,24 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
             raise ConfigError(
                 "DeMA: task_type is SEQ_2_SEQ_LM, but DeMA needs a decoder-only model"
             )
+        if self.head_labels is not None and not all([self.head_labels, *self.head_labels]):
+            raise ConfigError("DeMA: head_labels lacks labels, or tokens of one")
+        if unknown := sorted(set(self.head_views) - set(VIEWS)):
+            raise ConfigError(f"DeMA: head_views is {unknown}; choose from {', '.join(VIEWS)}")
         if self.target_modules or self.target_parameters:
             raise ConfigError(
                 "DeMA: target_modules and target_parameters are not used; name the final norm with "
                 "final_norm_module and the blocks' MLPs with mlp_modules, or leave them to be found"
             )
+        if self.backbone is not None:
+            self.base_model_name_or_path = found_again(self.backbone)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved: the backbone by its name, not by where it lies on this machine."""
+        plain: dict[str, Any] = super().to_dict()
+        if self.backbone is not None:
+            plain["base_model_name_or_path"] = self.backbone["source"]
+        return plain
 
     @property
     def expert_counts(self) -> dict[str, int]:

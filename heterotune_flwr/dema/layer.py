@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from heterotune_flwr.dema.bank import TIERS, bank_shapes, initial_tensors
 from heterotune_flwr.dema.config import DeMAConfig
+from heterotune_flwr.dema.head import LabelHead
 from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.seeds import generator
 
@@ -88,7 +89,7 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """
 
     adapter_layer_names = ("dema_experts", "dema_gate")
-    other_param_names = ("dema_maps",)
+    other_param_names = ("dema_maps", "dema_head")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: DeMAConfig, slot: int, hidden: int
@@ -100,6 +101,7 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.dema_experts = nn.ModuleDict({})
         self.dema_gate = nn.ModuleDict({})
         self.dema_maps = nn.ModuleDict({})
+        self.dema_head = nn.ModuleDict({})
         self.configs: dict[str, DeMAConfig] = {}
         self.slots: dict[str, int] = {}
         self.gate_mass: dict[str, Tensor] = {}
@@ -127,6 +129,8 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         )
         self.dema_gate[adapter_name] = nn.Linear(config.latent, sum(config.expert_counts.values()))
         self.dema_maps[adapter_name] = SlotMaps(self.hidden, config, slot)
+        if config.head_labels is not None and slot == config.slots - 1:
+            self.dema_head[adapter_name] = LabelHead(self.hidden, config)
         for module in (self.dema_experts, self.dema_gate, self.dema_maps):
             module[adapter_name].to(torch.float32)  # whatever the default dtype is
         self.reset(adapter_name)
@@ -144,7 +148,9 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             device = next((p.device for p in self.base_layer.parameters()), None)
         if device is None or device.type == "meta" or adapter_name not in self.dema_gate:
             return
-        for modules in (self.dema_experts, self.dema_gate, self.dema_maps):
+        for modules in (self.dema_experts, self.dema_gate, self.dema_maps, self.dema_head):
+            if adapter_name not in modules:
+                continue
             module = modules[adapter_name]
             if not any(p.device.type == "meta" for p in module.parameters()):
                 module.to(device)
@@ -209,9 +215,9 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.gate_mass[adapter_name] = weights.detach().reshape(-1, weights.shape[-1]).mean(0)
         return weights
 
-    def latents(self, x: Tensor) -> Tensor:
-        """``D x + o`` of the first active adapter, ``... x d`` -> ``... x r``, in float32."""
-        maps = cast(SlotMaps, self.dema_maps[self.active_names()[0]])
+    def latents(self, x: Tensor, adapter_name: str | None = None) -> Tensor:
+        """``D x + o`` of an adapter (None: the first active one), ``... x d`` -> ``... x r``, in float32."""
+        maps = cast(SlotMaps, self.dema_maps[adapter_name or self.active_names()[0]])
         return functional.linear(x.float(), maps.down_weight.float(), maps.down_bias.float())
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from heterotune_flwr.backbones.loading import compute_as_trained
+from heterotune_flwr.backbones.reader import Lines
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks, text_config
 from heterotune_flwr.dema.config import DeMAConfig
+from heterotune_flwr.dema.label_logits import LabelLogits
 from heterotune_flwr.dema.layer import MERGE_MESSAGE, DeMALayer, MergeError
 from heterotune_flwr.errors import BackboneError, ConfigError, HeteroTuneError
 
@@ -60,14 +64,39 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
     prefix = "dema_"
     tuner_layer_cls = DeMALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's class attribute)
+    _heads: LabelLogits | None = None
+    _heads_hook: RemovableHandle | None = None
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Resolve the slots' modules, then inject as PEFT does."""
+        """Resolve the slots' modules, then inject as PEFT does; a head's work begins with its first adapter."""
         config: DeMAConfig = self.peft_config[adapter_name]
         config.slot_modules = resolve_slots(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.backbone is not None:
+            compute_as_trained(model)
+        if config.head_labels is not None and self._heads is None:
+            self._heads = LabelLogits(model)
+            self._heads_hook = model.register_forward_hook(self._heads, with_kwargs=True)
+
+    def label_offsets(self, lines: Lines, adapter_name: str | None = None) -> Tensor:
+        """What an adapter's head (None: the active one's) adds to the labels' logits of prompts (``n x C``, float32).
+
+        ``lines``: the prompts' token ids. ConfigError: the adapter has no head.
+        """
+        name = adapter_name or self.active_adapters[0]
+        if self._heads is None or self.peft_config[name].head_labels is None:
+            raise ConfigError(f"the adapter {name!r} has no head: it is of no closed label set")
+        return self._heads.offsets(name, lines)
+
+    def unload(self) -> nn.Module:
+        """Return the base model without adapters and what they did to its logits."""
+        if self._heads_hook is not None:
+            self._heads_hook.remove()
+            self._heads, self._heads_hook = None, None
+        base: nn.Module = super().unload()
+        return base
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
