@@ -24,6 +24,7 @@ from heterotune_flwr.federation.roster import (
     describe_clients,
     without,
 )
+from heterotune_flwr.federation.simulated import check_size
 from heterotune_flwr.flower import Grid, is_simulation
 from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.messages import Header
@@ -63,6 +64,9 @@ class Session:
         if key not in self._rosters:
             words = self.maps.words() if method.kind == "dema" else []
             self.journal.event("asking", seed=seed, needed=self.minimum)
+            if is_simulation(self.grid):
+                clients = sum(entry.clients for entry in self.config.types)
+                check_size(self.grid, clients, self.config.server.wait_seconds)
             roster = describe_clients(
                 self.grid,
                 Header(f"{self.run_name}-describe", seed, method, train=train),

@@ -5,6 +5,9 @@ all messages that are stored: quadratic, and in the server's own process. With a
 took three quarters of a core. Here only some messages are under way, whoever is asked (:func:`most_in_flight`), and a
 node without a message costs one look into a set (:func:`mend_poll`).
 
+*Another number of nodes.* Flower makes two unless told otherwise, all in one go. So a run need not wait for more of
+them, and says at once how many it needs (:func:`check_size`).
+
 *Dead workers.* When a Ray actor dies (out of memory, SIGKILL), Flower puts it back among the idle ones. It then answers
 whatever it is given with an error at once, and so takes most of the messages that follow. With :func:`mend_actor_pool`
 the pool gets a fresh actor instead. The message that was lost is sent once more by the server
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from heterotune_flwr.errors import FederationError
 from heterotune_flwr.flower import Grid
 
 log = logging.getLogger(__name__)
@@ -33,11 +37,32 @@ _ATTRIBUTES = ("_future_to_actor", "pool", "create_actor_fn")
 _BELIEVED = 0.02
 #: Messages under way per core, and at least: workers must find the next one while Flower sleeps between two looks.
 _PER_CORE, _LEAST = 8, 16
+#: Seconds without a new node after which a simulation has all of its nodes: even thousands are made faster.
+ALL_MADE_SECONDS = 3.0
 
 
 def in_simulation() -> bool:
     """Whether this process is the server of a Flower simulation."""
     return _SIMULATION in sys.modules
+
+
+def check_size(grid: Grid, clients: int, patience: float) -> None:
+    """Check that a simulation has a node for every client of a run (FederationError); waits a moment for the last.
+
+    ``patience``: seconds to wait for the first node.
+    """
+    began = grew = time.monotonic()
+    known = 0
+    while (found := len(set(grid.get_node_ids()))) != clients:
+        now = time.monotonic()
+        if found > known:
+            known, grew = found, now
+        if now - grew > ALL_MADE_SECONDS if known else now - began > patience:
+            raise FederationError(
+                f"the simulation has {found} nodes, but the types of this run have {clients} clients: set "
+                f"num-supernodes={clients} (flwr run --federation-config), or change types.*.clients"
+            )
+        time.sleep(0.1)
 
 
 def most_in_flight(grid: Grid) -> int | None:
