@@ -12,6 +12,7 @@ from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.partition import ClientData, client_examples
 from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
+from heterotune_flwr.data.virtual_clients import owners_of
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.schema import Config, DataConfig
 from heterotune_flwr.strategies.build import strategy_config
@@ -44,7 +45,9 @@ def own_data(config: Config, tokenizers: dict[str, Any]) -> list[str]:
 def _used(config: Config) -> Iterator[str]:
     data, seed = config.data, config.run.seeds[0]
     total = sum(entry.clients for entry in config.types)
-    clients = [client_examples(data, index, total, seed) for index in range(total)]
+    clients = [
+        client_examples(data, index, total, seed, owners_of(config)) for index in range(total)
+    ]
     rows, test = len(own_file(data)), len(global_test(data))
     train = sum(len(client.train) for client in clients)
     personal = sum(len(client.personal_test) for client in clients)

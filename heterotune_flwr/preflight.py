@@ -20,6 +20,7 @@ from heterotune_flwr.data.label_trie import make_trie
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import make_form
+from heterotune_flwr.data.virtual_clients import owners_of
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.own_data import own_data
@@ -86,6 +87,11 @@ def preflight(config: Config) -> list[str]:
         raise ConfigError(
             "every type is a guest: somebody must train; set types.*.guest=false of one"
         )
+    if (config.server.min_clients or 0) > total:
+        raise ConfigError(
+            f"server.min_clients is {config.server.min_clients}, but the types have {total} clients: such a run would "
+            "wait in vain"
+        )
     asked = sample_size(learners, config.server.participation)
     if config.server.min_results > asked:
         raise ConfigError(
@@ -94,7 +100,7 @@ def preflight(config: Config) -> list[str]:
         )
     for seed in config.run.seeds:
         for partition in range(total):
-            client_examples(config.data, partition, total, seed)
+            client_examples(config.data, partition, total, seed, owners_of(config))
     tokenizers = _tokenizers(config)
     if labels and (config.train.loss != "tokens" or config.alignment.output == "labels"):
         _check_labels(config, labels, tokenizers)

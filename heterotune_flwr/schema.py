@@ -34,7 +34,16 @@ class TypeConfig:
         "of its weights; auto: what fits memory_gb",
         choices=(*BITS, AUTO),
     )
-    clients: int = option(1, "number of clients of this type (simulation only) [clients]", least=1)
+    clients: int = option(
+        1,
+        "number of clients of this type (simulation only); unsaid beside `owners`: as many as these [clients]",
+        least=1,
+    )
+    owners: list[str] | None = option(
+        None,
+        "data.partition natural: names of the natural clients that its clients hold, in their order "
+        "(data.groups_per_client each); null: the largest that no type names",
+    )
     revision: str | None = option(None, "hub revision, for hub ids")
     memory_gb: float | None = option(
         None,

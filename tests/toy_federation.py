@@ -25,7 +25,7 @@ from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.alignment.public_texts import round_anchors
 from heterotune_flwr.channels.predictions.record import DistillationRequest, Said
 from heterotune_flwr.channels.statistics.record import Request as StatisticsRequest
-from heterotune_flwr.client.identify import expand_types
+from heterotune_flwr.data.virtual_clients import expand_types
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.in_process import InProcessGrid

@@ -13,7 +13,6 @@ nothing of its data answers the server: its columns are named here, its labels b
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -29,32 +28,12 @@ from heterotune_flwr.client.floors import Floors
 from heterotune_flwr.client.identity import Identity
 from heterotune_flwr.client.node_keys import CLIENT, REQUIRED
 from heterotune_flwr.data.sources import is_shipped, label_set, public_labels
+from heterotune_flwr.data.virtual_clients import expand_types, owners_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.fields import choices_of
 from heterotune_flwr.names import ID_RULE, is_id
 from heterotune_flwr.program_version import code_hash
-from heterotune_flwr.schema import (
-    Config,
-    DataConfig,
-    TypeConfig,
-)
-
-
-def expand_types(types: Sequence[TypeConfig]) -> list[TypeConfig]:
-    """Type of every simulated client: the types in turn, each until it has its number of clients."""
-    return [types[index] for index in _turns(tuple(item.clients for item in types))]
-
-
-@functools.lru_cache(maxsize=16)
-def _turns(counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Index of the type of every client, in turn."""
-    left, order = list(counts), []
-    while any(left):
-        for index in range(len(left)):
-            if left[index] > 0:
-                left[index] -= 1
-                order.append(index)
-    return tuple(order)
+from heterotune_flwr.schema import Config, DataConfig
 
 
 #: What the configuration of a deployed client says in words.
@@ -84,13 +63,13 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
     if not is_simulated(node_config):
         return _deployed(config, node_config, run_id)
     partition, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
-    order = _turns(tuple(item.clients for item in config.types))
+    order = expand_types(config.types)
     if len(order) != count:
         raise ConfigError(
             f"the simulation has {count} nodes but the types have {len(order)} clients; set "
             f"num-supernodes={len(order)} or change types.*.clients"
         )
-    mine = config.types[order[partition]]
+    mine = order[partition]
     state_dir = _simulated_state_dir(config, run_id)
     return Identity(
         client_id=f"client-{partition:04d}",
@@ -98,6 +77,7 @@ def identify(config: Config, node_config: Mapping[str, Any], run_id: int | str =
         data=config.data,
         state_dir=state_dir,
         partition=(partition, count),
+        owners=owners_of(config),
         threads=config.run.worker_threads,
         memory_gb=mine.memory_gb,
         slots=mine.slots,

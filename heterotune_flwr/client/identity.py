@@ -14,7 +14,7 @@ from heterotune_flwr.client.floors import MOST_HELD, Floors
 from heterotune_flwr.client.holdout import split, whole_test
 from heterotune_flwr.client.node_book import NodeBook
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.partition import ClientData, client_examples, own_examples
+from heterotune_flwr.data.partition import ClientData, Owners, client_examples, own_examples
 from heterotune_flwr.data.sources import global_test, is_shipped
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.schema import (
@@ -35,7 +35,8 @@ class Identity:
     """A client of a run.
 
     ``data`` is the run's data configuration with this client's own files in it; ``partition`` is
-    (partition id, number of partitions) in a simulation, None in a deployment. ``answers``: whether what its model
+    (partition id, number of partitions) in a simulation, None in a deployment; ``owners`` are the natural clients that
+    a simulation's types name. ``answers``: whether what its model
     writes on public prompts may leave it, ``class_sums``: whether its classes' counts and sums may; a deployed client's
     owner must say so. ``guest``: it trains on no example of its own. ``floors``: what a deployed client holds to, None
     in a simulation.
@@ -46,6 +47,7 @@ class Identity:
     data: DataConfig
     state_dir: Path
     partition: tuple[int, int] | None = None
+    owners: Owners = ()
     threads: int = 1
     anchors: str | None = None
     memory_gb: float | None = None
@@ -128,7 +130,7 @@ class Identity:
         every run and seed the same (:mod:`.holdout`).
         """
         if self.partition is not None:
-            found = client_examples(self.data, *self.partition, seed)
+            found = client_examples(self.data, *self.partition, seed, self.owners)
             return dataclasses.replace(found, train=[]) if self.guest else found
         if self.data.train is None:
             return ClientData([], [])
@@ -139,7 +141,7 @@ class Identity:
     def examples_key(self, seed: int) -> tuple[str, ...]:
         """What :meth:`examples` depends on, the settings in ``data`` apart."""
         if self.partition is not None or self.data.train is None:
-            return (self.client_id, repr(self.partition), str(seed), str(self.guest))
+            return (self.client_id, repr((self.partition, self.owners)), str(seed), str(self.guest))
         return (self.client_id, str(self.state_dir), self.stamp(self.data.train), str(self.guest))
 
     @cached_property

@@ -23,6 +23,7 @@ def check_choices(config: Config) -> None:
     for index, entry in enumerate(config.types):
         check_fields(entry, f"types.{index}")
     _check_data(config)
+    _check_owners(config)
     _check_run(config)
     if len(set(config.method.views)) != len(config.method.views):
         raise ConfigError.of("method.views", config.method.views, "name each once")
@@ -67,6 +68,31 @@ def _check_data(config: Config) -> None:
             config.data.max_answer_tokens,
             "it must be below data.max_length",
         )
+
+
+def _check_owners(config: Config) -> None:
+    """Natural clients that types name: each once, and as many as their clients hold."""
+    each, taken = config.data.groups_per_client, dict[str, str]()
+    for index, entry in enumerate(config.types):
+        if entry.owners is None:
+            continue
+        where = f"types.{index}.owners"
+        if config.data.partition != "natural":
+            raise ConfigError.of(
+                where, entry.owners, "natural clients are dealt by data.partition=natural alone"
+            )
+        if len(entry.owners) != entry.clients * each:
+            of = f" of data.groups_per_client={each}" if each > 1 else ""
+            raise ConfigError.of(
+                where,
+                entry.owners,
+                f"{len(entry.owners)} named for {entry.clients} clients{of}: name {entry.clients * each}, or set "
+                f"types.{index}.clients",
+            )
+        for name in entry.owners:
+            if name in taken:
+                raise ConfigError.of(where, name, f"it is owned by {taken[name]} already")
+            taken[name] = where
 
 
 def _check_run(config: Config) -> None:

@@ -294,6 +294,7 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
     _check_keys(content, Config, "")
     check_texts(content)
     _forget_shipped_data(content.get("data"), said)
+    _count_owners(content)
     _add_compared_strategies(content)
     if not trusted:
         refuse_interpolation(content)
@@ -325,6 +326,16 @@ def _forget_shipped_data(data: Any, said: set[str]) -> None:
     if data.get("name") != NATURAL_INSTRUCTIONS:
         for key in ABOUT_SHIPPED - said:
             data.pop(key, None)
+
+
+def _count_owners(content: dict[str, Any]) -> None:
+    """A type that names natural clients, and no number of clients, has as many as these."""
+    data = content.get("data")
+    each = (data or {}).get("groups_per_client", 1)
+    for entry in content.get("types") or []:
+        owners = entry.get("owners")
+        if isinstance(owners, list) and "clients" not in entry and isinstance(each, int):
+            entry["clients"] = max(len(owners) // max(each, 1), 1)
 
 
 def _check_untrusted(config: str, overrides: str | Sequence[str]) -> None:

@@ -8,9 +8,11 @@
     examples per client the whole pool is dealt out, every example once, in equal shares: who comes later
     gets of a label what is left. For open text, whose answers hardly repeat, natural clients (tasks,
     topics) take the labels' place where the file names them.
-``iid``, ``natural``
-    The partitioners of flwr-datasets; ``natural`` takes the largest natural clients, ``groups_per_client``
-    of them for every client of the run.
+``iid``
+    All rows in random order, in equal shares.
+``natural``
+    A client of the run holds ``groups_per_client`` natural clients: those that its type names (``types.N.owners``),
+    else the largest that nobody named.
 
 Beside what a client trains on and its own test it has a *choosing set* (:func:`choosing_size`), by which it decides
 what it takes home. Where a run sets the number of training examples it comes from what nobody was dealt, as far as that
@@ -21,8 +23,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,8 @@ from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.pools import Pool, answers_of
 from heterotune_flwr.data.sources import check_labels, label_set, own_file, training_pool
 from heterotune_flwr.errors import DataError
+from heterotune_flwr.fields import nearest
+from heterotune_flwr.names import safe_text
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.seeds import generator
 
@@ -43,6 +47,10 @@ PARTITIONS = ("dirichlet", "iid", "natural")
 _HELD_OUT = 0.25
 #: Fewest examples to choose by, where a third of a client's own are as many.
 _CHOOSING = 20
+#: Natural clients that an error names.
+_TOLD = 12
+#: For every client of a run the natural clients that its type names for it; empty where none does.
+Owners = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -160,49 +168,67 @@ def _undealt(
 
 
 def _iid(pool: Sequence[Example], num_partitions: int, seed: int) -> list[list[int]]:
-    from datasets import Dataset
-    from flwr_datasets.partitioner import IidPartitioner
-
     order = generator(seed, "data.iid").permutation(len(pool))
-    partitioner = IidPartitioner(num_partitions=num_partitions)
-    partitioner.dataset = Dataset.from_dict({"index": order.tolist()})
-    return [list(partitioner.load_partition(i)["index"]) for i in range(num_partitions)]
+    return [part.tolist() for part in np.array_split(order, num_partitions)]
 
 
 def _natural(
-    pool: Sequence[Example], num_partitions: int, seed: int, field: str, groups: int
+    pool: Sequence[Example],
+    num_partitions: int,
+    seed: int,
+    field: str,
+    groups: int,
+    owners: Owners,
 ) -> list[list[int]]:
-    from datasets import Dataset
-    from flwr_datasets.partitioner import NaturalIdPartitioner
+    rows: dict[str, list[int]] = defaultdict(list)
+    for index, example in enumerate(pool):
+        if example.client:
+            rows[example.client].append(index)
+    shares = []
+    for partition, held in enumerate(_held(rows, num_partitions, field, groups, owners)):
+        mixed: list[int] = []
+        for name in held:
+            rng = generator(seed, f"data.natural.{name}")
+            mixed += rng.permutation(rows[name]).tolist()
+        if groups > 1:
+            rng = generator(seed, f"data.natural.groups.{partition}")
+            mixed = [mixed[i] for i in rng.permutation(len(mixed))]
+        shares.append(mixed)
+    return shares
 
-    sizes = Counter(example.client for example in pool if example.client)
-    wanted = num_partitions * groups
-    if len(sizes) < wanted:
+
+def _held(
+    rows: Mapping[str, Sequence[int]],
+    num_partitions: int,
+    field: str,
+    groups: int,
+    owners: Owners,
+) -> list[tuple[str, ...]]:
+    """The natural clients that every client of the run holds (DataError: there is none of a name, or too few)."""
+    named = owners or ((),) * num_partitions
+    taken = {name for held in named for name in held}
+    where = f"in column {field!r} (data.client_field)"
+    for name in sorted(taken - set(rows)):
+        some = ", ".join(safe_text(one, 40) for one in sorted(rows)[:_TOLD])
+        more = ", ..." if len(rows) > _TOLD else ""
+        raise DataError(
+            f"types.*.owners names {name!r}, but the training file has no such natural client {where}"
+            f"{nearest(name, rows)} (it has {some or 'none'}{more})"
+        )
+    waiting = [partition for partition, held in enumerate(named) if not held]
+    wanted = len(waiting) * groups
+    free = sorted(set(rows) - taken, key=lambda name: (-len(rows[name]), name))
+    if len(free) < wanted:
         each = f" ({num_partitions} x data.groups_per_client={groups})" if groups > 1 else ""
         raise DataError(
-            f"partition natural: the training file names {len(sizes)} clients in column {field!r} "
-            f"(data.client_field), {wanted} are needed{each}"
+            f"partition natural: the training file names {len(rows)} clients {where}, "
+            f"{num_partitions * groups} are needed{each}"
         )
-    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:wanted]
-    kept = set(largest)
-    chosen = [index for index, example in enumerate(pool) if example.client in kept]
-    table = {"index": chosen, "client": [pool[index].client for index in chosen]}
-    partitioner = NaturalIdPartitioner(partition_by="client")
-    partitioner.dataset = Dataset.from_dict(table)
-    owners = {}
-    for number in range(wanted):
-        part = partitioner.load_partition(number)
-        rng = generator(seed, f"data.natural.{part['client'][0]}")
-        owners[part["client"][0]] = rng.permutation(list(part["index"])).tolist()
-    if groups == 1:
-        return [owners[name] for name in largest]
-    shares = []
-    for partition in range(num_partitions):
+    found = list(named)
+    for place, partition in enumerate(waiting):
         # Dealt in turn, so that every client has large and small ones.
-        mixed = [i for name in largest[partition::num_partitions] for i in owners[name]]
-        rng = generator(seed, f"data.natural.groups.{partition}")
-        shares.append([mixed[i] for i in rng.permutation(len(mixed))])
-    return shares
+        found[partition] = tuple(free[:wanted][place :: len(waiting)])
+    return found
 
 
 def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int], list[int]]:
@@ -233,14 +259,20 @@ _SETTINGS = (
 
 @functools.lru_cache(maxsize=8)
 def _shares(
-    of: Pool, settings: tuple[Any, ...], num_partitions: int, seed: int, closed: bool
+    of: Pool,
+    settings: tuple[Any, ...],
+    num_partitions: int,
+    seed: int,
+    closed: bool,
+    owners: Owners,
 ) -> list[list[int]]:
     pool, data = of.examples, DataConfig(**dict(zip(_SETTINGS, settings, strict=True)))
     if data.partition == "dirichlet":
         return _dirichlet(pool, _total(data), data.alpha, num_partitions, seed, closed)
     if data.partition == "iid":
         return _iid(pool, num_partitions, seed)
-    return _natural(pool, num_partitions, seed, data.client_field, data.groups_per_client)
+    groups = data.groups_per_client
+    return _natural(pool, num_partitions, seed, data.client_field, groups, owners)
 
 
 def _total(data: DataConfig) -> int | None:
@@ -274,11 +306,11 @@ def _check(data: DataConfig, pool: Sequence[Example], num_partitions: int) -> No
 
 
 def client_examples(
-    data: DataConfig, partition_id: int, num_partitions: int, seed: int
+    data: DataConfig, partition_id: int, num_partitions: int, seed: int, owners: Owners = ()
 ) -> ClientData:
     """Examples of simulated client ``partition_id`` of ``num_partitions``.
 
-    The same on every machine for equal arguments, whatever was asked for before.
+    The same on every machine for equal arguments, whatever was asked for before. ``owners``: :func:`owners_of`.
 
     Raises DataError: the file or the partition settings are wrong, or this client's shard would be empty.
     """
@@ -290,7 +322,7 @@ def client_examples(
         check_labels(pool, labels, f"training data {data.train or data.name}")
     _check(data, pool, num_partitions)
     settings = tuple(getattr(data, name) for name in _SETTINGS)
-    shares = _shares(Pool(pool), settings, num_partitions, seed, labels is not None)
+    shares = _shares(Pool(pool), settings, num_partitions, seed, labels is not None, owners)
     train, personal, choosing = _split(shares[partition_id], data)
     if not train:
         raise DataError(

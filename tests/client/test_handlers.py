@@ -11,8 +11,9 @@ import pytest
 from real_clients import LORA, LOW_FLOORS, METHOD, World, deployed_node, inline, make_maps
 from tiny_backbones import LABELS
 
-from heterotune_flwr.client.identify import expand_types, identify
+from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.data.virtual_clients import expand_types
 from heterotune_flwr.dema.bank import initial_tensors, slot_of
 from heterotune_flwr.errors import BackboneError, ConfigError, ExchangeError
 from heterotune_flwr.exchange.storage import load_tensors
