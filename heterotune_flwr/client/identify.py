@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from heterotune_flwr.fields import choices_of
 from heterotune_flwr.names import ID_RULE, is_id
 from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.schema import Config, DataConfig
-
 
 #: What the configuration of a deployed client says in words.
 _WORDS = (
