@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from heterotune_flwr import __version__, cli_backbones
+from heterotune_flwr import __version__, cli_backbones, cli_config
 from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
@@ -154,23 +154,7 @@ def status(
     typer.echo(json.dumps(found.to_json()) if as_json else render(found))
 
 
-@app.command()
-def config(
-    name: Annotated[
-        str | None, typer.Argument(help="preset or YAML file; without one, all presets are listed")
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """List the presets, or show a fully resolved configuration."""
-    from heterotune_flwr.config.compose import compose, describe_presets, to_yaml
-
-    if name is None:
-        for preset, purpose in describe_presets().items():
-            typer.echo(f"{preset:12} {purpose}")
-        return
-    typer.echo(to_yaml(compose(name, overrides or [])))
-
-
+app.command()(cli_config.config)
 app.command()(cli_backbones.fetch)  # the short form of `backbones fetch`
 app.add_typer(cli_backbones.app, name="backbones")
 

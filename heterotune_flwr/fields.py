@@ -57,10 +57,10 @@ def option(
         Whether a strategy sets it, and nobody else.
 
     """
-    said = _UNIT.fullmatch(text)
+    sentence, unit = with_unit(text)
     metadata = {
-        "help": said["help"] if said else text,
-        "unit": said["unit"] if said else "",
+        "help": sentence,
+        "unit": unit,
         "bounds": (least, above, most, below),
         "choices": tuple(choices),
         "plugins": plugins,
@@ -69,6 +69,12 @@ def option(
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def with_unit(text: str) -> tuple[str, str]:
+    """A sentence of help, and the unit in brackets at its end (empty: none)."""
+    said = _UNIT.fullmatch(text)
+    return (said["help"], said["unit"]) if said else (text, "")
 
 
 #: What :func:`kinds` has found out: every message's settings are checked.
@@ -108,8 +114,9 @@ def needed(field: dataclasses.Field[Any], kind: Any) -> str:
 
 def taken(field: dataclasses.Field[Any], plain: Any) -> str:
     """What a field of a type (without ``| None``) takes: ``a number above 0 and of at most 1``."""
-    if choices := choices_of(field):
-        return f"one of {', '.join(choices)}"
+    if choices := field.metadata.get("choices"):
+        more = ", or of an installed package" if field.metadata["plugins"] else ""
+        return f"one of {', '.join(choices)}{more}"
     least, above, most, below = field.metadata.get("bounds", (None,) * 4)
     if least is not None and most is not None:
         limits = f" from {least:g} to {most:g}"
@@ -117,7 +124,8 @@ def taken(field: dataclasses.Field[Any], plain: Any) -> str:
         words = {"of at least": least, "above": above, "of at most": most, "below": below}
         said = [f"{word} {bound:g}" for word, bound in words.items() if bound is not None]
         limits = f" {' and '.join(said)}" if said else ""
-    return f"{_WORDS.get(plain, 'a mapping {key: value}')}{limits}"
+    other = "a list of mappings" if typing.get_origin(plain) is list else "a mapping {key: value}"
+    return f"{_WORDS.get(plain, other)}{limits}"
 
 
 def _fits(field: dataclasses.Field[Any], value: Any) -> bool:

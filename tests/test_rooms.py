@@ -31,7 +31,9 @@ FLOORS = (
     "preflight experiment",
     "runs",
     "worker deploy",
-    "cli_backbones",
+    "settings",
+    "settings_page",
+    "cli_backbones cli_config",
     "cli",
     "entry",
 )

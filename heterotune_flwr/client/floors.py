@@ -22,7 +22,7 @@ PREFIX = "floor-"
 
 @dataclass(frozen=True)
 class Floors:
-    """The floors that are the owner's to change, with what they are for in one line each."""
+    """What a deployed node holds to whatever a run says; what goes below is refused."""
 
     test_examples: int = option(20, "a test of this node's rows is of at least so many [examples]")
     step_examples: int = option(

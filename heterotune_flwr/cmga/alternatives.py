@@ -26,6 +26,12 @@ def pcgrad(orders: int = 24) -> Transform:
     """PCGrad (arXiv 2001.06782): of two types whose inner product is negative each loses its part along the other.
 
     ``deconflict`` at threshold 0 without the correction for noise, averaged over orders instead of drawn.
+
+    Parameters
+    ----------
+    orders
+        Most orders that are averaged over. [orders]
+
     """
     plain = deconflict(0.0, orders)
 
@@ -41,6 +47,14 @@ def cagrad(c: float = 0.5, rescale: bool = True) -> Transform:
 
     ``d = g0 + sqrt(phi) / |g_w| g_w`` with ``phi = c^2 |g0|^2``, ``g_w = w G`` and w on the simplex minimising
     ``<g_w, g0> + sqrt(phi) |g_w|``.
+
+    Parameters
+    ----------
+    c
+        How far from the mean the direction may lie, in lengths of the mean, in [0, 1). [share]
+    rescale
+        Whether the step is made as long as the plain weighted mean.
+
     """
     if not 0 <= c < 1:
         raise ConfigError(f"cagrad.c is {c}, it must be in [0, 1)")
@@ -68,6 +82,14 @@ def fedmgda_plus(epsilon: float = 1.0, rescale: bool = True) -> Transform:
 
     No weight is further than ``epsilon`` from equal.
     ``epsilon = 1`` is MGDA on unit updates, 0 their plain mean. Applied to types where the paper has clients.
+
+    Parameters
+    ----------
+    epsilon
+        Furthest that a weight may lie from equal, 0 to 1. [share]
+    rescale
+        Whether the step is made as long as the plain weighted mean.
+
     """
     if not 0 <= epsilon <= 1:
         raise ConfigError(f"fedmgda_plus.epsilon is {epsilon}, it must be in [0, 1]")
@@ -88,6 +110,12 @@ def aligned_mtl(rescale: bool = True) -> Transform:
 
     With ``G G' = V diag(lambda) V'``: ``d = sqrt(lambda_min) sum_m w_m (V diag(lambda)^-1/2 V' G)_m``, equal w,
     lambda_min the smallest eigenvalue that is not zero.
+
+    Parameters
+    ----------
+    rescale
+        Whether the step is made as long as the plain weighted mean.
+
     """
 
     def coefficients(products: Matrix) -> Vector:
@@ -104,7 +132,16 @@ def aligned_mtl(rescale: bool = True) -> Transform:
 
 
 def ties(density: float = 0.2, rescale: bool = True) -> Transform:
-    """TIES (arXiv 2306.01708): trim to the largest ``density``, elect a sign per number, average those who agree."""
+    """TIES (arXiv 2306.01708): trim to the largest ``density``, elect a sign per number, average those who agree.
+
+    Parameters
+    ----------
+    density
+        How many of an update's numbers are kept, the largest, in (0, 1]. [share]
+    rescale
+        Whether the step is made as long as the plain weighted mean.
+
+    """
     if not 0 < density <= 1:
         raise ConfigError(f"ties.density is {density}, it must be in (0, 1]")
 

@@ -68,6 +68,14 @@ def deconflict(threshold: float = -0.1, orders: int = 24) -> Transform:
     Two types conflict where ``cos(g_a, g_b) / sqrt(rel_a rel_b) < threshold``: the division undoes
     what noise takes off a cosine. There the component along ``g_b`` is removed from ``g_a``
     (PCGrad, arXiv 2001.06782), averaged over the orders in which the others are visited.
+
+    Parameters
+    ----------
+    threshold
+        Corrected cosine below which two types conflict, not above 0. [cosine]
+    orders
+        Most orders that are averaged over. [orders]
+
     """
     if threshold > 0:
         raise ConfigError(f"deconflict.threshold is {threshold}; it must not be above 0")
@@ -148,6 +156,11 @@ def _guarded(direction: Vector, types: tuple[Member, ...]) -> tuple[Vector, floa
 def combine(weights: str = "reliability", rescale: bool = True, guard: bool = True) -> Transform:
     """``d = sum_m w_m g^_m``, as long as the plain weighted mean (docs/method.md, 4.5).
 
+    The guard moves d towards the shortest point of the convex hull of the types' unit updates, by the smallest blend
+    that achieves ``<d, g_m> >= 0`` (up to rounding). Where the types leave no common descent direction at all (exactly
+    opposite updates), nothing is applied. Neither a plain average nor PCGrad with three or more types gives such a
+    guarantee; a momentum or Adam server step after it does not keep it for the round's own updates.
+
     Parameters
     ----------
     weights
@@ -157,12 +170,8 @@ def combine(weights: str = "reliability", rescale: bool = True, guard: bool = Tr
         Give d the norm of the plain example-weighted mean of the clients' raw updates, so that no
         rule wins by a hidden learning rate.
     guard
-        After this step ``<d, g_m> >= 0`` for *every* type (up to rounding), g_m being the type's
-        mean before any other transform: d is moved towards the shortest point of the convex hull
-        of the types' unit updates, by the smallest blend that achieves it. Where the types leave
-        no common descent direction at all (exactly opposite updates), nothing is applied. Neither
-        a plain average nor PCGrad with three or more types gives such a guarantee; a momentum or
-        Adam server step after it does not keep it for the round's own updates.
+        Whether no type is worked against: after this step ``<d, g_m> >= 0`` for *every* type, g_m being the type's mean
+        before any other transform.
 
     """
     if weights not in {"reliability", "equal", "examples"}:
@@ -194,7 +203,7 @@ def server_opt(
     beta2: float = 0.99,
     tau: float = 1e-3,
 ) -> Transform:
-    """Server optimizer on the combined direction (docs/method.md, 4.6); see :mod:`.server_optimizers`."""
+    """Server optimizer on the combined direction (docs/method.md, 4.6): :class:`.ServerOptimizer`."""
     optimizer = ServerOptimizer(kind, learning_rate, momentum, beta2, tau)
 
     def update(updates: Updates, state: State) -> tuple[Updates, State]:

@@ -27,11 +27,11 @@ def downweight_outliers(decay: float = 0.9, floor: float = 0.03, power: float = 
     Parameters
     ----------
     decay
-        How much of the old pull stays, in [0, 1).
+        How much of the old pull stays, in [0, 1). [share]
     floor
-        Dissent that is normal: far below it nobody loses weight. Above 0.
+        Dissent that is normal: far below it nobody loses weight. Above 0. [squared length]
     power
-        How sharply weight falls with dissent; 0: not at all.
+        How sharply weight falls with dissent; 0: not at all. [power]
 
     """
     if not 0 <= decay < 1 or not floor > 0 or not power >= 0:

@@ -28,7 +28,7 @@ def within_type_mean(
     hostile: int = 1,
     keep: int | None = None,
 ) -> Transform:
-    """``g_m``: example-weighted mean of type m's clients (docs/method.md, 4.1), or a robust ``rule`` (:mod:`.robust`).
+    """``g_m``: example-weighted mean of type m's clients (docs/method.md, 4.1), or a robust one (:class:`.RobustMean`).
 
     With a rule, the reference whose norm later transforms take is the mean of the types' robust means.
     """
@@ -62,6 +62,12 @@ def equalise_norms(decay: float = 0.9) -> Transform:
 
     The average starts at the first norm a type shows, so scaling all updates of one type by a
     constant changes nothing. A zero update stays zero and does not enter the average.
+
+    Parameters
+    ----------
+    decay
+        How much of the old average stays, in [0, 1). [share]
+
     """
     if not 0 <= decay < 1:
         raise ConfigError(f"equalise_norms.decay is {decay}, it must be in [0, 1)")
@@ -130,6 +136,20 @@ def weigh_reliability(
     keeps the rho it earned before, and without a past it gets the median of the others (rel = 1
     where nobody has any). ``age`` is the number of rounds a type was absent before this one: its
     record is that old.
+
+    Parameters
+    ----------
+    decay
+        How much of a type's old reliability stays. [share]
+    floor
+        Least agreement of two halves that is reckoned with. [cosine]
+    staleness
+        Factor on a type's weight for every round it was absent. [factor]
+    cap
+        Most weight of one type. [share]
+    splits
+        Random halves that agreement is averaged over. [halves]
+
     """
 
     def update(updates: Updates, state: State) -> tuple[Updates, State]:

@@ -13,7 +13,7 @@ class FedRolex(HeteroFL):
 
     So that every entry of the parent is trained, whatever the widths. Between rounds a client's slice is another part
     of the parent; tests after round j are of the slices of round j. The rest, what it supports and refuses included, is
-    :class:`.heterofl.HeteroFL`'s; no Scaler unless asked for.
+    :class:`.heterofl.HeteroFL`'s, its parameters too; no Scaler unless asked for.
     """
 
     def __init__(

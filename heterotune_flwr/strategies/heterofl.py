@@ -42,7 +42,7 @@ class HeteroFL(HeteroStrategy):
     context
         See :class:`StrategyContext`.
     ratios
-        Widths as shares of the parent's.
+        Widths as shares of the parent's, of the clients in turn. [share]
     scaler
         Whether outputs of a slice's linear layers are divided by its width.
 

@@ -39,9 +39,9 @@ class HeteroTune(HeteroStrategy):
         The CMGA chain as a list of ``{transform: name, option: value}``; null for the default.
     personalization_phase
         Share of the rounds that the phase takes, 0 to less than 1, rounded down to whole rounds; channels that teach
-        are at work in it alone. 0, or no such channel: there is no phase, and they are at work in every round.
+        are at work in it alone. 0, or no such channel: there is no phase, and they are at work in every round. [share]
     mixing
-        Share of the mean over types, 0 to 1, that every type's experts take after every round of the phase.
+        Share of the mean over types, 0 to 1, that every type's experts take after every round of the phase. [share]
 
     """
 

@@ -77,6 +77,14 @@ class RankedLoRAStrategy(LoRAStrategy):
 
     The server holds factors of the largest rank; a client of rank r is sent the first r rows of A and columns of B.
     Without ``ranks`` everybody has ``method.lora_rank``.
+
+    Parameters
+    ----------
+    context
+        See :class:`StrategyContext`.
+    ranks
+        LoRA ranks of a type's clients, in turn; null: ``method.lora_rank`` for all. [rank]
+
     """
 
     def __init__(self, context: StrategyContext, ranks: Sequence[int] | None = None) -> None:

@@ -50,6 +50,14 @@ def test_config_lists_presets_and_shows_a_resolved_one(heterotune: Call) -> None
     assert "_component_: heterotune_flwr.strategies.heterotune.HeteroTune" in shown
 
 
+def test_config_explains_settings(heterotune: Call) -> None:
+    shown = heterotune("config", "--explain", "train.local_steps", "max_length").stdout
+    assert "train.local_steps = 12 [steps]   (a whole number of at least 1)" in shown
+    assert "data.max_length = 128 [tokens]" in shown
+    assert "exchange.codec" in heterotune("config", "--explain").stdout
+    assert heterotune("config", "--explain", "--markdown").stdout.startswith("# Settings")
+
+
 def test_a_dry_run_checks_and_shows_the_configuration(heterotune: Call, tmp_path: Path) -> None:
     compared = "run.compare=[within_type]"
     done = heterotune("run", "quick", compared, "--dry-run", "--dir", str(tmp_path / "x"))
@@ -66,6 +74,7 @@ def test_a_dry_run_checks_and_shows_the_configuration(heterotune: Call, tmp_path
         (["run", "demo", "train.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["run", "demo", "types.0.backbone=smollm3"], "did you mean 'smollm2'"),
         (["report", "/nowhere"], "results.json"),
+        (["config", "--explain", "train.lr"], "did you mean 'train.learning_rate'"),
         (["fetch", "gemma3-270m"], "--accept-gemma-terms"),
         (["fetch", "lama"], "unknown backbone"),
     ],
