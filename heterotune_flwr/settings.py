@@ -203,7 +203,7 @@ def _table(path: str, cls: type) -> Section:
 
 def _arguments(function: Any, path: str) -> Iterator[Setting]:
     """The options of a transform or a strategy's class, with the sentences of its docstring."""
-    made = function.__init__ if isinstance(function, type) else function
+    made = inspect.getattr_static(function, "__init__") if isinstance(function, type) else function
     hints, texts = typing.get_type_hints(made), _parameter_texts(function)
     for name, parameter in inspect.signature(function).parameters.items():
         if name == "context":
