@@ -88,8 +88,9 @@ def _texts(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
     rows = list(own_file(data))
     if not splits(data):
         rows += global_test(data)
-    tokens = loss_kind(config.train, label_set(data)) == "tokens"
-    yield from how_they_fit(rows, data, tokens, tokenizers)
+    labels = label_set(data)
+    chosen = labels if loss_kind(config.train, labels) == "labels" else None
+    yield from how_they_fit(rows, data, chosen, tokenizers)
 
 
 def _settings(config: Config) -> Iterator[str]:

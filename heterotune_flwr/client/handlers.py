@@ -99,7 +99,8 @@ def describe(message: Message, context: Context) -> RecordDict:
         rows := [*data.train, *data.personal_test, *data.choosing]
     ):
         found = {client.type_key: backbone.tokenizer}
-        for line in how_they_fit(rows, client.identity.data, task.kind == "tokens", found):
+        labels = task.labels if task.kind == "labels" else None
+        for line in how_they_fit(rows, client.identity.data, labels, found):
             log.info("of %d own examples: %s", len(rows), line)
     adapter = client.adapter(request.header.method)
     reply = DescribeReply(

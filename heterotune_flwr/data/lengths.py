@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.label_trie import make_trie
 from heterotune_flwr.data.template import make_form
 from heterotune_flwr.schema import DataConfig
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each text: prompt and answer together, and the answer with its end (0 where labels are one token).
+    """Tokens of each text: prompt and answer together, and the answer with its end (of labels: what is read of them).
 
     ``cut`` texts do not fit; ``shortest`` is the fewest tokens left of the prompt of one of them, and ``most`` a length
     (a multiple of 16) into which 99 of 100 texts fit.
@@ -26,15 +27,19 @@ class Lengths:
     most: int
 
 
-def lengths(tokenizer: Any, data: DataConfig, examples: Sequence[Example], tokens: bool) -> Lengths:
-    """Measure examples as they are encoded for training; with ``tokens`` the answer counts too.
+def lengths(
+    tokenizer: Any, data: DataConfig, examples: Sequence[Example], labels: Sequence[str] | None
+) -> Lengths:
+    """Measure examples as they are encoded for training; the answer counts where it is written token by token.
 
-    Where answers are generated, the place that is kept free for them counts like an answer.
+    Of ``labels`` (None: there are none) the longest part that is read has room behind every prompt. Where answers are
+    generated, the place that is kept free for them counts like an answer.
     """
-    prompts, answers = make_form(tokenizer, data).sizes(examples)
-    if not tokens:
-        answers = [0] * len(prompts)
-    free = data.max_answer_tokens if tokens and data.generate else 0
+    form = make_form(tokenizer, data)
+    prompts, answers = form.sizes(examples)
+    if labels is not None:
+        answers = [make_trie(form, labels).longest] * len(prompts)
+    free = data.max_answer_tokens if labels is None and data.generate else 0
     totals = [p + max(a, free) for p, a in zip(prompts, answers, strict=True)]
     left = [
         max(
@@ -49,19 +54,22 @@ def lengths(tokenizer: Any, data: DataConfig, examples: Sequence[Example], token
 
 
 def how_they_fit(
-    rows: Sequence[Example], data: DataConfig, tokens: bool, tokenizers: dict[str, Any]
+    rows: Sequence[Example],
+    data: DataConfig,
+    labels: Sequence[str] | None,
+    tokenizers: dict[str, Any],
 ) -> Iterator[str]:
     """Say what is cut, and which answers can never match, for the type that fits the texts least.
 
-    ``tokens``: the answers are written token by token, not labels.
+    ``labels``: what the loss chooses from; None: answers are written token by token.
     """
-    found = {name: lengths(one, data, rows, tokens) for name, one in tokenizers.items()}
+    found = {name: lengths(one, data, rows, labels) for name, one in tokenizers.items()}
     name = max(found, key=lambda one: found[one].cut)
     worst = found[name]
     yield _cut(worst, name, data)
-    if tokens:
+    if labels is None:
         yield from _over_long(rows, worst, name, data)
-    if tokens and data.generate:
+    if labels is None and data.generate:
         yield from _unmatched(rows, max(found.values(), key=lambda one: sum(one.answers)), data)
 
 

@@ -78,6 +78,17 @@ def test_what_is_cut_is_counted_with_what_is_left(tmp_path, tokenizer):
     assert "no text is cut" in said(path, tokenizer, f"data.max_length={wide}")
 
 
+def test_labels_that_share_tokens_take_room_from_their_prompts(tmp_path, tokenizer):
+    """A prompt that just fits is cut by what is read of the labels behind it."""
+    rows = [{"text": f"red apples {n}", "label": LABELS[n % 3]} for n in range(30, 60)]
+    path = rows_of(tmp_path / "apart.jsonl", rows)
+    longest = int(said(path, tokenizer).split("the longest has ")[1].split(" of")[0])
+    assert "no text is cut" in said(path, tokenizer, f"data.max_length={longest}")
+    alike = [{**row, "label": f"quiet {row['label']}"} for row in rows]
+    text = said(rows_of(path, alike), tokenizer, f"data.max_length={longest}")
+    assert f"100 % of the prompts are cut to fit data.max_length={longest} tokens" in text
+
+
 def test_answers_that_are_too_long_or_never_match(tmp_path, tokenizer):
     rows = [{"text": f"a song {n}", "label": f"{LABELS[n % 3]} {n}"} for n in range(40)]
     rows[11]["label"] = "music " * 150
