@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heterotune_flwr.config.choices import check_choices, check_left_alone
 from heterotune_flwr.config.numbers import check_numbers
+from heterotune_flwr.config.paths import beside
 from heterotune_flwr.config.plain import (
     DEEPEST,
     LONGEST,
@@ -100,7 +101,7 @@ def _find_preset(config: str, trusted: bool) -> dict[str, Any]:
                 raise ConfigError(
                     f"configuration file {config} is empty; name a preset, or write a run into it"
                 )
-            return content
+            return beside(content, path.resolve().parent)
         named = conf_root() / path.name
         if named.is_file():
             return _read(named)
