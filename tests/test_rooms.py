@@ -27,6 +27,7 @@ FLOORS = (
     "client federation",
     "strategies",
     "reporting",
+    "export",
     "own_data",
     "preflight experiment",
     "runs",

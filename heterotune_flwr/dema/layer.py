@@ -167,6 +167,14 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         active: Any = self.active_adapters
         return [str(name) for name in active if name in self.slots]
 
+    def head(self, adapter_name: str) -> LabelHead | None:
+        """The frozen head of one adapter; None where it has none, or not here."""
+        return (
+            cast(LabelHead, self.dema_head[adapter_name])
+            if adapter_name in self.dema_head
+            else None
+        )
+
     def experts(self, adapter_name: str) -> dict[str, Expert]:
         """``{tier}.{index}`` -> expert of one adapter, in the order of the gate's rows."""
         tiers = cast(nn.ModuleDict, self.dema_experts[adapter_name])

@@ -9,7 +9,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from heterotune_flwr.backbones.loading import compute_as_trained
 from heterotune_flwr.backbones.reader import Lines
@@ -65,7 +64,6 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = DeMALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's class attribute)
     _heads: LabelLogits | None = None
-    _heads_hook: RemovableHandle | None = None
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -78,7 +76,6 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
             compute_as_trained(model)
         if config.head_labels is not None and self._heads is None:
             self._heads = LabelLogits(model)
-            self._heads_hook = model.register_forward_hook(self._heads, with_kwargs=True)
 
     def label_offsets(self, lines: Lines, adapter_name: str | None = None) -> Tensor:
         """What an adapter's head (None: the active one's) adds to the labels' logits of prompts (``n x C``, float32).
@@ -92,9 +89,9 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
 
     def unload(self) -> nn.Module:
         """Return the base model without adapters and what they did to its logits."""
-        if self._heads_hook is not None:
-            self._heads_hook.remove()
-            self._heads, self._heads_hook = None, None
+        if self._heads is not None:
+            self._heads.remove()
+            self._heads = None
         base: nn.Module = super().unload()
         return base
 
@@ -141,7 +138,7 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The adapter's name stands right after ``dema_*``, deeper than PEFT expects."""
-        pattern = rf"(\.dema_(?:experts|gate|maps))\.{re.escape(adapter_name)}(?=\.|$)"
+        pattern = rf"(\.dema_(?:experts|gate|maps|head))\.{re.escape(adapter_name)}(?=\.|$)"
         return re.sub(pattern, r"\1", key)
 
     def _replace_module(

@@ -308,12 +308,20 @@ def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
         raise _damaged(path, f"its format is {str(version)[:20]}, this version reads {FORMAT}")
     try:
         digests = _as(dict[str, str], plain.pop("digests", None), "digests")
-        facts: KeptFacts = _as(KeptFacts, plain, "it")
-        if facts.took not in MODELS or set(digests) - set(_PARTS):
+        facts = read_facts(plain)
+        if set(digests) - set(_PARTS):
             raise ValueError("it names a model that this version does not know")
     except ValueError as error:
         raise _damaged(path, str(error)) from error
     return facts, digests
+
+
+def read_facts(plain: Any) -> KeptFacts:
+    """Facts from their JSON (ValueError: they are none, or of another version)."""
+    facts: KeptFacts = _as(KeptFacts, plain, "it")
+    if facts.took not in MODELS or facts.format != FORMAT:
+        raise ValueError("it is of another version")
+    return facts
 
 
 def _as(kind: Any, value: Any, where: str) -> Any:

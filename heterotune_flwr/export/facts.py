@@ -1,0 +1,85 @@
+"""What an export folder says of itself: ``heterotune.json``, and which models lie where."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED, KeptFacts, read_facts
+
+#: Raised when what stands in the file changes its meaning.
+FORMAT = 1
+FILE = "heterotune.json"
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What stands in ``heterotune.json``.
+
+    Attributes
+    ----------
+    record
+        Facts of the kept record; of a whole type without what is one client's own.
+    model
+        What the folder itself holds: ``federated`` or ``alone``; others lie in folders of their names.
+    clients
+        Of how many clients it is: 1, or a type's.
+    whole_type
+        Whether it is the model that a type shares.
+    bytes
+        What travelled for one client in a round (``up``, ``down``); empty where it is not known here.
+    outside
+        What the reported model adds that the adapter's files do not hold: ``prior``.
+
+    """
+
+    record: KeptFacts
+    model: str = FEDERATED
+    clients: int = 1
+    whole_type: bool = False
+    bytes: dict[str, float] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write the file."""
+        atomic_write_text(folder / FILE, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> ExportFacts:
+        """Read an export folder's facts (ConfigError: it is none, or of another version)."""
+        path = folder / FILE
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} is no exported model: it has no {FILE}; make one with: heterotune export RUN OUT"
+            )
+        try:
+            plain = parse_json(path.read_text())
+            if plain.pop("format", None) != FORMAT:
+                raise ValueError(f"this version reads format {FORMAT}")
+            return cls(**{**plain, "record": read_facts(plain["record"])})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ExchangeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{path} cannot be read: {reason}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+def models_in(folder: Path) -> dict[str, Path]:
+    """The trained models of an export folder (``federated``, ``alone``), each by the adapter folder it lies in.
+
+    The first is the one that the folder itself is. ConfigError: it is no export folder.
+    """
+    facts = ExportFacts.load(folder)
+    found = {facts.model: folder}
+    for name in (FEDERATED, ALONE):
+        if name not in found and (folder / name / "adapter_config.json").is_file():
+            found[name] = folder / name
+    return found

@@ -1,0 +1,83 @@
+"""The model that a type's clients share, without what is one client's own: from all their kept records."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from heterotune_flwr.dema.bank import initial_tensors, tier_of
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.schema import MethodConfig
+from heterotune_flwr.tuning.kept_model import FEDERATED, Choosing, KeptModel, Tensors
+
+#: Tiers that may differ between the clients of a type: their own experts, gates and cores.
+_OWN = ("private", "gate", "core")
+
+
+def shared_model(records: Sequence[KeptModel]) -> KeptModel:
+    """What the clients of one type share: no private experts, own gates or cores, no label prior, no own numbers.
+
+    Metrics are means over the clients.
+
+    Raises
+    ------
+    ConfigError
+        The clients share no model: what they hold differs in more than that.
+
+    """
+    first = records[0]
+    differing = {
+        name
+        for name, value in first.federated.items()
+        if any(not np.array_equal(value, other.federated[name]) for other in records[1:])
+    }
+    own = {name for name in first.federated if tier_of(name) in _OWN and name in differing}
+    if differing - own:
+        raise ConfigError(
+            f"clients of {first.type_key} share no model in strategy {first.strategy!r}; export one client's with "
+            f"--client {first.client_id}"
+        )
+    tensors, method = _without_private(first, differing)
+    return replace(
+        first,
+        client_id="",
+        method=method,
+        federated=tensors,
+        alone=None,
+        took=FEDERATED,
+        choosing=Choosing(0, {}),
+        prior=None,
+        examples={
+            name: sum(record.examples.get(name, 0) for record in records) for name in first.examples
+        },
+        tests={
+            model: _means([record.tests[model] for record in records if model in record.tests])
+            for model in first.tests
+            if model != "alone"
+        },
+    )
+
+
+def _means(tests: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = [name for name in tests[0] if all(name in test for test in tests)]
+    return {name: statistics.fmean(test[name] for test in tests) for name in names}
+
+
+def _without_private(record: KeptModel, differing: set[str]) -> tuple[Tensors, MethodConfig]:
+    """The shared tensors, and the method without private experts: their rows are cut out of the gates."""
+    method, tensors = record.method, {}
+    shared = method.experts_global + method.experts_type
+    drops = method.kind == "dema" and method.experts_private > 0 and shared > 0
+    for name, value in record.federated.items():
+        tier = tier_of(name)
+        if tier == "private" and drops:
+            continue
+        if name in differing:  # one client's own: as it was before anybody trained
+            value = initial_tensors({name: value.shape}, record.seed)[name]
+        if tier == "gate" and drops:
+            value = value[:shared]
+        tensors[name] = value
+    return tensors, replace(method, experts_private=0) if drops else method
