@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from heterotune_flwr import __version__, cli_backbones, cli_config
+from heterotune_flwr import __version__, cli_backbones, cli_config, cli_export
 from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
@@ -157,6 +157,9 @@ def status(
 app.command()(cli_config.config)
 app.command()(cli_backbones.fetch)  # the short form of `backbones fetch`
 app.add_typer(cli_backbones.app, name="backbones")
+app.command()(cli_export.export)
+app.command()(cli_export.evaluate)
+node_app.command("export")(cli_export.node_export)
 
 
 @app.command()

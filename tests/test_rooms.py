@@ -34,7 +34,7 @@ FLOORS = (
     "worker deploy",
     "settings",
     "settings_page",
-    "cli_backbones cli_config",
+    "cli_backbones cli_config cli_export",
     "cli",
     "entry",
 )

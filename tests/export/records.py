@@ -175,3 +175,35 @@ def attached_label_logits(
         rows.append((task.label_logits(states) + added + torch.tensor(record.prior))[0])
     assert task.trie is not None
     return task.encode(examples).inputs, task.trie.tokens, torch.stack(rows)
+
+
+def a_run(
+    folder: Path, records: list[tuple[KeptModel, dict[str, np.ndarray]]], take_home: bool = True
+) -> Path:
+    """A run directory with its clients' kept records, as after a run."""
+    import json
+
+    from heterotune_flwr.exchange.packing import tensor_digest
+    from heterotune_flwr.tuning.client_state import ClientStore
+    from heterotune_flwr.tuning.kept_model import kept_folder
+
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"name": "toy"}))
+    (folder / "config.yaml").write_text(f"server: {{take_home: {str(take_home).lower()}}}\n")
+    state = folder / "state"
+    state.mkdir()
+    sizes = {"up_per_client_round": 1500.0, "down_per_client_round": 2500.0}
+    runs = {}
+    for record, maps in records:
+        digest = tensor_digest(maps) if maps else ""
+        if maps:
+            store = ClientStore(state, record.experiment, record.client_id)
+            store.save_maps(maps, digest)
+        kept = replace(record, maps_digest=digest)
+        kept.save(kept_folder(state, record.experiment, record.client_id))
+        bytes_of = {"types": {record.type_key: sizes}}
+        runs[record.strategy, record.seed] = {
+            "strategy": record.strategy, "seed": record.seed, "bytes": bytes_of,
+        }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps({"runs": list(runs.values())}))
+    return folder

@@ -1,0 +1,169 @@
+"""``heterotune export``, ``heterotune node export`` and ``heterotune evaluate``, through the real command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from records import DEMA, a_record, a_run, write_rows
+from typer.testing import CliRunner
+
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.cli import app
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.sources import training_pool
+from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.export.facts import ExportFacts
+from heterotune_flwr.schema import DataConfig
+
+METHOD = replace(DEMA, experts_private=1, gate_scope="client")
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def refused(*words: object) -> str:
+    """The one line that a command ends with."""
+    outcome = call(*words)
+    assert isinstance(outcome.exception, HeteroTuneError), outcome.output
+    line = str(outcome.exception)
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def pool() -> list[Example]:
+    found = training_pool(DataConfig())
+    names = sorted({row.label for row in found})[:4]
+    return [row for row in found if row.label in names][:24]
+
+
+@pytest.fixture(scope="module")
+def run(pool: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clients of one type that share a bank, and one of another type that trained alone."""
+    labels = sorted({row.label for row in pool})
+    record, maps = a_record(BackboneSpec("tiny-a", "bf16"), pool, labels, METHOD)
+    own = {
+        name: value + ("private" in name or ".gate." in name)
+        for name, value in record.federated.items()
+    }
+    other = replace(record, client_id="client-0001", federated=own)
+    alone = replace(
+        record, strategy="local_only", experiment="toy-local_only-seed0", took="bare", alone=None
+    )
+    unlike = {name: value + 1 for name, value in record.federated.items()}
+    records = [record, other, alone, replace(alone, client_id="client-0001", federated=unlike)]
+    return a_run(tmp_path_factory.mktemp("runs") / "run", [(one, maps) for one in records])
+
+
+def test_a_clients_model_is_exported_and_measured(
+    run: Path, pool: list[Example], tmp_path: Path
+) -> None:
+    out, rows = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", pool)
+    done = call("export", run, out, "--client", "client-0000")
+    assert done.exit_code == 0, done.output
+    facts = ExportFacts.load(out)
+    assert facts.bytes == {"up": 1500.0, "down": 2500.0}
+    assert "1.5 kB up and 2.5 kB down" in (out / "README.md").read_text()
+    found = json.loads(call("evaluate", out, "--data", rows, "--json").stdout)
+    reported = {
+        name: {key.removeprefix("personal_"): value for key, value in test.items()}
+        for name, test in facts.record.tests.items()
+    }
+    assert found["models"] == reported
+    table = call("evaluate", out, "--data", rows, "--foreign").stdout.splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["untouched", "trained", "federated"]
+    assert table[3].endswith("*")
+    assert "not empty" in refused("export", run, out, "--client", "client-0000")
+
+
+def test_a_types_model_has_nothing_of_one_client(
+    run: Path, pool: list[Example], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = call("export", run, out, "--type", "tiny-a@bf16")
+    assert done.exit_code == 0, done.output
+    facts = ExportFacts.load(out)
+    assert (facts.clients, facts.whole_type, facts.record.prior) == (2, True, None)
+    assert facts.record.method.experts_private == 0
+    assert not (out / "alone").exists()
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["experts_private"] == 0
+    rows = write_rows(tmp_path / "rows.jsonl", pool)
+    found = json.loads(call("evaluate", out, "--data", rows, "--json").stdout)
+    assert set(found["models"]) == {"bare", "federated"}
+    assert "share no model" in refused(
+        "export", run, tmp_path / "new", "--type", "tiny-a@bf16", "--strategy", "local_only"
+    )
+
+
+def test_what_is_meant_must_be_clear(run: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    line = refused("export", run, new)
+    assert "2 clients" in line
+    assert "tiny-a@bf16: client-0000, client-0001" in line
+    assert "did you mean" in refused("export", run, new, "--client", "client-000")
+    assert "there are heterotune, local_only" in refused("export", run, new, "--strategy", "fedit")
+    assert "--seed is 3" in refused("export", run, new, "--seed", "3")
+    assert "there are tiny-a@bf16" in refused("export", run, new, "--type", "tiny-b")
+    assert "not both" in refused("export", run, new, "--type", "t", "--client", "c")
+    assert not new.exists()
+
+
+def test_a_bare_model_that_was_taken_is_told(run: Path, tmp_path: Path) -> None:
+    done = call(
+        "export", run, tmp_path / "out", "--strategy", "local_only", "--client", "client-0001"
+    )
+    assert done.exit_code == 0
+    assert "no trained model was better than the untouched one" in done.stderr
+
+
+def test_a_run_without_records_says_why(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "is no run directory" in refused("export", tmp_path, out)
+    switched_off = a_run(tmp_path / "off", [], take_home=False)
+    assert "server.take_home=false" in refused("export", switched_off, out)
+    gone = a_run(tmp_path / "gone", [])
+    assert "has been removed" in refused("export", gone, out)
+    (gone / "config.yaml").write_text("server: {rounds: 3}")
+    assert "older version" in refused("export", gone, out)
+    (gone / "results.json").unlink()
+    (gone / "rounds.jsonl").touch()
+    assert "without results yet" in refused("export", gone, out)
+
+
+def test_a_nodes_owner_exports_without_the_server(
+    run: Path, pool: list[Example], tmp_path: Path
+) -> None:
+    settings = tmp_path / "node.toml"
+    settings.write_text(
+        '[server]\naddress = "lab.example:8443"\n[client]\nclient-id = "client-0000"\n'
+        f'backbone = "tiny-a"\nbits = "bf16"\ndata = "mine.jsonl"\nstate-dir = "{run / "state"}"\n'
+    )
+    named = ["--settings", settings, "--experiment", "toy-heterotune-seed0"]
+    done = call("node", "export", tmp_path / "out", *named)
+    assert done.exit_code == 0, done.output
+    assert ExportFacts.load(tmp_path / "out").record.client_id == "client-0000"
+    assert "Not known on this machine" in (tmp_path / "out" / "README.md").read_text()
+    wrong = ["--settings", settings, "--experiment", "toy"]
+    assert "there are toy-heterotune" in refused("node", "export", tmp_path / "new", *wrong)
+    settings.write_text(settings.read_text().replace("client-0000", "somebody"))
+    line = refused("node", "export", tmp_path / "new", "--settings", settings)
+    assert "holds no model of somebody yet" in line
+
+
+def test_evaluate_names_what_is_wrong(run: Path, pool: list[Example], tmp_path: Path) -> None:
+    call("export", run, tmp_path / "out", "--client", "client-0000")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("review,kind\ngood text,admin\n")
+    assert "no column 'text'" in refused("evaluate", tmp_path / "out", "--data", rows)
+    named = ["--text-field", "review", "--label-field", "kind"]
+    assert call("evaluate", tmp_path / "out", "--data", rows, *named).exit_code == 0
+    assert "missing.csv" in refused(
+        "evaluate", tmp_path / "out", "--data", tmp_path / "missing.csv"
+    )
+    assert "is no exported model" in refused("evaluate", run, "--data", rows)
