@@ -91,9 +91,10 @@ class LabelTrie:
 def make_trie(form: Form, labels: Sequence[str]) -> LabelTrie:
     """The tree of some labels as whole answers; one that begins another is told from it by what ends an answer.
 
-    Raises DataError: two labels are the same to this tokenizer (names both), one begins another where there is no end
-    of text to tell them apart, or they leave no room for a prompt.
+    Raises DataError: two labels differ in white space alone or are the same to this tokenizer (names both), one begins
+    another where there is no end of text to tell them apart, or they leave no room for a prompt.
     """
+    _check_spaces(labels)
     answers = [tuple(ids) for ids in form.label_ids(labels)]
     longer = {ids[:end] for ids in answers for end in range(1, len(ids))}
     ending = tuple(form.ending)
@@ -118,6 +119,18 @@ def make_trie(form: Form, labels: Sequence[str]) -> LabelTrie:
         )
         raise DataError(problem, problem)
     return trie
+
+
+def _check_spaces(labels: Sequence[str]) -> None:
+    """Refuse labels that nobody would tell apart (DataError)."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(" ".join(label.split()), label)
+        if other != label:
+            problem = (
+                f"labels {other!r} and {label!r} differ in white space alone; write them alike"
+            )
+            raise DataError(problem, problem)
 
 
 def _shared(answers: Sequence[Ids]) -> Ids:

@@ -95,8 +95,13 @@ def test_a_thousand_labels_that_begin_one_another_are_told_apart():
 
 
 def test_labels_that_are_the_same_tokens_are_refused():
-    with pytest.raises(DataError, match="'good' and 'good ' are the same tokens"):
-        trie_of("good", "bad", "good ")
+    form = Words([0])
+    form.label_ids = lambda labels: [[WORDS[label.lower()]] for label in labels]
+    with pytest.raises(DataError, match="'good' and 'Good' are the same tokens"):
+        make_trie(form, ["good", "bad", "Good"])
+    for other in ("new york ", " new york", "new  york", "new\nyork"):
+        with pytest.raises(DataError, match="differ in white space alone; write them alike"):
+            trie_of("new york", "bad", other)
     with pytest.raises(DataError, match="'new' begins another one"):
         trie_of("new", "new york", ending=())
     # A label that says what ends an answer.
