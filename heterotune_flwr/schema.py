@@ -85,7 +85,16 @@ class DataConfig:
         "references", "column with a list of further right answers, where there is one (generation)"
     )
     prompt: str = option(
-        "Package: {text}\nSection:", "prompt form; the answer follows after one space"
+        "Package: {text}\nSection:",
+        "prompt form; the answer follows after one space, in chat form as the model's reply",
+    )
+    template: str = option(
+        AUTO,
+        "chat: the model's own chat template; plain: prompt, space, answer; auto: chat where a model has a template",
+        choices=(AUTO, "chat", "plain"),
+    )
+    system: str | None = option(
+        None, "a system prompt; of a conversation that has one, its own holds"
     )
     labels: list[str] | None = option(
         None,
@@ -116,7 +125,9 @@ class DataConfig:
     )
     global_test_examples: int = option(640, "size limit of the global test set [examples]", least=0)
     max_length: int = option(
-        128, "tokens per example; longer prompts keep their end [tokens]", least=8
+        128,
+        "tokens per example; longer prompts keep their end, chats their last turns [tokens]",
+        least=8,
     )
     generate: int = option(
         0,
@@ -126,7 +137,8 @@ class DataConfig:
     )
     max_answer_tokens: int = option(32, "most tokens of a generated answer [tokens]", least=1)
     stop: str | None = option(
-        "\n", "a generated answer ends before this text; null: at the end-of-text token alone"
+        AUTO,
+        "a generated answer ends before this text; auto: a new line in plain form, in chat form none; null: none",
     )
     tasks: list[str] | None = option(
         None, "natural_instructions: names or patterns (task1*) of the tasks to take; null: all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,24 +19,35 @@ TEXTS = [
 LABELS = ["fruit", "motor", "music"]
 
 
-def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def save_tokenizer(
+    directory: Path, template: str | None = None, marks: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Bytes and a few words; ``template`` is its chat template, ``marks`` further control tokens."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         TEXTS * 20 + [f" {name}" for name in LABELS] * 200,
         vocab_size=400,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
+        special_tokens=["<pad>", "<bos>", "<eos>", *marks],
         show_progress=False,
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
     return tokenizer
 
 
-def save_backbone(directory: Path, hidden: int = 32, layers: int = 3, seed: int = 0) -> Path:
+def save_backbone(
+    directory: Path,
+    hidden: int = 32,
+    layers: int = 3,
+    seed: int = 0,
+    template: str | None = None,
+    marks: Sequence[str] = (),
+) -> Path:
     """A LLaMA with random weights of a size at which its states differ between texts."""
-    tokenizer = save_tokenizer(directory)
+    tokenizer = save_tokenizer(directory, template, marks)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

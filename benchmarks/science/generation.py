@@ -83,7 +83,7 @@ ROWS: Mapping[str, Row] = {
     "real, instructions": Row(
         "instructions",
         TASKS,
-        (*SMOLLM2, "data.generate=64"),
+        (*SMOLLM2, "data.generate=64", "data.template=plain"),
         dict.fromkeys(RATES, (0.001, 0.003)),
         6,
     ),

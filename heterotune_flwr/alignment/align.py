@@ -17,7 +17,7 @@ from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
-from heterotune_flwr.schema import Config, MethodConfig
+from heterotune_flwr.schema import Config, DataConfig, MethodConfig
 
 __all__ = [
     "AlignmentResult",
@@ -76,7 +76,7 @@ def factors_path(
         "version": VERSION,
         "backbone": [fingerprints[type_key], type_key.rpartition("@")[2]],  # weights and bits
         "anchors": anchor_digest(load_anchors(alignment)),
-        "prompt": config.data.prompt,
+        "prompt": _written(config.data),
         "max_length": config.data.max_length,
         "components": alignment.components,
         "codec": exact_codec(config.exchange),  # factors are kept as they travelled
@@ -97,6 +97,13 @@ def factors_path(
             sorted([value, key.rpartition("@")[2]] for key, value in fingerprints.items()),
         ]
     return _cache_file(parts)
+
+
+def _written(data: DataConfig) -> str | list[str | None]:
+    """What of a run's form an anchor's reading depends on, but for the backbone's own template."""
+    if data.template == "plain" and data.system is None:
+        return data.prompt
+    return [data.prompt, data.template, data.system]
 
 
 def _cache_file(parts: object) -> Path:

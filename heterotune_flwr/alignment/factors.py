@@ -7,7 +7,6 @@ the last, the average gradient of those functionals with respect to the slot's o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,21 +66,6 @@ def _recorded(structure: DecoderStructure, model: nn.Module, slots: int) -> Iter
             handle.remove()
 
 
-def _word_spans(form: Form, text: str) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the rendered anchor and, per word, the tokens that overlap its characters.
-
-    Words are what white space separates: the same spans for every tokenizer, so that row ``i`` of every
-    type's states speaks of the same word.
-    """
-    ids, offsets = form.prompt_offsets(text)
-    spans = []
-    for match in re.finditer(r"\S+", form.render(text)):
-        inside = [i for i, (start, end) in enumerate(offsets)
-                  if start < match.end() and end > match.start() and end > start]  # fmt: skip
-        spans.append(inside)
-    return ids, spans
-
-
 def _asked(form: Form, texts: Sequence[str], opening: Sequence[int]) -> list[list[int]]:
     """Ids of prompts up to where answers part."""
     room = form.max_length - len(opening)
@@ -112,7 +96,7 @@ def collect_states(
     if positions == "words":
         if not backbone.tokenizer.is_fast:
             raise BackboneError(f"{backbone.spec.type_key}: word spans need a fast tokenizer")
-        pairs = [_word_spans(form, text) for text in texts]
+        pairs = [form.word_spans(text) for text in texts]
         encoded, spans = [ids for ids, _ in pairs], [span for _, span in pairs]
     else:
         encoded = _asked(form, texts, opening)

@@ -237,14 +237,16 @@ def _check_decoder(source: str, config: Mapping[str, Any]) -> None:
 
 
 def fingerprint(directory: Path, bits: str) -> str:
-    """SHA-256 (16 hex digits) over a backbone's configuration, tokenizer, weights and bits.
+    """SHA-256 (16 hex digits) over a backbone's configuration, tokenizer, chat template, weights and bits.
 
     Digests of files are remembered in the cache by (path, size, time of change).
     """
     paths = sorted(
         path
         for path in directory.iterdir()
-        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")
+        if path.suffix == ".safetensors"
+        or path.name in ("config.json", "tokenizer.json", "chat_template.jinja")
+        or (path.name == "tokenizer_config.json" and b'"chat_template"' in path.read_bytes())
     )
     if not any(path.suffix == ".safetensors" for path in paths):
         raise BackboneError(f"backbone directory {str(directory)!r} has no .safetensors weights")

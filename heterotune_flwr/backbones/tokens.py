@@ -41,9 +41,15 @@ def plainly(tokenizer: Any) -> dict[str, bool]:
 @functools.lru_cache(maxsize=16)
 def _controls(tokenizer: Any) -> frozenset[int]:
     """Ids of tokens that stand for no text; the one for unknown words apart, which any text may hold."""
+    return special_ids(tokenizer) - {tokenizer.unk_token_id}
+
+
+@functools.lru_cache(maxsize=16)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that are no part of a text, but mark its parts."""
     added = tokenizer.added_tokens_decoder.items()
     found = {index for index, token in added if getattr(token, "special", False)}
-    return frozenset((found | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})
+    return frozenset(found | set(tokenizer.all_special_ids))
 
 
 def _spelled(tokenizer: Any, text: str, ids: Sequence[int], controls: frozenset[int]) -> list[int]:
@@ -61,3 +67,23 @@ def _spelled(tokenizer: Any, text: str, ids: Sequence[int], controls: frozenset[
             spelled.append(token)
     start = next((n for n in range(len(ids)) if list(ids[n : n + len(bare)]) == bare), len(ids))
     return [*ids[:start], *spelled, *ids[start + len(bare) :]]
+
+
+def encode_marked(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text whose control tokens are meant: what a chat template has written, nothing put around it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def without_controls(tokenizer: Any, text: str) -> str:
+    """A text that no template's control token stands in: one that it spells gets a space behind its first letter."""
+    for control in _spellings(tokenizer):
+        if control in text:
+            text = text.replace(control, f"{control[0]} {control[1:]}")
+    return text
+
+
+@functools.lru_cache(maxsize=16)
+def _spellings(tokenizer: Any) -> tuple[str, ...]:
+    """How control tokens are spelled, the longest first."""
+    found = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    return tuple(sorted((one for one in found if len(one) > 1), key=len, reverse=True))

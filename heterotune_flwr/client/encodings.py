@@ -36,12 +36,16 @@ class Encodings:
         return self._tasks[key]
 
     def encoded(
-        self, task: Task, key: tuple[str, ...], examples: Callable[[], list[Example]]
+        self,
+        task: Task,
+        key: tuple[str, ...],
+        examples: Callable[[], list[Example]],
+        every_reply: bool = False,
     ) -> EncodedSet:
-        """Token ids of the examples that ``key`` identifies."""
+        """Token ids of the examples that ``key`` identifies; ``every_reply`` as in :meth:`.Task.encode`."""
         full = (str(id(task)), *key)
         if full not in self._sets:
-            self._sets[full] = task.encode(examples())
+            self._sets[full] = task.encode(examples(), every_reply)
             while len(self._sets) > _ENCODED_SETS:
                 self._sets.popitem(last=False)
         self._sets.move_to_end(full)

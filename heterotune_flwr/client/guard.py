@@ -88,6 +88,8 @@ def check_settings(config: Config, floors: Floors, guest: bool) -> None:
         )
     if data.prompt.count("{text}") != 1 or len(data.prompt) > _PROMPT:
         refuse(f"data.prompt must hold {{text}} once and have at most {_PROMPT} letters")
+    if len(data.system or "") > _PROMPT:
+        refuse(f"data.system must have at most {_PROMPT} letters")
     labels = data.labels or []
     if len(labels) > _LABELS or any(len(label) > _LETTERS for label in labels):
         refuse(f"data.labels are at most {_LABELS} labels of at most {_LETTERS} letters")

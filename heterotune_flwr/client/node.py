@@ -110,7 +110,7 @@ class Client:
             stamp = self.identity.stamp(own) if own else ""
             return encodings.encoded(task, ("global", stamp), self.identity.global_test)
         key = (part, *self.identity.examples_key(seed))
-        return encodings.encoded(task, key, lambda: self.examples(part, seed))
+        return encodings.encoded(task, key, lambda: self.examples(part, seed), part == "train")
 
     def examples(self, part: str, seed: int) -> list[Example]:
         """Examples of ``train``, ``personal``, ``choosing`` or ``global``."""
@@ -127,13 +127,8 @@ class Client:
             data = replace(data, generate=self.guard.generated(len(examples)))
         if scope != "global":
             return score_generation(adapter, task, examples, data)
-        settings = (
-            data.generate,
-            data.max_answer_tokens,
-            data.stop,
-            task.form.prompt,
-            task.form.max_length,
-        )
+        form = (data.prompt, data.template, data.system, data.max_length, data.stop)
+        settings = (data.generate, data.max_answer_tokens, form)
         key = f"generation {examples_digest(examples[: data.generate])} {settings}"
         return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
 

@@ -1,10 +1,12 @@
-"""Chat messages as an example: what was said before the assistant's last reply, and that reply."""
+"""Chat messages as an example: the turns before the assistant's last reply, and that reply."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from heterotune_flwr.data.examples import Turn
 from heterotune_flwr.errors import DataError
 
 _ANSWERS = ("assistant", "model")
@@ -14,11 +16,8 @@ _FORMS = (("role", "content"), ("from", "value"))
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-def from_chat(value: Any, column: str, where: str) -> tuple[str, str]:
-    """Text and answer of a conversation.
-
-    One message before the reply is the text as it stands; of several, each is a line ``role: content``, so that the
-    reply is read from the whole conversation. What follows the last reply is left out.
+def from_chat(value: Any, column: str, where: str) -> tuple[tuple[Turn, ...], str]:
+    """Turns and answer of a conversation; what follows the last reply is left out.
 
     ``value`` is a list of ``{"role": ..., "content": ...}`` (or ShareGPT's ``from`` and ``value``) in order, or one as
     JSON text.
@@ -30,20 +29,25 @@ def from_chat(value: Any, column: str, where: str) -> tuple[str, str]:
         _turn(message, f"{where}: message {number} of {column!r}")
         for number, message in enumerate(_messages(value, column, where), start=1)
     ]
-    last = max((i for i, (role, _) in enumerate(turns) if role in _ANSWERS), default=0)
+    last = max((i for i, turn in enumerate(turns) if turn.role in _ANSWERS), default=0)
     if last == 0:
         raise DataError(
             f"{where}: the conversation in {column!r} has no reply of the assistant after another message"
         )
-    answer = turns[last][1]
+    answer = turns[last].content
     if not answer.strip():
         raise DataError(f"{where}: the last reply of the assistant in {column!r} is empty")
     before = turns[:last]
-    if not any(text.strip() for _, text in before):
+    if not any(turn.content.strip() for turn in before):
         raise DataError(f"{where}: nothing is said in {column!r} before the last reply")
-    if len(before) == 1:
-        return before[0][1], answer
-    return "\n".join(f"{role}: {text}" for role, text in before), answer
+    return tuple(before), answer
+
+
+def flattened(turns: Sequence[Turn]) -> str:
+    """A conversation as one text: a single turn as it stands, of several each a line ``role: content``."""
+    if len(turns) == 1:
+        return turns[0].content
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def _messages(value: Any, column: str, where: str) -> list[Any]:
@@ -59,12 +63,12 @@ def _messages(value: Any, column: str, where: str) -> list[Any]:
     return value
 
 
-def _turn(message: Any, what: str) -> tuple[str, str]:
+def _turn(message: Any, what: str) -> Turn:
     if isinstance(message, dict):
         for speaker, content in _FORMS:
             role, text = message.get(speaker), message.get(content)
             if isinstance(role, str) and isinstance(text, str):
-                return _SPEAKERS.get(role, role), text
+                return Turn(_SPEAKERS.get(role, role), text)
     raise DataError(
         f"{what} is no object with texts under 'role' and 'content' (or 'from' and 'value')"
     )

@@ -17,7 +17,7 @@ class Lengths:
     """Tokens of each text: prompt and answer together, and the answer with its end (of labels: what is read of them).
 
     ``cut`` texts do not fit; ``shortest`` is the fewest tokens left of the prompt of one of them, and ``most`` a length
-    (a multiple of 16) into which 99 of 100 texts fit.
+    (a multiple of 16) into which 99 of 100 texts fit. ``stop``: before which text a generated answer ends.
     """
 
     totals: list[int]
@@ -25,6 +25,7 @@ class Lengths:
     cut: int
     shortest: int
     most: int
+    stop: str | None
 
 
 def lengths(
@@ -50,7 +51,9 @@ def lengths(
         if total > data.max_length
     ]
     fitting = sorted(totals)[(99 * len(totals) + 99) // 100 - 1]
-    return Lengths(totals, answers, len(left), min(left, default=0), -(-fitting // 16) * 16)
+    return Lengths(
+        totals, answers, len(left), min(left, default=0), -(-fitting // 16) * 16, form.stop
+    )
 
 
 def how_they_fit(
@@ -97,11 +100,11 @@ def _over_long(rows: Sequence[Example], of: Lengths, name: str, data: DataConfig
 
 def _unmatched(rows: Sequence[Example], of: Lengths, data: DataConfig) -> Iterator[str]:
     """Right answers that no generated one can equal."""
-    if data.stop is not None:
-        held = sum(all(data.stop in answer for answer in row.answers) for row in rows)
+    if of.stop is not None:
+        held = sum(all(of.stop in answer for answer in row.answers) for row in rows)
         if held:
             yield (
-                f"warning: {held} of {len(rows)} right answers hold data.stop ({data.stop!r}), before which every "
+                f"warning: {held} of {len(rows)} right answers hold data.stop ({of.stop!r}), before which every "
                 "generated answer ends: they can never match; set data.stop=null or another text"
             )
     longer = sum(answer - 1 > data.max_answer_tokens for answer in of.answers)

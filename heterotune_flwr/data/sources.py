@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path
-from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.layouts import arranged, described, recognised
+from heterotune_flwr.data.examples import Example, Turn
+from heterotune_flwr.data.layouts import Layout, arranged, recognised
 from heterotune_flwr.data.natural_instructions import read_tasks
 from heterotune_flwr.data.pools import Pool, answers_of
 from heterotune_flwr.data.split import split
@@ -60,19 +60,20 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
     Raises DataError: no such file, unreadable, a column is missing, a value is no text, or there is not one example.
     """
     examples: list[Example] = []
-    layout: str | None = None
+    layout: Layout | None = None
     client = repr(data.client_field)
     references = f"{data.references_field!r} (data.references_field)"
     for number, where, values in rows(path, data.format):
         if not examples and (layout := recognised(values, data)):
-            log.info("%s is %s", path, described(layout))
-        row = arranged(values, layout, data, where)
+            log.info("%s is %s", path, layout.described())
+        row, turns = arranged(values, layout, data, where)
         examples.append(
             Example(
                 text=_column(row, data.text_field, "text_field", where),
                 label=_column(row, data.label_field, "label_field", where),
                 client=plain_text(row.get(data.client_field), where, client) or "",
                 references=_references(row.get(data.references_field), where, references),
+                turns=turns,
                 row=number,
             )
         )
@@ -85,7 +86,7 @@ def how_read(path: Path, data: DataConfig) -> str | None:
     """How a file's rows are read where its columns, not the settings, say so; DataError as :func:`read_examples`."""
     for _, _, values in rows(path, data.format):
         layout = recognised(values, data)
-        return None if layout is None else described(layout)
+        return None if layout is None else layout.described()
     return None
 
 
@@ -152,6 +153,8 @@ def _check_texts(example: Example, where: str) -> None:
         raise DataError(
             f"{where}: references is a {type(example.references).__name__}, not a tuple of texts"
         )
+    if not all(isinstance(turn, Turn) for turn in example.turns):
+        raise DataError(f"{where}: turns holds something else than Turns")
     needed = {"text": (example.text,), "label": (example.label,), "references": example.references}
     for name, values in {**needed, "client": (example.client or "-",)}.items():
         for value in values:
@@ -254,7 +257,8 @@ def examples_digest(examples: Iterable[Example]) -> str:
     """SHA-256 (hex) over texts and right answers in order: what results and states depend on."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.text, *example.answers]).encode())
+        turns = [[[turn.role, turn.content] for turn in example.turns]] if example.turns else []
+        digest.update(json.dumps([example.text, *example.answers, *turns]).encode())
     return digest.hexdigest()
 
 

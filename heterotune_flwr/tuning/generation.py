@@ -27,6 +27,7 @@ from transformers import (
 
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.template import Asked
 from heterotune_flwr.data.text_metrics import exact_match, rouge_l
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.schema import DataConfig
@@ -88,7 +89,11 @@ class _Entropies(LogitsProcessor):  # type: ignore[misc]
 
 
 def generate_answers(
-    adapter: AttachedAdapter, prompts: Sequence[Sequence[int]], limit: int, stop: str | None
+    adapter: AttachedAdapter,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    stop: str | None,
+    ends: Sequence[int] = (),
 ) -> list[str]:
     """Greedy answer to every prompt, in the prompts' order, without surrounding white space.
 
@@ -102,11 +107,13 @@ def generate_answers(
         New tokens at most.
     stop
         The answer ends before this text; None: at an end-of-text token alone.
+    ends
+        Further tokens at which it ends (:attr:`.Form.ending`).
 
     """
     answers = [""] * len(prompts)
     for batch in batches_by_length([len(p) + limit for p in prompts], BATCH_TOKENS):
-        texts, _ = _generate(adapter, [prompts[i] for i in batch], limit, stop)
+        texts, _ = _generate(adapter, [prompts[i] for i in batch], limit, stop, ends)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
     return answers
@@ -118,6 +125,7 @@ def draw_answers(
     limit: int,
     stop: str | None,
     seed: int,
+    ends: Sequence[int] = (),
 ) -> tuple[list[str], NDArray[np.float32]]:
     """Answers drawn from the model's distribution (temperature 1, nucleus 0.95; arXiv 1904.09751), and how sure it is.
 
@@ -133,14 +141,16 @@ def draw_answers(
         batches = batches_by_length([len(p) + limit for p in prompts], BATCH_TOKENS)
         for batch in [b[i : i + most] for b in batches for i in range(0, len(b), most)]:
             noted = _Entropies()
-            texts, counts = _generate(adapter, [prompts[i] for i in batch], limit, stop, noted)
+            texts, counts = _generate(
+                adapter, [prompts[i] for i in batch], limit, stop, ends, noted
+            )
             sureness[batch] = torch.exp(-noted.means(counts)).numpy()
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = text
     return answers, sureness
 
 
-def answer_prompts(task: Task, texts: Sequence[str], data: DataConfig) -> list[list[int]]:
+def answer_prompts(task: Task, texts: Sequence[Asked], data: DataConfig) -> list[list[int]]:
     """Token ids of prompts, with the answer's place in ``data.max_length`` left free, as in training."""
     room = max(1, task.form.max_length - data.max_answer_tokens)
     return [task.form.prompt_ids(text, room) for text in texts]
@@ -151,8 +161,8 @@ def score_generation(
 ) -> GenerationReport:
     """Generate the answers of the first ``data.generate`` examples and compare them with the right ones."""
     chosen = examples[: data.generate]
-    prompts = answer_prompts(task, [example.text for example in chosen], data)
-    answers = generate_answers(adapter, prompts, data.max_answer_tokens, data.stop)
+    prompts, form = answer_prompts(task, chosen, data), task.form
+    answers = generate_answers(adapter, prompts, data.max_answer_tokens, form.stop, form.ending)
     pairs = list(zip(answers, (example.answers for example in chosen), strict=True))
     count = max(len(pairs), 1)
     return GenerationReport(
@@ -168,13 +178,14 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     limit: int,
     stop: str | None,
+    ends: Sequence[int],
     drawn: _Entropies | None = None,
 ) -> tuple[list[str], list[int]]:
     """Answers of one batch, padded on the left, and how many tokens each took, its end included."""
     backbone = adapter.backbone
     model, tokenizer = backbone.model, backbone.tokenizer
     longest = max(len(ids) for ids in prompts)
-    settings = sampling_settings(model, tokenizer, limit, drawn is not None)
+    settings = sampling_settings(model, tokenizer, limit, drawn is not None, ends)
     settings.pad_token_id = backbone.pad_id
     ids = torch.full((len(prompts), longest), int(settings.pad_token_id), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -190,30 +201,31 @@ def _generate(
             logits_processor=LogitsProcessorList([drawn] if drawn else []),
         )
     # Not left to the tokenizer: some do not know their end-of-text token as a special one.
-    ends, padding = set(settings.eos_token_id or ()), int(settings.pad_token_id)
+    stops, padding = set(settings.eos_token_id or ()), int(settings.pad_token_id)
     kept = [
-        list(itertools.takewhile(lambda token: token not in ends, row))
+        list(itertools.takewhile(lambda token: token not in stops, row))
         for row in output[:, longest:].tolist()
     ]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     counts = [
-        next((n + (t in ends) for n, t in enumerate(row) if t in ends or t == padding), len(row))
+        next((n + (t in stops) for n, t in enumerate(row) if t in stops or t == padding), len(row))
         for row in output[:, longest:].tolist()
     ]
     return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts], counts
 
 
-def sampling_settings(model: Any, tokenizer: Any, limit: int, drawn: bool) -> GenerationConfig:
+def sampling_settings(
+    model: Any, tokenizer: Any, limit: int, drawn: bool, ends: Sequence[int] = ()
+) -> GenerationConfig:
     """Plain decoding, greedy or drawn, that ends at the token training teaches, or at one the model's makers named."""
-    ends = {tokenizer.eos_token_id}
     named = getattr(model.generation_config, "eos_token_id", None)
-    ends |= set(named) if isinstance(named, list) else {named}
+    stops = {tokenizer.eos_token_id, *ends[-1:], *(named if isinstance(named, list) else [named])}
     return GenerationConfig(
         do_sample=drawn,
         num_beams=1,
         **({"temperature": 1.0, "top_k": 0, "top_p": _NUCLEUS} if drawn else {}),
         max_new_tokens=limit,
-        eos_token_id=sorted(int(end) for end in ends if end is not None) or None,
+        eos_token_id=sorted(int(end) for end in stops if end is not None) or None,
         use_cache=True,
     )
 

@@ -28,7 +28,7 @@ from heterotune_flwr.backbones.tokenizer import check_positions
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.label_trie import LabelTrie, Read, make_trie
 from heterotune_flwr.data.sources import OUTSIDE
-from heterotune_flwr.data.template import Form, make_form
+from heterotune_flwr.data.template import Asked, Form, make_form
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.schema import DataConfig, TrainConfig
 
@@ -105,8 +105,10 @@ class Task:
     rows_bias: Tensor | None = None
     _index: dict[str, int] = field(default_factory=dict)
 
-    def encode(self, examples: Sequence[Example]) -> EncodedSet:
+    def encode(self, examples: Sequence[Example], every_reply: bool = False) -> EncodedSet:
         """Token ids, loss positions and targets of examples.
+
+        With ``every_reply`` the earlier replies of a conversation count as its last one does: for training.
 
         Raises
         ------
@@ -117,7 +119,7 @@ class Task:
         encoded = EncodedSet([], [], [], self._reads)
         for number, example in enumerate(examples, start=1):
             if self.kind == "labels":
-                ids = self._asked(example.text)
+                ids = self._asked(example)
                 if example.label not in self._index:
                     raise DataError(
                         f"the answer of example {number} is not in the label set; set data.labels",
@@ -129,6 +131,9 @@ class Task:
                 ids = both.prompt + both.answer[:-1]
                 positions = list(range(len(both.prompt) - 1, len(ids)))
                 targets = both.answer
+                for begin, end in reversed(both.earlier if every_reply else ()):
+                    positions = [*range(begin - 1, end - 1), *positions]
+                    targets = ids[begin:end] + targets
             encoded.inputs.append(ids)
             encoded.positions.append(positions)
             encoded.targets.append(targets)
@@ -139,11 +144,11 @@ class Task:
         """Lines to read of every prompt, where labels part later than at its end."""
         return self.trie.reads if self.trie is not None and len(self.trie.nodes) > 1 else ()
 
-    def _asked(self, text: str) -> list[int]:
+    def _asked(self, asked: Asked) -> list[int]:
         """Ids of a prompt, and what all labels begin with; the rest of a label has room behind them."""
         assert self.trie is not None
         room = self.form.max_length - self.trie.longest
-        return [*self.form.prompt_ids(text, room), *self.trie.opening]
+        return [*self.form.prompt_ids(asked, room), *self.trie.opening]
 
     def log_prior(self, encoded: EncodedSet, config: TrainConfig) -> Tensor | None:
         """``tau log p(label)`` over some examples (C, float32); None where the loss takes none.

@@ -11,6 +11,7 @@ import pytest
 from own_files import SECRET, lines, parquet, read
 
 from heterotune_flwr.data import Example, sources
+from heterotune_flwr.data.examples import Turn
 from heterotune_flwr.data.sources import columns_recognised, how_read, read_examples
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import DataConfig
@@ -24,7 +25,11 @@ OPENAI = [{"role": role, "content": text} for role, text in TURNS]
 SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[r], "value": t} for r, t in TURNS]
 
 
-SAID = Example("user: hello\nassistant: good day\nuser: and?", "done")
+SAID = Example(
+    "user: hello\nassistant: good day\nuser: and?",
+    "done",
+    turns=(Turn("user", "hello"), Turn("assistant", "good day"), Turn("user", "and?")),
+)
 
 
 @pytest.mark.parametrize(

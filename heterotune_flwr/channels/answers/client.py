@@ -74,7 +74,12 @@ class Channel(TextWork):
         name = f"answers.{work.node.client_id}.{round}"
         draw = int(generator(work.header.seed, name).integers(2**62))
         answers, sureness = draw_answers(
-            work.adapter, prompts, data.max_answer_tokens, data.stop, draw
+            work.adapter,
+            prompts,
+            data.max_answer_tokens,
+            work.task.form.stop,
+            draw,
+            work.task.form.ending,
         )
         answers = [answer[:LONGEST_ANSWER] for answer in answers]
         for number in repeating(answers, work.node.examples(work.header.seed)):
