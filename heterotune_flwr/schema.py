@@ -445,6 +445,11 @@ class ServerConfig:
         "every type. null: all up to 48, 48 of more [clients or share]",
         above=0,
     )
+    take_home: bool = option(
+        True,
+        "in the last test every tested client trains alone too (methods of kind dema), and keeps the best of its bare "
+        "model, that one and the federated one, by examples of its own. false: nothing is chosen or kept",
+    )
     evaluate_before: bool = option(True, "test the untouched models too, before round 1")
     min_results: int = option(
         1,

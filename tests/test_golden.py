@@ -61,6 +61,8 @@ def facts(strategy: Any) -> dict[str, Any]:
             squares += float(np.square(value, dtype=np.float64).sum())
         lengths[group] = float(np.sqrt(squares))
     rows = [dataclasses.asdict(row) for row in strategy.outcome.rows]
+    for row in rows:  # chosen of the models, which are recorded themselves
+        del row["kept"]
     return {
         "digest": digest.hexdigest(), "lengths": lengths, "rows": rows,
         "bytes_up": strategy.transport.ledger.train_up,

@@ -309,8 +309,13 @@ class ToyFederation:
             metrics[f"{name}_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
             metrics[f"{name}_loss"] = float(-np.log(probabilities + 1e-12).mean())
             metrics[f"{name}_examples"] = len(labels)
+        took = ""
+        if request.keep_as:  # every other client stays with its bare model
+            took = ("federated", "bare")[partition % 2]
+            metrics |= {"choosing_examples": 20, "bare_choosing_loss": 1.5}
+            metrics |= {f"bare_{n}": 0.25 for n in list(metrics) if n == "personal_accuracy"}
         return EvaluateReply(
-            client_id, type_key, header.round, request.maps_digest, metrics
+            client_id, type_key, header.round, request.maps_digest, metrics, took=took
         ).to_content()
 
     def app(self) -> ClientApp:

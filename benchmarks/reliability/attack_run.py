@@ -267,7 +267,7 @@ def success(played: Played) -> dict[str, float]:
     for name, before in (("with", TRIGGER), ("without", "")):
         texts = [dataclasses.replace(e, text=before + e.text, label=target) for e in test]
         with _encoded_anew(), patch.object(Identity, "global_test", lambda self, t=texts: t):
-            messages = test_messages(strategy, strategy.rounds, asked)
+            messages = test_messages(strategy, strategy.rounds, asked, keep=False)
             replies = [
                 EvaluateReply.from_content(reply.content)
                 for reply in played.grid.send_and_receive(messages)

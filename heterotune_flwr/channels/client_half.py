@@ -18,6 +18,7 @@ from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.client_state import ClientStore
+from heterotune_flwr.tuning.kept_model import Head
 from heterotune_flwr.tuning.losses import LossTerm
 from heterotune_flwr.tuning.optimizer import GradientTerm
 from heterotune_flwr.tuning.task import EncodedSet, Task
@@ -88,6 +89,16 @@ class ClientWork:
                 total = added if total is None else total + added
         return total
 
+    def head(self) -> Head | None:
+        """What :meth:`logits` adds in a test as a function of bare latents; None: nothing, or no linear one."""
+        total: Head | None = None
+        for half in self.channels.values():
+            added = half.head()
+            if added is not None and total is not None:
+                added = Head(total.weight + added.weight, total.bias + added.bias)
+            total = added or total
+        return total
+
     def replies(self) -> dict[str, Payload]:
         """What the channels tell the server's halves, by name (FederationError: one's reply is no payload)."""
         found = {name: half.reply() for name, half in self.channels.items()}
@@ -134,6 +145,10 @@ class ClientChannel:
 
     def logits(self, of: EncodedSet, purpose: Purpose) -> Tensor | None:
         """What it adds to the labels' logits of some examples; None: nothing."""
+        return None
+
+    def head(self) -> Head | None:
+        """What :meth:`logits` are in a test as a linear function of bare latents: a client takes it home."""
         return None
 
     def keeps(self, deltas: Tensors, path_length: float) -> Tensors:

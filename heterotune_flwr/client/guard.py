@@ -26,6 +26,7 @@ from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.limits import LARGEST, TYPICAL, bounded, refuse, within
 from heterotune_flwr.client.floors import MOST_HELD, Floors
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainRequest
+from heterotune_flwr.protocol.metrics import metric_of
 from heterotune_flwr.protocol.queries import AlignRequest, DescribeRequest
 from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config, MethodConfig
 
@@ -72,7 +73,7 @@ _TRAINING: dict[str, tuple[float, float]] = {
 }
 _LABELS, _LETTERS, _PROMPT = 4096, 256, 20_000
 #: Folders of a state-dir that runs fill.
-_KEPT = ("clients", "maps", "states")
+_KEPT = ("clients", "maps", "states", "kept")
 
 
 def check_settings(config: Config, floors: Floors, guest: bool) -> None:
@@ -169,7 +170,8 @@ class Guard:
             kind, most, key = TRAINING, floors.trainings, "trainings"
         else:
             own = self._own(request.test_sets)
-            files = [
+            keeping = [identity.data.train] if request.keep_as else []
+            files = keeping + [
                 identity.data.train if name == "personal" else identity.data.test for name in own
             ]
             kind, most, key = TEST, floors.tests, "tests"
@@ -196,6 +198,11 @@ class Guard:
         """Whether a test is of a deployed node's own rows."""
         return self.identity.floors is not None and bool(self._own([scope]))
 
+    def tells_choice(self, examples: int) -> bool:
+        """Whether it may leave a node which model it took by so many examples: it is a test of them."""
+        floors = self.identity.floors
+        return floors is None or examples >= floors.test_examples
+
     def most_loss(self, own: bool) -> float:
         """What a single loss on examples counts for at most, in nats; on a deployed node's ``own`` it is bounded."""
         return MOST_LOSS if own and self.identity.floors is not None else math.inf
@@ -218,7 +225,7 @@ class Guard:
             return dict(metrics)
         found = {}
         for name, value in metrics.items():
-            kind = name.removeprefix("global_").removeprefix("personal_")
+            kind = metric_of(name).measure
             if not kind.startswith("gate_mass"):
                 found[name] = value if kind in _EXACT else round(value, _DECIMALS)
         return found
@@ -275,7 +282,7 @@ class Guard:
                 identity.examples(seed).personal_test if personal else identity.global_test()
             )
         told = [scope for scope in request.test_sets if sizes[scope] >= least]
-        if not told:
+        if not told and not request.keep_as:
             refuse(
                 f"this node has no test of at least {least} examples (test-examples in its node.toml)"
             )
@@ -284,7 +291,7 @@ class Guard:
     def _own(self, scopes: Sequence[str]) -> list[str]:
         """Those of some tests whose rows are this node's own: its hold-out, and its test file where it has one."""
         public = self.identity.data.test is None
-        return [scope for scope in scopes if scope == "personal" or not public]
+        return [scope for scope in scopes if scope != "global" or not public]
 
     def _numbers(self, request: TrainRequest | EvaluateRequest) -> None:
         """Start tensors, channels and maps."""

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.backbones.loading import Backbone
-from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.floors import check_message
 from heterotune_flwr.client.identify import is_simulated
-from heterotune_flwr.client.identity import Identity
+from heterotune_flwr.client.local_training import Round, RoundLog, train_round
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.client.received import TensorCache
 from heterotune_flwr.client.redaction import LOG, told
+from heterotune_flwr.client.take_home import take_home
+from heterotune_flwr.client.testing import HELPED, tested
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.dema.bank import initial_tensors
@@ -40,7 +41,6 @@ from heterotune_flwr.protocol.messages import (
     TRAIN,
     EvaluateReply,
     EvaluateRequest,
-    Header,
     TrainReply,
     TrainRequest,
 )
@@ -60,15 +60,10 @@ from heterotune_flwr.protocol.wire import (
     unpack_mask,
 )
 from heterotune_flwr.rates import path_length
-from heterotune_flwr.seeds import generator
 from heterotune_flwr.tuning.adapters import AttachedAdapter, detach
 from heterotune_flwr.tuning.client_state import ClientStore
-from heterotune_flwr.tuning.evaluate import EvalReport, evaluate, evaluate_once
 from heterotune_flwr.tuning.feedback import Feedback
-from heterotune_flwr.tuning.fit import TrainReport, fit
-from heterotune_flwr.tuning.generation import GenerationReport
-from heterotune_flwr.tuning.losses import Examples, installed_losses
-from heterotune_flwr.tuning.states import make_rows
+from heterotune_flwr.tuning.fit import TrainReport
 from heterotune_flwr.tuning.task import EncodedSet
 
 log = logging.getLogger(__name__)
@@ -166,30 +161,21 @@ def train(message: Message, context: Context) -> RecordDict:
     work = client.work(header, adapter, store, encoded, request.channels)
     halves = work.channels.values()
     client.guard.charge(request, start, *(half.depends_on() for half in halves))
-    aside, size = client.guard.steps(len(encoded))
-    settings = replace(header.train, batch_size=size)
-    rows = make_rows(adapter, encoded, settings.cache_states)
-    most = client.guard.most_loss(own=True)
-    examples = Examples(rows, client.prior(header.seed), most, aside)
-    further = installed_losses(settings.losses, examples, adapter)
-    report = fit(
-        adapter,
-        work.task,
-        settings,
-        [examples, *(term for half in halves for term in half.losses()), *further],
-        [term for half in halves for term in half.gradients()],
-        seed=_step_seed(header, client.identity, [size, settings.local_steps]),
-        memory_gb=client.identity.memory_gb,
-    )
+    report = train_round(client, header, adapter, work.task, encoded, halves)
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}
     not_own = {*request.expected, *request.tensors, *adapter.frozen}
     own = {name: value for name, value in trained.items() if name not in not_own}
+    settings = header.train
     length = path_length(report.steps, settings.learning_rate, settings.warmup_ratio)
     for half in halves:
         own |= half.keeps(deltas, length)
     if own:
         store.save(own, header.round)
+    if len(encoded) and client.config.server.take_home:
+        RoundLog(store).add(
+            Round(header.round, settings.local_steps, settings.learning_rate, request.frozen)
+        )
     feedback = Feedback.of(client.config.exchange, store, once=not len(encoded))
     replies = work.replies()
     reply = TrainReply(
@@ -221,7 +207,11 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     client.guard.charge(request, start, *(half.depends_on() for half in work.channels.values()))
     metrics: dict[str, float] = {}
     for test_set in request.test_sets:
-        metrics |= _tested(client, work, test_set)
+        metrics |= tested(client, work, test_set, HELPED)
+    took = ""
+    if request.keep_as:
+        took, further = take_home(client, request, work, metrics)
+        metrics |= further
     reply = EvaluateReply(
         client.client_id,
         client.type_key,
@@ -229,29 +219,9 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         request.maps_digest,
         client.reported(metrics),
         cached,
+        took,
     )
     return reply.to_content()
-
-
-def _tested(client: Client, work: ClientWork, test_set: str) -> dict[str, float]:
-    """Measure the adapter on one test set; nothing where the client has none of its own, in a run about own data."""
-    seed, adapter, task = work.header.seed, work.adapter, work.task
-    encoded = client.encoded(test_set, seed)
-    if not len(encoded):
-        return {}
-    cache = client.config.train.cache_states
-    rows = make_rows(adapter, encoded, cache, offsets=work.logits(encoded, "test"))
-    own = client.guard.own_test(test_set)
-    if test_set == "personal" or own:
-        prior = client.prior(seed) if test_set == "personal" else None
-        report = evaluate(adapter, task, rows, prior, client.guard.most_loss(own))
-    else:
-        key = task.data_key(encoded) + "".join(half.asked.digest for half in work.channels.values())
-        report = evaluate_once(adapter, task, rows, key)
-    metrics = _eval_metrics(test_set, report)
-    if client.identity.data.generate and task.kind == "tokens":
-        metrics |= _eval_metrics(test_set, client.generation(adapter, test_set, seed))
-    return metrics
 
 
 def _start_values(
@@ -300,28 +270,12 @@ def _use_maps(
     adapter.load_maps(held, digest)
 
 
-def _step_seed(header: Header, identity: Identity, steps: Sequence[int]) -> int:
-    """Seed of this client's batches and dropout in this round: no state, so resume is exact.
-
-    Of a deployed client the server does not know it, and trainings in steps of another size or number have seeds that
-    have nothing to do with one another: 32 and 33 rows in one order would tell one row's gradient.
-    """
-    name = f"train.{identity.client_id}.{header.round}"
-    if identity.floors is not None:
-        name = identity.book.keyed(f"{name} {list(steps)}")
-    return int(generator(header.seed, name).integers(2**62))
-
-
 def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float]:
     fields: dict[str, Any] = asdict(report)
     mass: dict[str, float] = fields.pop("gate_mass")
     metrics = {name: float(value) for name, value in fields.items() if value is not None}
     metrics["learning_rate"] = learning_rate
     return metrics | {f"gate_mass_{tier}": value for tier, value in mass.items()}
-
-
-def _eval_metrics(scope: str, report: EvalReport | GenerationReport) -> dict[str, float]:
-    return {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
 
 
 #: Which handler answers which message type.

@@ -17,6 +17,7 @@ from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData, Owners, client_examples, own_examples
 from heterotune_flwr.data.sources import global_test, is_shipped
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.protocol.metrics import metric_of
 from heterotune_flwr.schema import (
     NATURAL_INSTRUCTIONS,
     AlignmentConfig,
@@ -63,9 +64,7 @@ class Identity:
         if self.report == "all":
             return dict(metrics)
         return {
-            name: value
-            for name, value in metrics.items()
-            if name.removeprefix("global_").removeprefix("personal_") in COUNTED
+            name: value for name, value in metrics.items() if metric_of(name).measure in COUNTED
         }
 
     def allowed_min_count(self, requested: int) -> int:

@@ -101,7 +101,9 @@ class Collection:
             if self.kind == TRAIN:
                 transport.journal_reply(client_id, self.round, metrics)
             else:
-                check_tests(metrics, read_texts(read_config(request.content), "test_sets"))
+                asked = read_config(request.content)
+                chosen = ["choosing"] if asked.get("keep_as") else []
+                check_tests(metrics, [*read_texts(asked, "test_sets"), *chosen])
         except RemoteError as error:
             self._on_error(client_id, request, error)
             return False

@@ -6,12 +6,16 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.federation.kept import Kept
 from heterotune_flwr.federation.outcome import MEASURES, ClientRow
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.sampling import draw_tested
 from heterotune_flwr.federation.update_gate import MOST_METRICS
 from heterotune_flwr.protocol.messages import EvaluateReply
+from heterotune_flwr.protocol.metrics import MEASURED, metric_of
 
+#: Measures of a test that have bounds.
+_BOUNDED = (*MEASURED, "error")
 #: No loss of a model is larger.
 _LARGEST_LOSS = 1e6
 
@@ -30,11 +34,11 @@ def check_tests(metrics: Mapping[str, float], scopes: Collection[str]) -> None:
     if len(metrics) > MOST_METRICS:
         raise FederationError(f"reports {len(metrics)} metrics, more than {MOST_METRICS}")
     for name, value in sorted(metrics.items()):
-        scope, _, measure = name.partition("_")
-        if scope in ("global", "personal") and scope not in scopes:
+        _, scope, measure = metric_of(name)
+        if scope and scope not in scopes:
             raise FederationError(f"reports {name}, which was not asked for")
-        most = _LARGEST_LOSS if measure == "loss" else 1.0
-        if not math.isfinite(value) or (name in MEASURES and not 0 <= value <= most):
+        most = _LARGEST_LOSS if measure in ("loss", "error") else 1.0
+        if not math.isfinite(value) or (measure in _BOUNDED and not 0 <= value <= most):
             raise FederationError(f"reports {name} = {value}")
 
 
@@ -52,11 +56,14 @@ def speaker(
     return next((cid for cid in left if cid in who), left[0] if left else None)
 
 
-def plan(roster: Roster, models_differ: bool, who: Collection[str]) -> dict[str, list[str]]:
+def plan(
+    roster: Roster, models_differ: bool, who: Collection[str], keep: bool = False
+) -> dict[str, list[str]]:
     """Client id -> tests asked of it.
 
     The personal test is asked of all of ``who`` that have one. Where all clients of a type hold the same
-    model, its global test is asked of one of them only; where ``models_differ``, of all of ``who``.
+    model, its global test is asked of one of them only; where ``models_differ``, of all of ``who``. Where they
+    ``keep`` models all of ``who`` are asked, for no test perhaps.
     """
     speakers = {speaker(roster, type_key, who) for type_key in roster.type_keys}
     asked: dict[str, list[str]] = {}
@@ -65,7 +72,7 @@ def plan(roster: Roster, models_differ: bool, who: Collection[str]) -> dict[str,
         scopes = ["global"] if models_differ or client_id in speakers else []
         if client.info.personal_examples > 0:
             scopes.append("personal")
-        if scopes:
+        if scopes or keep:
             asked[client_id] = scopes
     return asked
 
@@ -85,9 +92,11 @@ def rows(
 ) -> list[ClientRow]:
     """One row per client that is tested; a type's shared global result is attributed to all its clients."""
     metrics: dict[str, dict[str, float]] = {}
+    took: dict[str, str] = {}
     shared: dict[str, Mapping[str, float]] = {}
     for reply in replies:
         metrics.setdefault(reply.client_id, {}).update(reply.metrics)
+        took[reply.client_id] = took.get(reply.client_id, "") or reply.took
         if "global_examples" in reply.metrics:
             shared[reply.type_key] = reply.metrics
     result = []
@@ -98,5 +107,6 @@ def rows(
         row = ClientRow(client_id, client.info.type_key, client.info.train_examples)
         for name in MEASURES:
             setattr(row, name, (common if name.startswith("global_") else own).get(name))
+        row.kept = Kept.of(took.get(client_id, ""), own)
         result.append(row)
     return result

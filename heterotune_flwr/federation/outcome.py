@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-#: What is taken on each test; the last two where answers are generated.
-_MEASURED = ("accuracy", "loss", "exact_match", "rouge_l")
-MEASURES = tuple(f"{scope}_{name}" for scope in ("global", "personal") for name in _MEASURED)
+from heterotune_flwr.federation.kept import Kept, summary
+from heterotune_flwr.protocol.metrics import MEASURED
+
+MEASURES = tuple(f"{scope}_{name}" for scope in ("global", "personal") for name in MEASURED)
 
 
 @dataclass
 class ClientRow:
-    """One client's evaluation; a measure that was not taken is None."""
+    """One client's evaluation; a measure that was not taken is None, and ``kept`` where it told of no choice."""
 
     client_id: str
     type_key: str
@@ -28,6 +29,7 @@ class ClientRow:
     personal_loss: float | None = None
     personal_exact_match: float | None = None
     personal_rouge_l: float | None = None
+    kept: Kept | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of ``clients`` in results.json."""
@@ -37,6 +39,7 @@ class ClientRow:
             "type": self.type_key,
             **measures,
             "examples": self.examples,
+            **({"kept": self.kept.to_json()} if self.kept else {}),
         }
 
     @classmethod
@@ -44,7 +47,8 @@ class ClientRow:
         """Read what :meth:`to_json` wrote; a measure that an older version did not take is None."""
         known = {f.name for f in fields(cls)}
         given = {name: value for name, value in entry.items() if name in known}
-        return cls(**{**given, "type_key": entry["type"]})
+        kept = Kept.from_json(entry["kept"]) if entry.get("kept") else None
+        return cls(**{**given, "type_key": entry["type"], "kept": kept})
 
 
 def statistics(rows: Iterable[ClientRow]) -> dict[str, float]:
@@ -99,6 +103,7 @@ class Outcome:
             "seed": self.seed,
             "types": by_type(self.rows),
             "overall": statistics(self.rows),
+            "kept": summary(row.kept for row in self.rows),
             "before": {"types": by_type(self.before), "overall": statistics(self.before)},
             "population": max(self.population, len(self.rows)),
             "clients": [row.to_json() for row in self.rows],

@@ -32,6 +32,7 @@ from heterotune_flwr.exchange.packing import Tensors, pack
 from heterotune_flwr.fields import kinds
 from heterotune_flwr.flower import ConfigRecord, MetricRecord, RecordDict
 from heterotune_flwr.protocol.cached import CACHE_DIGEST, CachedRef, read_cache_digest
+from heterotune_flwr.protocol.metrics import MODELS
 from heterotune_flwr.protocol.payloads import Payload, add_payloads, read_payloads
 from heterotune_flwr.protocol.wire import (
     CONFIG,
@@ -243,7 +244,8 @@ class TrainReply:
 class EvaluateRequest:
     """Measure a client's model; ``test_sets`` is a choice of ``global`` and ``personal``.
 
-    ``channels`` bring what acts in a test.
+    ``channels`` bring what acts in a test. ``keep_as`` is the strategy's name in the last test: the client then chooses
+    what it takes home, and keeps it; there need be no test set. Empty: nothing is kept.
     """
 
     header: Header
@@ -252,16 +254,19 @@ class EvaluateRequest:
     maps: Tensors | None
     test_sets: list[str]
     channels: Mapping[str, Payload] = field(default_factory=dict)
+    keep_as: str = ""
     cached: CachedRef = CachedRef()
 
     @property
     def effort(self) -> str:
         """As :attr:`TrainRequest.effort`."""
-        return "+".join([EVALUATE, *self.test_sets, *_efforts(self.channels)])
+        keeping = ["keep"] if self.keep_as else []
+        return "+".join([EVALUATE, *self.test_sets, *keeping, *_efforts(self.channels)])
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
         """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""
-        fields: dict[str, Any] = {"maps_digest": self.maps_digest, "test_sets": self.test_sets}
+        names = ("maps_digest", "test_sets", "keep_as")
+        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         config = ConfigRecord({**self.header.to_config(), **fields, **self.cached.to_config()})
         content = RecordDict({CONFIG: config})
         add_payloads(content, config, self.channels)
@@ -272,7 +277,9 @@ class EvaluateRequest:
         """Read the message content."""
         record = read_config(content)
         test_sets = read_texts(record, "test_sets")
-        if len(set(test_sets)) != len(test_sets) or set(test_sets) not in _TEST_SETS:
+        keep_as = read_id(record, "keep_as", empty=True)
+        right = set(test_sets) in _TEST_SETS or (keep_as and not test_sets)
+        if len(set(test_sets)) != len(test_sets) or not right:
             raise ExchangeError(
                 "field 'test_sets' of the message: choose among global and personal"
             )
@@ -283,13 +290,19 @@ class EvaluateRequest:
             maps=read_tensors(content, MAPS),
             test_sets=test_sets,
             channels=read_payloads(content, record),
+            keep_as=keep_as,
             cached=CachedRef.from_config(record),
         )
 
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """``metrics``: ``{global,personal}_{accuracy,loss,examples}`` for the test sets asked."""
+    """``metrics``: ``{global,personal}_{accuracy,loss,examples}`` for the test sets asked.
+
+    Of a client that keeps its model besides ``{bare,alone}_{global,personal}_...``, ``choosing_examples`` and
+    ``{bare,alone,federated}_choosing_{loss,error}`` (:mod:`.metrics`). ``took`` is one of :data:`.metrics.MODELS`;
+    empty where nothing was kept, or it is not told.
+    """
 
     client_id: str
     type_key: str
@@ -297,6 +310,7 @@ class EvaluateReply:
     maps_digest: str
     metrics: dict[str, float]
     cache_digest: str = ""
+    took: str = ""
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
@@ -311,6 +325,9 @@ class EvaluateReply:
     def from_content(cls, content: RecordDict) -> EvaluateReply:
         """Read the message content."""
         record = read_config(content)
+        took = read_id(record, "took", empty=True)
+        if took not in ("", *MODELS):
+            raise ExchangeError(f"field 'took' of the message: choose one of {', '.join(MODELS)}")
         return cls(
             client_id=read_id(record, "client_id"),
             type_key=read_id(record, "type_key"),
@@ -318,4 +335,5 @@ class EvaluateReply:
             maps_digest=read_id(record, "maps_digest", empty=True),
             metrics=read_metrics(content),
             cache_digest=read_cache_digest(record),
+            took=took,
         )

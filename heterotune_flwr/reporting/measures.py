@@ -101,6 +101,42 @@ def mean_accuracy(
     return _spread([statistics.fmean(row.values()) for row in seeds if row])
 
 
+#: Models of which a client takes one home, and what they are called.
+KEPT_TITLES = {"bare": "untouched", "alone": "alone", "federated": "federated"}
+
+
+def taken(counts: Mapping[str, int]) -> str:
+    """``{"bare": 2, "alone": 0, "federated": 10}`` -> ``federated 10, untouched 2``."""
+    some = sorted((name for name in KEPT_TITLES if counts.get(name)), key=lambda n: -counts[n])
+    return ", ".join(f"{KEPT_TITLES[name]} {counts[name]}" for name in some)
+
+
+def kept_measure(results: Mapping[str, Any]) -> str | None:
+    """The measure by which what clients took home is shown: ROUGE-L where answers were generated, else accuracy."""
+    own = [run["kept"]["own_tests"]["taken"] for run in results["runs"] if run.get("kept")]
+    return next((m for m in ("rouge_l", "accuracy") if any(m in means for means in own)), None)
+
+
+def kept_means(
+    results: Mapping[str, Any], strategy: str, measure: str
+) -> tuple[dict[str, Spread | None], dict[str, int]]:
+    """Means on own tests of a strategy's models, ``taken`` among them (percent), and how many clients took what."""
+    kept = [
+        run["kept"] for run in results["runs"] if run["strategy"] == strategy and run.get("kept")
+    ]
+    means = {
+        name: _spread(
+            [
+                100 * k["own_tests"][name][measure]
+                for k in kept
+                if measure in k["own_tests"].get(name, {})
+            ]
+        )
+        for name in (*KEPT_TITLES, "taken")
+    }
+    return means, {name: sum(k["took"][name] for k in kept) for name in KEPT_TITLES}
+
+
 def paired_gain(
     results: Mapping[str, Any],
     strategy: str,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from heterotune_flwr.names import printable
+from heterotune_flwr.reporting.measures import taken
 from heterotune_flwr.reporting.tables import TITLES, human_bytes
 from heterotune_flwr.schema import Config
 
@@ -193,6 +194,8 @@ class RunProgress:
         text += " on the global test"
         text += f", {event['tested']} of {event['clients']} clients tested" if sampled else ""
         self._line(text)
+        if kept := event.get("kept"):
+            self._line(f"  taken home: {taken(kept['took'])}")
 
     def _on_slices(self, event: Event) -> None:
         shown = [f"{k} {100 * v:.1f} %" for k, v in event["accuracies"].items() if v is not None]

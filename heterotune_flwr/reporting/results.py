@@ -42,6 +42,8 @@ class StrategyResults:
         Bytes by direction, and what they are compared with.
     seconds
         Duration of all rounds.
+    kept
+        How many clients took which model home, and how these do on own tests; empty where nobody chose.
 
     """
 
@@ -54,6 +56,7 @@ class StrategyResults:
     rounds: Sequence[Mapping[str, Any]]
     bytes: Mapping[str, Any]
     seconds: float
+    kept: Mapping[str, Any]
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:
@@ -68,6 +71,7 @@ class StrategyResults:
             entry["rounds"],
             entry["bytes"],
             float(entry["seconds"]),
+            entry.get("kept", {}),
         )
 
 

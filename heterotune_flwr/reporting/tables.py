@@ -15,16 +15,20 @@ from rich.text import Text
 
 from heterotune_flwr.names import printable
 from heterotune_flwr.reporting.measures import (
+    KEPT_TITLES,
     MEASURE_TITLES,
     OVERALL,
     Spread,
     guest_types,
     has_measure,
+    kept_means,
+    kept_measure,
     mean_accuracy,
     measures_taken,
     paired_gain,
     strategies_of,
     subject_of,
+    taken,
     types_of,
 )
 
@@ -176,6 +180,35 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def kept_table(results: Mapping[str, Any]) -> Table | None:
+    """What clients took home, by strategy, and how it does on their own tests; None where nobody chose."""
+    measure = kept_measure(results)
+    if measure is None:
+        return None
+    seeds = len({run["seed"] for run in results["runs"]})
+    table = Table(
+        title=f"Taken home: {MEASURE_TITLES[measure]} (%) on the clients' own tests",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        min_width=MIN_WIDTH,
+    )
+    table.add_column("strategy", no_wrap=True)
+    for head in (*KEPT_TITLES.values(), "taken home"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("who took what")
+    for name in strategies_of(results):
+        means, counts = kept_means(results, name, measure)
+        if any(counts.values()):
+            cells = [_cell(means[model], seeds) for model in (*KEPT_TITLES, "taken")]
+            table.add_row(_shown(_title(name)), *cells, taken(counts))
+    table.caption = (
+        "each client keeps the best of three on examples of its own, apart from this test (docs/take-home.md); "
+        "untouched: without the client's label frequencies"
+    )
+    return table
+
+
 def _saved(part: float, whole: float) -> str:
     return "-" if not whole else f"{100 * (1 - part / whole):.2f} %"
 
@@ -239,6 +272,8 @@ def _print(
         if types_of(results):
             for metric in metrics:
                 console.print(accuracy_table(results, metric))
+            if (table := kept_table(results)) is not None:
+                console.print(table)
         else:
             console.print(
                 "Nothing was evaluated: no client answered a test (rounds.jsonl says why: client_failed).\n"

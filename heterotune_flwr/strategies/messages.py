@@ -61,9 +61,9 @@ def train_message(
 
 
 def test_messages(
-    strategy: HeteroStrategy, server_round: int, asked: Mapping[str, list[str]]
+    strategy: HeteroStrategy, server_round: int, asked: Mapping[str, list[str]], keep: bool
 ) -> list[Message]:
-    """Tests asked of some clients (client id -> test sets)."""
+    """Tests asked of some clients (client id -> test sets); they may ``keep`` what they have by now."""
     messages = []
     for client_id, test_sets in asked.items():
         digest, maps = strategy.transport.maps_for(client_id)
@@ -74,6 +74,7 @@ def test_messages(
             maps,
             test_sets,
             payloads(strategy.at_work(server_round), server_round, client_id, {"test"}),
+            keep_as=strategy.context.name if keep else "",
         )
         messages.append(strategy.transport.message(client_id, request, EVALUATE, server_round))
     return messages

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from heterotune_flwr.federation import evaluation
 from heterotune_flwr.federation.admission import read_evaluations
+from heterotune_flwr.federation.kept import summary
 from heterotune_flwr.federation.outcome import by_type, statistics
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, Result
 from heterotune_flwr.protocol.messages import EVALUATE, EvaluateReply
@@ -22,10 +23,14 @@ def tested(strategy: HeteroStrategy) -> list[str]:
 
 
 def planned(strategy: HeteroStrategy, server_round: int) -> list[Message]:
-    """Ask for tests as :mod:`..federation.evaluation` plans them (all models are equal before round 1)."""
+    """Ask for tests as :mod:`..federation.evaluation` plans them (all models are equal before round 1).
+
+    In the last one clients choose what they take home.
+    """
     differ = strategy.differ_after(server_round)
-    asked = evaluation.plan(strategy.roster, differ, tested(strategy))
-    return test_messages(strategy, server_round, asked)
+    keep = strategy.config.server.take_home and server_round == strategy.rounds
+    asked = evaluation.plan(strategy.roster, differ, tested(strategy), keep)
+    return test_messages(strategy, server_round, asked, keep)
 
 
 def test(strategy: HeteroStrategy, server_round: int, grid: Grid, result: Result) -> None:
@@ -40,7 +45,7 @@ def test(strategy: HeteroStrategy, server_round: int, grid: Grid, result: Result
         if not asked:
             break
         tried |= set(asked)
-        messages = test_messages(strategy, server_round, asked)
+        messages = test_messages(strategy, server_round, asked, keep=False)
         collected += transport.collect(grid, messages, EVALUATE, server_round)
     record = strategy.aggregate_evaluate(server_round, collected)
     if record is None:
@@ -60,9 +65,15 @@ def summarized(
     strategy.outcome.rows = rows
     if server_round == 0:
         strategy.outcome.before = rows
+    for row in rows:
+        if row.kept is not None:
+            facts = {"round": server_round, "client_id": row.client_id, "type": row.type_key}
+            strategy.transport.event("took_home", **facts, **row.kept.to_json())
     overall = statistics(rows)
     counts = {"tested": len(who), "clients": len(strategy.roster.clients)}
     entry = {"round": server_round, **counts, "types": by_type(rows), "overall": overall}
+    if kept := summary(row.kept for row in rows):
+        entry["kept"] = kept
     strategy.outcome.rounds.append({"event": "evaluate", **entry})
     strategy.transport.event("evaluate", of=strategy.rounds, **entry)
     return MetricRecord({key: float(value) for key, value in overall.items()})

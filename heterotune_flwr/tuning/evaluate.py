@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.tuning.adapters import AttachedAdapter
@@ -35,6 +37,22 @@ class EvalReport:
     examples: int
 
 
+@dataclass(frozen=True, eq=False)
+class ExampleResults:
+    """Every example by itself: ``losses`` (n, float64), whose mean is the mean loss per position; ``right`` (n, bool).
+
+    An example's loss is the sum over its positions, by the mean number of positions.
+    """
+
+    losses: NDArray[np.float64]
+    right: NDArray[np.bool_]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per position."""
+        return float(self.losses.mean())
+
+
 @torch.no_grad()
 def evaluate(
     adapter: AttachedAdapter,
@@ -48,14 +66,36 @@ def evaluate(
     ``most``: what a single loss counts for at most, in nats; where there is such a bound, one that is no number too.
     """
     total_loss, total_rows, total_right = 0.0, 0, 0
+    for losses, _, right in _batches(task, rows, prior, most):
+        total_loss += float(losses.sum())
+        total_rows += len(losses)
+        total_right += int(right.sum())
+    return EvalReport(total_loss / max(total_rows, 1), total_right / max(len(rows), 1), len(rows))
+
+
+@torch.no_grad()
+def evaluate_examples(
+    task: Task, rows: Rows, prior: torch.Tensor | None = None, most: float = math.inf
+) -> ExampleResults:
+    """As :func:`evaluate`, example by example; of at least one."""
+    sums, rights, positions = [], [], 0
+    for losses, owners, right in _batches(task, rows, prior, most):
+        sums.append(losses.new_zeros(len(right)).index_add_(0, owners, losses).cpu())
+        rights.append(right.cpu())
+        positions += len(losses)
+    each = torch.cat(sums) * (len(rows) / positions)
+    return ExampleResults(each.numpy(), torch.cat(rights).numpy())
+
+
+def _batches(
+    task: Task, rows: Rows, prior: torch.Tensor | None, most: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Losses of some examples' positions (float64), whose they are, and which of the examples are right."""
     for start in range(0, len(rows), _BATCH):
         chosen = list(range(start, min(start + _BATCH, len(rows))))
         states, targets, owners = rows.rows(chosen)
         losses, correct = task.losses(states, targets, rows.offsets(chosen, prior))
-        total_loss += float(bounded(losses.double(), most).sum())
-        total_rows += len(losses)
-        total_right += int(examples_correct(correct, owners, len(chosen)).sum())
-    return EvalReport(total_loss / max(total_rows, 1), total_right / max(len(rows), 1), len(rows))
+        yield bounded(losses.double(), most), owners, examples_correct(correct, owners, len(chosen))
 
 
 def bounded(losses: torch.Tensor, most: float) -> torch.Tensor:

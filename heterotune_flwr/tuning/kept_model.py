@@ -27,13 +27,15 @@ from heterotune_flwr.exchange.storage import atomic_write_text, load_tensors, sa
 from heterotune_flwr.fields import kinds
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import is_file_name
+from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED, MODELS
 from heterotune_flwr.schema import MethodConfig
 
+__all__ = [
+    "ALONE", "BARE", "FEDERATED", "FOLDER", "MODELS", "Choosing", "Head", "Kept", "KeptBackbone", "KeptFacts",
+    "KeptForm", "KeptModel", "Measured", "find_kept", "kept_folder",
+]  # fmt: skip
 #: Raised when what stands in the files changes its meaning.
 FORMAT = 1
-#: What a client chooses among, in this order: of equals it takes the first.
-BARE, ALONE, FEDERATED = "bare", "alone", "federated"
-MODELS = (BARE, ALONE, FEDERATED)
 FOLDER = "kept"
 _FACTS = "kept.json"
 #: Parts of a record that are tensors, each in a file of its name.

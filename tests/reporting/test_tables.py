@@ -153,3 +153,22 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         "statistics of client-0004 are not used: far {away}",
     ):
         assert expected in text
+
+
+def test_what_clients_took_home_is_a_table_of_its_own(tmp_path: Path) -> None:
+    runs = [dict(run) for run in (RESULTS["runs"][0], RESULTS["runs"][2])]
+    runs[0]["kept"] = {}  # nobody chose
+    own = {
+        "bare": {"accuracy": 0.125},
+        "federated": {"accuracy": 0.5},
+        "taken": {"accuracy": 0.375},
+    }
+    runs[1]["kept"] = {
+        "clients": 3,
+        "took": {"bare": 1, "alone": 0, "federated": 2},
+        "own_tests": own,
+    }
+    text = final_table({"runs": runs}, tmp_path)
+    (line,) = [line for line in text.splitlines() if "federated 2" in line]
+    assert " ".join(line.split()) == "HeteroTune 12.5 - 50.0 37.5 federated 2, untouched 1"
+    assert "Taken home" not in final_table({"runs": runs[:1]}, tmp_path)

@@ -22,6 +22,7 @@ from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifi
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.kept_model import Head
 from heterotune_flwr.tuning.states import bare_states, bare_view
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
@@ -144,6 +145,11 @@ class Channel(ClientChannel):
             )
         found = self._found[of.digest]
         return self.request.distill_share * found if purpose == "fit" else found
+
+    def head(self) -> Head | None:
+        """The classifier as it came."""
+        found = self.request.classifier
+        return None if found is None else Head(found.weight, found.bias)
 
     def reply(self) -> Payload | None:
         """Sums of the own examples' classes, as far as the node's owner allows."""

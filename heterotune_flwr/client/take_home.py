@@ -1,0 +1,167 @@
+"""What a client takes home after a run: it trains alone for comparison, chooses, and keeps a record.
+
+See docs/take-home.md. Everything stays in its state-dir (:mod:`..tuning.kept_model`); the server is told which model
+was taken, and how each of them did.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+from heterotune_flwr.channels.client_half import ClientWork
+from heterotune_flwr.client.local_training import RoundLog, train_alone
+from heterotune_flwr.client.node import Client
+from heterotune_flwr.client.testing import HELPED, Help, by_example, tested
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.protocol.messages import EvaluateRequest
+from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED
+from heterotune_flwr.tuning.choice import FEWEST, choose, without_choice
+from heterotune_flwr.tuning.kept_model import (
+    Choosing,
+    KeptBackbone,
+    KeptForm,
+    KeptModel,
+    kept_folder,
+)
+
+#: What acts in a test of each model: an untouched one has no help, one trained alone none from others.
+_HELP = {BARE: Help(False, False), ALONE: Help(True, False), FEDERATED: HELPED}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A candidate: its adapter's values, and how it did on the tests asked."""
+
+    values: Tensors
+    tests: dict[str, float] = field(default_factory=dict)
+
+
+def take_home(
+    client: Client, request: EvaluateRequest, work: ClientWork, federated: dict[str, float]
+) -> tuple[str, dict[str, float]]:
+    """Choose and keep a model; the adapter holds the federated one, which did ``federated`` on the tests asked.
+
+    Returns
+    -------
+    The model taken (empty where the node's floors do not let that be told), and what is told besides. The adapter
+    holds any of the models afterwards.
+
+    """
+    models = _models(client, request, work, federated)
+    took, choosing = _chosen(client, work, models)
+    _record(client, request, work, models, took, choosing).save(
+        kept_folder(client.identity.state_dir, work.header.experiment, client.client_id)
+    )
+    told = {
+        f"{name}_{key}": value
+        for name, model in models.items()
+        if name != FEDERATED
+        for key, value in model.tests.items()
+    }
+    if not client.guard.tells_choice(choosing.examples):
+        return "", told
+    told["choosing_examples"] = float(choosing.examples)
+    for name, measured in choosing.models.items():
+        told |= {f"{name}_choosing_loss": measured.loss, f"{name}_choosing_error": measured.error}
+    return took, told
+
+
+def _models(
+    client: Client, request: EvaluateRequest, work: ClientWork, federated: dict[str, float]
+) -> dict[str, _Model]:
+    """What there is to choose from, each tested; the federated one last."""
+    adapter, header = work.adapter, work.header
+    reached = adapter.read()
+    alone = None
+    if (
+        request.tensors or request.channels
+    ):  # else nothing came from others: the model is the one trained alone
+        alone = train_alone(client, header, adapter, work.task, RoundLog(work.store).read())
+    values = {BARE: initial_tensors(adapter.shapes, header.seed), ALONE: alone}
+    models = {}
+    for name, tensors in values.items():
+        if tensors is None:
+            continue
+        adapter.load(tensors)
+        tests: dict[str, float] = {}
+        for scope in request.test_sets:
+            tests |= tested(client, work, scope, _HELP[name])
+        models[name] = _Model(tensors, tests)
+    return models | {FEDERATED: _Model(reached, federated)}
+
+
+def _chosen(client: Client, work: ClientWork, models: dict[str, _Model]) -> tuple[str, Choosing]:
+    """Decide by the choosing set."""
+    adapter, task, seed = work.adapter, work.task, work.header.seed
+    size = len(client.encoded("choosing", seed))
+    if size < FEWEST:
+        return without_choice(size)
+    results = {}
+    for name, model in models.items():
+        adapter.load(model.values)
+        results[name] = by_example(client, work, "choosing", _HELP[name])
+
+    @functools.cache
+    def measure(name: str) -> float | None:
+        if task.kind == "labels":
+            return float(results[name].right.mean())
+        if not client.identity.data.generate:
+            return None
+        adapter.load(models[name].values)
+        return client.generation(adapter, "choosing", seed).rouge_l
+
+    return choose(results, measure)
+
+
+def _record(
+    client: Client,
+    request: EvaluateRequest,
+    work: ClientWork,
+    models: dict[str, _Model],
+    took: str,
+    choosing: Choosing,
+) -> KeptModel:
+    header, task, data, own = work.header, work.task, client.identity.data, client.data
+    spec, prior, examples = client.backbone.spec, client.prior(header.seed), own(header.seed)
+    alone = models.get(ALONE)
+    return KeptModel(
+        experiment=header.experiment,
+        strategy=request.keep_as,
+        seed=header.seed,
+        rounds=header.round,
+        client_id=client.client_id,
+        type_key=client.type_key,
+        backbone=KeptBackbone(
+            spec.source,
+            spec.bits,
+            spec.revision,
+            client.backbone.fingerprint,
+            str(client.backbone.model.dtype).removeprefix("torch."),
+        ),
+        method=work.adapter.method,
+        labels=None if task.labels is None else list(task.labels),
+        loss=task.kind,
+        form=KeptForm(
+            data.prompt,
+            data.template,
+            data.system,
+            data.max_length,
+            data.max_answer_tokens,
+            data.stop,
+        ),
+        maps_digest=request.maps_digest,
+        took=took,
+        choosing=choosing,
+        tests={name: model.tests for name, model in models.items()},
+        examples={
+            "train": len(examples.train),
+            "choosing": len(examples.choosing),
+            "personal": len(examples.personal_test),
+        },
+        prior=None if prior is None else prior.tolist(),
+        federated=models[FEDERATED].values,
+        alone=None if alone is None else alone.values,
+        head=work.head(),
+    )

@@ -1,0 +1,68 @@
+"""What a client measures of a model on a set of examples."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from heterotune_flwr.channels.client_half import ClientWork
+from heterotune_flwr.client.node import Client
+from heterotune_flwr.tuning.evaluate import (
+    ExampleResults,
+    evaluate,
+    evaluate_examples,
+    evaluate_once,
+)
+from heterotune_flwr.tuning.states import Rows, make_rows
+
+
+@dataclass(frozen=True)
+class Help:
+    """What acts in a test besides the adapter: the client's label ``prior`` on its own examples, the ``channels``."""
+
+    prior: bool = True
+    channels: bool = True
+
+
+#: What the federated model is tested with.
+HELPED = Help()
+
+
+def tested(client: Client, work: ClientWork, scope: str, help: Help) -> dict[str, float]:
+    """Measure the adapter on one test set; nothing where the client has none of its own, in a run about own data."""
+    seed, adapter, task = work.header.seed, work.adapter, work.task
+    encoded = client.encoded(scope, seed)
+    if not len(encoded):
+        return {}
+    own = client.guard.own_test(scope)
+    rows = _rows(client, work, scope, help)
+    if scope != "global" or own:
+        prior = _prior(client, scope, seed, help)
+        report = evaluate(adapter, task, rows, prior, client.guard.most_loss(own))
+    else:
+        halves = work.channels.values() if help.channels else ()
+        key = task.data_key(encoded) + "".join(half.asked.digest for half in halves)
+        report = evaluate_once(adapter, task, rows, key)
+    metrics = {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
+    if client.identity.data.generate and task.kind == "tokens":
+        answers = asdict(client.generation(adapter, scope, seed))
+        metrics |= {f"{scope}_{name}": float(value) for name, value in answers.items()}
+    return metrics
+
+
+def by_example(client: Client, work: ClientWork, scope: str, help: Help) -> ExampleResults:
+    """Measure the adapter on each of the client's own examples (of at least one)."""
+    prior = _prior(client, scope, work.header.seed, help)
+    most = client.guard.most_loss(client.guard.own_test(scope))
+    return evaluate_examples(work.task, _rows(client, work, scope, help), prior, most)
+
+
+def _rows(client: Client, work: ClientWork, scope: str, help: Help) -> Rows:
+    encoded = client.encoded(scope, work.header.seed)
+    offsets = work.logits(encoded, "test") if help.channels else None
+    return make_rows(work.adapter, encoded, client.config.train.cache_states, offsets=offsets)
+
+
+def _prior(client: Client, scope: str, seed: int, help: Help) -> Tensor | None:
+    return client.prior(seed) if help.prior and scope != "global" else None

@@ -1,0 +1,145 @@
+"""What a client trains alone, chooses and keeps in its last test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from real_clients import LORA, LOW_FLOORS, METHOD, World, inline, make_maps
+from tiny_backbones import LABELS, write_rows
+
+from heterotune_flwr.channels.statistics.record import LinearClassifier
+from heterotune_flwr.channels.statistics.record import Request as Statistics
+from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.protocol.messages import EVALUATE, EvaluateReply, EvaluateRequest
+from heterotune_flwr.protocol.wire import RemoteError
+from heterotune_flwr.tuning.kept_model import KeptModel, find_kept
+
+MAPS, DIGEST = make_maps(32)
+
+
+def ask(world, values=None, scopes=("personal",), method=METHOD, rounds=2, **changes):
+    request = EvaluateRequest(
+        world.header(method, rounds), values or {}, DIGEST, MAPS, list(scopes), keep_as="mine"
+    )
+    if method.kind != "dema":
+        request = replace(request, maps_digest="", maps=None)
+    content = replace(request, **changes).to_content("fp32")
+    return EvaluateReply.from_content(world.ask(0, EVALUATE, content))
+
+
+def kept(world, where="run/state") -> KeptModel:
+    (found,) = find_kept(world.path / where)
+    return found.load()
+
+
+def trained(world, rounds=2, seed=1):
+    """Rounds in which the server sends other values each time; returns the last ones sent."""
+    shapes = world.describe(0).shapes
+    shared = [name for name in shapes if ".private." not in name]
+    for number in range(1, rounds + 1):
+        values = initial_tensors({name: shapes[name] for name in shared}, seed + number)
+        world.train(0, number, values, shared, maps=MAPS, digest=DIGEST, steps=20 * number)
+    return values
+
+
+def test_the_model_trained_alone_is_that_of_a_run_without_the_others(world):
+    values = trained(world)
+    for number in (1, 2):
+        world.train(0, number, None, (), "own", maps=MAPS, digest=DIGEST, steps=20 * number)
+    reply = ask(world, values)
+    record, own = kept(world), world.state(0, "own")
+    assert record.alone.keys() == own.keys()
+    assert all(np.array_equal(record.alone[name], own[name]) for name in own)
+    assert all(np.array_equal(record.federated[name], values[name]) for name in values)
+    own_test = world.evaluate(0, digest=DIGEST, experiment="own", round=2, test_sets=["personal"])
+    assert reply.metrics["alone_personal_loss"] == own_test["personal_loss"]
+    again = ask(world, values)
+    assert again == reply
+    assert all(np.array_equal(kept(world).alone[name], own[name]) for name in own)
+
+
+def test_the_record_says_what_was_chosen_by_what(world):
+    reply = ask(world, trained(world), ("global", "personal"))
+    record, metrics = kept(world), reply.metrics
+    assert (record.strategy, record.rounds, record.client_id) == ("mine", 2, "client-0000")
+    assert (record.took, record.loss, record.labels) == (reply.took, "labels", LABELS)
+    assert record.examples == {"train": 16, "choosing": 6, "personal": 4}
+    assert record.choosing.examples == metrics["choosing_examples"] == 6
+    assert set(record.choosing.models) == set(record.tests) == {"bare", "alone", "federated"}
+    for name, measured in record.choosing.models.items():
+        assert metrics[f"{name}_choosing_loss"] == pytest.approx(measured.loss)
+        prefix = "" if name == "federated" else f"{name}_"
+        assert record.tests[name]["global_loss"] == metrics[f"{prefix}global_loss"]
+    assert record.maps_digest == DIGEST
+    assert record.method.output == 3
+    assert np.exp(record.prior).sum() == pytest.approx(1.0)
+    untouched = world.evaluate(0, digest=DIGEST, experiment="new", round=0, test_sets=["global"])
+    assert metrics["bare_global_loss"] == untouched["global_loss"]
+
+
+def test_a_classifier_of_others_helps_the_federated_model_alone_and_goes_home_with_it(world):
+    values = trained(world)
+    rng = np.random.default_rng(0)
+    found = LinearClassifier(*(rng.normal(size=s).astype(np.float32) for s in ((3, 8), (3,))))
+    plain = ask(world, values).metrics
+    helped = ask(world, values, channels={"statistics": Statistics(found).to_payload()}).metrics
+    for name in ("bare_personal_loss", "alone_personal_loss", "bare_choosing_loss"):
+        assert helped[name] == plain[name]
+    for name in ("personal_loss", "federated_choosing_loss"):
+        assert helped[name] != plain[name]
+    head = kept(world).head
+    np.testing.assert_allclose(head.weight, found.weight, rtol=1e-2)  # as it travels
+    np.testing.assert_allclose(head.bias, found.bias, rtol=1e-2)
+
+
+def test_no_model_alone_where_it_would_cost_a_second_run_or_is_the_federated_one(world):
+    shapes = world.describe(0, LORA).shapes
+    values = initial_tensors(shapes, 3)
+    world.train(0, 1, values, shapes, method=LORA)
+    reply = ask(world, values, method=LORA, rounds=1)
+    assert "alone_personal_loss" not in reply.metrics
+    assert kept(world).alone is None
+    world.train(0, 1, None, (), maps=MAPS, digest=DIGEST)  # local only: nothing is sent
+    assert "alone_personal_loss" not in ask(world, rounds=1).metrics
+
+
+def test_a_client_without_examples_to_choose_by_has_the_federated_model(world):
+    few = World(world.path, overrides="data.examples_per_client=2 data.personal_test_examples=0")
+    values = initial_tensors(few.describe(0).shapes, 3)
+    reply = ask(few, values, scopes=[])
+    assert (reply.took, reply.metrics) == ("federated", {"choosing_examples": 0.0})
+    assert (kept(few).choosing.examples, kept(few).took) == (0, "federated")
+
+
+def test_a_deployed_node_says_nothing_of_a_choice_by_few_rows_and_counts_it_as_a_test(
+    world, folder, tmp_path
+):
+    rows = tmp_path / "own.jsonl"
+    write_rows(rows, 60)
+    node = {
+        "client-id": "clinic", "backbone": str(folder / "two"), "bits": "bf16", "worker": "off",
+        "data": str(rows), "state-dir": str(tmp_path / "mine"),
+        "anchors": str(folder / "anchors.txt"), **LOW_FLOORS,
+    }  # fmt: skip
+    words = f"data.labels=[{','.join(LABELS)}]"
+    maps, digest = make_maps(48)
+
+    def asked(seed=3, **floors):
+        deployed = World(world.path, inline(world), words, **{**node, **floors})
+        values = initial_tensors(deployed.describe(0).shapes, seed)
+        return ask(deployed, values, scopes=[], maps=maps, maps_digest=digest)
+
+    told = asked()
+    assert told.took
+    assert told.metrics["choosing_examples"] == 20
+    record = kept(world, "mine")
+    assert (record.took, record.client_id, record.choosing.examples) == (told.took, "clinic", 20)
+    silent = asked(**{"floor-test-examples": 21})
+    assert (silent.took, [n for n in silent.metrics if "choosing" in n]) == ("", [])
+    assert kept(world, "mine").took  # chosen all the same, at home
+    counts = asked(report="counts-and-loss-only")
+    assert {name.rpartition("_")[2] for name in counts.metrics} == {"examples", "loss"}
+    with pytest.raises(RemoteError, match="budget of 1 tests"):
+        asked(seed=4, **{"floor-tests": 1})
