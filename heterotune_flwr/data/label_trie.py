@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 from heterotune_flwr.data.template import Form
 from heterotune_flwr.errors import DataError
@@ -96,13 +96,13 @@ def make_trie(form: Form, labels: Sequence[str]) -> LabelTrie:
     """
     _check_spaces(labels)
     answers = [tuple(ids) for ids in form.label_ids(labels)]
-    longer = {ids[:end] for ids in answers for end in range(1, len(ids))}
+    # Sorted, an answer that begins others comes right before one of them.
+    beginning = {a for a, b in pairwise(sorted(answers)) if len(a) < len(b) and b[: len(a)] == a}
     ending = tuple(form.ending)
-    ended = [ids + ending if ids in longer else ids for ids in answers]
-    if not ending and (
-        begun := [label for label, ids in zip(labels, ended, strict=True) if ids in longer]
-    ):
-        problem = f"label {begun[0]!r} begins another one, and this backbone has no end of text to tell them apart"
+    ended = [ids + ending if ids in beginning else ids for ids in answers]
+    if beginning and not ending:
+        label = next(label for label, ids in zip(labels, answers, strict=True) if ids in beginning)
+        problem = f"label {label!r} begins another one, and this backbone has no end of text to tell them apart"
         raise DataError(problem, problem)
     owners: dict[Ids, str] = {}
     for label, ids in zip(labels, ended, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.label_trie import make_trie
 from heterotune_flwr.data.template import make_form
+from heterotune_flwr.names import safe_text
 from heterotune_flwr.schema import DataConfig
 
 
@@ -70,10 +71,28 @@ def how_they_fit(
     name = max(found, key=lambda one: found[one].cut)
     worst = found[name]
     yield _cut(worst, name, data)
-    if labels is None:
-        yield from _over_long(rows, worst, name, data)
-    if labels is None and data.generate:
+    if labels is not None:
+        yield from _alike(labels, data, tokenizers)
+        return
+    yield from _over_long(rows, worst, name, data)
+    if data.generate:
         yield from _unmatched(rows, max(found.values(), key=lambda one: sum(one.answers)), data)
+
+
+def _alike(labels: Sequence[str], data: DataConfig, tokenizers: dict[str, Any]) -> Iterator[str]:
+    """Labels that may be meant to be one, and what it costs that some share their first tokens."""
+    first: dict[str, str] = {}
+    pairs = [(one, name) for name in labels if (one := first.setdefault(name.casefold(), name)) != name]  # fmt: skip
+    if pairs:
+        one, other = (safe_text(name, 40) for name in pairs[0])
+        yield (
+            f"warning: labels {one!r} and {other!r} differ in case alone ({len(pairs)} such): write them alike if they "
+            "mean the same"
+        )
+    reads = {n: len(make_trie(make_form(t, data), labels).reads) for n, t in tokenizers.items()}
+    name = max(reads, key=lambda one: reads[one])
+    if reads[name] > 1:
+        yield f"labels share their first tokens: every text is read {reads[name]} times ({name})"
 
 
 def _cut(of: Lengths, name: str, data: DataConfig) -> str:

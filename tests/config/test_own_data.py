@@ -87,6 +87,14 @@ def test_labels_that_share_tokens_take_room_from_their_prompts(tmp_path, tokeniz
     alike = [{**row, "label": f"quiet {row['label']}"} for row in rows]
     text = said(rows_of(path, alike), tokenizer, f"data.max_length={longest}")
     assert f"100 % of the prompts are cut to fit data.max_length={longest} tokens" in text
+    assert "every text is read" not in text  # all labels begin with the same word
+    rows[0]["label"], rows[1]["label"] = "quiet music box", "Fruit"
+    text = said(rows_of(path, rows), tokenizer)
+    assert "warning: labels 'Fruit' and 'fruit' differ in case alone (1 such)" in text
+    names = ["quiet fruit", "quiet motor", "song of fruit", "song of motor"]
+    mixed = [{**row, "label": names[number % 4]} for number, row in enumerate(rows)]
+    text = said(rows_of(path, mixed), tokenizer)
+    assert "labels share their first tokens: every text is read 2 times (mine)" in text
 
 
 def test_answers_that_are_too_long_or_never_match(tmp_path, tokenizer):
