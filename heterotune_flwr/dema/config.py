@@ -83,6 +83,14 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
     head_views: list[str] = field(
         default_factory=list, metadata={"help": "views of a text the head reads besides: text"}
     )
+    core_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "linear layers that are changed besides, by a core of low rank each"},
+    )
+    core_rank: int = field(default=16, metadata={"help": "rank of the cores"})
+    core_scale: float = field(
+        default=1.0, metadata={"help": "what a core's effect is multiplied with"}
+    )
     backbone: dict[str, str | None] | None = field(
         default=None,
         metadata={
@@ -110,7 +118,7 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
         """Fix the PEFT type and check the values."""
         super().__post_init__()
         self.peft_type = register()
-        for name, least in (("slots", 1), ("latent", 1), ("inner", 0)):
+        for name, least in (("slots", 1), ("latent", 1), ("inner", 0), ("core_rank", 1)):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"DeMA: {name} is {value}, it must be at least {least}")
         if self.output is not None and self.output < 1:

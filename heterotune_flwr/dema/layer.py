@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heterotune_flwr.dema.bank import TIERS, bank_shapes, initial_tensors
+from heterotune_flwr.dema.bank import TIERS, initial_tensors
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.head import LabelHead
 from heterotune_flwr.errors import HeteroTuneError
@@ -88,7 +88,7 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     """
 
-    adapter_layer_names = ("dema_experts", "dema_gate")
+    adapter_layer_names = ("dema_experts", "dema_gate", "dema_cores")
     other_param_names = ("dema_maps", "dema_head")
 
     def __init__(
@@ -102,6 +102,7 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.dema_gate = nn.ModuleDict({})
         self.dema_maps = nn.ModuleDict({})
         self.dema_head = nn.ModuleDict({})
+        self.dema_cores = nn.ModuleDict({})
         self.configs: dict[str, DeMAConfig] = {}
         self.slots: dict[str, int] = {}
         self.gate_mass: dict[str, Tensor] = {}
@@ -148,7 +149,9 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             device = next((p.device for p in self.base_layer.parameters()), None)
         if device is None or device.type == "meta" or adapter_name not in self.dema_gate:
             return
-        for modules in (self.dema_experts, self.dema_gate, self.dema_maps, self.dema_head):
+        for modules in (
+            self.dema_experts, self.dema_gate, self.dema_maps, self.dema_head, self.dema_cores,
+        ):  # fmt: skip
             if adapter_name not in modules:
                 continue
             module = modules[adapter_name]
@@ -193,15 +196,17 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 named[f"{prefix}.experts.{where}.{key}"] = parameter
         for key, parameter in self.dema_gate[adapter_name].named_parameters():
             named[f"{prefix}.gate.{key}"] = parameter
+        if adapter_name in self.dema_cores:
+            for key, parameter in self.dema_cores[adapter_name].named_parameters():
+                named[f"cores.{key.replace('/', '.')}"] = parameter
         return named
 
     @torch.no_grad()
     def reset(self, adapter_name: str) -> None:
         """Set the adapter to its first values (output zero)."""
-        config = self.configs[adapter_name]
-        shapes = bank_shapes(config, config.output_width)
         parameters = self.trainable(adapter_name)
-        values = initial_tensors({name: shapes[name] for name in parameters}, config.seed)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        values = initial_tensors(shapes, self.configs[adapter_name].seed)
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(values[name]))
 

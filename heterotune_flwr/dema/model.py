@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from heterotune_flwr.backbones.loading import compute_as_trained
 from heterotune_flwr.backbones.reader import Lines
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks, text_config
 from heterotune_flwr.dema.config import DeMAConfig
+from heterotune_flwr.dema.cores import changed_layers, hooked, new_cores
 from heterotune_flwr.dema.label_logits import LabelLogits
 from heterotune_flwr.dema.layer import MERGE_MESSAGE, DeMALayer, MergeError
 from heterotune_flwr.errors import BackboneError, ConfigError, HeteroTuneError
@@ -64,6 +66,7 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = DeMALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's class attribute)
     _heads: LabelLogits | None = None
+    _core_hooks: Sequence[RemovableHandle] = ()
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -72,10 +75,24 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
         config: DeMAConfig = self.peft_config[adapter_name]
         config.slot_modules = resolve_slots(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.core_modules:
+            self._inject_cores(model, adapter_name, config)
         if config.backbone is not None:
             compute_as_trained(model)
         if config.head_labels is not None and self._heads is None:
             self._heads = LabelLogits(model)
+
+    def _inject_cores(self, model: nn.Module, adapter_name: str, config: DeMAConfig) -> None:
+        layers = changed_layers(model, config)
+        last = next(
+            module
+            for module in model.modules()
+            if isinstance(module, DeMALayer) and module.is_last and adapter_name in module.slots
+        )
+        last.dema_cores[adapter_name] = new_cores(layers, config)
+        last._move_adapter_to_device_of_base_layer(adapter_name)
+        added = hooked(last, adapter_name, layers, config.core_scale)
+        self._core_hooks = [*self._core_hooks, *added]
 
     def label_offsets(self, lines: Lines, adapter_name: str | None = None) -> Tensor:
         """What an adapter's head (None: the active one's) adds to the labels' logits of prompts (``n x C``, float32).
@@ -92,6 +109,9 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
         if self._heads is not None:
             self._heads.remove()
             self._heads = None
+        for hook in self._core_hooks:
+            hook.remove()
+        self._core_hooks = []
         base: nn.Module = super().unload()
         return base
 
@@ -138,7 +158,7 @@ class DeMAModel(BaseTuner):  # type: ignore[misc]
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The adapter's name stands right after ``dema_*``, deeper than PEFT expects."""
-        pattern = rf"(\.dema_(?:experts|gate|maps|head))\.{re.escape(adapter_name)}(?=\.|$)"
+        pattern = rf"(\.dema_(?:experts|gate|maps|head|cores))\.{re.escape(adapter_name)}(?=\.|$)"
         return re.sub(pattern, r"\1", key)
 
     def _replace_module(

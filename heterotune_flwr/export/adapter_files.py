@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from heterotune_flwr.alignment.views import views_of
-from heterotune_flwr.backbones.loading import checked_source
+from heterotune_flwr.backbones.loading import checked_source, load_backbone
 from heterotune_flwr.backbones.prepared import found_again
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.backbones.tokenizer import load_tokenizer
@@ -20,6 +20,8 @@ from heterotune_flwr.data.template import make_form
 from heterotune_flwr.dema.bank import RESIDUAL
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.export.form import data_of
+from heterotune_flwr.tuning.adapters import detach
+from heterotune_flwr.tuning.cores import frozen_factors
 from heterotune_flwr.tuning.kept_model import Head, KeptBackbone, KeptFacts, Tensors
 
 
@@ -60,6 +62,7 @@ def write_adapter(facts: KeptFacts, files: AdapterFiles, target: Path) -> None:
     """
     check_kind(facts, files.tensors)
     target.mkdir(parents=True, exist_ok=True)
+    files = replace(files, tensors=with_both_factors(facts, files.tensors))
     (_write_dema if facts.method.kind == "dema" else _write_lora)(facts, files, target)
 
 
@@ -82,6 +85,10 @@ def _write_dema(facts: KeptFacts, files: AdapterFiles, target: Path) -> None:
     config = DeMAConfig.from_method(method, method.output or method.latent)
     for name, value in _head_settings(facts, files).items():
         setattr(config, name, value)
+    paths = sorted({_module(name) for name in files.tensors if name.startswith("cores.")})
+    if paths:
+        config.core_modules, config.core_rank = paths, method.core_rank
+        config.core_scale = method.core_scale
     config.backbone = named_backbone(facts.backbone)
     config.base_model_name_or_path = found_again(config.backbone)
     base = _without_weights(facts.backbone)
@@ -150,6 +157,26 @@ def _rows(directory: Path) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+def with_both_factors(facts: KeptFacts, tensors: Tensors) -> Tensors:
+    """Square cores between factors of the backbone's own weights (``R``) as two factors ``A`` and ``B``, like LoRA."""
+    square = {name: value for name, value in tensors.items() if name.endswith(".R")}
+    if not square:
+        return tensors
+    of, method = facts.backbone, facts.method
+    rank = method.core_rank if method.kind == "dema" else method.lora_rank
+    backbone = load_backbone(BackboneSpec(of.source, of.bits, of.revision))
+    detach(backbone)
+    found = {name: value for name, value in tensors.items() if name not in square}
+    for name, core in square.items():
+        path = _module(name)
+        layer = backbone.model.get_submodule(path)
+        left, right = (f.cpu() for f in frozen_factors(backbone, path, layer, rank))
+        stem = name.removesuffix(".R")
+        found[f"{stem}.A"] = (torch.from_numpy(core) @ right).numpy()
+        found[f"{stem}.B"] = left.contiguous().numpy()
+    return found
+
+
 def _write_lora(facts: KeptFacts, files: AdapterFiles, target: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -178,5 +205,5 @@ def _write_lora(facts: KeptFacts, files: AdapterFiles, target: Path) -> None:
 
 
 def _module(name: str) -> str:
-    """``model.layers.0.mlp.up_proj`` of ``lora.model.layers.0.mlp.up_proj.A``."""
-    return name.removeprefix("lora.").rpartition(".")[0]
+    """``model.layers.0.mlp.up_proj`` of ``lora.model.layers.0.mlp.up_proj.A``, or of ``cores.`` such."""
+    return name.partition(".")[2].rpartition(".")[0]

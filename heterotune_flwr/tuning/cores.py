@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from heterotune_flwr.backbones.loading import Backbone, linear_sides
 from heterotune_flwr.backbones.structure import find_structure
+from heterotune_flwr.dema.cores import with_effect
 from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.tuning.lora import dense_weight, singular_vectors
 
@@ -93,17 +93,14 @@ class _Hook:
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self.acts:
             return output
-        effect: Tensor = inputs[0].to(self._matrices[0].dtype)
-        for matrix in self._matrices:
-            effect = functional.linear(effect, matrix)
-        return output + self._scale * effect.to(output.dtype)
+        return with_effect(inputs[0], output, self._scale, self._matrices)
 
 
 _Made = tuple[_Hook, dict[str, nn.Parameter]]
 
 
 def _square(backbone: Backbone, path: str, layer: nn.Module, method: MethodConfig) -> _Made:
-    left, right = _vectors(backbone, path, layer, method.core_rank)
+    left, right = frozen_factors(backbone, path, layer, method.core_rank)
     core = nn.Parameter(torch.zeros(method.core_rank, method.core_rank, device=left.device))
     return _Hook(method.core_scale, right, core, left), {"R": core}
 
@@ -124,7 +121,10 @@ _CORES = {"square": _square, "lora": _lora}
 _known: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}
 
 
-def _vectors(backbone: Backbone, name: str, layer: nn.Module, rank: int) -> tuple[Tensor, Tensor]:
+def frozen_factors(
+    backbone: Backbone, name: str, layer: nn.Module, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The factors around a square core of the layer ``name``: left (out x rank) and right (rank x in)."""
     key = (id(backbone), name, rank)
     if key not in _known:
         left, right = singular_vectors(dense_weight(layer).float(), rank)
