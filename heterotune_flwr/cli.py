@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from heterotune_flwr import __version__, cli_backbones, cli_config, cli_export
+from heterotune_flwr import __version__, cli_backbones, cli_config, cli_export, cli_new
 from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
@@ -154,6 +154,7 @@ def status(
     typer.echo(json.dumps(found.to_json()) if as_json else render(found))
 
 
+app.command()(cli_new.new)
 app.command()(cli_config.config)
 app.command()(cli_backbones.fetch)  # the short form of `backbones fetch`
 app.add_typer(cli_backbones.app, name="backbones")

@@ -32,9 +32,9 @@ FLOORS = (
     "preflight experiment",
     "runs",
     "worker deploy",
-    "settings",
+    "settings new",
     "settings_page",
-    "cli_backbones cli_config cli_export",
+    "cli_backbones cli_config cli_export cli_new",
     "cli",
     "entry",
 )
