@@ -56,7 +56,7 @@ def new(
     """
     from heterotune_flwr.new.plan import BACKBONES, Wishes, parse_backbone, plan
     from heterotune_flwr.new.table import look
-    from heterotune_flwr.new.text import COMMANDS
+    from heterotune_flwr.new.text import next_commands
     from heterotune_flwr.new.write import check_free, write
 
     check_free(directory)
@@ -80,7 +80,7 @@ def new(
         typer.echo(note)
     typer.echo(f"wrote {directory / 'run.yaml'} and {directory / 'README.md'}; next:")
     typer.echo(f"    cd {shlex.quote(str(directory))}")
-    for command in (*(f"heterotune fetch {name}" for name in made.to_fetch), *COMMANDS):
+    for command in next_commands(made):
         typer.echo(f"    {command}")
 
 
@@ -132,10 +132,8 @@ def _asked(option: str, question: str, proposed: str | None, more: str = "") -> 
 
 
 def _described(table: Table) -> str:
-    from heterotune_flwr.data.layouts import described
-
     columns = ", ".join(
         f"{name} ({c.different} different)" for name, c in table.columns.items() if c.filled
     )
-    how = f"; {described(table.layout)}" if table.layout else ""
+    how = f"; {table.layout.described()}" if table.layout else ""
     return f"{table.path}: {table.rows} rows; columns: {columns or ', '.join(table.columns)}{how}"

@@ -21,6 +21,7 @@ from heterotune_flwr.backbones.sources import (
 )
 from heterotune_flwr.backbones.tokenizer import load_tokenizer
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.layouts import Layout
 from heterotune_flwr.data.lengths import lengths
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import read_examples
@@ -175,7 +176,7 @@ def _columns(wishes: Wishes, table: Table) -> DataConfig:
     return replace(data, test=None if wishes.test is None else str(wishes.test))
 
 
-def _labels(examples: Sequence[Example], layout: str | None) -> Counter[str] | None:
+def _labels(examples: Sequence[Example], layout: Layout | None) -> Counter[str] | None:
     """How often every answer occurs, where they are labels: few that come again and again; None: open text."""
     found = Counter(example.label for example in examples)
     if len(found) < 2:

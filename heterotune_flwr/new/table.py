@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.data.layouts import recognised
+from heterotune_flwr.data.layouts import Layout, recognised
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.values import plain_text
 from heterotune_flwr.errors import DataError
@@ -45,7 +45,7 @@ class Table:
     path: Path
     rows: int
     columns: dict[str, Column]
-    layout: str | None
+    layout: Layout | None
 
     def check(self, name: str, option: str) -> str:
         """A column's name as it is given (DataError: there is no such column; the nearest is told)."""

@@ -26,20 +26,22 @@ def to_yaml(plan: Plan, folder: Path) -> str:
 
 def to_readme(plan: Plan, folder: Path) -> str:
     """What to do next, from inside the folder."""
-    commands = [*(f"heterotune fetch {name}" for name in plan.to_fetch), *COMMANDS]
     file = Path(str(plan.data.train)).name
     return (
         f"# {folder.name}\n\nA federation on {file}, written by `heterotune new`: {_about(plan)}. In this folder:\n\n"
-        + "".join(f"    {command}\n" for command in commands)
+        + "".join(f"    {command}\n" for command in next_commands(plan))
     )
 
 
-#: What a user does with a new folder, from inside it.
-COMMANDS = (
-    "heterotune run run.yaml --dry-run     # checks everything, and shows all settings",
-    "heterotune run run.yaml --dir out     # trains; ends with a table",
-    "heterotune report out --personal      # the table again, with the clients' own tests",
-)
+def next_commands(plan: Plan) -> list[str]:
+    """What a user does with a new folder, from inside it."""
+    fetch = [f"heterotune fetch {name}" for name in plan.to_fetch]
+    return [
+        *fetch,
+        "heterotune run run.yaml --dry-run   # checks everything, and shows all settings",
+        "heterotune run run.yaml --dir out   # trains; ends with a table",
+        "heterotune export out model --client client-0000   # the first client's model, as a folder that PEFT loads",
+    ]
 
 
 def _line(text: str, comment: str) -> str:
