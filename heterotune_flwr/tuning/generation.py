@@ -7,7 +7,7 @@ slot, cores, LoRA) takes part: all of it acts on one position at a time, so the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,10 @@ _NUCLEUS = 0.95
 LOGITS_AT_A_TIME = 2**23
 
 
+#: Takes the next piece of a text.
+Tell = Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class GenerationReport:
     """Mean exact match and ROUGE-L (0 to 1) of generated answers, and how many were generated."""
@@ -63,6 +67,36 @@ class _StopText(StoppingCriteria):  # type: ignore[misc]
         """Return which rows (bool ``B``) are done."""
         texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
         return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
+
+
+class _Told(StoppingCriteria):  # type: ignore[misc]
+    """Hands the text of one answer on while it is written; what a later token may still change is held back."""
+
+    def __init__(
+        self, tokenizer: Any, stop: str | None, ends: set[int], start: int, tell: Tell
+    ) -> None:
+        self._tokenizer, self._stop, self._ends = tokenizer, stop, ends
+        self._start, self._tell = start, tell
+        self._told = ""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Never ends anything (bool ``1``)."""
+        tokens = input_ids[0, self._start :].tolist()
+        kept = itertools.takewhile(lambda token: token not in self._ends, tokens)
+        text = self._tokenizer.decode(list(kept), skip_special_tokens=True)
+        if self._stop is not None:
+            text = text.partition(self._stop)[0]
+            begun = (self._stop[:size] for size in range(len(self._stop) - 1, 0, -1))
+            text = text.removesuffix(next((part for part in begun if text.endswith(part)), ""))
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a letter's bytes
+            self.to(text.strip())
+        return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
+
+    def to(self, text: str) -> None:
+        """Tell what ``text`` has beyond what has been told."""
+        if text.startswith(self._told) and text != self._told:
+            self._tell(text[len(self._told) :])
+            self._told = text
 
 
 class _Entropies(LogitsProcessor):  # type: ignore[misc]
@@ -142,12 +176,31 @@ def draw_answers(
         for batch in [b[i : i + most] for b in batches for i in range(0, len(b), most)]:
             noted = _Entropies()
             texts, counts = _generate(
-                adapter, [prompts[i] for i in batch], limit, stop, ends, noted
+                adapter, [prompts[i] for i in batch], limit, stop, ends, noted, temperature=1.0
             )
             sureness[batch] = torch.exp(-noted.means(counts)).numpy()
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = text
     return answers, sureness
+
+
+def write_answer(
+    adapter: AttachedAdapter,
+    prompt: Sequence[int],
+    limit: int,
+    stop: str | None,
+    ends: Sequence[int] = (),
+    temperature: float = 0.0,
+    tell: Tell | None = None,
+) -> str:
+    """Answer to one prompt, handed to ``tell`` piece by piece as it is written.
+
+    Parameters as :func:`generate_answers`; ``temperature`` 0 is greedy, above it tokens are drawn (nucleus 0.95).
+    """
+    (text,), _ = _generate(
+        adapter, [prompt], limit, stop, ends, temperature=temperature, tell=tell
+    )
+    return text
 
 
 def answer_prompts(task: Task, texts: Sequence[Asked], data: DataConfig) -> list[list[int]]:
@@ -180,12 +233,14 @@ def _generate(
     stop: str | None,
     ends: Sequence[int],
     drawn: _Entropies | None = None,
+    temperature: float = 0.0,
+    tell: Tell | None = None,
 ) -> tuple[list[str], list[int]]:
     """Answers of one batch, padded on the left, and how many tokens each took, its end included."""
     backbone = adapter.backbone
     model, tokenizer = backbone.model, backbone.tokenizer
     longest = max(len(ids) for ids in prompts)
-    settings = sampling_settings(model, tokenizer, limit, drawn is not None, ends)
+    settings = sampling_settings(model, tokenizer, limit, temperature, ends)
     settings.pad_token_id = backbone.pad_id
     ids = torch.full((len(prompts), longest), int(settings.pad_token_id), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -193,6 +248,9 @@ def _generate(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     criteria = [] if stop is None else [_StopText(tokenizer, stop, longest)]
+    stops, padding = set(settings.eos_token_id or ()), int(settings.pad_token_id)
+    told = None if tell is None else _Told(tokenizer, stop, stops, longest, tell)
+    criteria += [] if told is None else [told]
     with _own_settings(model, settings), _contiguous_head(model):
         output = model.generate(
             input_ids=ids.to(backbone.device),
@@ -201,7 +259,6 @@ def _generate(
             logits_processor=LogitsProcessorList([drawn] if drawn else []),
         )
     # Not left to the tokenizer: some do not know their end-of-text token as a special one.
-    stops, padding = set(settings.eos_token_id or ()), int(settings.pad_token_id)
     kept = [
         list(itertools.takewhile(lambda token: token not in stops, row))
         for row in output[:, longest:].tolist()
@@ -211,19 +268,25 @@ def _generate(
         next((n + (t in stops) for n, t in enumerate(row) if t in stops or t == padding), len(row))
         for row in output[:, longest:].tolist()
     ]
-    return [(text if stop is None else text.partition(stop)[0]).strip() for text in texts], counts
+    texts = [(text if stop is None else text.partition(stop)[0]).strip() for text in texts]
+    if told is not None:
+        told.to(texts[0])
+    return texts, counts
 
 
 def sampling_settings(
-    model: Any, tokenizer: Any, limit: int, drawn: bool, ends: Sequence[int] = ()
+    model: Any, tokenizer: Any, limit: int, temperature: float, ends: Sequence[int] = ()
 ) -> GenerationConfig:
-    """Plain decoding, greedy or drawn, that ends at the token training teaches, or at one the model's makers named."""
+    """Plain decoding, greedy (temperature 0) or drawn.
+
+    It ends at the token that training teaches, or at one that the model's makers named.
+    """
     named = getattr(model.generation_config, "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *ends[-1:], *(named if isinstance(named, list) else [named])}
     return GenerationConfig(
-        do_sample=drawn,
+        do_sample=temperature > 0,
         num_beams=1,
-        **({"temperature": 1.0, "top_k": 0, "top_p": _NUCLEUS} if drawn else {}),
+        **({"temperature": temperature, "top_k": 0, "top_p": _NUCLEUS} if temperature else {}),
         max_new_tokens=limit,
         eos_token_id=sorted(int(end) for end in stops if end is not None) or None,
         use_cache=True,

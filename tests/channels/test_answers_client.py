@@ -214,8 +214,8 @@ def test_sureness_ends_with_the_answer_whatever_the_batch_holds(directory, monke
         generation.sampling_settings
     )  # greedy here, so that answers do not depend on batch mates
 
-    def greedy(model, tokenizer, limit, drawn, ends):
-        return settings(model, tokenizer, limit, False, ends)
+    def greedy(model, tokenizer, limit, temperature, ends):
+        return settings(model, tokenizer, limit, 0.0, ends)
 
     monkeypatch.setattr(generation, "sampling_settings", greedy)
     for stop in sorted(letters)[:6]:
