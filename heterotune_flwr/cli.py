@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from heterotune_flwr import __version__, cli_backbones, cli_config, cli_export, cli_new
+from heterotune_flwr import __version__, cli_backbones, cli_config, cli_export, cli_new, cli_talk
 from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
@@ -161,6 +162,8 @@ app.add_typer(cli_backbones.app, name="backbones")
 app.command()(cli_export.export)
 app.command()(cli_export.evaluate)
 node_app.command("export")(cli_export.node_export)
+app.command()(cli_talk.chat)
+app.command()(cli_talk.generate)
 
 
 @app.command()
@@ -210,6 +213,9 @@ def main() -> None:
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         code = 130
+    except BrokenPipeError:  # whoever read what is printed has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -34,7 +34,7 @@ FLOORS = (
     "worker deploy",
     "settings new",
     "settings_page",
-    "cli_backbones cli_config cli_export cli_new",
+    "cli_backbones cli_config cli_export cli_new cli_talk",
     "cli",
     "entry",
 )

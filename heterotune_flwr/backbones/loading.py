@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,15 +195,22 @@ def _from_pretrained(spec: BackboneSpec, directory: Path, device: str, **given: 
 
 
 def prepare_libraries(bits: str) -> None:
-    """Quieten transformers and put the bitsandbytes remedies in place; before a model is built."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    """Quieten the libraries and put the bitsandbytes remedies in place; before a model is built."""
+    quieten_libraries()
     if bits in QUANTIZED:
         apply_repacking_remedy()
         apply_dequantize_remedy()
         # It warns at every single multiplication that int8 computes in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def quieten_libraries() -> None:
+    """Silence what libraries tell of themselves: progress bars, names that will go, kernels that are not there."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 
 def _unloadable(spec: BackboneSpec, directory: Path, error: Exception) -> BackboneError:

@@ -150,6 +150,7 @@ def _record(
             data.max_length,
             data.max_answer_tokens,
             data.stop,
+            any(example.turns for example in examples.train),
         ),
         maps_digest=request.maps_digest,
         took=took,

@@ -9,7 +9,8 @@ from typing import Any
 from heterotune_flwr.data.examples import Turn
 from heterotune_flwr.errors import DataError
 
-_ANSWERS = ("assistant", "model")
+#: Roles of whoever answers.
+ANSWERS = ("assistant", "model")
 #: Names of who speaks and what: as chat templates take them, and as ShareGPT's files have them.
 _FORMS = (("role", "content"), ("from", "value"))
 #: ShareGPT's speakers, by the names that all others use.
@@ -25,11 +26,8 @@ def from_chat(value: Any, column: str, where: str) -> tuple[tuple[Turn, ...], st
     Raises DataError: a message lacks its role or content, or there is no reply, or nothing before it. Contents are
     never quoted.
     """
-    turns = [
-        _turn(message, f"{where}: message {number} of {column!r}")
-        for number, message in enumerate(_messages(value, column, where), start=1)
-    ]
-    last = max((i for i, turn in enumerate(turns) if turn.role in _ANSWERS), default=0)
+    turns = turns_of(value, column, where)
+    last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=0)
     if last == 0:
         raise DataError(
             f"{where}: the conversation in {column!r} has no reply of the assistant after another message"
@@ -41,6 +39,14 @@ def from_chat(value: Any, column: str, where: str) -> tuple[tuple[Turn, ...], st
     if not any(turn.content.strip() for turn in before):
         raise DataError(f"{where}: nothing is said in {column!r} before the last reply")
     return tuple(before), answer
+
+
+def turns_of(value: Any, column: str, where: str) -> list[Turn]:
+    """All turns of a conversation, its form as of :func:`from_chat` (DataError: it is none)."""
+    return [
+        _turn(message, f"{where}: message {number} of {column!r}")
+        for number, message in enumerate(_messages(value, column, where), start=1)
+    ]
 
 
 def flattened(turns: Sequence[Turn]) -> str:

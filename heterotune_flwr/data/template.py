@@ -218,9 +218,12 @@ class ChatForm(Form):
         if isinstance(asked, Example) and asked.turns:
             system, turns = alternating(asked.turns, text)
             return system or self.system, turns, "{text}", turns[-1].content
+        return self.system, [Turn(USER, self.said(text))], self._user_prompt, text
+
+    def said(self, text: str) -> str:
+        """What the user says of a text: the prompt around it (DataError: the form has no ``{text}``)."""
         self._filled(text)
-        said = self._user_prompt.replace("{text}", text).strip()
-        return self.system, [Turn(USER, said)], self._user_prompt, text
+        return self._user_prompt.replace("{text}", text).strip()
 
     def _fit(self, asked: Asked, room: int) -> _Fitted:
         system, turns, form, text = self._conversation(asked)

@@ -197,9 +197,7 @@ def write_answer(
 
     Parameters as :func:`generate_answers`; ``temperature`` 0 is greedy, above it tokens are drawn (nucleus 0.95).
     """
-    (text,), _ = _generate(
-        adapter, [prompt], limit, stop, ends, temperature=temperature, tell=tell
-    )
+    (text,), _ = _generate(adapter, [prompt], limit, stop, ends, temperature=temperature, tell=tell)
     return text
 
 

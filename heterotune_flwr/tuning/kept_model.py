@@ -57,7 +57,10 @@ class KeptBackbone:
 
 @dataclass(frozen=True)
 class KeptForm:
-    """How an example becomes text for the model, and how long it and its answer may be."""
+    """How an example becomes text for the model, and how long it and its answer may be.
+
+    ``turns``: whether examples were conversations, whose turns the prompt does not wrap.
+    """
 
     prompt: str
     template: str
@@ -65,6 +68,7 @@ class KeptForm:
     max_length: int
     max_answer_tokens: int
     stop: str | None
+    turns: bool = False
 
 
 @dataclass(frozen=True)
