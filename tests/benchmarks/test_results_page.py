@@ -31,7 +31,7 @@ def test_the_page_and_the_headline_are_what_the_command_makes():
 def test_every_result_names_a_command_that_is_there():
     for path in sorted(RESULTS.glob("*.json")):
         values = json.loads(path.read_text())
-        if path.stem == "headline_cells":
+        if path.stem.endswith("_cells"):
             continue
         commands = values["command"].split("; ")
         assert commands, path
