@@ -134,3 +134,23 @@ def test_a_server_imports_neither_torch_nor_what_trains() -> None:
                     starts += [module, module.partition(".")[0]]
     trains = {name for name in seen if name.startswith(("tuning.", "client."))}
     assert not trains, trains
+
+
+def test_nobody_imports_the_tuner_but_by_its_room() -> None:
+    """Its front page registers the tuner with PEFT; whoever imported it past that would leave PEFT without."""
+    past = [
+        f"{name} imports {module}"
+        for name, path in MODULES.items()
+        for module, _, typing_only in imports(path)
+        if module in TUNER and not typing_only and not name.startswith("dema")
+    ]
+    assert not past, past
+    inside = {name for name in MODULES if name.startswith("dema.")} - TUNER
+    entered = {"dema.access", "dema.head", "dema.label_logits"}  # of a model that has the tuner
+    reached = {
+        name
+        for name in inside
+        for module, _, typing_only in imports(MODULES[name])
+        if module in TUNER and not typing_only
+    }
+    assert reached <= entered | {"dema.when_peft"}

@@ -15,10 +15,10 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from heterotune_flwr.backbones.loading import linear_sides
-from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.errors import BackboneError
 
 if TYPE_CHECKING:
+    from heterotune_flwr.dema.config import DeMAConfig
     from heterotune_flwr.dema.layer import DeMALayer
 
 

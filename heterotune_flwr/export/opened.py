@@ -167,8 +167,9 @@ def _load(facts: ExportFacts, folder: Path, device: str) -> Any:
     if facts.record.method.kind == "dema":
         from peft import AutoPeftModelForCausalLM
 
-        import heterotune_flwr.dema  # noqa: F401 (registers the tuner with PEFT)
+        from heterotune_flwr.dema import register
 
+        register()
         return AutoPeftModelForCausalLM.from_pretrained(
             str(folder), adapter_name=facts.model, device_map={"": device}
         )

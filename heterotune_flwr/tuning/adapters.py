@@ -209,27 +209,14 @@ class AttachedAdapter:
     @contextmanager
     def without_trained_slots(self) -> Iterator[None]:
         """The backbone with the slots below the lowest trained one alone (DeMA): what training leaves as it is."""
-        layers = self._slots()[self.lowest :]
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
+        with _disabled(self._slots()[self.lowest :]):
             yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
 
     @contextmanager
     def bare(self) -> Iterator[None]:
         """The backbone alone: no slot acts, and no core (DeMA)."""
-        layers = self._slots()
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
-            with self.cores.off():
-                yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
+        with _disabled(self._slots()), self.cores.off():
+            yield
 
     def last_latents(self, states: torch.Tensor) -> torch.Tensor:
         """What final normalised states ``N x d`` are in the latents of the last slot, ``N x r`` (DeMA)."""
@@ -269,6 +256,19 @@ class AttachedAdapter:
 
             self._slot_layers = slot_layers(self.model) if self.kind == "dema" else []
         return self._slot_layers
+
+
+@contextmanager
+def _disabled(layers: Iterable[Any]) -> Iterator[None]:
+    """Let slots add nothing; those that added nothing before do not afterwards."""
+    before = [(layer, layer._disable_adapters) for layer in layers]
+    for layer, _ in before:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in before:
+            layer._disable_adapters = was
 
 
 def _map_names(view: View) -> tuple[str, str]:

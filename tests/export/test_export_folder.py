@@ -25,6 +25,7 @@ from heterotune_flwr.export.facts import ExportFacts, models_in
 from heterotune_flwr.export.opened import open_export
 from heterotune_flwr.export.write import write
 from heterotune_flwr.schema import DataConfig, MethodConfig
+from heterotune_flwr.tuning.state_cache import forget_states
 
 ROOT = Path(__file__).parents[2]
 DEEP = replace(DEMA, slots=2)
@@ -65,6 +66,7 @@ def test_a_folder_measures_what_the_run_reported(
 ) -> None:
     names = labels_of(pool) if closed else None
     record, maps = a_record(BackboneSpec("tiny-a", "bf16"), pool, names, method)
+    forget_states()  # of the run: an export computes its own
     write(record, None, tmp_path / "out", maps=maps)
     opened = open_export(tmp_path / "out", "cpu")
     data, rows = read_rows(write_rows(tmp_path / "rows.jsonl", pool), opened.facts.record)
