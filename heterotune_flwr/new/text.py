@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.new.plan import ANCHORS, Plan
 from heterotune_flwr.schema import DataConfig
 
@@ -120,11 +121,12 @@ def _data(plan: Plan, folder: Path) -> Iterator[str]:
 
 def _rest(plan: Plan, folder: Path) -> Iterator[str]:
     yield "alignment:"
-    own = plan.anchors != ANCHORS
+    own = plan.anchors not in SHIPPED
     says = f"{plan.texts} public texts on which models are aligned"
     shown = _path(plan.anchors, folder) if own else plan.anchors
     yield _line(
-        f"  anchors: {shown}", says if own else f"{says}; better: a .txt of texts like yours"
+        f"  anchors: {shown}",
+        says if plan.anchors != ANCHORS else f"{says}; better: a .txt of texts like yours",
     )
     if plan.latent < 128:
         yield "method:"
