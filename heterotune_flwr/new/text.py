@@ -42,6 +42,7 @@ def next_commands(plan: Plan) -> list[str]:
         "heterotune run run.yaml --dry-run   # checks everything, and shows all settings",
         "heterotune run run.yaml --dir out   # trains; ends with a table",
         "heterotune export out model --client client-0000   # the first client's model, as a folder that PEFT loads",
+        "heterotune chat model               # talk with it: untouched, trained alone, federated",
     ]
 
 
