@@ -11,12 +11,11 @@ from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.partition import ClientData, client_examples
-from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
+from heterotune_flwr.data.sources import global_test, label_set, loss_kind, own_file, splits
 from heterotune_flwr.data.virtual_clients import owners_of
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.schema import Config, DataConfig
 from heterotune_flwr.strategies.build import strategy_config
-from heterotune_flwr.tuning.task import loss_kind
 
 #: Clients, and labels of one, that are told one by one.
 _CLIENTS, _LABELS = 12, 8
