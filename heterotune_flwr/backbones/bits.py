@@ -161,8 +161,6 @@ def check_bits(bits: str, device: str | None = None) -> None:
 
 def import_bitsandbytes(bits: str) -> None:
     """Import what makes ``bits`` (BackboneError: it does not load here)."""
-    # It warns that an optional faster kernel package is missing; nothing is wrong without it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a broken native library raises anything

@@ -40,6 +40,9 @@ from heterotune_flwr.backbones.tokenizer import learned_positions, load_tokenize
 from heterotune_flwr.errors import BackboneError
 
 log = logging.getLogger(__name__)
+# bitsandbytes, which other libraries import too, warns that an optional faster kernel package is missing: nothing is
+# wrong without it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,8 +61,12 @@ class Seen:
         return any(_share(pieces, self._texts[place]) >= NEARLY for place in sorted(found))
 
     def _hashed(self, pieces: frozenset[int]) -> list[tuple[int, bytes]]:
-        values: NDArray[np.uint64] = np.fromiter(pieces, dtype=np.uint64, count=len(pieces)) % _PRIME
-        least = ((self._factors * values + self._shifts) % _PRIME).min(axis=1).reshape(_BANDS, _ROWS)
+        values: NDArray[np.uint64] = (
+            np.fromiter(pieces, dtype=np.uint64, count=len(pieces)) % _PRIME
+        )
+        least = (
+            ((self._factors * values + self._shifts) % _PRIME).min(axis=1).reshape(_BANDS, _ROWS)
+        )
         return [(band, row.tobytes()) for band, row in enumerate(least)]
 
 
