@@ -102,7 +102,7 @@ def _column(path: Path, column: str | None) -> Iterator[str]:
         if not number and column is None:
             layout = recognised(values, plain)
             column = "text" if layout else text_column(path)
-        row = arranged(values, layout, plain, where) if layout else values
+        row = arranged(values, layout, plain, where)[0] if layout else values
         assert column is not None
         if column not in row:
             raise DataError(

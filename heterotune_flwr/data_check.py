@@ -87,21 +87,21 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
     data = config.data
     pool, test = training_pool(data), global_test(data)
     labels = label_set(data)
-    tokens = loss_kind(config.train, labels) == "tokens"
+    scored = labels if loss_kind(config.train, labels) == "labels" else None
     shares = client_shares(config)
     rows = [*own_file(data), *(test if data.test is not None or data.train is None else ())]
     anchors, near = load_anchors(config.alignment), anchors_near(config)
     return {
         "data": data.train or data.name,
         "columns": {name: getattr(data, f"{name}_field") for name in ("text", "label", "client")},
-        "task": "labels" if not tokens else "text",
+        "task": "text" if scored is None else "labels",
         "rows": {"train": len(pool), "test": len(test)},
         "used": used_line(config, shares),
         "per_client": share_lines(config, shares),
         "clients": [share.to_json() for share in shares],
         "natural_clients": dict(Counter(e.client for e in pool if e.client).most_common()),
         "answers": _answers(pool, test, closed=labels is not None),
-        "lengths": {name: _lengths(one, config, rows, tokens) for name, one in tokenizers.items()},
+        "lengths": {name: _lengths(one, config, rows, scored) for name, one in tokenizers.items()},
         "duplicates": _duplicates(pool, test),
         "examples": _rendered(config, tokenizers, pool),
         "anchors": {
@@ -134,9 +134,9 @@ def _answers(pool: Sequence[Example], test: Sequence[Example], closed: bool) -> 
 
 
 def _lengths(
-    tokenizer: Any, config: Config, rows: Sequence[Example], tokens: bool
+    tokenizer: Any, config: Config, rows: Sequence[Example], labels: Sequence[str] | None
 ) -> dict[str, Any]:
-    found = lengths(tokenizer, config.data, rows, tokens)
+    found = lengths(tokenizer, config.data, rows, labels)
     totals = sorted(found.totals)
     return {
         "median": totals[len(totals) // 2],
@@ -173,7 +173,7 @@ def _rendered(
     forms: dict[tuple[str, ...], str] = {}
     for name, tokenizer in tokenizers.items():
         form = make_form(tokenizer, config.data)
-        forms.setdefault(tuple(form.render(example.text) for example in chosen), name)
+        forms.setdefault(tuple(form.render(example) for example in chosen), name)
     return [
         {"backbone": name, "prompt": prompt, "answer": example.label}
         for prompts, name in forms.items()

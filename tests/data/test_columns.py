@@ -33,7 +33,7 @@ def many(*columns, **values):
             many("Review", "Sentiment", "site"),
             {"text_field": "Review", "label_field": "Sentiment", "client_field": "site"},
         ),
-        (many("question", "answer", "id"), {"text_field": "question", "label_field": "answer"}),
+        (many("query", "reply", "id"), {"text_field": "query", "label_field": "reply"}),
         (
             many(a=lambda n: f"a long enough text of number {n}", b=lambda n: str(n % 3), c=str),
             {"text_field": "a", "label_field": "b"},
