@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
-from heterotune_flwr.data.columns import text_column
 from heterotune_flwr.data.duplicates import Seen
-from heterotune_flwr.data.layouts import arranged, recognised
+from heterotune_flwr.data.layouts import arranged
 from heterotune_flwr.data.nearness import NEAR, nearness
 from heterotune_flwr.data.sources import global_test, is_shipped, training_pool
 from heterotune_flwr.data.tables import rows
@@ -21,6 +20,7 @@ from heterotune_flwr.data.values import plain_text
 from heterotune_flwr.data_check import data_config
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.exchange.storage import atomic_write_bytes
+from heterotune_flwr.new.table import look
 from heterotune_flwr.schema import AlignmentConfig, DataConfig, MethodConfig
 from heterotune_flwr.seeds import generator
 
@@ -98,12 +98,12 @@ def source_texts(source: str, column: str | None = None) -> list[str]:
 
 def _column(path: Path, column: str | None) -> Iterator[str]:
     plain, layout = DataConfig(), None
-    for number, (_, where, values) in enumerate(rows(path)):
-        if not number and column is None:
-            layout = recognised(values, plain)
-            column = "text" if layout else text_column(path)
+    if column is None:
+        table = look(path)
+        layout = table.layout
+        column = plain.text_field if layout else table.text() or plain.text_field
+    for _, where, values in rows(path):
         row = arranged(values, layout, plain, where)[0] if layout else values
-        assert column is not None
         if column not in row:
             raise DataError(
                 f"{where} has no column {column!r}; columns present: {', '.join(map(str, values))}"

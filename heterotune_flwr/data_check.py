@@ -9,7 +9,6 @@ from typing import Any
 
 from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.config.compose import compose, presets
-from heterotune_flwr.data.columns import likely_columns
 from heterotune_flwr.data.duplicates import Seen, folded
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import lengths
@@ -22,8 +21,9 @@ from heterotune_flwr.data.sources import (
     training_pool,
 )
 from heterotune_flwr.data.template import make_form
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.names import safe_text
+from heterotune_flwr.new.table import look
 from heterotune_flwr.own_data import (
     anchors_near,
     anchors_note,
@@ -33,12 +33,13 @@ from heterotune_flwr.own_data import (
     text_notes,
     used_line,
 )
-from heterotune_flwr.schema import Config
+from heterotune_flwr.schema import Config, DataConfig
 
 #: Rendered examples, labels and natural clients that are told.
 _EXAMPLES, _LABELS, _CLIENTS = 3, 20, 24
 #: Clients that a bare file is dealt to at most, and the prompt of its texts.
 _MOST, _PROMPT = 12, "{text}\nAnswer:"
+_DATA = DataConfig()
 #: Rows a client should have.
 _FEWEST = 4
 _TINY = ("tiny-a", "tiny-b", "tiny-c")
@@ -55,12 +56,10 @@ def data_config(name: str, overrides: Sequence[str]) -> Config:
     if not path.exists():
         known = ", ".join(presets())
         raise ConfigError(f"{name!r} is no data file, no .yaml file and no preset (known: {known})")
-    form = next((o.partition("=")[2] for o in overrides if o.startswith("data.format=")), None)
-    columns = likely_columns(path, form)
     given = [
         f"data.train={path}",
         f"data.prompt={_PROMPT}",
-        *(f"data.{setting}={column}" for setting, column in columns.items()),
+        *(f"data.{setting}={column}" for setting, column in _columns(path).items()),
     ]
     about = [override for override in overrides if override.startswith("data.")]
     config = compose("demo", [*given, *about])
@@ -73,6 +72,29 @@ def data_config(name: str, overrides: Sequence[str]) -> Config:
         given.append("data.partition=natural")
     closed = label_set(config.data) is not None
     return compose("demo" if closed else "open_text", [*given, *overrides])
+
+
+def _columns(path: Path) -> dict[str, str]:
+    """Settings that name a file's columns, where those by default are not there and no layout is known (DataError)."""
+    table = look(path)
+    if table.layout is not None:
+        return {}
+    found: dict[str, str] = {}
+    for setting, likely in (
+        ("text_field", table.text),
+        ("label_field", table.label),
+        ("client_field", table.client),
+    ):
+        default = getattr(_DATA, setting)
+        column = default if default in table.columns else likely(list(found.values()))
+        if column is not None:
+            found[setting] = column
+        elif setting != "client_field":
+            raise DataError(
+                f"no column of {str(path)!r} can be told to be the {setting.removesuffix('_field')}: it has "
+                f"{', '.join(table.columns)}; name it with data.{setting}"
+            )
+    return found
 
 
 def _types(clients: int) -> str:
