@@ -47,7 +47,7 @@ def check(
 
     heterotune data check reviews.csv data.text_field=review data.label_field=stars
     """
-    from heterotune_flwr.data_check import check_data, data_config, report_lines
+    from heterotune_flwr.data_check import check_data, data_config, is_data_file, report_lines
     from heterotune_flwr.experiment import with_absolute_paths
     from heterotune_flwr.preflight import checked, settle_bits
 
@@ -58,6 +58,8 @@ def check(
         return
     for line in report_lines(found):
         typer.echo(line)
+    if is_data_file(what):
+        typer.echo(f"next: heterotune new DIR --data {what} writes a run for it")
 
 
 @anchors_app.callback()

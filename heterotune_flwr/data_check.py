@@ -45,13 +45,19 @@ _FEWEST = 4
 _TINY = ("tiny-a", "tiny-b", "tiny-c")
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a name is meant as a data file's: no YAML file, and no preset."""
+    path = Path(name).expanduser()
+    return path.suffix not in (".yaml", ".yml") and (path.is_file() or name not in presets())
+
+
 def data_config(name: str, overrides: Sequence[str]) -> Config:
     """The run that is checked: a preset's, a YAML file's, or of a bare data file one with the embedded family.
 
     Raises ConfigError, DataError: there is none of that name, or the file cannot be read.
     """
     path = Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml") or (name in presets() and not path.is_file()):
+    if not is_data_file(name):
         return compose(name, overrides)
     if not path.exists():
         known = ", ".join(presets())
