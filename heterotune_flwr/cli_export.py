@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from heterotune_flwr.export.own_examples import OwnExamples
     from heterotune_flwr.export.selection import Selection
 
 Out = Annotated[Path, typer.Argument(help="the new folder", metavar="OUT")]
+Form = Annotated[
+    str,
+    typer.Option(
+        "--as",
+        help="adapter: exactly the model, loaded with heterotune-flwr | lora: a standard LoRA, for PEFT and servers "
+        "that take LoRAs | merged: a plain model folder, for transformers | gguf: one file, for llama.cpp, Ollama, "
+        "LM Studio (families llama, gemma3). All but adapter need nothing of heterotune",
+    ),
+]
+Rank = Annotated[
+    int,
+    typer.Option("--rank", min=1, help="largest rank of the LoRA that all forms but adapter are"),
+]
 
 
 def export(
@@ -30,6 +45,8 @@ def export(
     client: Annotated[
         str | None, typer.Option("--client", help="the model that one client took home")
     ] = None,
+    form: Form = "adapter",
+    rank: Rank = 32,
 ) -> None:
     """Write a model of a run as a folder that PEFT loads, with a card that says what it is.
 
@@ -39,7 +56,14 @@ def export(
     from heterotune_flwr.export.selection import select_of_run
 
     place = run.expanduser().absolute()
-    _write(select_of_run(place, strategy, seed, type_key, client), out)
+    selection = select_of_run(place, strategy, seed, type_key, client)
+
+    def examples() -> OwnExamples:
+        from heterotune_flwr.export.own_examples import of_run
+
+        return of_run(place, [record.facts for record in selection.records])
+
+    _write(selection, out, form, rank, examples)
 
 
 def node_export(
@@ -50,22 +74,39 @@ def node_export(
     experiment: Annotated[
         str | None, typer.Option("--experiment", help="of which run and strategy [the newest]")
     ] = None,
+    form: Form = "adapter",
+    rank: Rank = 32,
 ) -> None:
     """Write this node's own model as a folder that PEFT loads; asks no server, and tells none."""
     from heterotune_flwr.deploy.node_config import read_node_settings
     from heterotune_flwr.export.selection import select_of_node
 
     node = read_node_settings(settings)
-    _write(select_of_node(node.state_dir, str(node.client["client-id"]), experiment), out)
+    selection = select_of_node(node.state_dir, str(node.client["client-id"]), experiment)
+
+    def examples() -> OwnExamples:
+        from heterotune_flwr.export.own_examples import of_node
+
+        return of_node(node.client, selection.records[0].facts)
+
+    _write(selection, out, form, rank, examples)
 
 
-def _write(selection: Selection, out: Path) -> None:
+def _write(
+    selection: Selection, out: Path, form: str, rank: int, examples: Callable[[], OwnExamples]
+) -> None:
+    from heterotune_flwr.export.card_forms import told
+    from heterotune_flwr.export.convert import ADAPTER, check_form, write_converted
     from heterotune_flwr.export.write import check_out
 
     place = out.expanduser().absolute()
     check_out(place)
+    check_form(form, selection.records[0].facts)
     typer.echo(f"exporting the model of {selection.name}", err=True)
-    facts = selection.write(place)
+    if form == ADAPTER:
+        facts = selection.write(place)
+    else:
+        facts = write_converted(selection, form, examples, place, rank, _progress)
     if facts.record.took == "bare":
         typer.echo(
             "mind: on the examples held back for choosing, no trained model was better than the untouched one; this is "
@@ -73,7 +114,14 @@ def _write(selection: Selection, out: Path) -> None:
             err=True,
         )
     typer.echo(f"wrote {place}: {place / 'README.md'} says what it is and how it is loaded")
+    if form != ADAPTER:
+        typer.echo(told(facts.conversion))
+        return
     typer.echo(f"measure it on own rows: heterotune evaluate {place} --data FILE")
+
+
+def _progress(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def evaluate(

@@ -26,23 +26,24 @@ VOCABULARY = 64
 HIDDEN = 32
 
 
-def tiny_model(family: str = "llama", layers: int | None = None, seed: int = 0) -> Any:
-    """A random causal LM in float32, evaluation mode."""
+def tiny_model(
+    family: str = "llama", layers: int | None = None, seed: int = 0, **further: Any
+) -> Any:
+    """A random causal LM in float32, evaluation mode; ``further`` configuration."""
     depth, extra = FAMILIES[family]
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=layers or depth,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **extra,
-    )
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers or depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(family, **{**fields, **extra, **further})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # from_config's tiny weights would hide errors behind rounding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from heterotune_flwr.backbones.fetch import PACKAGED
 from heterotune_flwr.backbones.sources import EMBEDDED
+from heterotune_flwr.export.card_forms import faithful, load_converted, what_converted
 from heterotune_flwr.export.facts import ExportFacts
 from heterotune_flwr.tuning.kept_model import ALONE, BARE, FEDERATED, KeptFacts
 
@@ -26,7 +27,9 @@ def model_card(facts: ExportFacts) -> str:
     """The text of ``README.md``."""
     record = facts.record
     licence = licence_of(record.backbone.source)
-    head = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    form = facts.conversion.get("form", "adapter")
+    library = {"merged": "transformers", "gguf": "gguf"}.get(form, "peft")
+    head = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     head += [f"license: {licence.lower()}"] if licence == "Apache-2.0" else []
     head += ["tags: [heterotune, federated, adapter]", "---", ""]
     return "\n".join(
@@ -38,13 +41,15 @@ def model_card(facts: ExportFacts) -> str:
             "",
             "## Base model",
             "",
-            *_base(record, licence),
+            *_base(record, licence, refused=form == "adapter"),
             "",
             "## Load it",
             "",
-            *_load(facts),
+            *(_load(facts) if form == "adapter" else load_converted(facts)),
             "",
-            "## How good it is",
+            *([] if form == "adapter" else ["## How well it stands for the model", ""]),
+            *([] if form == "adapter" else [*faithful(facts), ""]),
+            "## How good it is" if form == "adapter" else "## How good the model is",
             "",
             *_metrics(facts),
             "",
@@ -83,14 +88,15 @@ def _what(facts: ExportFacts) -> str:
         else "open text"
     )
     whose = f"{facts.clients} clients of this type share it" if facts.whole_type else "one client's"
+    kind = what_converted(facts.conversion, kind) if facts.conversion else f"A {kind} adapter"
     return (
-        f"A {kind} adapter for {task}, after {record.rounds} rounds of federated training (strategy {record.strategy}, "
+        f"{kind} for {task}, after {record.rounds} rounds of federated training (strategy {record.strategy}, "
         f"seed {record.seed}), with different models taking part; {whose}. Made by heterotune-flwr; `heterotune.json` "
         "has all of this for programs."
     )
 
 
-def _base(record: KeptFacts, licence: str | None) -> list[str]:
+def _base(record: KeptFacts, licence: str | None, refused: bool) -> list[str]:
     base = record.backbone
     revision = f", revision {base.revision}" if base.revision else ""
     if base.source in EMBEDDED:
@@ -105,7 +111,8 @@ def _base(record: KeptFacts, licence: str | None) -> list[str]:
         found = "from the Hugging Face hub, or its cache"
     return [
         f"`{base.source}`{revision}, at {base.bits} ({base.dtype}): {found}.",
-        f"Fingerprint {base.fingerprint}: another model, or the same one changed, is refused.",
+        f"Fingerprint {base.fingerprint}"
+        + (": another model, or the same one changed, is refused." if refused else "."),
         f"Licence: {licence}."
         if licence
         else "Licence: see where the base model comes from; it holds for this adapter too.",

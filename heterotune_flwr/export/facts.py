@@ -36,6 +36,8 @@ class ExportFacts:
         What travelled for one client in a round (``up``, ``down``); empty where it is not known here.
     outside
         What the reported model adds that the adapter's files do not hold: ``prior``.
+    conversion
+        Of a form that needs nothing of ours what became of the model (:class:`.convert.Conversion`); empty of our own.
 
     """
 
@@ -45,6 +47,7 @@ class ExportFacts:
     whole_type: bool = False
     bytes: dict[str, float] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
+    conversion: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the file."""
@@ -78,6 +81,11 @@ def models_in(folder: Path) -> dict[str, Path]:
     The first is the one that the folder itself is. ConfigError: it is no export folder.
     """
     facts = ExportFacts.load(folder)
+    if form := facts.conversion.get("form"):
+        raise ConfigError(
+            f"{folder} was exported --as {form}, for other programs; its README.md says how it is loaded and how well "
+            "it stands for its model. Here an export without --as is read"
+        )
     found = {facts.model: folder}
     for name in (FEDERATED, ALONE):
         if name not in found and (folder / name / "adapter_config.json").is_file():

@@ -110,10 +110,12 @@ def dense_weight(layer: Any) -> Tensor:
 
         dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return dense
-    if getattr(weight, "SCB", None) is not None:
+    if weight.dtype == torch.int8:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        dense = int8_vectorwise_dequant(weight.data, weight.SCB)
+        # The layer takes the scales from its weight at its first multiplication.
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        dense = int8_vectorwise_dequant(weight.data, scales)
         return dense
     plain: Tensor = weight.data
     return plain.T if hasattr(layer, "nf") else plain  # GPT-2's Conv1D is in x out

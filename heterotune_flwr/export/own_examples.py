@@ -1,0 +1,68 @@
+"""The examples that an export may learn and measure by: what its clients trained on and chose by, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.client.identify import identify
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.virtual_clients import expand_types
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.export.form import data_of
+from heterotune_flwr.schema import Config
+from heterotune_flwr.tuning.kept_model import KeptFacts
+
+#: Texts that a LoRA is distilled from at most, own ones first.
+MOST = 512
+
+
+@dataclass(frozen=True)
+class OwnExamples:
+    """Examples to learn from, examples to measure by, and public texts of the run."""
+
+    train: list[Example]
+    choosing: list[Example]
+    anchors: list[str]
+
+    def lessons(self, labels: Sequence[str] | None) -> list[Example]:
+        """What is distilled from; of a closed label set anchors too (their label is never looked at)."""
+        if labels is None:
+            return self.train[:MOST]
+        public = [Example(text=text, label=labels[0]) for text in self.anchors]
+        return [*self.train, *public][:MOST]
+
+
+def of_run(run: Path, records: Sequence[KeptFacts]) -> OwnExamples:
+    """Those of a simulation's clients, by the run directory's configuration.
+
+    Raises ConfigError, DataError: the configuration or the data are not what they were.
+    """
+    config = compose(str(run / "config.yaml"))
+    order = len(expand_types(config.types))
+    train: list[list[Example]] = []
+    choosing: list[Example] = []
+    for record in records:
+        partition = record.client_id.removeprefix("client-")
+        if not partition.isdigit() or int(partition) >= order:
+            raise ConfigError(f"{run} has no client {record.client_id!r}")
+        node = {"partition-id": int(partition), "num-partitions": order}
+        found = identify(config, node).examples(record.seed)
+        train.append(found.train)
+        choosing += found.choosing
+    share = -(-MOST // len(records))
+    mixed = [example for rows in train for example in rows[:share]]
+    return OwnExamples(mixed, choosing, load_anchors(config.alignment))
+
+
+def of_node(node_config: Mapping[str, Any], record: KeptFacts) -> OwnExamples:
+    """Those of a deployed node, by its own settings (errors as of :meth:`..client.identity.Identity.examples`)."""
+    config = Config(types=[], data=data_of(record))
+    identity = identify(config, node_config)
+    found = identity.examples(record.seed)
+    anchors = load_anchors(identity.alignment(config)) if identity.anchors else []
+    return OwnExamples(found.train, found.choosing, anchors)
