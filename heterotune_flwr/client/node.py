@@ -31,7 +31,7 @@ from heterotune_flwr.exchange.storage import close_to_others, private_folder
 from heterotune_flwr.flower import Context
 from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.protocol.payloads import Payload
-from heterotune_flwr.schema import Config, MethodConfig
+from heterotune_flwr.schema import Config, DataConfig, MethodConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.evaluate import measured_once
@@ -121,16 +121,20 @@ class Client:
 
     def generation(self, adapter: AttachedAdapter, scope: str, seed: int) -> GenerationReport:
         """Scores of the answers the adapter generates on the ``personal``, ``choosing`` or ``global`` examples."""
-        data, task = self.identity.data, self.task()
-        examples = self.examples(scope, seed)
-        if self.guard.own_test(scope):
-            data = replace(data, generate=self.guard.generated(len(examples)))
+        task, (examples, data) = self.task(), self.asked(scope, seed)
         if scope != "global":
             return score_generation(adapter, task, examples, data)
         form = (data.prompt, data.template, data.system, data.max_length, data.stop)
         settings = (data.generate, data.max_answer_tokens, form)
         key = f"generation {examples_digest(examples[: data.generate])} {settings}"
         return measured_once(adapter, key, lambda: score_generation(adapter, task, examples, data))
+
+    def asked(self, scope: str, seed: int) -> tuple[list[Example], DataConfig]:
+        """Examples whose answers may be generated, and data settings that say of how many they are."""
+        data, examples = self.identity.data, self.examples(scope, seed)
+        if self.guard.own_test(scope):
+            data = replace(data, generate=self.guard.generated(len(examples)))
+        return examples, data
 
     def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What of some metrics leaves."""

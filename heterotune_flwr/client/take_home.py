@@ -6,8 +6,9 @@ was taken, and how each of them did.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.local_training import RoundLog, train_alone
@@ -17,7 +18,8 @@ from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.protocol.messages import EvaluateRequest
 from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED
-from heterotune_flwr.tuning.choice import FEWEST, choose, without_choice
+from heterotune_flwr.tuning.choice import FEWEST, Scores, choose, without_choice
+from heterotune_flwr.tuning.generation import rouge_by_example
 from heterotune_flwr.tuning.kept_model import (
     Choosing,
     KeptBackbone,
@@ -103,16 +105,15 @@ def _chosen(client: Client, work: ClientWork, models: dict[str, _Model]) -> tupl
         adapter.load(model.values)
         results[name] = by_example(client, work, "choosing", _HELP[name])
 
-    @functools.cache
-    def measure(name: str) -> float | None:
+    def score(name: str) -> Scores | None:
         if task.kind == "labels":
-            return float(results[name].right.mean())
+            return results[name].right.astype(np.float64)
         if not client.identity.data.generate:
             return None
         adapter.load(models[name].values)
-        return client.generation(adapter, "choosing", seed).rouge_l
+        return rouge_by_example(adapter, task, *client.asked("choosing", seed))
 
-    return choose(results, measure)
+    return choose(results, score)
 
 
 def _record(

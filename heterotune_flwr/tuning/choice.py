@@ -5,45 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heterotune_flwr.protocol.metrics import BARE, FEDERATED
 from heterotune_flwr.tuning.evaluate import ExampleResults
 from heterotune_flwr.tuning.kept_model import Choosing, Measured
 
+#: By example.
+Scores = NDArray[np.float64]
 #: With fewer examples there is no standard error, so nothing to choose by.
 FEWEST = 2
 
 
 def choose(
-    results: Mapping[str, ExampleResults], measure: Callable[[str], float | None]
+    results: Mapping[str, ExampleResults], score: Callable[[str], Scores | None]
 ) -> tuple[str, Choosing]:
     """The model a client takes, and what that was decided by.
 
-    The lowest mean loss wins among the models that may take the bare one's place: those whose paired loss is lower by
-    more than a standard error, and whose ``measure`` is not lower. Where there is none, the bare model stays.
+    The lowest mean loss wins among the models that may take the bare one's place: better by more than a standard error
+    of the paired difference, in loss or in score, and not worse by as much in the other. Where there is none, the bare
+    model stays.
 
     Parameters
     ----------
     results
         By model, the bare one among them, on the same examples (at least :data:`FEWEST`).
-    measure
-        Accuracy or ROUGE-L of a model on them, None where neither is taken; asked of as few models as can be.
+    score
+        What each answer of a model is worth (right or not, ROUGE-L), None where that is not measured; not asked of a
+        model whose loss is worse.
 
     """
     bare = results[BARE]
-    found = {name: (each.loss, _error(each, bare)) for name, each in results.items()}
-    taken: dict[str, float | None] = {}
+    found = {name: (each.loss, _error(each.losses - bare.losses)) for name, each in results.items()}
+    scores: dict[str, Scores | None] = {}
     took = BARE
     for name in sorted(results, key=lambda name: found[name][0]):
         loss, error = found[name]
-        if name == BARE or not bare.loss - loss > error:
+        gain = bare.loss - loss
+        if name == BARE or not gain >= -error:
             continue
-        taken |= {each: measure(each) for each in (BARE, name) if each not in taken}
-        ours, least = taken[name], taken[BARE]
-        if ours is None or least is None or ours >= least:
+        scores |= {each: score(each) for each in (BARE, name) if each not in scores}
+        ours, least = scores[name], scores[BARE]
+        difference = np.zeros(FEWEST) if ours is None or least is None else ours - least
+        more, doubt = float(difference.mean()), _error(difference)
+        if more >= -doubt and (gain > error or more > doubt):
             took = name
             break
-    models = {name: Measured(*pair, taken.get(name)) for name, pair in found.items()}
+    models = {name: Measured(*pair, _mean(scores.get(name))) for name, pair in found.items()}
     return took, Choosing(len(bare.losses), models)
 
 
@@ -52,7 +60,10 @@ def without_choice(examples: int) -> tuple[str, Choosing]:
     return FEDERATED, Choosing(examples, {})
 
 
-def _error(results: ExampleResults, bare: ExampleResults) -> float:
-    """Standard error of the mean paired difference in loss."""
-    differences = results.losses - bare.losses
+def _error(differences: NDArray[np.float64]) -> float:
+    """Standard error of a mean of paired differences."""
     return float(np.std(differences, ddof=1) / np.sqrt(len(differences)))
+
+
+def _mean(scores: Scores | None) -> float | None:
+    return None if scores is None else float(scores.mean())

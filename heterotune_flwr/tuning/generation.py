@@ -207,14 +207,29 @@ def answer_prompts(task: Task, texts: Sequence[Asked], data: DataConfig) -> list
     return [task.form.prompt_ids(text, room) for text in texts]
 
 
+def rouge_by_example(
+    adapter: AttachedAdapter, task: Task, examples: Sequence[Example], data: DataConfig
+) -> NDArray[np.float64]:
+    """ROUGE-L of the answers to the first ``data.generate`` examples, each by itself."""
+    pairs = _answered(adapter, task, examples, data)
+    return np.array([rouge_l(*pair) for pair in pairs], dtype=np.float64)
+
+
+def _answered(
+    adapter: AttachedAdapter, task: Task, examples: Sequence[Example], data: DataConfig
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Answers to the first ``data.generate`` examples, and the right ones."""
+    chosen = examples[: data.generate]
+    prompts, form = answer_prompts(task, chosen, data), task.form
+    answers = generate_answers(adapter, prompts, data.max_answer_tokens, form.stop, form.ending)
+    return list(zip(answers, (example.answers for example in chosen), strict=True))
+
+
 def score_generation(
     adapter: AttachedAdapter, task: Task, examples: Sequence[Example], data: DataConfig
 ) -> GenerationReport:
     """Generate the answers of the first ``data.generate`` examples and compare them with the right ones."""
-    chosen = examples[: data.generate]
-    prompts, form = answer_prompts(task, chosen, data), task.form
-    answers = generate_answers(adapter, prompts, data.max_answer_tokens, form.stop, form.ending)
-    pairs = list(zip(answers, (example.answers for example in chosen), strict=True))
+    pairs = _answered(adapter, task, examples, data)
     count = max(len(pairs), 1)
     return GenerationReport(
         exact_match=sum(exact_match(*pair) for pair in pairs) / count,

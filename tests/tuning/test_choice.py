@@ -18,8 +18,9 @@ def results(**models):
     }
 
 
-def took(measures=None, **models):
-    return choose(results(**models), lambda name: (measures or {}).get(name))[0]
+def took(scores=None, **models):
+    found = {name: np.asarray(each, float) for name, each in (scores or {}).items()}
+    return choose(results(**models), found.get)[0]
 
 
 def test_the_lowest_loss_wins_where_it_is_lower_by_more_than_a_standard_error():
@@ -35,16 +36,26 @@ def test_the_lowest_loss_wins_where_it_is_lower_by_more_than_a_standard_error():
 
 def test_a_model_that_answers_worse_does_not_take_the_bare_ones_place():
     lower = {"alone": BARE - 0.1, "federated": BARE - 0.2}
-    assert took({"bare": 0.5, "federated": 0.25, "alone": 0.5}, **lower) == "alone"
-    assert took({"bare": 0.5, "federated": 0.25, "alone": 0.25}, **lower) == "bare"
-    assert took({"bare": 0.5, "federated": 0.5, "alone": 0.75}, **lower) == "federated"
+    half, less, more = [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]
+    assert took({"bare": half, "federated": less, "alone": half}, **lower) == "alone"
+    assert took({"bare": half, "federated": less, "alone": less}, **lower) == "bare"
+    assert took({"bare": half, "federated": half, "alone": more}, **lower) == "federated"
+    doubtful = [1, 0, 0, 0]  # lower by a standard error, not by more
+    assert took({"bare": half, "federated": doubtful, "alone": half}, **lower) == "federated"
+
+
+def test_a_model_that_surely_answers_better_may_take_it_unless_its_loss_is_worse():
+    noisy = BARE - np.array([4.0, -2.0, 0.5, -1.0])
+    scores = {"bare": [0, 0, 0, 0], "alone": [1, 1, 0, 1]}
+    assert took(scores, alone=noisy) == "alone"
+    assert took(scores, alone=BARE + 0.1) == "bare"
 
 
 def test_what_was_decided_by_is_told_and_no_model_answers_in_vain():
     asked = []
     found, choosing = choose(
         results(alone=BARE + 1, federated=BARE - np.array([0.5, 0.25, 0.5, 0.25])),
-        lambda name: asked.append(name) or 0.5,
+        lambda name: asked.append(name) or np.full(4, 0.5),
     )
     assert (found, choosing.examples, sorted(asked)) == ("federated", 4, ["bare", "federated"])
     bare, federated = choosing.models["bare"], choosing.models["federated"]
