@@ -12,6 +12,7 @@ from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.partition import ClientData, client_examples
 from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
+from heterotune_flwr.data.template import ChatForm, make_form
 from heterotune_flwr.data.virtual_clients import owners_of
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.schema import Config, DataConfig
@@ -90,7 +91,16 @@ def _texts(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
         rows += global_test(data)
     labels = label_set(data)
     chosen = labels if loss_kind(config.train, labels) == "labels" else None
+    yield from _forms(data, tokenizers)
     yield from how_they_fit(rows, data, chosen, tokenizers)
+
+
+def _forms(data: DataConfig, tokenizers: dict[str, Any]) -> Iterator[str]:
+    chats = [n for n, one in tokenizers.items() if isinstance(make_form(one, data), ChatForm)]
+    if chats:
+        rest = [name for name in tokenizers if name not in chats]
+        plain = f"; {', '.join(rest)}: as plain text" if rest else ""
+        yield f"{', '.join(chats)}: asked in the model's own chat template (data.template){plain}"
 
 
 def _settings(config: Config) -> Iterator[str]:
@@ -104,5 +114,3 @@ def _settings(config: Config) -> Iterator[str]:
             f"warning: the models are aligned on {_ABOUT.get(chosen, 'descriptions of Debian packages')} ({chosen}), "
             "not on texts like yours: give public ones with alignment.anchors=FILE"
         )
-    if config.data.prompt == DataConfig().prompt:
-        yield f"warning: data.prompt is the demonstration's, {config.data.prompt!r}; give your own"

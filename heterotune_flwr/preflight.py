@@ -134,7 +134,7 @@ def _check_backbones(config: Config) -> None:
 
 
 def _tokenizers(config: Config) -> dict[str, Any]:
-    """The tokenizer of every backbone, by its name; each fits its weights and ``data.max_length``."""
+    """The tokenizer of every backbone, by its name; each fits its weights, and the data's length and form."""
     found = {}
     for entry in config.types:
         directory = resolve_source(entry.backbone, entry.revision)
@@ -152,6 +152,10 @@ def _tokenizers(config: Config) -> dict[str, Any]:
         tables = ((tensor.name, tensor.shape) for tensor in tensors)
         positions = learned_positions(tables, shape.positions)
         check_positions(entry.backbone, positions, config.data.max_length)
+        try:
+            make_form(found[entry.backbone], config.data)
+        except ConfigError as error:
+            raise ConfigError(f"backbone {entry.backbone}: {error}") from error
     return found
 
 

@@ -85,7 +85,7 @@ class DataConfig:
         "references", "column with a list of further right answers, where there is one (generation)"
     )
     prompt: str = option(
-        "Package: {text}\nSection:",
+        "{text}\nAnswer:",
         "prompt form; the answer follows after one space, in chat form as the model's reply",
     )
     template: str = option(

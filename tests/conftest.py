@@ -98,7 +98,8 @@ def data(tmp_path: Path) -> Any:
 
     from heterotune_flwr.schema import DataConfig
 
-    return DataConfig(name="own", train=str(write_rows(tmp_path / "train.jsonl", 24)))
+    train = str(write_rows(tmp_path / "train.jsonl", 24))
+    return DataConfig(name="own", train=train, prompt="Package: {text}\nSection:")
 
 
 @pytest.fixture

@@ -120,6 +120,7 @@ data:
   test: {folder / "test.jsonl"}
   examples_per_client: 16
   personal_test_examples: 4
+  prompt: "Package: {{text}}\nSection:"
 alignment:
   anchors: {folder / "anchors.txt"}
   count: 40

@@ -149,7 +149,8 @@ def near_texts() -> tuple[str, ...]:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write_text(folder / f"{name}.jsonl", lines)
     files = [f"data.{name}={folder}/{name}.jsonl" for name in ("train", "test")]
-    return (*files, "data.template=plain", f"alignment.anchors={folder}/anchors.jsonl")
+    form = ("data.prompt=Package: {text}\nSection:", "data.template=plain")
+    return (*files, *form, f"alignment.anchors={folder}/anchors.jsonl")
 
 
 _TINY = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]

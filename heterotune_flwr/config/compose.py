@@ -45,7 +45,7 @@ _SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
 #: Keys of ``data`` that fit a preset's own data set: with another training file they take their defaults.
 ABOUT_SHIPPED = {
     "label_field", "client_field", "examples_per_client", "personal_test_examples", "global_test_examples",
-    "max_answer_tokens", "template",
+    "max_answer_tokens", "prompt", "template",
 }  # fmt: skip
 
 

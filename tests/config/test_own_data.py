@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chat_templates import MARKS, TEMPLATES
 from tiny_backbones import LABELS, save_tokenizer, write_rows
 
 from heterotune_flwr.config.compose import INLINE, compose, to_yaml
@@ -40,7 +42,7 @@ def test_rows_clients_and_what_is_about_something_else(tmp_path, tokenizer):
     assert all(f"{label} " in text for label in LABELS)
     assert "no text is cut" in text
     assert "aligned on descriptions of Debian packages (debian-other)" in text
-    assert "data.prompt is the demonstration's" in text
+    assert "chat template" not in text
     own = said(
         path, tokenizer, "data.examples_per_client=10", "data.prompt=Q: {text} A:", "data.partition=natural",
         "data.personal_test_examples=2", f"data.test={path}", f"alignment.anchors={path}",
@@ -50,6 +52,25 @@ def test_rows_clients_and_what_is_about_something_else(tmp_path, tokenizer):
     assert "40 rows of the test file" in own
     assert "warning" not in own
     assert own_data(compose("quick"), {"mine": tokenizer}) == []
+
+
+def test_which_backbones_are_asked_in_their_chat_template(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "train.jsonl", 60)
+    chat = save_tokenizer(tmp_path, TEMPLATES["chatml"], MARKS["chatml"])
+    config = compose("quick", [f"data.train={path}", "data.max_length=256"])
+    both = "\n".join(own_data(config, {"talker": chat, "mine": tokenizer}))
+    assert "talker: asked in the model's own chat template (data.template); mine: as plain" in both
+    plain = replace(config, data=replace(config.data, template="plain"))
+    assert "chat template" not in "\n".join(own_data(plain, {"talker": chat}))
+
+
+def test_what_is_about_the_shipped_data_does_not_hold_for_ones_own(tmp_path):
+    path = write_rows(tmp_path / "train.jsonl", 60)
+    shipped, own = compose("demo").data, compose("demo", f"data.train={path}").data
+    assert (shipped.template, shipped.prompt) == ("plain", "Package: {text}\nSection:")
+    assert (own.template, own.prompt) == ("auto", "{text}\nAnswer:")
+    kept = compose("demo", [f"data.train={path}", "data.template=plain", "data.prompt=Q: {text}"])
+    assert (kept.data.template, kept.data.prompt) == ("plain", "Q: {text}")
 
 
 def test_many_clients_are_told_in_one_line(tmp_path, tokenizer):

@@ -21,7 +21,7 @@ from heterotune_flwr.schema import AlignmentConfig, DataConfig
 Array = NDArray[np.float32]
 ANCHORS = 6000
 #: The demonstration's: 96 examples a client, Dirichlet(0.3).
-DATA = DataConfig(examples_per_client=96, template="plain")
+DATA = DataConfig(examples_per_client=96, prompt="Package: {text}\nSection:", template="plain")
 #: Counts up when what is kept changes.
 VERSION = 1
 
