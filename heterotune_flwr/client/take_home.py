@@ -146,11 +146,11 @@ def _record(
         loss=task.kind,
         form=KeptForm(
             data.prompt,
-            data.template,
+            task.form.kind,
             data.system,
             data.max_length,
             data.max_answer_tokens,
-            data.stop,
+            task.form.stop,
             any(example.turns for example in examples.train),
         ),
         maps_digest=request.maps_digest,

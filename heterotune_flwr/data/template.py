@@ -64,6 +64,11 @@ class Form:
     system: str | None = None
     stop: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """``plain`` or ``chat``."""
+        return "plain"
+
     def render(self, asked: Asked) -> str:
         """The prompt for people: what stands before the answer (DataError: the form has no ``{text}``)."""
         filled = self._filled(_text(asked))
@@ -167,6 +172,11 @@ class ChatForm(Form):
     """
 
     template: ChatTemplate
+
+    @property
+    def kind(self) -> str:
+        """See :meth:`Form.kind`."""
+        return "chat"
 
     def render(self, asked: Asked) -> str:
         """See :meth:`Form.render`."""
