@@ -16,6 +16,7 @@ from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.statistics.client import classifier_logits
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.export.form import data_of
 from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter, attach
@@ -133,16 +134,33 @@ def measured(
 
 @torch.no_grad()
 def attached_logits(
-    record: KeptModel, maps: dict[str, np.ndarray], ids: list[list[int]]
+    record: KeptModel, maps: dict[str, np.ndarray], ids: list[list[int]], which: str = FEDERATED
 ) -> torch.Tensor:
-    """Logits at the end of prompts of the federated model as it is attached in a run, without what is added to them."""
-    spec = BackboneSpec(record.backbone.source, record.backbone.bits)
-    adapter = attach(load_backbone(spec, "cpu"), record.method, record.method.output or 0)
-    adapter.load(record.federated)
-    if maps:
-        adapter.load_maps(maps)
+    """Logits at the ends of prompts of a model as it is attached in a run, without what is added to them."""
+    adapter = attached(record, maps, which)
     rows = [adapter.model(torch.tensor([line])).logits[0, -1].float() for line in ids]
     return torch.stack(rows)
+
+
+def attached(record: KeptModel, maps: dict[str, np.ndarray], which: str) -> AttachedAdapter:
+    """One of a record's models on its backbone, as in a run."""
+    of = record.backbone
+    backbone = load_backbone(BackboneSpec(of.source, of.bits, of.revision), "cpu")
+    adapter = attach(backbone, record.method, record.method.output or 0)
+    values = record.federated if which == FEDERATED else record.alone
+    assert values is not None
+    adapter.load(values)
+    if maps:
+        adapter.load_maps(maps)
+    return adapter
+
+
+def prompts_of(record: KeptModel, examples: list[Example]) -> list[list[int]]:
+    """Token ids of examples' prompts."""
+    of = record.backbone
+    backbone = load_backbone(BackboneSpec(of.source, of.bits, of.revision), "cpu")
+    form = make_form(backbone.tokenizer, data_of(record))
+    return [form.prompt_ids(example.text) for example in examples]
 
 
 def write_rows(path: Path, examples: list[Example]) -> Path:
@@ -156,23 +174,23 @@ def write_rows(path: Path, examples: list[Example]) -> Path:
 
 @torch.no_grad()
 def attached_label_logits(
-    record: KeptModel, maps: dict[str, np.ndarray], examples: list[Example]
+    record: KeptModel,
+    maps: dict[str, np.ndarray],
+    examples: list[Example],
+    which: str = FEDERATED,
 ) -> tuple[list[list[int]], list[int], torch.Tensor]:
-    """Prompts, the labels' tokens, and the federated model's logits of them as a run measures, one by one."""
-    assert record.labels is not None
-    assert record.head is not None
-    spec = BackboneSpec(record.backbone.source, record.backbone.bits)
-    adapter = attach(load_backbone(spec, "cpu"), record.method, record.method.output or 0)
-    adapter.load(record.federated)
-    adapter.load_maps(maps)
+    """Prompts, the labels' tokens, and a model's logits of them as a run measures, one by one."""
+    adapter = attached(record, maps, which)
     task = make_task(adapter.backbone, data_of(record), record.labels, TrainConfig())
-    classifier = LinearClassifier(record.head.weight, record.head.bias)
     rows = []
     for example in examples:
         encoded = task.encode([example])
         states, _, _ = make_rows(adapter, encoded, on_disk=False).rows([0])
-        added = classifier_logits(classifier, adapter, task, encoded, cache=False)
-        rows.append((task.label_logits(states) + added + torch.tensor(record.prior))[0])
+        logits = task.label_logits(states)
+        if record.head is not None and which == FEDERATED:
+            classifier = LinearClassifier(record.head.weight, record.head.bias)
+            logits = logits + classifier_logits(classifier, adapter, task, encoded, cache=False)
+        rows.append((logits + torch.tensor(record.prior or 0.0))[0])
     assert task.trie is not None
     return task.encode(examples).inputs, task.trie.tokens, torch.stack(rows)
 
