@@ -133,7 +133,7 @@ def _load(facts: ExportFacts) -> list[str]:
         "",
         "The tokenizer is the base model's: "
         '`AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)`.',
-        f"Prompts are written as in training: `{facts.record.form.prompt!r}`.",
+        f"Prompts are written as in training: `{facts.record.form.prompt!r}`{_template(facts.record)}.",
         "`heterotune evaluate OUT --data FILE` measures it beside the untouched model and the one trained alone.",
     ]
     if facts.outside:
@@ -142,6 +142,13 @@ def _load(facts: ExportFacts) -> list[str]:
             "and `heterotune evaluate` adds them to the labels' logits."
         )
     return lines
+
+
+def _template(record: KeptFacts) -> str:
+    if record.form.template == "plain":
+        return ""
+    system = f", with the system prompt {record.form.system!r}" if record.form.system else ""
+    return f", in the model's own chat template where it has one{system}"
 
 
 def _metrics(facts: ExportFacts) -> list[str]:
