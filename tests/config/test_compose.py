@@ -231,7 +231,7 @@ def test_preflight_names_two_labels_that_nobody_tells_apart(tmp_path: Path) -> N
     )
     config = compose("demo", f"data.train={path} data.test={path} data.examples_per_client=2 "
                      "data.personal_test_examples=0 types.0.clients=1 types.1.clients=1 types.2.clients=1")  # fmt: skip
-    with pytest.raises(DataError, match=r"'zzyzx one' and 'zzyzx  one'"):
+    with pytest.raises(DataError, match=r"'zzyzx  one' and 'zzyzx one'"):
         preflight(config)
 
 
