@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from heterotune_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
     from heterotune_flwr.export.own_examples import OwnExamples
@@ -127,8 +130,25 @@ def _progress(line: str) -> None:
 def evaluate(
     out: Annotated[Path, typer.Argument(help="an exported folder", metavar="OUT")],
     data: Annotated[
-        Path, typer.Option("--data", help="a labelled file: jsonl, json, csv, tsv or parquet")
-    ],
+        Path | None,
+        typer.Option("--data", help="a labelled file: jsonl, json, csv, tsv or parquet"),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="tasks of lm-eval instead, like hellaswag,arc_easy, or YAML files of own ones; needs "
+            "pip install 'heterotune-flwr[eval]'",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="only so many questions of each task [all]"),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", min=0, help="examples in every question [as the task says]"),
+    ] = None,
     text_field: Annotated[
         str | None, typer.Option("--text-field", help="column with the input text [text]")
     ] = None,
@@ -150,10 +170,15 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
-    """Measure an exported model on a labelled file, beside the untouched model and the one trained alone.
+    """Measure an exported model, beside the untouched model and the one trained alone: on a labelled file, or on tasks.
 
     Rows of the owner's own test give the numbers that the run reported.
     """
+    if (data is None) == (tasks is None):
+        raise ConfigError("give either --data FILE or --tasks NAMES: what is it measured on?")
+    if data is None:
+        _on_tasks(out, tasks or "", limit, shots, as_json)
+        return
     from heterotune_flwr.export.evaluate import evaluate_file, render, to_json
 
     columns = {"text_field": text_field, "label_field": label_field}
@@ -165,3 +190,17 @@ def evaluate(
         generate=generate,
     )
     typer.echo(to_json(found) if as_json else render(found))
+
+
+def _on_tasks(out: Path, tasks: str, limit: int | None, shots: int | None, as_json: bool) -> None:
+    from heterotune_flwr.export.facts import ExportFacts
+    from heterotune_flwr.export.tasks import find_tasks, render, run_tasks
+
+    ExportFacts.load(out)
+    wanted = find_tasks([name.strip() for name in tasks.split(",") if name.strip()])
+    from heterotune_flwr.export.model import load
+
+    found = run_tasks(
+        load(out), wanted, limit=limit, shots=shots, note=lambda line: typer.echo(line, err=True)
+    )
+    typer.echo(json.dumps(found) if as_json else render(found))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from heterotune_flwr.errors import ConfigError, DataError, HeteroTuneError
+from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.export.model import Model
 from heterotune_flwr.fields import nearest
 
 #: Task -> model -> metric -> value.
 TaskScores = dict[str, dict[str, dict[str, float]]]
+#: Questions that are read at a time.
+_BATCH = 8
 #: Of lm-eval's numbers these are no metrics.
 _NO_METRICS = ("_stderr", "sample_len", "sample_count")
 
@@ -28,43 +31,49 @@ def check_installed() -> None:
         )
 
 
-def find_tasks(names: Sequence[str]) -> Any:
-    """lm-eval's task manager that knows all of ``names``, and these as it calls them.
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that are there: their names, and lm-eval's manager that knows them."""
+
+    names: list[str]
+    manager: Any
+
+
+def find_tasks(wanted: Sequence[str]) -> Tasks:
+    """Look for tasks before any work.
 
     Parameters
     ----------
-    names
+    wanted
         Tasks or groups of lm-eval, or paths of YAML files with tasks of one's own.
 
     Raises
     ------
     ConfigError
-        lm-eval is not installed, or knows no such task.
+        lm-eval is not installed, knows no such task, or none is wanted.
     DataError
         A YAML file is not there, or describes no task.
 
     """
     check_installed()
+    if not wanted:
+        raise ConfigError("--tasks names no task; give some like hellaswag,arc_easy")
     from lm_eval.tasks import TaskManager
 
-    files = [Path(name).expanduser() for name in names if _is_file(name)]
-    own = {str(path): _task_name(path) for path in files}
-    called = [own.get(str(Path(name).expanduser()), name) for name in names]
+    _quieten()
+    files = {name: Path(name).expanduser() for name in wanted if name.endswith((".yaml", ".yml"))}
+    names = [_task_name(files[name]) if name in files else name for name in wanted]
     manager = TaskManager(
-        include_path=sorted({str(path.parent.absolute()) for path in files}) or None,
-        include_defaults=len(own) < len(names),
+        include_path=sorted({str(path.parent.absolute()) for path in files.values()}) or None,
+        include_defaults=len(files) < len(wanted),
     )
-    for name in called:
+    for name in names:
         if not manager.match_tasks([name]):
             raise ConfigError(
                 f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)} "
                 "(lm-eval ls tasks lists them; or give the path of a task's YAML)"
             )
-    return manager, called
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
+    return Tasks(names, manager)
 
 
 def _task_name(path: Path) -> str:
@@ -89,21 +98,18 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 def run_tasks(
     model: Model,
-    names: Sequence[str],
-    using: Sequence[str],
+    tasks: Tasks,
     *,
     limit: int | None = None,
     shots: int | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> TaskScores:
-    """Scores of some of a model's models on tasks.
+    """Scores of all models of an exported one.
 
     Parameters
     ----------
-    model, using
-        The exported model, and which of its models.
-    names
-        As :func:`find_tasks`.
+    model, tasks
+        The exported model, and what :func:`find_tasks` found.
     limit
         Only so many questions of each task; None: all.
     shots
@@ -113,45 +119,60 @@ def run_tasks(
 
     Raises
     ------
-    ConfigError
-        As :func:`find_tasks`.
     DataError
-        The data of a task cannot be had.
+        A task cannot be run; most often its data cannot be had.
 
     """
-    manager, called = find_tasks(names)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    for chatty in ("lm_eval", "huggingface_hub"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     scores: TaskScores = {}
-    for name in using:
-        note(f"{name}: {', '.join(called)}")
+    for name in model.names:
+        note(f"{name}: {', '.join(tasks.names)}")
         with model.acting(name):
             subject = HFLM(
                 pretrained=model.model,
                 tokenizer=model.tokenizer,
                 max_length=model.context,
-                batch_size=8,
+                batch_size=_BATCH,
             )
             try:
                 found = simple_evaluate(
                     subject,
-                    tasks=list(called),
+                    tasks=list(tasks.names),
                     num_fewshot=shots,
                     limit=limit,
-                    task_manager=manager,
+                    task_manager=tasks.manager,
                     log_samples=False,
                     bootstrap_iters=0,
                 )
-            except HeteroTuneError:
-                raise
-            except Exception as error:
-                raise _refused(called, error) from error
+            except Exception as error:  # a task's code and data raise whatever they like
+                raise _refused(tasks.names, error) from error
         for task, values in (found or {})["results"].items():
             scores.setdefault(task, {})[name] = _metrics(values)
     return scores
+
+
+def render(scores: TaskScores) -> str:
+    """A row for every metric of every task, a column for every model."""
+    models = list(dict.fromkeys(name for found in scores.values() for name in found))
+    rows = {
+        f"{task}, {metric}": [found[name].get(metric) for name in models]
+        for task, found in scores.items()
+        for metric in next(iter(found.values()), {})
+    }
+    width = max([len("task, metric"), *map(len, rows)]) + 2
+    lines = ["task, metric".ljust(width) + "".join(name.rjust(11) for name in models)]
+    for title, values in rows.items():
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        lines.append(title.ljust(width) + "".join(cell.rjust(11) for cell in cells))
+    return "\n".join(lines)
+
+
+def _quieten() -> None:
+    """Leave lm-eval's progress bars, and take its notes away."""
+    for chatty in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

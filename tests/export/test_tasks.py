@@ -69,7 +69,8 @@ def test_every_model_gets_the_scores_of_own_tasks(model: Model, tmp_path: Path) 
         names.append(str(tmp_path / f"{name}.yaml"))
         Path(names[-1]).write_text(text.format(rows=tmp_path / "rows.jsonl"))
     noted: list[str] = []
-    scores = tasks.run_tasks(model, names, model.names, limit=len(EXAMPLES), note=noted.append)
+    found = tasks.find_tasks(names)
+    scores = tasks.run_tasks(model, found, limit=len(EXAMPLES), note=noted.append)
     assert set(scores) == {"toy_choice", "toy_written"}
     assert len(noted) == len(model.names)
     assert all(set(found) == set(model.names) for found in scores.values())
@@ -77,6 +78,9 @@ def test_every_model_gets_the_scores_of_own_tasks(model: Model, tmp_path: Path) 
     matches = {name: found["exact_match"] for name, found in scores["toy_written"].items()}
     assert matches["alone"] == 1  # its own answers
     assert matches["federated"] < 1
+    shown = tasks.render(scores).splitlines()
+    assert shown[0].split()[-3:] == model.names
+    assert len(shown) == 3
 
 
 @needs_lm_eval
@@ -84,6 +88,7 @@ def test_every_model_gets_the_scores_of_own_tasks(model: Model, tmp_path: Path) 
     ("name", "words"),
     [
         ("helaswag", "did you mean 'hellaswag'"),
+        ("", "no task"),
         ("FOLDER/missing.yaml", "No such file"),
         ("FOLDER/list.yaml", "describes no task"),
         ("FOLDER/broken.yaml", "cannot be read"),
@@ -102,7 +107,7 @@ def test_data_that_cannot_be_had_are_one_line(model: Model, tmp_path: Path) -> N
     task = tmp_path / "choice.yaml"
     task.write_text(CHOICE.format(rows=tmp_path / "nowhere.jsonl").replace("process_docs", "#"))
     with pytest.raises(DataError, match="toy_choice cannot be run") as caught:
-        tasks.run_tasks(model, [str(task)], ["alone"])
+        tasks.run_tasks(model, tasks.find_tasks([str(task)]))
     assert "\n" not in str(caught.value)
 
 
