@@ -6,6 +6,7 @@ From Python (docs/python.md)::
 
     run = ht.run("demo", rounds=4)
     print(run.results)
+    run.model("tiny-a").generate("vim")
 
 The names below are imported on first use: the package alone loads neither torch nor Flower.
 """
@@ -16,16 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from heterotune_flwr.errors import HeteroTuneError
+    from heterotune_flwr.export.model import Model, load
     from heterotune_flwr.reporting.results import Results, StrategyResults
     from heterotune_flwr.runs import Run, open_run, run
 
 __version__ = "0.1.0"
-__all__ = ["HeteroTuneError", "Results", "Run", "StrategyResults", "open_run", "run"]
+__all__ = [
+    "HeteroTuneError",
+    "Model",
+    "Results",
+    "Run",
+    "StrategyResults",
+    "load",
+    "open_run",
+    "run",
+]
 
 _MODULES = {
     "HeteroTuneError": "errors",
+    "Model": "export.model",
     "Results": "reporting.results",
     "StrategyResults": "reporting.results",
+    "load": "export.model",
 }
 
 # Read when PyTorch allocates, and oneDNN computes, for the first time: set before anything else is imported.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -24,6 +24,9 @@ from heterotune_flwr.preflight import preflight, settle_bits
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.results import Results
 from heterotune_flwr.schema import Config
+
+if TYPE_CHECKING:
+    from heterotune_flwr.export.model import Model
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,38 @@ class Run:
     def config(self) -> Config:
         """The settings it was started with (ConfigError: they cannot be read any more)."""
         return saved_config(self.directory)
+
+    def model(
+        self,
+        type: str | None = None,
+        *,
+        client: str | None = None,
+        strategy: str | None = None,
+        seed: int | None = None,
+    ) -> Model:
+        """A model of the run, loaded: what the clients of a type share, or what one client took home.
+
+        Parameters
+        ----------
+        type, client
+            One of them; a type may be named without its bits where that is clear.
+        strategy, seed
+            None: HeteroTune (else the last one that ran), the smallest seed.
+
+        Raises
+        ------
+        ConfigError
+            There is no such model; says what there is.
+        BackboneError
+            Its backbone is not here any more.
+
+        """
+        from heterotune_flwr.export.model import load_temporarily
+        from heterotune_flwr.export.selection import select_of_run
+
+        key = None if type is None else self.results.type_key(type)
+        chosen = select_of_run(self.directory, strategy, seed, key, client)
+        return load_temporarily(chosen.write)
 
 
 def new_config(config: str, overrides: Sequence[str], directory: Path | None) -> Config:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +68,12 @@ class Model:
 
     def __init__(self, opened: OpenedExport) -> None:
         self._opened = opened
+
+    def __repr__(self) -> str:
+        """Whose it is, on which backbone, and which models are there."""
+        record = self.facts.record
+        whose = "all clients of the type" if self.facts.whole_type else record.client_id
+        return f"Model({record.type_key}, {record.strategy}, {whose}: {', '.join(self.names)})"
 
     @property
     def folder(self) -> Path:
@@ -309,3 +317,12 @@ def load(folder: Path | str) -> Model:
     """
     quieten_libraries()
     return Model(open_export(Path(folder).expanduser().absolute()))
+
+
+def load_temporarily(write: Callable[[Path], Any]) -> Model:
+    """The model of a folder that ``write`` makes at the path it is given; it is gone with the model."""
+    place = tempfile.TemporaryDirectory(prefix="heterotune-model-")
+    write(Path(place.name) / "model")
+    model = load(Path(place.name) / "model")
+    weakref.finalize(model, place.cleanup)
+    return model

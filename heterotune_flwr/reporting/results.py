@@ -184,8 +184,12 @@ class Results:
             subject_of(self.strategies) if name is None else _one("strategy", name, self.strategies)
         )
 
+    def type_key(self, name: str) -> str:
+        """The type of a name, which may lack its bits (ConfigError: none, or several)."""
+        return _one("type", name, self.types)
+
     def _type(self, name: str | None) -> str:
-        return OVERALL if name is None else _one("type", name, self.types)
+        return OVERALL if name is None else self.type_key(name)
 
     def __str__(self) -> str:
         """The tables that end a run."""
