@@ -247,7 +247,8 @@ def _split(indices: list[int], data: DataConfig) -> tuple[list[int], list[int], 
             held = max(held, 1)
     size = choosing_size(total)
     beyond = indices[total : total + size]
-    train = total - held - (size - len(beyond))
+    own = total - held
+    train = own - min(size - len(beyond), own // 2)  # a large test must not take all to train on
     return indices[:train], indices[total - held : total], indices[train : total - held] + beyond
 
 

@@ -177,6 +177,19 @@ def test_open_text_when_there_are_many_answers(data):
 
 
 @pytest.mark.parametrize("partition", ["dirichlet", "iid", "natural"])
+@pytest.mark.parametrize(("train", "test"), [(2, 50), (8, 50), (30, 100), (64, 8)])
+def test_no_text_is_trained_on_and_tested_however_large_the_test_is(data, partition, train, test):
+    data = replace(
+        data, partition=partition, examples_per_client=train, personal_test_examples=test
+    )
+    for index in range(6):
+        part = client_examples(data, index, 6, seed=3)
+        rows = [e.row for e in (*part.train, *part.personal_test, *part.choosing)]
+        assert max(Counter(rows).values()) == 1
+        assert part.train
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "iid", "natural"])
 def test_partitions_are_a_function_of_their_arguments(data, partition):
     data = replace(data, partition=partition)
     parts = [client_examples(data, i, 4, seed=3) for i in range(4)]
