@@ -151,7 +151,7 @@ def _record(
             data.max_length,
             data.max_answer_tokens,
             task.form.stop,
-            any(example.turns for example in examples.train),
+            any(example.turns for example in (*examples.train, *examples.choosing)),
         ),
         maps_digest=request.maps_digest,
         took=took,

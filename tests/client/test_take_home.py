@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -111,6 +112,20 @@ def test_a_client_without_examples_to_choose_by_has_the_federated_model(world):
     reply = ask(few, values, scopes=[])
     assert (reply.took, reply.metrics) == ("federated", {"choosing_examples": 0.0})
     assert (kept(few).choosing.examples, kept(few).took) == (0, "federated")
+
+
+def test_a_guests_record_says_that_its_rows_are_conversations(world, tmp_path):
+    talks = [
+        [{"role": "user", "content": f"is {n} so?"}, {"role": "assistant", "content": "it is"}]
+        for n in range(96)
+    ]
+    lines = (json.dumps({"messages": talk}) + "\n" for talk in talks)
+    (tmp_path / "said.jsonl").write_text("".join(lines))
+    words = f"data.train={tmp_path}/said.jsonl data.test=null data.max_labels=0 types.0.guest=true"
+    guest = World(world.path, overrides=f"{words} data.labels=null alignment.output=vocabulary")
+    values = initial_tensors(guest.describe(0, LORA).shapes, 3)
+    ask(guest, values, scopes=[], method=LORA)
+    assert kept(guest).form.turns
 
 
 def test_a_deployed_node_says_nothing_of_a_choice_by_few_rows_and_counts_it_as_a_test(
