@@ -185,7 +185,8 @@ def _metrics(facts: ExportFacts) -> list[str]:
         *rows,
     ]
     if facts.whole_type:
-        return [*table, "", f"Means over {facts.clients} clients."]
+        whose = "each with what is its own besides (label frequencies, gates, private experts)"
+        return [*table, "", f"Means over {facts.clients} clients, {whose}."]
     return [*table, "", _took(facts)]
 
 

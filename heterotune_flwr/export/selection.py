@@ -94,6 +94,12 @@ def select_of_run(
     if type_key is not None:
         _check("--type", type_key, _values(records, "type_key"))
         of_type = [record for record in records if record.facts.type_key == type_key]
+        if len(of_type) == 1:
+            only = of_type[0].facts.client_id
+            raise ConfigError(
+                f"{only} alone kept a model of {type_key}: what the type shares cannot be told from what is that "
+                f"client's own; export it with --client {only}"
+            )
         return Selection(of_type, True, travelled.get(type_key, {}))
     if client is not None:
         _check("--client", client, _values(records, "client_id"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def test_a_clients_model_is_exported_and_measured(
     assert "not empty" in refused("export", run, out, "--client", "client-0000")
 
 
+def test_what_a_type_shares_is_not_told_from_one_client(run: Path, tmp_path: Path) -> None:
+    fewer = shutil.copytree(run, tmp_path / "run")
+    for folder in fewer.rglob("client-0001"):
+        shutil.rmtree(folder)
+    line = refused("export", fewer, tmp_path / "out", "--type", "tiny-a@bf16")
+    assert "with --client client-0000" in line
+
+
 def test_a_types_model_has_nothing_of_one_client(
     run: Path, pool: list[Example], tmp_path: Path
 ) -> None:
@@ -91,6 +100,7 @@ def test_a_types_model_has_nothing_of_one_client(
     assert (facts.clients, facts.whole_type, facts.record.prior) == (2, True, None)
     assert facts.record.method.experts_private == 0
     assert not (out / "alone").exists()
+    assert "each with what is its own besides" in (out / "README.md").read_text()
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["experts_private"] == 0
     rows = write_rows(tmp_path / "rows.jsonl", pool)
