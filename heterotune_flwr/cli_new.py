@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.names import printable
 
 if TYPE_CHECKING:
     from heterotune_flwr.new.table import Table
@@ -62,7 +63,7 @@ def new(
     check_free(directory)
     file = data or Path(_asked("--data", "File with the examples", None))
     table = look(file.expanduser())
-    typer.echo(_described(table))
+    typer.echo(printable(_described(table)))
     columns = _columns(table, text, label, client_column)
     backbones = backbone or []
     if _asks() and not backbone:

@@ -107,7 +107,7 @@ def _loaded(out: Path) -> Model:
     from heterotune_flwr.export.facts import ExportFacts
 
     record = ExportFacts.load(out).record
-    typer.echo(f"loading {record.type_key}", err=True)
+    typer.echo(f"loading {printable(record.type_key)}", err=True)
     from heterotune_flwr.export.model import load
 
     return load(out)

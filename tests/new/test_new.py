@@ -113,6 +113,13 @@ def test_conversations_are_open_text_whose_answers_fit(tmp_path):
     ]
 
 
+def test_a_files_columns_cannot_steer_the_terminal(tmp_path):
+    file = reviews(tmp_path / "reviews.csv")
+    file.write_text(file.read_text().replace("shop", "shop\x1b[2J"))
+    said = new(tmp_path / "soups", "--data", file, "--text", "review text", "--label", "mood")
+    assert "shop?[2J" in said
+
+
 def test_few_rows_have_few_clients(tmp_path):
     file = reviews(tmp_path / "reviews.csv", rows=30)
     new(tmp_path / "soups", "--data", file, "--text", "review text", "--label", "mood")
