@@ -14,6 +14,7 @@ import click
 import typer
 
 from heterotune_flwr import __version__, cli_backbones, cli_config, cli_export, cli_new, cli_talk
+from heterotune_flwr.cli_data import anchors_app, data_app
 from heterotune_flwr.cli_help import App
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
@@ -33,6 +34,8 @@ app = App(
 app.add_typer(worker_app, name="worker")
 app.add_typer(deploy_app, name="deploy")
 app.add_typer(node_app, name="node")
+app.add_typer(data_app, name="data")
+app.add_typer(anchors_app, name="anchors")
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="dotted overrides, like train.learning_rate=1e-3 types.0.clients=8"),
@@ -73,7 +76,9 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="check everything and show what would run: its whole configuration"
+            "--dry-run",
+            help="check everything and show what would run: who holds what, bytes, memory (`heterotune config` shows "
+            "all settings)",
         ),
     ] = False,
 ) -> None:
@@ -85,10 +90,10 @@ def run(
     A run that was killed goes on where it was with --resume DIR; a finished one is extended with --resume DIR
     server.rounds=60.
     """
-    from heterotune_flwr.config.compose import to_yaml
     from heterotune_flwr.data.sources import columns_recognised
     from heterotune_flwr.federation.launcher import launch
     from heterotune_flwr.federation.resume import check_resumable
+    from heterotune_flwr.forecast import forecast
     from heterotune_flwr.preflight import preflight
     from heterotune_flwr.reporting.measures import load_results
     from heterotune_flwr.reporting.progress import RunProgress
@@ -101,12 +106,12 @@ def run(
     else:
         resolved = new_config(config or "demo", overrides or [], directory)
     notes = [*preflight(resolved), *columns_recognised(resolved.data)]
+    if dry_run:
+        for line in (*forecast(resolved), *(note for note in notes if note.startswith("warning"))):
+            typer.echo(line)
+        return
     for line in notes:
         typer.echo(line, err=True)
-    if dry_run:
-        resolved.strategies = {name: resolved.strategies[name] for name in resolved.run.compare}
-        typer.echo(to_yaml(resolved))
-        return
     started, began = time.monotonic(), time.time()
     with RunProgress(resolved) as progress:
         outcome = launch(resolved, progress, resume is not None, notes)

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.alignment.public_texts import SHIPPED
+from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import how_they_fit
+from heterotune_flwr.data.nearness import NEAR, nearness
 from heterotune_flwr.data.partition import ClientData, client_examples
-from heterotune_flwr.data.sources import global_test, label_set, own_file, splits
+from heterotune_flwr.data.sources import (
+    global_test,
+    label_set,
+    loss_kind,
+    own_file,
+    splits,
+    training_pool,
+)
 from heterotune_flwr.data.template import ChatForm, make_form
-from heterotune_flwr.data.virtual_clients import owners_of
+from heterotune_flwr.data.virtual_clients import expand_types, owners_of
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.schema import Config, DataConfig
 from heterotune_flwr.strategies.build import strategy_config
-from heterotune_flwr.tuning.task import loss_kind
 
 #: Clients, and labels of one, that are told one by one.
 _CLIENTS, _LABELS = 12, 8
+#: Natural clients of one client that are named.
+_NATURAL = 3
 #: Letters of a label that are told.
 _LETTERS = 40
 #: What the texts of a shipped anchor set are about.
@@ -40,51 +50,109 @@ def own_data(config: Config, tokenizers: dict[str, Any]) -> list[str]:
     """
     if config.data.train is None:
         return []
-    return [*_used(config), *_texts(config, tokenizers), *_settings(config)]
-
-
-def _used(config: Config) -> Iterator[str]:
-    data, seed = config.data, config.run.seeds[0]
-    total = sum(entry.clients for entry in config.types)
-    clients = [
-        client_examples(data, index, total, seed, owners_of(config)) for index in range(total)
+    shares = client_shares(config)
+    return [
+        f"{Path(config.data.train).name}: {used_line(config, shares)}",
+        f"per client: {'; '.join(share_lines(config, shares))}",
+        *text_notes(config, tokenizers),
+        *anchors_note(config, anchors_near(config)),
     ]
+
+
+@dataclass(frozen=True)
+class ClientShare:
+    """A simulated client, its backbone and its own examples."""
+
+    number: int
+    backbone: str
+    data: ClientData
+
+    @property
+    def examples(self) -> list[Example]:
+        """All that it has."""
+        return [*self.data.train, *self.data.personal_test, *self.data.choosing]
+
+    @property
+    def natural(self) -> list[str]:
+        """The natural clients it holds, where the file names them."""
+        return sorted({example.client for example in self.examples if example.client})
+
+    @property
+    def answers(self) -> Counter[str]:
+        """How many examples each answer has."""
+        return Counter(example.label for example in self.examples)
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and names."""
+        parts = ("train", "personal_test", "choosing")
+        return {
+            "client": self.number,
+            "backbone": self.backbone,
+            "natural": self.natural,
+            **{part: len(getattr(self.data, part)) for part in parts},
+            "answers": dict(self.answers.most_common()),
+        }
+
+
+def client_shares(config: Config) -> list[ClientShare]:
+    """What every simulated client holds, for a run's first seed (DataError: a shard would be empty)."""
+    types, owners, seed = expand_types(config.types), owners_of(config), config.run.seeds[0]
+    return [
+        ClientShare(
+            number,
+            entry.backbone,
+            client_examples(config.data, number, len(types), seed, owners),
+        )
+        for number, entry in enumerate(types)
+    ]
+
+
+def used_line(config: Config, shares: Sequence[ClientShare]) -> str:
+    """How many rows are used, and for what."""
+    data = config.data
     rows, test = len(own_file(data)), len(global_test(data))
-    train = sum(len(client.train) for client in clients)
-    personal = sum(len(client.personal_test) for client in clients)
-    choosing = sum(len(client.choosing) for client in clients)
-    used = len({id(example) for client in clients for example in _all(client)})
+    train, personal, choosing = (
+        sum(len(getattr(share.data, part)) for share in shares)
+        for part in ("train", "personal_test", "choosing")
+    )
+    used = len({id(example) for share in shares for example in share.examples})
     whose = "kept of them for the test (data.test_share)" if splits(data) else "of the test file"
-    yield (
-        f"{Path(str(data.train)).name}: {used} of {rows} rows go to {total} clients ({train} to train, {personal} for "
+    return (
+        f"{used} of {rows} rows go to {len(shares)} clients ({train} to train, {personal} for "
         f"their personal tests, {choosing} to choose what they keep); {test} rows {whose} test everybody"
     )
-    yield "per client: " + _counts(clients, closed=label_set(data) is not None)
 
 
-def _counts(clients: Sequence[ClientData], closed: bool) -> str:
-    told = []
-    for number, client in enumerate(clients[:_CLIENTS]):
-        examples = _all(client)
-        text = f"{number}: {len(examples)}"
+def share_lines(config: Config, shares: Sequence[ClientShare]) -> list[str]:
+    """Every client's backbone, natural clients, examples and, where answers are labels, how many of each."""
+    told, closed = [], label_set(config.data) is not None
+    natural = config.data.partition == "natural"
+    for share in shares[:_CLIENTS]:
+        text = f"{share.number} {share.backbone}{_natural(share) if natural else ''}: {len(share.examples)}"
         if closed:
-            common = Counter(example.label for example in examples).most_common()
+            common = share.answers.most_common()
             labels = ", ".join(
                 f"{safe_text(label, _LETTERS)} {count}" for label, count in common[:_LABELS]
             )
             text += f" ({labels}{', ...' if len(common) > _LABELS else ''})"
         told.append(text)
-    rest = [len(_all(client)) for client in clients[_CLIENTS:]]
+    rest = [len(share.examples) for share in shares[_CLIENTS:]]
     if rest:
         told.append(f"{len(rest)} more of {min(rest)} to {max(rest)}")
-    return "; ".join(told)
+    return told
 
 
-def _all(client: ClientData) -> list[Example]:
-    return [*client.train, *client.personal_test, *client.choosing]
+def _natural(share: ClientShare) -> str:
+    names = share.natural
+    if not names:
+        return ""
+    if len(names) > _NATURAL:
+        return f" [{len(names)} natural clients]"
+    return f" [{', '.join(safe_text(name, _LETTERS) for name in names)}]"
 
 
-def _texts(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
+def text_notes(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
+    """What of the texts is cut, and which answers can never match."""
     data = config.data
     rows = list(own_file(data))
     if not splits(data):
@@ -103,14 +171,22 @@ def _forms(data: DataConfig, tokenizers: dict[str, Any]) -> Iterator[str]:
         yield f"{', '.join(chats)}: asked in the model's own chat template (data.template){plain}"
 
 
-def _settings(config: Config) -> Iterator[str]:
-    """What a preset brings that is about its own data set."""
-    chosen = config.alignment.anchors
+def anchors_note(config: Config, near: float | None) -> Iterator[str]:
+    """A warning where the models are aligned on texts about something else (:mod:`.data.nearness`)."""
     kinds = {
         strategy_config(n, config.strategies[n], config).method.kind for n in config.run.compare
     }
-    if chosen in SHIPPED and "dema" in kinds:
-        yield (
-            f"warning: the models are aligned on {_ABOUT.get(chosen, 'descriptions of Debian packages')} ({chosen}), "
-            "not on texts like yours: give public ones with alignment.anchors=FILE"
-        )
+    if near is None or near >= NEAR or "dema" not in kinds:
+        return
+    chosen = config.alignment.anchors
+    about = _ABOUT.get(chosen, "descriptions of Debian packages" if chosen in SHIPPED else "texts")
+    yield (
+        f"warning: the models are aligned on {about} ({chosen}), not on texts like yours (nearness {near:.2f}, from "
+        f"{NEAR} on it is good): give public ones with alignment.anchors=FILE (heterotune anchors make)"
+    )
+
+
+def anchors_near(config: Config) -> float | None:
+    """How near the anchors are to the training texts."""
+    texts = [example.text for example in training_pool(config.data)]
+    return nearness(texts, load_anchors(config.alignment))

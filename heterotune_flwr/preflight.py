@@ -46,11 +46,16 @@ def settle_bits(config: Config) -> Config:
 
 
 def preflight(config: Config) -> list[str]:
+    """Check a run (:func:`checked`); what its owner should know of data of their own, line by line."""
+    return own_data(config, checked(config))
+
+
+def checked(config: Config) -> dict[str, Any]:
     """Check a simulated run as far as possible without loading weights (a second or two).
 
     Returns
     -------
-    What its owner should know of data of their own, line by line (:mod:`.own_data`).
+    The tokenizer of every backbone, by its name.
 
     Raises
     ------
@@ -104,7 +109,7 @@ def preflight(config: Config) -> list[str]:
     tokenizers = _tokenizers(config)
     if labels and (config.train.loss != "tokens" or config.alignment.output == "labels"):
         _check_labels(config, labels, tokenizers)
-    return own_data(config, tokenizers)
+    return tokenizers
 
 
 def _check_backbones(config: Config) -> None:

@@ -8,6 +8,7 @@ assumed as :data:`WORKING_GB` (interpreter and libraries, or the CUDA context) p
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -140,19 +141,26 @@ def default_device() -> str:
 
 
 def check_bits(bits: str, device: str | None = None) -> None:
-    """Check that this machine can hold a backbone at ``bits``, without loading one.
+    """Check that this machine can hold a backbone at ``bits``, without loading one or any large library.
 
-    Raises BackboneError: unknown bits, or bitsandbytes cannot run on this device.
+    ``device`` is a torch device, None for the default one, which will do.
+
+    Raises BackboneError: unknown bits, or bitsandbytes is not installed or cannot run on this device.
     """
     if bits not in BITS:
         raise BackboneError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
     if bits not in QUANTIZED:
         return
-    device = device or default_device()
-    if device.split(":")[0] not in ("cuda", "cpu", "xpu"):
+    if device is not None and device.split(":")[0] not in ("cuda", "cpu", "xpu"):
         raise BackboneError(f"bits={bits} does not run on device {device!r}; use bits=bf16")
-    # Its import warns that an optional faster kernel package is missing; nothing is wrong without it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BackboneError(
+            f"bits={bits} needs bitsandbytes, which is not installed; use bits=bf16"
+        )
+
+
+def import_bitsandbytes(bits: str) -> None:
+    """Import what makes ``bits`` (BackboneError: it does not load here)."""
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a broken native library raises anything

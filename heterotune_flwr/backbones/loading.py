@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from heterotune_flwr.backbones.bits import check_bits, default_device
+from heterotune_flwr.backbones.bits import check_bits, default_device, import_bitsandbytes
 from heterotune_flwr.backbones.bnb_cpu import apply_dequantize_remedy, apply_repacking_remedy
 from heterotune_flwr.backbones.cpu_compute import (
     compute_in_float32,
@@ -40,6 +40,9 @@ from heterotune_flwr.backbones.tokenizer import learned_positions, load_tokenize
 from heterotune_flwr.errors import BackboneError
 
 log = logging.getLogger(__name__)
+# bitsandbytes, which other libraries import too, warns that an optional faster kernel package is missing: nothing is
+# wrong without it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +201,7 @@ def prepare_libraries(bits: str) -> None:
     """Quieten the libraries and put the bitsandbytes remedies in place; before a model is built."""
     quieten_libraries()
     if bits in QUANTIZED:
+        import_bitsandbytes(bits)
         apply_repacking_remedy()
         apply_dequantize_remedy()
         # It warns at every single multiplication that int8 computes in float16.

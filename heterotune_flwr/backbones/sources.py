@@ -221,7 +221,7 @@ def describe_source(source: str, revision: str | None = None) -> Shape:
 
 def _check_decoder(source: str, config: Mapping[str, Any]) -> None:
     """Refuse encoders, and families that transformers knows only by code from the model's own folder."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
     family = str(config.get("model_type", ""))
     heads = ", ".join(map(str, config.get("architectures") or ()))
@@ -229,7 +229,7 @@ def _check_decoder(source: str, config: Mapping[str, Any]) -> None:
         raise BackboneError(
             f"backbone {source!r} is {heads or family}, an encoder: decoder-only language models alone are trained here"
         )
-    if family and family not in CONFIG_MAPPING:
+    if family and family not in CONFIG_MAPPING_NAMES:
         raise BackboneError(
             f"backbone {source!r} is of a family that transformers does not know ({family!r}); code that comes with a "
             "model is never run here"

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.errors import BackboneError, ConfigError
+from heterotune_flwr.jsons import parse_json
 
 #: Names of tables with a row per position; positions of other families are computed and have no end.
 _POSITIONS = re.compile(r"(^|\.)(wpe|pos_emb\w*|pos\w*_emb\w*|embed_pos\w*)(\.weight)?$")
 #: Files one of which every tokenizer has. Without any, some families are given an empty one, silently.
 _FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "spiece.*")
+
+#: Families whose folders name a class that ``AutoTokenizer`` takes as well. That needs torch, and seconds of its own.
+_CLASSES = {"llama": "TokenizersBackend", "gemma3_text": "GemmaTokenizer"}
 
 
 def load_tokenizer(source: str, directory: Path, rows: int) -> Any:
@@ -28,14 +32,12 @@ def load_tokenizer(source: str, directory: Path, rows: int) -> Any:
 
     Raises BackboneError: there is no tokenizer, or it has tokens without a row.
     """
-    from transformers import AutoTokenizer
-
     if not any(path for pattern in _FILES for path in directory.glob(pattern)):
         raise BackboneError(
             f"backbone {source!r} has no tokenizer in {directory} (no tokenizer.json, vocabulary or *.model): copy "
             "these files from where the model came from"
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer = _read(directory)
     _forget_added(tokenizer, rows)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -48,6 +50,26 @@ def load_tokenizer(source: str, directory: Path, rows: int) -> Any:
             "rows: one of them belongs to another model; copy both from the same place"
         )
     return tokenizer
+
+
+def _read(directory: Path) -> Any:
+    """What ``AutoTokenizer`` takes for a folder's tokenizer."""
+    import transformers
+
+    named = _value(directory / "tokenizer_config.json", "tokenizer_class")
+    if named is not None and named == _CLASSES.get(
+        _value(directory / "config.json", "model_type") or ""
+    ):
+        return getattr(transformers, named).from_pretrained(directory, trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def _value(path: Path, key: str) -> Any:
+    """A value of a JSON object in a file; None where there is none."""
+    try:
+        return parse_json(path.read_text()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _forget_added(tokenizer: Any, rows: int) -> None:

@@ -152,6 +152,10 @@ class ServerChannel:
         """Whether it reads the further views of a text, on a task with these labels (none: open text)."""
         return False
 
+    def most_bytes(self, labels: Sequence[str], method: MethodConfig) -> int | None:
+        """Most bytes that a client tells in a message, before anything runs; 0: it is off, None: not known."""
+        return None
+
     def open(self, run: RunFacts) -> str | None:
         """Prepare for a run; a reason where the channel cannot work in it, and stays off."""
         return None

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from heterotune_flwr.cmga.base import Transform, Updates, Vector, gram
 from heterotune_flwr.cmga.directions import conclude, deconflict
@@ -175,6 +174,8 @@ def _on_simplex(
     bounds: list[tuple[float, float]] | None = None,
 ) -> Vector:
     """Minimise a convex function of a few weights that are not negative and sum to 1."""
+    from scipy.optimize import minimize
+
     scale = abs(objective(start)) or 1.0
     found = minimize(
         lambda w: objective(w) / scale,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from heterotune_flwr.cmga.base import (
     Member,
@@ -121,6 +120,8 @@ def min_norm_weights(products: Matrix) -> Matrix:
     scale = float(np.trace(products))
     if scale <= 0:
         return np.full(len(products), 1.0 / len(products))
+    from scipy.optimize import nnls  # half a second, and most runs need none
+
     values, vectors = np.linalg.eigh(products / scale)
     root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
     system = np.vstack([root, np.ones(len(products))])

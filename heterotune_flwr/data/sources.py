@@ -20,9 +20,9 @@ from heterotune_flwr.data.pools import Pool, answers_of
 from heterotune_flwr.data.split import split
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.values import needed_text, plain_text
-from heterotune_flwr.errors import DataError
+from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.plugins import load_plugin, plugin_names
-from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, DataConfig
+from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, DataConfig, TrainConfig
 from heterotune_flwr.seeds import generator
 
 log = logging.getLogger(__name__)
@@ -236,6 +236,20 @@ def label_set(data: DataConfig) -> list[str] | None:
     if len(found) < 2:
         raise DataError(f"every example has the answer {found[0]!r}: there is nothing to learn")
     return found if len(found) <= data.max_labels else None
+
+
+def loss_kind(config: TrainConfig, labels: Sequence[str] | None) -> str:
+    """Resolve ``train.loss``: ``auto`` is ``labels`` for a closed label set.
+
+    Raises ConfigError: ``labels`` asked of an open-text task.
+    """
+    if config.loss == "labels" and labels is None:
+        raise ConfigError.plain(
+            "train.loss is 'labels' but the task has no closed label set; set data.labels"
+        )
+    if config.loss == "auto":
+        return "labels" if labels is not None else "tokens"
+    return config.loss
 
 
 def check_labels(examples: Iterable[Example], labels: Sequence[str] | None, where: str) -> None:

@@ -224,12 +224,17 @@ def launch_app(
 
 
 def plan_resources(config: Config, supernodes: int) -> Resources:
+    """The workers of a run (:func:`workers_of`), and what each has of the machine."""
+    workers = workers_of(config, supernodes)
+    return Resources(workers, config.run.worker_threads, _gpu_share(workers))
+
+
+def workers_of(config: Config, supernodes: int) -> int:
     """One worker per ``run.worker_threads`` cores, at most one per client, unless ``run.workers`` says."""
     available = getattr(os, "sched_getaffinity", None)
     cores = len(available(0)) if available else os.cpu_count() or 1
     workers = config.run.workers or max(1, cores // config.run.worker_threads)
-    workers = min(workers, supernodes)
-    return Resources(workers, config.run.worker_threads, _gpu_share(workers))
+    return min(workers, supernodes)
 
 
 def _gpu_share(workers: int) -> float:

@@ -27,12 +27,11 @@ from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.tokenizer import check_positions
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.label_trie import LabelTrie, Read, make_trie
-from heterotune_flwr.data.sources import OUTSIDE
+from heterotune_flwr.data.sources import OUTSIDE, loss_kind
 from heterotune_flwr.data.template import Asked, Form, make_form
-from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import DataConfig, TrainConfig
 
-LOSSES = ("auto", "labels", "tokens")
 #: Full-vocabulary logits that exist at the same time (32 MB in float32).
 LOGITS_AT_A_TIME = 2**23
 
@@ -255,26 +254,6 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradients,) = ctx.saved_tensors
         return (upstream[0][:, None] * gradients.float()).to(gradients.dtype), None, None
-
-
-def loss_kind(config: TrainConfig, labels: Sequence[str] | None) -> str:
-    """Resolve ``train.loss``: ``auto`` is ``labels`` for a closed label set.
-
-    Raises
-    ------
-    ConfigError
-        Unknown value, or ``labels`` asked of an open-text task.
-
-    """
-    if config.loss not in LOSSES:
-        raise ConfigError.of("train.loss", config.loss, f"choose one of {', '.join(LOSSES)}")
-    if config.loss == "labels" and labels is None:
-        raise ConfigError.plain(
-            "train.loss is 'labels' but the task has no closed label set; set data.labels"
-        )
-    if config.loss == "auto":
-        return "labels" if labels is not None else "tokens"
-    return config.loss
 
 
 def make_task(

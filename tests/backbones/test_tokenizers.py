@@ -18,6 +18,8 @@ from heterotune_flwr.backbones.loading import (
     BackboneSpec,
     load_backbone,
 )
+from heterotune_flwr.backbones.sources import describe_source, resolve_source
+from heterotune_flwr.backbones.tokenizer import load_tokenizer
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
@@ -208,3 +210,13 @@ def test_a_tokenizer_that_brings_its_own_code_asks_nobody(
     with contextlib.suppress(BackboneError):  # the library may know the file without the class
         preflight(run_of(tmp_path))
     assert "[y/N]" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny-a", "tiny-b", "tiny-c"])
+def test_a_class_that_is_taken_without_asking_is_the_one_that_transformers_takes(name):
+    directory = resolve_source(name)
+    ours = load_tokenizer(name, directory, describe_source(name).vocabulary)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map

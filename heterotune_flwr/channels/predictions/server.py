@@ -25,6 +25,7 @@ from heterotune_flwr.cmga.pull import no_louder
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.protocol.payloads import Array, Payload
+from heterotune_flwr.schema import MethodConfig
 
 #: A client whose predictions have nothing to do with the others' still gets this much of a share.
 _FLOOR = 0.02
@@ -82,6 +83,10 @@ def sinkhorn_balance(targets: NDArray[np.float64], iterations: int) -> NDArray[n
 
 class PredictionEnsemble(TextRounds[Array]):
     """The server's half: asks for predictions, averages them, brings the mean."""
+
+    def most_bytes(self, labels: Sequence[str], method: MethodConfig) -> int | None:
+        """A byte for every text and label."""
+        return int(min(self.options.anchors, self.options.pool)) * len(labels)
 
     def open(self, run: RunFacts) -> str | None:
         """Probabilities are over a closed label set."""

@@ -56,6 +56,7 @@ from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.fields import option
 from heterotune_flwr.protocol.payloads import Payload
+from heterotune_flwr.schema import MethodConfig
 
 #: A client whose farthest class lies this many times as far away as others' is refused, where so many can be compared
 #: and it lies further off than honest ones do (root mean square over latents, in their standard deviations).
@@ -192,6 +193,11 @@ class PooledClassifier(ServerChannel):
     def reads_views(self, labels: Sequence[str]) -> bool:
         """It reads whole texts besides, wherever it is at work."""
         return bool(labels)
+
+    def most_bytes(self, labels: Sequence[str], method: MethodConfig) -> int | None:
+        """A count (4 bytes) and mean latents (2 bytes each) of every label, once or twice a run."""
+        read = len(places_of(method)) - method.slots + 1
+        return len(labels) * (4 + 2 * read * method.latent)
 
     def open(self, run: RunFacts) -> str | None:
         """It needs a closed label set, and latents that types share; the last slot's, and those of whole texts."""

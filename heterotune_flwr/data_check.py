@@ -1,0 +1,295 @@
+"""What a run would make of its data, in seconds: nothing is trained and no weights are loaded, tokenizers alone."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.config.compose import compose, presets
+from heterotune_flwr.data.duplicates import Seen, folded
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.lengths import lengths
+from heterotune_flwr.data.sources import (
+    columns_recognised,
+    global_test,
+    label_set,
+    loss_kind,
+    own_file,
+    training_pool,
+)
+from heterotune_flwr.data.template import make_form
+from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.names import safe_text
+from heterotune_flwr.new.table import look
+from heterotune_flwr.own_data import (
+    anchors_near,
+    anchors_note,
+    client_shares,
+    share_lines,
+    text_notes,
+    used_line,
+)
+from heterotune_flwr.schema import Config, DataConfig
+
+#: Rendered examples, labels and natural clients that are told.
+_EXAMPLES, _LABELS, _CLIENTS = 3, 20, 24
+#: Clients that a bare file is dealt to at most, and the prompt of its texts.
+_MOST, _PROMPT = 12, "{text}\nAnswer:"
+_DATA = DataConfig()
+#: Rows a client should have.
+_FEWEST = 4
+_TINY = ("tiny-a", "tiny-b", "tiny-c")
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a name is meant as a data file's: no YAML file, and no preset."""
+    path = Path(name).expanduser()
+    return path.suffix not in (".yaml", ".yml") and (path.is_file() or name not in presets())
+
+
+def data_config(name: str, overrides: Sequence[str]) -> Config:
+    """The run that is checked: a preset's, a YAML file's, or of a bare data file one with the embedded family.
+
+    Raises ConfigError, DataError: there is none of that name, or the file cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not is_data_file(name):
+        return compose(name, overrides)
+    if not path.exists():
+        known = ", ".join(presets())
+        raise ConfigError(f"{name!r} is no data file, no .yaml file and no preset (known: {known})")
+    given = [
+        f"data.train={path}",
+        f"data.prompt={_PROMPT}",
+        *(f"data.{setting}={column}" for setting, column in _columns(path).items()),
+    ]
+    about = [override for override in overrides if override.startswith("data.")]
+    config = compose("demo", [*given, *about])
+    pool = training_pool(config.data)
+    named = {example.client for example in pool if example.client}
+    natural = 2 <= len(named) <= _MOST and len(pool) >= _FEWEST * len(named)
+    clients = len(named) if natural else min(_MOST, max(len(pool) // _FEWEST, 1))
+    given.append(f"types={_types(clients)}")
+    if natural:
+        given.append("data.partition=natural")
+    closed = label_set(config.data) is not None
+    return compose("demo" if closed else "open_text", [*given, *overrides])
+
+
+def _columns(path: Path) -> dict[str, str]:
+    """Settings that name a file's columns, where those by default are not there and no layout is known (DataError)."""
+    table = look(path)
+    if table.layout is not None:
+        return {}
+    found: dict[str, str] = {}
+    for setting, likely in (
+        ("text_field", table.text),
+        ("label_field", table.label),
+        ("client_field", table.client),
+    ):
+        default = getattr(_DATA, setting)
+        column = default if default in table.columns else likely(list(found.values()))
+        if column is not None:
+            found[setting] = column
+        elif setting != "client_field":
+            raise DataError(
+                f"no column of {str(path)!r} can be told to be the {setting.removesuffix('_field')}: it has "
+                f"{', '.join(table.columns)}; name it with data.{setting}"
+            )
+    return found
+
+
+def _types(clients: int) -> str:
+    """The embedded family as YAML, with so many clients among them."""
+    counts = [len(range(place, clients, len(_TINY))) for place in range(len(_TINY))]
+    entries = (f"{{backbone: {n}, clients: {c}}}" for n, c in zip(_TINY, counts, strict=True) if c)
+    return f"[{', '.join(entries)}]"
+
+
+def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
+    """Facts about a run's data, as JSON can hold them; ``tokenizers`` by backbone (:func:`..preflight.checked`)."""
+    data = config.data
+    pool, test = training_pool(data), global_test(data)
+    labels = label_set(data)
+    scored = labels if loss_kind(config.train, labels) == "labels" else None
+    shares = client_shares(config)
+    rows = [*own_file(data), *(test if data.test is not None or data.train is None else ())]
+    anchors, near = load_anchors(config.alignment), anchors_near(config)
+    return {
+        "data": data.train or data.name,
+        "columns": {name: getattr(data, f"{name}_field") for name in ("text", "label", "client")},
+        "task": "text" if scored is None else "labels",
+        "rows": {"train": len(pool), "test": len(test)},
+        "used": used_line(config, shares),
+        "per_client": share_lines(config, shares),
+        "clients": [share.to_json() for share in shares],
+        "natural_clients": dict(Counter(e.client for e in pool if e.client).most_common()),
+        "answers": _answers(pool, test, closed=labels is not None),
+        "lengths": {name: _lengths(one, config, rows, scored) for name, one in tokenizers.items()},
+        "duplicates": _duplicates(pool, test),
+        "examples": _rendered(config, tokenizers, pool),
+        "anchors": {
+            "set": config.alignment.anchors,
+            "count": len(anchors),
+            "nearness": near,
+            "in_data": _among(anchors, [*pool, *test]),
+        },
+        "notes": [
+            *columns_recognised(data),
+            *(note for note in text_notes(config, tokenizers) if note.startswith("warning")),
+            *anchors_note(config, near),
+        ],
+    }
+
+
+def _answers(pool: Sequence[Example], test: Sequence[Example], closed: bool) -> dict[str, Any]:
+    """The most frequent answer, and how often it is right on the test; of labels how many each has."""
+    counts = Counter(example.label for example in pool)
+    common, count = counts.most_common(1)[0]
+    right = sum(common in example.answers for example in test)
+    return {
+        "different": len(counts),
+        "labels": dict(counts.most_common()) if closed else None,
+        "majority": common,
+        "majority_share": count / len(pool),
+        "majority_on_test": right / len(test) if test else None,
+    }
+
+
+def _lengths(
+    tokenizer: Any, config: Config, rows: Sequence[Example], labels: Sequence[str] | None
+) -> dict[str, Any]:
+    found = lengths(tokenizer, config.data, rows, labels)
+    totals = sorted(found.totals)
+    return {
+        "median": totals[len(totals) // 2],
+        "fits_99_of_100": found.most,
+        "longest": totals[-1],
+        "max_length": config.data.max_length,
+        "cut": found.cut,
+        "cut_share": found.cut / len(totals),
+    }
+
+
+def _duplicates(pool: Sequence[Example], test: Sequence[Example]) -> dict[str, int]:
+    """Rows whose text another one has; case, spaces and punctuation do not make another text of it."""
+    answers: dict[str, set[str]] = defaultdict(set)
+    seen = Seen()
+    for example in pool:
+        answers[folded(example.text)].add(example.label)
+        seen.add(example.text)
+    same = [seen.same(example.text) for example in test]
+    near = [seen.near(example.text) for example in test]
+    return {
+        "within_train": len(pool) - len(answers),
+        "with_different_answers": sum(len(found) > 1 for found in answers.values()),
+        "test_in_train": sum(same),
+        "test_near_train": sum(near) - sum(same),
+    }
+
+
+def _rendered(
+    config: Config, tokenizers: dict[str, Any], pool: Sequence[Example]
+) -> list[dict[str, str]]:
+    """A few examples as the models read them; of forms that differ between backbones each."""
+    chosen = [pool[len(pool) * n // _EXAMPLES] for n in range(min(_EXAMPLES, len(pool)))]
+    forms: dict[tuple[str, ...], str] = {}
+    for name, tokenizer in tokenizers.items():
+        form = make_form(tokenizer, config.data)
+        forms.setdefault(tuple(form.render(example) for example in chosen), name)
+    return [
+        {"backbone": name, "prompt": prompt, "answer": example.label}
+        for prompts, name in forms.items()
+        for prompt, example in zip(prompts, chosen, strict=True)
+    ]
+
+
+def _among(anchors: Sequence[str], rows: Sequence[Example]) -> int:
+    known = {folded(example.text) for example in rows}
+    return sum(folded(anchor) in known for anchor in anchors)
+
+
+def report_lines(found: dict[str, Any]) -> Iterator[str]:
+    """The facts of :func:`check_data` for people."""
+    columns = found["columns"]
+    yield (
+        f"{found['data']}: {found['rows']['train']} rows to train on, {found['rows']['test']} to test; text from "
+        f"{columns['text']!r}, answer from {columns['label']!r}, natural clients from {columns['client']!r}"
+    )
+    yield f"used: {found['used']}"
+    yield "per client:"
+    yield from (f"    {line}" for line in found["per_client"])
+    yield from _told_natural(found["natural_clients"])
+    yield from _told_answers(found["answers"])
+    for name, one in _grouped(found["lengths"]):
+        cut = f"{one['cut']} cut ({one['cut_share']:.1%})" if one["cut"] else "none cut"
+        yield (
+            f"lengths, {name}: median {one['median']} tokens, 99 of 100 rows within {one['fits_99_of_100']}, longest "
+            f"{one['longest']}; data.max_length={one['max_length']}: {cut}"
+        )
+    yield from _told_duplicates(found["duplicates"], found["rows"])
+    yield from _told_anchors(found["anchors"])
+    yield from found["notes"]
+    for number, one in enumerate(found["examples"], start=1):
+        yield f"example {number} ({one['backbone']}):"
+        text = f"{one['prompt']}▸{one['answer']}"
+        yield from (f"    {line}" for line in _shortened(text).splitlines())
+
+
+def _grouped(lengths: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lengths, of backbones whose tokenizers agree once."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, one in lengths.items():
+        alike[repr(one)].append(name)
+    for names in alike.values():
+        yield ", ".join(names), lengths[names[0]]
+
+
+def _shortened(text: str) -> str:
+    """At most a dozen lines, none hidden from the eye."""
+    lines = [safe_text(line, 200) for line in text.splitlines()]
+    return "\n".join(lines if len(lines) <= 12 else [*lines[:8], "...", *lines[-3:]])
+
+
+def _told_natural(clients: dict[str, int]) -> Iterator[str]:
+    if clients:
+        shown = [f"{safe_text(n, 40)} {count}" for n, count in list(clients.items())[:_CLIENTS]]
+        more = f", ... {len(clients) - _CLIENTS} more" if len(clients) > _CLIENTS else ""
+        yield f"natural clients: {', '.join(shown)}{more}"
+
+
+def _told_answers(answers: dict[str, Any]) -> Iterator[str]:
+    if answers["labels"] is None:
+        yield f"answers: {answers['different']} different ones (open text)"
+    else:
+        shown = [f"{safe_text(n, 40)} {count}" for n, count in list(answers["labels"].items())]
+        more = ", ..." if len(shown) > _LABELS else ""
+        yield f"labels: {', '.join(shown[:_LABELS])}{more}"
+    if answers["majority_on_test"] is not None:
+        yield (
+            f"baseline: always {safe_text(answers['majority'], 40)!r} is right in {answers['majority_on_test']:.1%} of "
+            "the test"
+        )
+
+
+def _told_duplicates(found: dict[str, int], rows: dict[str, int]) -> Iterator[str]:
+    if not any(found.values()):
+        yield "duplicates: none"
+        return
+    warn = "warning: " if found["test_in_train"] + found["test_near_train"] else ""
+    yield (
+        f"{warn}duplicates: {found['within_train']} of {rows['train']} training rows repeat a text "
+        f"({found['with_different_answers']} texts with different answers); {found['test_in_train']} of {rows['test']} "
+        f"test rows stand in the training data, {found['test_near_train']} more nearly"
+    )
+
+
+def _told_anchors(anchors: dict[str, Any]) -> Iterator[str]:
+    near = anchors["nearness"]
+    said = "how near cannot be told" if near is None else f"nearness {near:.2f} (1: as the data)"
+    yield f"anchors: {anchors['count']} of {anchors['set']}, {said}"
+    if anchors["in_data"]:
+        yield f"warning: {anchors['in_data']} anchors are rows of the data: anchors must be public"
