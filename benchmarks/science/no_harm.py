@@ -7,7 +7,7 @@ Holm's method: in loss, or in accuracy (labels) or ROUGE-L (text).
     python -m benchmarks.science.no_harm --seeds 20                          # the embedded family
     python -m benchmarks.science.no_harm --real --instructions FILE.jsonl.gz # two fetched backbones
 
-A cell (case, family, seed) takes 2 to 10 minutes on two cores with the embedded family; cells are kept as they come.
+A cell (case, family, seed, rounds) is kept as it comes; the results say which were asked for and are missing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     parser = arguments(__doc__, SEEDS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--real", action="store_true", help="two fetched backbones")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--instructions",
         type=Path,
@@ -73,19 +73,20 @@ def main() -> None:
         print(json.dumps(cell(case, family, int(seed), given)))
         return
     cells, family = Cells(_CELLS), "real" if given.real else "tiny"
-    for seed in given.seeds:
-        for case in given.cases:
-            if case == "instructions" and given.instructions is None:
-                say("instructions: left out (no --instructions FILE)")
-                continue
-            name = f"{family} {case} {seed}"
-            if name not in cells.read():
-                words = ["--rounds", str(given.rounds), "--cell", case, family, str(seed)]
-                words += ["--instructions", str(given.instructions)] if given.instructions else []
-                cells.keep({name: in_own_process("benchmarks.science.no_harm", *words)})
-            say(name, told(cells.read()[name].values()))
-    known = {name: value for name, value in cells.read().items() if len(name.split()) == 3}
-    write_results("no_harm", summary(known), anew=True)
+    asked = [(f"{family} {case} {seed} {given.rounds}", case, seed)
+             for seed in given.seeds for case in given.cases]  # fmt: skip
+    for name, case, seed in asked:
+        if case == "instructions" and given.instructions is None:
+            say("instructions: left out (no --instructions FILE)")
+            continue
+        if name not in cells.read():
+            words = ["--rounds", str(given.rounds), "--cell", case, family, str(seed)]
+            words += ["--instructions", str(given.instructions)] if given.instructions else []
+            cells.keep({name: in_own_process("benchmarks.science.no_harm", *words)})
+        say(name, told(cells.read()[name].values()))
+        known = cells.read()
+        missing = [each for each, _, _ in asked if each not in known]
+        write_results("no_harm", summary(known, missing), anew=True)
 
 
 # ------------------------------------------------------------------------------------ a cell
@@ -173,14 +174,18 @@ def _paired(differences: Any) -> list[float]:
 # ------------------------------------------------------------------------------------ all of them
 
 
-def summary(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of clients that are worse off, mean gains, and who took what: of everything, and by family and case."""
+def summary(cells: Mapping[str, Mapping[str, Any]], missing: Iterable[str] = ()) -> dict[str, Any]:
+    """Shares of clients that are worse off, mean gains, and who took what: of everything, and by family and case.
+
+    A cell is named by its family, case, seed and rounds; ``missing`` are those asked for and not measured yet.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for name, clients in cells.items():
         for group in ("all", " ".join(name.split()[:2])):
             groups.setdefault(group, {}).update({f"{name} {cid}": c for cid, c in clients.items()})
     return {group: _group(clients) for group, clients in sorted(groups.items())} | {
-        "cells": sorted(cells), "level": LEVEL
+        "seeds": sorted({int(name.split()[2]) for name in cells}),
+        "cells": sorted(cells), "missing": sorted(missing), "level": LEVEL,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -27,7 +28,8 @@ def test_harm_is_what_is_sure_among_all_clients():
     assert worse({"a": client("bare", -1.0, other="alone")}, "bare", "loss") == []  # it is bare
     assert worse({"a": client("alone", 0.0, 0.0)}, "bare", "loss") == []
     found = summary(
-        {"tiny chat 20": {"a": client("alone", -1.0), "b": client("bare", 1.0, other="alone")}}
+        {"tiny chat 20 5": {"a": client("alone", -1.0), "b": client("bare", 1.0, other="alone")}},
+        ["tiny chat 21 5"],
     )
     row = found["tiny chat"]
     assert found["all"] == {**row, "worse_than_bare": found["all"]["worse_than_bare"]}
@@ -35,6 +37,8 @@ def test_harm_is_what_is_sure_among_all_clients():
     assert row["took"] == {"bare": 1, "alone": 1, "federated": 0}
     assert row["score"] == {"bare": 1.0, "alone": 0.5, "federated": 2.0, "taken": 0.75}
     assert (row["mean_gain"], found["level"]) == (-0.25, level)
+    assert (found["seeds"], found["cells"]) == ([20], ["tiny chat 20 5"])
+    assert found["missing"] == ["tiny chat 21 5"]
 
 
 def test_tasks_of_different_families_have_an_owner_each(tmp_path):
@@ -60,3 +64,18 @@ def test_tasks_of_different_families_have_an_owner_each(tmp_path):
     assert f"data.train={tmp_path / 'train.jsonl'}" in words
     with pytest.raises(SystemExit, match="--instructions"):
         write_case("instructions", tmp_path, None)
+
+
+def test_what_is_asked_twice_or_nearly_is_dealt_once(tmp_path):
+    asked = [f"w{n} x{n} y{n} z{n}" for n in range(30)]
+    again = [text.upper() + "!" for text in asked]
+    nearly = [f"{text} twice" for text in asked]  # four words of five
+    rows = [
+        {"task": "only", "instruction": "Copy.", "input": text, "output": str(n)}
+        for n, text in enumerate([*asked, *again, *nearly])
+    ]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_case("instructions", tmp_path, path)
+    files = [(tmp_path / f"{name}.jsonl").read_text() for name in ("train", "test")]
+    assert sorted(re.findall(r"w\d+", "".join(files))) == sorted(text.split()[0] for text in asked)
