@@ -23,6 +23,7 @@ from heterotune_flwr.backbones.tokenizer import load_tokenizer
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.layouts import Layout
 from heterotune_flwr.data.lengths import lengths
+from heterotune_flwr.data.nearness import nearness
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import read_examples
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
@@ -31,8 +32,8 @@ from heterotune_flwr.schema import BITS, AlignmentConfig, DataConfig
 
 #: One after the other, the larger at fewer bits.
 BACKBONES = ("tiny-a@bf16", "tiny-b@int8", "tiny-c@nf4")
-#: Where nobody gives public texts.
-ANCHORS = "wordnet"
+#: Public texts where nobody gives some.
+ANCHORS = ("wordnet", "debian-other")
 _DATA = DataConfig()
 #: More different answers than this are no labels, whatever a run may be told.
 _MOST_LABELS = 256
@@ -130,7 +131,8 @@ def plan(wishes: Wishes, table: Table) -> Plan:
     count = _client_count(wishes, len(backbones), len(examples), usable)
     data = _task(_partition(data, wishes, usable, count), labels, table, wishes)
     data, longest = _sized(data, labels, examples, [name for name, _ in backbones])
-    texts = len(load_anchors(AlignmentConfig(anchors=wishes.anchors or ANCHORS)))
+    anchors = wishes.anchors or _nearest_anchors(examples)
+    texts = len(load_anchors(AlignmentConfig(anchors=anchors)))
     each = round(sum(len(client_examples(data, i, count, 0).train) for i in range(count)) / count)
     steps = math.ceil((2 if labels else 1) * each / 16)
     return Plan(
@@ -144,7 +146,7 @@ def plan(wishes: Wishes, table: Table) -> Plan:
         natural=usable,
         longest=longest,
         each=each,
-        anchors=wishes.anchors or ANCHORS,
+        anchors=anchors,
         texts=texts,
         local_steps=min(max(steps, 6), 24),
         rounds=20 if labels else 10,
@@ -162,6 +164,13 @@ def parse_backbone(word: str) -> tuple[str, str]:
         describe_source(name)
     check_bits(bits)
     return name, bits
+
+
+def _nearest_anchors(examples: Sequence[Example]) -> str:
+    """The shipped set whose words are most like the data's; a dictionary where that cannot be told."""
+    texts = [example.text for example in examples]
+    near = {n: nearness(texts, load_anchors(AlignmentConfig(anchors=n))) or 0.0 for n in ANCHORS}
+    return max(ANCHORS, key=lambda name: near[name])
 
 
 def _columns(wishes: Wishes, table: Table) -> DataConfig:

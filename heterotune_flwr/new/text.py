@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
-from heterotune_flwr.new.plan import ANCHORS, Plan
+from heterotune_flwr.new.plan import Plan
 from heterotune_flwr.schema import DataConfig
 
 _WIDTH = 48
@@ -39,7 +39,7 @@ def next_commands(plan: Plan) -> list[str]:
     fetch = [f"heterotune fetch {name}" for name in plan.to_fetch]
     return [
         *fetch,
-        "heterotune run run.yaml --dry-run   # checks everything, and shows all settings",
+        "heterotune data check run.yaml      # who has what, what is cut, how near the public texts are",
         "heterotune run run.yaml --dir out   # trains; ends with a table",
         "heterotune export out model --client client-0000   # the first client's model, as a folder that PEFT loads",
         "heterotune chat model               # talk with it: untouched, trained alone, federated",
@@ -127,7 +127,7 @@ def _rest(plan: Plan, folder: Path) -> Iterator[str]:
     shown = _path(plan.anchors, folder) if own else plan.anchors
     yield _line(
         f"  anchors: {shown}",
-        says if plan.anchors != ANCHORS else f"{says}; better: a .txt of texts like yours",
+        says if own else f"{says}; better ones, like yours: heterotune anchors make",
     )
     if plan.latent < 128:
         yield "method:"

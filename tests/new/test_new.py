@@ -87,7 +87,9 @@ def test_labels_with_natural_clients_run_from_anywhere(tmp_path, monkeypatch):
 
 def test_own_anchors_leave_nothing_to_warn_of(tmp_path):
     file = reviews(tmp_path / "reviews.csv")
-    (tmp_path / "menus.txt").write_text("".join(f"a menu with dish {i}\n" for i in range(120)))
+    (tmp_path / "menus.txt").write_text(
+        "".join(f"the soup or bread number {i} tasted good or bad again\n" for i in range(120))
+    )
     said = new(
         tmp_path / "soups", "--data", file, "--text", "review text", "--label", "mood",
         "--anchors", tmp_path / "menus.txt", "--backbone", "tiny-a@nf4", "--backbone", "tiny-b",
