@@ -288,4 +288,63 @@ def generation() -> str:
     )  # fmt: skip
 
 
-SECTIONS = (pooled_classes, distillation, zero_shot, sweep, ablations, conflict, generation)
+def no_harm() -> str:
+    """Who is worse off with what it takes home."""
+    known = load_results("no_harm")
+    groups = {name: known[name] for name in known if isinstance(known[name], dict)}
+    title = {"tiny": "embedded", "real": "SmolLM2 and Gemma-3"}
+
+    def named(group: str) -> str:
+        family, _, case = group.partition(" ")
+        return f"{case}, {title[family]}" if case else group
+
+    models = ("bare", "alone", "federated", "taken")
+    return section(
+        "Do no harm",
+        said(f"Own data with natural clients, no question dealt twice: {_covered(known)} HeteroTune as its presets "
+        "have it, anchors about something else. Each client chooses its bare model, the one trained alone or the "
+        "federated one on a choosing set ([take-home.md](take-home.md)). All are measured on the client's own test, "
+        f"row by row. Worse off: by a paired test at {100 * known['level']:.0f} % over all clients (Holm), in loss "
+        "or in the score."),
+        shown(
+            "Accuracy (sentiment) or ROUGE-L on own tests, means over clients.", "science.no_harm",
+            table(("case", *models, "took bare / alone / federated"),
+                  [(named(group), *(number(row["score"], name) for name in models),
+                    " / ".join(str(row["took"][name]) for name in models[:3]))
+                   for group, row in groups.items() if group != "all"]),
+        ),
+        shown(
+            "Share of clients (%) that are worse off with what they took.", "science.no_harm",
+            table(("case", "clients", "rows of a test", "than bare", "than alone", "mean gain over bare"),
+                  [(named(group), row["clients"], f"{min(row['rows'])} to {max(row['rows'])}",
+                    *(f"{100 * row[f'share_worse_than_{other}']:.0f}" for other in ("bare", "alone")),
+                    f"{row['mean_gain']:+.1f}") for group, row in groups.items()]),
+        ),
+    )  # fmt: skip
+
+
+def _covered(known: dict[str, Any]) -> str:
+    """Which seeds and rounds each case was measured with, and what is missing."""
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for cell in known["cells"]:
+        family, case, seed, rounds = cell.split()
+        seeds.setdefault((family, case, rounds), []).append(seed)
+    found = "; ".join(
+        f"{case} ({family}), {rounds} rounds, seeds {', '.join(which)}"
+        for (family, case, rounds), which in sorted(seeds.items())
+    )
+    missing = known["missing"]
+    left = f"Not measured: {', '.join(missing)} (family, case, seed, rounds)." if missing else ""
+    return f"{found}. {left}"
+
+
+SECTIONS = (
+    pooled_classes,
+    distillation,
+    zero_shot,
+    sweep,
+    ablations,
+    conflict,
+    generation,
+    no_harm,
+)

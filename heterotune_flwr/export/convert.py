@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,6 @@ import torch
 from heterotune_flwr.backbones.sources import describe_source, resolve_source
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.exchange.storage import load_tensors
-from heterotune_flwr.export.card import model_card
 from heterotune_flwr.export.distil import RANK, Fidelity, distil, fidelity
 from heterotune_flwr.export.exact import exact_change, is_linear
 from heterotune_flwr.export.facts import ExportFacts
@@ -26,7 +24,7 @@ from heterotune_flwr.export.merged import write_merged
 from heterotune_flwr.export.opened import OpenedExport, open_export
 from heterotune_flwr.export.own_examples import OwnExamples
 from heterotune_flwr.export.selection import Selection
-from heterotune_flwr.export.write import check_out
+from heterotune_flwr.export.write import check_out, put
 from heterotune_flwr.tuning.kept_model import KeptFacts
 
 Report = Callable[[str], None]
@@ -194,10 +192,5 @@ def write_converted(
         made.mkdir()
         done = convert(open_export(adapter), form, own, made, rank, report)
         facts = replace(ExportFacts.load(adapter), conversion=done.to_dict())
-        facts.save(made)
-        (made / "README.md").write_text(model_card(facts), encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        made.chmod(0o755)
-        os.replace(made, out)
+        put(facts, made, out)
     return facts

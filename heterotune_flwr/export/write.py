@@ -95,13 +95,18 @@ def write(
             write_adapter(kept, files, made if name == which else made / name)
         for readme in made.rglob("README.md"):  # PEFT's own, of an adapter it knows nothing about
             readme.unlink()
-        facts.save(made)
-        (made / "README.md").write_text(model_card(facts), encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        made.chmod(0o755)
-        os.replace(made, out)
+        put(facts, made, out)
     return facts
+
+
+def put(facts: ExportFacts, made: Path, out: Path) -> None:
+    """Put facts and their card into the folder ``made``, and that in the place of ``out``, new or empty."""
+    facts.save(made)
+    (made / "README.md").write_text(model_card(facts), encoding="utf-8")
+    if out.is_dir():
+        out.rmdir()
+    made.chmod(0o755)
+    os.replace(made, out)
 
 
 def facts_of(kept: KeptModel) -> KeptFacts:

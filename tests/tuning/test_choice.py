@@ -40,6 +40,8 @@ def test_a_model_that_answers_worse_does_not_take_the_bare_ones_place():
     assert took({"bare": half, "federated": less, "alone": half}, **lower) == "alone"
     assert took({"bare": half, "federated": less, "alone": less}, **lower) == "bare"
     assert took({"bare": half, "federated": half, "alone": more}, **lower) == "federated"
+    one = {"bare": [1.0], "federated": [0.0], "alone": [0.0]}  # says nothing
+    assert took(one, **lower) == "federated"
     doubtful = [1, 0, 0, 0]  # lower by a standard error, not by more
     assert took({"bare": half, "federated": doubtful, "alone": half}, **lower) == "federated"
 
