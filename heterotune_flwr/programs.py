@@ -22,6 +22,16 @@ QUIET = {
 }
 
 
+#: What asks programs for colours in any case, as notebooks and some CI do; then their JSON is none.
+_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "PY_COLORS")
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment at hand, :data:`QUIET` and without colours."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _COLOURS}
+    return {**inherited, **QUIET, "NO_COLOR": "1"}
+
+
 def search_path() -> str:
     """The PATH with this Python's own folder first: where Flower's programs and Python itself are looked for."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

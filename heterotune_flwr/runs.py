@@ -150,8 +150,10 @@ def run(
         other = None if directory is None else Path(directory)
         resolved = check_resumable(Path(resume), [*asked, *words], other)
     notes = [*preflight(resolved), *columns_recognised(resolved.data)]
-    with open(os.devnull, "w") as nowhere:  # plain lines: a notebook would make a box of each
-        console = Console(file=sys.stdout if progress else nowhere, force_jupyter=False)
+    with open(os.devnull, "w") as nowhere:
+        shown_on = sys.stdout if progress else nowhere
+        # Plain lines in a notebook, which would make a box of each, and says that it has colours.
+        console = Console(file=shown_on, force_jupyter=False, force_terminal=shown_on.isatty())
         for line in notes:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
         with RunProgress(resolved, console) as shown:

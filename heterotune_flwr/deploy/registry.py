@@ -6,7 +6,6 @@ commands, or lost with its database, :func:`reconcile` finds out and mends.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from heterotune_flwr.deploy.key_files import discard, finish
 from heterotune_flwr.deploy.keys import body_of_pem, key_body
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.errors import FederationError, HeteroTuneError
-from heterotune_flwr.programs import QUIET, flwr_json
+from heterotune_flwr.programs import flwr_json, plain_environment
 
 CONNECTION = "lab"
 
@@ -26,7 +25,7 @@ def flwr(deployment: Deployment, *arguments: str, named: bool = False) -> dict[s
 
     Raises FederationError: the SuperLink does not answer, or refuses.
     """
-    environment = {**os.environ, **QUIET, "FLWR_HOME": str(deployment.operator), "NO_COLOR": "1"}
+    environment = {**plain_environment(), "FLWR_HOME": str(deployment.operator)}
     command = arguments if named else (*arguments, CONNECTION)
     with tempfile.TemporaryDirectory() as neutral:
         answer, trouble = flwr_json(*command, environment=environment, cwd=neutral)

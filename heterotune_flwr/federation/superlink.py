@@ -25,7 +25,7 @@ import psutil
 
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation.processes import MARK, clean_up, on_signals, start_guard
-from heterotune_flwr.programs import QUIET, flwr_json, program, search_path, to_toml
+from heterotune_flwr.programs import flwr_json, plain_environment, program, search_path, to_toml
 
 START_SECONDS = 60.0
 LOG_SECONDS = 5.0
@@ -55,9 +55,8 @@ def flower_environment(home: Path, temporary: Path, mark: str, threads: int = 1)
     """
     package = Path(__file__).resolve().parents[1]
     environment = {
-        **os.environ,
+        **plain_environment(),
         MARK: mark,
-        **QUIET,
         "FLWR_HOME": str(home),
         "RAY_TMPDIR": str(temporary),  # short: it holds sockets; also hides other Ray clusters
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -66,7 +65,6 @@ def flower_environment(home: Path, temporary: Path, mark: str, threads: int = 1)
         "OMP_NUM_THREADS": str(threads),
         "PATH": search_path(),
         "PYTHONUNBUFFERED": "1",
-        "NO_COLOR": "1",
         "HETEROTUNE_ASSETS": os.pathsep.join(
             filter(None, [os.environ.get("HETEROTUNE_ASSETS", ""), str(package / "assets")])
         ),
