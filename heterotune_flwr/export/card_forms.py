@@ -7,6 +7,8 @@ from typing import Any
 
 from heterotune_flwr.export.facts import ExportFacts
 
+#: Per cent of a gain that are worth no word.
+_ENOUGH = 95.0
 _WHAT = {
     "lora": "A standard LoRA adapter",
     "merged": "A plain model folder",
@@ -87,4 +89,6 @@ def told(conversion: Mapping[str, Any]) -> str:
     same = f"it gives the same answer in {100 * found['agreement']:.0f} %"
     if found["gain_kept"] is None:
         return f"The model gained nothing over the untouched one here; {same}."
-    return f"It keeps {100 * found['gain_kept']:.0f} % of the model's gain over the untouched one, and {same}."
+    kept = 100 * found["gain_kept"]
+    less = "" if kept >= _ENOUGH else " That is little: without --as the whole model is exported."
+    return f"It keeps {kept:.0f} % of the model's gain over the untouched one, and {same}.{less}"

@@ -11,6 +11,7 @@ from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.virtual_clients import expand_types
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.export.form import data_of
@@ -37,26 +38,27 @@ class OwnExamples:
         return [*self.train, *public][:MOST]
 
 
-def of_run(run: Path, records: Sequence[KeptFacts]) -> OwnExamples:
-    """Those of a simulation's clients, by the run directory's configuration.
+def own_data(run: Path, record: KeptFacts) -> tuple[Config, ClientData]:
+    """A simulation's settings, and a client's own examples by them.
 
     Raises ConfigError, DataError: the configuration or the data are not what they were.
     """
     config = compose(str(run / "config.yaml"))
     order = len(expand_types(config.types))
-    train: list[list[Example]] = []
-    choosing: list[Example] = []
-    for record in records:
-        partition = record.client_id.removeprefix("client-")
-        if not partition.isdigit() or int(partition) >= order:
-            raise ConfigError(f"{run} has no client {record.client_id!r}")
-        node = {"partition-id": int(partition), "num-partitions": order}
-        found = identify(config, node).examples(record.seed)
-        train.append(found.train)
-        choosing += found.choosing
+    partition = record.client_id.removeprefix("client-")
+    if not partition.isdigit() or int(partition) >= order:
+        raise ConfigError(f"{run} has no client {record.client_id!r}")
+    node = {"partition-id": int(partition), "num-partitions": order}
+    return config, identify(config, node).examples(record.seed)
+
+
+def of_run(run: Path, records: Sequence[KeptFacts]) -> OwnExamples:
+    """Those of a simulation's clients, equally many of each (errors as of :func:`own_data`)."""
+    found = [own_data(run, record) for record in records]
     share = -(-MOST // len(records))
-    mixed = [example for rows in train for example in rows[:share]]
-    return OwnExamples(mixed, choosing, load_anchors(config.alignment))
+    mixed = [example for _, data in found for example in data.train[:share]]
+    choosing = [example for _, data in found for example in data.choosing]
+    return OwnExamples(mixed, choosing, load_anchors(found[0][0].alignment))
 
 
 def of_node(node_config: Mapping[str, Any], record: KeptFacts) -> OwnExamples:
