@@ -1,6 +1,6 @@
 """Exported models in forms that need nothing of ours: how well they stand for the model, and whether they load.
 
-A federation runs; of one client of every type the federated model is written as a LoRA and as a GGUF file. Both are
+A federation runs; of one client of every type the federated model is written as a LoRA, a plain folder and a GGUF file. Both are
 measured on its own test and its choosing set, which neither the model nor the LoRA was made from.
 
 * ``lora_gain_kept``: share of the gain over the bare backbone, in mean loss, that the LoRA keeps; where the federated
@@ -26,6 +26,7 @@ import torch
 from benchmarks.runner import arguments, flower_run, say, write_results
 from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.export.convert import Conversion, convert
+from heterotune_flwr.export.gguf import write_gguf
 from heterotune_flwr.export.opened import open_export
 from heterotune_flwr.export.own_examples import OwnExamples, own_data
 from heterotune_flwr.export.write import maps_of, write
@@ -94,9 +95,9 @@ def measured(run: Path, kept: Kept, folder: Path) -> dict[str, Any]:
         which, lora = ALONE, _converted(kept, ALONE, "lora", examples, folder)
     fidelity = lora.fidelity
     assert fidelity is not None
-    _converted(kept, which, "gguf", examples, folder)
     _converted(kept, which, "merged", examples, folder)
-    (file,) = (folder / f"{which}-gguf").glob("*.gguf")
+    file = folder / "model.gguf"
+    write_gguf(folder / f"{which}-merged", file, "model")
     prompts = [data.train[i].text for i in range(min(PROMPTS, len(data.train)))]
     loads, by = gguf_loads(file, folder / f"{which}-merged", prompts)
     return {
