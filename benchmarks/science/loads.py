@@ -1,7 +1,7 @@
 """Exported models in forms that need nothing of ours: how well they stand for the model, and whether they load.
 
-A federation runs; of one client of every type the federated model is written as a LoRA, a plain folder and a GGUF file. Both are
-measured on its own test and its choosing set, which neither the model nor the LoRA was made from.
+A federation runs; of one client of every type the federated model is written as a LoRA, a plain folder and a GGUF file.
+It is measured on its own test and its choosing set, which neither the model nor the LoRA was made from.
 
 * ``lora_gain_kept``: share of the gain over the bare backbone, in mean loss, that the LoRA keeps; where the federated
   model gains nothing, of the model trained alone.
