@@ -15,6 +15,7 @@ from heterotune_flwr.data.lengths import lengths
 from heterotune_flwr.data.sources import (
     columns_recognised,
     global_test,
+    how_read,
     label_set,
     loss_kind,
     own_file,
@@ -120,7 +121,7 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
     anchors, near = load_anchors(config.alignment), anchors_near(config)
     return {
         "data": data.train or data.name,
-        "columns": {name: getattr(data, f"{name}_field") for name in ("text", "label", "client")},
+        "columns": _columns_read(data, pool),
         "task": "text" if scored is None else "labels",
         "rows": {"train": len(pool), "test": len(test)},
         "used": used_line(config, shares),
@@ -143,6 +144,16 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
             *anchors_note(config, near),
         ],
     }
+
+
+def _columns_read(data: DataConfig, pool: Sequence[Example]) -> dict[str, str]:
+    """The columns that settings name, of those that were read: conversations name their own (`notes`)."""
+    names = {"text": data.text_field, "label": data.label_field, "client": data.client_field}
+    if data.train is not None and how_read(Path(data.train), data) is not None:
+        del names["text"], names["label"]
+    if not any(example.client for example in pool):
+        del names["client"]
+    return names
 
 
 def _answers(pool: Sequence[Example], test: Sequence[Example], closed: bool) -> dict[str, Any]:
@@ -214,10 +225,13 @@ def _among(anchors: Sequence[str], rows: Sequence[Example]) -> int:
 
 def report_lines(found: dict[str, Any]) -> Iterator[str]:
     """The facts of :func:`check_data` for people."""
-    columns = found["columns"]
+    told = {"text": "text", "label": "answer", "client": "natural clients"}
+    columns = ", ".join(
+        f"{told[name]} from {column!r}" for name, column in found["columns"].items()
+    )
     yield (
-        f"{found['data']}: {found['rows']['train']} rows to train on, {found['rows']['test']} to test; text from "
-        f"{columns['text']!r}, answer from {columns['label']!r}, natural clients from {columns['client']!r}"
+        f"{found['data']}: {found['rows']['train']} rows to train on, {found['rows']['test']} to test"
+        f"{'; ' if columns else ''}{columns}"
     )
     yield f"used: {found['used']}"
     yield "per client:"

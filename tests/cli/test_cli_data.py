@@ -77,6 +77,18 @@ def test_the_same_as_one_json_object(heterotune, tmp_path):
     assert {one["max_length"] for one in found["lengths"].values()} == {128}
 
 
+def test_columns_that_were_not_read_are_not_told(heterotune, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    turns = [{"role": "user", "content": "{}?"}, {"role": "assistant", "content": "so {} it is"}]
+    rows = (json.dumps({"messages": turns}).replace("{}", f"thing {n}") for n in range(40))
+    path.write_text("\n".join(rows) + "\n")
+    code, text, error = heterotune("data", "check", path)
+    assert code == 0, error
+    first = text.splitlines()[0]
+    assert first.endswith(" to test")
+    assert "is read as conversations: the answer is the last reply of 'messages'" in text
+
+
 def test_owners_are_shown(heterotune, tmp_path):
     path = reviews(tmp_path / "reviews.jsonl")
     types = "types=[{backbone: tiny-c, owners: [movie]}, {backbone: tiny-a, owners: [amazon]}]"
