@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import secrets
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,6 +180,21 @@ class Guard:
             digest = _digest([*asked, identity.stamp(path)])
             if not identity.book.charge(identity.account(path), kind, digest, most):
                 self._spent(kind, most, key)
+
+    def charge_alone(self, rounds: int) -> bool:
+        """Take the rounds of a training alone off the budget of trainings; False, and none of it, where it is spent.
+
+        Each counts, also one repeated: what is bounded is the work, as nothing of the model leaves but its tests.
+        """
+        identity, floors = self.identity, self.identity.floors
+        if floors is None or identity.data.train is None:
+            return True
+        account = identity.account(identity.data.train)
+        if identity.book.spent(account, TRAINING) + rounds > floors.trainings:
+            return False
+        once = secrets.token_hex(16)
+        names = (f"alone {once} {number}" for number in range(rounds))
+        return all(identity.book.charge(account, TRAINING, n, floors.trainings) for n in names)
 
     def steps(self, rows: int) -> tuple[int, int]:
         """How many of so many examples a training leaves out, and how many a step is on.

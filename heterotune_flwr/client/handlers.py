@@ -173,9 +173,8 @@ def train(message: Message, context: Context) -> RecordDict:
     if own:
         store.save(own, header.round)
     if len(encoded) and client.config.server.take_home:
-        RoundLog(store).add(
-            Round(header.round, settings.local_steps, settings.learning_rate, request.frozen)
-        )
+        log_of = RoundLog(store, header, request.maps_digest)
+        log_of.add(Round(header.round, asdict(settings), request.frozen))
     feedback = Feedback.of(client.config.exchange, store, once=not len(encoded))
     replies = work.replies()
     reply = TrainReply(
@@ -219,7 +218,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         request.maps_digest,
         client.reported(metrics),
         cached,
-        took,
+        took if client.identity.report == "all" else "",
     )
     return reply.to_content()
 

@@ -9,7 +9,7 @@ No setting of a run and no seed has a say in it. Rows are told apart by keyed ha
   file that is a test as a whole then leaves as many rows aside as a test needs, until as many have come.
 
 The rows to choose by (:mod:`.take_home`) are drawn of those that are not tested, of a guest's before its test. They
-leave enough rows to train on, or to test.
+leave enough rows to train on, or to test, and are drawn anew where later, as rows have gone, they would not.
 """
 
 from __future__ import annotations
@@ -63,13 +63,20 @@ def whole_test(
 
 def _choosing(names: Sequence[str], size: int, left: int, account: str, book: NodeBook) -> set[str]:
     """Names of the rows to choose by: ``size`` of them, fewer where not ``left`` others would be."""
-    return _kept(names, max(0, min(size, len(names) - left)), f"{account} choosing", book)
+    most = max(0, len(names) - left)
+    return _kept(names, min(size, most), f"{account} choosing", book, most)
 
 
-def _kept(names: Sequence[str], size: int, account: str, book: NodeBook) -> set[str]:
-    """Names of the rows that are held out of some: those of the last draw while all are there, else drawn anew."""
+def _kept(
+    names: Sequence[str], size: int, account: str, book: NodeBook, most: int | None = None
+) -> set[str]:
+    """Names of the rows that are held out of some: those of the last draw while all are there, else drawn anew.
+
+    So they are where the last draw has more than ``most`` (None: as many as it likes).
+    """
     kept = book.held(account)
-    if kept <= set(names) and (kept or not size):
+    fits = most is None or len(kept) <= most
+    if fits and kept <= set(names) and (kept or not size):
         return kept
     found = set(_ranked(names, account, book)[:size])
     book.hold(account, found)

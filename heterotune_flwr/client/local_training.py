@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from heterotune_flwr.channels.client_half import ClientChannel
 from heterotune_flwr.client.identity import Identity
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.exchange.packing import Tensors
+from heterotune_flwr.exchange.packing import Tensors, tensor_digest
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.messages import Header
+from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.seeds import generator
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.fit import TrainReport, fit
 from heterotune_flwr.tuning.losses import Examples, installed_losses
+from heterotune_flwr.tuning.slots import lowest_slot
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
@@ -67,54 +71,96 @@ def _step_seed(header: Header, identity: Identity, steps: Sequence[int]) -> int:
 
 
 class Round(NamedTuple):
-    """What a round asked of a client's training: its number, steps, rate, and the tensors that were held fixed."""
+    """What a round asked of a client's training: its number, all its settings, and the tensors that were held fixed."""
 
     number: int
-    steps: int
-    rate: float
+    train: dict[str, Any]
     frozen: list[str]
 
 
 class RoundLog:
-    """The rounds that a client has trained in, in a file beside its state: they can be trained again, alone."""
+    """The rounds that a client has trained in, in a file beside its state: they can be trained again, alone.
 
-    def __init__(self, store: ClientStore) -> None:
+    They are those of one adapter, seed and maps; a run with others begins anew. The file also says of which training
+    the kept model alone is.
+    """
+
+    def __init__(self, store: ClientStore, header: Header, maps_digest: str) -> None:
         self._path: Path = store.part("rounds").path.with_suffix(".json")
+        self._until = header.round
+        self._of = _digest([header.seed, asdict(header.method), maps_digest])
 
     def read(self) -> list[Round]:
-        """All rounds so far, in order; none where the file is damaged or gone, as nothing else depends on it."""
-        try:
-            return [Round(*entry) for entry in parse_json(self._path.read_text())]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, TypeError) as error:
-            log.warning(
-                "%s cannot be read (%s): this client trains no model alone", self._path, error
-            )
-            return []
+        """All rounds up to the header's; none where the file is damaged or gone, as nothing else depends on it."""
+        return self._read()[0]
 
     def add(self, trained: Round) -> None:
         """Note a round; of later ones, which a run that begins anew leaves behind, nothing stays."""
         entries = [each for each in self.read() if each.number < trained.number]
-        atomic_write_text(self._path, json.dumps([*entries, trained]) + "\n")
+        self._write([*entries, trained], [])
+
+    def keep_alone(self, training: str, tensors: Tensors) -> None:
+        """Note of which training (:func:`alone_training`) the kept model alone is."""
+        self._write(self.read(), [training, tensor_digest(tensors)])
+
+    def is_kept(self, training: str, tensors: Tensors | None) -> bool:
+        """Whether these tensors are what this training came to."""
+        return tensors is not None and self._read()[1] == [training, tensor_digest(tensors)]
+
+    def _read(self) -> tuple[list[Round], list[str]]:
+        try:
+            held = parse_json(self._path.read_text())
+            if held["of"] != self._of:
+                return [], []
+            rounds = [Round(*entry) for entry in held["rounds"]]
+            return [each for each in rounds if each.number <= self._until], held["alone"]
+        except FileNotFoundError:
+            return [], []
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning(
+                "%s cannot be read (%s): this client trains no model alone", self._path, error
+            )
+            return [], []
+
+    def _write(self, rounds: list[Round], alone: list[str]) -> None:
+        held = {"of": self._of, "rounds": rounds, "alone": alone}
+        atomic_write_text(self._path, json.dumps(held) + "\n")
+
+
+def alone_training(
+    client: Client, header: Header, adapter: AttachedAdapter, rounds: Sequence[Round]
+) -> str:
+    """Digest of all that a training alone depends on besides the maps (hex)."""
+    identity = client.identity
+    data = [*identity.examples_key(header.seed), identity.stamp(identity.data.train or "")]
+    return _digest(
+        [
+            code_hash(), client.backbone.fingerprint, asdict(adapter.method), identity.slots, header.seed,
+            asdict(identity.data), data, identity.floors and asdict(identity.floors), rounds,
+        ]
+    )  # fmt: skip
 
 
 def train_alone(
-    client: Client, header: Header, adapter: AttachedAdapter, task: Task, rounds: Iterable[Round]
-) -> Tensors | None:
-    """The adapter that this client would have had alone, and leave it in place; None where it has trained in no round.
+    client: Client, header: Header, adapter: AttachedAdapter, rounds: Iterable[Round]
+) -> Tensors:
+    """The adapter that this client would have had alone, and leave it in place.
 
-    The same maps, first values, examples, batches, steps and rates as in the run, without channels and without anything
+    The same maps, first values, examples and settings as in the run's rounds, without channels and without anything
     of others.
     """
-    encoded = client.encoded("train", header.seed)
-    done = [each for each in rounds if each.number <= header.round]
-    if adapter.kind != "dema" or not len(encoded) or not done:
-        return None
     adapter.load(initial_tensors(adapter.shapes, header.seed))
-    for each in done:
-        adapter.train_from(adapter.lowest, each.frozen)
-        settings = replace(header.train, local_steps=each.steps, learning_rate=each.rate)
-        asked = replace(header, round=each.number, train=settings)
-        train_round(client, asked, adapter, task, encoded)
+    usual = adapter.lowest
+    for each in rounds:
+        asked = replace(header, round=each.number, train=TrainConfig(**each.train))
+        one = client.by(asked)
+        slots = client.identity.slots or asked.train.slots
+        adapter.train_from(lowest_slot(slots, adapter.method.slots), each.frozen)
+        encoded = one.encoded("train", header.seed)
+        train_round(one, asked, adapter, adapter.reads(one.task()), encoded)
+    adapter.train_from(usual)
     return adapter.read()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -6,15 +6,18 @@ was taken, and how each of them did.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from heterotune_flwr.channels.client_half import ClientWork
-from heterotune_flwr.client.local_training import RoundLog, train_alone
+from heterotune_flwr.client.local_training import RoundLog, alone_training, train_alone
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.client.testing import HELPED, Help, by_example, tested
 from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.protocol.messages import EvaluateRequest
 from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED
@@ -27,6 +30,8 @@ from heterotune_flwr.tuning.kept_model import (
     KeptModel,
     kept_folder,
 )
+
+log = logging.getLogger(__name__)
 
 #: What acts in a test of each model: an untouched one has no help, one trained alone none from others.
 _HELP = {BARE: Help(False, False), ALONE: Help(True, False), FEDERATED: HELPED}
@@ -47,22 +52,20 @@ def take_home(
 
     Returns
     -------
-    The model taken (empty where the node's floors do not let that be told), and what is told besides. The adapter
-    holds any of the models afterwards.
+    The model taken (empty where the node's floors do not let that be told, or it could not be kept), and what is told
+    besides. The adapter holds any of the models afterwards.
 
     """
     models = _models(client, request, work, federated)
     took, choosing = _chosen(client, work, models)
-    _record(client, request, work, models, took, choosing).save(
-        kept_folder(client.identity.state_dir, work.header.experiment, client.client_id)
-    )
+    saved = _saved(client, request, work, models, took, choosing)
     told = {
         f"{name}_{key}": value
         for name, model in models.items()
         if name != FEDERATED
         for key, value in model.tests.items()
     }
-    if not client.guard.tells_choice(choosing.examples):
+    if not saved or not client.guard.tells_choice(choosing.examples):
         return "", told
     told["choosing_examples"] = float(choosing.examples)
     for name, measured in choosing.models.items():
@@ -80,7 +83,7 @@ def _models(
     if (
         request.tensors or request.channels
     ):  # else nothing came from others: the model is the one trained alone
-        alone = train_alone(client, header, adapter, work.task, RoundLog(work.store).read())
+        alone = _alone(client, request, work)
     values = {BARE: initial_tensors(adapter.shapes, header.seed), ALONE: alone}
     models = {}
     for name, tensors in values.items():
@@ -92,6 +95,58 @@ def _models(
             tests |= tested(client, work, scope, _HELP[name])
         models[name] = _Model(tensors, tests)
     return models | {FEDERATED: _Model(reached, federated)}
+
+
+def _alone(client: Client, request: EvaluateRequest, work: ClientWork) -> Tensors | None:
+    """The model trained alone: the kept one while it would come out the same, else trained, on the trainings' budget.
+
+    None where there is none, or the budget is spent.
+    """
+    header, adapter = work.header, work.adapter
+    log_of = RoundLog(work.store, header, request.maps_digest)
+    rounds = log_of.read()
+    if adapter.kind != "dema" or not rounds or not len(client.encoded("train", header.seed)):
+        return None
+    kept = _kept_alone(client, work)
+    if log_of.is_kept(alone_training(client, header, adapter, rounds), kept):
+        return kept
+    if not client.guard.charge_alone(len(rounds)):
+        log.warning("the budget of trainings on the data file is spent: no model is trained alone")
+        return None
+    return train_alone(client, header, adapter, rounds)
+
+
+def _kept_alone(client: Client, work: ClientWork) -> Tensors | None:
+    try:
+        return KeptModel.load(_folder(client, work)).alone
+    except ExchangeError:
+        return None
+
+
+def _folder(client: Client, work: ClientWork) -> Path:
+    return kept_folder(client.identity.state_dir, work.header.experiment, client.client_id)
+
+
+def _saved(
+    client: Client,
+    request: EvaluateRequest,
+    work: ClientWork,
+    models: dict[str, _Model],
+    took: str,
+    choosing: Choosing,
+) -> bool:
+    """Keep the record; False where the disk does not take it, which must not cost the test."""
+    record = _record(client, request, work, models, took, choosing)
+    log_of = RoundLog(work.store, work.header, request.maps_digest)
+    try:
+        record.save(_folder(client, work))
+        if record.alone is not None:
+            training = alone_training(client, work.header, work.adapter, log_of.read())
+            log_of.keep_alone(training, record.alone)
+    except OSError as error:
+        log.error("what this client takes home cannot be kept: %s", error)
+        return False
+    return True
 
 
 def _chosen(client: Client, work: ClientWork, models: dict[str, _Model]) -> tuple[str, Choosing]:

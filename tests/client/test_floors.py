@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import stat
 from dataclasses import replace
 
@@ -464,3 +465,24 @@ def test_a_run_goes_on_without_a_node_whose_budget_is_spent(tmp_path):
     trained = [e["client_id"] for e in events if e["event"] == "train_reply"]
     assert trained.count("client-0002") == 1
     assert trained.count("client-0000") == trained.count("client-0001") == 5
+
+
+def test_a_model_trained_alone_is_taken_off_the_budget_of_trainings_round_by_round(node, caplog):
+    spent = {"floor-trainings": 4}
+    node.config |= spent
+    values = initial_tensors(node.describe().shapes, 3)
+    asked = {"keep_as": "mine", "test_sets": [], "tensors": values}
+    for number in (1, 2):
+        node.train(round=number)
+    book, account = NodeBook(node.data.parent / "mine"), node.identity().account(str(node.data))
+    header = node.world().header(METHOD, 2)
+    assert book.spent(account, "training") == 2
+    told = node.test(header=header, **asked)
+    assert "alone_choosing_loss" in told
+    assert book.spent(account, "training") == 4
+    assert node.test(header=header, **asked) == told  # the kept one
+    shutil.rmtree(node.data.parent / "mine" / "kept")
+    told = node.test(header=header, **asked)
+    assert "alone_choosing_loss" not in told
+    assert "bare_choosing_loss" in told
+    assert "budget of trainings" in caplog.text

@@ -48,6 +48,19 @@ def test_the_rows_to_choose_by_are_drawn_anew_when_one_is_gone_and_leave_enough_
         assert (len(few.choosing), len(few.train) >= 40) == (size, True)
 
 
+def test_fewer_rows_to_choose_by_are_drawn_where_the_old_ones_leave_too_few_to_train_on(tmp_path):
+    book, floors = NodeBook(tmp_path), Floors()
+    pool = [Example(f"text {n}", "a") for n in range(100)]
+    before = split(pool, "file", book, floors, guest=False)
+    gone = set(before.train[:20])
+    rest = [row for row in pool if row not in gone]
+    after = split(rest, "file", book, floors, guest=False)
+    assert after.personal_test == before.personal_test
+    assert (len(after.train), len(after.choosing)) == (floors.rows, 15)
+    assert len(set(after.choosing) - set(before.choosing)) > 3
+    assert split(rest, "file", book, floors, guest=False) == after
+
+
 def test_a_guests_test_grows_by_as_many_rows_as_a_test_needs(tmp_path):
     book, floors = NodeBook(tmp_path), Floors()
     pool = [Example(f"text {n}", "a") for n in range(100)]

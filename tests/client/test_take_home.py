@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,15 @@ from tiny_backbones import LABELS, write_rows
 
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.channels.statistics.record import Request as Statistics
+from heterotune_flwr.client import local_training
 from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.protocol.messages import EVALUATE, EvaluateReply, EvaluateRequest
+from heterotune_flwr.protocol.messages import (
+    EVALUATE,
+    TRAIN,
+    EvaluateReply,
+    EvaluateRequest,
+    TrainRequest,
+)
 from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.tuning.kept_model import KeptModel, find_kept
 
@@ -21,9 +29,8 @@ MAPS, DIGEST = make_maps(32)
 
 
 def ask(world, values=None, scopes=("personal",), method=METHOD, rounds=2, **changes):
-    request = EvaluateRequest(
-        world.header(method, rounds), values or {}, DIGEST, MAPS, list(scopes), keep_as="mine"
-    )
+    header = changes.pop("header", world.header(method, rounds))
+    request = EvaluateRequest(header, values or {}, DIGEST, MAPS, list(scopes), keep_as="mine")
     if method.kind != "dema":
         request = replace(request, maps_digest="", maps=None)
     content = replace(request, **changes).to_content("fp32")
@@ -59,6 +66,68 @@ def test_the_model_trained_alone_is_that_of_a_run_without_the_others(world):
     again = ask(world, values)
     assert again == reply
     assert all(np.array_equal(kept(world).alone[name], own[name]) for name in own)
+
+
+def counted(monkeypatch):
+    """The rounds that are trained alone from now on, by their headers."""
+    done = []
+    train_round = local_training.train_round
+
+    def watched(client, header, *more):
+        done.append(header)
+        return train_round(client, header, *more)
+
+    monkeypatch.setattr(local_training, "train_round", watched)
+    return done
+
+
+def test_the_model_alone_is_trained_again_only_where_it_would_be_another(world, monkeypatch):
+    values, done = trained(world), counted(monkeypatch)
+    first = ask(world, values)
+    assert len(done) == 2
+    assert ask(world, values) == first
+    assert len(done) == 2
+    shutil.rmtree(world.path / "run/state/kept")
+    assert ask(world, values) == first
+    assert len(done) == 4
+    trained(world, rounds=3)
+    ask(world, values, rounds=3)
+    assert len(done) == 7
+
+
+def test_the_model_alone_is_trained_by_the_settings_of_its_rounds(world, monkeypatch):
+    values, done = trained(world), counted(monkeypatch)
+    odd = {"batch_size": 1, "proximal": 9.0, "warmup_ratio": 0.5, "local_steps": 900}
+    ask(world, values, header=world.header(METHOD, 2, **odd))
+    assert [header.train.local_steps for header in done] == [20, 40]
+    assert all((h.train.batch_size, h.train.proximal) == (4, 0.0) for h in done)
+    assert all(h.train.warmup_ratio == 0.0 for h in done)
+
+
+def test_no_round_of_a_run_with_another_seed_is_trained_alone(world, monkeypatch):
+    values, done = trained(world), counted(monkeypatch)
+    shapes = world.describe(0).shapes
+    header = replace(world.header(METHOD, 2), seed=5)
+    shared = [name for name in shapes if ".private." not in name]
+    asked = TrainRequest(header, values, DIGEST, MAPS, shared)
+    world.ask(0, TRAIN, asked.to_content("fp32"))
+    done.clear()
+    ask(world, values, header=header)
+    assert [one.round for one in done] == [2]
+
+
+def test_a_full_disk_does_not_cost_the_test(world, monkeypatch, caplog):
+    values = trained(world)
+    wanted = ask(world, values)
+
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(KeptModel, "save", full)
+    reply = ask(world, values)
+    assert (wanted.took != "", reply.took) == (True, "")
+    assert reply.metrics["personal_loss"] == wanted.metrics["personal_loss"]
+    assert "No space left" in caplog.text
 
 
 def test_the_record_says_what_was_chosen_by_what(world):
@@ -156,5 +225,6 @@ def test_a_deployed_node_says_nothing_of_a_choice_by_few_rows_and_counts_it_as_a
     assert kept(world, "mine").took  # chosen all the same, at home
     counts = asked(report="counts-and-loss-only")
     assert {name.rpartition("_")[2] for name in counts.metrics} == {"examples", "loss"}
+    assert counts.took == ""
     with pytest.raises(RemoteError, match="budget of 1 tests"):
         asked(seed=4, **{"floor-tests": 1})
