@@ -24,7 +24,7 @@ from heterotune_flwr.backbones.reader import Reader
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.statistics.client import classifier_logits
 from heterotune_flwr.channels.statistics.record import LinearClassifier
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.export.adapter_files import named_backbone
 from heterotune_flwr.export.facts import ExportFacts, models_in
 from heterotune_flwr.export.form import data_of
@@ -142,7 +142,7 @@ def open_export(folder: Path, device: str | None = None) -> OpenedExport:
     Raises
     ------
     ConfigError
-        It is no export folder.
+        It is no export folder, or an adapter in it is damaged.
     BackboneError
         Its base model is not here, or another one.
 
@@ -151,10 +151,18 @@ def open_export(folder: Path, device: str | None = None) -> OpenedExport:
     facts = ExportFacts.load(folder)
     record = facts.record
     spec = BackboneSpec(record.backbone.source, record.backbone.bits, record.backbone.revision)
-    model = _load(facts, folder, device or default_device())
-    for name, path in paths.items():
-        if name != facts.model:
-            model.load_adapter(str(path), name)
+    try:
+        model = _load(facts, folder, device or default_device())
+        for name, path in paths.items():
+            if name != facts.model:
+                model.load_adapter(str(path), name)
+    except HeteroTuneError:
+        raise
+    except Exception as error:  # damaged files make the libraries raise whatever they like
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"an adapter in {folder} cannot be loaded ({type(error).__name__}: {reason}); export it again"
+        ) from error
     model.eval()
     with model.disable_adapter(), torch.no_grad():
         backbone = describe_model(spec, checked_source(spec), model.get_base_model())

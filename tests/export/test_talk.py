@@ -367,3 +367,14 @@ def test_bad_input_is_one_clear_line(
     assert done.stdout == ""
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert words in line
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "alone/adapter_config.json"]
+)
+def test_a_damaged_adapter_is_one_line(writing: Model, tmp_path: Path, name: str) -> None:
+    folder = writing.export(tmp_path / "copy")
+    (folder / name).write_bytes((folder / name).read_bytes()[:20])
+    with pytest.raises(ConfigError, match="cannot be loaded") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
