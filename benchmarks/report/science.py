@@ -314,10 +314,13 @@ def no_harm() -> str:
                    for group, row in groups.items() if group != "all"]),
         ),
         shown(
-            "Share of clients (%) that are worse off with what they took.", "science.no_harm",
-            table(("case", "clients", "rows of a test", "than bare", "than alone", "mean gain over bare"),
+            "Share of clients (%) that are worse off with what they took. In brackets: how many have a worse mean, "
+            "surely or not, in loss / in score. `rows`: of a client's own test. The gain is in points of the score.",
+            "science.no_harm",
+            table(("case", "clients", "rows", "than bare", "than alone", "mean gain over bare"),
                   [(named(group), row["clients"], f"{min(row['rows'])} to {max(row['rows'])}",
-                    *(f"{100 * row[f'share_worse_than_{other}']:.0f}" for other in ("bare", "alone")),
+                    *(f"{100 * row[f'share_worse_than_{other}']:.0f} ({row[f'below_{other}']['loss']} / "
+                      f"{row[f'below_{other}']['score']})" for other in ("bare", "alone")),
                     f"{row['mean_gain']:+.1f}") for group, row in groups.items()]),
         ),
     )  # fmt: skip

@@ -201,6 +201,10 @@ def _group(clients: Mapping[str, Any]) -> dict[str, Any]:
         harmed = {key for measure in ("loss", "score") for key in worse(clients, other, measure)}
         found[f"share_worse_than_{other}"] = round(len(harmed) / max(len(values), 1), 4)
         found[f"worse_than_{other}"] = sorted(harmed)
+        found[f"below_{other}"] = {
+            measure: sum(below(client, other, measure) for client in values)
+            for measure in ("loss", "score")
+        }
     for measure in ("loss", "score"):
         means = {
             name: statistics.fmean(client[measure][name] for client in values)
@@ -211,6 +215,12 @@ def _group(clients: Mapping[str, Any]) -> dict[str, Any]:
         found[measure] = {name: round(value, 3) for name, value in means.items()}
     found["mean_gain"] = round(found["score"]["taken"] - found["score"][BARE], 3)
     return found
+
+
+def below(client: Mapping[str, Any], other: str, measure: str) -> bool:
+    """Whether what a client took is worse than another one of its models in the mean, surely or not."""
+    pair = client["gain"].get(f"{client['took']} {other}")
+    return pair is not None and pair[measure][0] < 0
 
 
 def worse(clients: Mapping[str, Any], other: str, measure: str) -> list[str]:

@@ -34,6 +34,10 @@ def test_harm_is_what_is_sure_among_all_clients():
     row = found["tiny chat"]
     assert found["all"] == {**row, "worse_than_bare": found["all"]["worse_than_bare"]}
     assert (row["share_worse_than_bare"], row["share_worse_than_alone"]) == (0.5, 0.0)
+    assert (row["below_bare"], row["below_alone"]) == (
+        {"loss": 1, "score": 0},
+        {"loss": 0, "score": 0},
+    )
     assert row["took"] == {"bare": 1, "alone": 1, "federated": 0}
     assert row["score"] == {"bare": 1.0, "alone": 0.5, "federated": 2.0, "taken": 0.75}
     assert (row["mean_gain"], found["level"]) == (-0.25, level)
