@@ -45,8 +45,7 @@ def choose(
         if name == BARE or not gain >= -error:
             continue
         scores |= {each: score(each) for each in (BARE, name) if each not in scores}
-        ours, least = scores[name], scores[BARE]
-        difference = np.zeros(FEWEST) if ours is None or least is None else ours - least
+        difference = _difference(scores[name], scores[BARE])
         more, doubt = float(difference.mean()), _error(difference)
         if more >= -doubt and (gain > error or more > doubt):
             took = name
@@ -58,6 +57,13 @@ def choose(
 def without_choice(examples: int) -> tuple[str, Choosing]:
     """With too few examples to choose by: a client has what it took part for, the federated model."""
     return FEDERATED, Choosing(examples, {})
+
+
+def _difference(ours: Scores | None, others: Scores | None) -> Scores:
+    """Paired differences; zeros where scores are not measured, or too few for a standard error."""
+    if ours is None or others is None or len(ours) < FEWEST:
+        return np.zeros(FEWEST)
+    return ours - others
 
 
 def _error(differences: NDArray[np.float64]) -> float:
