@@ -64,7 +64,7 @@ def export(
     def examples() -> OwnExamples:
         from heterotune_flwr.export.own_examples import of_run
 
-        return of_run(place, [record.facts for record in selection.records])
+        return of_run(place, [one.facts for one in selection.records], selection.whole_type)
 
     _write(selection, out, form, rank, examples)
 

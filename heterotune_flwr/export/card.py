@@ -220,7 +220,10 @@ def _travelled(facts: ExportFacts) -> str:
 def _private(facts: ExportFacts) -> list[str]:
     record = facts.record
     if facts.whole_type:
-        return ["What all clients of the type share; nothing that is one client's alone."]
+        return [
+            "What all clients of the type share; nothing that is one client's alone.",
+            _names(facts),
+        ]
     lines = [
         f"An adapter trained on {record.examples.get('train', 0)} own examples. None stands in it, but "
         "something of them can be guessed from any trained model.",
@@ -229,5 +232,19 @@ def _private(facts: ExportFacts) -> list[str]:
         lines.append(
             "The owner's label frequencies (as a prior on the labels' logits): how common each label is in its data."
         )
-    lines.append("Think of both before you publish this folder.")
+    lines.append(
+        "How many examples it has, and how each model did on its tests and on those it chose by (`heterotune.json`)."
+    )
+    lines.append(_names(facts))
+    lines.append("Think of all this before you publish this folder.")
     return lines
+
+
+def _names(facts: ExportFacts) -> str:
+    """Which names of the machine that wrote a folder stand in it."""
+    record = facts.record
+    whose = f", the client's (`{record.client_id}`)" if record.client_id else ""
+    return (
+        f"Names: the run's (`{record.experiment}`){whose}, and where the base model lay on the machine that wrote this "
+        "(in `heterotune.json`, and in `adapter_config.json` where there is one)."
+    )

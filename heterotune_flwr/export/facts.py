@@ -11,11 +11,13 @@ from typing import Any
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.jsons import parse_json
-from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED, KeptFacts, read_facts
+from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED, KeptFacts, read_as, read_facts
 
 #: Raised when what stands in the file changes its meaning.
 FORMAT = 1
 FILE = "heterotune.json"
+#: The weights of an adapter folder; no other form of them is ever read.
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ExportFacts:
             plain = parse_json(path.read_text())
             if plain.pop("format", None) != FORMAT:
                 raise ValueError(f"this version reads format {FORMAT}")
-            return cls(**{**plain, "record": read_facts(plain["record"])})
+            return _checked(cls(**{**plain, "record": read_facts(plain["record"])}))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ExchangeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{path} cannot be read: {reason}") from error
@@ -75,10 +77,24 @@ class ExportFacts:
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
+def _checked(facts: ExportFacts) -> ExportFacts:
+    """The facts, if each is of its kind (ValueError: one is not)."""
+    if facts.model not in (FEDERATED, ALONE):
+        raise ValueError(f"model is {str(facts.model)[:20]!r}, neither {FEDERATED} nor {ALONE}")
+    kinds = {"clients": int, "whole_type": bool, "bytes": dict[str, float], "outside": list[str]}
+    found = {name: read_as(kind, getattr(facts, name), name) for name, kind in kinds.items()}
+    if found["clients"] < 1 or set(found["bytes"]) not in (set(), {"up", "down"}):
+        raise ValueError("clients is below 1, or bytes has not just up and down")
+    if not isinstance(facts.conversion, dict):
+        raise ValueError("conversion is no dict")
+    read_as(str, facts.conversion.get("form", ""), "conversion.form")
+    return dataclasses.replace(facts, **found)
+
+
 def models_in(folder: Path) -> dict[str, Path]:
     """The trained models of an export folder (``federated``, ``alone``), each by the adapter folder it lies in.
 
-    The first is the one that the folder itself is. ConfigError: it is no export folder.
+    The first is the one that the folder itself is. ConfigError: it is no export folder, or not whole.
     """
     facts = ExportFacts.load(folder)
     if form := facts.conversion.get("form"):
@@ -90,4 +106,7 @@ def models_in(folder: Path) -> dict[str, Path]:
     for name in (FEDERATED, ALONE):
         if name not in found and (folder / name / "adapter_config.json").is_file():
             found[name] = folder / name
+    for path in found.values():
+        if not (path / WEIGHTS).is_file():  # PEFT would read a pickle in its place
+            raise ConfigError(f"{path} has no {WEIGHTS}: no other file of weights is read")
     return found

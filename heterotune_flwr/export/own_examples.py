@@ -31,11 +31,21 @@ class OwnExamples:
     anchors: list[str]
 
     def lessons(self, labels: Sequence[str] | None) -> list[Example]:
-        """What is distilled from; of a closed label set anchors too (their label is never looked at)."""
+        """What is distilled from; of a closed label set anchors too (their label is never looked at).
+
+        Of open text they are where there are no own ones.
+        """
         if labels is None:
-            return self.train[:MOST]
+            return (self.train or [_in_two(text) for text in self.anchors])[:MOST]
         public = [Example(text=text, label=labels[0]) for text in self.anchors]
         return [*self.train, *public][:MOST]
+
+
+def _in_two(text: str) -> Example:
+    """A public text as a question and its answer: its first half, and the second."""
+    words = text.split()
+    half = len(words) // 2
+    return Example(text=" ".join(words[:half]), label=" ".join(words[half:]))
 
 
 def own_data(run: Path, record: KeptFacts) -> tuple[Config, ClientData]:
@@ -52,13 +62,15 @@ def own_data(run: Path, record: KeptFacts) -> tuple[Config, ClientData]:
     return config, identify(config, node).examples(record.seed)
 
 
-def of_run(run: Path, records: Sequence[KeptFacts]) -> OwnExamples:
-    """Those of a simulation's clients, equally many of each (errors as of :func:`own_data`)."""
+def of_run(run: Path, records: Sequence[KeptFacts], whole_type: bool) -> OwnExamples:
+    """Those of a simulation's client (errors as of :func:`own_data`).
+
+    A whole type's model is nobody's own: it learns from public texts alone. The clients' choosing sets measure it.
+    """
     found = [own_data(run, record) for record in records]
-    share = -(-MOST // len(records))
-    mixed = [example for _, data in found for example in data.train[:share]]
+    train = [] if whole_type else [example for _, data in found for example in data.train]
     choosing = [example for _, data in found for example in data.choosing]
-    return OwnExamples(mixed, choosing, load_anchors(found[0][0].alignment))
+    return OwnExamples(train, choosing, load_anchors(found[0][0].alignment))
 
 
 def of_node(node_config: Mapping[str, Any], record: KeptFacts) -> OwnExamples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import yaml
 
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.export.facts import ExportFacts
 from heterotune_flwr.export.shared import shared_model
 from heterotune_flwr.export.write import check_out, maps_of, write
 from heterotune_flwr.fields import nearest
 from heterotune_flwr.reporting.measures import load_results, strategies_of, subject_of
 from heterotune_flwr.tuning.kept_model import Kept, find_kept
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,16 @@ def select_of_run(
 def select_of_node(state_dir: Path, client: str, experiment: str | None = None) -> Selection:
     """A deployed node's own model, from its state-dir alone; ``experiment`` None: of its newest run.
 
-    Raises ConfigError: there is none, or not of this experiment (says which there are).
+    Raises ConfigError: there is none, or not of this experiment (says which there are); ExchangeError: the one asked
+    for is damaged. Other damaged ones are passed over, with a warning.
     """
-    records = find_kept(state_dir, client=client)
+
+    def skip(folder: Path, error: ExchangeError) -> None:
+        if (folder.parent.name, folder.name) == (experiment, client):
+            raise error
+        log.warning("%s; it is passed over", error)
+
+    records = find_kept(state_dir, client=client, skip=skip)
     if not records:
         raise ConfigError(
             f"{state_dir} holds no model of {client} yet: a node keeps one when a run has ended for it, unless the run "

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,7 @@ def find_kept(
     seed: int | None = None,
     type_key: str | None = None,
     client: str | None = None,
+    skip: Callable[[Path, ExchangeError], None] | None = None,
 ) -> list[Kept]:
     """Records of a run directory or a state-dir that fit what is asked; by experiment and client.
 
@@ -247,11 +249,13 @@ def find_kept(
         A run directory (its own records alone are found, wherever its clients keep their state), or a state-dir.
     strategy, seed, type_key, client
         What must be so; None: anything.
+    skip
+        Is told of folders whose record cannot be read; they are passed over.
 
     Raises
     ------
     ExchangeError
-        A record cannot be read; one line that names it.
+        A record cannot be read, without ``skip``; one line that names it.
 
     """
     state_dir, begins = _state_dir(where)
@@ -260,7 +264,13 @@ def find_kept(
     for path in sorted((state_dir / FOLDER).glob(f"*/*/{_FACTS}")):
         if not path.parent.parent.name.startswith(begins):
             continue
-        facts, _ = _read(path.parent)
+        try:
+            facts, _ = _read(path.parent)
+        except ExchangeError as error:
+            if skip is None:
+                raise
+            skip(path.parent, error)
+            continue
         if all(value is None or getattr(facts, name) == value for name, value in wanted.items()):
             found.append(Kept(path.parent, facts, path.stat().st_mtime))
     return found
@@ -313,7 +323,7 @@ def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
         version = plain.get("format") if isinstance(plain, dict) else None
         raise _damaged(path, f"its format is {str(version)[:20]}, this version reads {FORMAT}")
     try:
-        digests = _as(dict[str, str], plain.pop("digests", None), "digests")
+        digests = read_as(dict[str, str], plain.pop("digests", None), "digests")
         facts = read_facts(plain)
         if set(digests) - set(_PARTS):
             raise ValueError("it names a model that this version does not know")
@@ -324,13 +334,13 @@ def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
 
 def read_facts(plain: Any) -> KeptFacts:
     """Facts from their JSON (ValueError: they are none, or of another version)."""
-    facts: KeptFacts = _as(KeptFacts, plain, "it")
+    facts: KeptFacts = read_as(KeptFacts, plain, "it")
     if facts.took not in MODELS or facts.format != FORMAT:
         raise ValueError("it is of another version")
     return facts
 
 
-def _as(kind: Any, value: Any, where: str) -> Any:
+def read_as(kind: Any, value: Any, where: str) -> Any:
     """A value of JSON as what a field's type says (ValueError: it is none)."""
     if isinstance(kind, types.UnionType):
         if value is None:
@@ -342,11 +352,11 @@ def _as(kind: Any, value: Any, where: str) -> Any:
         if set(value) != set(fields):
             odd = sorted(set(value) ^ set(fields))
             raise ValueError(f"{where} lacks or does not know {', '.join(odd)[:80]}")
-        return form(**{name: _as(fields[name], value[name], name) for name in fields})  # type: ignore[operator]
+        return form(**{name: read_as(fields[name], value[name], name) for name in fields})  # type: ignore[operator]
     if form is list and isinstance(value, list):
-        return [_as(inner[0], one, where) for one in value]
+        return [read_as(inner[0], one, where) for one in value]
     if form is dict and isinstance(value, dict):
-        return {name: _as(inner[1], one, where) for name, one in value.items()}
+        return {name: read_as(inner[1], one, where) for name, one in value.items()}
     if form is float and type(value) in (int, float):
         return float(value)
     if form in (str, int, bool) and type(value) is form:

@@ -15,6 +15,7 @@ from records import DEMA, FORM, a_record, a_run, write_rows
 from tiny_adapters import LORA
 from typer.testing import CliRunner
 
+from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.cli import app
 from heterotune_flwr.data.examples import Example
@@ -24,9 +25,9 @@ from heterotune_flwr.export.convert import Conversion, check_form, convert
 from heterotune_flwr.export.facts import ExportFacts, models_in
 from heterotune_flwr.export.lessons import answers, read_lessons
 from heterotune_flwr.export.opened import OpenedExport, open_export
-from heterotune_flwr.export.own_examples import OwnExamples
+from heterotune_flwr.export.own_examples import OwnExamples, of_run
 from heterotune_flwr.export.write import write
-from heterotune_flwr.schema import DataConfig, MethodConfig
+from heterotune_flwr.schema import AlignmentConfig, DataConfig, MethodConfig
 
 LAST = replace(DEMA, views=[])
 LINEAR = {
@@ -213,3 +214,38 @@ def test_the_command_writes_each_form(pool: list[Example], tmp_path: Path) -> No
     outcome = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "new"), "--as", "onnx"])
     assert isinstance(outcome.exception, HeteroTuneError)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_types_model_learns_of_public_texts_alone(pool: list[Example], tmp_path: Path) -> None:
+    labels = sorted({row.label for row in pool})
+    record, _ = a_record(SPEC, pool[:4], labels, LAST)
+    rows = write_rows(tmp_path / "rows.jsonl", pool)
+    (tmp_path / "config.yaml").write_text(
+        f"types: [{{backbone: tiny-a, bits: fp32, clients: 2}}]\n"
+        f"data: {{name: own, train: {rows}, labels: {labels}, examples_per_client: 12,"
+        " personal_test_examples: 4}\n"
+        "strategies: [heterotune]\nrun: {compare: [heterotune]}\n"
+    )
+    records = [record, replace(record, client_id="client-0001")]
+    own = {row.text for row in pool}
+    shared = of_run(tmp_path, records, whole_type=True)
+    assert shared.choosing
+    for closed in (labels, None):
+        lessons = shared.lessons(closed)
+        assert len(lessons) > 100
+        assert not own & {lesson.text for lesson in lessons}
+    assert all(lesson.text and lesson.label for lesson in shared.lessons(None))
+    one = of_run(tmp_path, records[:1], whole_type=False)
+    assert {lesson.text for lesson in one.lessons(None)} <= own
+
+
+def test_public_texts_are_enough_to_distil_a_model_of_open_text(
+    pool: list[Example], tmp_path: Path
+) -> None:
+    opened = opened_export(tmp_path / "own", pool, False, LAST)
+    anchors = load_anchors(AlignmentConfig(count=200))
+    made = convert(opened, "lora", OwnExamples([], pool[:20], anchors), tmp_path / "out")
+    assert made.fidelity is not None
+    loss = made.fidelity.loss
+    gain = loss["bare"] - loss["model"]
+    assert abs(loss["lora"] - loss["model"]) < 0.5 * abs(gain)

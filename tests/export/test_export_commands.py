@@ -16,8 +16,9 @@ from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.cli import app
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import training_pool
-from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.errors import ExchangeError, HeteroTuneError
 from heterotune_flwr.export.facts import ExportFacts
+from heterotune_flwr.export.selection import select_of_node
 from heterotune_flwr.schema import DataConfig
 
 METHOD = replace(DEMA, experts_private=1, gate_scope="client")
@@ -69,7 +70,9 @@ def test_a_clients_model_is_exported_and_measured(
     assert done.exit_code == 0, done.output
     facts = ExportFacts.load(out)
     assert facts.bytes == {"up": 1500.0, "down": 2500.0}
-    assert "1.5 kB up and 2.5 kB down" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "1.5 kB up and 2.5 kB down" in card
+    assert "the run's (`toy-heterotune-seed0`), the client's (`client-0000`), and where" in card
     found = json.loads(call("evaluate", out, "--data", rows, "--json").stdout)
     reported = {
         name: {key.removeprefix("personal_"): value for key, value in test.items()}
@@ -100,7 +103,9 @@ def test_a_types_model_has_nothing_of_one_client(
     assert (facts.clients, facts.whole_type, facts.record.prior) == (2, True, None)
     assert facts.record.method.experts_private == 0
     assert not (out / "alone").exists()
-    assert "each with what is its own besides" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "each with what is its own besides" in card
+    assert "the run's (`toy-heterotune-seed0`), and where the base model lay" in card
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["experts_private"] == 0
     rows = write_rows(tmp_path / "rows.jsonl", pool)
@@ -164,6 +169,19 @@ def test_a_nodes_owner_exports_without_the_server(
     settings.write_text(settings.read_text().replace("client-0000", "somebody"))
     line = refused("node", "export", tmp_path / "new", "--settings", settings)
     assert "holds no model of somebody yet" in line
+
+
+def test_a_damaged_record_of_another_run_does_not_keep_a_node_from_its_model(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = shutil.copytree(run / "state", tmp_path / "state")
+    damaged = state / "kept" / "toy-local_only-seed0" / "client-0000" / "kept.json"
+    damaged.write_text(damaged.read_text()[:50])
+    (chosen,) = select_of_node(state, "client-0000").records
+    assert chosen.facts.experiment == "toy-heterotune-seed0"
+    assert str(damaged) in caplog.text
+    with pytest.raises(ExchangeError, match=str(damaged)):
+        select_of_node(state, "client-0000", "toy-local_only-seed0")
 
 
 def test_evaluate_names_what_is_wrong(run: Path, pool: list[Example], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.export.evaluate import measure, read_rows
 from heterotune_flwr.export.facts import ExportFacts, models_in
 from heterotune_flwr.export.opened import open_export
-from heterotune_flwr.export.write import write
+from heterotune_flwr.export.write import facts_of, write
 from heterotune_flwr.schema import DataConfig, MethodConfig
 from heterotune_flwr.tuning.state_cache import forget_states
 
@@ -172,6 +172,45 @@ def test_another_backbone_is_refused(pool: list[Example], directory: Path, tmp_p
     written.write_text(json.dumps(config))
     with pytest.raises(BackboneError, match="unknown backbone"):
         open_export(tmp_path / "out")
+
+
+def test_no_pickle_is_read_in_the_place_of_missing_weights(
+    pool: list[Example], tmp_path: Path
+) -> None:
+    record, maps = a_record(BackboneSpec("tiny-a", "bf16"), pool, None)
+    for folder in (tmp_path / "out", tmp_path / "other" / "alone"):
+        out = folder if folder.name == "out" else folder.parent
+        write(record, None, out, maps=maps)
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save({}, folder / "adapter_model.bin")
+        with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors"):
+            open_export(out, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "../elsewhere"),
+        ("clients", "many"),
+        ("clients", 0),
+        ("whole_type", "yes"),
+        ("bytes", {"up": "much", "down": 1.0}),
+        ("bytes", {"up": 1.0}),
+        ("outside", "prior"),
+        ("conversion", ["lora"]),
+        ("conversion", {"form": 3}),
+    ],
+)
+def test_facts_of_another_kind_are_refused(
+    pool: list[Example], tmp_path: Path, name: str, value: object
+) -> None:
+    record, _ = a_record(BackboneSpec("tiny-a", "bf16"), pool[:4], None)
+    ExportFacts(facts_of(record)).save(tmp_path)
+    assert ExportFacts.load(tmp_path).model == "federated"
+    file = tmp_path / "heterotune.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ConfigError, match=r"heterotune\.json cannot be read"):
+        ExportFacts.load(tmp_path)
 
 
 def test_a_label_of_another_set_is_told(pool: list[Example], tmp_path: Path) -> None:
