@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report import real, reliability, science, speed
+from benchmarks.report import exports, real, reliability, science, speed
 from benchmarks.runner import ROOT
 
 PATH = ROOT / "docs" / "results.md"
@@ -10,5 +10,11 @@ PATH = ROOT / "docs" / "results.md"
 
 def text() -> str:
     """The whole page."""
-    sections = [*real.SECTIONS, *science.SECTIONS, *speed.SECTIONS, *reliability.SECTIONS]
+    sections = [
+        *real.SECTIONS,
+        *science.SECTIONS,
+        *exports.SECTIONS,
+        *speed.SECTIONS,
+        *reliability.SECTIONS,
+    ]
     return "\n\n".join(section() for section in sections) + "\n"

@@ -1,28 +1,42 @@
-"""What an exported model is worth outside its run: does it measure the same, and give the same logits?
+"""What an exported model is worth outside its run, by its own adapter and in forms that need nothing of ours.
 
-A federation runs; one client of every type is exported; all else happens in fresh processes, with its own test as rows.
+A federation runs; one client of every type is exported, as its owner would. By its own adapter, in fresh processes:
 
 * ``metric_difference``: the farthest that any measure of any model (untouched, alone, federated), by ``heterotune
-  evaluate``, lies from what the run reported.
+  evaluate`` on the client's own test, lies from what the run reported.
 * ``logit_difference``: the farthest that a logit at a prompt's end lies, loaded by PEFT alone, from that of the same
   model attached as in a run (of labels: their logits with all that is added to them; of text: all logits).
 
-    python -m benchmarks.science.export                  # the embedded family: 5 minutes on two cores
-    python -m benchmarks.science.export --real           # SmolLM2 too (heterotune fetch smollm2): half an hour
+In other forms (``benchmarks.science.loads``): ``lora_gain_kept``, ``lora_agreement`` and ``gguf_loads``.
+
+Every case is kept as its models are measured, and replaces only itself. The numbers above the cases are the worst of
+all that are there; ``measured`` and ``missing`` say which those are.
+
+    python -m benchmarks.science.export                  # the embedded family: 10 minutes on two cores
+    python -m benchmarks.science.export --real           # SmolLM2 too (heterotune fetch smollm2): an hour
+    python -m benchmarks.science.export --cases "text, tiny" --runs DIRECTORY   # of a run that is there
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.runner import arguments, flower_run, say, use_test_helpers, write_results
+from benchmarks.runner import (
+    arguments,
+    flower_run,
+    read_results,
+    say,
+    use_test_helpers,
+    write_results,
+)
+from benchmarks.science.loads import other_forms
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.export.facts import ExportFacts
@@ -42,6 +56,11 @@ class Case:
     strategy: str
     overrides: Sequence[str] = ()
     type_key: str | None = None
+
+    @property
+    def real(self) -> bool:
+        """Whether a fetched backbone is among its types."""
+        return self.type_key is not None
 
 
 _REAL = (
@@ -70,39 +89,69 @@ class Exported:
 
 
 def main() -> None:
-    """Run the cases, one after the other, and write what each comes to."""
+    """Measure the cases, one after the other, and write what each comes to."""
     parser = arguments(__doc__)
     parser.add_argument("--real", action="store_true", help="SmolLM2 too")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="these alone")
+    parser.add_argument("--runs", nargs="+", type=Path, help="their run directories, in that order")
     given = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
-    for name, case in CASES.items():
-        if case.type_key is None or given.real:
-            found[name] = run_case(case, given.rounds)
-            say(name, found[name])
-            write_results("export", {"cases": found, "rounds": given.rounds} | worst(found))
+    names = given.cases or [name for name, case in CASES.items() if given.real or not case.real]
+    runs: Sequence[Path | None] = given.runs or [None] * len(names)
+    if len(runs) != len(names):
+        parser.error(f"--runs has {len(runs)} directories for {len(names)} cases: {names}")
+    for name, run in zip(names, runs, strict=True):
+        for found in run_case(CASES[name], given.rounds, run):
+            keep(name, found)
 
 
-def worst(cases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The farthest of all cases."""
-    names = {name for measured in cases.values() for name in measured if name in MEASURES}
-    return {name: max(m[name] for m in cases.values() if name in m) for name in sorted(names)}
+def keep(name: str, found: Mapping[str, Any]) -> None:
+    """Write a case beside those that are there, and what all of them come to."""
+    say(name, found)
+    cases = {**read_results("export").get("cases", {}), name: found}
+    cases = {case: cases[case] for case in CASES if case in cases}
+    missing = [case for case in CASES if case not in cases]
+    missing += [f"{case}, {key}" for case, row in cases.items() for key in row["missing"]]
+    head = {"measured": list(cases), "missing": missing}
+    write_results("export", {**worst(cases), **head, "cases": cases}, anew=True)
 
 
-def run_case(case: Case, rounds: int) -> dict[str, float]:
-    """One federation, and what its exported models come to."""
-    folder = Path(tempfile.mkdtemp(prefix="heterotune-export-"))
-    run = folder / "run"
-    words = [f"server.rounds={rounds}", f"run.compare=[{case.strategy}]", *case.overrides]
-    flower_run(case.preset, words, keep=run)
-    records = find_kept(run, strategy=case.strategy, type_key=case.type_key)
-    first = {kept.facts.type_key: kept for kept in reversed(records)}
-    exported = [export(run, kept, folder) for _, kept in sorted(first.items())]
-    found: dict[str, float] = {"models": float(len(exported))}
-    for name, measure in MEASURES.items():
-        found[name] = max(measure(one) for one in exported)
-    shutil.rmtree(folder)
+def worst(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """The worst of every measure; None where nothing has it (a model that gains nothing has no ``lora_gain_kept``)."""
+    found: dict[str, float | None] = {}
+    for name, choose in WORST.items():
+        values = [row[name] for row in measured.values() if row[name] is not None]
+        found[name] = choose(values) if values else None
     return found
+
+
+def run_case(case: Case, rounds: int, run: Path | None = None) -> Iterator[dict[str, Any]]:
+    """What the exported models of a federation come to, after every one; it runs first, unless there is a ``run``."""
+    with tempfile.TemporaryDirectory(prefix="heterotune-export-") as scratch:
+        folder = Path(scratch)
+        if run is None:
+            run = folder / "run"
+            words = [f"server.rounds={rounds}", f"run.compare=[{case.strategy}]", *case.overrides]
+            flower_run(case.preset, words, keep=run)
+        head = {"strategy": case.strategy, "rounds": open_run(run).config.server.rounds}
+        records = find_kept(run, strategy=case.strategy, type_key=case.type_key)
+        first = {kept.facts.type_key: kept for kept in reversed(records)}
+        clients: dict[str, dict[str, Any]] = {}
+        for key, kept in sorted(first.items()):
+            clients[key] = measured(run, kept, folder)
+            missing = sorted(first.keys() - clients.keys())
+            yield {**worst(clients), **head, "missing": missing, "clients": clients}
+
+
+def measured(run: Path, kept: Kept, folder: Path) -> dict[str, Any]:
+    """All that is measured of one client's exported model."""
+    one = export(run, kept, folder)
+    return {
+        "client": kept.facts.client_id,
+        "metric_difference": metric_difference(one),
+        "logit_difference": logit_difference(one),
+        **other_forms(run, kept, folder / f"{kept.facts.client_id}-forms"),
+    }
 
 
 def export(run: Path, kept: Kept, folder: Path) -> Exported:
@@ -177,10 +226,13 @@ def _command(*words: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-#: What is measured of every exported model; of several, the farthest counts.
-MEASURES: Mapping[str, Callable[[Exported], float]] = {
-    "metric_difference": metric_difference,
-    "logit_difference": logit_difference,
+#: What counts of several models.
+WORST: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "metric_difference": max,
+    "logit_difference": max,
+    "lora_gain_kept": min,
+    "lora_agreement": min,
+    "gguf_loads": min,
 }
 
 

@@ -1,23 +1,50 @@
-"""The benchmark of models that need nothing of ours: what all models come to, and a GGUF of another model is told."""
+"""The benchmark of exported models: what all of them come to, cases stay, and a GGUF of another model is told."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tiny_backbones import TEXTS, save_backbone
 from transformers import AutoModelForCausalLM
 
-from benchmarks.science.loads import gguf_loads, worst
+from benchmarks import runner
+from benchmarks.science import export
+from benchmarks.science.loads import gguf_loads
 from heterotune_flwr.export.gguf import write_gguf
 
 
-def test_the_smallest_value_counts_and_what_has_none_is_left_out() -> None:
-    first = {"lora_gain_kept": None, "lora_agreement": 0.9, "gguf_loads": 1.0}
-    second = {"lora_gain_kept": 0.97, "lora_agreement": 0.95, "gguf_loads": 0.0}
-    assert worst({"a": first, "b": second}) == {
+def case(**values: float | None) -> dict[str, Any]:
+    measures = dict.fromkeys(export.WORST, 1.0)
+    return {**measures, "missing": ["tiny-b@int8"], "clients": {}, **values}
+
+
+def test_the_worst_of_every_measure_counts_and_what_has_none_is_left_out() -> None:
+    first = case(logit_difference=2e-6, lora_gain_kept=None, lora_agreement=0.9)
+    second = case(logit_difference=1e-6, lora_gain_kept=0.97, gguf_loads=0.0)
+    assert export.worst({"a": first, "b": second}) == {
+        "metric_difference": 1.0, "logit_difference": 2e-6,
         "lora_gain_kept": 0.97, "lora_agreement": 0.9, "gguf_loads": 0.0,
     }  # fmt: skip
+    assert export.worst({"a": first})["lora_gain_kept"] is None
+
+
+def test_a_case_that_is_measured_later_drops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    export.keep("text, tiny", case(lora_agreement=0.8))
+    export.keep("labels, tiny", case(lora_agreement=0.7, rounds=2.0))
+    export.keep("labels, tiny", case(lora_agreement=0.9))
+    found = runner.read_results("export")
+    assert found["measured"] == ["labels, tiny", "text, tiny"]
+    assert found["missing"] == [
+        "labels, smollm2", "text, smollm2", "labels, tiny, tiny-b@int8", "text, tiny, tiny-b@int8",
+    ]  # fmt: skip
+    assert found["lora_agreement"] == 0.8
+    assert "rounds" not in found["cases"]["labels, tiny"]
 
 
 def test_a_gguf_file_of_another_model_does_not_count(tmp_path: Path) -> None:
