@@ -53,7 +53,7 @@ def chat(out: Out, max_tokens: MaxTokens = None, temperature: Temperature = 0.0)
     model = _loaded(out)
     model.limit(max_tokens)  # a number that cannot be is told before anything is asked
     talk = Chat(model, model.name(), _write, _note, max_tokens, temperature)
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         talk.hold(standard_input())
         return
     _note(_greeting(model))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from heterotune_flwr.backbones.files import hash_file
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.jsons import parse_json
@@ -40,6 +41,8 @@ class ExportFacts:
         What the reported model adds that the adapter's files do not hold: ``prior``.
     conversion
         Of a form that needs nothing of ours what became of the model (:class:`.convert.Conversion`); empty of our own.
+    digests
+        SHA-256 (hex) of every file of adapter weights, by its path in the folder.
 
     """
 
@@ -50,6 +53,7 @@ class ExportFacts:
     bytes: dict[str, float] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
     conversion: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the file."""
@@ -82,6 +86,7 @@ def _checked(facts: ExportFacts) -> ExportFacts:
     if facts.model not in (FEDERATED, ALONE):
         raise ValueError(f"model is {str(facts.model)[:20]!r}, neither {FEDERATED} nor {ALONE}")
     kinds = {"clients": int, "whole_type": bool, "bytes": dict[str, float], "outside": list[str]}
+    kinds["digests"] = dict[str, str]
     found = {name: read_as(kind, getattr(facts, name), name) for name, kind in kinds.items()}
     if found["clients"] < 1 or set(found["bytes"]) not in (set(), {"up", "down"}):
         raise ValueError("clients is below 1, or bytes has not just up and down")
@@ -109,4 +114,9 @@ def models_in(folder: Path) -> dict[str, Path]:
     for path in found.values():
         if not (path / WEIGHTS).is_file():  # PEFT would read a pickle in its place
             raise ConfigError(f"{path} has no {WEIGHTS}: no other file of weights is read")
+        name = (path / WEIGHTS).relative_to(folder).as_posix()
+        if facts.digests.get(name) != hash_file(path / WEIGHTS):
+            raise ConfigError(
+                f"{path / WEIGHTS} is not the file that {FILE} names: it is damaged or was changed; export it again"
+            )
     return found

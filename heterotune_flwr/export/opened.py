@@ -26,7 +26,7 @@ from heterotune_flwr.channels.statistics.client import classifier_logits
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.export.adapter_files import named_backbone
-from heterotune_flwr.export.facts import ExportFacts, models_in
+from heterotune_flwr.export.facts import FILE, ExportFacts, models_in
 from heterotune_flwr.export.form import data_of
 from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter
@@ -163,11 +163,25 @@ def open_export(folder: Path, device: str | None = None) -> OpenedExport:
         raise ConfigError(
             f"an adapter in {folder} cannot be loaded ({type(error).__name__}: {reason}); export it again"
         ) from error
+    _check_labels(facts, folder, model)
     model.eval()
     with model.disable_adapter(), torch.no_grad():
         backbone = describe_model(spec, checked_source(spec), model.get_base_model())
     task = make_task(backbone, data_of(record), record.labels, TrainConfig(loss=record.loss))
     return OpenedExport(folder, facts, model, backbone, task, (BARE, *paths))
+
+
+def _check_labels(facts: ExportFacts, folder: Path, model: Any) -> None:
+    """Refuse labels that are not as many as those the adapters were made for."""
+    record = facts.record
+    counts = [len(record.labels or ())] if record.prior is None else [len(record.prior)]
+    configs = model.peft_config.values()
+    counts += [len(c.head_labels) for c in configs if getattr(c, "head_labels", None)]
+    if any(count != len(record.labels or ()) for count in counts):
+        raise ConfigError(
+            f"{folder / FILE} names {len(record.labels or ())} labels, its model has {max(counts)}: the file was "
+            "changed; export it again"
+        )
 
 
 def _load(facts: ExportFacts, folder: Path, device: str) -> Any:

@@ -70,6 +70,6 @@ def _lines(lines: Iterator[str]) -> Iterator[str]:
 def standard_input() -> Iterator[str]:
     """Lines of standard input, as they come (DataError: they are no text)."""
     try:
-        yield from sys.stdin
+        yield from sys.stdin or ()  # none where it is closed
     except UnicodeDecodeError as error:
         raise DataError("standard input is not UTF-8 text") from error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from heterotune_flwr.backbones.files import hash_file
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.export.adapter_files import AdapterFiles, check_kind, write_adapter
 from heterotune_flwr.export.card import model_card
-from heterotune_flwr.export.facts import ExportFacts
+from heterotune_flwr.export.facts import WEIGHTS, ExportFacts
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.kept_model import ALONE, BARE, FEDERATED, KeptFacts, KeptModel, Tensors
 
@@ -101,7 +103,9 @@ def write(
 
 def put(facts: ExportFacts, made: Path, out: Path) -> None:
     """Put facts and their card into the folder ``made``, and that in the place of ``out``, new or empty."""
-    facts.save(made)
+    weights = {path.relative_to(made).as_posix(): path for path in made.rglob(WEIGHTS)}
+    digests = {name: hash_file(path) for name, path in sorted(weights.items())}
+    replace(facts, digests=digests).save(made)
     (made / "README.md").write_text(model_card(facts), encoding="utf-8")
     if out.is_dir():
         out.rmdir()

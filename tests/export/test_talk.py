@@ -369,12 +369,40 @@ def test_bad_input_is_one_clear_line(
     assert words in line
 
 
-@pytest.mark.parametrize(
-    "name", ["adapter_config.json", "adapter_model.safetensors", "alone/adapter_config.json"]
-)
+@pytest.mark.parametrize("name", ["adapter_config.json", "alone/adapter_config.json"])
 def test_a_damaged_adapter_is_one_line(writing: Model, tmp_path: Path, name: str) -> None:
     folder = writing.export(tmp_path / "copy")
     (folder / name).write_bytes((folder / name).read_bytes()[:20])
     with pytest.raises(ConfigError, match="cannot be loaded") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "alone/adapter_model.safetensors"])
+def test_weights_of_which_one_byte_changed_are_not_loaded(
+    writing: Model, tmp_path: Path, name: str
+) -> None:
+    folder = writing.export(tmp_path / "copy")
+    content = bytearray((folder / name).read_bytes())
+    content[-5] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="damaged or was changed"):
+        load(folder)
+
+
+def test_labels_that_are_not_those_of_the_model_are_one_line(
+    choosing: Model, tmp_path: Path
+) -> None:
+    folder = choosing.export(tmp_path / "copy")
+    facts = json.loads((folder / "heterotune.json").read_text())
+    facts["record"]["labels"].pop()
+    (folder / "heterotune.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="the file was changed"):
+        load(folder)
+
+
+def test_closed_standard_input_is_the_end_of_a_chat(
+    heterotune: Call, writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("io.StringIO", lambda said: None)  # what the command is given
+    assert heterotune("chat", str(writer)).returncode == 0
