@@ -23,7 +23,7 @@ class ReplyTimes:
     ``deadline = min(timeout, max(floor, factor * max(median of the client's type, the client's own last time)))`` for a
     client that has answered a message of this kind before, else ``timeout``. A client slower than its type is given its
     own measure: it would otherwise never answer in time again. One that did not answer its last message is given
-    no more for a variant it has not done yet (``train+anchors``) than for the plain kind (``train``).
+    no more for a variant it has not done yet (``train+anchors``) than for the nearest it has (``train``).
 
     Attributes
     ----------
@@ -43,8 +43,9 @@ class ReplyTimes:
 
     def deadline(self, kind: str, type_key: str, client_id: str) -> float:
         """Seconds to wait for a client's answer to a message of a kind."""
-        if client_id in self._silent and client_id not in self._own.get(kind, {}):
-            kind = kind.partition("+")[0]
+        if client_id in self._silent:
+            while "+" in kind and client_id not in self._own.get(kind, {}):
+                kind = kind.rpartition("+")[0]
         own = self._own.get(kind, {}).get(client_id)
         if self.factor is None or own is None:
             return self.timeout

@@ -261,7 +261,7 @@ class EvaluateRequest:
     def effort(self) -> str:
         """As :attr:`TrainRequest.effort`."""
         keeping = ["keep"] if self.keep_as else []
-        return "+".join([EVALUATE, *self.test_sets, *keeping, *_efforts(self.channels)])
+        return "+".join([EVALUATE, *self.test_sets, *_efforts(self.channels), *keeping])
 
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
         """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""

@@ -18,6 +18,7 @@ import numpy as np
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.checkpoint import Checkpoint, CheckpointError
 from heterotune_flwr.federation.journal import read_events
+from heterotune_flwr.federation.kept import Kept
 from heterotune_flwr.federation.outcome import ClientRow
 from heterotune_flwr.federation.resume import MAY_CHANGE, settings_digest
 
@@ -100,11 +101,17 @@ def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
             channel.load_state_dict(state["channels"][channel.name])
     strategy.transport.load_state_dict(state["transport"])
     outcome, saved = strategy.outcome, state["outcome"]
-    outcome.rows = [ClientRow(**row) for row in saved["rows"]]
-    outcome.before = [ClientRow(**row) for row in saved["before"]]
+    outcome.rows, outcome.before = (
+        [_row(row) for row in saved[name]] for name in ("rows", "before")
+    )
     outcome.peak_memory_mb = saved["peak_memory_mb"]
     outcome.skipped = saved["skipped"]
     outcome.rounds = _rounds(strategy, round, bool(state["evaluated"]))
+
+
+def _row(saved: dict[str, Any]) -> ClientRow:
+    kept = saved["kept"]
+    return ClientRow(**{**saved, "kept": None if kept is None else Kept(**kept)})
 
 
 def _check_settings(strategy: HeteroStrategy, checkpoint: Checkpoint) -> None:

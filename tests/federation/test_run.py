@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
     row = saved["runs"][1]["clients"][0]
     assert set(row) == {
         "client_id", "type", "examples", "global_accuracy", "global_loss", "global_exact_match", "global_rouge_l",
-        "personal_accuracy", "personal_loss", "personal_exact_match", "personal_rouge_l",
+        "personal_accuracy", "personal_loss", "personal_exact_match", "personal_rouge_l", "kept",
     }  # fmt: skip
     assert "HeteroTune" in capsys.readouterr().out
 

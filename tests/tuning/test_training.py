@@ -13,6 +13,7 @@ from tiny_backbones import LABELS
 from torch.nn import functional
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ConfigError, FederationError
@@ -210,5 +211,5 @@ def test_loss_settings_are_checked(directory, data):
     assert make_task(backbone, data, None, TRAIN).kind == "tokens"
     with pytest.raises(ConfigError, match="no closed label set"):
         make_task(backbone, data, None, replace(TRAIN, loss="labels"))
-    with pytest.raises(ConfigError, match="choose one of auto"):
-        make_task(backbone, data, LABELS, replace(TRAIN, loss="label"))
+    with pytest.raises(ConfigError, match=r"train\.loss is 'label'"):
+        compose("demo", "train.loss=label")
