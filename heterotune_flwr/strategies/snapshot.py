@@ -9,7 +9,6 @@ are functions of seed and round, so there is no generator to save. What clients 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ import numpy as np
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.checkpoint import Checkpoint, CheckpointError
 from heterotune_flwr.federation.journal import read_events
-from heterotune_flwr.federation.kept import Kept
 from heterotune_flwr.federation.outcome import ClientRow
 from heterotune_flwr.federation.resume import MAY_CHANGE, settings_digest
 
@@ -78,8 +76,8 @@ def _take(strategy: HeteroStrategy, evaluated: bool) -> State:
         "maps": dict(strategy.maps.digests) if strategy.maps else {},
         "types": strategy.roster.type_keys,
         "outcome": {
-            "rows": [dataclasses.asdict(row) for row in outcome.rows],
-            "before": [dataclasses.asdict(row) for row in outcome.before],
+            "rows": [row.to_json() for row in outcome.rows],
+            "before": [row.to_json() for row in outcome.before],
             "peak_memory_mb": outcome.peak_memory_mb,
             "skipped": outcome.skipped,
         },
@@ -102,16 +100,11 @@ def _put_back(strategy: HeteroStrategy, state: State, round: int) -> None:
     strategy.transport.load_state_dict(state["transport"])
     outcome, saved = strategy.outcome, state["outcome"]
     outcome.rows, outcome.before = (
-        [_row(row) for row in saved[name]] for name in ("rows", "before")
+        [ClientRow.from_json(row) for row in saved[name]] for name in ("rows", "before")
     )
     outcome.peak_memory_mb = saved["peak_memory_mb"]
     outcome.skipped = saved["skipped"]
     outcome.rounds = _rounds(strategy, round, bool(state["evaluated"]))
-
-
-def _row(saved: dict[str, Any]) -> ClientRow:
-    kept = saved["kept"]
-    return ClientRow(**{**saved, "kept": None if kept is None else Kept(**kept)})
 
 
 def _check_settings(strategy: HeteroStrategy, checkpoint: Checkpoint) -> None:
