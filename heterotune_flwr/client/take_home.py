@@ -56,9 +56,11 @@ def take_home(
     besides. The adapter holds any of the models afterwards.
 
     """
-    models = _models(client, request, work, federated)
+    log_of = RoundLog(work.store, work.header, request.maps_digest)
+    models, training = _models(client, request, work, federated, log_of)
     took, choosing = _chosen(client, work, models)
-    saved = _saved(client, request, work, models, took, choosing)
+    record = _record(client, request, work, models, took, choosing)
+    saved = _saved(_folder(client, work), record, log_of, training)
     told = {
         f"{name}_{key}": value
         for name, model in models.items()
@@ -74,16 +76,20 @@ def take_home(
 
 
 def _models(
-    client: Client, request: EvaluateRequest, work: ClientWork, federated: dict[str, float]
-) -> dict[str, _Model]:
-    """What there is to choose from, each tested; the federated one last."""
+    client: Client,
+    request: EvaluateRequest,
+    work: ClientWork,
+    federated: dict[str, float],
+    log_of: RoundLog,
+) -> tuple[dict[str, _Model], str]:
+    """What there is to choose from, each tested, the federated one last; and of which training the one alone is."""
     adapter, header = work.adapter, work.header
     reached = adapter.read()
-    alone = None
+    alone, training = None, ""
     if (
         request.tensors or request.channels
     ):  # else nothing came from others: the model is the one trained alone
-        alone = _alone(client, request, work)
+        alone, training = _alone(client, work, log_of)
     values = {BARE: initial_tensors(adapter.shapes, header.seed), ALONE: alone}
     models = {}
     for name, tensors in values.items():
@@ -94,26 +100,25 @@ def _models(
         for scope in request.test_sets:
             tests |= tested(client, work, scope, _HELP[name])
         models[name] = _Model(tensors, tests)
-    return models | {FEDERATED: _Model(reached, federated)}
+    return models | {FEDERATED: _Model(reached, federated)}, training
 
 
-def _alone(client: Client, request: EvaluateRequest, work: ClientWork) -> Tensors | None:
+def _alone(client: Client, work: ClientWork, log_of: RoundLog) -> tuple[Tensors | None, str]:
     """The model trained alone: the kept one while it would come out the same, else trained, on the trainings' budget.
 
-    None where there is none, or the budget is spent.
+    None where there is none, or the budget is spent. With it comes the digest of that training.
     """
     header, adapter = work.header, work.adapter
-    log_of = RoundLog(work.store, header, request.maps_digest)
     rounds = log_of.read()
     if adapter.kind != "dema" or not rounds or not len(client.encoded("train", header.seed)):
-        return None
-    kept = _kept_alone(client, work)
-    if log_of.is_kept(alone_training(client, header, adapter, rounds), kept):
-        return kept
+        return None, ""
+    training, kept = alone_training(client, header, adapter, rounds), _kept_alone(client, work)
+    if log_of.is_kept(training, kept):
+        return kept, training
     if not client.guard.charge_alone(len(rounds)):
         log.warning("the budget of trainings on the data file is spent: no model is trained alone")
-        return None
-    return train_alone(client, header, adapter, rounds)
+        return None, ""
+    return train_alone(client, header, adapter, rounds), training
 
 
 def _kept_alone(client: Client, work: ClientWork) -> Tensors | None:
@@ -127,21 +132,11 @@ def _folder(client: Client, work: ClientWork) -> Path:
     return kept_folder(client.identity.state_dir, work.header.experiment, client.client_id)
 
 
-def _saved(
-    client: Client,
-    request: EvaluateRequest,
-    work: ClientWork,
-    models: dict[str, _Model],
-    took: str,
-    choosing: Choosing,
-) -> bool:
+def _saved(folder: Path, record: KeptModel, log_of: RoundLog, training: str) -> bool:
     """Keep the record; False where the disk does not take it, which must not cost the test."""
-    record = _record(client, request, work, models, took, choosing)
-    log_of = RoundLog(work.store, work.header, request.maps_digest)
     try:
-        record.save(_folder(client, work))
+        record.save(folder)
         if record.alone is not None:
-            training = alone_training(client, work.header, work.adapter, log_of.read())
             log_of.keep_alone(training, record.alone)
     except OSError as error:
         log.error("what this client takes home cannot be kept: %s", error)
