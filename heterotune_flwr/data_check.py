@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.backbones.sources import EMBEDDED
 from heterotune_flwr.config.compose import compose, presets
 from heterotune_flwr.data.duplicates import Seen, folded
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.lengths import lengths
+from heterotune_flwr.data.lengths import Lengths, lengths
 from heterotune_flwr.data.sources import (
     columns_recognised,
     global_test,
     how_read,
     label_set,
-    loss_kind,
-    own_file,
     training_pool,
 )
 from heterotune_flwr.data.template import make_form
@@ -26,9 +25,11 @@ from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.new.table import look
 from heterotune_flwr.own_data import (
+    all_rows,
     anchors_near,
     anchors_note,
     client_shares,
+    scored_labels,
     share_lines,
     text_notes,
     used_line,
@@ -37,12 +38,11 @@ from heterotune_flwr.schema import Config, DataConfig
 
 #: Rendered examples, labels and natural clients that are told.
 _EXAMPLES, _LABELS, _CLIENTS = 3, 20, 24
-#: Clients that a bare file is dealt to at most, and the prompt of its texts.
-_MOST, _PROMPT = 12, "{text}\nAnswer:"
+#: Clients that a bare file is dealt to at most.
+_MOST = 12
 _DATA = DataConfig()
 #: Rows a client should have.
 _FEWEST = 4
-_TINY = ("tiny-a", "tiny-b", "tiny-c")
 
 
 def is_data_file(name: str) -> bool:
@@ -64,7 +64,6 @@ def data_config(name: str, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"{name!r} is no data file, no .yaml file and no preset (known: {known})")
     given = [
         f"data.train={path}",
-        f"data.prompt={_PROMPT}",
         *(f"data.{setting}={column}" for setting, column in _columns(path).items()),
     ]
     about = [override for override in overrides if override.startswith("data.")]
@@ -105,8 +104,10 @@ def _columns(path: Path) -> dict[str, str]:
 
 def _types(clients: int) -> str:
     """The embedded family as YAML, with so many clients among them."""
-    counts = [len(range(place, clients, len(_TINY))) for place in range(len(_TINY))]
-    entries = (f"{{backbone: {n}, clients: {c}}}" for n, c in zip(_TINY, counts, strict=True) if c)
+    counts = [len(range(place, clients, len(EMBEDDED))) for place in range(len(EMBEDDED))]
+    entries = (
+        f"{{backbone: {n}, clients: {c}}}" for n, c in zip(EMBEDDED, counts, strict=True) if c
+    )
     return f"[{', '.join(entries)}]"
 
 
@@ -114,10 +115,8 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
     """Facts about a run's data, as JSON can hold them; ``tokenizers`` by backbone (:func:`..preflight.checked`)."""
     data = config.data
     pool, test = training_pool(data), global_test(data)
-    labels = label_set(data)
-    scored = labels if loss_kind(config.train, labels) == "labels" else None
-    shares = client_shares(config)
-    rows = [*own_file(data), *(test if data.test is not None or data.train is None else ())]
+    scored, shares, rows = scored_labels(config), client_shares(config), all_rows(data)
+    measured = {name: lengths(one, data, rows, scored) for name, one in tokenizers.items()}
     anchors, near = load_anchors(config.alignment), anchors_near(config)
     return {
         "data": data.train or data.name,
@@ -128,8 +127,8 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
         "per_client": share_lines(config, shares),
         "clients": [share.to_json() for share in shares],
         "natural_clients": dict(Counter(e.client for e in pool if e.client).most_common()),
-        "answers": _answers(pool, test, closed=labels is not None),
-        "lengths": {name: _lengths(one, config, rows, scored) for name, one in tokenizers.items()},
+        "answers": _answers(pool, test, closed=label_set(data) is not None),
+        "lengths": {name: _lengths(found, data.max_length) for name, found in measured.items()},
         "duplicates": _duplicates(pool, test),
         "examples": _rendered(config, tokenizers, pool),
         "anchors": {
@@ -140,7 +139,11 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
         },
         "notes": [
             *columns_recognised(data),
-            *(note for note in text_notes(config, tokenizers) if note.startswith("warning")),
+            *(
+                note
+                for note in text_notes(config, tokenizers, measured)
+                if note.startswith("warning")
+            ),
             *anchors_note(config, near),
         ],
     }
@@ -170,16 +173,13 @@ def _answers(pool: Sequence[Example], test: Sequence[Example], closed: bool) -> 
     }
 
 
-def _lengths(
-    tokenizer: Any, config: Config, rows: Sequence[Example], labels: Sequence[str] | None
-) -> dict[str, Any]:
-    found = lengths(tokenizer, config.data, rows, labels)
+def _lengths(found: Lengths, max_length: int) -> dict[str, Any]:
     totals = sorted(found.totals)
     return {
         "median": totals[len(totals) // 2],
         "fits_99_of_100": found.most,
         "longest": totals[-1],
-        "max_length": config.data.max_length,
+        "max_length": max_length,
         "cut": found.cut,
         "cut_share": found.cut / len(totals),
     }

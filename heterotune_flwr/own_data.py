@@ -10,7 +10,7 @@ from typing import Any
 
 from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.data.lengths import how_they_fit
+from heterotune_flwr.data.lengths import Lengths, how_they_fit
 from heterotune_flwr.data.nearness import NEAR, nearness
 from heterotune_flwr.data.partition import ClientData, client_examples
 from heterotune_flwr.data.sources import (
@@ -151,16 +151,24 @@ def _natural(share: ClientShare) -> str:
     return f" [{', '.join(safe_text(name, _LETTERS) for name in names)}]"
 
 
-def text_notes(config: Config, tokenizers: dict[str, Any]) -> Iterator[str]:
-    """What of the texts is cut, and which answers can never match."""
+def all_rows(data: DataConfig) -> list[Example]:
+    """Rows for training and for the common test."""
+    return [*own_file(data), *(() if splits(data) else global_test(data))]
+
+
+def scored_labels(config: Config) -> list[str] | None:
+    """The labels that the loss chooses from; None: answers are written token by token."""
+    labels = label_set(config.data)
+    return labels if loss_kind(config.train, labels) == "labels" else None
+
+
+def text_notes(
+    config: Config, tokenizers: dict[str, Any], measured: dict[str, Lengths] | None = None
+) -> Iterator[str]:
+    """What of the texts is cut, and which answers can never match; ``measured``: lengths of :func:`all_rows`."""
     data = config.data
-    rows = list(own_file(data))
-    if not splits(data):
-        rows += global_test(data)
-    labels = label_set(data)
-    chosen = labels if loss_kind(config.train, labels) == "labels" else None
     yield from _forms(data, tokenizers)
-    yield from how_they_fit(rows, data, chosen, tokenizers)
+    yield from how_they_fit(all_rows(data), data, scored_labels(config), tokenizers, measured)
 
 
 def _forms(data: DataConfig, tokenizers: dict[str, Any]) -> Iterator[str]:

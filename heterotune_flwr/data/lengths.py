@@ -62,12 +62,14 @@ def how_they_fit(
     data: DataConfig,
     labels: Sequence[str] | None,
     tokenizers: dict[str, Any],
+    measured: dict[str, Lengths] | None = None,
 ) -> Iterator[str]:
     """Say what is cut, and which answers can never match, for the type that fits the texts least.
 
-    ``labels``: what the loss chooses from; None: answers are written token by token.
+    ``labels``: what the loss chooses from; None: answers are written token by token. ``measured``: :func:`lengths` of
+    these rows by type, where somebody has them.
     """
-    found = {name: lengths(one, data, rows, labels) for name, one in tokenizers.items()}
+    found = measured or {name: lengths(one, data, rows, labels) for name, one in tokenizers.items()}
     name = max(found, key=lambda one: found[one].cut)
     worst = found[name]
     yield _cut(worst, name, data)

@@ -235,7 +235,7 @@ def _task(
     """The prompt, and whether answers are labels."""
     if labels is None:
         prompt = (
-            "{text}\nAnswer:"
+            _DATA.prompt
             if table.layout
             else f"{_title(data.text_field)}: {{text}}\n{_title(data.label_field)}:"
         )
