@@ -5,10 +5,9 @@ from __future__ import annotations
 from heterotune_flwr.backbones.fetch import PACKAGED
 from heterotune_flwr.backbones.sources import EMBEDDED
 from heterotune_flwr.export.card_forms import faithful, load_converted, what_converted
-from heterotune_flwr.export.facts import ExportFacts
+from heterotune_flwr.export.facts import LONG_TITLES, ExportFacts
 from heterotune_flwr.tuning.kept_model import ALONE, BARE, FEDERATED, KeptFacts
 
-_NAMES = {BARE: "untouched", ALONE: "trained alone", FEDERATED: "federated"}
 _TAKEN = {
     BARE: "its untouched model",
     ALONE: "the model trained alone",
@@ -164,7 +163,7 @@ def _metrics(facts: ExportFacts) -> list[str]:
                 f"{factor * tests[model][name]:.{3 if measure == 'loss' else 1}f}"
                 if name in tests.get(model, {})
                 else "-"
-                for model in _NAMES
+                for model in LONG_TITLES
             ]
             count = next(
                 (
@@ -180,7 +179,7 @@ def _metrics(facts: ExportFacts) -> list[str]:
     if not rows:
         return ["Nothing was measured."]
     table = [
-        f"| test | measure | examples | {' | '.join(_NAMES.values())} |",
+        f"| test | measure | examples | {' | '.join(LONG_TITLES.values())} |",
         "|---|---|---|---|---|---|",
         *rows,
     ]

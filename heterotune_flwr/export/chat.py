@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from heterotune_flwr.errors import DataError
-from heterotune_flwr.export.model import UNTOUCHED, Model, Question
+from heterotune_flwr.export.model import Model, Question
 from heterotune_flwr.names import printable
-from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED
+from heterotune_flwr.protocol.metrics import MODEL_TITLES
 
 HELP = """\
 /untouched  the backbone as it was before anybody trained it
@@ -69,7 +69,7 @@ class Chat:
         elif word in self.model.names:
             self.using = word
             self.note(f"{word} answers from now on")
-        elif word in (UNTOUCHED, ALONE, FEDERATED):
+        elif word in MODEL_TITLES.values():
             self.note(
                 f"no {word} model is in {self.model.folder} (there are: {', '.join(self.model.names)})"
             )

@@ -9,16 +9,15 @@ from pathlib import Path
 
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import read_examples
-from heterotune_flwr.export.facts import ExportFacts
+from heterotune_flwr.export.facts import LONG_TITLES, ExportFacts
 from heterotune_flwr.export.form import data_of
 from heterotune_flwr.export.opened import OpenedExport, open_export
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.generation import score_generation
-from heterotune_flwr.tuning.kept_model import ALONE, BARE, FEDERATED, MODELS, KeptFacts
+from heterotune_flwr.tuning.kept_model import MODELS, KeptFacts
 from heterotune_flwr.tuning.states import make_rows
 
-_NAMES = {BARE: "untouched", ALONE: "trained alone", FEDERATED: "federated"}
 _COLUMNS = {
     "examples": "examples",
     "accuracy": "accuracy",
@@ -75,7 +74,7 @@ def render(found: Evaluation) -> str:
             _cell(name, row[name]).rjust(13) if name in row else "-".rjust(13) for name in columns
         ]
         mark = " *" if model == found.holds else ""
-        lines.append("".join([_NAMES[model].ljust(15), *cells, mark]))
+        lines.append("".join([LONG_TITLES[model].ljust(15), *cells, mark]))
     return "\n".join([*lines, f"* what {found.folder} itself is"])
 
 

@@ -24,12 +24,11 @@ from heterotune_flwr.export.facts import ExportFacts
 from heterotune_flwr.export.opened import OpenedExport, open_export
 from heterotune_flwr.export.write import check_out
 from heterotune_flwr.fields import nearest
+from heterotune_flwr.protocol.metrics import MODEL_TITLES
 from heterotune_flwr.tuning.generation import Tell, generate_answers, write_answer
-from heterotune_flwr.tuning.kept_model import ALONE, BARE, FEDERATED
 
 #: Which models may answer, by the names that people see, in the order in which they are shown.
-UNTOUCHED = "untouched"
-_NAMES = {UNTOUCHED: BARE, ALONE: ALONE, FEDERATED: FEDERATED}
+_NAMES = {title: name for name, title in MODEL_TITLES.items()}
 Message = Mapping[str, str]
 #: A text, or the messages of a conversation.
 Question = str | Sequence[Message]

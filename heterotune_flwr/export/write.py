@@ -83,7 +83,7 @@ def write(
     for files in models.values():
         check_kind(kept, files.tensors)
     facts = ExportFacts(
-        record=facts_of(kept),
+        record=kept.facts,
         model=which,
         clients=clients,
         whole_type=whole_type,
@@ -111,10 +111,3 @@ def put(facts: ExportFacts, made: Path, out: Path) -> None:
         out.rmdir()
     made.chmod(0o755)
     os.replace(made, out)
-
-
-def facts_of(kept: KeptModel) -> KeptFacts:
-    """The facts of a record, without its tensors."""
-    from dataclasses import fields
-
-    return KeptFacts(**{field.name: getattr(kept, field.name) for field in fields(KeptFacts)})

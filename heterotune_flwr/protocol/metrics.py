@@ -7,6 +7,8 @@ from typing import NamedTuple
 #: What a client chooses among after the last round, in this order: of equals it takes the first.
 BARE, ALONE, FEDERATED = "bare", "alone", "federated"
 MODELS = (BARE, ALONE, FEDERATED)
+#: What people read for them.
+MODEL_TITLES = {BARE: "untouched", ALONE: "alone", FEDERATED: "federated"}
 SCOPES = ("global", "personal", "choosing")
 #: What is measured in a test; the last two where answers are generated.
 MEASURED = ("accuracy", "loss", "exact_match", "rouge_l")

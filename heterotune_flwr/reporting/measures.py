@@ -9,6 +9,7 @@ from typing import Any
 
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.protocol.metrics import MODEL_TITLES
 
 #: What a measure is called in a title.
 MEASURE_TITLES = {"accuracy": "Accuracy", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
@@ -101,14 +102,10 @@ def mean_accuracy(
     return _spread([statistics.fmean(row.values()) for row in seeds if row])
 
 
-#: Models of which a client takes one home, and what they are called.
-KEPT_TITLES = {"bare": "untouched", "alone": "alone", "federated": "federated"}
-
-
 def taken(counts: Mapping[str, int]) -> str:
     """``{"bare": 2, "alone": 0, "federated": 10}`` -> ``federated 10, untouched 2``."""
-    some = sorted((name for name in KEPT_TITLES if counts.get(name)), key=lambda n: -counts[n])
-    return ", ".join(f"{KEPT_TITLES[name]} {counts[name]}" for name in some)
+    some = sorted((name for name in MODEL_TITLES if counts.get(name)), key=lambda n: -counts[n])
+    return ", ".join(f"{MODEL_TITLES[name]} {counts[name]}" for name in some)
 
 
 def kept_measure(results: Mapping[str, Any]) -> str | None:
@@ -132,9 +129,9 @@ def kept_means(
                 if measure in k["own_tests"].get(name, {})
             ]
         )
-        for name in (*KEPT_TITLES, "taken")
+        for name in (*MODEL_TITLES, "taken")
     }
-    return means, {name: sum(k["took"][name] for k in kept) for name in KEPT_TITLES}
+    return means, {name: sum(k["took"][name] for k in kept) for name in MODEL_TITLES}
 
 
 def paired_gain(

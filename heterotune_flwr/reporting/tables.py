@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from heterotune_flwr.names import printable
+from heterotune_flwr.protocol.metrics import MODEL_TITLES
 from heterotune_flwr.reporting.measures import (
-    KEPT_TITLES,
     MEASURE_TITLES,
     OVERALL,
     Spread,
@@ -194,13 +194,13 @@ def kept_table(results: Mapping[str, Any]) -> Table | None:
         min_width=MIN_WIDTH,
     )
     table.add_column("strategy", no_wrap=True)
-    for head in (*KEPT_TITLES.values(), "taken home"):
+    for head in (*MODEL_TITLES.values(), "taken home"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("who took what")
     for name in strategies_of(results):
         means, counts = kept_means(results, name, measure)
         if any(counts.values()):
-            cells = [_cell(means[model], seeds) for model in (*KEPT_TITLES, "taken")]
+            cells = [_cell(means[model], seeds) for model in (*MODEL_TITLES, "taken")]
             table.add_row(_shown(_title(name)), *cells, taken(counts))
     table.caption = (
         "each client keeps the best of three on examples of its own, apart from this test (docs/take-home.md); "

@@ -163,9 +163,14 @@ class KeptModel(KeptFacts):
     alone: Tensors | None = None
     head: Head | None = None
 
+    @property
+    def facts(self) -> KeptFacts:
+        """The record without its tensors."""
+        return KeptFacts(**_facts(self))
+
     def save(self, folder: Path) -> None:
         """Replace what the folder holds; a crash on the way leaves it without a record, never with a mixed one."""
-        facts = dataclasses.asdict(KeptFacts(**_facts(self)))
+        facts = dataclasses.asdict(self.facts)
         (folder / _FACTS).unlink(missing_ok=True)
         digests = {}
         for name, tensors in self._tensors().items():

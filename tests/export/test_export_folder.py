@@ -23,7 +23,7 @@ from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.export.evaluate import measure, read_rows
 from heterotune_flwr.export.facts import ExportFacts, models_in
 from heterotune_flwr.export.opened import open_export
-from heterotune_flwr.export.write import facts_of, write
+from heterotune_flwr.export.write import write
 from heterotune_flwr.schema import DataConfig, MethodConfig
 from heterotune_flwr.tuning.state_cache import forget_states
 
@@ -205,7 +205,7 @@ def test_facts_of_another_kind_are_refused(
     pool: list[Example], tmp_path: Path, name: str, value: object
 ) -> None:
     record, _ = a_record(BackboneSpec("tiny-a", "bf16"), pool[:4], None)
-    ExportFacts(facts_of(record)).save(tmp_path)
+    ExportFacts(record.facts).save(tmp_path)
     assert ExportFacts.load(tmp_path).model == "federated"
     file = tmp_path / "heterotune.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
