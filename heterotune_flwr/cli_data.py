@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from heterotune_flwr.cli_help import App
+from heterotune_flwr.cli_help import App, note
 
 anchors_app = App(
     no_args_is_help=True,
@@ -130,8 +130,6 @@ def make(
     private = data_texts(against or [])
     texts = source_texts(source or prompts or "", column)
     if backbone is not None:
-        texts = written_texts(
-            texts, backbone, bits, count, tokens, lambda line: typer.echo(line, err=True)
-        )
+        texts = written_texts(texts, backbone, bits, count, tokens, note)
     for line in make_anchors(out, texts, count, private).lines():
         typer.echo(line)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heterotune_flwr.cli_help import note
 from heterotune_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,26 +106,22 @@ def _write(
     place = out.expanduser().absolute()
     check_out(place)
     check_form(form, selection.records[0].facts)
-    typer.echo(f"exporting the model of {selection.name}", err=True)
-    if form == ADAPTER:
-        facts = selection.write(place)
-    else:
-        facts = write_converted(selection, form, examples, place, rank, _progress)
+    note(f"exporting the model of {selection.name}")
+    facts = (
+        selection.write(place)
+        if form == ADAPTER
+        else write_converted(selection, form, examples, place, rank, note)
+    )
     if facts.record.took == "bare":
-        typer.echo(
+        note(
             "mind: on the examples held back for choosing, no trained model was better than the untouched one; this is "
-            "the federated one all the same",
-            err=True,
+            "the federated one all the same"
         )
     typer.echo(f"wrote {place}: {place / 'README.md'} says what it is and how it is loaded")
     if form != ADAPTER:
         typer.echo(told(facts.conversion))
         return
     typer.echo(f"measure it on own rows: heterotune evaluate {place} --data FILE")
-
-
-def _progress(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def evaluate(
@@ -200,7 +197,5 @@ def _on_tasks(out: Path, tasks: str, limit: int | None, shots: int | None, as_js
     wanted = find_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     from heterotune_flwr.export.model import load
 
-    found = run_tasks(
-        load(out), wanted, limit=limit, shots=shots, note=lambda line: typer.echo(line, err=True)
-    )
+    found = run_tasks(load(out), wanted, limit=limit, shots=shots, note=note)
     typer.echo(json.dumps(found) if as_json else render(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,16 @@ def _tidy(command: TyperCommand | TyperGroup) -> None:
             # Typer takes [words] in brackets for Rich's markup.
             parameter.help = escape(text)  # type: ignore[attr-defined]
     command.help = None if command.help is None else escape(command.help)
+
+
+def note(line: str) -> None:
+    """Tell a line beside the output: on standard error."""
+    typer.echo(line, err=True)
+
+
+def typed_in() -> bool:
+    """Whether standard input is a terminal; it may be closed."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 class _Command(TyperCommand):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heterotune_flwr.cli_help import typed_in
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.names import printable
 
@@ -121,7 +122,7 @@ def _column(
 
 def _asks() -> bool:
     """Whether somebody is there to ask."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return typed_in() and sys.stdout.isatty()
 
 
 def _asked(option: str, question: str, proposed: str | None, more: str = "") -> str:

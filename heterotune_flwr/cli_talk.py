@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heterotune_flwr.cli_help import note, typed_in
 from heterotune_flwr.names import printable
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ def chat(out: Out, max_tokens: MaxTokens = None, temperature: Temperature = 0.0)
 
     model = _loaded(out)
     model.limit(max_tokens)  # a number that cannot be is told before anything is asked
-    talk = Chat(model, model.name(), _write, _note, max_tokens, temperature)
-    if sys.stdin is None or not sys.stdin.isatty():
+    talk = Chat(model, model.name(), _write, note, max_tokens, temperature)
+    if not typed_in():
         talk.hold(standard_input())
         return
-    _note(_greeting(model))
+    note(_greeting(model))
     talk.hold(_typed())
 
 
@@ -107,7 +108,7 @@ def _loaded(out: Path) -> Model:
     from heterotune_flwr.export.facts import ExportFacts
 
     record = ExportFacts.load(out).record
-    typer.echo(f"loading {printable(record.type_key)}", err=True)
+    note(f"loading {printable(record.type_key)}")
     from heterotune_flwr.export.model import load
 
     return load(out)
@@ -116,10 +117,6 @@ def _loaded(out: Path) -> Model:
 def _write(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-def _note(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _greeting(model: Model) -> str:
@@ -139,7 +136,7 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ")
         except (EOFError, KeyboardInterrupt):
-            _note("")
+            note("")
             return
 
 

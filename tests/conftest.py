@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,26 @@ def adapted(directory: Path, data: Any) -> Any:
     from tiny_adapters import adapted_task
 
     return adapted_task(directory, data)
+
+
+@pytest.fixture
+def heterotune(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
+    """The command in this process: exit code, and what it prints; ``said`` on standard input, None: that is closed."""
+
+    def call(*arguments: object, said: str | None = "") -> subprocess.CompletedProcess[str]:
+        from heterotune_flwr.entry import main
+
+        words = [str(word) for word in arguments]
+        monkeypatch.setattr(sys, "argv", ["heterotune", *words])
+        monkeypatch.setattr(sys, "stdin", None if said is None else io.StringIO(said))
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return call

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 
 import pytest
 
 from heterotune_flwr.alignment.public_texts import load_anchors
-from heterotune_flwr.entry import main
 from heterotune_flwr.schema import AlignmentConfig
 
 GROUPS = {
@@ -19,16 +17,10 @@ GROUPS = {
 
 
 @pytest.fixture
-def heterotune(monkeypatch, capfd):
+def heterotune(heterotune):
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["heterotune", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capfd.readouterr()
+        done = heterotune(*arguments)
+        return done.returncode, done.stdout, done.stderr
 
     return call
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from tiny_backbones import LABELS, save_backbone
 
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.data.examples import Example
-from heterotune_flwr.entry import main
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.export.chat import Chat
 from heterotune_flwr.export.evaluate import measure, read_rows
@@ -302,24 +300,6 @@ def test_what_holds_no_prompts_is_one_line(
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture
-def heterotune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """The command in this process, with what it is given on standard input: exit code, and what it prints."""
-
-    def call(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["heterotune", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
-
-    return call
-
-
 def test_generate_shows_the_three_below_each_other(
     heterotune: Call, writer: Path, writing: Model, tmp_path: Path
 ) -> None:
@@ -401,8 +381,5 @@ def test_labels_that_are_not_those_of_the_model_are_one_line(
         load(folder)
 
 
-def test_closed_standard_input_is_the_end_of_a_chat(
-    heterotune: Call, writer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("io.StringIO", lambda said: None)  # what the command is given
-    assert heterotune("chat", str(writer)).returncode == 0
+def test_closed_standard_input_is_the_end_of_a_chat(heterotune: Call, writer: Path) -> None:
+    assert heterotune("chat", str(writer), said=None).returncode == 0

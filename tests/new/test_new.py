@@ -230,3 +230,9 @@ def test_columns_are_proposed_by_name_and_by_what_is_in_them(tmp_path):
     )
     table = look(tmp_path / "b.csv")
     assert (table.text(), table.label(["a"]), table.client(["a", "b"])) == ("a", "b", None)
+
+
+def test_closed_standard_input_is_nobody_to_ask(heterotune, tmp_path):
+    done = heterotune("new", tmp_path / "run", said=None)
+    assert done.returncode == 1
+    assert "error: --data is missing" in done.stderr
