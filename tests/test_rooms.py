@@ -27,6 +27,7 @@ FLOORS = (
     "client federation",
     "strategies",
     "reporting",
+    "report",
     "export",
     "own_data",
     "preflight experiment",

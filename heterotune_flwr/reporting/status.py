@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.journal import read_events
-from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.jsons import as_mapping, as_number, as_whole, parse_json
 from heterotune_flwr.names import printable
 
 #: Rounds whose pace tells the time left.
@@ -89,49 +88,29 @@ def _state(directory: Path) -> tuple[str, str | None]:
         return "unknown", None
 
 
-def _number(value: Any) -> float | None:
-    """A field that should be a number: None for anything else, for a journal may be damaged, or of another program."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _whole(value: Any, otherwise: int = 0) -> int:
-    number = _number(value)
-    return otherwise if number is None else int(number)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def follow(events: Iterable[Mapping[str, Any]], standing: Standing) -> Standing:
     """Bring a standing up to date with events of the journal, in order; what is malformed in them is passed over."""
     bits: dict[str, str] = {}
     ends: list[float] = []
     for event in events:
-        kind, at = event["event"], _number(event.get("time"))
+        kind, at = event["event"], as_number(event.get("time"))
         at = standing.last_event if at is None else at
         standing.last_event = at
         standing.phase = _phase(event, standing.phase)
         if kind == "describe":
-            types = _mapping(event.get("types"))
-            bits = {key: str(_mapping(of).get("bits", "")) for key, of in types.items()}
-            for client_id, type_key in _mapping(event.get("members")).items():
+            types = as_mapping(event.get("types"))
+            bits = {key: str(as_mapping(of).get("bits", "")) for key, of in types.items()}
+            for client_id, type_key in as_mapping(event.get("members")).items():
                 _of_client(
                     standing.clients, {**event, "client_id": client_id, "type": type_key}, at, bits
                 )
         elif kind in ("start", "resumed"):
             standing.strategy, standing.seed = event.get("strategy"), event.get("seed")
-            standing.round, standing.of = _whole(event.get("round")), _whole(event.get("of"))
+            standing.round, standing.of = as_whole(event.get("round")), as_whole(event.get("of"))
             standing.loss, ends = None, [] if at is None else [at]
         elif kind == "round":
-            standing.round = _whole(event.get("round"), standing.round)
-            standing.loss = _number(event.get("loss"))
+            standing.round = as_whole(event.get("round"), standing.round)
+            standing.loss = as_number(event.get("loss"))
             ends += [] if at is None else [at]
         elif kind == "guests":
             _mark_guests(standing.clients.values(), event.get("types"))
@@ -147,9 +126,9 @@ def _phase(event: Mapping[str, Any], before: str | None) -> str | None:
     """What a run is at before its first round; None once rounds are told."""
     kind = event["event"]
     if kind == "asking":
-        return f"waiting for clients and asking who they are ({_whole(event.get('needed'))} are needed)"
+        return f"waiting for clients and asking who they are ({as_whole(event.get('needed'))} are needed)"
     if kind == "progress":
-        done, of = _whole(event.get("done")), _whole(event.get("clients"))
+        done, of = as_whole(event.get("done")), as_whole(event.get("clients"))
         verb = "asking who the clients are" if event.get("what") == "asking" else "testing"
         return f"{verb}: {done} of {of} have answered"
     phases: dict[str, str | None] = {
@@ -191,10 +170,10 @@ def _of_client(
         client.failures += 1
         client.last_failure = str(event.get("reason") or "")
     elif event["event"] in ("train_reply", "bytes"):
-        client.last_seen, client.last_round = at, _whole(event.get("round"))
+        client.last_seen, client.last_round = at, as_whole(event.get("round"))
         if event["event"] == "train_reply":
             client.answers += 1
-            examples = _number(event.get("examples"))
+            examples = as_number(event.get("examples"))
             client.examples = client.examples if examples is None else examples
     elif event["event"] == "describe":
         client.last_seen = at

@@ -1,0 +1,145 @@
+"""Which run it is, and how it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
+from heterotune_flwr.report.facts import Identity, Start, StrategyRun
+from heterotune_flwr.report.files import RunFiles, size_of
+from heterotune_flwr.reporting.measures import subject_of
+
+#: What a failed run gives as its reason when a person, or Flower on their behalf, ended it.
+_STOPPED = ("interrupted", "the ServerApp was told to end")
+
+
+def identity(files: RunFiles, runs: Sequence[StrategyRun]) -> Identity:
+    """Name, state, starts, and what the run is about."""
+    section = files.section("run")
+    state, reason = state_of(files)
+    starts = _starts(files)
+    times = [at for event in files.events if (at := as_number(event.get("time"))) is not None]
+    strategies = list(dict.fromkeys(run.strategy for run in runs))
+    planned = as_number(files.section("server").get("rounds"))
+    labels = labels_of(files)
+    return Identity(
+        name=str(section.get("name") or files.name or files.directory.name),
+        directory=str(files.directory),
+        state=state,
+        reason=reason,
+        created=times[0] if times else None,
+        last_event=times[-1] if times else as_number(files.status.get("time")),
+        resumed=sum(start.resumed for start in starts),
+        starts=starts,
+        versions=_versions(files),
+        simulated=_simulated(files),
+        seeds=list(dict.fromkeys(run.seed for run in runs)),
+        strategies=strategies,
+        subject=subject_of(strategies) if strategies else "",
+        rounds=None if planned is None else int(planned),
+        clients=max([as_whole(e.get("clients")) for e in files.of("describe", "start")], default=0)
+        or max((run.population for run in runs), default=0),
+        tested=max([as_whole(e.get("tested")) for e in files.of("evaluate")], default=0),
+        task=_task(files, labels),
+        labels=labels,
+        data=_data(files.section("data")),
+        notes=[str(line) for event in files.of("data") for line in as_list(event.get("notes"))],
+        bytes_on_disk=size_of(files.directory),
+    )
+
+
+def state_of(files: RunFiles) -> tuple[str, str]:
+    """How the run stands, and its own word on it."""
+    state, reason = str(files.status.get("state") or ""), str(files.status.get("reason") or "")
+    if state == "failed" and reason.startswith(_STOPPED):
+        return "interrupted", reason
+    if state in ("finished", "failed"):
+        return state, reason
+    if in_use(files.directory):
+        return "running", reason
+    if state == "running":
+        return "interrupted", "its process ended without a word (killed, or the machine went down)"
+    if any(event["event"] == "end" for event in files.events[-3:]):
+        return (
+            "finished",
+            "status.json is missing; the journal says that all strategies have finished",
+        )
+    return "unknown", reason
+
+
+def in_use(directory: Path) -> bool:
+    """Whether a process holds the run directory's lock; False where that cannot be seen."""
+    try:
+        import fcntl
+
+        with (directory / ".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
+
+
+def _starts(files: RunFiles) -> list[Start]:
+    """One entry for each start; all but the first go on with the run."""
+    found = [e for e in files.events if e["event"] == "journal"]
+    return [
+        Start(
+            as_number(event.get("time")),
+            number > 0,
+            event.get("torn_line") is True,
+            str(event.get("program") or ""),
+        )
+        for number, event in enumerate(found)
+    ]
+
+
+def _versions(files: RunFiles) -> dict[str, str]:
+    """Programs by name, of the last start that tells of them, and the version of the journal."""
+    found: dict[str, str] = {}
+    for event in files.of("journal"):
+        found |= {str(k): str(v) for k, v in as_mapping(event.get("versions")).items()}
+        found["journal"] = str(event.get("version"))
+    return found
+
+
+def _simulated(files: RunFiles) -> bool | None:
+    told = [e["simulated"] for e in files.of("journal") if isinstance(e.get("simulated"), bool)]
+    return told[-1] if told else None
+
+
+def labels_of(files: RunFiles) -> list[str]:
+    """The closed label set in its order; empty where there is none, or nobody said."""
+    told = [as_list(e["labels"]) for e in files.of("describe") if e.get("labels")]
+    given = as_list(files.section("data").get("labels"))
+    return [str(label) for label in (told[-1] if told else given)]
+
+
+def _task(files: RunFiles, labels: Sequence[str]) -> str:
+    """``text`` where the loss is over all tokens of answers; empty where only the clients know."""
+    loss = files.section("train").get("loss")
+    if loss == "tokens" or (loss == "auto" and as_whole(files.section("data").get("generate"))):
+        return "text"
+    if loss == "labels" or labels or as_whole(files.section("data").get("max_labels")):
+        return "labels"
+    return ""
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if not data:
+        return ""
+    train = data.get("train")
+    parts = [str(train) if train else str(data.get("name") or "")]
+    if data.get("partition"):
+        alpha = (
+            f" {data['alpha']:g}"
+            if data.get("partition") == "dirichlet" and as_number(data.get("alpha"))
+            else ""
+        )
+        parts.append(f"divided by {data['partition']}{alpha}")
+    if data.get("examples_per_client"):
+        parts.append(f"up to {data['examples_per_client']} examples a client")
+    return ", ".join(filter(None, parts))

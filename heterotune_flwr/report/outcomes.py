@@ -1,0 +1,270 @@
+"""Models side by side, and what came out for every type and client."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from heterotune_flwr.jsons import as_list, as_mapping, as_number
+from heterotune_flwr.protocol.metrics import MEASURED, MODELS
+from heterotune_flwr.report.facts import StrategyRun
+from heterotune_flwr.report.files import RunFiles, key_of
+from heterotune_flwr.report.majority import majority_rows
+from heterotune_flwr.report.measured import (
+    ALL_TYPES,
+    ALONE,
+    BARE,
+    FEDERATED,
+    KINDS,
+    ClientOutcome,
+    Confusion,
+    Gains,
+    SideBySide,
+    Spread,
+    TypeOutcome,
+)
+
+SCOPES = ("global", "personal")
+Tests = dict[str, dict[str, float]]
+
+
+def spread(values: Iterable[float], measure: str) -> Spread | None:
+    """As :func:`..federation.outcome.statistics` has it; None of nothing."""
+    found = sorted(values, reverse=measure == "loss")
+    if not found:
+        return None
+    tenth = found[: max(1, len(found) // 10)]
+    std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+    return Spread(float(np.mean(found)), std, found[0], float(np.mean(tenth)), len(found))
+
+
+def tests_of(entry: Mapping[str, Any]) -> Tests:
+    """``global``, ``personal`` -> measure -> value, of fields like ``personal_loss``; empty scopes are left out."""
+    found: Tests = {}
+    for scope in SCOPES:
+        for measure in MEASURED:
+            if (value := as_number(entry.get(f"{scope}_{measure}"))) is not None:
+                found.setdefault(scope, {})[measure] = value
+    return found
+
+
+def client_outcomes(files: RunFiles, runs: Sequence[StrategyRun]) -> list[ClientOutcome]:
+    """One entry per client, strategy and seed; of a run without results those that told what they took home."""
+    found = []
+    for run in runs:
+        key = (run.strategy, run.seed)
+        if key in files.results:
+            rows = [as_mapping(row) for row in as_list(files.results[key].get("clients"))]
+            found += [_outcome(run, row, as_mapping(row.get("kept"))) for row in rows]
+        else:
+            told = {str(e.get("client_id")): e for e in files.of("took_home") if key_of(e) == key}
+            found += [_outcome(run, event, event) for event in told.values()]
+    _fill_in(files, runs, found)
+    for one in found:
+        run = next(r for r in runs if (r.strategy, r.seed) == (one.strategy, one.seed))
+        one.gains = _gains(one.models, run.measure, run.scope)
+    return found
+
+
+def _outcome(run: StrategyRun, row: Mapping[str, Any], kept: Mapping[str, Any]) -> ClientOutcome:
+    models = {name: tests_of(as_mapping(kept.get(name))) for name in (*MODELS, "taken")}
+    models[FEDERATED] = {**models[FEDERATED], **tests_of(row)}
+    took = str(kept.get("took") or "")
+    by = as_number(as_mapping(kept.get("choosing")).get("examples"))
+    return ClientOutcome(
+        client_id=str(row.get("client_id")),
+        type_key=str(row.get("type") or ""),
+        strategy=run.strategy,
+        seed=run.seed,
+        took=took if took in MODELS else "",
+        chosen_by=None if by is None else int(by),
+        models={name: tests for name, tests in models.items() if tests},
+    )
+
+
+def _fill_in(files: RunFiles, runs: Sequence[StrategyRun], found: Sequence[ClientOutcome]) -> None:
+    """Where a last test compared nothing: the untouched model of the first test, the lone one of another strategy."""
+    alone = {(one.seed, one.client_id): one.models.get(FEDERATED, {})
+             for run in runs if run.kind == ALONE
+             for one in found if (one.strategy, one.seed) == (run.strategy, run.seed)}  # fmt: skip
+    before = {
+        (key, str(row.get("client_id"))): tests_of(row)
+        for key, entry in files.results.items()
+        for row in map(as_mapping, as_list(entry.get("clients_before")))
+    }
+    for one in found:
+        lone = next(r.kind for r in runs if r.strategy == one.strategy) == ALONE
+        bare = before.get(((one.strategy, one.seed), one.client_id), {})
+        if BARE not in one.models and bare:
+            one.models[BARE] = bare
+        if ALONE not in one.models and not lone and (own := alone.get((one.seed, one.client_id))):
+            one.models[ALONE] = own
+
+
+def _gains(models: Mapping[str, Tests], measure: str, scope: str) -> Gains | None:
+    def value(name: str) -> float | None:
+        return models.get(name, {}).get(scope, {}).get(measure)
+
+    def over(name: str, rival: str) -> float | None:
+        ours, theirs = value(name), value(rival)
+        if ours is None or theirs is None:
+            return None
+        return theirs - ours if measure == "loss" else ours - theirs
+
+    if not measure or value(FEDERATED) is None:
+        return None
+    return Gains(
+        measure,
+        scope,
+        over(FEDERATED, BARE),
+        over(FEDERATED, ALONE),
+        over("taken", BARE),
+        over("taken", ALONE),
+    )
+
+
+def type_outcomes(
+    files: RunFiles, runs: Sequence[StrategyRun], outcomes: Sequence[ClientOutcome]
+) -> list[TypeOutcome]:
+    """Every type, and all types together, of every strategy and seed that was tested in its end."""
+    found = []
+    for run in runs:
+        key = (run.strategy, run.seed)
+        own = [one for one in outcomes if (one.strategy, one.seed) == key]
+        entry = files.results.get(key)
+        if entry is None:
+            found += _from_journal(files, run, own)
+            continue
+        before = as_mapping(entry.get("before"))
+        parts = {
+            ALL_TYPES: (entry.get("overall"), before.get("overall")),
+            **{
+                name: (statistics, as_mapping(before.get("types")).get(name))
+                for name, statistics in as_mapping(entry.get("types")).items()
+            },
+        }
+        found += [
+            _type_outcome(run, name, after, first, own) for name, (after, first) in parts.items()
+        ]
+    return found
+
+
+def _from_journal(
+    files: RunFiles, run: StrategyRun, own: Sequence[ClientOutcome]
+) -> list[TypeOutcome]:
+    """The last tests that the journal tells of."""
+    tests = [e for e in files.of("evaluate") if key_of(e) == (run.strategy, run.seed)]
+    if not tests:
+        return []
+    first = tests[0] if tests[0].get("round") == 0 else {}
+    last = tests[-1]
+    names = [ALL_TYPES, *as_mapping(last.get("types"))]
+
+    def part(event: Mapping[str, Any], name: str) -> Any:
+        return (
+            event.get("overall") if name == ALL_TYPES else as_mapping(event.get("types")).get(name)
+        )
+
+    return [_type_outcome(run, name, part(last, name), part(first, name), own) for name in names]
+
+
+def _type_outcome(
+    run: StrategyRun, name: str, after: Any, before: Any, outcomes: Sequence[ClientOutcome]
+) -> TypeOutcome:
+    own = [one for one in outcomes if name in (ALL_TYPES, one.type_key)]
+    took = Counter(one.took for one in own if one.took)
+    clients = as_number(as_mapping(after).get("clients"))
+    return TypeOutcome(
+        type_key=name,
+        strategy=run.strategy,
+        seed=run.seed,
+        clients=len(own) if clients is None else int(clients),
+        before=_spreads(as_mapping(before)),
+        after=_spreads(as_mapping(after)),
+        took={model: took[model] for model in MODELS} if took else {},
+        gains=_mean_gains([one.gains for one in own if one.gains]),
+    )
+
+
+def _spreads(statistics: Mapping[str, Any]) -> dict[str, dict[str, Spread]]:
+    found: dict[str, dict[str, Spread]] = {}
+    for scope in SCOPES:
+        for measure in MEASURED:
+            name = f"{scope}_{measure}"
+            if (mean := as_number(statistics.get(f"{name}_mean"))) is not None:
+                found.setdefault(scope, {})[measure] = Spread(
+                    mean,
+                    as_number(statistics.get(f"{name}_std")) or 0.0,
+                    as_number(statistics.get(f"{name}_worst")),
+                    as_number(statistics.get(f"{name}_worst10")),
+                    int(as_number(statistics.get("clients")) or 0),
+                )
+    return found
+
+
+def _mean_gains(gains: Sequence[Gains]) -> Gains | None:
+    if not gains:
+        return None
+    names = ("federated_over_bare", "federated_over_alone", "taken_over_bare", "taken_over_alone")
+    means = {}
+    for name in names:
+        told = [value for one in gains if (value := getattr(one, name)) is not None]
+        means[name] = float(np.mean(told)) if told else None
+    return Gains(gains[0].measure, gains[0].scope, **means)
+
+
+def side_by_side(
+    files: RunFiles,
+    runs: Sequence[StrategyRun],
+    outcomes: Sequence[ClientOutcome],
+    confusions: Sequence[Confusion],
+) -> list[SideBySide]:
+    """The table of models, from the floor up; what was not measured has no row."""
+    found: list[SideBySide] = []
+    untouched: dict[tuple[int, str, str], SideBySide] = {}
+    for run in runs:
+        own = [o for o in outcomes if (o.strategy, o.seed) == (run.strategy, run.seed)]
+        found += _rows(run, run.kind, FEDERATED, run.title, own)
+        found += _rows(run, ALONE, ALONE, f"alone, beside {run.title}", own)
+        # The untouched models are the same whatever comes after them.
+        for row in _rows(run, BARE, BARE, "untouched", own):
+            untouched.setdefault((row.seed, row.scope, row.type_key), row)
+    found += [*untouched.values(), *majority_rows(files, runs)]
+    f1 = {(c.strategy, c.seed, c.model, c.scope, c.type_key): c for c in confusions}
+    for row in found:
+        model = row.kind if row.kind == BARE or row.title.startswith("alone, ") else FEDERATED
+        if confusion := f1.get((row.strategy, row.seed, model, row.scope, row.type_key)):
+            row.scores["macro_f1"] = Spread(confusion.macro_f1)
+    return sorted(found, key=lambda row: (row.seed, KINDS.index(row.kind)))
+
+
+def _rows(
+    run: StrategyRun, kind: str, model: str, title: str, outcomes: Sequence[ClientOutcome]
+) -> list[SideBySide]:
+    """One model of every client, over all and by type, on either test."""
+    found = []
+    for type_key in (ALL_TYPES, *sorted({one.type_key for one in outcomes})):
+        own = [one for one in outcomes if type_key in (ALL_TYPES, one.type_key)]
+        for scope in SCOPES:
+            tests = [one.models.get(model, {}).get(scope, {}) for one in own]
+            scores = {
+                measure: told
+                for measure in MEASURED
+                if (told := spread([t[measure] for t in tests if measure in t], measure))
+            }
+            if scores:
+                note = _note(kind, scope, own)
+                found.append(
+                    SideBySide(kind, title, run.strategy, run.seed, scope, type_key, scores, note)
+                )
+    return found
+
+
+def _note(kind: str, scope: str, outcomes: Sequence[ClientOutcome]) -> str:
+    if kind != BARE or scope != "personal":
+        return ""
+    compared = any(one.chosen_by is not None for one in outcomes)
+    return f"{'without' if compared else 'with'} the clients' label frequencies"

@@ -1,0 +1,135 @@
+"""Model types and clients of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
+from heterotune_flwr.report.facts import ClientFacts, StrategyRun, TypeFacts
+from heterotune_flwr.report.files import RunFiles
+
+#: Events that are a client's failure, and those that are an answer not used.
+_FAILED, _REFUSED = ("client_failed",), ("refused", "payload_refused")
+
+
+def types(files: RunFiles) -> list[TypeFacts]:
+    """Types as their clients described them; of a run that got no answer those configured."""
+    found: dict[str, TypeFacts] = {}
+    for event in files.of("describe"):
+        for key, facts in as_mapping(event.get("types")).items():
+            found[key] = _type(key, as_mapping(facts))
+    if not found:
+        for entry in map(as_mapping, as_list(files.config.get("types"))):
+            key = f"{entry.get('backbone')}@{entry.get('bits')}"
+            found[key] = _type(key, entry)
+    guests = guest_types(files)
+    reasons = {str(e.get("type")): str(e.get("reason") or "") for e in files.of("apart")}
+    for key, one in found.items():
+        one.guest, one.apart = key in guests, reasons.get(key, "")
+    return [found[key] for key in sorted(found)]
+
+
+def _type(key: str, facts: Mapping[str, Any]) -> TypeFacts:
+    def whole(name: str) -> int | None:
+        number = as_number(facts.get(name))
+        return None if number is None else int(number)
+
+    return TypeFacts(
+        key,
+        backbone=key.partition("@")[0],
+        bits=str(facts.get("bits") or ""),
+        clients=as_whole(facts.get("clients")),
+        hidden=whole("hidden"),
+        layers=whole("layers"),
+        parameters=whole("parameters"),
+        model_bytes=whole("model_bytes"),
+        lora16_bytes=whole("lora16_bytes"),
+    )
+
+
+def guest_types(files: RunFiles) -> set[str]:
+    """Types none of whose clients trains on examples."""
+    told = {str(key) for event in files.of("guests") for key in as_list(event.get("types"))}
+    rows = [as_mapping(r) for run in files.results.values() for r in as_list(run.get("clients"))]
+    learned = {str(r.get("type")) for r in rows if as_whole(r.get("examples"), 1)}
+    return told | {str(r.get("type")) for r in rows} - learned
+
+
+def clients(files: RunFiles, runs: Sequence[StrategyRun]) -> list[ClientFacts]:
+    """Every client that was ever heard of, by id."""
+    found: dict[str, ClientFacts] = {}
+    guests = guest_types(files)
+    for event in files.events:  # also of rounds that were done again: it all happened
+        _take(found, event)
+    for run in files.results.values():
+        for row in map(as_mapping, as_list(run.get("clients"))):
+            client = _client(found, str(row.get("client_id")), row.get("type"))
+            if (examples := as_number(row.get("examples"))) is not None:
+                client.examples = int(examples)
+            mix = as_mapping(row.get("details")).get("label_mix")
+            if isinstance(mix, Mapping):
+                client.label_mix = {str(k): as_whole(v) for k, v in mix.items()}
+    for client in found.values():
+        client.guest = client.type_key in guests
+    return [found[client_id] for client_id in sorted(found)]
+
+
+def _client(found: dict[str, ClientFacts], client_id: str, type_key: Any = None) -> ClientFacts:
+    client = found.setdefault(client_id, ClientFacts(client_id))
+    client.type_key = str(type_key) if type_key else client.type_key
+    return client
+
+
+def _take(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> None:
+    kind, client_id = event["event"], event.get("client_id")
+    if kind == "describe":
+        examples = as_mapping(event.get("examples"))
+        for member, type_key in as_mapping(event.get("members")).items():
+            client = _client(found, str(member), type_key)
+            if (count := as_number(examples.get(member))) is not None:
+                client.examples = int(count)
+        return
+    if kind == "left_out" and not client_id:
+        client_id = f"node {event.get('node_id')}"
+    if (
+        kind == "start"
+    ):  # a strategy of its own: everybody is asked again, but for those who do not take part
+        for client in found.values():
+            client.state, client.why = (
+                ("left_out", client.why) if client.state == "left_out" else ("in", "")
+            )
+    if client_id is None:
+        return
+    client, reason = (
+        _client(found, str(client_id), event.get("type")),
+        str(event.get("reason") or ""),
+    )
+    if kind in _FAILED + _REFUSED:
+        client.failures += kind in _FAILED
+        client.refusals += kind in _REFUSED
+    if kind in ("client_failed", "refused") and client.state != "cooldown":
+        client.state, client.why = "lost", reason
+    elif kind == "left_out":
+        client.state, client.why = "left_out", reason
+    elif kind == "cooldown":
+        client.cooldowns += 1
+        client.state = "cooldown"
+        client.why = f"failed too often, not asked until after round {event.get('until')}; last: {client.why}"
+    elif kind in ("returned", "train_reply"):
+        client.state, client.why = "in", ""
+    if kind == "bytes":
+        client.bytes_up += as_whole(event.get("up"))
+        client.bytes_down += as_whole(event.get("down"))
+    elif kind == "train_reply":
+        _trained(client, event)
+
+
+def _trained(client: ClientFacts, event: Mapping[str, Any]) -> None:
+    client.answers += 1
+    if (peak := as_number(event.get("peak_memory_mb"))) is not None:
+        client.peak_memory_mb = max(client.peak_memory_mb or 0.0, peak)
+    if (seconds := as_number(event.get("seconds"))) is not None:
+        client.train_seconds = (client.train_seconds or 0.0) + seconds
+    if client.examples is None and (examples := as_number(event.get("examples"))) is not None:
+        client.examples = int(examples)
