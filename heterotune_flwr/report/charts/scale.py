@@ -1,0 +1,83 @@
+"""From values to places: round ticks, and linear scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from heterotune_flwr.report.charts.kinds import Axis, Unit
+
+_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A straight line from values to places, ends included."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """The place of a value; what lies outside is put at the near end."""
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+
+def ends(axis: Axis, values: Iterable[float], wanted: int = 4) -> tuple[float, float]:
+    """Lowest and highest value an axis shows: its own ends, else round numbers around all values."""
+    finite = [value for value in values if math.isfinite(value)]
+    low = axis.low if axis.low is not None else min(finite, default=0.0)
+    high = axis.high if axis.high is not None else max(finite, default=1.0)
+    if high <= low:
+        low, high = (low - 0.5, low + 0.5) if axis.low is None else (low, low + 1.0)
+    step = _step(high - low, wanted)
+    if axis.low is None:
+        low = math.floor(low / step + 1e-9) * step
+    if axis.high is None:
+        high = math.ceil(high / step - 1e-9) * step
+    return low, high
+
+
+def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """About as many round numbers as wanted, from low to high."""
+    step = _step(high - low, wanted)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _step(length: float, wanted: int) -> float:
+    rough = length / max(wanted, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    return min((power * step for step in _STEPS), key=lambda step: abs(step - rough))
+
+
+def tick_text(value: float, unit: Unit, places: Sequence[float]) -> str:
+    """A tick's number, as short as its neighbours allow."""
+    if unit == "share":
+        return f"{100 * value:g} %"
+    if unit == "points":
+        return f"{100 * value:+g}"
+    if unit == "bytes":
+        largest = max(abs(place) for place in places)
+        power = min(int(math.log10(largest) // 3), 4) if largest >= 1 else 0
+        return f"{value / 1000**power:g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}" if value else "0"
+    if unit == "seconds":
+        return f"{value:g} s" if value else "0"
+    return f"{value:g}"
+
+
+def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places near the wanted ones, in their order, at least ``gap`` apart, between low and high if there is room."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    placed = [0.0] * len(wanted)
+    previous = low - gap
+    for index in order:
+        previous = placed[index] = max(wanted[index], previous + gap)
+    following = high + gap
+    for index in reversed(order):
+        following = placed[index] = min(placed[index], following - gap)
+    return placed

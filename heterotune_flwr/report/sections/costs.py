@@ -1,0 +1,204 @@
+"""What it cost: bytes by direction, memory, seconds."""
+
+from __future__ import annotations
+
+from heterotune_flwr.report.blocks import Block, Cell, Prose, Section, Table, charts
+from heterotune_flwr.report.charts.kinds import (
+    Axis,
+    Bar,
+    BarChart,
+    BarGroup,
+    Dot,
+    DotChart,
+    StackChart,
+    told,
+)
+from heterotune_flwr.report.facts import RunFacts, Traffic
+from heterotune_flwr.report.picks import number, style_of, title_of
+from heterotune_flwr.report.sections.outcome import dot_row
+
+_PARTS = ("training, up", "training, down", "tests, up", "tests, down", "once, up", "once, down")
+_PHASES = {
+    "asking": "asking clients who they are",
+    "aligning": "alignment from public texts",
+    "training": "training and combining",
+    "testing": "tests",
+}
+
+
+def traffic(facts: RunFacts) -> Section:
+    """Bytes by direction."""
+    how = (
+        "Up is from clients to the server, down the other way. What is sent once (who is there, and the maps between "
+        "types) is booked apart, since it does not grow with rounds."
+    )
+    if not facts.traffic:
+        return Section("bytes", "Bytes", how, missing="Nothing has travelled yet.")
+    rows = [(_run_name(facts, one), _split(one)) for one in facts.traffic]
+    chart = StackChart("Bytes by strategy and direction", "bytes", _PARTS, rows)
+    lines: list[list[Cell | str]] = []
+    for one in facts.traffic:
+        small = "so far" if one.partial else ""
+        once = (one.one_time_up or 0) + (one.one_time_down or 0)
+        lines.append([
+            Cell(_run_name(facts, one), small=small), number(one.up_each, "bytes"), number(one.down_each, "bytes"),
+            told(once, "bytes"), told(sum(_split(one)), "bytes"), _against_lora(one),
+        ])  # fmt: skip
+    heads = [
+        "strategy",
+        "up, a client and round",
+        "down, a client and round",
+        "once per run",
+        "in all",
+        "saved, against LoRA",
+    ]
+    note = (
+        "Saved: what training sends up in a round, against one way of LoRA r=16 on all linear layers; one-time bytes "
+        "are not in it."
+    )
+    table = Table(heads, lines, "", frozenset(range(1, 6)), "table-bytes", note=note)
+    return Section("bytes", "Bytes", how, [table, *charts(chart), *_wire(facts)])
+
+
+def _run_name(facts: RunFacts, one: Traffic) -> str:
+    name = title_of(facts, one.strategy)
+    return f"{name}, seed {one.seed}" if len(facts.identity.seeds) > 1 else name
+
+
+def _split(one: Traffic) -> list[float]:
+    return [
+        float(value or 0)
+        for value in (
+            one.train_up, one.train_down, one.evaluate_up, one.evaluate_down, one.one_time_up, one.one_time_down,
+        )
+    ]  # fmt: skip
+
+
+def _against_lora(one: Traffic) -> str:
+    if not one.lora16_bytes or one.up_each is None:
+        return "–"
+    return f"{100 * (1 - one.up_each / one.lora16_bytes):.1f} %"
+
+
+def _wire(facts: RunFacts) -> list[Block]:
+    main = next(
+        (one for one in facts.traffic if one.strategy == facts.identity.subject and one.wire_up),
+        None,
+    )
+    if main is None:
+        return []
+    text = f"On the wire, as Flower writes it: {told(main.wire_up, 'bytes')} up, {told(main.wire_down, 'bytes')} down"
+    return [Prose(f"{text} ({title_of(facts, main.strategy)}).")]
+
+
+def memory(facts: RunFacts) -> Section:
+    """Peak memory of clients' processes."""
+    how = "The most memory a client's process held at once; in a simulation several clients share a process."
+    known = [
+        (one.type_key, one.client_id, one.peak_memory_mb)
+        for one in facts.clients
+        if one.peak_memory_mb is not None
+    ]
+    runs = [one for one in facts.runs if one.peak_memory_mb is not None]
+    if not known and not runs:
+        return Section("memory", "Memory", how, missing="No client told how much memory it used.")
+    blocks: list[Block] = []
+    if known:
+        keys = sorted({key for key, _, _ in known})
+        rows = [
+            dot_row(
+                key or "unknown type",
+                [Dot(1e6 * peak, name) for own, name, peak in known if own == key],
+                index,
+                "loss",
+            )
+            for index, key in enumerate(keys)
+        ]
+        blocks += charts(
+            DotChart(
+                "Peak memory by client and type",
+                Axis("peak memory of a client's process", "bytes", 0.0),
+                rows,
+            )
+        )
+        lines: list[list[Cell | str]] = []
+        for key in keys:
+            peaks = sorted(1e6 * peak for own, _, peak in known if own == key)
+            lines.append(
+                [
+                    key or "unknown type",
+                    told(peaks[0], "bytes"),
+                    told(peaks[-1], "bytes"),
+                    str(len(peaks)),
+                ]
+            )
+        blocks.append(
+            Table(
+                ["type", "least", "most", "clients"],
+                lines,
+                "",
+                frozenset({1, 2, 3}),
+                "table-memory",
+            )
+        )
+    elif runs:
+        bars = [
+            Bar(one.title, 1e6 * (one.peak_memory_mb or 0.0), style_of(facts, one.strategy))
+            for one in runs
+        ]
+        blocks += charts(
+            BarChart(
+                "Peak memory by strategy",
+                Axis("peak memory of a client", "bytes", 0.0),
+                [BarGroup("", bars)],
+            )
+        )
+        peak_lines: list[list[Cell | str]] = [
+            [one.title, told(1e6 * (one.peak_memory_mb or 0.0), "bytes")] for one in runs
+        ]
+        blocks.append(Table(["strategy", "peak"], peak_lines, "", frozenset({1}), "table-memory"))
+    return Section("memory", "Memory", how, blocks)
+
+
+def seconds(facts: RunFacts) -> Section:
+    """Where the time went."""
+    how = "Set-up is shared by all strategies of a run and booked apart; the rest belongs to one strategy."
+    if not facts.phases:
+        return Section(
+            "seconds", "Seconds", how, missing="The journal does not tell when anything began."
+        )
+    owners = list(dict.fromkeys((one.strategy, one.seed) for one in facts.phases))
+    names = list(dict.fromkeys(one.name for one in facts.phases))
+    many = len(facts.identity.seeds) > 1
+    rows = []
+    for strategy, seed in owners:
+        mine = [one for one in facts.phases if (one.strategy, one.seed) == (strategy, seed)]
+        name = title_of(facts, strategy) if strategy else "shared set-up"
+        label = f"{name}, seed {seed}" if many and seed is not None else name
+        rows.append(
+            (label, [sum(one.seconds for one in mine if one.name == part) for part in names])
+        )
+    parts = [_PHASES.get(name, name) for name in names]
+    lines: list[list[Cell | str]] = []
+    for (label, values), (strategy, seed) in zip(rows, owners, strict=True):
+        own = [
+            one.clients_seconds
+            for one in facts.phases
+            if (one.strategy, one.seed) == (strategy, seed)
+        ]
+        computed = [value for value in own if value is not None]
+        longest = max(range(len(values)), key=lambda index: values[index])
+        lines.append([label, told(sum(values), "seconds"), f"{parts[longest]} ({told(values[longest], 'seconds')})",
+                      told(sum(computed), "seconds") if computed else "–"])  # fmt: skip
+    table = Table(
+        ["what", "seconds", "longest part", "clients' own, added up"],
+        lines,
+        "",
+        frozenset({1, 3}),
+        "table-seconds",
+    )
+    chart = StackChart("Seconds by strategy and phase", "seconds", parts, rows)
+    total = Prose(
+        f"In all {told(sum(one.seconds for one in facts.phases), 'seconds')}.", "answer-seconds"
+    )
+    return Section("seconds", "Seconds", how, [total, *charts(chart), table])

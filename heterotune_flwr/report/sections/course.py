@@ -1,0 +1,314 @@
+"""How it went: curves over rounds and bytes, alignment, agreement and conflict between types."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from heterotune_flwr.report.blocks import Block, Cell, Prose, Section, Table, charts
+from heterotune_flwr.report.charts.kinds import (
+    Axis,
+    Bar,
+    BarChart,
+    BarGroup,
+    HeatChart,
+    Line,
+    LineChart,
+    told,
+)
+from heterotune_flwr.report.facts import Agreement, Alignment, RunFacts
+from heterotune_flwr.report.measured import ALL_TYPES, Curve
+from heterotune_flwr.report.picks import (
+    MEASURE_NAMES,
+    Lead,
+    average,
+    lead,
+    number,
+    style_of,
+    title_of,
+    unit_of,
+)
+
+#: Lines that can be told apart in one chart.
+_LINES = 8
+
+
+def curves(facts: RunFacts) -> Section:
+    """Over rounds, and over bytes."""
+    how = (
+        "Left to right is time in rounds, or what training has sent so far in both directions: "
+        "the line that is high early learns fast, the one that is high at few bytes learns cheaply."
+    )
+    main = lead(facts)
+    test = f"{main.scope}_{main.measure}"
+    drawn = [
+        *[_by_strategy(facts, test, main, over) for over in ("rounds", "bytes")],
+        *[_by_strategy(facts, "train_loss", main, over) for over in ("rounds", "bytes")],
+        _by_type(facts, test, main),
+    ]
+    if not (found := charts(*drawn)):
+        return Section("curves", "Curves", how, missing="No round has been finished yet.")
+    return Section("curves", "Curves", how, [*found, *_curve_table(facts, test, main)])
+
+
+def measure_title(measure: str) -> str:
+    """``personal_accuracy`` -> ``accuracy on own tests``."""
+    scope, _, name = measure.partition("_")
+    what = MEASURE_NAMES.get(name, name.replace("_", " "))
+    where = {"train": "in training", "global": "on the common test", "personal": "on own tests"}
+    return f"{what} {where.get(scope, '')}".strip()
+
+
+def points(group: Sequence[Curve], over: str) -> list[tuple[float, float]]:
+    """Return the mean over seeds at each round; over bytes only where every seed tells them."""
+    at: dict[int, list[tuple[float | None, float]]] = {}
+    for curve in group:
+        for index, place in enumerate(curve.rounds):
+            moved = curve.bytes[index] if index < len(curve.bytes) else None
+            at.setdefault(place, []).append((moved, curve.values[index]))
+    line = []
+    for place, found in sorted(at.items()):
+        moved = [value for value, _ in found if value is not None]
+        if over == "bytes" and len(moved) < len(found):
+            continue
+        x = statistics.fmean(moved) if over == "bytes" else float(place)
+        line.append((x, statistics.fmean(value for _, value in found)))
+    return line
+
+
+def axes(measure: str, over: str) -> tuple[Axis, Axis]:
+    """Axes of a curve over ``rounds`` or ``bytes``."""
+    x = (
+        Axis("bytes of training so far, up and down", "bytes", 0.0)
+        if over == "bytes"
+        else Axis("round", "number", 0.0)
+    )
+    return x, Axis(measure_title(measure), unit_of(measure.partition("_")[2]))
+
+
+def _by_strategy(facts: RunFacts, measure: str, main: Lead, over: str) -> LineChart:
+    groups: dict[str, list[Curve]] = {}
+    for curve in facts.curves:
+        if curve.measure == measure and curve.type_key == ALL_TYPES:
+            groups.setdefault(curve.strategy, []).append(curve)
+    lines = [
+        Line(title_of(facts, strategy), points(group, over), style_of(facts, strategy))
+        for strategy, group in groups.items()
+    ]
+    if over == "bytes":  # what sends nothing has no place on that axis
+        lines = [line for line in lines if line.points and line.points[-1][0] > 0]
+    x, y = axes(measure, over)
+    name = "bytes" if over == "bytes" else "rounds"
+    title = f"{measure_title(measure)} over {name}, by strategy"
+    marks = _phase(facts, main) if over == "rounds" else []
+    return LineChart(title[0].upper() + title[1:], x, y, lines[:_LINES], marks)
+
+
+def _phase(facts: RunFacts, main: Lead) -> list[tuple[float, str]]:
+    starts = [
+        one.personalized_from
+        for one in facts.runs
+        if one.strategy == main.strategy and one.personalized_from
+    ]
+    return [(float(starts[0]), "types go their own ways")] if starts else []
+
+
+def _by_type(facts: RunFacts, measure: str, main: Lead) -> LineChart:
+    groups: dict[str, list[Curve]] = {}
+    for curve in facts.curves:
+        if (curve.measure, curve.strategy) == (
+            measure,
+            main.strategy,
+        ) and curve.type_key != ALL_TYPES:
+            groups.setdefault(curve.type_key, []).append(curve)
+    lines = [
+        Line(key, points(group, "rounds"), index)
+        for index, (key, group) in enumerate(sorted(groups.items()))
+    ]
+    x, y = axes(measure, "rounds")
+    return LineChart(
+        f"{main.title}: {measure_title(measure)} over rounds, by type",
+        x,
+        y,
+        lines[:_LINES],
+        _phase(facts, main),
+    )
+
+
+def _curve_table(facts: RunFacts, measure: str, main: Lead) -> list[Block]:
+    groups: dict[str, list[Curve]] = {}
+    for curve in facts.curves:
+        if curve.measure == measure and curve.type_key == ALL_TYPES and curve.rounds:
+            groups.setdefault(curve.strategy, []).append(curve)
+    if not groups:
+        return []
+    lines: list[list[Cell | str]] = []
+    sign = -1 if main.measure == "loss" else 1
+    for strategy, group in groups.items():
+        found = points(group, "rounds")
+        best = max(found, key=lambda point: sign * point[1])
+        moved = points(group, "bytes")
+        lines.append([
+            title_of(facts, strategy), number(found[0][1], main.unit), number(found[-1][1], main.unit),
+            f"{number(best[1], main.unit)} (round {best[0]:.0f})", told(moved[-1][0], "bytes") if moved else "–",
+        ])  # fmt: skip
+    heads = ["strategy", "first test", "last test", "best test", "bytes by then"]
+    title = measure_title(measure)
+    return [
+        Table(heads, lines, title[0].upper() + title[1:], frozenset({1, 2, 3, 4}), "table-curves")
+    ]
+
+
+def alignment(facts: RunFacts) -> Section:
+    """How well types understand each other."""
+    how = (
+        "Each number says how alike a type's model and the others see the same public texts there: "
+        "1 is the same, 0 nothing in common; below the threshold a type shares nothing there."
+    )
+    if not facts.alignment:
+        return Section(
+            "alignment",
+            "Alignment",
+            how,
+            missing="No strategy of this run aligned types, or alignment has not happened yet.",
+        )
+    cells: dict[tuple[str, str], list[Alignment]] = {}
+    for one in facts.alignment:
+        cells.setdefault((one.type_key, one.place), []).append(one)
+    lines: list[list[Cell | str]] = []
+    for (key, place), group in cells.items():
+        shared = {True: "yes", False: "no", None: "not told"}[group[-1].shared]
+        threshold = next((one.threshold for one in group if one.threshold is not None), None)
+        lines.append([Cell(key), place, f"{_quality(group):.3f}", "–" if threshold is None else f"{threshold:g}",
+                      Cell(shared, "bad" if shared == "no" else "")])  # fmt: skip
+    heads = ["type", "place", "held-out correlation", "threshold", "shares"]
+    table = Table(heads, lines, "", frozenset({2, 3}), "table-alignment")
+    places = list(dict.fromkeys(place for _, place in cells))
+    groups = [
+        BarGroup(place, [Bar(key, _quality(group), index) for index, ((key, at), group) in enumerate(
+            item for item in cells.items() if item[0][1] == place)])
+        for place in places
+    ]  # fmt: skip
+    chart = BarChart(
+        "Alignment by place and type",
+        Axis("held-out canonical correlation", "number", 0.0, 1.0),
+        groups,
+    )
+    return Section("alignment", "Alignment", how, [table, *charts(chart)])
+
+
+def _quality(group: Sequence[Alignment]) -> float:
+    return statistics.fmean(one.quality for one in group)
+
+
+def agreement(facts: RunFacts) -> Section:
+    """Agreement and conflict between types over rounds."""
+    how = (
+        "A cosine of +1 means that two types pulled the shared bank the same way in a round, 0 that they had nothing "
+        "to do with each other, below 0 that they pulled against each other."
+    )
+    main = lead(facts)
+    found = [one for one in facts.agreement if one.strategy == main.strategy] or facts.agreement
+    found = [one for one in found if one.cosines]
+    if not found:
+        why = "No round of this run tells it: only strategies that share one bank between types do."
+        return Section("agreement", "Agreement between types", how, missing=why)
+    blocks: list[Block] = []
+    for one in found[:4]:
+        drawn = [_cosines(one), _step(one), _last(one), _conflicts(one)]
+        blocks += charts(*drawn)
+    blocks.append(_agreement_table(found))
+    blocks += [Prose(text) for text in _apart(facts)]
+    return Section("agreement", "Agreement between types", how, blocks)
+
+
+def _series(one: Agreement, values: Mapping[str, Sequence[float | None]]) -> list[Line]:
+    lines = []
+    for index, (name, row) in enumerate(list(values.items())[:_LINES]):
+        points = [
+            (float(place), value)
+            for place, value in zip(one.rounds, row, strict=False)
+            if value is not None
+        ]
+        lines.append(Line(_pair(name), points, index))
+    return [line for line in lines if line.points]
+
+
+def _pair(name: str) -> str:
+    return " – ".join(key.partition("@")[0] for key in name.split("|"))
+
+
+def _where(one: Agreement) -> str:
+    return one.slot if one.slot.startswith("slot") else f"slot {one.slot}"
+
+
+def _cosines(one: Agreement) -> LineChart:
+    y = Axis("cosine of two types' updates", "number")
+    title = f"Agreement of types over rounds, {_where(one)}"
+    return LineChart(title, Axis("round", "number", 0.0), y, _series(one, one.cosines))
+
+
+def _step(one: Agreement) -> LineChart:
+    y = Axis("cosine of a type's update with the step", "number")
+    title = f"Agreement with the shared step, {_where(one)}"
+    return LineChart(title, Axis("round", "number", 0.0), y, _series(one, one.with_step))
+
+
+def _conflicts(one: Agreement) -> LineChart:
+    points = [
+        (float(place), value)
+        for place, value in zip(one.rounds, one.conflict_rate, strict=False)
+        if value is not None
+    ]
+    y = Axis("pairs of types that pull apart", "share", 0.0, 1.0)
+    return LineChart(
+        f"Conflict rate over rounds, {_where(one)}",
+        Axis("round", "number", 0.0),
+        y,
+        [Line("conflicts", points, 1)],
+    )
+
+
+def _last(one: Agreement) -> HeatChart:
+    """Mean over all rounds, for every pair."""
+    keys = sorted({key for pair in one.cosines for key in pair.split("|")})
+    values: list[list[float | None]] = []
+    for row in keys:
+        line: list[float | None] = []
+        for column in keys:
+            told_of = one.cosines.get(f"{row}|{column}") or one.cosines.get(f"{column}|{row}") or []
+            line.append(1.0 if row == column else average(told_of))
+        values.append(line)
+    return HeatChart(
+        f"Agreement of types, mean over rounds, {_where(one)}",
+        "type",
+        "with",
+        keys,
+        keys,
+        values,
+        "cosine",
+    )
+
+
+def _agreement_table(found: Sequence[Agreement]) -> Table:
+    lines: list[list[Cell | str]] = []
+    for one in found:
+        for pair, row in one.cosines.items():
+            known = [value for value in row if value is not None]
+            if known:
+                against = sum(value < 0 for value in known) / len(known)
+                lines.append([
+                    Cell(pair.replace("|", " – "), small=_where(one)),
+                    told(known[0], "cosine"), told(known[-1], "cosine"),
+                    told(statistics.fmean(known), "cosine"), told(against, "share"),
+                ])  # fmt: skip
+    heads = ["pair of types", "first round", "last round", "mean", "rounds against each other"]
+    return Table(heads, lines, "", frozenset({1, 2, 3, 4}), "table-agreement")
+
+
+def _apart(facts: RunFacts) -> list[str]:
+    return [
+        f"{one.type_key} shares nothing with other types: {one.apart}."
+        for one in facts.types
+        if one.apart
+    ]

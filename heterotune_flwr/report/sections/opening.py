@@ -1,0 +1,292 @@
+"""The summary in sentences, and the five words the rest of the page uses."""
+
+from __future__ import annotations
+
+import statistics
+from datetime import UTC, datetime
+
+from heterotune_flwr.report.blocks import (
+    Block,
+    Figure,
+    Figures,
+    Prose,
+    Section,
+    Terms,
+    listed,
+    plural,
+)
+from heterotune_flwr.report.charts.kinds import told
+from heterotune_flwr.report.facts import RunFacts
+from heterotune_flwr.report.measured import ALONE, BARE, FEDERATED, ClientOutcome
+from heterotune_flwr.report.picks import (
+    MODEL_NAMES,
+    Lead,
+    gain,
+    lead,
+    outcomes,
+    rows,
+)
+
+_WORDS = (
+    (
+        "Type",
+        "One language model at one precision, such as a small model at 4 bits. Every client has one. "
+        "Clients of different types cannot average their weights.",
+    ),
+    ("Slot", "A place in a model where something small is added. The model itself stays as it is."),
+    (
+        "Bank",
+        "The small weights in a slot that are trained and travel. They have the same shape for every type.",
+    ),
+    (
+        "Own test",
+        "Examples of a client that nobody trained on: how a model does on that client's kind of data. "
+        "The common test is the same for all.",
+    ),
+    (
+        "Taken home",
+        "At the end a client keeps the best of three models, judged by examples it set aside: untouched, "
+        "trained alone, federated.",
+    ),
+)
+#: Clients named in a sentence; the table has all.
+_NAMED = 4
+
+
+def summary(facts: RunFacts) -> Section:
+    """What happened, who gained, who lost, how the run stands."""
+    main = lead(facts)
+    blocks: list[Block] = [Prose(state_sentence(facts), "answer-state", state_tone(facts))]
+    if figures := _figures(facts, main):
+        blocks.append(Figures(figures))
+    told_of = [
+        ("what-happened", _happened(facts)),
+        ("answer-results", _results(facts, main)),
+        ("answer-gained", _gained(facts, main)),
+        ("answer-lost", _lost(facts, main)),
+        ("answer-took", _took(facts, main)),
+        ("answer-out", _out(facts)),
+        ("answer-bytes", _travelled(facts)),
+        ("answer-resumed", _resumed(facts)),
+        ("answer-defaults", _defaults(facts)),
+        ("answer-trouble", trouble_sentence(facts)),
+    ]
+    blocks += [Prose(text, anchor) for anchor, text in told_of if text]
+    return Section(
+        "summary",
+        "Summary",
+        "Read this first: every sentence is shown in full further down.",
+        blocks,
+    )
+
+
+def moment(time: float | None) -> str:
+    """A moment in words, in UTC."""
+    return "" if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def state_sentence(facts: RunFacts) -> str:
+    """How the run stands, and why."""
+    run = facts.identity
+    reason = f" Reason: {run.reason}" if run.reason else ""
+    seen = f" The last word of it is from {moment(run.last_event)}." if run.last_event else ""
+    match run.state:
+        case "finished":
+            return "The run finished."
+        case "failed":
+            return f"The run failed.{reason}{seen}"
+        case "interrupted":
+            return f"The run was interrupted: numbers are those it had reached.{reason}{seen}"
+        case "running":
+            return f"The run is not over: numbers are those it has reached.{seen}"
+    return f"Nothing says how the run ended.{reason}{seen}"
+
+
+def state_tone(facts: RunFacts) -> str:
+    """Whether that is good news."""
+    return {"finished": "good", "failed": "bad"}.get(facts.identity.state, "warn")
+
+
+def _happened(facts: RunFacts) -> str:
+    run = facts.identity
+    types = len({one.type_key for one in facts.types})
+    strategies = [one.title for one in {one.strategy: one for one in facts.runs}.values()]
+    who = plural(run.clients, "client") + (f" of {plural(types, 'model type')}" if types else "")
+    rounds = f", {plural(run.rounds, 'round')} each" if run.rounds else ""
+    seeds = f" with {plural(len(run.seeds), 'seed')}" if len(run.seeds) > 1 else ""
+    where = {True: " in a simulation on one machine", False: " on machines of their own"}
+    place = "" if run.simulated is None else where[run.simulated]
+    text = f"{who} learned{place}{seeds}{rounds}." if not strategies else (
+        f"{who} took part{place}. They went through {listed(strategies, 8)}{rounds}{seeds}."
+    )  # fmt: skip
+    return f"{text} Data: {run.data.rstrip('.')}." if run.data else text
+
+
+def _figures(facts: RunFacts, main: Lead) -> list[Figure]:
+    found = []
+    for row in rows(facts):
+        value = row.mean(main.scope, main.measure)
+        if value is not None and (row.kind != FEDERATED or row.strategy == main.strategy):
+            strong = "lead" if row.kind == FEDERATED else ""
+            found.append(Figure(told(value, main.unit), row.title, main.name, strong))
+    return found[:5]
+
+
+def _results(facts: RunFacts, main: Lead) -> str:
+    means = {
+        row.kind: value
+        for row in rows(facts)
+        if (value := row.mean(main.scope, main.measure)) is not None
+        and row.strategy
+        in (main.strategy, row.strategy if row.kind != FEDERATED else main.strategy)
+    }
+    if FEDERATED not in means:
+        return "" if facts.runs else "Nothing was measured."
+    ours = means.pop(FEDERATED)
+    others = [
+        f"{MODEL_NAMES.get(kind, kind.replace('_', ' '))} {told(value, main.unit)}"
+        for kind, value in means.items()
+    ]
+    beside = f"; beside it: {', '.join(others)}" if others else ""
+    return f"{main.title} reaches {told(ours, main.unit)} ({main.name}, mean over clients){beside}."
+
+
+def _against(found: list[ClientOutcome]) -> tuple[str, dict[str, float]]:
+    """What clients' federated models are held against, and every client's gain over it (mean over seeds)."""
+    for model, name in ((ALONE, "federated_over_alone"), (BARE, "federated_over_bare")):
+        gains: dict[str, list[float]] = {}
+        for one in found:
+            value = getattr(one.gains, name, None)
+            if value is not None:
+                gains.setdefault(one.client_id, []).append(value)
+        if gains:
+            return model, {client: statistics.fmean(values) for client, values in gains.items()}
+    return "", {}
+
+
+def _named(gains: dict[str, float], main: Lead, best: bool) -> str:
+    order = sorted(gains, key=lambda client: (-gains[client] if best else gains[client], client))
+    names = [f"{client} ({gain(gains[client], main.measure)})" for client in order]
+    return listed(names, _NAMED)
+
+
+def _gained(facts: RunFacts, main: Lead) -> str:
+    model, gains = _against(outcomes(facts, main.strategy))
+    if not gains:
+        return "Who gained cannot be told: no client has both models measured."
+    up = {client: value for client, value in gains.items() if value > 0}
+    mean = statistics.fmean(gains.values())
+    than = {ALONE: "than with the one it trained alone", BARE: "than with the untouched one"}[model]
+    if not up:
+        return f"Gained: none of {plural(len(gains), 'client')} does better with the federated model {than}."
+    return (
+        f"Gained: {len(up)} of {plural(len(gains), 'client')} do better with the federated model {than}, on average "
+        f"over all {gain(mean, main.measure)} {main.points} ({main.name}). Most: {_named(up, main, best=True)}."
+    )
+
+
+def _lost(facts: RunFacts, main: Lead) -> str:
+    model, gains = _against(outcomes(facts, main.strategy))
+    if not gains:
+        return ""
+    down = {client: value for client, value in gains.items() if value < 0}
+    same = sum(value == 0 for value in gains.values())
+    level = f" {plural(same, 'client')} came out level." if same else ""
+    other = {ALONE: "alone", BARE: "untouched"}[model]
+    if not down:
+        return f"Lost: no client does better {other}.{level}"
+    return f"Lost: {plural(len(down), 'client')} would do better {other}: {_named(down, main, best=False)}.{level}"
+
+
+def _took(facts: RunFacts, main: Lead) -> str:
+    taken = [one.took for one in outcomes(facts, main.strategy) if one.took]
+    if not taken:
+        return ""
+    counts = {model: taken.count(model) for model in (FEDERATED, ALONE, BARE)}
+    parts = [f"{count} the {MODEL_NAMES[model]} model" for model, count in counts.items() if count]
+    each = "clients, counted once a seed," if len(facts.identity.seeds) > 1 else "clients"
+    return f"Taken home: of {len(taken)} {each} {listed(parts)}."
+
+
+def _out(facts: RunFacts) -> str:
+    out = [client for client in facts.clients if client.state != "in"]
+    if not out:
+        return "Out: nobody; every client was in to the end." if facts.clients else ""
+    names = [
+        f"{client.client_id} ({client.why or client.state.replace('_', ' ')})" for client in out
+    ]
+    return f"Out: {listed(names, _NAMED)}."
+
+
+def _travelled(facts: RunFacts) -> str:
+    main = [
+        one for one in facts.traffic if one.strategy == facts.identity.subject
+    ] or facts.traffic[-1:]
+    if not main:
+        return ""
+    one = main[0]
+    once = (one.one_time_up or 0) + (one.one_time_down or 0)
+    each = ""
+    if one.up_each is not None and one.down_each is not None:
+        each = f"; a client and round {told(one.up_each, 'bytes')} up, {told(one.down_each, 'bytes')} down"
+    return (
+        f"Travelled in training: {told(one.train_up, 'bytes')} up to the server, {told(one.train_down, 'bytes')} down "
+        f"to clients{each}. Once per run: {told(once, 'bytes')}."
+    )
+
+
+def _resumed(facts: RunFacts) -> str:
+    run = facts.identity
+    if not run.resumed:
+        return "Resumed: never; it ran in one go." if run.state == "finished" else "Resumed: never."
+    after = [
+        f"{one.title} after round {listed([str(number) for number in one.resumed_after])}"
+        for one in facts.runs
+        if one.resumed_after
+    ]
+    where = f": {listed(after)}" if after else ""
+    return f"Resumed: {'once' if run.resumed == 1 else f'{run.resumed} times'}{where}."
+
+
+def _defaults(facts: RunFacts) -> str:
+    origins = [setting.origin for setting in facts.settings]
+    if not origins or set(origins) == {"unknown"}:
+        return ""
+    mine, preset, default = (origins.count(name) for name in ("user", "preset", "default"))
+    name = f" {facts.preset}" if facts.preset else ""
+    return (
+        f"Settings: {mine} chosen for this run, {preset} left as the preset{name} has them, "
+        f"{default} left at the program's default."
+    )
+
+
+def trouble_sentence(facts: RunFacts) -> str:
+    """How often what went wrong."""
+    counts: dict[str, int] = {}
+    for one in facts.happenings:
+        counts[one.kind] = counts.get(one.kind, 0) + one.times
+    names = {
+        "refused": "refused update", "payload_refused": "refused payload", "client_failed": "failed answer",
+        "cooldown": "cooldown", "skipped": "skipped round", "left_out": "node left out",
+    }  # fmt: skip
+    many = {"left_out": "nodes left out"}
+    parts = [
+        plural(counts[kind], one, many.get(kind, ""))
+        for kind, one in names.items()
+        if counts.get(kind)
+    ]
+    return (
+        f"Went wrong: {listed(parts)}."
+        if parts
+        else "Went wrong: nothing was refused, skipped or lost."
+    )
+
+
+def words(facts: RunFacts) -> Section:
+    """Five words."""
+    return Section(
+        "words",
+        "Five words",
+        "The rest of the page uses these words in this sense.",
+        [Terms(_WORDS)],
+    )

@@ -1,0 +1,325 @@
+"""What came out: models side by side, by type, by client."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from heterotune_flwr.report.blocks import Block, Cell, Prose, Section, Table, charts
+from heterotune_flwr.report.charts.kinds import (
+    Axis,
+    Bar,
+    BarChart,
+    BarGroup,
+    Dot,
+    DotChart,
+    DotRow,
+    told,
+)
+from heterotune_flwr.report.facts import RunFacts
+from heterotune_flwr.report.measured import (
+    ALL_TYPES,
+    ALONE,
+    BARE,
+    FEDERATED,
+    MAJORITY,
+    ClientOutcome,
+    TypeOutcome,
+)
+from heterotune_flwr.report.picks import (
+    MEASURE_NAMES,
+    MODEL_NAMES,
+    SCOPE_NAMES,
+    STYLES,
+    Lead,
+    Row,
+    average,
+    gain,
+    lead,
+    measured,
+    number,
+    outcomes,
+    rows,
+    style_of,
+    tone,
+    unit_of,
+)
+
+#: Clients with a row of their own; of more the worst and the best.
+MOST_CLIENTS = 60
+_MODELS = (BARE, ALONE, FEDERATED)
+_TEXT_FIRST = ("rouge_l", "exact_match", "accuracy", "macro_f1", "loss")
+_LABELS_FIRST = ("accuracy", "macro_f1", "exact_match", "rouge_l", "loss")
+
+
+def models(facts: RunFacts) -> Section:
+    """Untouched, majority, alone, within type, federated."""
+    main, found = lead(facts), rows(facts)
+    how = (
+        "Each row is one way to get a model; a useful federation stands above the rows before it. "
+        "Numbers are means over clients."
+    )
+    if not found:
+        return Section(
+            "models", "Models side by side", how, missing="No test has been answered yet."
+        )
+    table = models_table(facts, main, found, "All clients", "table-models")
+    blocks: list[Block] = [table, *charts(_models_chart(facts, main, found, ALL_TYPES))]
+    absent = [
+        text
+        for kind, text in (
+            (
+                MAJORITY,
+                "Majority (always the most frequent label) is not here: the files do not tell it.",
+            ),
+            (ALONE, "Alone is not here: no client trained a model alone in this run."),
+        )
+        if kind not in {row.kind for row in found}
+        and (kind != MAJORITY or facts.identity.task == "labels")
+    ]
+    blocks += [Prose(text) for text in absent]
+    return Section("models", "Models side by side", how, blocks)
+
+
+def _columns(found: Sequence[Row], main: Lead, task: str) -> list[tuple[str, str]]:
+    """At most four (scope, measure): the main one first, then what else was measured."""
+    taken = {key for row in found for key in row.scores}
+    order = _TEXT_FIRST if task == "text" else _LABELS_FIRST
+    wanted = [(scope, measure) for measure in order for scope in (main.scope, "global", "personal")]
+    ranked = [(main.scope, main.measure), *wanted]
+    return [key for key in dict.fromkeys(ranked) if key in taken][:4]
+
+
+def models_table(
+    facts: RunFacts, main: Lead, found: Sequence[Row], caption: str, anchor: str
+) -> Table:
+    """A row per way to get a model."""
+    columns = _columns(found, main, facts.identity.task)
+    heads = [f"{MEASURE_NAMES[measure]}, {SCOPE_NAMES[scope]}" for scope, measure in columns]
+    worst_head = f"worst tenth, {SCOPE_NAMES[main.scope]}"
+    lines = []
+    for row in found:
+        spread = row.scores.get((main.scope, main.measure))
+        cells: list[Cell | str] = [Cell(row.title, small=row.note)]
+        cells += [_score(row, key) for key in columns]
+        cells.append(number(None if spread is None else spread.worst10, main.unit))
+        lines.append(cells)
+    seeds = len(facts.identity.seeds)
+    note = (
+        "One seed: small differences are noise; more seeds: run.seeds=[0,1,2]."
+        if seeds <= 1
+        else f"{seeds} seeds; ± is the standard deviation over seeds."
+    )
+    if main.scope == "personal":
+        note += " Own tests are small, and skewed as the client's data are."
+    strong = frozenset(
+        number
+        for number, row in enumerate(found)
+        if row.strategy == main.strategy and row.kind == FEDERATED
+    )
+    return Table(["model", *heads, worst_head], lines, caption, frozenset(range(1, len(heads) + 2)),
+                 anchor, strong, note)  # fmt: skip
+
+
+def _score(row: Row, key: tuple[str, str]) -> Cell:
+    value, spread = row.mean(*key), row.over_seeds.get(key)
+    unit = unit_of(key[1])
+    around = "" if spread is None else f"± {told(spread, unit)}"
+    return Cell(number(value, unit), small=around)
+
+
+def row_style(facts: RunFacts, row: Row) -> int:
+    """The look of a row: of its kind, or of its strategy where several are federated."""
+    if row.kind in (BARE, MAJORITY, ALONE):
+        return STYLES[row.kind]
+    return style_of(facts, row.strategy)
+
+
+def _models_chart(facts: RunFacts, main: Lead, found: Sequence[Row], type_key: str) -> BarChart:
+    bars = [
+        Bar(row.title, value, row_style(facts, row), row.over_seeds.get((main.scope, main.measure)))
+        for row in found
+        if (value := row.mean(main.scope, main.measure)) is not None
+    ]
+    name = "all clients" if type_key == ALL_TYPES else type_key
+    return BarChart(
+        f"Models side by side, {name}: {main.name}",
+        Axis(main.name, main.unit, low=0.0),
+        [BarGroup(name, bars)],
+    )
+
+
+def types(facts: RunFacts) -> Section:
+    """By model type."""
+    main = lead(facts)
+    how = "Each block is one model type: small and large models do not gain alike."
+    found = [
+        one
+        for one in facts.type_outcomes
+        if one.strategy == main.strategy and one.type_key != ALL_TYPES
+    ]
+    if not found:
+        return Section(
+            "types", "By type", how, missing="No client of any type has been tested yet."
+        )
+    by_type: dict[str, list[TypeOutcome]] = {}
+    for one in found:
+        by_type.setdefault(one.type_key, []).append(one)
+    lines = [_type_row(facts, key, group, main) for key, group in sorted(by_type.items())]
+    heads = ["type", "before", "after", "worst tenth", "gain over untouched", "gain over alone"]
+    note = f"Gains in {main.points}, means over the type's clients."
+    numbers = frozenset(range(1, 6))
+    table = Table(heads, lines, f"{main.title}: {main.name}", numbers, "table-types", note=note)
+    shown = [_models_chart(facts, main, rows(facts, key), key) for key in sorted(by_type)][:12]
+    return Section("types", "By type", how, [table, *charts(*shown)])
+
+
+def _type_row(
+    facts: RunFacts, key: str, group: Sequence[TypeOutcome], main: Lead
+) -> list[Cell | str]:
+    def spread(when: str, part: str) -> float | None:
+        scopes = [getattr(one, when).get(main.scope, {}).get(main.measure) for one in group]
+        return average(getattr(each, part) for each in scopes if each is not None)
+
+    about = next((one for one in facts.types if one.type_key == key), None)
+    facts_of = [f"{group[0].clients} clients" if group[0].clients != 1 else "1 client"]
+    facts_of += ["guest"] if about and about.guest else []
+    facts_of += [f"apart: {about.apart}"] if about and about.apart else []
+    over_bare = average(one.gains.federated_over_bare for one in group if one.gains)
+    over_alone = average(one.gains.federated_over_alone for one in group if one.gains)
+    return [
+        Cell(key, small=", ".join(facts_of)),
+        number(spread("before", "mean"), main.unit),
+        number(spread("after", "mean"), main.unit),
+        number(spread("after", "worst10"), main.unit),
+        Cell(gain(over_bare, main.measure), tone(over_bare)),
+        Cell(gain(over_alone, main.measure), tone(over_alone)),
+    ]
+
+
+def clients(facts: RunFacts) -> Section:
+    """By client: spread, and who took what."""
+    main = lead(facts)
+    how = (
+        "Each dot is one client, the tall line is their mean, the wedge below the mean of the worst tenth; "
+        "the table names them."
+    )
+    found = outcomes(facts, main.strategy)
+    if not found:
+        return Section(
+            "clients",
+            "By client",
+            how,
+            missing="No client has been tested after the last round yet.",
+        )
+    blocks: list[Block] = charts(*_spreads(facts, main, found))
+    blocks.append(_clients_table(facts, main))
+    return Section("clients", "By client", how, blocks)
+
+
+def _spreads(facts: RunFacts, main: Lead, found: Sequence[ClientOutcome]) -> list[DotChart]:
+    keys = sorted({one.type_key for one in found})
+    axis = _axis(
+        main,
+        [
+            value
+            for one in found
+            for model in _MODELS
+            if (value := measured(one, model, main)) is not None
+        ],
+    )
+    groups = [("all clients", found)] if len(keys) > 6 else [
+        (key, [one for one in found if one.type_key == key]) for key in keys
+    ]  # fmt: skip
+    drawn = []
+    for name, group in groups:
+        models_of = [
+            dot_row(MODEL_NAMES[model].capitalize(), [
+                Dot(value, one.client_id) for one in group if (value := measured(one, model, main)) is not None
+            ], STYLES[model], main.measure)
+            for model in _MODELS
+        ]  # fmt: skip
+        title = (
+            f"Clients of {name}: {main.name}"
+            if name != "all clients"
+            else f"All clients: {main.name}"
+        )
+        label = f"{name}: {main.name}"
+        drawn.append(
+            DotChart(
+                title,
+                Axis(label, axis.unit, axis.low, axis.high),
+                [row for row in models_of if row.dots],
+            )
+        )
+    return drawn
+
+
+def _axis(main: Lead, values: Sequence[float]) -> Axis:
+    """One axis for charts that stand side by side."""
+    if main.measure == "loss":
+        return Axis(main.name, "number", 0.0, max(values, default=1.0) or 1.0)
+    top = min(1.0, -(-10 * max(values, default=1.0) // 1) / 10) or 0.1
+    return Axis(main.name, main.unit, 0.0, top)
+
+
+def dot_row(name: str, dots: Sequence[Dot], style: int, measure: str) -> DotRow:
+    """Dots with their mean, and the mean of their worst tenth (at least one)."""
+    if not dots:
+        return DotRow(name, [])
+    values = sorted((dot.value for dot in dots), reverse=measure == "loss")
+    worst = values[: max(1, len(values) // 10)]
+    return DotRow(name, dots, statistics.fmean(values), statistics.fmean(worst), style)
+
+
+def _clients_table(facts: RunFacts, main: Lead) -> Table:
+    found = outcomes(facts, main.strategy, main.seed)
+    about = {one.client_id: one for one in facts.clients}
+    chosen, left = _chosen(found, main)
+    lines = []
+    for one in chosen:
+        client = about.get(one.client_id)
+        small = [one.type_key]
+        if client is not None and client.examples is not None:
+            small.append(f"{client.examples} examples")
+        if client is not None and client.state != "in":
+            small.append(client.state.replace("_", " "))
+        over = one.gains.federated_over_alone if one.gains else None
+        if over is None and one.gains:
+            over = one.gains.federated_over_bare
+        took = MODEL_NAMES.get(one.took, one.took) or "–"
+        lines.append(
+            [
+                Cell(one.client_id, small=", ".join(small)),
+                *[number(measured(one, model, main), main.unit) for model in _MODELS],
+                Cell(gain(over, main.measure), tone(over)),
+                Cell(took),
+            ]
+        )
+    rest = f" The {left} clients between are left out here; report --csv has all." if left else ""
+    seed = f" Seed {main.seed}." if len(facts.identity.seeds) > 1 else ""
+    note = (
+        f"Gain: federated over alone, or over untouched where none was trained alone.{seed}{rest}"
+    )
+    heads = ["client", "untouched", "alone", "federated", "gain", "took home"]
+    return Table(
+        heads,
+        lines,
+        f"{main.title}: {main.name}",
+        frozenset(range(1, 5)),
+        "table-clients",
+        note=note,
+    )
+
+
+def _chosen(found: Sequence[ClientOutcome], main: Lead) -> tuple[list[ClientOutcome], int]:
+    """Clients that are shown, in the order of their names: all, or the worst two thirds and the best third."""
+    if len(found) <= MOST_CLIENTS:
+        return sorted(found, key=lambda one: (one.type_key, one.client_id)), 0
+    sign = -1 if main.measure == "loss" else 1
+    order = sorted(
+        found, key=lambda one: (sign * (measured(one, FEDERATED, main) or 0.0), one.client_id)
+    )
+    best = MOST_CLIENTS // 3
+    shown = [*order[: MOST_CLIENTS - best], *order[-best:]]
+    return shown, len(found) - MOST_CLIENTS

@@ -1,0 +1,194 @@
+"""What went wrong, what was left as shipped, what protects whom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from heterotune_flwr.report.blocks import (
+    Block,
+    Cell,
+    Folded,
+    Items,
+    Prose,
+    Section,
+    Table,
+    listed,
+    plural,
+)
+from heterotune_flwr.report.facts import Happening, RunFacts, SettingFact
+from heterotune_flwr.report.picks import title_of
+from heterotune_flwr.report.sections.opening import moment
+
+#: Events with a row of their own; of more the last ones.
+_MOST = 60
+_KINDS = {
+    "refused": "update refused",
+    "payload_refused": "payload refused",
+    "client_failed": "no usable answer",
+    "sent_again": "asked again",
+    "left_out": "left out",
+    "skipped": "round skipped",
+    "channel_off": "channel off",
+    "channel_note": "channel's note",
+    "counted_less": "counted less",
+    "checkpoint_damaged": "checkpoint damaged",
+    "results_unreadable": "results unreadable",
+}
+
+
+def trouble(facts: RunFacts) -> Section:
+    """Refusals, cooldowns, resumes, skipped rounds, with reasons."""
+    how = "In the order of time, with the reason that was given; equal ones of a client stand in one row."
+    blocks: list[Block] = []
+    starts = [
+        f"Start {number} at {moment(one.time) or 'an unknown time'}"
+        + (", resumed" if one.resumed else "")
+        + (", after a start that ended in the middle of a line" if one.torn_line else "")
+        + "."
+        for number, one in enumerate(facts.identity.starts, 1)
+    ]
+    out = [one for one in facts.clients if one.state != "in"]
+    if out:
+        lines: list[list[Cell | str]] = [
+            [Cell(one.client_id, small=one.type_key), one.state.replace("_", " "), one.why or "not told",
+             str(one.answers), f"{one.failures} / {one.refusals}"]
+            for one in out[:_MOST]
+        ]  # fmt: skip
+        heads = ["client", "how", "why", "answers", "failures / refusals"]
+        blocks.append(Table(heads, lines, "Clients that are out", frozenset({3, 4}), "table-out"))
+    if facts.happenings:
+        blocks.append(_table(facts))
+    else:
+        blocks.append(
+            Prose(
+                "Nothing out of the ordinary: no update refused, no round skipped, no client lost."
+            )
+        )
+    if len(starts) > 1:
+        blocks += [Prose("Starts of this run:"), Items(starts, "starts")]
+    if facts.trouble:
+        blocks += [Prose("Of the run's own files:"), Items(facts.trouble, "files-trouble")]
+    if facts.untold:
+        blocks += [Prose("Not told:"), Items(facts.untold, "untold")]
+    return Section("trouble", "What went wrong", how, blocks)
+
+
+def _table(facts: RunFacts) -> Table:
+    shown = facts.happenings[-_MOST:]
+    lines = [_happening(facts, one) for one in shown]
+    left = len(facts.happenings) - len(shown)
+    note = f"The {left} before are in report --json." if left else ""
+    return Table(
+        ["when", "what", "who", "in words"],
+        lines,
+        "Events",
+        frozenset(),
+        "table-trouble",
+        note=note,
+    )
+
+
+def _happening(facts: RunFacts, one: Happening) -> list[Cell | str]:
+    where = [title_of(facts, one.strategy)] if one.strategy else []
+    if one.seed is not None and len(facts.identity.seeds) > 1:
+        where.append(f"seed {one.seed}")
+    if one.round is not None:
+        where.append(f"round {one.round}")
+    if not where:
+        where = [moment(one.time) or "–"]
+    times = f" {one.times} times" if one.times > 1 else ""
+    undone = "done again after a resume" if one.undone else ""
+    what = f"{_KINDS.get(one.kind, one.kind.replace('_', ' '))}{times}"
+    return [
+        ", ".join(where),
+        Cell(what, small=undone),
+        one.client_id or "–",
+        one.text or one.reason,
+    ]
+
+
+def settings(facts: RunFacts) -> Section:
+    """Which settings were chosen, and which were left."""
+    how = "Chosen settings come first; one that was left as a demonstration ships it was never fitted to your data."
+    if not facts.settings:
+        return Section(
+            "settings", "Settings", how, missing="The run directory has no readable config.yaml."
+        )
+    groups = {
+        origin: [one for one in facts.settings if one.origin == origin]
+        for origin in ("user", "preset", "default", "unknown")
+    }
+    preset = f"the preset {facts.preset}" if facts.preset else "the preset"
+    blocks: list[Block] = []
+    if groups["unknown"]:
+        blocks.append(
+            Prose("This run does not say which of its settings were chosen and which were left.")
+        )
+        changed = [one for one in groups["unknown"] if one.value != one.default]
+        blocks.append(_settings_table(changed, "Other than the program's default", "table-unknown"))
+    else:
+        mine = groups["user"]
+        blocks.append(
+            _settings_table(mine, "Chosen for this run", "table-chosen")
+            if mine
+            else Prose(
+                "Nothing was chosen for this run: every setting is as it ships.", "table-chosen"
+            )
+        )
+        blocks.append(Prose(
+            f"{plural(len(groups['preset']), 'setting')} left as {preset} has them, and "
+            f"{plural(len(groups['default']), 'setting')} at the program's default.", "left-at"))  # fmt: skip
+    for origin, title, anchor in (
+        ("preset", f"Left as {preset} has them", "table-preset"),
+        ("default", "Left at the program's default", "table-default"),
+    ):
+        if groups[origin]:
+            table = _settings_table(groups[origin], "", anchor)
+            blocks.append(Folded(f"{title} ({len(groups[origin])})", [table]))
+    return Section("settings", "Settings", how, blocks)
+
+
+def _settings_table(found: Sequence[SettingFact], caption: str, anchor: str) -> Table:
+    lines: list[list[Cell | str]] = [
+        [one.path, shown(one.value), shown(one.default), one.help or "–"] for one in found
+    ]
+    return Table(["setting", "here", "default", "what it is"], lines, caption, frozenset(), anchor)
+
+
+def shown(value: Any) -> str:
+    """A setting's value as YAML would have it in a line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def protection(facts: RunFacts) -> Section:
+    """What protects whom."""
+    how = "Each row is one safeguard, whom it protects, and whether it was on in this run."
+    if not facts.protections:
+        return Section(
+            "protection",
+            "What protects whom",
+            how,
+            missing="The run's files do not tell its safeguards.",
+        )
+    states = {True: Cell("on", "good"), False: Cell("off", "bad"), None: Cell("not told", "quiet")}
+    lines: list[list[Cell | str]] = [
+        [one.name, one.protects, states[one.on], one.sentence] for one in facts.protections
+    ]
+    table = Table(
+        ["safeguard", "protects", "here", "what it does"],
+        lines,
+        "",
+        frozenset(),
+        "table-protection",
+    )
+    off = [one.name for one in facts.protections if one.on is False]
+    text = (
+        f"Off in this run: {listed(off, 10)}."
+        if off
+        else "Every safeguard that the files tell of was on."
+    )
+    return Section(
+        "protection", "What protects whom", how, [Prose(text, "answer-protection"), table]
+    )

@@ -1,0 +1,158 @@
+"""The page as a file: every section, nothing from outside, every foreign text escaped."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import made_up
+import pytest
+
+from heterotune_flwr.report.facts import Comparison
+from heterotune_flwr.report.page import comparison_page, run_page
+
+SECTIONS = [
+    "summary",
+    "words",
+    "models",
+    "types",
+    "clients",
+    "said",
+    "curves",
+    "mix",
+    "alignment",
+    "agreement",
+    "bytes",
+    "memory",
+    "seconds",
+    "trouble",
+    "settings",
+    "protection",
+]
+#: What is asked of a run -> the element that answers.
+ANSWERS = [
+    "answer-state",
+    "answer-gained",
+    "answer-lost",
+    "answer-took",
+    "answer-out",
+    "answer-bytes",
+    "answer-resumed",
+    "answer-defaults",
+    "answer-trouble",
+    "answer-seconds",
+    "answer-protection",
+    "answer-results",
+]
+
+
+class Seen(HTMLParser):
+    """Tags, ids and text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, str] = {}
+        self._open: list[tuple[str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "br"):
+            self._open.append((tag, dict(attrs).get("id")))
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        for _, name in self._open:
+            if name:
+                self.text[name] = self.text.get(name, "") + data
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return Seen(run_page(made_up.full()))
+
+
+def test_every_section_stands_in_its_order(seen):
+    assert [a["id"] for tag, a in seen.tags if tag == "section"] == SECTIONS
+
+
+def test_every_id_is_there_once(seen):
+    ids = [a["id"] for _, a in seen.tags if a.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("anchor", ANSWERS)
+def test_each_question_is_answered_where_its_anchor_is(seen, anchor):
+    assert len(seen.text[anchor].split()) > 2
+
+
+def test_the_page_names_who_gained_who_lost_and_why_one_is_out(seen):
+    assert "client-0003 (out of memory)" in seen.text["answer-out"]
+    assert "of 12 clients" in seen.text["answer-gained"]
+    lost = [
+        one.client_id
+        for one in made_up.full().client_outcomes
+        if one.gains.federated_over_alone < 0
+    ]
+    assert lost
+    assert all(name in seen.text["answer-lost"] for name in lost[:4])
+
+
+@pytest.mark.parametrize("facts", [made_up.begun(), made_up.text_run()], ids=["begun", "text"])
+def test_a_section_without_data_says_why(facts):
+    seen = Seen(run_page(facts))
+    assert [a["id"] for tag, a in seen.tags if tag == "section"] == SECTIONS
+    for name in SECTIONS:
+        assert len(seen.text[name].split()) > 12, name
+
+
+def test_answers_stand_side_by_side():
+    assert "What is a kernel?" in Seen(run_page(made_up.text_run())).text["said"]
+
+
+def test_nothing_is_fetched_and_nothing_runs(seen):
+    names = {tag for tag, _ in seen.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    for _, attributes in seen.tags:
+        assert not any(name.startswith("on") or name in ("src", "style") for name in attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    policy = next(
+        a["content"] for _, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_foreign_texts_are_escaped_cut_and_harmless():
+    page = run_page(made_up.full(hostile=True))
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", page)
+    assert "long" * 330 not in page
+    names = {tag for tag, _ in Seen(page).tags}
+    assert names == {tag for tag, _ in Seen(run_page(made_up.full())).tags}
+
+
+def test_every_chart_has_a_name_and_a_title(seen):
+    drawn = [a for tag, a in seen.tags if tag == "svg"]
+    assert len(drawn) > 10
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 5 for a in drawn)
+    assert len({a["aria-label"] for a in drawn}) == len(drawn)
+
+
+def test_hundreds_of_clients_stay_a_page_a_reader_can_open():
+    page = run_page(made_up.full(clients=900))
+    assert len(page) < 2_000_000
+    assert "clients between are left out" in page
+
+
+def test_several_runs_stand_side_by_side():
+    runs = {"first": made_up.full(), "second": made_up.full(rounds=20), "begun": made_up.begun()}
+    page = Seen(comparison_page(Comparison(runs, {"server.rounds": {"first": 30, "second": 20}})))
+    for name in runs:
+        assert name in page.text["table-runs"]
+    assert "server.rounds" in page.text["settings"]
