@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU_ONLY := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo yes)
 STAMP := $(VENV)/.installed-$(if $(CPU_ONLY),cpu,gpu)
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test lint clean setup browser
 
 setup: $(STAMP)
 
@@ -25,7 +25,15 @@ endif
 demo: setup
 	$(BIN)/heterotune run demo
 
-test: setup
+# A test looks at the report page in a real browser. Without root, or without apt, it says what is missing.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    chromium chromium-driver fonts-liberation >/dev/null || true; \
+	fi
+
+test: setup browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup

@@ -61,9 +61,9 @@ class Items:
 
 @dataclass(frozen=True)
 class Terms:
-    """Words and what they mean."""
+    """Words, what is said of each, and its element's id (or none)."""
 
-    terms: Sequence[tuple[str, str]]
+    terms: Sequence[tuple[str, str, str]]
     kind: str = field(default="terms", init=False)
 
 

@@ -62,7 +62,7 @@ def run_page(facts: RunFacts) -> str:
     run = facts.identity
     about = [
         moment(run.created),
-        *[f"{name} {number}" for name, number in sorted(run.versions.items())],
+        *[f"{name} {number}" for name, number in sorted(run.versions.items()) if name != "journal"],
     ]
     return _page(run.name, run.state, [part for part in about if part], sections(facts))
 

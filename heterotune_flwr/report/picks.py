@@ -68,8 +68,8 @@ class Lead:
 
 
 def unit_of(measure: str) -> Unit:
-    """How a measure is written: losses are numbers, all others shares."""
-    return "number" if measure == "loss" else "share"
+    """How a measure is written: losses are nats, all others shares."""
+    return "nats" if measure == "loss" else "share"
 
 
 def lead(facts: RunFacts) -> Lead:
@@ -130,6 +130,14 @@ def rows(facts: RunFacts, type_key: str = ALL_TYPES) -> list[Row]:
         keys.setdefault((row.kind, row.title), []).append(row)
     found = [_merged(group, facts.identity.subject) for group in keys.values()]
     return sorted(found, key=lambda row: KINDS.index(row.kind) if row.kind in KINDS else 0)
+
+
+def compared(facts: RunFacts, main: Lead, type_key: str = ALL_TYPES) -> list[Row]:
+    """Rows for a glance: of models trained alone one, the subject's own where it has one; all others."""
+    found = [row for row in rows(facts, type_key) if row.mean(main.scope, main.measure) is not None]
+    lone = [row for row in found if row.kind == ALONE]
+    kept = next((row for row in lone if row.strategy == main.strategy), lone[0] if lone else None)
+    return [row for row in found if row.kind != ALONE or row is kept]
 
 
 def _merged(group: Sequence[SideBySide], subject: str) -> Row:
@@ -194,7 +202,7 @@ def gain(value: float | None, measure: str) -> str:
     """A gain with its sign: in points of a share, of a loss in nats."""
     if value is None:
         return "–"
-    return f"{value:+.2f}" if measure == "loss" else told(value, "points")
+    return told(value, "cosine" if measure == "loss" else "points")
 
 
 def tone(value: float | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["number", "share", "points", "bytes", "seconds", "count", "cosine"]
+Unit = Literal["number", "share", "points", "bytes", "seconds", "count", "cosine", "nats"]
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,20 @@ def is_empty(chart: Chart) -> bool:
 def told(value: float, unit: Unit) -> str:
     """A value as people write it: ``0.565`` as a share is ``56.5 %``, ``34640`` bytes are ``34.6 kB``."""
     if not math.isfinite(value):
-        return "-"
+        return "–"
+    return _written(value, unit).replace("-", "\u2212")
+
+
+def _written(value: float, unit: Unit) -> str:
     match unit:
         case "share":
             return f"{100 * value:.1f} %"
         case "points":
-            return f"{100 * value:+.1f}"
+            return f"{100 * value:+.1f}" if round(1000 * value) else "0.0"
         case "cosine":
             return f"{value:+.2f}"
+        case "nats":
+            return f"{value:.2f}"
         case "bytes":
             return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
         case "seconds":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from heterotune_flwr.report.charts.kinds import Line, LineChart, told
+from heterotune_flwr.report.charts.kinds import Axis, Line, LineChart, told
 from heterotune_flwr.report.charts.scale import Scale, apart, ends, tick_text, ticks
 from heterotune_flwr.report.charts.svg import (
     LETTER,
@@ -35,7 +35,8 @@ def lines(chart: LineChart) -> Markup:
     right = min(24 + LETTER * names, 132.0)
     xs = [x for one in chart.lines for x, _ in one.points]
     ys = [y for one in chart.lines for _, y in one.points if math.isfinite(y)]
-    x = Scale(*ends(chart.x, xs), _LEFT, WIDTH - right)
+    far = Axis(chart.x.label, chart.x.unit, chart.x.low, chart.x.high or max(xs, default=1.0))
+    x = Scale(*ends(far, xs), _LEFT, WIDTH - right)
     y = Scale(*ends(chart.y, ys), _HEIGHT - _BOTTOM, _TOP)
     parts = [*_frame(chart, x, y), *_moments(chart, x)]
     parts += [_line(one, x, y, chart) for one in chart.lines]
@@ -45,7 +46,7 @@ def lines(chart: LineChart) -> Markup:
 
 def _frame(chart: LineChart, x: Scale, y: Scale) -> list[Markup]:
     parts = [text(0.0, 11.0, clipped(chart.y.label, WIDTH), "label")]
-    levels = ticks(y.low, y.high)
+    levels = ticks(y.low, y.high, chart.y.unit)
     for level in levels:
         parts.append(line(x.start, y(level), x.end, y(level), "grid"))
         parts.append(
@@ -53,7 +54,7 @@ def _frame(chart: LineChart, x: Scale, y: Scale) -> list[Markup]:
                 x.start - 6, y(level) + 4, tick_text(level, chart.y.unit, levels), "tick", end=True
             )
         )
-    places = ticks(x.low, x.high)
+    places = ticks(x.low, x.high, chart.x.unit)
     for place in places:
         parts.append(line(x(place), y.start, x(place), y.start + 4, "axis"))
         parts.append(middle(x(place), y.start + 16, tick_text(place, chart.x.unit, places), "tick"))
@@ -64,13 +65,15 @@ def _frame(chart: LineChart, x: Scale, y: Scale) -> list[Markup]:
 
 
 def _moments(chart: LineChart, x: Scale) -> list[Markup]:
-    parts = []
-    for place, word in chart.marks:
-        at = x(place)
-        left = at > (x.start + x.end) / 2
-        parts.append(line(at, _TOP - 8, at, _HEIGHT - _BOTTOM, "moment"))
-        shown = clipped(word, (at - x.start) if left else (WIDTH - at))
-        parts.append(text(at - 4 if left else at + 4, _TOP - 2, shown, "note", end=left))
+    """Upright dotted lines; what the first one is stands below the axis, where nothing else is."""
+    parts = [
+        line(x(place), _TOP - 4, x(place), _HEIGHT - _BOTTOM, "moment") for place, _ in chart.marks
+    ]
+    for _, word in chart.marks[:1]:
+        shown = clipped(word, WIDTH - x.start - LETTER * (len(chart.x.label) + 4))
+        start = WIDTH - LETTER * len(shown) - 8
+        parts.append(line(start, _HEIGHT - 15, start, _HEIGHT - 4, "moment"))
+        parts.append(text(WIDTH, _HEIGHT - 6, shown, "note", end=True))
     return parts
 
 
@@ -101,15 +104,21 @@ def _line(one: Line, x: Scale, y: Scale, chart: LineChart) -> Markup:
 
 
 def _names(shown: Sequence[Line], x: Scale, y: Scale, right: float) -> list[Markup]:
-    last = [
-        (one, [point for point in one.points if math.isfinite(point[1])][-1])
+    """A name beside each line's last point; of lines that end at the right in a column, apart from each other."""
+    ends_at = [
+        (one.name, good[-1])
         for one in shown
-        if any(math.isfinite(py) for _, py in one.points)
+        if (good := [p for p in one.points if math.isfinite(p[1])])
     ]
-    places = apart([y(point[1]) for _, point in last], LINE - 1, _TOP - 4, y.start)
+    early = [(name, x(px), y(py)) for name, (px, py) in ends_at if x(px) < x.end - 70]
+    late = [(name, x(px), y(py)) for name, (px, py) in ends_at if x(px) >= x.end - 70]
     parts = []
-    for (one, (px, py)), place in zip(last, places, strict=True):
-        if abs(place - y(py)) > 2 or x.end - x(px) > 2:
-            parts.append(line(x(px) + 4, y(py), x.end + 9, place, "lead"))
-        parts.append(text(x.end + 11, place + 4, clipped(one.name, right - 10), "name"))
+    beside = apart([py for _, _, py in early], LINE - 1, _TOP - 4, y.start)
+    for (name, px, _), place in zip(early, beside, strict=True):
+        parts.append(text(px + 8, place + 4, clipped(name, x.end - px), "name"))
+    column = apart([py for _, _, py in late], LINE - 1, _TOP - 4, y.start)
+    for (name, px, py), place in zip(late, column, strict=True):
+        if abs(place - py) > 2 or x.end - px > 2:
+            parts.append(line(px + 4, py, x.end + 9, place, "lead"))
+        parts.append(text(x.end + 11, place + 4, clipped(name, right - 10), "name"))
     return parts

@@ -132,7 +132,7 @@ def _bar(bar: Bar, x: Scale, top: float, axis: Axis) -> list[Markup]:
 def _scale(axis: Axis, x: Scale, top: float, bottom: float) -> list[Markup]:
     """Grid lines with their numbers below, and what they count."""
     parts = []
-    places = ticks(x.low, x.high)
+    places = ticks(x.low, x.high, axis.unit)
     for place in places:
         words = tick_text(place, axis.unit, places)
         half = LETTER * len(words) / 2

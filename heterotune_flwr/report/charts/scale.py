@@ -41,9 +41,11 @@ def ends(axis: Axis, values: Iterable[float], wanted: int = 4) -> tuple[float, f
     return low, high
 
 
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """About as many round numbers as wanted, from low to high."""
+def ticks(low: float, high: float, unit: Unit = "number", wanted: int = 4) -> list[float]:
+    """About as many round numbers as wanted, from low to high; whole ones of what is counted."""
     step = _step(high - low, wanted)
+    if unit == "count":
+        step = max(round(step), 1)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
@@ -60,14 +62,14 @@ def tick_text(value: float, unit: Unit, places: Sequence[float]) -> str:
     if unit == "share":
         return f"{100 * value:g} %"
     if unit == "points":
-        return f"{100 * value:+g}"
+        return f"{100 * value:+g}".replace("-", "\u2212")
     if unit == "bytes":
         largest = max(abs(place) for place in places)
         power = min(int(math.log10(largest) // 3), 4) if largest >= 1 else 0
         return f"{value / 1000**power:g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}" if value else "0"
     if unit == "seconds":
         return f"{value:g} s" if value else "0"
-    return f"{value:g}"
+    return f"{value:g}".replace("-", "\u2212")
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

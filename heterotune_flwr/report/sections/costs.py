@@ -14,15 +14,18 @@ from heterotune_flwr.report.charts.kinds import (
     told,
 )
 from heterotune_flwr.report.facts import RunFacts, Traffic
-from heterotune_flwr.report.picks import number, style_of, title_of
+from heterotune_flwr.report.picks import style_of, title_of
 from heterotune_flwr.report.sections.outcome import dot_row
 
 _PARTS = ("training, up", "training, down", "tests, up", "tests, down", "once, up", "once, down")
+#: Stretches of time in the order of their parts, and what people read for them.
 _PHASES = {
-    "asking": "asking clients who they are",
-    "aligning": "alignment from public texts",
     "training": "training and combining",
     "testing": "tests",
+    "saving": "saving",
+    "starting": "starting",
+    "asking": "asking clients who they are",
+    "aligning": "alignment from public texts",
 }
 
 
@@ -38,23 +41,18 @@ def traffic(facts: RunFacts) -> Section:
     chart = StackChart("Bytes by strategy and direction", "bytes", _PARTS, rows)
     lines: list[list[Cell | str]] = []
     for one in facts.traffic:
-        small = "so far" if one.partial else ""
         once = (one.one_time_up or 0) + (one.one_time_down or 0)
         lines.append([
-            Cell(_run_name(facts, one), small=small), number(one.up_each, "bytes"), number(one.down_each, "bytes"),
-            told(once, "bytes"), told(sum(_split(one)), "bytes"), _against_lora(one),
+            Cell(_run_name(facts, one), small="so far" if one.partial else ""),
+            Cell(told(one.train_up, "bytes"), small=_each(one.up_each)),
+            Cell(told(one.train_down, "bytes"), small=_each(one.down_each)),
+            told(one.evaluate_up + one.evaluate_down, "bytes"), told(once, "bytes"),
+            Cell(told(sum(_split(one)), "bytes"), small=_against_lora(one)),
         ])  # fmt: skip
-    heads = [
-        "strategy",
-        "up, a client and round",
-        "down, a client and round",
-        "once per run",
-        "in all",
-        "saved, against LoRA",
-    ]
+    heads = ["strategy", "training, up", "training, down", "tests", "once per run", "in all"]
     note = (
-        "Saved: what training sends up in a round, against one way of LoRA r=16 on all linear layers; one-time bytes "
-        "are not in it."
+        "Small: a client and round. Saved: what training sends up in a round, against one way of LoRA r=16 on all "
+        "linear layers; one-time bytes are not in it."
     )
     table = Table(heads, lines, "", frozenset(range(1, 6)), "table-bytes", note=note)
     return Section("bytes", "Bytes", how, [table, *charts(chart), *_wire(facts)])
@@ -74,10 +72,14 @@ def _split(one: Traffic) -> list[float]:
     ]  # fmt: skip
 
 
+def _each(count: float | None) -> str:
+    return "" if count is None else f"{told(count, 'bytes')} each"
+
+
 def _against_lora(one: Traffic) -> str:
     if not one.lora16_bytes or one.up_each is None:
-        return "–"
-    return f"{100 * (1 - one.up_each / one.lora16_bytes):.1f} %"
+        return ""
+    return f"{100 * (1 - one.up_each / one.lora16_bytes):.1f} % saved"
 
 
 def _wire(facts: RunFacts) -> list[Block]:
@@ -168,7 +170,8 @@ def seconds(facts: RunFacts) -> Section:
             "seconds", "Seconds", how, missing="The journal does not tell when anything began."
         )
     owners = list(dict.fromkeys((one.strategy, one.seed) for one in facts.phases))
-    names = list(dict.fromkeys(one.name for one in facts.phases))
+    there = {one.name for one in facts.phases}
+    names = [*(name for name in _PHASES if name in there), *sorted(there - set(_PHASES))]
     many = len(facts.identity.seeds) > 1
     rows = []
     for strategy, seed in owners:

@@ -68,10 +68,10 @@ def points(group: Sequence[Curve], over: str) -> list[tuple[float, float]]:
             at.setdefault(place, []).append((moved, curve.values[index]))
     line = []
     for place, found in sorted(at.items()):
-        moved = [value for value, _ in found if value is not None]
-        if over == "bytes" and len(moved) < len(found):
+        known = [value for value, _ in found if value is not None]
+        if over == "bytes" and len(known) < len(found):
             continue
-        x = statistics.fmean(moved) if over == "bytes" else float(place)
+        x = statistics.fmean(known) if over == "bytes" else float(place)
         line.append((x, statistics.fmean(value for _, value in found)))
     return line
 
@@ -81,7 +81,7 @@ def axes(measure: str, over: str) -> tuple[Axis, Axis]:
     x = (
         Axis("bytes of training so far, up and down", "bytes", 0.0)
         if over == "bytes"
-        else Axis("round", "number", 0.0)
+        else Axis("round", "count", 0.0)
     )
     return x, Axis(measure_title(measure), unit_of(measure.partition("_")[2]))
 
@@ -95,8 +95,6 @@ def _by_strategy(facts: RunFacts, measure: str, main: Lead, over: str) -> LineCh
         Line(title_of(facts, strategy), points(group, over), style_of(facts, strategy))
         for strategy, group in groups.items()
     ]
-    if over == "bytes":  # what sends nothing has no place on that axis
-        lines = [line for line in lines if line.points and line.points[-1][0] > 0]
     x, y = axes(measure, over)
     name = "bytes" if over == "bytes" else "rounds"
     title = f"{measure_title(measure)} over {name}, by strategy"
@@ -110,7 +108,7 @@ def _phase(facts: RunFacts, main: Lead) -> list[tuple[float, str]]:
         for one in facts.runs
         if one.strategy == main.strategy and one.personalized_from
     ]
-    return [(float(starts[0]), "types go their own ways")] if starts else []
+    return [(float(starts[0]), "types go their own ways from here")] if starts else []
 
 
 def _by_type(facts: RunFacts, measure: str, main: Lead) -> LineChart:
@@ -215,8 +213,7 @@ def agreement(facts: RunFacts) -> Section:
         return Section("agreement", "Agreement between types", how, missing=why)
     blocks: list[Block] = []
     for one in found[:4]:
-        drawn = [_cosines(one), _step(one), _last(one), _conflicts(one)]
-        blocks += charts(*drawn)
+        blocks += charts(_cosines(one), _step(one), _last(one), _conflicts(one))
     blocks.append(_agreement_table(found))
     blocks += [Prose(text) for text in _apart(facts)]
     return Section("agreement", "Agreement between types", how, blocks)
@@ -245,13 +242,13 @@ def _where(one: Agreement) -> str:
 def _cosines(one: Agreement) -> LineChart:
     y = Axis("cosine of two types' updates", "number")
     title = f"Agreement of types over rounds, {_where(one)}"
-    return LineChart(title, Axis("round", "number", 0.0), y, _series(one, one.cosines))
+    return LineChart(title, Axis("round", "count", 0.0), y, _series(one, one.cosines))
 
 
 def _step(one: Agreement) -> LineChart:
     y = Axis("cosine of a type's update with the step", "number")
     title = f"Agreement with the shared step, {_where(one)}"
-    return LineChart(title, Axis("round", "number", 0.0), y, _series(one, one.with_step))
+    return LineChart(title, Axis("round", "count", 0.0), y, _series(one, one.with_step))
 
 
 def _conflicts(one: Agreement) -> LineChart:
@@ -263,7 +260,7 @@ def _conflicts(one: Agreement) -> LineChart:
     y = Axis("pairs of types that pull apart", "share", 0.0, 1.0)
     return LineChart(
         f"Conflict rate over rounds, {_where(one)}",
-        Axis("round", "number", 0.0),
+        Axis("round", "count", 0.0),
         y,
         [Line("conflicts", points, 1)],
     )

@@ -21,10 +21,10 @@ from heterotune_flwr.report.measured import ALONE, BARE, FEDERATED, ClientOutcom
 from heterotune_flwr.report.picks import (
     MODEL_NAMES,
     Lead,
+    compared,
     gain,
     lead,
     outcomes,
-    rows,
 )
 
 _WORDS = (
@@ -32,21 +32,29 @@ _WORDS = (
         "Type",
         "One language model at one precision, such as a small model at 4 bits. Every client has one. "
         "Clients of different types cannot average their weights.",
+        "",
     ),
-    ("Slot", "A place in a model where something small is added. The model itself stays as it is."),
+    (
+        "Slot",
+        "A place in a model where something small is added. The model itself stays as it is.",
+        "",
+    ),
     (
         "Bank",
         "The small weights in a slot that are trained and travel. They have the same shape for every type.",
+        "",
     ),
     (
         "Own test",
         "Examples of a client that nobody trained on: how a model does on that client's kind of data. "
         "The common test is the same for all.",
+        "",
     ),
     (
         "Taken home",
         "At the end a client keeps the best of three models, judged by examples it set aside: untouched, "
         "trained alone, federated.",
+        "",
     ),
 )
 #: Clients named in a sentence; the table has all.
@@ -60,18 +68,18 @@ def summary(facts: RunFacts) -> Section:
     if figures := _figures(facts, main):
         blocks.append(Figures(figures))
     told_of = [
-        ("what-happened", _happened(facts)),
-        ("answer-results", _results(facts, main)),
-        ("answer-gained", _gained(facts, main)),
-        ("answer-lost", _lost(facts, main)),
-        ("answer-took", _took(facts, main)),
-        ("answer-out", _out(facts)),
-        ("answer-bytes", _travelled(facts)),
-        ("answer-resumed", _resumed(facts)),
-        ("answer-defaults", _defaults(facts)),
-        ("answer-trouble", trouble_sentence(facts)),
+        ("Run", _happened(facts), "what-happened"),
+        ("Result", _results(facts, main), "answer-results"),
+        ("Gained", _gained(facts, main), "answer-gained"),
+        ("Lost", _lost(facts, main), "answer-lost"),
+        ("Taken home", _took(facts, main), "answer-took"),
+        ("Out", _out(facts), "answer-out"),
+        ("Travelled", _travelled(facts), "answer-bytes"),
+        ("Resumed", _resumed(facts), "answer-resumed"),
+        ("Settings", _defaults(facts), "answer-defaults"),
+        ("Went wrong", trouble_sentence(facts), "answer-trouble"),
     ]
-    blocks += [Prose(text, anchor) for anchor, text in told_of if text]
+    blocks.append(Terms([term for term in told_of if term[1]]))
     return Section(
         "summary",
         "Summary",
@@ -123,22 +131,24 @@ def _happened(facts: RunFacts) -> str:
 
 
 def _figures(facts: RunFacts, main: Lead) -> list[Figure]:
-    found = []
-    for row in rows(facts):
-        value = row.mean(main.scope, main.measure)
-        if value is not None and (row.kind != FEDERATED or row.strategy == main.strategy):
-            strong = "lead" if row.kind == FEDERATED else ""
-            found.append(Figure(told(value, main.unit), row.title, main.name, strong))
-    return found[:5]
+    found = {
+        row.kind: Figure(
+            told(row.mean(main.scope, main.measure) or 0.0, main.unit),
+            "alone" if row.kind == ALONE else row.title,
+            main.name,
+            "lead" if row.strategy == main.strategy and row.kind == FEDERATED else "",
+        )
+        for row in compared(facts, main)
+        if row.kind != FEDERATED or row.strategy == main.strategy
+    }
+    return list(found.values())
 
 
 def _results(facts: RunFacts, main: Lead) -> str:
     means = {
-        row.kind: value
-        for row in rows(facts)
-        if (value := row.mean(main.scope, main.measure)) is not None
-        and row.strategy
-        in (main.strategy, row.strategy if row.kind != FEDERATED else main.strategy)
+        row.kind: row.mean(main.scope, main.measure) or 0.0
+        for row in compared(facts, main)
+        if row.kind != FEDERATED or row.strategy == main.strategy
     }
     if FEDERATED not in means:
         return "" if facts.runs else "Nothing was measured."
@@ -178,9 +188,11 @@ def _gained(facts: RunFacts, main: Lead) -> str:
     mean = statistics.fmean(gains.values())
     than = {ALONE: "than with the one it trained alone", BARE: "than with the untouched one"}[model]
     if not up:
-        return f"Gained: none of {plural(len(gains), 'client')} does better with the federated model {than}."
+        return (
+            f"None of {plural(len(gains), 'client')} does better with the federated model {than}."
+        )
     return (
-        f"Gained: {len(up)} of {plural(len(gains), 'client')} do better with the federated model {than}, on average "
+        f"{len(up)} of {plural(len(gains), 'client')} do better with the federated model {than}, on average "
         f"over all {gain(mean, main.measure)} {main.points} ({main.name}). Most: {_named(up, main, best=True)}."
     )
 
@@ -194,8 +206,8 @@ def _lost(facts: RunFacts, main: Lead) -> str:
     level = f" {plural(same, 'client')} came out level." if same else ""
     other = {ALONE: "alone", BARE: "untouched"}[model]
     if not down:
-        return f"Lost: no client does better {other}.{level}"
-    return f"Lost: {plural(len(down), 'client')} would do better {other}: {_named(down, main, best=False)}.{level}"
+        return f"No client does better {other}.{level}"
+    return f"{plural(len(down), 'client')} would do better {other}: {_named(down, main, best=False)}.{level}"
 
 
 def _took(facts: RunFacts, main: Lead) -> str:
@@ -205,17 +217,17 @@ def _took(facts: RunFacts, main: Lead) -> str:
     counts = {model: taken.count(model) for model in (FEDERATED, ALONE, BARE)}
     parts = [f"{count} the {MODEL_NAMES[model]} model" for model, count in counts.items() if count]
     each = "clients, counted once a seed," if len(facts.identity.seeds) > 1 else "clients"
-    return f"Taken home: of {len(taken)} {each} {listed(parts)}."
+    return f"Of {len(taken)} {each} {listed(parts)}."
 
 
 def _out(facts: RunFacts) -> str:
     out = [client for client in facts.clients if client.state != "in"]
     if not out:
-        return "Out: nobody; every client was in to the end." if facts.clients else ""
+        return "Nobody: every client was in to the end." if facts.clients else ""
     names = [
         f"{client.client_id} ({client.why or client.state.replace('_', ' ')})" for client in out
     ]
-    return f"Out: {listed(names, _NAMED)}."
+    return f"{listed(names, _NAMED)}."
 
 
 def _travelled(facts: RunFacts) -> str:
@@ -230,7 +242,7 @@ def _travelled(facts: RunFacts) -> str:
     if one.up_each is not None and one.down_each is not None:
         each = f"; a client and round {told(one.up_each, 'bytes')} up, {told(one.down_each, 'bytes')} down"
     return (
-        f"Travelled in training: {told(one.train_up, 'bytes')} up to the server, {told(one.train_down, 'bytes')} down "
+        f"In training {told(one.train_up, 'bytes')} up to the server, {told(one.train_down, 'bytes')} down "
         f"to clients{each}. Once per run: {told(once, 'bytes')}."
     )
 
@@ -238,14 +250,14 @@ def _travelled(facts: RunFacts) -> str:
 def _resumed(facts: RunFacts) -> str:
     run = facts.identity
     if not run.resumed:
-        return "Resumed: never; it ran in one go." if run.state == "finished" else "Resumed: never."
+        return "Never: it ran in one go." if run.state == "finished" else "Never."
     after = [
         f"{one.title} after round {listed([str(number) for number in one.resumed_after])}"
         for one in facts.runs
         if one.resumed_after
     ]
     where = f": {listed(after)}" if after else ""
-    return f"Resumed: {'once' if run.resumed == 1 else f'{run.resumed} times'}{where}."
+    return f"{'Once' if run.resumed == 1 else f'{run.resumed} times'}{where}."
 
 
 def _defaults(facts: RunFacts) -> str:
@@ -255,7 +267,7 @@ def _defaults(facts: RunFacts) -> str:
     mine, preset, default = (origins.count(name) for name in ("user", "preset", "default"))
     name = f" {facts.preset}" if facts.preset else ""
     return (
-        f"Settings: {mine} chosen for this run, {preset} left as the preset{name} has them, "
+        f"{mine} chosen for this run, {preset} left as the preset{name} has them, "
         f"{default} left at the program's default."
     )
 
@@ -275,11 +287,7 @@ def trouble_sentence(facts: RunFacts) -> str:
         for kind, one in names.items()
         if counts.get(kind)
     ]
-    return (
-        f"Went wrong: {listed(parts)}."
-        if parts
-        else "Went wrong: nothing was refused, skipped or lost."
-    )
+    return f"{listed(parts)}." if parts else "Nothing was refused, skipped or lost."
 
 
 def words(facts: RunFacts) -> Section:

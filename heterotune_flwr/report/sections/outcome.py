@@ -34,6 +34,7 @@ from heterotune_flwr.report.picks import (
     Lead,
     Row,
     average,
+    compared,
     gain,
     lead,
     measured,
@@ -64,7 +65,7 @@ def models(facts: RunFacts) -> Section:
             "models", "Models side by side", how, missing="No test has been answered yet."
         )
     table = models_table(facts, main, found, "All clients", "table-models")
-    blocks: list[Block] = [table, *charts(_models_chart(facts, main, found, ALL_TYPES))]
+    blocks: list[Block] = [table, *charts(*_models_charts(facts, main, [ALL_TYPES]))]
     absent = [
         text
         for kind, text in (
@@ -77,7 +78,7 @@ def models(facts: RunFacts) -> Section:
         if kind not in {row.kind for row in found}
         and (kind != MAJORITY or facts.identity.task == "labels")
     ]
-    blocks += [Prose(text) for text in absent]
+    blocks += [Prose(text, tone="quiet") for text in absent]
     return Section("models", "Models side by side", how, blocks)
 
 
@@ -135,18 +136,27 @@ def row_style(facts: RunFacts, row: Row) -> int:
     return style_of(facts, row.strategy)
 
 
-def _models_chart(facts: RunFacts, main: Lead, found: Sequence[Row], type_key: str) -> BarChart:
-    bars = [
-        Bar(row.title, value, row_style(facts, row), row.over_seeds.get((main.scope, main.measure)))
-        for row in found
-        if (value := row.mean(main.scope, main.measure)) is not None
+def _models_charts(facts: RunFacts, main: Lead, keys: Sequence[str]) -> list[BarChart]:
+    """One chart a type, all to one scale."""
+    shown = {key: compared(facts, main, key) for key in keys}
+    values = [
+        row.mean(main.scope, main.measure) or 0.0 for found in shown.values() for row in found
     ]
-    name = "all clients" if type_key == ALL_TYPES else type_key
-    return BarChart(
-        f"Models side by side, {name}: {main.name}",
-        Axis(main.name, main.unit, low=0.0),
-        [BarGroup(name, bars)],
-    )
+    axis = _axis(main, values)
+    return [
+        BarChart(
+            f"{'All clients' if key == ALL_TYPES else key}: {main.name}",
+            axis,
+            [BarGroup("", [_bar(facts, row, main) for row in found])],
+        )
+        for key, found in shown.items()
+    ]
+
+
+def _bar(facts: RunFacts, row: Row, main: Lead) -> Bar:
+    key = (main.scope, main.measure)
+    title = "alone" if row.kind == ALONE else row.title
+    return Bar(title, row.mean(*key) or 0.0, row_style(facts, row), row.over_seeds.get(key))
 
 
 def types(facts: RunFacts) -> Section:
@@ -170,7 +180,7 @@ def types(facts: RunFacts) -> Section:
     note = f"Gains in {main.points}, means over the type's clients."
     numbers = frozenset(range(1, 6))
     table = Table(heads, lines, f"{main.title}: {main.name}", numbers, "table-types", note=note)
-    shown = [_models_chart(facts, main, rows(facts, key), key) for key in sorted(by_type)][:12]
+    shown = _models_charts(facts, main, sorted(by_type)[:12])
     return Section("types", "By type", how, [table, *charts(*shown)])
 
 
@@ -244,11 +254,10 @@ def _spreads(facts: RunFacts, main: Lead, found: Sequence[ClientOutcome]) -> lis
             if name != "all clients"
             else f"All clients: {main.name}"
         )
-        label = f"{name}: {main.name}"
         drawn.append(
             DotChart(
                 title,
-                Axis(label, axis.unit, axis.low, axis.high),
+                axis,
                 [row for row in models_of if row.dots],
             )
         )
@@ -276,7 +285,7 @@ def _clients_table(facts: RunFacts, main: Lead) -> Table:
     found = outcomes(facts, main.strategy, main.seed)
     about = {one.client_id: one for one in facts.clients}
     chosen, left = _chosen(found, main)
-    lines = []
+    lines: list[list[Cell | str]] = []
     for one in chosen:
         client = about.get(one.client_id)
         small = [one.type_key]

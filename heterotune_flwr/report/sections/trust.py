@@ -23,6 +23,8 @@ from heterotune_flwr.report.sections.opening import moment
 
 #: Events with a row of their own; of more the last ones.
 _MOST = 60
+#: What is worth reading, and no trouble.
+_NOTES = frozenset({"channel_note", "returned", "already_finished"})
 _KINDS = {
     "refused": "update refused",
     "payload_refused": "payload refused",
@@ -58,14 +60,15 @@ def trouble(facts: RunFacts) -> Section:
         ]  # fmt: skip
         heads = ["client", "how", "why", "answers", "failures / refusals"]
         blocks.append(Table(heads, lines, "Clients that are out", frozenset({3, 4}), "table-out"))
-    if facts.happenings:
-        blocks.append(_table(facts))
+    wrong = [one for one in facts.happenings if one.kind not in _NOTES]
+    notes = [one for one in facts.happenings if one.kind in _NOTES]
+    if wrong:
+        blocks.append(_table(facts, wrong, "Events", "table-trouble"))
     else:
-        blocks.append(
-            Prose(
-                "Nothing out of the ordinary: no update refused, no round skipped, no client lost."
-            )
-        )
+        text = "Nothing out of the ordinary: no update refused, no round skipped, no client lost."
+        blocks.append(Prose(text))
+    if notes:
+        blocks.append(_table(facts, notes, "Notes", "table-notes"))
     if len(starts) > 1:
         blocks += [Prose("Starts of this run:"), Items(starts, "starts")]
     if facts.trouble:
@@ -75,10 +78,10 @@ def trouble(facts: RunFacts) -> Section:
     return Section("trouble", "What went wrong", how, blocks)
 
 
-def _table(facts: RunFacts) -> Table:
-    shown = facts.happenings[-_MOST:]
+def _table(facts: RunFacts, found: Sequence[Happening], caption: str, anchor: str) -> Table:
+    shown = found[-_MOST:]
     lines = [_happening(facts, one) for one in shown]
-    left = len(facts.happenings) - len(shown)
+    left = len(found) - len(shown)
     note = f"The {left} before are in report --json." if left else ""
     return Table(
         ["when", "what", "who", "in words"],
