@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make clean. Each sets up all it needs in .venv.
+# make demo | make test | make lint | make docs | make clean. Each sets up all it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU_ONLY := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo yes)
 STAMP := $(VENV)/.installed-$(if $(CPU_ONLY),cpu,gpu)
 
-.PHONY: demo test lint clean setup browser
+.PHONY: demo test lint docs clean setup browser
 
 setup: $(STAMP)
 
@@ -42,5 +42,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 
+docs: setup
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site dist .pytest_cache .mypy_cache .ruff_cache

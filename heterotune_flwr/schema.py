@@ -315,7 +315,7 @@ class TrainConfig:
     )
     warmup_ratio: float = option(
         0.0,
-        "share of every round's steps in which the rate rises to learning_rate, by equal amounts: the optimizer "
+        "share of every round's steps in which the rate rises to learning_rate, by equal amounts. The optimizer "
         "starts anew every round, and its first steps are its boldest. 0: none [share]",
         least=0,
         most=1,
@@ -338,7 +338,7 @@ class TrainConfig:
     logit_adjustment: float = option(
         1.0,
         "closed label sets: the loss discounts the client's own label frequencies (arXiv 2007.07314), so that "
-        "a skewed client does not teach its skew; its personal test counts them in again. 0: off, 1: fully [factor]",
+        "a skewed client does not teach its skew. Its personal test counts them in again. 0: off, 1: fully [factor]",
         least=0,
     )
     prior_smoothing: float = option(
@@ -441,14 +441,14 @@ class ServerConfig:
     )
     evaluate_clients: float | None = option(
         None,
-        "clients that are tested: a number, or below 1 a share; the same ones every time, drawn once by the seed, from "
+        "clients that are tested: a number, or below 1 a share. The same ones every time, drawn once by the seed, from "
         "every type. null: all up to 48, 48 of more [clients or share]",
         above=0,
     )
     take_home: bool = option(
         True,
-        "in the last test every tested client trains alone too (methods of kind dema), and keeps the best of its bare "
-        "model, that one and the federated one, by examples of its own. false: nothing is chosen or kept",
+        "in the last test every tested client trains alone too (methods of kind dema). By examples of its own it keeps "
+        "the best of its bare model, that one and the federated one. false: nothing is chosen or kept",
     )
     evaluate_before: bool = option(True, "test the untouched models too, before round 1")
     min_results: int = option(

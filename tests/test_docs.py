@@ -1,4 +1,4 @@
-"""The pages for readers: their links lead somewhere, and every Python module they name is there."""
+"""The pages for readers: short sentences, links that lead somewhere, files and methods that are there."""
 
 from __future__ import annotations
 
@@ -10,62 +10,94 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pages
 import pytest
 import yaml
+from pages import PAGES, ROOT
 
 from heterotune_flwr.channels.channel import ServerChannel
 from heterotune_flwr.channels.client_half import ClientChannel
 from heterotune_flwr.strategies.strategy import HeteroStrategy
 
-ROOT = Path(__file__).parents[1]
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "examples").rglob("*.md")),
-]
-WITHOUT_CODE = re.compile(r"^```.*?^```", flags=re.M | re.S)
-LINK = re.compile(r"\]\(([^)\s]+)\)")
 #: A path of this checkout in code font.
 PATH = re.compile(
-    r"`((?:heterotune_flwr|conf|tests|benchmarks|docs|server_app|client_app)/[\w./-]+)`"
+    r"`((?:heterotune_flwr|conf|tests|benchmarks|docs|examples|server_app|client_app)/[\w./-]+)`"
 )
+DOCS = ROOT / "docs"
 
 
-def prose(page: Path) -> str:
-    return WITHOUT_CODE.sub("", page.read_text())
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
+def test_sentences_are_short(page):
+    found = [sentence for sentence in pages.sentences(page) if pages.words(sentence)]
+    assert not [sentence for sentence in found if pages.words(sentence) > 40]
+    long = [sentence for sentence in found if pages.words(sentence) > 25]
+    assert len(long) <= max(2, 0.08 * len(found)), long
 
 
-def anchors(page: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them (headings of one page differ)."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.M)
-    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
+def test_lines_are_short(page):
+    lines = page.read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_readme_is_short_and_defines_the_five_words_of_all_pages():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) <= 900
+    defined = re.search(r"(?:^\* .*\n(?:  .*\n)*){5}", readme, flags=re.M)
+    assert defined
+    assert defined[0] in (DOCS / "index.md").read_text()
+    assert len(re.findall(r"\*\*(\w+)\*\*", defined[0])) == 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
 def test_links_lead_somewhere(page):
-    for link in LINK.findall(prose(page)):
+    for link in pages.links(page):
         if link.startswith(("http:", "https:", "mailto:")):
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
+        assert not anchor or anchor in pages.anchors(target), link
+        # The pages of docs/ are a site of their own.
+        assert page.parent != DOCS or target.is_relative_to(DOCS), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_page_of_the_site_is_found_from_its_beginning():
+    links = (link.partition("#")[0] for link in pages.links(DOCS / "index.md"))
+    told = {link for link in links if link.endswith(".md")}
+    there = {path.name for path in DOCS.glob("*.md")} - {"index.md"}
+    assert told == there
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    entries = [page for part in site["nav"] for pages in part.values() for page in pages]
+    assert {path for entry in entries for path in entry.values()} == {*there, "index.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
 def test_paths_of_the_checkout_exist(page):
-    for path in PATH.findall(prose(page)):
+    for path in PATH.findall(pages.text(page)):
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
 def test_tables_have_at_most_six_columns(page):
-    wide = [
-        line
-        for line in prose(page).splitlines()
-        if line.startswith("|") and line.replace("\\|", "").count("|") > 7
-    ]
-    assert not wide
+    assert max(map(pages.columns, pages.text(page).splitlines())) <= 6
+
+
+def messages() -> str:
+    """The program's source, with texts of several lines in one and an ellipsis for what is filled in."""
+    sources = [path.read_text() for path in (ROOT / "heterotune_flwr").rglob("*.py")]
+    joined = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join([*sources, (ROOT / "Makefile").read_text()]))
+    plain = joined.replace("{{", "\x01").replace("}}", "\x02")
+    return re.sub(r"\{[^{}\n]*\}", "…", plain).replace("\x01", "{").replace("\x02", "}")
+
+
+def test_errors_that_are_explained_are_those_of_the_program():
+    told = re.findall(r"^\| `([^`]+)` \|", (DOCS / "faq.md").read_text(), flags=re.M)
+    assert len(told) > 50
+    source = messages()
+    for message in told:
+        parts = [re.escape(part.strip()) for part in message.split("…")]
+        assert re.search("[^\\n]*".join(parts), source), message
 
 
 def test_the_method_is_short():

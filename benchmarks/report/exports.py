@@ -23,16 +23,16 @@ def export() -> str:
         said(f"One client of every type, exported after a short run and loaded in fresh processes. Not measured: "
              f"{missing}."),
         shown(
-            "The adapter folder: the farthest that a measure of `heterotune evaluate` on the client's own test lies "
-            "from what the run reported, and a logit, loaded by PEFT, from the run's. "
+            "The adapter folder. Measures: how far `heterotune evaluate` on the client's own test lies from what the "
+            "run reported, at most. Logits: loaded by PEFT, from the run's. "
             f"Worst: {known['metric_difference']:.2g} and {known['logit_difference']:.1e}.",
             "science.export",
             table(("case", "type", "measures", "logits"), rows),
         ),
         shown(
-            "Forms without this package. The share of the model's gain over the bare one that a LoRA of rank 32 at "
-            "most keeps, in mean loss; the share of answers that are the model's; and whether the GGUF file is the "
-            "merged model, to whom. Both shares are on examples that it was not made from. A dash: neither the "
+            "Forms without this package. How much of the model's gain over the bare one, in mean loss, a LoRA of rank "
+            "32 at most keeps, and how often it gives the model's answer. Whether the GGUF file is the merged model, "
+            "and to whom. Both shares are on examples that it was not made from. A dash: neither the "
             "federated model nor the one trained alone gains anything there. "
             f"Smallest: {number(known, 'lora_gain_kept', 3)} and {number(known, 'lora_agreement', 3)}.",
             "science.export",

@@ -71,16 +71,21 @@ def intro() -> str:
             "**How things are compared.** Accuracy is on a global test, in percent, mean over clients; ± is the "
             "standard deviation over seeds. Gains are paired by client and seed. An interval in brackets is a 95 % "
             "bootstrap over (seed, type) cells, because clients of one type share a bank. One after ± draws seeds "
-            "alone (Student). Every method has its own best learning rate, chosen on other seeds: at one rate for "
+            "alone (Student). Every method has its own best learning rate, chosen on other seeds. At one rate for "
             "all, the gain looks up to three times as large. Label frequencies are discounted in every method: "
             "without that, any averaging, even through random maps, seems to gain."
         ),
         said(
-            "**Rows.** *Within type*: the same bank, averaged inside a model type. *+ public texts*: the clients of a "
-            "type also learn from what they predict on public texts; nothing crosses types. *+ own classes*: also "
-            "with pooled class sums of the own type. *FedMKT-style*: private LoRA, predictions on public texts "
-            "averaged. *Annealed*: a rate that sinks over the rounds and rises within each. The *laboratory* trains "
-            "the last slot on kept states, without Flower, with the product's arithmetic."
+            "**Rows.** Public texts are the anchors on which models are aligned; class sums are counts and sums of "
+            "a client's classes, told once. The *laboratory* trains the last slot on kept states, without Flower, with "
+            "the product's arithmetic."
+        ),
+        bullets(
+            "*Within type*: the same bank, averaged inside a model type.",
+            "*+ public texts*: the clients of a type also learn from what they predict on public texts.",
+            "*Own type's predictions and classes*: also with pooled class sums of the own type. Nothing crosses types.",
+            "*FedMKT-style*: private LoRA, predictions on public texts averaged over all.",
+            "*Annealed*: a rate that sinks over the rounds and rises within each.",
         ),
     ])  # fmt: skip
 
@@ -137,8 +142,8 @@ def real_families() -> str:
             "science.headline",
             table(("types, clients each", "row", "accuracy by seed", "own tests", "rate", "kB up"), every),
         ),
-        said("[Every row of every suite](../benchmarks/results/headline.md), with worst clients, seconds and refusals; "
-             "[accuracy against bytes](../benchmarks/results/headline.svg)."),
+        said("Every row of every suite, with worst clients, seconds and refusals, is in "
+             "`benchmarks/results/headline.md`; `headline.svg` beside it shows accuracy against bytes."),
     )  # fmt: skip
 
 

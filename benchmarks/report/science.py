@@ -50,9 +50,9 @@ def pooled_classes() -> str:
                    "both, own type's classes alone"), lines("last", "text", "middle", "pooled", "own_type")),
         ),
         shown(
-            "Against what no federation can do: logistic regression on everybody's latents (the best of three "
-            "penalties, chosen on these very tests), and the same with everybody's texts read by one's own "
-            "model.", command,
+            "Against what no federation can do: logistic regression on everybody's latents, and the same with "
+            "everybody's texts read by one's own model. It is the best of three penalties, chosen on these very "
+            "tests.", command,
             table(("clients per type", "both views", "trained on all latents", "all texts, own model",
                    "n-grams, no model", "both views and n-grams"),
                   lines("pooled", "trained", "moved", "model_free", "beside_model_free")),
@@ -164,7 +164,7 @@ def sweep() -> str:
     return section(
         "Where sharing pays",
         shown(
-            "Laboratory, three real families, 2 clients per type, 96 examples, Dirichlet 0.3, one dial at a time; 6 "
+            "Laboratory, three real families, 2 clients per type, 96 examples, Dirichlet 0.3, one dial at a time. 6 "
             "seeds, 10 rounds, bank and type phase, each sharing at its own best rate. In brackets: standard error. "
             "Last column: five tiny types, within type -> across.",
             "science.sweep",

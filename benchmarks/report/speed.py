@@ -36,9 +36,9 @@ def memory() -> str:
     return section(
         "Memory of a client on a CPU",
         shown(
-            "Peak of one training step, 2 sequences of 512 tokens with a loss at every position, SmolLM2-135M, "
-            "gradient checkpointing: HeteroTune (last slot, the backbone runs in this step) against LoRA r=32 as "
-            "FlowerTune LLM trains it; medians of 5. Peaks are resident bytes above a process that has loaded "
+            "Peak of one training step: 2 sequences of 512 tokens with a loss at every position, SmolLM2-135M, "
+            "gradient checkpointing, medians of 5. HeteroTune (last slot, the backbone runs in this step) against LoRA "
+            "r=32 as FlowerTune LLM trains it. Peaks are resident bytes above a process that has loaded "
             "nothing. Both sides run with our loading code, so that only the methods differ.",
             "speed.memory",
             table(("bits", "peak, LoRA", "peak, HeteroTune", "ratio", "weights + tensors, LoRA; HeteroTune",
@@ -51,9 +51,9 @@ def memory() -> str:
             table(("trained slots", "peak", "ratio", "tensors beside the weights", "s per step"), more),
         ),
         shown(
-            "Four processes on one machine hold so many copies of SmolLM2 together: with everything that a process "
-            "without the model does not have, and of the mapped files alone. The aim of 1.2 is missed at int8, by "
-            "buffers that its first product allocates.",
+            "Four processes on one machine hold so many copies of SmolLM2 together. First with everything that a "
+            "process without the model does not have, then of the mapped files alone. The aim of 1.2 is missed at "
+            "int8, by buffers that its first product allocates.",
             "speed.shared_weights",
             table(("bits", "copies", "files alone", "per process beside", "one copy"), shared),
         ),

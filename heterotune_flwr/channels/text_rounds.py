@@ -47,8 +47,8 @@ class TextOptions:
     weight: float = option(1.0, "of their loss beside the loss on own examples [factor]", least=0)
     agreement_power: float = option(
         1.0,
-        "a client's share is its agreement with the others (correlation of its predictions with the mean of the other "
-        "clients') to this power; 0: all have the same [power]",
+        "a client's share is its agreement with the others to this power: its predictions' correlation with the mean "
+        "of the other clients'; 0: all have the same [power]",
         least=0,
     )
     entropy_power: float = option(

@@ -1,6 +1,6 @@
 """An owner's floors: what a deployed node holds to whatever a run says, as numbers that its owner can change.
 
-:mod:`.guard` applies them. What floors do not stop is said, with numbers, in docs/deploy.md. Simulated clients have
+:mod:`.guard` applies them. What floors do not stop is said, with numbers, in docs/privacy.md. Simulated clients have
 none. No torch here.
 """
 

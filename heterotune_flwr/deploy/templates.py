@@ -247,8 +247,8 @@ state-dir = "state"   # this client's private weights and logs; keep it, and a n
 class-sums = "no"     # "yes": tell counts and sums of this node's classes, where a run asks (docs/method.md).
 # From the class sums the server can tell which texts a node trained on: all members were found among 2,000 candidates.
 
-# What this node holds to whatever a run says, so that a server cannot read it row by row (docs/deploy.md says what this
-# does not stop). What goes below them is refused, and the run goes on without this node.
+# What this node holds to whatever a run says, so that a server cannot read it row by row (docs/privacy.md says what
+# this does not stop). What goes below them is refused, and the run goes on without this node.
 [floors]
 $floors"""
 )

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 
 import pytest
 
 from benchmarks import runner
-from benchmarks.report import headline, page
-from benchmarks.runner import RESULTS, ROOT, merged, paired_gain, table
+from benchmarks.report import headline, page, readme
+from benchmarks.runner import RESULTS, merged, paired_gain, table
 from benchmarks.science import headline as science
 from benchmarks.science.ngrams import plain
-
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "benchmarks" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
-COMMAND = re.compile(r"python -m (benchmarks(?:\.\w+)+)")
 
 
 def test_the_page_and_the_headline_are_what_the_command_makes():
     assert page.PATH.read_text() == page.text(), "run python -m benchmarks.report"
+    assert readme.PATH.read_text() == readme.text(), "run python -m benchmarks.report"
+    assert "| **HeteroTune** |" in readme.measured()
     made = headline.markdown(headline.suites_of())
     assert (RESULTS / "headline.md").read_text() == made, "run python -m benchmarks.report"
 
@@ -37,12 +31,6 @@ def test_every_result_names_a_command_that_is_there():
         assert commands, path
         for command in commands:
             assert importlib.util.find_spec(command.removeprefix("python -m ")), (path, command)
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_every_command_that_a_page_names_is_there(path):
-    for module in COMMAND.findall(path.read_text().replace("\n", " ")):
-        assert importlib.util.find_spec(module), module
 
 
 def test_tables_have_at_most_six_columns():

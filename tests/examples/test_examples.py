@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
 
-from heterotune_flwr.cli import app
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.preflight import preflight
 
@@ -26,25 +22,6 @@ def blocks(folder: Path) -> list[list[str]]:
     """Commands of a page, block by block: lines that begin with four spaces."""
     found = re.findall(r"(?:^    .+\n)+", (folder / "README.md").read_text(), flags=re.M)
     return [[line.strip() for line in block.splitlines()] for block in found]
-
-
-def ids(folder: Path) -> str:
-    return folder.name
-
-
-@pytest.mark.parametrize("folder", FOLDERS, ids=ids)
-def test_every_command_of_a_page_exists(folder):
-    root: Any = typer.main.get_command(app)
-    lines = [line.split("#")[0] for block in blocks(folder) for line in block]
-    heterotune = [part for line in lines for part in re.findall(r"heterotune (.*)", line)]
-    assert len(heterotune) > 2
-    for line in heterotune:
-        command, words = root, shlex.split(line)
-        while words and words[0] in getattr(command, "commands", {}):
-            command = command.commands[words.pop(0)]
-        assert not hasattr(command, "commands"), line
-        options = {name for parameter in command.params for name in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= options, line
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.yaml")), ids=lambda path: path.stem)

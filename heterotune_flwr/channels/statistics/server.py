@@ -92,8 +92,8 @@ class StatisticsOptions:
     )
     distill_share: float = option(
         0.5,
-        "how much of it a client has in its own predictions while it fits the others', in which all of it is: at 0 it "
-        "learns what the others' classifier says and the tests add its own again, at 1 it learns the rest [share]",
+        "how much of it a client has in its own predictions while it fits the others', in which all of it is. At 0 it "
+        "learns what the others' classifier says, and tests add its own again; at 1 it learns the rest [share]",
         least=0,
         most=1,
     )
