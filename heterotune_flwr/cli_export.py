@@ -31,6 +31,40 @@ Rank = Annotated[
     typer.Option("--rank", min=1, help="largest rank of the LoRA that all forms but adapter are"),
 ]
 
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="tasks of lm-eval instead, like hellaswag,arc_easy, or YAML files of own ones; needs "
+        "pip install 'heterotune-flwr[eval]'",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="only so many questions of each task [all]"),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option("--shots", min=0, help="examples in every question [as the task says]"),
+]
+TextField = Annotated[
+    str | None, typer.Option("--text-field", help="column with the input text [text]")
+]
+LabelField = Annotated[
+    str | None, typer.Option("--label-field", help="column with the answer [label]")
+]
+Foreign = Annotated[
+    bool,
+    typer.Option(
+        "--foreign",
+        help="the rows are not like the owner's own: its label frequencies do not count",
+    ),
+]
+Generate = Annotated[
+    int | None,
+    typer.Option("--generate", min=0, help="answers to write, of open text [as many as the run]"),
+]
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="a run directory", metavar="RUN")],
@@ -130,41 +164,13 @@ def evaluate(
         Path | None,
         typer.Option("--data", help="a labelled file: jsonl, json, csv, tsv or parquet"),
     ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            "--tasks",
-            help="tasks of lm-eval instead, like hellaswag,arc_easy, or YAML files of own ones; needs "
-            "pip install 'heterotune-flwr[eval]'",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, help="only so many questions of each task [all]"),
-    ] = None,
-    shots: Annotated[
-        int | None,
-        typer.Option("--shots", min=0, help="examples in every question [as the task says]"),
-    ] = None,
-    text_field: Annotated[
-        str | None, typer.Option("--text-field", help="column with the input text [text]")
-    ] = None,
-    label_field: Annotated[
-        str | None, typer.Option("--label-field", help="column with the answer [label]")
-    ] = None,
-    foreign: Annotated[
-        bool,
-        typer.Option(
-            "--foreign",
-            help="the rows are not like the owner's own: its label frequencies do not count",
-        ),
-    ] = False,
-    generate: Annotated[
-        int | None,
-        typer.Option(
-            "--generate", min=0, help="answers to write, of open text [as many as the run]"
-        ),
-    ] = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    text_field: TextField = None,
+    label_field: LabelField = None,
+    foreign: Foreign = False,
+    generate: Generate = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Measure an exported model, beside the untouched model and the one trained alone: on a labelled file, or on tasks.

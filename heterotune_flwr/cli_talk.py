@@ -122,7 +122,7 @@ def _write(piece: str) -> None:
 def _greeting(model: Model) -> str:
     """What a conversation begins with: who answers, and how another one does."""
     record, name = model.facts.record, model.name()
-    told = f"{record.type_key}, {name}: strategy {record.strategy}, {record.rounds} rounds"
+    told = f"{record.type_key}, {name}: of {record.rounds} rounds of strategy {record.strategy}"
     if model.facts.model != record.took:
         told += f"; on its owner's own examples {record.took} was not beaten"
     return f"{printable(told)}\n/help lists what can be said besides; Ctrl-D ends"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
+
+from heterotune_flwr.fields import kinds
+from heterotune_flwr.names import safe_text
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -41,3 +47,40 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 def as_list(value: Any) -> list[Any]:
     """A value that should be a list; an empty one for anything else."""
     return value if isinstance(value, list) else []
+
+
+def read_as(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as what a type says (ValueError: it is none).
+
+    Dataclasses have all their fields and no others. A whole number may stand for a float.
+    """
+    if kind is Any:
+        return value
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+    form, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if dataclasses.is_dataclass(form) and isinstance(value, dict):
+        fields = kinds(form)  # type: ignore[arg-type]
+        if set(value) != set(fields):
+            odd = sorted(set(value) ^ set(fields))
+            raise ValueError(f"{where} lacks or does not know {safe_text(', '.join(odd), 80)}")
+        return form(**{name: read_as(fields[name], value[name], name) for name in fields})  # type: ignore[operator]
+    if form is list and isinstance(value, list):
+        return [read_as(inner[0], one, where) for one in value]
+    if form is dict and isinstance(value, dict):
+        return {name: read_as(inner[1], one, where) for name, one in value.items()}
+    if form is float and type(value) in (int, float):
+        return as_float(value, where)
+    if form in (str, int, bool) and type(value) is form:
+        return value
+    raise ValueError(f"{where} is no {getattr(form, '__name__', form)}")
+
+
+def as_float(value: float, where: str) -> float:
+    """A number as a float (ValueError: a whole one of JSON may have more digits than any float)."""
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{where} is too large a number") from error

@@ -67,6 +67,46 @@ class Reader:
         chosen: Tensor = states[rows, [place for places in positions for place in places]]
         return chosen
 
+    @torch.no_grad()
+    def states_behind(self, prompts: Lines, suffixes: Lines, offsets: Lines) -> Tensor:
+        """Final normalised states of prompts continued in several ways (``prompts x places x d``).
+
+        Every prompt is read once: the ways go on from its keys and values. Places are counted from a prompt's last
+        token (0), suffix by suffix. The numbers are those of whole lines up to rounding.
+        """
+        found: list[Tensor] = [torch.empty(0)] * len(prompts)
+        longest = max(map(len, suffixes))
+        for length in sorted(
+            {len(prompt) for prompt in prompts}
+        ):  # of one length: nothing is padded
+            alike = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+            size = max(1, BATCH_TOKENS // (len(suffixes) * (length + longest)))
+            for start in range(0, len(alike), size):
+                batch = alike[start : start + size]
+                rows = self._continued([prompts[number] for number in batch], suffixes, offsets)
+                for number, states in zip(batch, rows, strict=True):
+                    found[number] = states
+        return torch.stack(found)
+
+    def _continued(self, prompts: Lines, suffixes: Lines, offsets: Lines) -> Tensor:
+        """The same of prompts of one length, all at once."""
+        ids = torch.tensor(prompts, device=self.device)
+        first = self.body(input_ids=ids, use_cache=True)
+        first.past_key_values.batch_repeat_interleave(len(suffixes))
+        # Padding lies behind what is read: causal attention does not see it.
+        further = self.padded(suffixes)["input_ids"].repeat(len(prompts), 1)
+        states = self.body(
+            input_ids=further, past_key_values=first.past_key_values, use_cache=True
+        ).last_hidden_state
+        states = states.view(len(prompts), len(suffixes), further.shape[1], -1)
+        last = first.last_hidden_state[:, -1]
+        places = [
+            states[:, number, place - 1] if place else last
+            for number, of_line in enumerate(offsets)
+            for place in of_line
+        ]
+        return torch.stack(places, dim=1)
+
     def entering(self, lines: Lines, numbers: Sequence[int]) -> list[list[Tensor]]:
         """What enters some blocks, in rising order: per line one ``T_i x d`` for each, without padding.
 

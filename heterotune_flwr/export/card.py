@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heterotune_flwr.backbones.fetch import PACKAGED
 from heterotune_flwr.backbones.sources import EMBEDDED
-from heterotune_flwr.export.card_forms import faithful, load_converted, what_converted
+from heterotune_flwr.export.card_forms import faithful, how_asked, load_converted, what_converted
 from heterotune_flwr.export.facts import LONG_TITLES, ExportFacts
 from heterotune_flwr.tuning.kept_model import ALONE, BARE, FEDERATED, KeptFacts
 
@@ -46,6 +46,7 @@ def model_card(facts: ExportFacts) -> str:
             "",
             *(_load(facts) if form == "adapter" else load_converted(facts)),
             "",
+            *_labels(record),
             *([] if form == "adapter" else ["## How well it stands for the model", ""]),
             *([] if form == "adapter" else [*faithful(facts), ""]),
             "## How good it is" if form == "adapter" else "## How good the model is",
@@ -74,25 +75,67 @@ def licence_of(source: str) -> str | None:
 
 def _title(facts: ExportFacts) -> str:
     record = facts.record
-    whose = f"all clients of {record.type_key}" if facts.whole_type else record.client_id
-    return f"{record.strategy} for {whose}"
+    if facts.whole_type:
+        return f"{record.strategy} for all clients of {record.type_key}"
+    alone = "Trained alone, beside " if facts.model == ALONE else ""
+    return f"{alone}{record.strategy} for {record.client_id} on {record.type_key}"
 
 
 def _what(facts: ExportFacts) -> str:
     record = facts.record
     kind = {"dema": "DeMA (dense mixture of adapters)", "lora": "LoRA"}[record.method.kind]
-    task = (
-        f"classification into {len(record.labels)} labels"
-        if record.labels is not None and record.loss == "labels"
-        else "open text"
-    )
+    task = f"classification into {len(record.labels or ())} labels"
     whose = f"{facts.clients} clients of this type share it" if facts.whole_type else "one client's"
     kind = what_converted(facts.conversion, kind) if facts.conversion else f"A {kind} adapter"
     return (
-        f"{kind} for {task}, after {record.rounds} rounds of federated training (strategy {record.strategy}, "
-        f"seed {record.seed}), with different models taking part; {whose}. Made by heterotune-flwr; `heterotune.json` "
-        "has all of this for programs."
+        f"{kind} for {task if chooses_labels(record) else 'open text'}, {how_trained(facts)}; {whose}. Made by "
+        "heterotune-flwr; `heterotune.json` has all of this for programs."
     )
+
+
+def how_trained(facts: ExportFacts) -> str:
+    """On what, and for how long: of the model that the folder itself is."""
+    record = facts.record
+    run = f"of strategy {record.strategy}, seed {record.seed}"
+    if facts.model == ALONE:
+        return f"trained on its owner's examples alone, as long as in {record.rounds} rounds {run}"
+    return f"as it was after {record.rounds} rounds {run}"
+
+
+def chooses_labels(record: KeptFacts) -> bool:
+    """Whether its answers are from a closed set."""
+    return record.labels is not None and record.loss == "labels"
+
+
+def _labels(record: KeptFacts) -> list[str]:
+    """Which labels there are, and how one of them is chosen; nothing of open text."""
+    if record.labels is None or not chooses_labels(record):
+        return []
+    chat = "" if record.form.template == "plain" else ", or as the reply of its chat template"
+    return [
+        "## Labels, and how they are scored",
+        "",
+        f"Its {len(record.labels)} labels: {', '.join(_code(label) for label in record.labels)}.",
+        "",
+        f"A label is written behind the prompt after a space{chat}. The answer is the likeliest label for a model that "
+        "may write nothing but one:",
+        "",
+        "1. Read the prompt. Take the logits at its last token of those tokens alone with which a label begins; their "
+        "softmax gives a probability to each.",
+        "2. Labels that begin with the same tokens are told apart where they part: read the prompt with those tokens, "
+        "and take the softmax over the tokens that may follow there.",
+        "3. A label's probability is the product along its way. The highest wins.",
+        "",
+        "`heterotune generate` and `heterotune chat` do this with an export without `--as`.",
+        "",
+    ]
+
+
+def _code(text: str) -> str:
+    """A text in the card as code, whatever letters it has."""
+    fence = "``" if "`" in text else "`"
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _base(record: KeptFacts, licence: str | None, refused: bool) -> list[str]:
@@ -132,7 +175,7 @@ def _load(facts: ExportFacts) -> list[str]:
         "",
         "The tokenizer is the base model's: "
         '`AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)`.',
-        f"Prompts are written as in training: `{facts.record.form.prompt!r}`{_template(facts.record)}.",
+        how_asked(facts.record),
         "`heterotune evaluate OUT --data FILE` measures it beside the untouched model and the one trained alone.",
     ]
     if facts.outside:
@@ -141,13 +184,6 @@ def _load(facts: ExportFacts) -> list[str]:
             "and `heterotune evaluate` adds them to the labels' logits."
         )
     return lines
-
-
-def _template(record: KeptFacts) -> str:
-    if record.form.template == "plain":
-        return ""
-    system = f", with the system prompt {record.form.system!r}" if record.form.system else ""
-    return f", in the model's own chat template where it has one{system}"
 
 
 def _metrics(facts: ExportFacts) -> list[str]:

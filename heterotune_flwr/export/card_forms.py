@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from heterotune_flwr.export.facts import ExportFacts
+from heterotune_flwr.tuning.kept_model import KeptFacts
 
 #: Per cent of a gain that are worth no word.
 _ENOUGH = 95.0
@@ -53,7 +54,16 @@ def load_converted(facts: ExportFacts) -> list[str]:
             '`transformers` reads it too: `from_pretrained("OUT", gguf_file="NAME.gguf")`.',
         ],
     }[facts.conversion["form"]]
-    return [*lines, f"Prompts are written as in training: `{facts.record.form.prompt!r}`."]
+    return [*lines, how_asked(facts.record)]
+
+
+def how_asked(record: KeptFacts) -> str:
+    """How a prompt is written."""
+    told = f"Prompts are written as in training: `{record.form.prompt!r}`"
+    if record.form.template == "plain":
+        return f"{told}."
+    system = f", with the system prompt {record.form.system!r}" if record.form.system else ""
+    return f"{told}, in the model's own chat template where it has one{system}."
 
 
 def faithful(facts: ExportFacts) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,22 @@ from typing import Any
 import torch
 
 from heterotune_flwr.backbones.sources import describe_source, resolve_source
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.exchange.storage import load_tensors
+from heterotune_flwr.export.deeper import deepen, reads_more
 from heterotune_flwr.export.distil import RANK, Fidelity, distil, fidelity
 from heterotune_flwr.export.exact import exact_change, is_linear
 from heterotune_flwr.export.facts import ExportFacts
 from heterotune_flwr.export.gguf import check_convertible, check_family, write_gguf
-from heterotune_flwr.export.lessons import read_lessons
+from heterotune_flwr.export.lessons import Lessons, joined, read_lessons
 from heterotune_flwr.export.low_rank import Changes, LowRank, head_name, write_lora
 from heterotune_flwr.export.merged import write_merged
 from heterotune_flwr.export.opened import OpenedExport, open_export
 from heterotune_flwr.export.own_examples import OwnExamples
 from heterotune_flwr.export.selection import Selection
 from heterotune_flwr.export.write import check_out, put
+from heterotune_flwr.tuning.adapters import AttachedAdapter, detach
 from heterotune_flwr.tuning.kept_model import KeptFacts
 
 Report = Callable[[str], None]
@@ -33,6 +37,10 @@ Report = Callable[[str], None]
 ADAPTER, LORA, MERGED, GGUF = FORMS = ("adapter", "lora", "merged", "gguf")
 #: Fewest examples that a LoRA is distilled from.
 FEWEST = 10
+#: Texts that are read between two lines of progress.
+_TOGETHER = 256
+#: States of a model that are kept at most, roughly (2 x 75 MB at a width of 576).
+_STATES = 2**15
 
 
 def check_form(form: str, record: KeptFacts) -> None:
@@ -95,7 +103,7 @@ def convert(
     """
     changes, made = _changes(opened, form, examples, rank, report)
     record = opened.facts.record
-    opened.model.unload()
+    bare(opened)
     if form == LORA:
         write_lora(changes, _base(record), record.backbone.revision, target)
         return made
@@ -104,7 +112,7 @@ def convert(
     write_merged(opened.backbone, changes, folder)
     if form == GGUF:
         report("writing the GGUF file")
-        name = f"{opened.backbone.spec.name}-{record.strategy}"
+        name = f"{record.type_key.replace('@', '-')}-{record.strategy}"
         write_gguf(folder, target / f"{name}.gguf", name)
         for path in folder.iterdir():
             path.unlink()
@@ -133,16 +141,48 @@ def _changes(
             raise DataError(
                 f"a LoRA is distilled from {FEWEST} texts or more, here are {len(lessons)}; export without --as"
             )
-        report(f"reading {len(lessons)} examples with the untouched and the trained model")
-        encoded = task.encode(lessons)
-        taught = read_lessons(adapter, task, encoded, opened.offsets(facts.model, encoded, True))
+        report(f"reading {len(lessons)} texts with the untouched and the trained model")
+        taught = _read(opened, adapter, lessons, report)
         student = distil(adapter, task, taught, rank, facts.record.seed, report)
-        check = task.encode(examples.choosing or lessons)
-        asked = read_lessons(adapter, task, check, opened.offsets(facts.model, check, True))
-        how_well = fidelity(task, asked, student.answers(asked))
-        change = student.change()
+        check = examples.choosing or lessons
+        asked = _read(opened, adapter, check, report)
+        deeply = reads_more(adapter, task)
+    changes, said = {}, None
+    if deeply:
+        bare(opened)
+        encoded = task.encode(lessons[: len(taught)])
+        deep = deepen(opened.backbone, student, encoded, taught, facts.record.seed, report)
+        if deep is not None:
+            changes = deep.changes()
+            said = deep.answers(task.encode(check[: len(asked)]), asked)
+        detach(opened.backbone)
+    how_well = fidelity(task, asked, said or student.answers(asked))
+    change = student.change()
     made = Conversion(form, False, len(change.down), how_well)
-    return {head_name(opened.backbone.model): change}, made
+    return {**changes, head_name(opened.backbone.model): change}, made
+
+
+def bare(opened: OpenedExport) -> None:
+    """Take the loaded models off their backbone, if they are still on it."""
+    if hasattr(opened.backbone.model, "peft_config"):
+        opened.model.unload()
+
+
+def _read(
+    opened: OpenedExport, adapter: AttachedAdapter, examples: Sequence[Example], report: Report
+) -> Lessons:
+    """What both models make of examples, as far as memory allows; tells how long it will take."""
+    task, parts, rows, began = opened.task, [], 0, time.monotonic()
+    for start in range(0, len(examples), _TOGETHER):
+        encoded = task.encode(examples[start : start + _TOGETHER])
+        added = opened.offsets(opened.facts.model, encoded, True)
+        parts.append(read_lessons(adapter, task, encoded, added))
+        done, rows = start + len(encoded), rows + len(parts[-1].bare)
+        if rows >= _STATES or done == len(examples):
+            break
+        left = (time.monotonic() - began) / done * (len(examples) - done)
+        report(f"read {done} of {len(examples)} texts, about {left:.0f} s to go")
+    return joined(parts)
 
 
 def _base(record: KeptFacts) -> str:

@@ -10,7 +10,8 @@ needed: the states are kept. A tenth of the examples is held out, and what is be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +39,8 @@ _RIDGE = 1e-3
 _MARGIN = 4.0
 #: Steps between two looks at what is held out.
 _LOOK = 25
-#: Steps between two lines of progress.
-_TELL = 100
+#: Seconds between two lines of progress, at least.
+_PATIENCE = 4.0
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,20 @@ def distil(
     report: Report = lambda line: None,
 ) -> Student:
     """Fit a student of at most ``rank`` to what an attached adapter does on examples; progress goes to ``report``."""
-    order = generator(seed, "distil.held").permutation(len(lessons)).tolist()
-    held = max(1, len(lessons) // 10) if len(lessons) > 1 else 0
-    train = lessons.part(sorted(order[held:]))
-    check = lessons.part(sorted(order[:held])) if held else train
+    learned, held = lessons.split(seed)
+    train, check = lessons.part(learned), lessons.part(held)
     reads = _directions(adapter, train.bare)
     student = Student(task, reads, *_least_squares(task, train, reads, rank))
-    loss = _label_loss if task.kind == "labels" else _token_loss
-    return _fitted(student, train, check, loss, seed, report)
+    fit(
+        [student.down, student.up],
+        Loop(_STEPS, _RATE, examples_at_a_time(task, train)),
+        lambda chosen: divergence(student, train.part(chosen)),
+        lambda: mean(task, check, lambda chosen: divergence(student, check.part(chosen))),
+        range(len(train)),
+        seed,
+        report,
+    )
+    return student
 
 
 def fidelity(task: Task, lessons: Lessons, student: Answers) -> Fidelity:
@@ -232,7 +239,9 @@ def _at_root(trie: LabelTrie, offsets: Tensor) -> Tensor:
     return torch.stack([offsets[:, c].logsumexp(-1) - math.log(len(c)) for c in columns], dim=1)
 
 
-Loss = Callable[[Student, Lessons], Tensor]
+def divergence(student: Student, lessons: Lessons) -> Tensor:
+    """What a student is to lower: how far it is from its teacher, in nats."""
+    return (_label_loss if student.task.kind == "labels" else _token_loss)(student, lessons)
 
 
 def _label_loss(student: Student, lessons: Lessons) -> Tensor:
@@ -248,7 +257,7 @@ def _label_loss(student: Student, lessons: Lessons) -> Tensor:
         wanted = taught.softmax(-1)
     changed = student.changed()
     own = changed.label_logits(lessons.bare).log_softmax(-1)
-    divergence = functional.kl_div(own, wanted, reduction="batchmean")
+    total = functional.kl_div(own, wanted, reduction="batchmean")
     assert lessons.others is not None
     rows, bias = changed.label_rows()
     biases = [None] * len(task.trie.nodes) if bias is None else torch.split(bias, task.trie.sizes)
@@ -257,8 +266,8 @@ def _label_loss(student: Student, lessons: Lessons) -> Tensor:
     ):
         states = lessons.bare[number :: len(task.trie.nodes)]
         inside = task.scaling(functional.linear(states, row, base)).logsumexp(-1)
-        divergence = divergence + functional.softplus(lessons.others[:, number] - inside).mean()
-    return divergence
+        total = total + functional.softplus(lessons.others[:, number] - inside).mean()
+    return total
 
 
 def _token_loss(student: Student, lessons: Lessons) -> Tensor:
@@ -269,42 +278,71 @@ def _token_loss(student: Student, lessons: Lessons) -> Tensor:
     return functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
 
-def _fitted(
-    student: Student, train: Lessons, check: Lessons, loss: Loss, seed: int, report: Report
-) -> Student:
-    """Adam from where the student is; in the end it holds what was best on ``check``."""
-    parameters = [student.down, student.up]
-    optimizer = torch.optim.Adam(parameters, lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+@dataclass(frozen=True)
+class Loop:
+    """Steps, Adam's rate, and examples a step."""
+
+    steps: int
+    rate: float
+    examples: int
+
+
+def fit(
+    parameters: Sequence[Tensor],
+    loop: Loop,
+    loss: Callable[[list[int]], Tensor],
+    held: Callable[[], float],
+    examples: Sequence[int],
+    seed: int,
+    report: Report,
+) -> None:
+    """Adam from where parameters are; in the end they hold what was best on what is ``held`` out.
+
+    ``loss``: of some of the ``examples``, by their numbers in rising order.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=loop.rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, loop.steps)
     rng = generator(seed, "distil.batches")
-    best, kept = _mean(student, check, loss), [value.detach().clone() for value in parameters]
-    size = max(1, _BATCH * len(train) // len(train.bare))
-    for step in range(1, _STEPS + 1):
-        drawn = rng.choice(len(train), size=min(size, len(train)), replace=False)
-        value = loss(student, train.part(sorted(drawn.tolist())))
+    best, kept = held(), [value.detach().clone() for value in parameters]
+    began = told = time.monotonic()
+    for step in range(1, loop.steps + 1):
+        size = min(loop.examples, len(examples))
+        value = loss(sorted(rng.choice(examples, size=size, replace=False).tolist()))
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % _LOOK == 0:
-            now = _mean(student, check, loss)
+            now = held()
             if now < best:
                 best, kept = now, [value.detach().clone() for value in parameters]
-        if step % _TELL == 0:
-            report(f"distilling: step {step} of {_STEPS}, divergence {best:.4f} nats")
+            if (now_at := time.monotonic()) - told > _PATIENCE:
+                told, left = now_at, (now_at - began) / step * (loop.steps - step)
+                report(
+                    f"distilling: step {step} of {loop.steps}, divergence {best:.4f} nats, about {left:.0f} s to go"
+                )
     with torch.no_grad():
         for parameter, found in zip(parameters, kept, strict=True):
             parameter.copy_(found)
-    return student
+
+
+def examples_at_a_time(task: Task, lessons: Lessons) -> int:
+    """Of open text so many that their positions, each with the whole vocabulary's logits, are as many as labels'."""
+    if task.kind == "labels":
+        return _BATCH
+    return max(1, _BATCH * len(lessons) // len(lessons.bare))
 
 
 @torch.no_grad()
-def _mean(student: Student, lessons: Lessons, loss: Loss) -> float:
-    """Mean loss on all examples, some at a time."""
-    size = max(1, _BATCH * len(lessons) // len(lessons.bare))
+def mean(task: Task, lessons: Lessons, loss: Callable[[list[int]], Tensor]) -> float:
+    """Mean of a loss over all examples, some at a time."""
+    size = examples_at_a_time(task, lessons)
     total, rows = 0.0, 0
     for start in range(0, len(lessons), size):
-        part = lessons.part(list(range(start, min(start + size, len(lessons)))))
-        total += float(loss(student, part)) * len(part.targets)
-        rows += len(part.targets)
+        chosen = list(range(start, min(start + size, len(lessons))))
+        count = int(
+            torch.isin(lessons.owners, torch.tensor(chosen, device=lessons.owners.device)).sum()
+        )
+        total += float(loss(chosen)) * count
+        rows += count
     return total / rows

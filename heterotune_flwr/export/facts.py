@@ -11,9 +11,9 @@ from typing import Any
 from heterotune_flwr.backbones.files import hash_file
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.storage import atomic_write_text
-from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.jsons import parse_json, read_as
 from heterotune_flwr.protocol.metrics import MODEL_TITLES
-from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED, KeptFacts, read_as, read_facts
+from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED, KeptFacts, read_facts
 
 #: Raised when what stands in the file changes its meaning.
 FORMAT = 1

@@ -27,6 +27,8 @@ ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3"}
 #: Gemma-3: every so manyth block attends to everything; llama.cpp takes it for granted.
 _GEMMA_FULL_EVERY = 6
 _GEMMA_LOCAL_BASE = 10_000.0
+#: The family, and transformers' name, of the one way of scaling positions that llama.cpp reads as a tensor of factors.
+_SCALED = ("llama", "llama3")
 
 
 def check_family(family: str, name: str) -> None:
@@ -46,8 +48,8 @@ def check_convertible(folder: Path, name: str) -> None:
     config = _text_config(folder)
     check_family(config.model_type, name)
     check_tokenizer(folder, name)
-    rope = _rope(config)
-    if (kind := rope.get("rope_type", "default")) != "default":
+    kind = _rope(config).get("rope_type", "default")
+    if kind != "default" and (config.model_type, kind) != _SCALED:
         raise BackboneError(
             f"a GGUF file cannot be written of {name}: its positions are scaled ({kind!r}); export --as merged and "
             "convert that folder with llama.cpp's own converter"
@@ -169,7 +171,10 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def _tensors(folder: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """llama.cpp's names and tensors, as it stores them; an unembedding that is the embedding's is left out."""
+    """llama.cpp's names and tensors, as it stores them; an unembedding that is the embedding's is left out.
+
+    Where positions are scaled (Llama-3), what every rotary frequency is divided by comes last.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     named = {name: key for key, name in MODEL_ARCH_NAMES.items()}
@@ -185,6 +190,19 @@ def _tensors(folder: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
                 if name is None:
                     raise BackboneError(f"llama.cpp has no name for the tensor {key!r} of {path}")
                 yield name, _stored(key, file.get_tensor(key), config)
+    if _rope(config).get("rope_type") == _SCALED[1]:
+        yield "rope_freqs.weight", _divisors(config)
+
+
+def _divisors(config: Any) -> Tensor:
+    """Rotary frequencies (half a head's width, float32) over what the configuration's scaling makes of them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS[_SCALED[1]](config, torch.device("cpu"))
+    exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
+    plain = float(_rope(config)["rope_theta"]) ** -exponents
+    found: Tensor = plain / scaled
+    return found
 
 
 def _stored(key: str, tensor: Tensor, config: Any) -> Tensor:

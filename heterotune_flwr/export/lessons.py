@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from heterotune_flwr.seeds import generator
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import first_block
 from heterotune_flwr.tuning.losses import examples_correct
@@ -45,6 +48,12 @@ class Lessons:
     def __len__(self) -> int:
         return int(self.owners.max()) + 1 if len(self.owners) else 0
 
+    def split(self, seed: int) -> tuple[list[int], list[int]]:
+        """Numbers of the examples that a student learns from, and of a tenth that is held out (both rising)."""
+        order = generator(seed, "distil.held").permutation(len(self)).tolist()
+        held = len(self) // 10
+        return sorted(order[held:]), sorted(order[:held] or order)
+
     def part(self, examples: list[int]) -> Lessons:
         """Those of some examples alone, in rising order."""
         chosen = torch.zeros(len(self), dtype=torch.bool, device=self.owners.device)
@@ -60,6 +69,24 @@ class Lessons:
             None if self.offsets is None else self.offsets[chosen],
             None if self.others is None else self.others[chosen],
         )
+
+
+def joined(parts: Sequence[Lessons]) -> Lessons:
+    """Lessons of several lists of examples as those of one list."""
+    starts = itertools.accumulate((len(part) for part in parts), initial=0)
+    return Lessons(
+        torch.cat([part.bare for part in parts]),
+        torch.cat([part.taught for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        torch.cat([part.owners + start for part, start in zip(parts, starts, strict=False)]),
+        _all([part.offsets for part in parts]),
+        _all([part.others for part in parts]),
+    )
+
+
+def _all(tables: Sequence[Tensor | None]) -> Tensor | None:
+    there = [table for table in tables if table is not None]
+    return torch.cat(there) if there else None
 
 
 @torch.no_grad()
@@ -83,11 +110,12 @@ def read_lessons(
         torch.tensor([one for targets in encoded.targets for one in targets], device=device),
         torch.arange(len(encoded), device=device).repeat_interleave(counts),
         offsets,
-        _others(task, bare),
+        others(task, bare),
     )
 
 
-def _others(task: Task, bare: Tensor) -> Tensor | None:
+def others(task: Task, bare: Tensor) -> Tensor | None:
+    """See :class:`Lessons`; None of open text."""
     if task.kind != "labels" or task.trie is None:
         return None
     nodes = task.trie.nodes

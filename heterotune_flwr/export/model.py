@@ -25,6 +25,7 @@ from heterotune_flwr.export.opened import OpenedExport, open_export
 from heterotune_flwr.export.write import check_out
 from heterotune_flwr.fields import nearest
 from heterotune_flwr.protocol.metrics import MODEL_TITLES
+from heterotune_flwr.tuning.forward import final_states
 from heterotune_flwr.tuning.generation import Tell, generate_answers, write_answer
 
 #: Which models may answer, by the names that people see, in the order in which they are shown.
@@ -106,9 +107,14 @@ class Model:
         return [name for name, inside in _NAMES.items() if inside in self._opened.names]
 
     @property
+    def in_template(self) -> bool:
+        """Whether it was trained in its backbone's own chat template."""
+        return isinstance(self._opened.task.form, ChatForm)
+
+    @property
     def chats(self) -> bool:
         """Whether it answers conversations: in its backbone's own chat template."""
-        return isinstance(self._opened.task.form, ChatForm) and self.labels is None
+        return self.in_template and self.labels is None
 
     def message(self, text: str) -> dict[str, str]:
         """A text as the user's next message, with the prompt around it that the model was trained with."""
@@ -224,7 +230,7 @@ class Model:
         scores: list[dict[str, float]] = [{} for _ in asked]
         with self._opened.using(name) as adapter:
             for batch in batches(encoded.inputs):
-                states = adapter.reader.states_at(*encoded.lines(batch))
+                states = final_states(adapter, encoded, batch)
                 logits = task.label_logits(states)
                 logits = logits if added is None else logits + added[batch]
                 for index, row in zip(batch, logits.softmax(-1).tolist(), strict=True):

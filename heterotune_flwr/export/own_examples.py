@@ -19,7 +19,7 @@ from heterotune_flwr.schema import Config
 from heterotune_flwr.tuning.kept_model import KeptFacts
 
 #: Texts that a LoRA is distilled from at most, own ones first.
-MOST = 512
+MOST = 2048
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ class Selection:
     def name(self) -> str:
         """Whose model it is, for people."""
         facts = self.records[0].facts
-        whose = f"the clients of {facts.type_key}" if self.whole_type else facts.client_id
+        whose = f"the clients of {facts.type_key}"
+        if not self.whole_type:
+            whose = f"{facts.client_id} on {facts.type_key}"
         return f"{whose} (strategy {facts.strategy}, seed {facts.seed})"
 
     def write(self, out: Path) -> ExportFacts:
@@ -72,7 +74,7 @@ def select_of_run(
     strategy, seed
         None: the strategy the run is about (HeteroTune, else the last), its smallest seed.
     type_key, client
-        One of them, or neither where there is one client only.
+        One of them, or neither where there is one client only. A type may lack its bits where one alone fits.
 
     Raises
     ------
@@ -95,7 +97,7 @@ def select_of_run(
     records = [r for r in records if r.facts.seed == (seeds[0] if seed is None else seed)]
     travelled = _travelled(results, records[0])
     if type_key is not None:
-        _check("--type", type_key, _values(records, "type_key"))
+        type_key = _with_bits(type_key, _values(records, "type_key"))
         of_type = [record for record in records if record.facts.type_key == type_key]
         if len(of_type) == 1:
             only = of_type[0].facts.client_id
@@ -173,6 +175,14 @@ def _why_none(run: Path) -> str:
 
 def _values(records: Iterable[Kept], name: str) -> list[Any]:
     return sorted({getattr(record.facts, name) for record in records})
+
+
+def _with_bits(given: str, there: Sequence[str]) -> str:
+    """The type that is meant: ``tiny-a`` too, where ``tiny-a@bf16`` is the only one of that name."""
+    fitting = [key for key in there if key.partition("@")[0] == given]
+    found = fitting[0] if len(fitting) == 1 else given
+    _check("--type", found, there)
+    return found
 
 
 def _check(option: str, given: Any, there: Sequence[Any]) -> None:

@@ -104,7 +104,7 @@ def run_tasks(
     shots: int | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> TaskScores:
-    """Scores of all models of an exported one.
+    """Scores of all models of an exported one; in its chat template, with its system prompt, where it was trained so.
 
     Parameters
     ----------
@@ -127,8 +127,10 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     scores: TaskScores = {}
+    system = model.facts.record.form.system if model.in_template else None
     for name in model.names:
-        note(f"{name}: {', '.join(tasks.names)}")
+        form = ", in its chat template" if model.in_template else ""
+        note(f"{name}: {', '.join(tasks.names)}{form}")
         with model.acting(name):
             subject = HFLM(
                 pretrained=model.model,
@@ -143,6 +145,9 @@ def run_tasks(
                     num_fewshot=shots,
                     limit=limit,
                     task_manager=tasks.manager,
+                    apply_chat_template=model.in_template,
+                    fewshot_as_multiturn=model.in_template,
+                    system_instruction=system,
                     log_samples=False,
                     bootstrap_iters=0,
                 )

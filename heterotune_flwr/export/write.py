@@ -73,15 +73,9 @@ def write(
     """
     which = which or (FEDERATED if kept.took == BARE else kept.took)
     check_out(out)
-    models = {
-        FEDERATED: AdapterFiles(kept.federated, maps or {}, kept.head, kept.prior),
-    }
-    if kept.alone is not None:
-        models[ALONE] = AdapterFiles(kept.alone, maps or {}, None, kept.prior)
+    models = _models(kept, maps or {})
     if which not in models:
         raise ConfigError(f"there is no model {which!r} in this record, only {', '.join(models)}")
-    for files in models.values():
-        check_kind(kept, files.tensors)
     facts = ExportFacts(
         record=kept.facts,
         model=which,
@@ -99,6 +93,16 @@ def write(
             readme.unlink()
         put(facts, made, out)
     return facts
+
+
+def _models(kept: KeptModel, maps: Tensors) -> dict[str, AdapterFiles]:
+    """The trained models of a record (ConfigError: one has no form as an adapter)."""
+    found = {FEDERATED: AdapterFiles(kept.federated, maps, kept.head, kept.prior)}
+    if kept.alone is not None:
+        found[ALONE] = AdapterFiles(kept.alone, maps, None, kept.prior)
+    for files in found.values():
+        check_kind(kept, files.tensors)
+    return found
 
 
 def put(facts: ExportFacts, made: Path, out: Path) -> None:

@@ -20,17 +20,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack
-from heterotune_flwr.fields import kinds
 from heterotune_flwr.flower import ConfigRecord, MetricRecord, RecordDict
+from heterotune_flwr.jsons import read_as
 from heterotune_flwr.protocol.cached import CACHE_DIGEST, CachedRef, read_cache_digest
 from heterotune_flwr.protocol.metrics import MODELS
 from heterotune_flwr.protocol.payloads import Payload, add_payloads, read_payloads
@@ -41,7 +39,6 @@ from heterotune_flwr.protocol.wire import (
     METRICS,
     TENSORS,
     add_tensors,
-    as_float,
     read_config,
     read_field,
     read_id,
@@ -105,23 +102,13 @@ def _section_text(section: MethodConfig | TrainConfig) -> str:
 
 def _read_section(record: Mapping[str, Any], name: str, section: type[Section]) -> Section:
     """A section's settings, each of its kind; what values they may have is the client's question."""
-    fields, known = read_json(record, name), kinds(section)
-    if not isinstance(fields, dict) or set(fields) != set(known):
+    try:
+        found: Section = read_as(section, read_json(record, name), name)
+    except ValueError as error:
         raise ExchangeError(
-            f"field {name!r} of the message is not this version's {section.__name__}"
-        )
-    for key, kind in known.items():
-        allowed = [typing.get_origin(one) or one for one in _alternatives(kind)]
-        if float in allowed and type(fields[key]) is int:
-            fields[key] = as_float(fields[key], f"{name}.{key}")
-        if type(fields[key]) not in allowed:
-            raise ExchangeError(f"{name}.{key} of the message is no {allowed[0].__name__}")
-    return section(**fields)
-
-
-def _alternatives(kind: Any) -> Sequence[Any]:
-    """The kinds of a union, or the kind itself."""
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+            f"field {name!r} of the message is not this version's {section.__name__}: {error}"
+        ) from error
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from heterotune_flwr.exchange.codecs import precise
 from heterotune_flwr.exchange.manifest import Expected
 from heterotune_flwr.exchange.packing import Tensors, pack, unpack
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.jsons import as_float, parse_json
 from heterotune_flwr.names import ID_RULE, is_id, safe_text
 
 CONFIG, METRICS = "config", "metrics"
@@ -70,20 +70,15 @@ def read_field(record: Mapping[str, Any], key: str, kind: type[T]) -> T:
         raise ExchangeError(f"the message lacks the field {key!r}")
     value: Any = record[key]
     if kind is float and type(value) is int:
-        value = as_float(value, key)
+        try:
+            value = as_float(value, f"field {key!r} of the message")
+        except ValueError as error:
+            raise ExchangeError(str(error)) from error
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ExchangeError(
             f"field {key!r} of the message is a {type(value).__name__}, expected {kind.__name__}"
         )
     return value
-
-
-def as_float(value: int, key: str) -> float:
-    """A whole number as a float (ExchangeError: JSON's may have more digits than any float)."""
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ExchangeError(f"field {key!r} of the message is too large a number") from error
 
 
 def read_id(record: Mapping[str, Any], key: str, empty: bool = False) -> str:

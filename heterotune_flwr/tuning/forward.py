@@ -65,8 +65,18 @@ def first_block(adapter: AttachedAdapter) -> int | None:
 
 
 def final_states(adapter: AttachedAdapter, encoded: EncodedSet, indices: Sequence[int]) -> Tensor:
-    """Final normalised states ``R x d`` at the loss positions of some examples."""
-    return adapter.reader.states_at(*encoded.lines(indices))
+    """Final normalised states ``R x d`` at the loss positions of some examples.
+
+    Where an example is read in several lines that begin alike, its prompt is read once, unless gradients are needed.
+    """
+    if not encoded.reads or torch.is_grad_enabled():
+        return adapter.reader.states_at(*encoded.lines(indices))
+    states = adapter.reader.states_behind(
+        [encoded.inputs[index] for index in indices],
+        [read.suffix for read in encoded.reads],
+        [read.offsets for read in encoded.reads],
+    )
+    return states.flatten(0, 1)
 
 
 def block_inputs(
@@ -90,7 +100,7 @@ def states_from_block(
     for row, states in enumerate(inputs):
         hidden[row, : len(states)] = states
     with _starting_at(adapter, block, hidden):
-        return final_states(adapter, encoded, indices)
+        return adapter.reader.states_at(*encoded.lines(indices))
 
 
 @contextmanager
@@ -136,7 +146,7 @@ def can_start_at(adapter: AttachedAdapter, encoded: EncodedSet, block: int) -> b
         try:
             inputs = block_inputs(adapter, encoded, [0], block)
             short = states_from_block(adapter, encoded, [0], block, inputs).float()
-            full = final_states(adapter, encoded, [0]).float()
+            full = adapter.reader.states_at(*encoded.lines([0])).float()
             known = torch.allclose(short, full, rtol=0.05, atol=0.02 * float(full.abs().mean()))
         except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
             log.info("%s: %s", type(error).__name__, error)

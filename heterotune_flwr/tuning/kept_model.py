@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +19,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from heterotune_flwr import __version__
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.exchange.storage import atomic_write_text, load_tensors, save_tensors
-from heterotune_flwr.fields import kinds
-from heterotune_flwr.jsons import parse_json
-from heterotune_flwr.names import is_file_name
+from heterotune_flwr.jsons import parse_json, read_as
+from heterotune_flwr.names import is_file_name, safe_text
+from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED, MODELS
 from heterotune_flwr.schema import MethodConfig
 
@@ -179,9 +178,8 @@ class KeptModel(KeptFacts):
             else:
                 save_tensors(_file(folder, name), tensors)
                 digests[name] = tensor_digest(tensors)
-        atomic_write_text(
-            folder / _FACTS, json.dumps({**facts, "digests": digests}, indent=1) + "\n"
-        )
+        plain = {**facts, "digests": digests, "program": f"{__version__}, code {code_hash()}"}
+        atomic_write_text(folder / _FACTS, json.dumps(plain, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> KeptModel:
@@ -324,16 +322,23 @@ def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
         raise _damaged(path, "there is no such file") from error
     except (OSError, ValueError) as error:
         raise _damaged(path, _line(error)) from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        version = plain.get("format") if isinstance(plain, dict) else None
-        raise _damaged(path, f"its format is {str(version)[:20]}, this version reads {FORMAT}")
+    if not isinstance(plain, dict):
+        raise _damaged(path, "it is no JSON object")
+    writer = safe_text(str(plain.pop("program", "unknown")), 60)
     try:
+        if plain.get("format") != FORMAT:
+            there = str(plain.get("format"))[:20]
+            raise ValueError(f"its format is {there}, this version reads {FORMAT}")
         digests = read_as(dict[str, str], plain.pop("digests", None), "digests")
         facts = read_facts(plain)
         if set(digests) - set(_PARTS):
             raise ValueError("it names a model that this version does not know")
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        mend = (
+            f"heterotune-flwr {writer} wrote it and reads it; or let the run write it anew with this version: "
+            "heterotune run --resume RUN_DIR, with one more of server.rounds"
+        )
+        raise _damaged(path, f"{error} ({mend})") from error
     return facts, digests
 
 
@@ -341,29 +346,5 @@ def read_facts(plain: Any) -> KeptFacts:
     """Facts from their JSON (ValueError: they are none, or of another version)."""
     facts: KeptFacts = read_as(KeptFacts, plain, "it")
     if facts.took not in MODELS or facts.format != FORMAT:
-        raise ValueError("it is of another version")
+        raise ValueError("its model or format is not known here")
     return facts
-
-
-def read_as(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON as what a field's type says (ValueError: it is none)."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
-    form, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if dataclasses.is_dataclass(form) and isinstance(value, dict):
-        fields = kinds(form)  # type: ignore[arg-type]
-        if set(value) != set(fields):
-            odd = sorted(set(value) ^ set(fields))
-            raise ValueError(f"{where} lacks or does not know {', '.join(odd)[:80]}")
-        return form(**{name: read_as(fields[name], value[name], name) for name in fields})  # type: ignore[operator]
-    if form is list and isinstance(value, list):
-        return [read_as(inner[0], one, where) for one in value]
-    if form is dict and isinstance(value, dict):
-        return {name: read_as(inner[1], one, where) for name, one in value.items()}
-    if form is float and type(value) in (int, float):
-        return float(value)
-    if form in (str, int, bool) and type(value) is form:
-        return value
-    raise ValueError(f"{where} is no {getattr(form, '__name__', form)}")

@@ -42,7 +42,7 @@ from heterotune_flwr.tuning.state_cache import kept
 from heterotune_flwr.tuning.task import EncodedSet
 
 #: Part of every key; raise it when the computation of states changes.
-_VERSION = 2
+_VERSION = 3
 #: Lines of one pass without gradients.
 _LINES = 32
 
@@ -156,19 +156,11 @@ class FullRows(_Offset):
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Rows`."""
         chosen, owners = self._layout.select(indices)
-        parts = [self._states(part) for part in self._parts(indices)]
-        states = torch.cat(parts) if len(parts) > 1 else parts[0]
+        states = self._states(indices)
         return states, self._layout.targets[chosen], owners
 
     def _states(self, indices: Sequence[int]) -> Tensor:
         return final_states(self._adapter, self._encoded, indices)
-
-    def _parts(self, indices: Sequence[int]) -> list[Sequence[int]]:
-        """Some examples in passes: an example of many lines fills one, where no gradient needs them all anyway."""
-        if torch.is_grad_enabled() or len(self._encoded.reads) < 2:
-            return [indices]
-        size = max(1, _LINES // len(self._encoded.reads))
-        return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 class PrefixRows(FullRows):
@@ -190,6 +182,17 @@ class PrefixRows(FullRows):
             self._starts.append(self._starts[-1] + len(ids))
 
     def _states(self, indices: Sequence[int]) -> Tensor:
+        parts = [self._from_block(part) for part in self._parts(indices)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _parts(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Some examples in passes: an example of many lines fills one, where no gradient needs them all anyway."""
+        if torch.is_grad_enabled() or len(self._encoded.reads) < 2:
+            return [indices]
+        size = max(1, _LINES // len(self._encoded.reads))
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+    def _from_block(self, indices: Sequence[int]) -> Tensor:
         each = max(1, len(self._encoded.reads))
         lines = [line for i in indices for line in range(i * each, (i + 1) * each)]
         inputs = [self._table[self._starts[line] : self._starts[line + 1]] for line in lines]
@@ -260,7 +263,7 @@ def compute_states(
     ``block`` None: final normalised states ``S x d`` at all loss positions, below the last slot. Else what enters
     that block, ``sum T_i x d`` over all lines.
     """
-    return _states_in(adapter.without_trained_slots(), adapter, encoded.by_line, block)
+    return _states_in(adapter.without_trained_slots(), adapter, encoded, block)
 
 
 @torch.no_grad()
@@ -270,8 +273,10 @@ def _states_in(
     encoded: EncodedSet,
     block: int | None,
 ) -> Tensor:
-    """States of lines, each an example of its own."""
-    counts = [len(positions) for positions in encoded.positions]
+    """States of examples in their order: final ones, or (of every line) what enters a block."""
+    if block is not None:
+        encoded = encoded.by_line
+    counts = [len(positions) * encoded.states_each for positions in encoded.positions]
     parts: list[Tensor | None] = [None] * len(encoded)
     with condition:
         for batch in batches(encoded.inputs):
@@ -335,7 +340,7 @@ def bare_states(adapter: AttachedAdapter, encoded: EncodedSet, cache: bool = Tru
     """
 
     def compute() -> Tensor:
-        return _states_in(adapter.bare(), adapter, encoded.by_line, None)
+        return _states_in(adapter.bare(), adapter, encoded, None)
 
     if not cache:
         return compute()

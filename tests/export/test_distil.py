@@ -161,6 +161,29 @@ def test_a_distilled_model_writes_a_label_when_asked_freely(
     assert hits >= 18
 
 
+def test_what_reads_whole_texts_is_distilled_into_the_last_blocks_too(
+    pool: list[Example], tmp_path: Path
+) -> None:
+    opened = opened_export(tmp_path / "own", pool, True, DEMA)
+    told: list[str] = []
+    examples = OwnExamples(pool[20:], pool[:20], [])
+    lines, places = opened.task.encode(pool[:20]).lines(range(20))
+    assert opened.task.trie is not None
+    tokens = [opened.task.trie.tokens[way[-1]] for way in opened.task.trie.ways]
+    encoded = opened.task.encode(pool[:20])
+    wanted = torch.tensor(encoded.targets)[:, 0]
+    made = convert(opened, "lora", examples, tmp_path / "out", report=told.append)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    inside = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert {"lm_head", "o_proj", "down_proj"} <= inside
+    assert any("up to block" in line for line in told)
+    asked = {"lines": lines, "places": places, "tokens": tokens}
+    logits = with_peft_alone(tmp_path / "out", asked, tmp_path)
+    assert made.fidelity is not None
+    loss = torch.nn.functional.cross_entropy(logits, wanted)
+    assert float(loss) == pytest.approx(made.fidelity.loss["lora"], rel=0.02)
+
+
 def test_a_lora_strategys_model_is_its_own_lora(pool: list[Example], tmp_path: Path) -> None:
     opened = opened_export(tmp_path / "own", pool, False, LORA)
     made, wanted = converted(opened, pool, tmp_path / "out", "merged")
@@ -201,7 +224,10 @@ def test_the_command_writes_each_form(pool: list[Example], tmp_path: Path) -> No
         " personal_test_examples: 8}\n"
         "strategies: [heterotune]\nrun: {compare: [heterotune]}\n"
     )
-    for form, name in (("lora", "adapter_model.safetensors"), ("gguf", "tiny-a-heterotune.gguf")):
+    for form, name in (
+        ("lora", "adapter_model.safetensors"),
+        ("gguf", "tiny-a-fp32-heterotune.gguf"),
+    ):
         out = tmp_path / form
         done = CliRunner().invoke(app, ["export", str(run), str(out), "--as", form])
         assert done.exit_code == 0, done.output

@@ -18,7 +18,7 @@ from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ExchangeError, HeteroTuneError
 from heterotune_flwr.export.facts import ExportFacts
-from heterotune_flwr.export.selection import select_of_node
+from heterotune_flwr.export.selection import select_of_node, select_of_run
 from heterotune_flwr.schema import DataConfig
 
 METHOD = replace(DEMA, experts_private=1, gate_scope="client")
@@ -125,6 +125,8 @@ def test_what_is_meant_must_be_clear(run: Path, tmp_path: Path) -> None:
     assert "there are heterotune, local_only" in refused("export", run, new, "--strategy", "fedit")
     assert "--seed is 3" in refused("export", run, new, "--seed", "3")
     assert "there are tiny-a@bf16" in refused("export", run, new, "--type", "tiny-b")
+    assert select_of_run(run, type_key="tiny-a").name.startswith("the clients of tiny-a@bf16")
+    assert "client-0001 on tiny-a@bf16" in select_of_run(run, client="client-0001").name
     assert "not both" in refused("export", run, new, "--type", "t", "--client", "c")
     assert not new.exists()
 

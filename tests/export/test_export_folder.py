@@ -131,7 +131,15 @@ def test_the_folder_holds_what_the_client_took_and_the_other_beside_it(
         assert facts.model == next(iter(models_in(tmp_path / took))) == top
         assert set(models_in(tmp_path / took)) == {"federated", "alone"}
     assert ExportFacts.load(tmp_path / "alone").record.took == "alone"
-    card = (tmp_path / "bare" / "README.md").read_text()
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("bare", "alone")}
+    card = cards["bare"]
+    assert "# heterotune for client-0000 on tiny-a@bf16" in card
+    assert "as it was after 4 rounds of strategy heterotune" in card
+    assert "# Trained alone, beside heterotune for client-0000" in cards["alone"]
+    assert "trained on its owner's examples alone" in cards["alone"]
+    for label in labels_of(pool):
+        assert f"`{label}`" in card
+    assert "labels, and how they are scored" in card.lower()
     assert "AutoPeftModelForCausalLM" in card
     assert "took its untouched model" in card
     assert f"| own test | accuracy, % | {len(pool)} |" in card

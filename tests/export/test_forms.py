@@ -150,10 +150,21 @@ def save_characters(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def with_rope(folder: Path, **settings: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, **settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def save_family(folder: Path, family: str) -> Path:
     """A random model folder of a family, with a tokenizer of its kind."""
     if family == "llama":
         return save_backbone(folder)
+    if family == "llama3":  # so short that the prompt's positions are scaled
+        bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        bounds["original_max_position_embeddings"] = 64
+        return with_rope(save_backbone(folder), rope_type="llama3", factor=8.0, **bounds)
     tokenizer = save_characters(folder)
     model = tiny_model(
         family, layers=7, vocab_size=len(tokenizer), head_dim=256, query_pre_attn_scalar=256
@@ -184,7 +195,22 @@ def test_a_gguf_file_is_read_back_as_the_same_model(tmp_path: Path, family: str)
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_scaled_positions_are_factors_of_every_frequency(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    folder = save_family(tmp_path / "model", "llama3")
+    write_gguf(folder, folder / "m.gguf", "mine")
+    stored = {tensor.name: tensor for tensor in GGUFReader(folder / "m.gguf").tensors}
+    factors = torch.tensor(np.array(stored["rope_freqs.weight"].data))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    plain = 1 / 10000.0 ** (torch.arange(0, width, 2) / width)
+    torch.testing.assert_close(plain / factors, model.model.rotary_emb.inv_freq)
+    assert factors[0] == 1
+    assert factors[-1] == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "gemma3_text"])
 def test_llama_cpp_says_the_same(tmp_path: Path, family: str) -> None:
     llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     folder = save_family(tmp_path / "model", family)
@@ -263,9 +289,6 @@ def test_what_has_no_gguf_form_is_refused_in_a_line(tmp_path: Path) -> None:
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(), BYTES])
     odd = with_cut(tmp_path / "odd", digits)
     assert "cuts texts" in refused(check_convertible, odd, "mine")
-    scaled = save_backbone(tmp_path / "scaled")
-    config = json.loads((scaled / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    (scaled / "config.json").write_text(json.dumps(config))
+    scaled = with_rope(save_backbone(tmp_path / "scaled"), rope_type="linear", factor=2.0)
     assert "'linear'" in refused(check_convertible, scaled, "mine")
     assert not list(tmp_path.rglob("*.gguf"))

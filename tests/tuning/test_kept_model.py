@@ -101,6 +101,18 @@ def test_a_wrong_record_is_one_line(tmp_path, record, change):
         KeptModel.load(tmp_path)
 
 
+def test_a_record_of_another_version_says_who_wrote_it_and_how_it_is_mended(tmp_path, record):
+    record.save(tmp_path)
+    path = tmp_path / "kept.json"
+    plain = json.loads(path.read_text())
+    method = {**plain["method"], "later": 1}
+    path.write_text(json.dumps(plain | {"method": method, "program": "9.1, code ab\u001b[1m"}))
+    with pytest.raises(ExchangeError, match="later") as error:
+        KeptModel.load(tmp_path)
+    assert "heterotune-flwr 9.1, code ab?[1m wrote it" in str(error.value)
+    assert "heterotune run --resume" in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\udcff"])
 def test_a_damaged_record_is_one_line(tmp_path, record, text):
     record.save(tmp_path)

@@ -133,8 +133,28 @@ def test_kept_states_give_what_the_full_route_gives(directory, data, bits):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
 
 
-def test_an_evaluation_reads_many_lines_in_small_passes(backbone, data, monkeypatch):
+def test_an_evaluation_reads_every_prompt_once(backbone, data):
     adapter = prepared(backbone, LORA)
+    task = make_task(backbone, data, ALIKE, TRAIN)
+    encoded, seen = task.encode(alike(data)), []
+    order = list(range(len(encoded)))
+    rows = make_rows(adapter, encoded)
+    lines, _, _ = rows.rows(order)  # with gradients: whole lines
+    hook = adapter.reader.body.register_forward_pre_hook(
+        lambda _m, _a, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        found, _, _ = rows.rows(order)
+    hook.remove()
+    torch.testing.assert_close(found, lines.detach(), rtol=1e-4, atol=1e-4)
+    suffixes = len(encoded) * len(encoded.reads) * max(len(read.suffix) for read in encoded.reads)
+    assert sum(seen) == sum(map(len, encoded.inputs)) + suffixes
+
+
+def test_an_evaluation_reads_many_lines_in_small_passes(backbone, data, monkeypatch):
+    method, lowest = ROUTES[PrefixRows]
+    adapter = prepared(backbone, method)
+    adapter.train_from(lowest)
     task = make_task(backbone, data, ALIKE, TRAIN)
     rows = make_rows(adapter, task.encode(alike(data)))
     whole = evaluate(adapter, task, rows)
