@@ -35,6 +35,12 @@ class Table:
     kind: str = field(default="table", init=False)
 
     @property
+    def is_wide(self) -> bool:
+        """Whether a phone has no room for its columns beside each other."""
+        texts = len(self.columns) - len(self.numbers)
+        return len(self.columns) > 4 or (texts > 1 and len(self.columns) > 2)
+
+    @property
     def cells(self) -> list[list[Cell]]:
         """Every cell as one."""
         return [[one if isinstance(one, Cell) else Cell(one) for one in row] for row in self.rows]

@@ -71,9 +71,9 @@ def _moments(chart: LineChart, x: Scale) -> list[Markup]:
     ]
     for _, word in chart.marks[:1]:
         shown = clipped(word, WIDTH - x.start - LETTER * (len(chart.x.label) + 4))
-        start = WIDTH - LETTER * len(shown) - 8
+        start = x.start + LETTER * (len(chart.x.label) + 3)
         parts.append(line(start, _HEIGHT - 15, start, _HEIGHT - 4, "moment"))
-        parts.append(text(WIDTH, _HEIGHT - 6, shown, "note", end=True))
+        parts.append(text(start + 5, _HEIGHT - 6, shown, "note"))
     return parts
 
 

@@ -11,7 +11,7 @@ from heterotune_flwr.names import safe_text
 #: Width of every drawing in its own units: about a phone's, so that letters there are as large as on the page.
 WIDTH = 380.0
 #: Width of an average letter, at the drawings' size of letters.
-LETTER = 6.3
+LETTER = 7.0
 #: Height of a line of text.
 LINE = 15.0
 

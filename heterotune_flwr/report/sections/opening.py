@@ -64,7 +64,9 @@ _NAMED = 4
 def summary(facts: RunFacts) -> Section:
     """What happened, who gained, who lost, how the run stands."""
     main = lead(facts)
-    blocks: list[Block] = [Prose(state_sentence(facts), "answer-state", state_tone(facts))]
+    blocks: list[Block] = [
+        Prose(state_sentence(facts), "answer-state", f"told {state_tone(facts)}")
+    ]
     if figures := _figures(facts, main):
         blocks.append(Figures(figures))
     told_of = [
@@ -215,9 +217,14 @@ def _took(facts: RunFacts, main: Lead) -> str:
     if not taken:
         return ""
     counts = {model: taken.count(model) for model in (FEDERATED, ALONE, BARE)}
-    parts = [f"{count} the {MODEL_NAMES[model]} model" for model, count in counts.items() if count]
-    each = "clients, counted once a seed," if len(facts.identity.seeds) > 1 else "clients"
-    return f"Of {len(taken)} {each} {listed(parts)}."
+    kept = {MODEL_NAMES[model]: count for model, count in counts.items() if count}
+    seeds = ", counted once a seed," if len(facts.identity.seeds) > 1 else ""
+    who = f"{plural(len(taken), 'client')}{seeds}"
+    if len(kept) == 1:
+        return f"All of {who} took the {next(iter(kept))} model."
+    return (
+        f"Of {who} {listed([f'{count} took the {model} model' for model, count in kept.items()])}."
+    )
 
 
 def _out(facts: RunFacts) -> str:

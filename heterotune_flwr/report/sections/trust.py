@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from heterotune_flwr.report.blocks import (
@@ -155,14 +156,21 @@ def settings(facts: RunFacts) -> Section:
 
 def _settings_table(found: Sequence[SettingFact], caption: str, anchor: str) -> Table:
     lines: list[list[Cell | str]] = [
-        [one.path, shown(one.value), shown(one.default), one.help or "–"] for one in found
+        [
+            Cell(one.path, small=one.help),
+            shown(one.value),
+            "–" if one.default is None else shown(one.default),
+        ]
+        for one in found
     ]
-    return Table(["setting", "here", "default", "what it is"], lines, caption, frozenset(), anchor)
+    return Table(["setting", "here", "default"], lines, caption, frozenset(), anchor)
 
 
 def shown(value: Any) -> str:
-    """A setting's value as YAML would have it in a line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A setting's value in a line; of a place on this machine the last part, since pages are passed on."""
+    if isinstance(value, str):
+        return f"…/{PurePath(value).name}" if PurePath(value).is_absolute() else value
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def protection(facts: RunFacts) -> Section:
