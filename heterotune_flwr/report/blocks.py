@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.report.charts.kinds import Chart, is_empty
 
+#: Letters of a short cell.
+_BRIEF = 14
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -39,6 +42,15 @@ class Table:
         """Whether a phone has no room for its columns beside each other."""
         texts = len(self.columns) - len(self.numbers)
         return len(self.columns) > 4 or (texts > 1 and len(self.columns) > 2)
+
+    @property
+    def brief(self) -> frozenset[int]:
+        """Columns whose cells are short: on a phone several of them stand beside each other."""
+        texts = {
+            place for place in range(1, len(self.columns))
+            if all(len(row[place].text) <= _BRIEF and not row[place].small for row in self.cells)
+        }  # fmt: skip
+        return self.numbers | texts
 
     @property
     def cells(self) -> list[list[Cell]]:

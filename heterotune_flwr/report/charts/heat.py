@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from markupsafe import Markup
 
 from heterotune_flwr.report.charts.kinds import HeatChart, told
@@ -16,7 +18,7 @@ _DARKEST = 0.5
 def heat(chart: HeatChart) -> Markup:
     """Draw a shaded table; columns are named along their top, upright."""
     longest = max((len(name) for name in chart.rows), default=0)
-    left = min(8 + LETTER * longest, 118.0)
+    left = min(max(8 + LETTER * longest, 60.0), 118.0)
     size = min((WIDTH - left) / max(len(chart.columns), 1), 56.0)
     tall = min(max(size, 16.0), 26.0)
     head = min(14 + LETTER * max((len(name) for name in chart.columns), default=0), 112.0)
@@ -60,7 +62,7 @@ def _cell(
         return element(
             "rect", x=x, y=y, width=width - 1.5, height=height - 1.5, class_="cell nothing"
         )
-    shade = _DARKEST * min(abs(value) / most, 1.0)
+    shade = _DARKEST * math.sqrt(min(abs(value) / most, 1.0))  # small shares are seen too
     class_ = "cell against" if value < 0 else "cell"
     words = told(value, chart.unit)
     children = [

@@ -115,7 +115,7 @@ def _names(shown: Sequence[Line], x: Scale, y: Scale, right: float) -> list[Mark
     parts = []
     beside = apart([py for _, _, py in early], LINE - 1, _TOP - 4, y.start)
     for (name, px, _), place in zip(early, beside, strict=True):
-        parts.append(text(px + 8, place + 4, clipped(name, x.end - px), "name"))
+        parts.append(text(px + 6, place - 5, clipped(name, x.end - px), "name"))
     column = apart([py for _, _, py in late], LINE - 1, _TOP - 4, y.start)
     for (name, px, py), place in zip(late, column, strict=True):
         if abs(place - py) > 2 or x.end - px > 2:

@@ -46,9 +46,10 @@ def _overview(runs: Mapping[str, RunFacts]) -> Section:
         main = leads[name]
         found = _means(facts, main)
         lines.append([
-            Cell(name, small=f"{main.title}, {main.name}"), Cell(facts.identity.state, state_tone(facts)),
+            Cell(name, small=f"{main.title}, {main.name}" if facts.runs else ""),
+            Cell(facts.identity.state, state_tone(facts)),
             *[number(found.get(kind), main.unit) for kind in (BARE, ALONE, "subject")],
-            f"{plural(facts.identity.clients, 'client')}, {plural(facts.identity.rounds or 0, 'round')}",
+            _size(facts),
         ])  # fmt: skip
         if "subject" in found:
             bars.append(Bar(name, found["subject"], index))
@@ -67,6 +68,11 @@ def _overview(runs: Mapping[str, RunFacts]) -> Section:
         else [Prose("The runs are measured differently: no chart puts them side by side.")]
     )
     return Section("summary", "Runs side by side", how, [table, *rest])
+
+
+def _size(facts: RunFacts) -> str:
+    counted = [(facts.identity.clients, "client"), (facts.identity.rounds or 0, "round")]
+    return ", ".join(plural(count, one) for count, one in counted if count) or "–"
 
 
 def _means(facts: RunFacts, main: Lead) -> dict[str, float]:

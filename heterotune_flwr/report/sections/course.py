@@ -177,7 +177,7 @@ def alignment(facts: RunFacts) -> Section:
     for (key, place), group in cells.items():
         shared = {True: "yes", False: "no", None: "not told"}[group[-1].shared]
         threshold = next((one.threshold for one in group if one.threshold is not None), None)
-        lines.append([Cell(key), place, f"{_quality(group):.3f}", "–" if threshold is None else f"{threshold:g}",
+        lines.append([Cell(key), place, told(_quality(group), "number"), "–" if threshold is None else f"{threshold:g}",
                       Cell(shared, "bad" if shared == "no" else "")])  # fmt: skip
     heads = ["type", "place", "held-out correlation", "threshold", "shares"]
     table = Table(heads, lines, "", frozenset({2, 3}), "table-alignment")

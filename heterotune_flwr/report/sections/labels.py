@@ -66,9 +66,7 @@ def _heat(one: Confusion, model: str) -> HeatChart:
         for row in order
     ]
     kind = MODEL_NAMES.get(model, model)
-    return HeatChart(
-        f"Confusion of the {kind} models", f"{kind}: right", "answered", names, names, values
-    )
+    return HeatChart(f"Confusion of the {kind} models", "right", "answered", names, names, values)
 
 
 def _f1_table(found: Sequence[Confusion], main: Lead) -> Table:
