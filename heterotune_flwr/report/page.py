@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -74,7 +75,7 @@ def comparison_page(compared: Comparison) -> str:
 
 
 def write_pngs(shown: Sequence[Section], directory: Path) -> list[Path]:
-    """Every chart of some sections as a PNG file, named by its section and place (ConfigError: no matplotlib)."""
+    """Every chart of some sections as a PNG file, named by section, place and title (ConfigError: no matplotlib)."""
     from heterotune_flwr.report.charts.png import write_png
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,8 @@ def write_pngs(shown: Sequence[Section], directory: Path) -> list[Path]:
             chart for block in section.blocks if isinstance(block, Charts) for chart in block.charts
         ]
         for number, chart in enumerate(drawn, 1):
-            written.append(directory / f"{section.anchor}-{number}.png")
+            title = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")[:60]
+            written.append(directory / f"{section.anchor}-{number}-{title}.png")
             write_png(chart, written[-1])
     return written
 

@@ -1,5 +1,6 @@
 // What a browser says of the page it shows: problems, each a sentence. An empty list is good.
-const problems = [];
+// Called with the width of the screen in CSS pixels.
+const width = arguments[0], problems = [];
 const box = node => node.getBoundingClientRect();
 const name = node => {
   const section = node.closest('section');
@@ -8,11 +9,14 @@ const name = node => {
 const crossing = (a, b, room) =>
   Math.min(a.right, b.right) - Math.max(a.left, b.left) > room && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > room;
 
-if (document.documentElement.scrollWidth > innerWidth) problems.push(`sideways scroll: ${document.documentElement.scrollWidth} > ${innerWidth}`);
+if (document.documentElement.scrollWidth > width) problems.push(`sideways scroll: ${document.documentElement.scrollWidth} > ${width}`);
 for (const node of document.querySelectorAll('main *')) {
   const b = box(node);
-  if (b.width && !node.closest('svg, thead') && b.right > innerWidth + 1) problems.push(`${name(node)} reaches beyond the page`);
+  if (b.width && !node.closest('svg, thead') && b.right > width + 1) problems.push(`${name(node)} reaches beyond the page`);
 }
+
+const fetched = performance.getEntriesByType('resource').length + document.scripts.length;
+if (fetched) problems.push(`${fetched} things fetched or run`);
 
 const sections = [...document.querySelectorAll('section')];
 sections.forEach((section, index) => {

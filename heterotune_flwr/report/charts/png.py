@@ -76,10 +76,18 @@ def _text(words: str) -> str:
 
 
 def _label(place: DrawnAxis, axis: Axis) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     place.set_label_text(_text(axis.label))
-    place.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value, axis.unit, [value])))
+    place.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=axis.unit == "count"))
+    furthest = max(map(abs, place.get_view_interval()))
+    place.set_major_formatter(
+        FuncFormatter(lambda value, _: tick_text(value, axis.unit, [furthest]))
+    )
+
+
+def _legend(axes: Axes) -> None:
+    axes.figure.legend(loc="outside lower center", fontsize=7, ncols=2, frameon=False)
 
 
 def _lines(chart: LineChart, axes: Axes) -> None:
@@ -102,7 +110,7 @@ def _lines(chart: LineChart, axes: Axes) -> None:
     axes.set_ylim(chart.y.low, chart.y.high)
     _label(axes.xaxis, chart.x)
     _label(axes.yaxis, chart.y)
-    axes.legend(fontsize=8, frameon=False)
+    _legend(axes)
 
 
 def _dots(chart: DotChart, axes: Axes) -> None:
@@ -153,17 +161,19 @@ def _stacks(chart: StackChart, axes: Axes) -> None:
             start += share
     _rows(axes, [name for name, _ in chart.rows])
     _label(axes.xaxis, Axis("", "share" if chart.whole else chart.unit))
-    axes.figure.legend(loc="outside lower center", fontsize=7, ncols=3, frameon=False)
+    _legend(axes)
 
 
 def _heat(chart: HeatChart, axes: Axes) -> None:
+    from matplotlib.colors import Normalize, PowerNorm
+
     values = [[math.nan if value is None else value for value in row] for row in chart.values]
-    low, high = {"cosine": (-1.0, 1.0), "share": (0.0, 1.0)}.get(chart.unit, (0.0, None))
+    norms = {"cosine": Normalize(-1, 1), "share": PowerNorm(0.5, 0, 1)}  # small shares are seen too
     colours = "RdBu" if chart.unit == "cosine" else "Blues"
-    shown = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
-    axes.set_xticks(
-        range(len(chart.columns)), [_text(name) for name in chart.columns], rotation=90, fontsize=7
-    )
+    norm = norms.get(chart.unit, Normalize(0))
+    shown = axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    names = [_text(name) for name in chart.columns]
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(chart.rows)), [_text(name) for name in chart.rows], fontsize=7)
     axes.set_xlabel(_text(chart.column_label))
     axes.set_ylabel(_text(chart.row_label))
