@@ -61,10 +61,8 @@ def sections(facts: RunFacts) -> list[Section]:
 def run_page(facts: RunFacts) -> str:
     """The page of one run."""
     run = facts.identity
-    about = [
-        moment(run.created),
-        *[f"{name} {number}" for name, number in sorted(run.versions.items()) if name != "journal"],
-    ]
+    version = run.versions.get("heterotune-flwr", "")
+    about = [moment(run.created), f"heterotune-flwr {version}" if version else ""]
     return _page(run.name, run.state, [part for part in about if part], sections(facts))
 
 

@@ -73,7 +73,8 @@ def full(
     labels = tuple(label + bad for label in labels)
     facts = RunFacts(
         Identity("demo" + bad, "runs/demo", "finished", created=1.796e9, last_event=1.7960001e9, simulated=True,
-                 versions={"heterotune": "0.1.0"}, seeds=[0], strategies=[s for s, _, _ in STRATEGIES],
+                 versions={"heterotune-flwr": "0.1.0", "flwr" + bad: "1.42"},
+                 seeds=[0], strategies=[s for s, _, _ in STRATEGIES],
                  subject="heterotune", rounds=rounds, clients=clients, tested=clients, task="labels",
                  labels=list(labels), data="debian_sections, divided by dirichlet 0.3" + bad, resumed=1,
                  starts=[Start(1.796e9), Start(1.79600005e9, resumed=True, torn_line=True)])
@@ -204,6 +205,7 @@ def _add_trust(facts: RunFacts, names: list[str], bad: str) -> None:
         Happening("refused", f"an update of {names[1]} was refused", 1.796e9, "heterotune", 0, 8, names[1],
                   undone=True),
         Happening("skipped", "round 7 was skipped: 1 usable updates, 2 needed", 1.796e9, "heterotune", 0, 7),
+        Happening("channel_note", "statistics: told by 12 clients" + bad, 1.796e9, "heterotune", 0, 1),
         Happening("resumed", "the run was resumed after round 5", 1.796e9, "heterotune", 0, 5),
     ]  # fmt: skip
     facts.preset = "demo"

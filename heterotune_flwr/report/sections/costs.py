@@ -79,7 +79,8 @@ def _each(count: float | None) -> str:
 def _against_lora(one: Traffic) -> str:
     if not one.lora16_bytes or one.up_each is None:
         return ""
-    return f"{100 * (1 - one.up_each / one.lora16_bytes):.1f} % saved"
+    share = one.up_each / one.lora16_bytes
+    return f"{100 * (1 - share):.1f} % saved" if share < 1 else f"{share:.1f} times LoRA's"
 
 
 def _wire(facts: RunFacts) -> list[Block]:

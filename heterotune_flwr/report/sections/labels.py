@@ -91,9 +91,10 @@ def _f1_table(found: Sequence[Confusion], main: Lead) -> Table:
 
 
 def _each_label(whole: Mapping[str, Confusion]) -> list[Block]:
-    ours, bare = whole.get(FEDERATED), whole.get(BARE)
+    ours = whole.get(FEDERATED)
     if ours is None:
         return []
+    shown = [(model, whole[model]) for model in (BARE, FEDERATED) if model in whole]
     lines: list[list[Cell | str]] = []
     for index, label in enumerate(ours.labels):
         row = ours.counts[index]
@@ -105,18 +106,16 @@ def _each_label(whole: Mapping[str, Confusion]) -> list[Block]:
             else (0, 0)
         )
         taken_for = f"{ours.labels[wrong[1]]} ({wrong[0]})" if wrong[0] else "–"
-        before = bare.f1.get(label) if bare and bare.labels == ours.labels else None
-        lines.append(
-            [
-                label,
-                told(sum(row), "count"),
-                number(before, "share"),
-                number(ours.f1[label], "share"),
-                taken_for,
-            ]
-        )
-    heads = ["label", "examples", "F1 untouched", "F1 federated", "most often taken for"]
-    return [Table(heads, lines, "Label by label", frozenset({1, 2, 3}), "table-labels")]
+        scores = [number(one.f1.get(label), "share") for _, one in shown]
+        lines.append([label, told(sum(row), "count"), *scores, taken_for])
+    heads = [
+        "label",
+        "examples",
+        *(f"F1 {MODEL_NAMES[model]}" for model, _ in shown),
+        "most often taken for",
+    ]
+    numbers = frozenset(range(1, len(heads) - 1))
+    return [Table(heads, lines, "Label by label", numbers, "table-labels")]
 
 
 def _answers(facts: RunFacts) -> Section:

@@ -84,14 +84,7 @@ def _table(facts: RunFacts, found: Sequence[Happening], caption: str, anchor: st
     lines = [_happening(facts, one) for one in shown]
     left = len(found) - len(shown)
     note = f"The {left} before are in report --json." if left else ""
-    return Table(
-        ["when", "what", "who", "in words"],
-        lines,
-        "Events",
-        frozenset(),
-        "table-trouble",
-        note=note,
-    )
+    return Table(["when", "what", "who", "in words"], lines, caption, anchor=anchor, note=note)
 
 
 def _happening(facts: RunFacts, one: Happening) -> list[Cell | str]:
@@ -151,6 +144,11 @@ def settings(facts: RunFacts) -> Section:
         if groups[origin]:
             table = _settings_table(groups[origin], "", anchor)
             blocks.append(Folded(f"{title} ({len(groups[origin])})", [table]))
+    if facts.identity.versions:
+        programs = [
+            f"{name} {version}" for name, version in sorted(facts.identity.versions.items())
+        ]
+        blocks.append(Prose(f"Programs: {', '.join(programs)}.", "programs", "quiet"))
     return Section("settings", "Settings", how, blocks)
 
 
