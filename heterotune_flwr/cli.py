@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from heterotune_flwr import __version__, cli_backbones, cli_config, cli_export, cli_new, cli_talk
+from heterotune_flwr import (
+    __version__,
+    cli_backbones,
+    cli_config,
+    cli_doctor,
+    cli_export,
+    cli_new,
+    cli_talk,
+)
 from heterotune_flwr.cli_data import anchors_app, data_app
 from heterotune_flwr.cli_help import App
+from heterotune_flwr.completion import presets, run_directories
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
 from heterotune_flwr.names import printable
@@ -26,7 +35,6 @@ if TYPE_CHECKING:
 
 app = App(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune different, quantized large language models together, on Flower.\n\n"
     "Start with: heterotune run demo",
@@ -41,7 +49,14 @@ Overrides = Annotated[
     typer.Argument(help="dotted overrides, like train.learning_rate=1e-3 types.0.clients=8"),
 ]
 Preset = Annotated[
-    str, typer.Argument(help="a preset (see `heterotune config`), or the path of a YAML file")
+    str,
+    typer.Argument(
+        help="a preset (see `heterotune config`), or the path of a YAML file",
+        autocompletion=presets,
+    ),
+]
+RunDirectory = Annotated[
+    Path, typer.Argument(help="a run directory", autocompletion=run_directories)
 ]
 
 
@@ -63,7 +78,10 @@ def _main(
 @app.command()
 def run(
     config: Annotated[
-        str | None, typer.Argument(help="a preset (see `heterotune config`) or a YAML file [demo]")
+        str | None,
+        typer.Argument(
+            help="a preset (see `heterotune config`) or a YAML file [demo]", autocompletion=presets
+        ),
     ] = None,
     overrides: Overrides = None,
     directory: Annotated[
@@ -71,7 +89,11 @@ def run(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", help="go on with the run in this directory after its last round"),
+        typer.Option(
+            "--resume",
+            help="go on with the run in this directory after its last round",
+            autocompletion=run_directories,
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -136,7 +158,7 @@ def _tell_failure(outcome: RunOutcome) -> None:
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="a run directory")],
+    directory: RunDirectory,
     personal: Annotated[
         bool, typer.Option("--personal", help="also the clients' own tests")
     ] = False,
@@ -150,7 +172,7 @@ def report(
 
 @app.command()
 def status(
-    directory: Annotated[Path, typer.Argument(help="a run directory")],
+    directory: RunDirectory,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Show how a run stands: round, time left, and every client with what was last seen of it."""
@@ -162,6 +184,7 @@ def status(
 
 app.command()(cli_new.new)
 app.command()(cli_config.config)
+app.command()(cli_doctor.doctor)
 app.command()(cli_backbones.fetch)  # the short form of `backbones fetch`
 app.add_typer(cli_backbones.app, name="backbones")
 app.command()(cli_export.export)
@@ -209,7 +232,7 @@ def states(
 def main() -> None:
     """Entry point: user errors become one line, Ctrl-C a quiet end."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="heterotune", standalone_mode=False)
     except LeftRunningError as error:
         typer.echo(str(error), err=True)
         sys.exit(130)

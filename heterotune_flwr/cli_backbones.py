@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from heterotune_flwr.cli_help import App
+from heterotune_flwr.completion import fetchable
 
 app = App(
     help="The backbones of this machine: list, fetch, verify, prune.\n\n"
@@ -15,7 +16,10 @@ app = App(
     "bits once: that copy is kept in the store and shared by all processes. Alone, this command "
     "lists. Everything lies below ~/.cache/heterotune, or $HETEROTUNE_CACHE.",
 )
-Name = Annotated[str, typer.Argument(help="smollm2 | gemma3-270m | smollm2-pruned")]
+Name = Annotated[
+    str,
+    typer.Argument(help="smollm2 | gemma3-270m | smollm2-pruned", autocompletion=fetchable),
+]
 AcceptGemmaTerms = Annotated[
     bool,
     typer.Option(

@@ -6,10 +6,15 @@ from typing import Annotated
 
 import typer
 
+from heterotune_flwr.completion import presets
+
 
 def config(
     name: Annotated[
-        str | None, typer.Argument(help="preset or YAML file; without one, all presets are listed")
+        str | None,
+        typer.Argument(
+            help="preset or YAML file; without one, all presets are listed", autocompletion=presets
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="dotted overrides, like train.learning_rate=1e-3")

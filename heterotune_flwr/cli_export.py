@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from heterotune_flwr.cli_help import note
+from heterotune_flwr.completion import run_directories
 from heterotune_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ Generate = Annotated[
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="a run directory", metavar="RUN")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="a run directory", metavar="RUN", autocompletion=run_directories),
+    ],
     out: Out,
     strategy: Annotated[
         str | None,

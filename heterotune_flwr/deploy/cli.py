@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from heterotune_flwr.cli_help import App
+from heterotune_flwr.completion import presets
 from heterotune_flwr.deploy.certificates import SERVER_DAYS
 from heterotune_flwr.errors import ConfigError
 
@@ -157,7 +158,10 @@ def rotate_key(folder: Folder, name: NodeName, public_keys: PublicKeys = None) -
 def run_app(
     folder: Folder,
     config: Annotated[
-        str | None, typer.Argument(help="a preset (see `heterotune config`) or a YAML file [demo]")
+        str | None,
+        typer.Argument(
+            help="a preset (see `heterotune config`) or a YAML file [demo]", autocompletion=presets
+        ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted overrides")] = None,
     resume: Annotated[
@@ -216,12 +220,13 @@ def check(
     ] = False,
 ) -> None:
     """Tell whether this machine is ready to join; exit code 1 if anything is in the way."""
-    from heterotune_flwr.deploy.findings import render, to_json
+    from heterotune_flwr.deploy.findings import ready, render, to_json
     from heterotune_flwr.deploy.node_check import check_node
 
     findings = check_node(settings, offline)
-    typer.echo(to_json(findings) if as_json else render(findings))
-    if any(finding.state == "fail" for finding in findings):
+    verdicts = "ready to join: heterotune node start", "not ready"
+    typer.echo(to_json(findings) if as_json else render(findings, *verdicts))
+    if not ready(findings):
         raise typer.Exit(1)
 
 

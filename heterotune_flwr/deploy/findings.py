@@ -20,21 +20,24 @@ class Finding:
     mend: str = ""
 
 
-def render(findings: Sequence[Finding]) -> str:
-    """The findings as lines for a terminal, ending with the verdict."""
+def render(findings: Sequence[Finding], good: str, bad: str) -> str:
+    """The findings as lines for a terminal, ending with the verdict: ``good``, or ``bad`` and how many are to mend."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.state:5} {finding.name:10} {finding.message}")
         if finding.mend:
             lines.append(f"{'':16} -> {finding.mend}")
     failed = sum(finding.state == "fail" for finding in findings)
-    lines.append(
-        "ready to join: heterotune node start" if not failed else f"not ready: {failed} to mend"
-    )
+    lines.append(f"{bad}: {failed} to mend" if failed else good)
     return "\n".join(lines)
+
+
+def ready(findings: Sequence[Finding]) -> bool:
+    """Whether nothing is in the way."""
+    return all(finding.state != "fail" for finding in findings)
 
 
 def to_json(findings: Sequence[Finding]) -> str:
     """The findings as one JSON object: ``ready`` and ``checks``."""
-    ready = all(finding.state != "fail" for finding in findings)
-    return json.dumps({"ready": ready, "checks": [asdict(finding) for finding in findings]})
+    checks = [asdict(finding) for finding in findings]
+    return json.dumps({"ready": ready(findings), "checks": checks})

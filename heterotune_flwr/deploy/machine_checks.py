@@ -33,21 +33,33 @@ def key(settings: NodeSettings) -> Iterator[Finding]:
     yield Finding("key", "ok", f"{key_fingerprint(line)} (must be registered on the server)")
 
 
-def port(settings: NodeSettings) -> Iterator[Finding]:
-    """A port of this machine that is taken."""
+def port_taken(number: int) -> bool:
+    """Whether a port of the loopback interface cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", settings.port))
+            probe.bind(("127.0.0.1", number))
         except OSError:
-            yield Finding(
-                "port", "warn", f"port {settings.port} of this machine is taken",
-                "by this node, if it runs already; otherwise set another port in [server] of node.toml",
-            )  # fmt: skip
+            return True
+    return False
+
+
+def port(settings: NodeSettings) -> Iterator[Finding]:
+    """A port of this machine that is taken."""
+    if port_taken(settings.port):
+        yield Finding(
+            "port", "warn", f"port {settings.port} of this machine is taken",
+            "by this node, if it runs already; otherwise set another port in [server] of node.toml",
+        )  # fmt: skip
 
 
 def device(settings: NodeSettings) -> Iterator[Finding]:
     """The GPU, or the CPU where none is asked for."""
+    yield from device_found(settings.device)
+
+
+def device_found(wanted: str | None) -> Iterator[Finding]:
+    """What torch would compute on; ``wanted``: ``cpu``, ``cuda`` or ``cuda:N``, None: a GPU if there is one."""
     import psutil
     import torch
 
@@ -55,9 +67,9 @@ def device(settings: NodeSettings) -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
         yield Finding("device", "ok", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
-    elif settings.device not in (None, "cpu"):
+    elif wanted not in (None, "cpu"):
         yield Finding(
-            "device", "fail", f"device is {settings.device} but torch sees no GPU",
+            "device", "fail", f"device is {wanted} but torch sees no GPU",
             "check nvidia-smi and that torch is a CUDA build, or set device = \"cpu\"",
         )  # fmt: skip
     else:
@@ -172,17 +184,17 @@ def anchors(settings: NodeSettings) -> Iterator[Finding]:
 
 def state_dir(settings: NodeSettings) -> Iterator[Finding]:
     """The folder of the client's private files."""
-    yield from _written_folder("state dir", settings.state_dir)
+    yield from written_folder("state dir", make_folder(settings.state_dir))
 
 
 def cache(settings: NodeSettings) -> Iterator[Finding]:
     """The cache, where the node names one."""
     if "cache" in settings.client:
-        yield from _written_folder("cache", Path(settings.client["cache"]))
+        yield from written_folder("cache", make_folder(Path(settings.client["cache"])))
 
 
-def _written_folder(name: str, folder: Path) -> Iterator[Finding]:
-    make_folder(folder)
+def written_folder(name: str, folder: Path) -> Iterator[Finding]:
+    """Whether a folder that is there takes files, and has room (ConfigError: it does not take them)."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
