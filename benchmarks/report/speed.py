@@ -180,4 +180,24 @@ def scale() -> str:
     )  # fmt: skip
 
 
-SECTIONS = (memory, gpu, client_speed, codecs, scale)
+def cli_speed() -> str:
+    """The command itself."""
+    known = load_results("cli")
+    told = {
+        "help_s": "`heterotune --help`", "report_s": "`heterotune report` of a finished run",
+        "doctor_s": "`heterotune doctor`", "dry_run_s": "`heterotune run demo --dry-run`",
+    }  # fmt: skip
+    rows = [
+        (name, number(known, key, 2), f"{known['bounds'][key]:g}") for key, name in told.items()
+    ]
+    return section(
+        "Speed of the command",
+        shown(
+            f"From start to end of a process of its own, medians of {known['times']} ({known['machine']}).",
+            "speed.cli_speed",
+            table(("command", "s", "at most"), rows),
+        ),
+    )
+
+
+SECTIONS = (memory, gpu, client_speed, codecs, scale, cli_speed)

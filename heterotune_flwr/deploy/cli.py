@@ -10,7 +10,6 @@ import typer
 
 from heterotune_flwr.cli_help import App
 from heterotune_flwr.completion import presets
-from heterotune_flwr.deploy.certificates import SERVER_DAYS
 from heterotune_flwr.errors import ConfigError
 
 deploy_app = App(
@@ -47,8 +46,9 @@ def init(
     ] = None,
     public_keys: PublicKeys = None,
     days: Annotated[
-        float, typer.Option("--days", min=0.01, help="validity of the server certificate")
-    ] = SERVER_DAYS,
+        float | None,
+        typer.Option("--days", min=0.01, help="validity of the server certificate [365]"),
+    ] = None,
     renew: Annotated[
         bool, typer.Option("--renew", help="make a new server certificate (nodes need nothing new)")
     ] = False,
@@ -73,13 +73,14 @@ def init(
     ] = None,
 ) -> None:
     """Make a deployment folder, or bring one up to date; keys that are there are never overwritten."""
+    from heterotune_flwr.deploy.certificates import SERVER_DAYS
     from heterotune_flwr.deploy.explain import explain
     from heterotune_flwr.deploy.folder import initialise
     from heterotune_flwr.deploy.keys import read_public
 
     deployment = initialise(
         folder, server or [], node or [], {path.stem: read_public(path) for path in public_keys or []},
-        days, renew, internal_port=internal_port, user=user, node_folder=node_folder, node_bin=node_bin,
+        days or SERVER_DAYS, renew, internal_port=internal_port, user=user, node_folder=node_folder, node_bin=node_bin,
     )  # fmt: skip
     typer.echo(explain(deployment))
     if renew:
