@@ -4,7 +4,8 @@ Whoever runs the server chooses the configuration, the numbers and the seeds of 
 read a node record by record: a test of one example, a step on one example, maps that read one number. What a floor
 forbids is refused in one line (:class:`RefusedByNodeError`), which is no failure: the run goes on without the node.
 
-:class:`Guard` is asked by the handlers (:mod:`.handlers`); nobody else checks any of this.
+:class:`Guard` is asked by the handlers (:mod:`.handlers`); nobody else checks any of this. What settings, adapters and
+maps are usual at all, whoever asks, stands in :mod:`.bounds`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.limits import LARGEST, TYPICAL, bounded, refuse, within
+from heterotune_flwr.client.bounds import check_losses, check_maps, check_method, check_settings
 from heterotune_flwr.client.floors import MOST_HELD, Floors
+from heterotune_flwr.errors import naming
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainRequest
 from heterotune_flwr.protocol.metrics import metric_of
 from heterotune_flwr.protocol.queries import AlignRequest, DescribeRequest
-from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config, MethodConfig
+from heterotune_flwr.schema import Config
 
 if TYPE_CHECKING:
     from heterotune_flwr.client.identity import Identity
@@ -39,91 +42,19 @@ Tensors = Mapping[str, NDArray[np.float32]]
 
 #: Kinds of requests that are counted.
 TRAINING, TEST, LABELS = "training", "test", "labels"
-#: Largest magnitude of a map's numbers.
-_LARGEST_MAP = 1e3
-#: A latent reads at least so many of a model's numbers, and so many directions of them are told (participation ratios).
-_LEAST_READ, _LEAST_RANK = 8.0, 4.0
 #: A single example's loss counts for no more than this, in nats: a test's mean moves by so much over its size.
 MOST_LOSS = 20.0
 #: Decimals of a loss, and of whatever else is measured on examples.
 _DECIMALS = 3
 _EXACT = ("examples", "steps", "learning_rate")
-#: Bounds of settings that act on what leaves: section.key -> smallest and largest.
-_SETTINGS: dict[str, tuple[float, float]] = {
-    "train.clip_norm": (0.0, 10.0),
-    "train.logit_adjustment": (0.0, 2.0),
-    "train.prior_smoothing": (0.01, 100.0),
-    "train.weight_decay": (0.0, 1.0),
-    "train.gate_rate": (0.0, 10.0),
-    "data.max_length": (16, 32768),
-    "data.max_answer_tokens": (1, 4096),
-}
-#: Fields of an adapter's settings -> largest.
-_METHOD: dict[str, float] = {
-    "slots": 1024, "latent": 8192, "output": 8192, "inner": 8192, "experts_global": 64,
-    "experts_type": 64, "experts_private": 64, "core_rank": 1024, "core_scale": 100, "private_dropout": 1,
-    "lora_rank": 1024, "lora_alpha": 1e4, "sub_width": 1, "sub_window": 1e6,
-}  # fmt: skip
-#: Most numbers of an adapter's experts: 256 MB.
-_MOST_NUMBERS = 1 << 26
 #: Fields of a training request -> smallest and largest.
 _TRAINING: dict[str, tuple[float, float]] = {
     "learning_rate": (0.0, 10.0),
     "proximal": (0.0, 1e3),
     "warmup_ratio": (0.0, 1.0),
 }
-_LABELS, _LETTERS, _PROMPT = 4096, 256, 20_000
 #: Folders of a state-dir that runs fill.
 _KEPT = ("clients", "maps", "states", "kept")
-
-
-def check_settings(config: Config, floors: Floors, guest: bool) -> None:
-    """Refuse a run whose settings lie below the floors, whatever it asks later (RefusedByNodeError)."""
-    for path, (least, most) in _SETTINGS.items():
-        section, key = path.split(".")
-        value = getattr(getattr(config, section), key)
-        within(path, value, least, most)
-    data = config.data
-    if data.name == NATURAL_INSTRUCTIONS:
-        refuse(
-            "data.name natural_instructions chooses rows by the run's settings; it is for simulations"
-        )
-    if data.prompt.count("{text}") != 1 or len(data.prompt) > _PROMPT:
-        refuse(f"data.prompt must hold {{text}} once and have at most {_PROMPT} letters")
-    if len(data.system or "") > _PROMPT:
-        refuse(f"data.system must have at most {_PROMPT} letters")
-    labels = data.labels or []
-    if len(labels) > _LABELS or any(len(label) > _LETTERS for label in labels):
-        refuse(f"data.labels are at most {_LABELS} labels of at most {_LETTERS} letters")
-    if not guest and config.train.batch_size < floors.step_examples:
-        refuse(
-            f"train.batch_size is {config.train.batch_size}; this node takes at least {floors.step_examples} examples "
-            "a step (step-examples in its node.toml)"
-        )
-
-
-def check_maps(maps: Tensors) -> None:
-    """Refuse maps that are not finite, too large, or that read single numbers of a model (RefusedByNodeError).
-
-    A sanity check, no proof: dense maps can be undone by whoever knows them.
-    """
-    bounded(maps, "the maps", _LARGEST_MAP)
-    for name, value in maps.items():
-        if not name.endswith("down.weight") or value.ndim != 2:
-            continue
-        within("the number of latents", len(value), 1, _METHOD["latent"])
-        weights = value[np.any(value, axis=1)].astype(np.float64)
-        squares = weights**2
-        width = weights.shape[1]
-        read = squares.sum(axis=1) ** 2 / np.maximum((squares**2).sum(axis=1), 1e-300)
-        inner = weights @ weights.T  # its eigenvalues are the directions' energies
-        rank = squares.sum() ** 2 / max(float(np.square(inner).sum()), 1e-300)
-        if (
-            not len(weights)
-            or np.median(read) < min(_LEAST_READ, width / 4)
-            or (rank < min(_LEAST_RANK, len(value) / 2))
-        ):
-            refuse(f"the map {name} reads single numbers of this node's model")
 
 
 @dataclass(frozen=True)
@@ -249,11 +180,8 @@ class Guard:
     def _run(self, header: Header, floors: Floors) -> None:
         """Whether this node takes part in a run with these settings and this adapter at all."""
         check_settings(self.config, floors, self.identity.guest)
-        for name, most in _METHOD.items():
-            value = getattr(header.method, name)
-            if value is not None:
-                within(f"method.{name}", value, 0, most)
-        within("the size of the adapter", _numbers_of(header.method), 0, _MOST_NUMBERS)
+        check_losses(self.config.train.losses, self.identity.losses)
+        check_method(header.method)
         data, labels = self.identity.data, self.config.data.labels
         # Whether an answer is among the labels is a question about the rows.
         for path in filter(None, [data.train, data.test] if labels else []):
@@ -313,7 +241,8 @@ class Guard:
         """Start tensors, channels and maps."""
         bounded(request.tensors, "the tensors sent", LARGEST, TYPICAL)
         for name, payload in request.channels.items():
-            client_half(name).check(payload)
+            with naming(f"channel {name}"):
+                client_half(name).check(payload)
         if request.maps is not None:
             check_maps(request.maps)
         if request.maps_digest:
@@ -346,17 +275,6 @@ def _size(path: Path) -> int:
     except OSError:
         return 0
     return found.st_size if stat.S_ISREG(found.st_mode) else 0
-
-
-def _numbers_of(method: MethodConfig) -> int:
-    """How many numbers the experts of an adapter have, whatever the model."""
-    output = method.output or method.latent
-    expert = method.inner * (method.latent + output) if method.inner else method.latent * output
-    return (
-        method.slots
-        * (method.experts_global + method.experts_type + method.experts_private)
-        * expert
-    )
 
 
 def _digest(value: Any) -> str:

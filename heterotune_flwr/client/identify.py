@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         report=report,
         answers=answers == "yes",
         class_sums=sums == "yes",
+        losses=tuple(filter(None, re.split(r"[,\s]+", str(node_config.get("losses") or "")))),
         guest=guest,
         floors=Floors.of(node_config),
     )

@@ -39,7 +39,8 @@ class Identity:
     (partition id, number of partitions) in a simulation, None in a deployment; ``owners`` are the natural clients that
     a simulation's types name. ``answers``: whether what its model
     writes on public prompts may leave it, ``class_sums``: whether its classes' counts and sums may; a deployed client's
-    owner must say so. ``guest``: it trains on no example of its own. ``floors``: what a deployed client holds to, None
+    owner must say so. ``losses``: further losses that a run may use, None: all.
+    ``guest``: it trains on no example of its own. ``floors``: what a deployed client holds to, None
     in a simulation.
     """
 
@@ -56,6 +57,7 @@ class Identity:
     report: str = "all"
     answers: bool = True
     class_sums: bool = True
+    losses: tuple[str, ...] | None = None
     guest: bool = False
     floors: Floors | None = None
 

@@ -85,6 +85,11 @@ class ClientTable:
         "yes: counts of its classes, and sums that identify texts, may leave, where a run asks",
         choices=_NO_YES,
     )
+    losses: str = option(
+        None,
+        "further losses of installed packages (train.losses) that a run may use here, names with commas; not given: "
+        "none",
+    )
     guest: str = option(
         "no",
         "yes: it has no labelled examples, or keeps them for its own test, and learns after the last round",

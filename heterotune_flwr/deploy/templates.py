@@ -243,6 +243,7 @@ label-field = "label" # column with the answer; not used for chat messages: the 
 state-dir = "state"   # this client's private weights and logs; keep it, and a node that comes back goes on with it
 # report = "counts-and-loss-only"  # beside the update tell only examples, steps, learning rate and loss
 # guest = "yes"       # no labelled examples here, data is optional: it learns after the last round (docs/guests.md)
+# losses = "entropy"  # losses of installed packages that a run may add (docs/custom-strategy.md); default: none
 # answers = "yes"     # let answers go that the model writes on public prompts, where a run asks (docs/generation.md)
 class-sums = "no"     # "yes": tell counts and sums of this node's classes, where a run asks (docs/method.md).
 # From the class sums the server can tell which texts a node trained on: all members were found among 2,000 candidates.

@@ -19,8 +19,9 @@ from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.channels.statistics.record import Request as Statistics
+from heterotune_flwr.client.bounds import check_maps
 from heterotune_flwr.client.floors import KEYS, Floors
-from heterotune_flwr.client.guard import MOST_LOSS, Guard, check_maps
+from heterotune_flwr.client.guard import MOST_LOSS, Guard
 from heterotune_flwr.client.holdout import held_size
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.client.node_book import FILE, NodeBook
@@ -189,6 +190,22 @@ def test_a_channel_that_a_node_does_not_have_is_said_in_one_line(node):
         node.train(channels={"unheard_of": Payload()})
     assert caught.value.kind == ERROR_FAILED
     assert "unheard_of" not in str(caught.value)  # the server's words stay in the node's own log
+
+
+def test_a_loss_of_a_package_acts_where_the_nodes_owner_allows_it(world, folder, tmp_path, node):
+    asked = {"losses": {"entropy": {"weight": 0.3}}}
+    with refused("this node's owner does not allow") as caught:
+        node.train(**asked)
+    assert caught.value.kind == ERROR_REFUSED
+    with refused("owner does not allow"):  # nor does it describe itself for such a run
+        wanted = node.world().header(METHOD, **asked)
+        content = DescribeRequest(wanted, []).to_content()
+        DescribeReply.from_content(node.world().ask(0, DESCRIBE, content))
+    (tmp_path / "open").mkdir()
+    willing = Node(world, folder, tmp_path / "open", losses="focal, entropy")
+    with refused("a setting of the run") as caught:  # it is looked for, and is not installed here
+        willing.train(**asked)
+    assert caught.value.kind != ERROR_REFUSED
 
 
 def test_start_tensors_are_finite_and_of_a_usual_size(node):
