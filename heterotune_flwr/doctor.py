@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from heterotune_flwr.backbones.assets import DISTRIBUTION, cache_dir
 from heterotune_flwr.backbones.bits import WORKING_GB
 from heterotune_flwr.backbones.sources import EMBEDDED, is_present
-from heterotune_flwr.client.node_keys import SERVER
+from heterotune_flwr.client.node_keys import ServerTable
 from heterotune_flwr.deploy.findings import Finding
 from heterotune_flwr.deploy.hosts import Address
 from heterotune_flwr.deploy.layout import INTERNAL_PORT
@@ -192,7 +192,7 @@ def _ports() -> Iterator[Finding]:
     whose = {
         Address("").port: "nginx of a server",
         INTERNAL_PORT: "SuperLink of a server",
-        int(SERVER["port"].default): "a node",
+        ServerTable.port: "a node",
     }
     taken = [f"{number} ({what})" for number, what in whose.items() if port_taken(number)]
     if taken:

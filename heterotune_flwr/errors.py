@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -66,3 +68,18 @@ class LeftRunningError(HeteroTuneError):
 
 class FederationError(HeteroTuneError):
     """A round, a client or the federation as a whole failed."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Note of an error that leaves the block in what it happened: a channel, a loss of somebody's own package."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
+def noted(error: Exception) -> str:
+    """An error's kind, after what :func:`naming` has noted of it."""
+    return ": ".join([*reversed(getattr(error, "__notes__", [])), type(error).__name__])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
 from heterotune_flwr.channels.channel import Purpose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
-from heterotune_flwr.errors import FederationError
+from heterotune_flwr.errors import FederationError, naming
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.protocol.payloads import Payload
@@ -22,6 +22,8 @@ from heterotune_flwr.tuning.kept_model import Head
 from heterotune_flwr.tuning.losses import LossTerm
 from heterotune_flwr.tuning.optimizer import GradientTerm
 from heterotune_flwr.tuning.task import EncodedSet, Task
+
+Answer = TypeVar("Answer")
 
 
 class Node(Protocol):
@@ -83,8 +85,7 @@ class ClientWork:
     def logits(self, of: EncodedSet, purpose: Purpose) -> Tensor | None:
         """What the channels add to the labels' logits of some examples (``n x C``); None: nothing."""
         total: Tensor | None = None
-        for half in self.channels.values():
-            added = half.logits(of, purpose)
+        for added in self.each(lambda half: half.logits(of, purpose)).values():
             if added is not None:
                 total = added if total is None else total + added
         return total
@@ -92,8 +93,7 @@ class ClientWork:
     def head(self) -> Head | None:
         """What :meth:`logits` adds in a test as a function of bare latents; None: nothing, or no linear one."""
         total: Head | None = None
-        for half in self.channels.values():
-            added = half.head()
+        for added in self.each(lambda half: half.head()).values():
             if added is not None and total is not None:
                 added = Head(total.weight + added.weight, total.bias + added.bias)
             total = added or total
@@ -101,13 +101,23 @@ class ClientWork:
 
     def replies(self) -> dict[str, Payload]:
         """What the channels tell the server's halves, by name (FederationError: one's reply is no payload)."""
-        found = {name: half.reply() for name, half in self.channels.items()}
-        for name, reply in found.items():
+        found = {}
+        for name, reply in self.each(lambda half: half.reply()).items():
             if not isinstance(reply, Payload | None):
                 raise FederationError(
                     f"channel {name}: `reply` of its client half gave a {type(reply).__name__}, no Payload"
                 )
-        return {name: reply for name, reply in found.items() if reply is not None}
+            if reply is not None:
+                found[name] = reply
+        return found
+
+    def each(self, ask: Callable[[ClientChannel], Answer]) -> dict[str, Answer]:
+        """What every channel answers, by name; an error says whose it is."""
+        found = {}
+        for name, half in self.channels.items():
+            with naming(f"channel {name}"):
+                found[name] = ask(half)
+        return found
 
 
 class ClientChannel:

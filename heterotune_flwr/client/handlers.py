@@ -28,7 +28,7 @@ from heterotune_flwr.client.testing import HELPED, tested
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.errors import HeteroTuneError, RefusedByNodeError
+from heterotune_flwr.errors import HeteroTuneError, RefusedByNodeError, noted
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.flower import Context, Message, RecordDict
@@ -159,17 +159,16 @@ def train(message: Message, context: Context) -> RecordDict:
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
     work = client.work(header, adapter, store, encoded, request.channels)
-    halves = work.channels.values()
-    client.guard.charge(request, start, *(half.depends_on() for half in halves))
-    report = train_round(client, header, adapter, work.task, encoded, halves)
+    client.guard.charge(request, start, *work.each(lambda half: half.depends_on()).values())
+    report = train_round(client, header, adapter, work.task, encoded, work)
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}
     not_own = {*request.expected, *request.tensors, *adapter.frozen}
     own = {name: value for name, value in trained.items() if name not in not_own}
     settings = header.train
     length = path_length(report.steps, settings.learning_rate, settings.warmup_ratio)
-    for half in halves:
-        own |= half.keeps(deltas, length)
+    for kept in work.each(lambda half: half.keeps(deltas, length)).values():
+        own |= kept
     if own:
         store.save(own, header.round)
     if len(encoded) and client.config.server.take_home:
@@ -203,7 +202,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     _use_maps(adapter, store, request.maps_digest, request.maps)
     adapter.load(start)
     work = client.work(header, adapter, store, EncodedSet([], [], []), request.channels)
-    client.guard.charge(request, start, *(half.depends_on() for half in work.channels.values()))
+    client.guard.charge(request, start, *work.each(lambda half: half.depends_on()).values())
     metrics: dict[str, float] = {}
     for test_set in request.test_sets:
         metrics |= tested(client, work, test_set, HELPED)
@@ -310,5 +309,5 @@ def respond(message: Message, context: Context, handler: Handler) -> Message:
         # Of a deployed client the text stays at home: it may quote private data.
         stays = not is_simulated(context.node_config)
         detail = f"see this client's log ({LOG})" if stays else str(error)
-        content = error_content(f"{type(error).__name__}: {detail}", ERROR_FAILED, client_id)
+        content = error_content(f"{noted(error)}: {detail}", ERROR_FAILED, client_id)
     return Message(content, reply_to=message)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from heterotune_flwr.channels.client_half import ClientChannel
+from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.identity import Identity
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.dema.bank import initial_tensors
@@ -38,21 +38,23 @@ def train_round(
     adapter: AttachedAdapter,
     task: Task,
     encoded: EncodedSet,
-    halves: Collection[ClientChannel] = (),
+    work: ClientWork | None = None,
 ) -> TrainReport:
-    """Train the adapter in place by the header's settings; ``halves`` are the channels that take part."""
+    """Train the adapter in place by the header's settings; ``work`` has the channels that take part."""
     aside, size = client.guard.steps(len(encoded))
     settings = replace(header.train, batch_size=size)
     rows = make_rows(adapter, encoded, settings.cache_states)
     most = client.guard.most_loss(own=True)
     examples = Examples(rows, client.prior(header.seed), most, aside)
     further = installed_losses(settings.losses, examples, adapter)
+    terms = work.each(lambda half: half.losses()) if work else {}
+    gradients = work.each(lambda half: half.gradients()) if work else {}
     return fit(
         adapter,
         task,
         settings,
-        [examples, *(term for half in halves for term in half.losses()), *further],
-        [term for half in halves for term in half.gradients()],
+        [examples, *(term for one in terms.values() for term in one), *further],
+        [term for one in gradients.values() for term in one],
         seed=_step_seed(header, client.identity, [size, settings.local_steps]),
         memory_gb=client.identity.memory_gb,
     )

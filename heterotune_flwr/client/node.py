@@ -27,6 +27,7 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.sources import examples_digest, label_set
+from heterotune_flwr.errors import naming
 from heterotune_flwr.exchange.storage import close_to_others, private_folder
 from heterotune_flwr.flower import Context
 from heterotune_flwr.protocol.messages import Header
@@ -166,7 +167,11 @@ class Client:
         work = ClientWork(
             self.identity, self.config, header, task, adapter, store, own, encodings.encoded
         )
-        work.channels = {name: client_half(name)(payload, work) for name, payload in asked.items()}
+        halves = {}
+        for name, payload in asked.items():
+            with naming(f"channel {name}"):
+                halves[name] = client_half(name)(payload, work)
+        work.channels = halves
         return work
 
     def store(self, header: Header) -> ClientStore:

@@ -109,8 +109,9 @@ def _typed(cls: type, field: dataclasses.Field[Any], kind: Any, value: Any, wher
     return found[field.name]
 
 
-def check_between(where: str, value: Any, low: float, high: float) -> None:
-    """Refuse what is no number from ``low`` to ``high``."""
+def check_between(where: str, value: Any, low: float, high: float, below: bool = False) -> None:
+    """Refuse what is no number from ``low`` to ``high``, or ``below`` that."""
     wrong = isinstance(value, bool) or not isinstance(value, (int, float))
-    if wrong or not low <= value <= high:
-        raise ConfigError(f"{where} is {value!r}; a number from {low:g} to {high:g} is needed")
+    if wrong or not low <= value <= high or (below and value == high):
+        to = "below" if below else "to"
+        raise ConfigError(f"{where} is {value!r}; a number from {low:g} {to} {high:g} is needed")

@@ -34,6 +34,11 @@ __all__ = ["Maps", "Session", "StrategyContext"]
 
 log = logging.getLogger(__name__)
 
+#: Settings of training that a client judges when it is asked to train, not yet when it describes itself.
+_OF_A_ROUND = (
+    "learning_rate", "last_rate", "local_steps", "warmup_ratio", "proximal", "optimizer",
+)  # fmt: skip
+
 
 @dataclass
 class Session:
@@ -60,7 +65,8 @@ class Session:
 
     def roster(self, method: MethodConfig, train: TrainConfig, seed: int) -> Roster:
         """Describe all clients; asked once per method, seed and what of ``train`` a description depends on."""
-        key = json.dumps([asdict(method), train.slots, train.loss, seed], sort_keys=True)
+        asked = {name: value for name, value in asdict(train).items() if name not in _OF_A_ROUND}
+        key = json.dumps([asdict(method), asked, seed], sort_keys=True)
         if key not in self._rosters:
             words = self.maps.words() if method.kind == "dema" else []
             self.journal.event("asking", seed=seed, needed=self.minimum)

@@ -65,7 +65,9 @@ class HeteroTune(HeteroStrategy):
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Build the chain once, and read the shares, for their errors."""
         SlotChains(options.get("chain"))
-        check_between("personalization_phase", options.get("personalization_phase", 0.0), 0, 0.999)
+        check_between(
+            "personalization_phase", options.get("personalization_phase", 0.0), 0, 1, below=True
+        )
         check_between("mixing", options.get("mixing", 0.0), 0, 1)
 
     def scope(self, name: str, type_key: str) -> Scope:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heterotune_flwr.errors import FederationError
+from heterotune_flwr.errors import FederationError, naming
 from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.losses import Examples, LossTerm
@@ -70,7 +69,7 @@ def fit(
     Raises
     ------
     FederationError
-        The loss is not finite, or memory ran out twice: keep nothing of this training. Or all terms are empty.
+        A term is not finite, or memory ran out twice: keep nothing of this training. Or all terms are empty.
 
     """
     losses = [term for term in losses if len(term)]
@@ -85,6 +84,7 @@ def fit(
         gradients = (Proximal(work.proximal, trained), *gradients)
     generators = _generators(losses, seed % 2**63)
     told = torch.zeros(3, device=device)
+    sound = torch.zeros(len(losses), device=device)  # steps in which each term was finite
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
@@ -95,18 +95,16 @@ def fit(
                 for term, rng in zip(losses, generators, strict=True)
             ]
             optimizer.zero_grad(set_to_none=True)
-            told += micro.within_memory(partial(_backward, task, losses[0]), drawn)
+            step, values = micro.within_memory(partial(_backward, task, losses), drawn)
+            told += step
+            sound += values.isfinite()
             for gradient in gradients:
                 gradient.add(trained)
             torch.nn.utils.clip_grad_norm_(trained.values(), work.clip_norm)
             optimizer.step()
             schedule.step()
-    loss, accuracy, bounded = (told / steps).tolist()
-    if not math.isfinite(loss):
-        raise FederationError(
-            f"local training on {adapter.backbone.type_key} diverged (loss {loss}); lower "
-            "train.learning_rate"
-        )
+    _check_finite(adapter.backbone.type_key, losses, sound.int().tolist(), steps)
+    _, accuracy, bounded = (told / steps).tolist()
     return TrainReport(
         examples=len(losses[0]),
         steps=steps,
@@ -118,23 +116,56 @@ def fit(
     )
 
 
-def _backward(task: Task, first: LossTerm, passes: Iterable[Pass]) -> Tensor:
-    """Gradient of a step's losses, pass by pass; returns what the first one tells: loss, accuracy, bounded loss."""
+def _check_finite(
+    type_key: str, losses: Sequence[LossTerm], sound: Sequence[int], steps: int
+) -> None:
+    """Refuse a training in which a term was not finite; the one that broke first is to blame, not those after it."""
+    first = min(
+        range(len(losses)), key=lambda at: (sound[at], not isinstance(losses[at], Examples))
+    )
+    if sound[first] == steps:
+        return
+    own = isinstance(losses[first], Examples)
+    name = "the loss" if own else f"the loss {type(losses[first]).__name__}"
+    rate = "lower train.learning_rate"
+    mend = rate if own else f"look at what it computes, or at its options; if it is right, {rate}"
+    raise FederationError(
+        f"local training on {type_key} diverged: {name} is not finite after {sound[first]} of {steps} steps; {mend}"
+    )
+
+
+def _backward(
+    task: Task, losses: Sequence[LossTerm], passes: Iterable[Pass]
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a step's losses, pass by pass.
+
+    Returns what the first one tells (loss, accuracy, bounded loss), and the value of each (as many as there are).
+    """
     told = torch.zeros(3, device=task.backbone.device)
+    values = torch.zeros(len(losses), device=task.backbone.device)
+    places = {id(term): at for at, term in enumerate(losses)}
     for term, part, batch in passes:
         if isinstance(term, Examples):
             loss, right, bounded = term.measure(task, part, batch)
         else:
-            loss = bounded = term.loss(task, part, batch)
-            if not isinstance(loss, Tensor) or loss.dim():
-                raise FederationError(
-                    f"the loss {type(term).__name__} gave {_form(loss)}; `loss` must return a scalar tensor"
-                )
+            loss = bounded = _value(term, task, part, batch)
             right = torch.zeros_like(loss)
         loss.backward()  # type: ignore[no-untyped-call]
-        if term is first:
+        values[places[id(term)]] += loss.detach()
+        if term is losses[0]:
             told += torch.stack((loss.detach(), right, bounded.detach()))
-    return told
+    return told, values
+
+
+def _value(term: LossTerm, task: Task, part: Sequence[int], batch: Sequence[int]) -> Tensor:
+    """A term's value: a scalar that has a gradient (FederationError); an error in it names it."""
+    with naming(f"the loss {type(term).__name__}"):
+        loss = term.loss(task, part, batch)
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise FederationError(
+            f"the loss {type(term).__name__} gave {_form(loss)}; `loss` must return a scalar tensor"
+        )
+    return loss
 
 
 def _form(found: object) -> str:

@@ -15,10 +15,10 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +31,8 @@ from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
 
 log = logging.getLogger(__name__)
+
+Told = TypeVar("Told")
 
 #: Share of a budget that measured tensors may fill: allocators, kernels' work space and Python need the rest.
 _USABLE = 0.9
@@ -266,8 +268,8 @@ class MicroBatches:
         self._halved = False
 
     def within_memory(
-        self, backward: Callable[[Iterator[Pass]], Tensor], drawn: Sequence[list[int]]
-    ) -> Tensor:
+        self, backward: Callable[[Iterator[Pass]], Told], drawn: Sequence[list[int]]
+    ) -> Told:
         """Do ``backward`` for what every term has drawn; short of memory, once in half as many examples at a time.
 
         Raises

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from real_clients import World, run
+from real_clients import METHOD, World, run
 
 from heterotune_flwr import plugins
-from heterotune_flwr.channels.channel import channel_names
+from heterotune_flwr.channels.channel import channel_names, client_half
 from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.protocol.messages import TRAIN, Header, TrainRequest
@@ -92,6 +93,21 @@ def test_a_client_without_it_says_so_in_one_line(world):
     request = TrainRequest(header, {}, "", None, [], channels={"answer_length": Payload()})
     with pytest.raises(RemoteError, match="there is no channel"):
         read_config(World(world.path).ask(0, TRAIN, request.to_content("fp32")))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("method", ["__init__", "depends_on", "losses", "keeps", "reply"])
+def test_an_error_in_a_client_half_names_its_channel(world, monkeypatch, method):
+    def fails(*_):
+        raise KeyError("letters")
+
+    monkeypatch.setattr(client_half("answer_length"), method, fails)
+    request = TrainRequest(
+        world.header(replace(METHOD, kind="lora", lora_rank=2, output=3)), {}, "", None, [],
+        channels={"answer_length": Payload()},
+    )  # fmt: skip
+    with pytest.raises(RemoteError, match=r"^channel answer_length: KeyError: 'letters'$"):
+        read_config(world.ask(0, TRAIN, request.to_content("fp32")))
 
 
 def test_a_reply_that_is_no_payload_names_its_channel():

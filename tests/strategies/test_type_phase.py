@@ -142,7 +142,8 @@ def test_without_a_phase_predictions_are_at_work_in_every_round(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rounds", "share", "last"), [(10, 0.5, 5), (3, 0.5, 2), (1, 0.9, 1), (4, 0, 4)]
+    ("rounds", "share", "last"),
+    [(10, 0.5, 5), (3, 0.5, 2), (1, 0.9, 1), (4, 0, 4), (4000, 0.9995, 2)],
 )
 def test_the_phase_is_whole_rounds_and_leaves_one_shared(tmp_path, rounds, share, last):
     strategy, _, _ = phased(tmp_path, (1, 1), rounds=1, personalization_phase=share)

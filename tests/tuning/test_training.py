@@ -16,7 +16,7 @@ from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import initial_tensors
-from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.errors import ConfigError, FederationError, noted
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.evaluate import evaluate, evaluate_once
 from heterotune_flwr.tuning.fit import fit
@@ -156,6 +156,35 @@ def test_a_loss_of_ones_own_that_is_no_scalar_is_named(directory, data, gives, w
     examples = Examples(make_rows(adapter, task.encode(own_file(data))))
     with pytest.raises(FederationError, match=f"Shapeless gave {word}"):
         fit(adapter, task, TRAIN, [examples, Shapeless(examples)], seed=0)
+
+
+def test_who_is_not_finite_first_is_to_blame(directory, data):
+    class Sinking(OnExamples):
+        def loss(self, task, part, batch):
+            self.left = getattr(self, "left", 3) - 1
+            states, targets, _ = self.rows.rows(part)
+            return task.losses(states, targets)[0].sum() * (1.0 if self.left else float("nan"))
+
+    class Failing(OnExamples):
+        def loss(self, task, part, batch):
+            raise KeyError("heat")
+
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, LABELS, TRAIN)
+
+    def trained(*more, **changes):
+        adapter = prepared(backbone)
+        examples = Examples(make_rows(adapter, task.encode(own_file(data))))
+        terms = [examples, *(term(examples) for term in more)]
+        return fit(adapter, task, replace(TRAIN, local_steps=6, **changes), terms, seed=0)
+
+    with pytest.raises(FederationError, match="the loss Sinking is not finite after 2 of 6 steps"):
+        trained(Sinking)
+    with pytest.raises(FederationError, match=r"diverged: the loss is not finite .*learning_rate"):
+        trained(learning_rate=1e38, clip_norm=1e38)
+    with pytest.raises(KeyError) as caught:
+        trained(Failing)
+    assert noted(caught.value) == "the loss Failing: KeyError"
 
 
 def test_an_example_is_right_when_all_its_rows_are():
