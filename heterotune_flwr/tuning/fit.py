@@ -130,7 +130,7 @@ def _check_finite(
     rate = "lower train.learning_rate"
     mend = rate if own else f"look at what it computes, or at its options; if it is right, {rate}"
     raise FederationError(
-        f"local training on {type_key} diverged: {name} is not finite after {sound[first]} of {steps} steps; {mend}"
+        f"local training on {type_key} diverged: {name} is not finite in step {sound[first] + 1} of {steps}; {mend}"
     )
 
 

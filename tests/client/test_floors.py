@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from real_clients import METHOD, World, inline, make_maps
 from tiny_backbones import LABELS, write_rows
 
 from benchmarks.deployment.runs import NODES, simulated_bank
+from heterotune_flwr import plugins
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import LinearClassifier
@@ -192,20 +195,39 @@ def test_a_channel_that_a_node_does_not_have_is_said_in_one_line(node):
     assert "unheard_of" not in str(caught.value)  # the server's words stay in the node's own log
 
 
-def test_a_loss_of_a_package_acts_where_the_nodes_owner_allows_it(world, folder, tmp_path, node):
-    asked = {"losses": {"entropy": {"weight": 0.3}}}
+@pytest.fixture
+def entropy(tmp_path, monkeypatch):
+    """An installed package that brings the loss ``entropy``."""
+    site = tmp_path / "site"
+    metadata = site / "my_losses-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-losses\nVersion: 1.0\n")
+    entry = "[heterotune_flwr.losses]\nentropy = my_losses:Entropy\n"
+    (metadata / "entry_points.txt").write_text(entry)
+    page = (Path(__file__).parents[2] / "docs" / "custom-strategy.md").read_text()
+    (site / "my_losses.py").write_text(
+        re.findall(r"```python\n(# my_package/losses.*?)```", page, re.S)[0]
+    )
+    monkeypatch.syspath_prepend(str(site))
+    for cached in (plugins.installed, plugins.load_plugin):
+        cached.cache_clear()
+    yield {"losses": {"entropy": {"weight": 0.3}}}
+    for cached in (plugins.installed, plugins.load_plugin):
+        cached.cache_clear()
+
+
+def test_a_loss_of_a_package_acts_where_the_nodes_owner_allows_it(
+    world, folder, tmp_path, node, entropy
+):
     with refused("this node's owner does not allow") as caught:
-        node.train(**asked)
+        node.train(**entropy)
     assert caught.value.kind == ERROR_REFUSED
     with refused("owner does not allow"):  # nor does it describe itself for such a run
-        wanted = node.world().header(METHOD, **asked)
-        content = DescribeRequest(wanted, []).to_content()
+        content = DescribeRequest(node.world().header(METHOD, **entropy), []).to_content()
         DescribeReply.from_content(node.world().ask(0, DESCRIBE, content))
     (tmp_path / "open").mkdir()
     willing = Node(world, folder, tmp_path / "open", losses="focal, entropy")
-    with refused("a setting of the run") as caught:  # it is looked for, and is not installed here
-        willing.train(**asked)
-    assert caught.value.kind != ERROR_REFUSED
+    assert willing.train(**entropy).metrics["steps"] == 3
 
 
 def test_start_tensors_are_finite_and_of_a_usual_size(node):
