@@ -75,7 +75,7 @@ def check_settings(preset: str | None, overrides: Sequence[str] | None) -> None:
 def check_ours(words: Sequence[str]) -> None:
     """A line that begins with ``heterotune``."""
     name, command, rest = command_of(words)
-    if "--help" in rest or "--version" in rest:
+    if {"--help", "--version", "--install-completion", "--show-completion"} & {*rest}:
         return
     given = command.make_context(name, rest).params  # as the program itself parses it
     if name.split()[-1] in ("run", "align", "config") and not given.get("explain"):
