@@ -24,7 +24,8 @@ train:
 or, on the command line, `heterotune run demo train.learning_rate=0.004`. `types.N` stands for `types.0`, `types.1`, ...
 and `strategies.NAME` for an entry of `strategies`. Defaults are those of a setting that neither the YAML file nor the
 preset names; `heterotune config FILE` shows all that a run has in the end. Paths in a YAML file are looked for beside
-that file first, then in the current directory.
+that file first, then in the current directory. Words such as slot, gate, anchor and channel are those of
+[the method](method.md#1-words-and-one-round).
 
 A deployed node has settings of its own, which no run can change: `node.toml` with the tables `[server]`, `[client]` and
 `[floors]` ([deploy.md](deploy.md)). Without a `node.toml`, `flower-supernode --node-config` takes the keys of

@@ -192,7 +192,7 @@ def test_the_pages_have_commands():
 
 def lines_below(page: Path, heading: str) -> list[str]:
     """Commands below a heading, up to the next of its kind."""
-    part = page.read_text().partition(f"\n{heading}\n")[2]
+    part = f"\n{pages.text(page)}".partition(f"\n{heading}\n")[2]
     part = part.partition("\n## ")[0] if heading.startswith("## ") else part
     return [line.strip() for line in re.findall(r"(?<=\n)    (\S.*)(?=\n)", part)]
 
