@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from records import a_record
-from tiny_backbones import LABELS
+from chat_templates import CHATML, MARKS
+from records import FORM, a_record
+from tiny_backbones import LABELS, save_backbone
 
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.data.examples import Example
@@ -81,6 +83,29 @@ def test_every_model_gets_the_scores_of_own_tasks(model: Model, tmp_path: Path) 
     shown = tasks.render(scores).splitlines()
     assert shown[0].split()[-3:] == model.names
     assert len(shown) == 3
+
+
+@needs_lm_eval
+def test_a_model_of_a_chat_template_is_asked_in_it(tmp_path: Path) -> None:
+    backbone = save_backbone(tmp_path / "backbone", template=CHATML, marks=MARKS["chatml"])
+    record, maps = a_record(BackboneSpec(str(backbone), "fp32"), EXAMPLES, None)
+    write(
+        replace(record, form=replace(FORM, system="Be brief.")), None, tmp_path / "out", maps=maps
+    )
+    model = load(tmp_path / "out")
+    rows = [{"text": e.text, "label": LABELS.index(e.label)} for e in EXAMPLES[:2]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = CHOICE.format(rows=tmp_path / "rows.jsonl").replace("process_docs", "#")
+    (tmp_path / "choice.yaml").write_text(task)
+    read: list[str] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args: read.extend(model.tokenizer.batch_decode(args[0]))
+    )
+    tasks.run_tasks(model, tasks.find_tasks([str(tmp_path / "choice.yaml")]))
+    hook.remove()
+    opening = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nPackage: a package of"
+    assert read
+    assert all(opening in text for text in read)
 
 
 @needs_lm_eval
