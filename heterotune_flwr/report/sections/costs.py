@@ -26,6 +26,7 @@ _PHASES = {
     "starting": "starting",
     "asking": "asking clients who they are",
     "aligning": "alignment from public texts",
+    "stopped": "standing still between two starts",
 }
 
 
@@ -39,16 +40,17 @@ def traffic(facts: RunFacts) -> Section:
         return Section("bytes", "Bytes", how, missing="Nothing has travelled yet.")
     rows = [(_run_name(facts, one), _split(one)) for one in facts.traffic]
     chart = StackChart("Bytes by strategy and direction", "bytes", _PARTS, rows)
-    lines: list[list[Cell | str]] = []
-    for one in facts.traffic:
-        once = (one.one_time_up or 0) + (one.one_time_down or 0)
-        lines.append([
+    lines: list[list[Cell | str]] = [
+        [
             Cell(_run_name(facts, one), small="so far" if one.partial else ""),
             Cell(told(one.train_up, "bytes"), small=_each(one.up_each)),
             Cell(told(one.train_down, "bytes"), small=_each(one.down_each)),
-            told(one.evaluate_up + one.evaluate_down, "bytes"), told(once, "bytes"),
+            _both(one.evaluate_up, one.evaluate_down),
+            _both(one.one_time_up, one.one_time_down),
             Cell(told(sum(_split(one)), "bytes"), small=_against_lora(one)),
-        ])  # fmt: skip
+        ]
+        for one in facts.traffic
+    ]
     heads = ["strategy", "training, up", "training, down", "tests", "once per run", "in all"]
     note = (
         "Small: a client and round. Saved: what training sends up in a round, against one way of LoRA r=16 on all "
@@ -70,6 +72,11 @@ def _split(one: Traffic) -> list[float]:
             one.train_up, one.train_down, one.evaluate_up, one.evaluate_down, one.one_time_up, one.one_time_down,
         )
     ]  # fmt: skip
+
+
+def _both(up: int | None, down: int | None) -> Cell:
+    directions = f"{told(up or 0, 'bytes')} up, {told(down or 0, 'bytes')} down"
+    return Cell(told((up or 0) + (down or 0), "bytes"), small=directions)
 
 
 def _each(count: float | None) -> str:
@@ -202,7 +209,16 @@ def seconds(facts: RunFacts) -> Section:
         "table-seconds",
     )
     chart = StackChart("Seconds by strategy and phase", "seconds", parts, rows)
-    total = Prose(
-        f"In all {told(sum(one.seconds for one in facts.phases), 'seconds')}.", "answer-seconds"
+    by_phase = {
+        name: sum(one.seconds for one in facts.phases if one.name == name) for name in names
+    }
+    order = sorted(by_phase.items(), key=lambda item: -item[1])
+    phase_lines: list[list[Cell | str]] = [
+        [_PHASES.get(name, name), told(value, "seconds")] for name, value in order
+    ]
+    phases = Table(
+        ["part", "seconds, all strategies"], phase_lines, "", frozenset({1}), "table-phases"
     )
-    return Section("seconds", "Seconds", how, [total, *charts(chart), table])
+    at_work = sum(one.seconds for one in facts.phases if one.name != "stopped")
+    total = Prose(f"At work for {told(at_work, 'seconds')} in all.", "answer-seconds")
+    return Section("seconds", "Seconds", how, [total, *charts(chart), table, phases])

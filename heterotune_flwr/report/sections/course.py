@@ -291,16 +291,30 @@ def _agreement_table(found: Sequence[Agreement]) -> Table:
     lines: list[list[Cell | str]] = []
     for one in found:
         for pair, row in one.cosines.items():
-            known = [value for value in row if value is not None]
-            if known:
-                against = sum(value < 0 for value in known) / len(known)
-                lines.append([
-                    Cell(pair.replace("|", " – "), small=_where(one)),
-                    told(known[0], "cosine"), told(known[-1], "cosine"),
-                    told(statistics.fmean(known), "cosine"), told(against, "share"),
-                ])  # fmt: skip
-    heads = ["pair of types", "first round", "last round", "mean", "rounds against each other"]
-    return Table(heads, lines, "", frozenset({1, 2, 3, 4}), "table-agreement")
+            known = [
+                (value, place)
+                for value, place in zip(row, one.rounds, strict=False)
+                if value is not None
+            ]
+            if not known:
+                continue
+            values = [value for value, _ in known]
+            lowest, when = min(known)
+            against = sum(value < 0 for value in values) / len(values)
+            lines.append([
+                Cell(pair.replace("|", " – "), small=_where(one)),
+                told(values[0], "cosine"), told(values[-1], "cosine"), told(statistics.fmean(values), "cosine"),
+                Cell(told(lowest, "cosine"), small=f"round {when}"), told(against, "share"),
+            ])  # fmt: skip
+    heads = [
+        "pair of types",
+        "first round",
+        "last round",
+        "mean",
+        "lowest",
+        "rounds against each other",
+    ]
+    return Table(heads, lines, "", frozenset({1, 2, 3, 4, 5}), "table-agreement")
 
 
 def _apart(facts: RunFacts) -> list[str]:

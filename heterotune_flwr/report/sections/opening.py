@@ -17,7 +17,7 @@ from heterotune_flwr.report.blocks import (
 )
 from heterotune_flwr.report.charts.kinds import told
 from heterotune_flwr.report.facts import RunFacts
-from heterotune_flwr.report.measured import ALONE, BARE, FEDERATED, ClientOutcome
+from heterotune_flwr.report.measured import ALONE, BARE, FEDERATED
 from heterotune_flwr.report.picks import (
     MODEL_NAMES,
     Lead,
@@ -163,17 +163,14 @@ def _results(facts: RunFacts, main: Lead) -> str:
     return f"{main.title} reaches {told(ours, main.unit)} ({main.name}, mean over clients){beside}."
 
 
-def _against(found: list[ClientOutcome]) -> tuple[str, dict[str, float]]:
-    """What clients' federated models are held against, and every client's gain over it (mean over seeds)."""
-    for model, name in ((ALONE, "federated_over_alone"), (BARE, "federated_over_bare")):
-        gains: dict[str, list[float]] = {}
-        for one in found:
-            value = getattr(one.gains, name, None)
-            if value is not None:
-                gains.setdefault(one.client_id, []).append(value)
-        if gains:
-            return model, {client: statistics.fmean(values) for client, values in gains.items()}
-    return "", {}
+def _gains(facts: RunFacts, main: Lead, over: str) -> dict[str, float]:
+    """Every client's gain by its federated model over the untouched or the lone one, mean over seeds."""
+    gains: dict[str, list[float]] = {}
+    for one in outcomes(facts, main.strategy):
+        value = getattr(one.gains, f"federated_over_{over}", None)
+        if value is not None:
+            gains.setdefault(one.client_id, []).append(value)
+    return {client: statistics.fmean(values) for client, values in gains.items()}
 
 
 def _named(gains: dict[str, float], main: Lead, best: bool) -> str:
@@ -182,34 +179,38 @@ def _named(gains: dict[str, float], main: Lead, best: bool) -> str:
     return listed(names, _NAMED)
 
 
+def _mean(gains: dict[str, float], main: Lead) -> str:
+    return f"{gain(statistics.fmean(gains.values()), main.measure)} {main.points}"
+
+
 def _gained(facts: RunFacts, main: Lead) -> str:
-    model, gains = _against(outcomes(facts, main.strategy))
-    if not gains:
-        return "Who gained cannot be told: no client has both models measured."
-    up = {client: value for client, value in gains.items() if value > 0}
-    mean = statistics.fmean(gains.values())
-    than = {ALONE: "than with the one it trained alone", BARE: "than with the untouched one"}[model]
-    if not up:
-        return (
-            f"None of {plural(len(gains), 'client')} does better with the federated model {than}."
-        )
-    return (
-        f"{len(up)} of {plural(len(gains), 'client')} do better with the federated model {than}, on average "
-        f"over all {gain(mean, main.measure)} {main.points} ({main.name}). Most: {_named(up, main, best=True)}."
-    )
+    bare, alone = (_gains(facts, main, over) for over in (BARE, ALONE))
+    if not (bare or alone):
+        return "It cannot be told: no client has both models measured."
+    told_of = []
+    for gains, other in ((bare, "the untouched one"), (alone, "the one it trained alone")):
+        if gains:
+            up = {client: value for client, value in gains.items() if value > 0}
+            most = f" Most: {_named(up, main, best=True)}." if up else ""
+            told_of.append(
+                f"{len(up)} of {plural(len(gains), 'client')} do better with the federated model than with {other}, by "
+                f"{_mean(gains, main)} on average over all.{most}"
+            )
+    return " ".join(told_of)
 
 
 def _lost(facts: RunFacts, main: Lead) -> str:
-    model, gains = _against(outcomes(facts, main.strategy))
-    if not gains:
-        return ""
-    down = {client: value for client, value in gains.items() if value < 0}
-    same = sum(value == 0 for value in gains.values())
-    level = f" {plural(same, 'client')} came out level." if same else ""
-    other = {ALONE: "alone", BARE: "untouched"}[model]
-    if not down:
-        return f"No client does better {other}.{level}"
-    return f"{plural(len(down), 'client')} would do better {other}: {_named(down, main, best=False)}.{level}"
+    told_of = []
+    for over, name in ((ALONE, "alone"), (BARE, "with the untouched model")):
+        gains = _gains(facts, main, over)
+        down = {client: value for client, value in gains.items() if value < 0}
+        if down:
+            told_of.append(
+                f"{plural(len(down), 'client')} would do better {name}: {_named(down, main, best=False)}."
+            )
+        elif gains:
+            told_of.append(f"No client does better {name}.")
+    return " ".join(told_of)
 
 
 def _took(facts: RunFacts, main: Lead) -> str:

@@ -293,32 +293,34 @@ def _clients_table(facts: RunFacts, main: Lead) -> Table:
             small.append(f"{client.examples} examples")
         if client is not None and client.state != "in":
             small.append(client.state.replace("_", " "))
-        over = one.gains.federated_over_alone if one.gains else None
-        if over is None and one.gains:
-            over = one.gains.federated_over_bare
+        gains = (
+            [one.gains.federated_over_bare, one.gains.federated_over_alone]
+            if one.gains
+            else [None, None]
+        )
         took = MODEL_NAMES.get(one.took, one.took) or "–"
         lines.append(
             [
                 Cell(one.client_id, small=", ".join(small)),
                 *[number(measured(one, model, main), main.unit) for model in _MODELS],
-                Cell(gain(over, main.measure), tone(over)),
+                *[Cell(gain(value, main.measure), tone(value)) for value in gains],
                 Cell(took),
             ]
         )
     rest = f" The {left} clients between are left out here; report --csv has all." if left else ""
     seed = f" Seed {main.seed}." if len(facts.identity.seeds) > 1 else ""
-    note = (
-        f"Gain: federated over alone, or over untouched where none was trained alone.{seed}{rest}"
-    )
-    heads = ["client", "untouched", "alone", "federated", "gain", "took home"]
-    return Table(
-        heads,
-        lines,
-        f"{main.title}: {main.name}",
-        frozenset(range(1, 5)),
-        "table-clients",
-        note=note,
-    )
+    note = f"Gains of the federated model, in {main.points}.{seed}{rest}"
+    heads = [
+        "client",
+        "untouched",
+        "alone",
+        "federated",
+        "over untouched",
+        "over alone",
+        "took home",
+    ]
+    numbers = frozenset(range(1, 6))
+    return Table(heads, lines, f"{main.title}: {main.name}", numbers, "table-clients", note=note)
 
 
 def _chosen(found: Sequence[ClientOutcome], main: Lead) -> tuple[list[ClientOutcome], int]:
