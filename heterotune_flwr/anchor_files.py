@@ -12,7 +12,7 @@ from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
 from heterotune_flwr.data.duplicates import Seen
 from heterotune_flwr.data.layouts import arranged
 from heterotune_flwr.data.nearness import NEAR, nearness
-from heterotune_flwr.data.sources import global_test, is_shipped, training_pool
+from heterotune_flwr.data.sources import EMBEDDED, global_test, is_shipped, training_pool
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.template import make_form
 from heterotune_flwr.data.text_files import text_lines
@@ -90,7 +90,8 @@ def source_texts(source: str, column: str | None = None) -> list[str]:
             return load_anchors(AlignmentConfig(anchors=source, count=_ALL))
         if is_shipped(source):
             return [example.text for example in training_pool(DataConfig(name=source))]
-        raise DataError(f"{source!r} is neither a file nor a shipped set ({', '.join(SHIPPED)})")
+        shipped = ", ".join((*EMBEDDED, *SHIPPED))
+        raise DataError(f"{source!r} is neither a file nor a shipped set ({shipped})")
     if path.name.removesuffix(".gz").endswith(".txt"):
         return [line.strip() for line in text_lines(path) if line.strip()]
     return list(_column(path, column))

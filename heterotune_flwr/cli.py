@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import textwrap
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import click
 import typer
@@ -20,7 +17,9 @@ from heterotune_flwr import (
     cli_doctor,
     cli_export,
     cli_new,
+    cli_run,
     cli_talk,
+    cli_track,
 )
 from heterotune_flwr.cli_data import anchors_app, data_app
 from heterotune_flwr.cli_help import App
@@ -29,9 +28,6 @@ from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
 from heterotune_flwr.names import printable
 from heterotune_flwr.worker.cli import app as worker_app
-
-if TYPE_CHECKING:
-    from heterotune_flwr.federation.launcher import RunOutcome
 
 app = App(
     no_args_is_help=True,
@@ -76,87 +72,6 @@ def _main(
 
 
 @app.command()
-def run(
-    config: Annotated[
-        str | None,
-        typer.Argument(
-            help="a preset (see `heterotune config`) or a YAML file [demo]", autocompletion=presets
-        ),
-    ] = None,
-    overrides: Overrides = None,
-    directory: Annotated[
-        Path | None, typer.Option("--dir", help="run directory [~/heterotune-runs/<name>-<time>]")
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            "--resume",
-            help="go on with the run in this directory after its last round",
-            autocompletion=run_directories,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="check everything and show what would run: who holds what, bytes, memory (`heterotune config` shows "
-            "all settings)",
-        ),
-    ] = False,
-) -> None:
-    """Simulate a federation on this machine and compare strategies.
-
-    Checks the configuration first, starts a Flower simulation of its own, shows progress, ends with a table, and
-    leaves nothing running. Exit code 1: wrong input; 2: the run failed; 130: interrupted.
-
-    A run that was killed goes on where it was with --resume DIR; a finished one is extended with --resume DIR
-    server.rounds=60.
-    """
-    from heterotune_flwr.data.sources import columns_recognised
-    from heterotune_flwr.federation.launcher import launch
-    from heterotune_flwr.federation.resume import check_resumable
-    from heterotune_flwr.forecast import forecast
-    from heterotune_flwr.preflight import preflight
-    from heterotune_flwr.reporting.measures import load_results
-    from heterotune_flwr.reporting.progress import RunProgress
-    from heterotune_flwr.reporting.tables import show
-    from heterotune_flwr.runs import new_config
-
-    if resume is not None:
-        given = [*([config] if config is not None else []), *(overrides or [])]
-        resolved = check_resumable(resume, given, directory)
-    else:
-        resolved = new_config(config or "demo", overrides or [], directory)
-    notes = [*preflight(resolved), *columns_recognised(resolved.data)]
-    if dry_run:
-        for line in (*forecast(resolved), *(note for note in notes if note.startswith("warning"))):
-            typer.echo(line)
-        return
-    for line in notes:
-        typer.echo(line, err=True)
-    started, began = time.monotonic(), time.time()
-    with RunProgress(resolved) as progress:
-        outcome = launch(resolved, progress, resume is not None, notes)
-    results = outcome.directory / "results.json"
-    # Of a run that failed only what this start has computed, not an earlier one's.
-    if results.exists() and (not outcome.failed or results.stat().st_mtime >= began):
-        show(load_results(outcome.directory), outcome.directory)
-    if outcome.failed:
-        _tell_failure(outcome)
-        raise typer.Exit(2)
-    typer.echo(f"done in {time.monotonic() - started:.0f} s")
-
-
-def _tell_failure(outcome: RunOutcome) -> None:
-    typer.echo(f"the end of {outcome.directory / 'flower.log'}:", err=True)
-    typer.echo(textwrap.indent(printable(outcome.log_tail), "  | "), err=True)
-    typer.echo(printable(f"the run failed: {outcome.reason}"), err=True)
-    told = outcome.reason or ""  # where the reason says how to mend it, that comes first
-    if (outcome.directory / "checkpoints").is_dir() and "checkpoint" not in told:
-        typer.echo(f"go on with it: heterotune run --resume {outcome.directory}", err=True)
-
-
-@app.command()
 def report(
     directory: RunDirectory,
     personal: Annotated[
@@ -170,18 +85,9 @@ def report(
     show(load_results(directory), directory, personal)
 
 
-@app.command()
-def status(
-    directory: RunDirectory,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
-) -> None:
-    """Show how a run stands: round, time left, and every client with what was last seen of it."""
-    from heterotune_flwr.reporting.status import read_status, render
-
-    found = read_status(directory)
-    typer.echo(json.dumps(found.to_json()) if as_json else render(found))
-
-
+app.command()(cli_run.run)
+app.command()(cli_run.status)
+app.command()(cli_track.track)
 app.command()(cli_new.new)
 app.command()(cli_config.config)
 app.command()(cli_doctor.doctor)
@@ -240,6 +146,7 @@ def main() -> None:
         typer.echo(printable(f"error: {error}"), err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
+        typer.echo("interrupted", err=True)
         code = 130
     except BrokenPipeError:  # whoever read what is printed has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -247,12 +154,6 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    if code == 130:
-        # Only `run` starts processes of its own, and has stopped them by now.
-        stopped = (
-            "; everything that was started has been stopped" if sys.argv[1:2] == ["run"] else ""
-        )
-        typer.echo(f"interrupted{stopped}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

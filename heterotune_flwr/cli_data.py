@@ -74,7 +74,8 @@ def make(
         str | None,
         typer.Option(
             "--from",
-            help="a text file (a text a line), a data file, or a shipped set: debian_sections, wordnet, debian-other",
+            help="a text file (a text a line), a data file, or a shipped set: debian_sections, debian-other, wordnet, "
+            "debian-near",
         ),
     ] = None,
     column: Annotated[

@@ -160,7 +160,7 @@ def _columns_read(data: DataConfig, pool: Sequence[Example]) -> dict[str, str]:
 
 
 def _answers(pool: Sequence[Example], test: Sequence[Example], closed: bool) -> dict[str, Any]:
-    """The most frequent answer, and how often it is right on the test; of labels how many each has."""
+    """How many answers there are, how often the most frequent is right on the test, and of labels how many each has."""
     counts = Counter(example.label for example in pool)
     common, count = counts.most_common(1)[0]
     right = sum(common in example.answers for example in test)
@@ -282,7 +282,7 @@ def _told_answers(answers: dict[str, Any]) -> Iterator[str]:
         shown = [f"{safe_text(n, 40)} {count}" for n, count in list(answers["labels"].items())]
         more = ", ..." if len(shown) > _LABELS else ""
         yield f"labels: {', '.join(shown[:_LABELS])}{more}"
-    if answers["majority_on_test"] is not None:
+    if answers["labels"] is not None and answers["majority_on_test"] is not None:
         yield (
             f"baseline: always {safe_text(answers['majority'], 40)!r} is right in {answers['majority_on_test']:.1%} of "
             "the test"

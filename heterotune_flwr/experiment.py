@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.compose import compose, to_yaml
@@ -24,9 +26,13 @@ from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.federation.simulated import mend_actor_pool, mend_poll
 from heterotune_flwr.flower import Context, Grid
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.quiet import hush
+from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.tables import final_table
 from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config
 from heterotune_flwr.strategies.build import build_strategy, check_strategies
+from heterotune_flwr.track.trackers import check_trackers
+from heterotune_flwr.track.tracking import LiveTracking
 
 
 def run_directory(config: Config) -> Path:
@@ -76,6 +82,7 @@ def run_strategies(
     checkpoint.
     """
     check_strategies(config)
+    check_trackers(config.run.track)
     keep = config.server.keep_checkpoints
     checkpoints = Checkpoints(journal.directory, keep) if keep else None
     session = Session(grid, config, journal, run_name, checkpoints, resuming)
@@ -161,6 +168,8 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
 
     Raises HeteroTuneError: the configuration is wrong or the federation failed; one clear line.
     """
+    if not context.run_config.get("debug"):
+        hush()
     config = compose(
         str(context.run_config.get("config", "demo")), str(context.run_config.get("overrides", ""))
     )
@@ -178,19 +187,27 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
 def _run_in(
     directory: Path, grid: Grid, config: Config, run_id: str, resuming: bool
 ) -> dict[str, Any]:
-    journal = Journal(directory)
+    lines = RunProgress(config, Console(force_terminal=False, no_color=True))
+    with lines:
+        return _journalled(Journal(directory, lines), config, grid, run_id, resuming)
+
+
+def _journalled(
+    journal: Journal, config: Config, grid: Grid, run_id: str, resuming: bool
+) -> dict[str, Any]:
     try:
         # Without the directory, so that running the saved file repeats the run in a new one.
         own_place = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=None))
         journal.config(to_yaml(own_place))
         # Clients keep their state under the name of the first start.
         name = journal.remembered_name(f"{config.run.name}-{run_id}", resuming)
-        results = run_strategies(grid, config, journal, name, resuming)
+        with LiveTracking(config, journal):
+            results = run_strategies(grid, config, journal, name, resuming)
     except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, SystemExit):
             # Flower ends a ServerApp so when its SuperExec ends, or the run is stopped.
-            reason = f"the ServerApp was told to end; go on with --resume {directory}"
+            reason = f"the ServerApp was told to end; go on with --resume {journal.directory}"
         with suppress(FederationError):  # the disk may be what failed
             journal.status("failed", reason)
             journal.event("failed", reason=reason)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
+from heterotune_flwr.backbones.sources import type_key
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import Lengths, how_they_fit
 from heterotune_flwr.data.nearness import NEAR, nearness
@@ -61,10 +62,10 @@ def own_data(config: Config, tokenizers: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class ClientShare:
-    """A simulated client, its backbone and its own examples."""
+    """A simulated client, its model type (``smollm2@nf4``) and its own examples."""
 
     number: int
-    backbone: str
+    type_key: str
     data: ClientData
 
     @property
@@ -87,7 +88,7 @@ class ClientShare:
         parts = ("train", "personal_test", "choosing")
         return {
             "client": self.number,
-            "backbone": self.backbone,
+            "type": self.type_key,
             "natural": self.natural,
             **{part: len(getattr(self.data, part)) for part in parts},
             "answers": dict(self.answers.most_common()),
@@ -100,7 +101,7 @@ def client_shares(config: Config) -> list[ClientShare]:
     return [
         ClientShare(
             number,
-            entry.backbone,
+            type_key(entry.backbone, entry.bits, entry.revision),
             client_examples(config.data, number, len(types), seed, owners),
         )
         for number, entry in enumerate(types)
@@ -124,11 +125,11 @@ def used_line(config: Config, shares: Sequence[ClientShare]) -> str:
 
 
 def share_lines(config: Config, shares: Sequence[ClientShare]) -> list[str]:
-    """Every client's backbone, natural clients, examples and, where answers are labels, how many of each."""
+    """Every client's model type, natural clients, examples and, where answers are labels, how many of each."""
     told, closed = [], label_set(config.data) is not None
     natural = config.data.partition == "natural"
     for share in shares[:_CLIENTS]:
-        text = f"{share.number} {share.backbone}{_natural(share) if natural else ''}: {len(share.examples)}"
+        text = f"{share.number} {share.type_key}{_natural(share) if natural else ''}: {len(share.examples)}"
         if closed:
             common = share.answers.most_common()
             labels = ", ".join(

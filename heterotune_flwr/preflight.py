@@ -26,6 +26,7 @@ from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.own_data import own_data
 from heterotune_flwr.schema import Config
 from heterotune_flwr.strategies.build import check_strategies, strategy_config
+from heterotune_flwr.track.trackers import check_trackers
 from heterotune_flwr.tuning.slots import lowest_slot
 
 
@@ -70,6 +71,7 @@ def checked(config: Config) -> dict[str, Any]:
     if not config.types:
         raise ConfigError("types is empty: name at least one backbone with its bits and clients")
     check_strategies(config)
+    check_trackers(config.run.track)
     _check_backbones(config)
     labels = label_set(config.data)
     if not labels and config.alignment.output == "labels" and config.method.kind == "dema":

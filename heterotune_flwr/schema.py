@@ -514,6 +514,9 @@ class RunConfig:
     )
     seeds: list[int] = option([0], "one full run per seed [seeds]")
     state_dir: str | None = option(None, "clients' state; null: <run dir>/state (simulation)")
+    track: list[str] = option(
+        [], "trackers that follow the run: tensorboard, wandb, mlflow (docs/trackers.md)"
+    )
     worker_threads: int = option(1, "torch threads per worker process [threads]", least=1)
     workers: int | None = option(
         None,

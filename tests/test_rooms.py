@@ -14,7 +14,7 @@ ROOT = Path(heterotune_flwr.__file__).parent
 
 #: Lowest floor first. A room imports from its own and lower floors; from another room of its floor on the first alone.
 FLOORS = (
-    "names jsons errors plugins flower programs program_version rates seeds fields schema cli_help",
+    "names jsons errors plugins flower programs program_version rates seeds fields schema quiet cli_help",
     "config",
     "exchange",
     "backbones",
@@ -28,6 +28,7 @@ FLOORS = (
     "strategies",
     "reporting",
     "report",
+    "track",
     "export",
     "own_data",
     "preflight experiment",
@@ -38,7 +39,7 @@ FLOORS = (
     "anchor_files",
     "settings",
     "settings_page",
-    "cli_backbones cli_config cli_data cli_doctor cli_export cli_new cli_talk",
+    "cli_backbones cli_config cli_data cli_doctor cli_export cli_new cli_run cli_talk cli_track",
     "cli",
     "entry",
 )

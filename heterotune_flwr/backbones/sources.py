@@ -33,6 +33,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
 
+def short_name(source: str) -> str:
+    """The last part of a path or hub id."""
+    return Path(source.rstrip("/")).name.removesuffix(".gguf")
+
+
+def type_key(source: str, bits: str, revision: str | None = None) -> str:
+    """Identity of a model type, ``name[#revision]@bits``, an id whatever the names are (:mod:`..names`)."""
+    return as_id(f"{short_name(source)}{f'#{revision}' if revision else ''}@{bits}")
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """A backbone at a revision and bit width: what makes a model type."""
@@ -51,13 +61,12 @@ class BackboneSpec:
     @property
     def name(self) -> str:
         """Short name: the last part of a path or hub id."""
-        return Path(self.source.rstrip("/")).name.removesuffix(".gguf")
+        return short_name(self.source)
 
     @property
     def type_key(self) -> str:
-        """Identity of the model type, ``name[#revision]@bits``, an id whatever the names are (:mod:`..names`)."""
-        revision = f"#{self.revision}" if self.revision else ""
-        return as_id(f"{self.name}{revision}@{self.bits}")
+        """Identity of the model type (:func:`type_key`)."""
+        return type_key(self.source, self.bits, self.revision)
 
 
 @dataclass(frozen=True)

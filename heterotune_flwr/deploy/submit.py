@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -14,6 +13,7 @@ from heterotune_flwr.client.identify import about_shipped
 from heterotune_flwr.config.compose import INLINE, compose, conf_root, presets, to_yaml
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
+from heterotune_flwr.deploy.submitted import Submitted, flwr_words, remember
 from heterotune_flwr.errors import ConfigError, LeftRunningError
 from heterotune_flwr.experiment import run_directory, with_absolute_paths
 from heterotune_flwr.federation.launcher import check_directory
@@ -22,14 +22,7 @@ from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.programs import to_toml
 from heterotune_flwr.schema import Config
 from heterotune_flwr.strategies.build import check_strategies
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """A run that Flower has accepted."""
-
-    run_id: str
-    directory: Path
+from heterotune_flwr.track.trackers import check_trackers
 
 
 def submit(
@@ -74,19 +67,16 @@ def submit(
                 deployment, "run", str(app), CONNECTION, "--run-config", str(settings), named=True
             )
         except KeyboardInterrupt as error:
-            words = _flwr_words(deployment)
+            words = flwr_words(deployment.operator)
             raise LeftRunningError(
                 "interrupted while the run was handed to the SuperLink: it may have it, and then the run goes on; "
                 f"look with `{words} list {CONNECTION}`, end it with `{words} stop RUN_ID {CONNECTION}`"
             ) from error
     run_id = str(answer["run-id"])
-    typer.echo(f"its log: {_flwr_words(deployment)} log {run_id} {CONNECTION}", err=True)
-    return Submitted(run_id, directory)
-
-
-def _flwr_words(deployment: Deployment) -> str:
-    """How an operator calls Flower's own command."""
-    return f"FLWR_HOME={deployment.operator} flwr"
+    typer.echo(f"its log: {flwr_words(deployment.operator)} log {run_id} {CONNECTION}", err=True)
+    submitted = Submitted(run_id, directory)
+    remember(deployment.operator, submitted)
+    return submitted
 
 
 def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tuple[Config, Path]:
@@ -100,6 +90,7 @@ def settle(deployment: Deployment, config: str, overrides: Sequence[str]) -> tup
     if settled.server.min_clients is None:  # not the count of simulated clients
         settled.server.min_clients = patience["min_clients"]
     check_strategies(settled)
+    check_trackers(settled.run.track)
     if not about_shipped(settled.data):
         typer.echo(
             "note: the run is about data of the nodes' own, so they are measured on their own tests alone (test in "

@@ -72,6 +72,8 @@ class Question:
         How long an answer, and one that is away, is waited for.
     wanted
         Clients of a type that must agree.
+    on_progress
+        Called with how many clients have answered or were given up, and how many were asked.
 
     """
 
@@ -81,6 +83,7 @@ class Question:
     seconds: float
     patience: float
     wanted: int
+    on_progress: Callable[[int, int], None] | None = None
 
 
 def ask_types(
@@ -126,7 +129,7 @@ def _ask_once(
 ) -> None:
     by_node = roster.node_to_client()
     messages = [make_message(question.content, node, ALIGN, 0, question.seconds) for node in asked]
-    replies = send_and_collect(grid, messages, question.seconds)
+    replies = send_and_collect(grid, messages, question.seconds, on_progress=question.on_progress)
     problems = dict(replies.failures)
     told: dict[int, Tensors] = {}
     for message in replies.messages:

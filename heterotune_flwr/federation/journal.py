@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +38,7 @@ from heterotune_flwr.names import safe_text
 #: Of the events' fields (docs/journal.md); raised when a reader of the older ones would misread a new one.
 VERSION = 2
 #: Events that a power cut may take: they are many, and nothing is rebuilt from them.
-_PASSING = frozenset({"train_reply", "bytes", "progress"})
+_PASSING = frozenset({"train_reply", "bytes", "progress", "asked"})
 #: Seconds between two events that tell how far asking or testing is.
 _PACE = 2.0
 #: Letters of an event's ``reason``.
@@ -91,6 +91,26 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
+class EventReader:
+    """Reads a journal's new events, complete lines only; those there already are passed over, unless ``from_start``."""
+
+    def __init__(self, path: Path, from_start: bool = False) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() and not from_start else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Events written since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as stream:
+            stream.seek(self._offset)
+            data = stream.read()
+        complete = data.rfind(b"\n") + 1
+        self._offset += complete
+        events = map(parse_event, data[:complete].split(b"\n"))
+        return [event for event in events if event is not None]
+
+
 class _Journals(Protocol):
     """Anything that writes events: a journal, or who adds fields of its own on the way there."""
 
@@ -101,18 +121,18 @@ class _Journals(Protocol):
 class Pace:
     """Tells now and then how far a long exchange of messages is; what is over within seconds tells nothing.
 
-    ``what`` is ``asking`` or ``testing``; ``fields`` are the event's besides.
+    ``what`` is ``connecting``, ``asking``, ``aligning`` or ``testing``; ``fields`` are the event's besides.
     """
 
     def __init__(self, to: _Journals, what: str, **fields: Any) -> None:
         self._to, self._fields = to, {"what": what, **fields}
-        self._last = time.monotonic()
+        self._last, self._told = time.monotonic(), -1
 
     def __call__(self, done: int, of: int) -> None:
-        """Take down that ``done`` of ``of`` clients have answered or were given up."""
+        """Take down that ``done`` of ``of`` clients are there, have answered or were given up."""
         now = time.monotonic()
-        if done < of and now - self._last >= _PACE:
-            self._last = now
+        if done < of and done != self._told and now - self._last >= _PACE:
+            self._last, self._told = now, done
             self._to.event("progress", done=done, clients=of, **self._fields)
 
 
@@ -121,11 +141,11 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def append_event(path: Path, event: str, /, **fields: Any) -> None:
-    """Append one event to a journal; the line is complete on disk when this returns."""
+def append_event(path: Path, event: str, /, **fields: Any) -> dict[str, Any]:
+    """Append one event to a journal and return it; the line is complete on disk by then."""
     if isinstance(reason := fields.get("reason"), str):  # it may quote what a client sent
         fields["reason"] = safe_text(reason, LONGEST_REASON)
-    record = to_json({"event": event, "time": time.time(), **fields})
+    record: dict[str, Any] = to_json({"event": event, "time": time.time(), **fields})
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     with writing(path), open(path, "ab", buffering=0, opener=_private) as stream:
         # One write: a reader, or a crash, never sees two halves of different lines.
@@ -133,17 +153,22 @@ def append_event(path: Path, event: str, /, **fields: Any) -> None:
             raise OSError("only part of an event could be written")
         if event not in _PASSING:
             os.fsync(stream.fileno())
+    return record
 
 
 class Journal:
     """Writer of one run directory.
 
     Its directory (an absolute path) is made if missing, for its owner alone. Events are appended to those of an earlier
-    run in it; a last line that a crash has torn is closed first.
+    run in it; a last line that a crash has torn is closed first. ``listener`` is called with every event once it is
+    written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, listener: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
         self.directory = directory
+        self._listener = listener
         self.path = directory / "rounds.jsonl"
         with writing(self.path):
             private_folder(directory)
@@ -156,7 +181,9 @@ class Journal:
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Append one event; the line is complete on disk when this returns."""
-        append_event(self.path, event, **fields)
+        record = append_event(self.path, event, **fields)
+        if self._listener is not None:
+            self._listener(record)
 
     def _close_torn_line(self) -> bool:
         if not self.path.exists() or self.path.stat().st_size == 0:

@@ -6,15 +6,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.config.compose import INLINE, to_yaml
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import atomic_write_text
-from heterotune_flwr.federation.journal import append_event, parse_event
+from heterotune_flwr.federation.journal import EventReader, append_event
 from heterotune_flwr.federation.processes import interrupt, on_signals
 from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.federation.staging import stage_app
@@ -60,26 +60,6 @@ class Resources:
         return f"{text} client-resources-num-gpus={self.gpus}" if self.gpus else text
 
 
-class EventReader:
-    """Reads the journal's new events, complete lines only; those there already belong to an earlier start."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def new(self) -> list[Event]:
-        """Events written since the last call."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as stream:
-            stream.seek(self._offset)
-            data = stream.read()
-        complete = data.rfind(b"\n") + 1
-        self._offset += complete
-        events = map(parse_event, data[:complete].split(b"\n"))
-        return [event for event in events if event is not None]
-
-
 def _read_status(directory: Path) -> tuple[str, str | None]:
     path = directory / "status.json"
     if not path.exists():
@@ -92,6 +72,8 @@ def _write_failure(directory: Path, reason: str) -> None:
     """Let the run directory tell how the run ended when its server could not."""
     record = {"state": "failed", "reason": reason, "time": time.time()}
     atomic_write_text(directory / "status.json", json.dumps(record) + "\n")
+    with suppress(FederationError):  # the disk may be what failed
+        append_event(directory / "rounds.jsonl", "failed", reason=reason)
 
 
 class _Watch:
@@ -138,8 +120,8 @@ def _follow(
         if state == "finished":
             return RunOutcome(directory, False, None)
         if state != "failed" and ended is not None:  # the status has been read once more since
-            state, reason = "failed", ended
             _write_failure(directory, ended)
+            continue
         if state == "failed":
             superlink.await_log()
             return RunOutcome(directory, True, reason, tail(superlink.log))
@@ -205,16 +187,30 @@ def launch_app(
     Raises FederationError: Flower could not be started or refused the run. A run that starts and fails is reported in
     the outcome.
     """
-    reader = EventReader(directory / "rounds.jsonl")
-    log = directory / "flower.log"
+    journal, log = directory / "rounds.jsonl", directory / "flower.log"
+    reader = EventReader(journal)
+
+    def tell(event: str, **fields: Any) -> None:
+        append_event(journal, event, **fields)
+        for written in reader.new():
+            on_event(written)
+
     try:
+        tell("starting", what="Flower's server")
         with (
             on_signals(interrupt, "SIGTERM", "SIGHUP"),
             SuperLink(directory / "flower", log, resources.threads) as superlink,
         ):
-            run_id = superlink.submit(app, run_config, resources.federation_config(supernodes))
-            superlink.stream_log(run_id)
-            return _follow(directory, superlink, run_id, on_event, reader)
+            try:
+                federation = resources.federation_config(supernodes)
+                run_id = superlink.submit(app, run_config, federation)
+                tell("starting", what=f"{supernodes} clients in {resources.workers} processes")
+                superlink.stream_log(run_id)
+                return _follow(directory, superlink, run_id, on_event, reader)
+            except KeyboardInterrupt:
+                with suppress(FederationError):
+                    tell("stopping")
+                raise
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if interrupted else " ".join(str(error).split())[:500]
@@ -246,13 +242,17 @@ def _gpu_share(workers: int) -> float:
 
 
 def launch(
-    config: Config, on_event: OnEvent, resuming: bool = False, notes: Sequence[str] = ()
+    config: Config,
+    on_event: OnEvent,
+    resuming: bool = False,
+    notes: Sequence[str] = (),
+    debug: bool = False,
 ) -> RunOutcome:
     """Run ``config`` in a Flower simulation of its own and wait for its end.
 
     ``config`` is resolved, with an absolute ``run.dir``; ``on_event`` is called with every journal event, in order,
     while the run goes on. ``resuming``: go on after the last checkpoint there. ``notes`` are what was said of the data;
-    a new run's journal begins with it.
+    a new run's journal begins with it. ``debug``: what libraries say goes to flower.log too.
 
     Raises ConfigError: the run directory cannot be used, or the configuration has no types; FederationError: Flower
     could not be started or refused the run. A run that starts and fails is reported in the outcome.
@@ -267,6 +267,7 @@ def launch(
         "config": INLINE + to_yaml(config),
         "overrides": "",
         "resume": str(directory) if resuming else "",
+        "debug": "yes" if debug else "",
     }
     with prepared(directory, resuming):
         if notes and not resuming:

@@ -28,7 +28,7 @@ from heterotune_flwr.exchange.packing import (
     tensor_digest,
 )
 from heterotune_flwr.federation.factors_asked import Question, ask_types
-from heterotune_flwr.federation.journal import Journal, writing
+from heterotune_flwr.federation.journal import Journal, Pace, writing
 from heterotune_flwr.federation.kept_maps import KeptMaps
 from heterotune_flwr.federation.roster import Client, Roster
 from heterotune_flwr.flower import Grid, is_simulation
@@ -266,7 +266,7 @@ class MapsService:
         server = self._config.server
         question = Question(
             request.to_content(), fault, inquiry.pay, query_seconds(server), server.wait_seconds,
-            1 if is_simulation(self._grid) else 2,
+            1 if is_simulation(self._grid) else 2, Pace(self._journal, "aligning"),
         )  # fmt: skip
         factors, answers = ask_types(self._grid, roster, type_keys, question, inquiry.trust)
         for key, one in answers.items():

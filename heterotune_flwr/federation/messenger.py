@@ -257,11 +257,22 @@ class _Conversation:
         return full or self.elapsed >= self.quorum_since + self.enough.grace
 
 
-def wait_for_nodes(grid: Grid, minimum: int, seconds: float, pause: float = 0.5) -> list[int]:
-    """Wait until ``minimum`` nodes are connected or the patience ends; return those there are."""
+def wait_for_nodes(
+    grid: Grid,
+    minimum: int,
+    seconds: float,
+    pause: float = 0.5,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[int]:
+    """Wait until ``minimum`` nodes are connected or the patience ends; return those there are.
+
+    ``on_progress`` is called with how many are there, and ``minimum``, at every look.
+    """
     deadline = time.monotonic() + seconds
     while True:
         nodes = sorted(grid.get_node_ids())
         if len(nodes) >= minimum or time.monotonic() >= deadline:
             return nodes
+        if on_progress is not None:
+            on_progress(len(nodes), minimum)
         time.sleep(pause)

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "run.state_dir",
     "run.compare",
     "run.seeds",
+    "run.track",
     "run.workers",
     "run.worker_threads",
     "server.rounds",

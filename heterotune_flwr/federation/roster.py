@@ -174,6 +174,7 @@ def describe_clients(
     unfit: Callable[[Mapping[str, Client]], dict[str, str]],
     tell: Callable[[LeftOut], None],
     on_progress: Callable[[int, int], None] | None = None,
+    on_waiting: Callable[[int, int], None] | None = None,
 ) -> Roster:
     """Wait for clients, ask each who it is, and check that they can work together.
 
@@ -184,12 +185,12 @@ def describe_clients(
     ``header`` names the experiment, seed and method to describe themselves for; ``words`` is the public word list,
     empty when no alignment is needed. ``unfit`` says, of clients that have described themselves, who cannot take part
     and why. ``tell`` is called with every node that does not take part, ``on_progress`` with how many have answered,
-    and of how many. Times are seconds.
+    and of how many, ``on_waiting`` with how many have appeared. Times are seconds.
 
     Raises FederationError: too few clients appeared or answered usefully; the first reason is named.
     """
     deadline = time.monotonic() + need.wait_seconds
-    nodes = wait_for_nodes(grid, need.waited_for, need.wait_seconds)
+    nodes = wait_for_nodes(grid, need.waited_for, need.wait_seconds, on_progress=on_waiting)
     if len(nodes) < (need.least if need.begun else need.waited_for):
         raise FederationError(
             f"only {len(nodes)} of {need.waited_for} clients appeared within {need.wait_seconds:.0f} s; start "

@@ -84,6 +84,7 @@ class Session:
                 self._unfit(method, len(words)),
                 self._left_out,
                 Pace(self.journal, "asking"),
+                Pace(self.journal, "connecting"),
             )
             self._rosters[key] = roster
             self.journal.event(

@@ -33,6 +33,7 @@ clientapp = "client_app.app:app"
 config = "demo"
 overrides = ""
 resume = ""
+debug = ""
 """
 
 

@@ -181,6 +181,9 @@ class Transport:
 
         """
         self._failed = {}
+        asked = [self.client_to(message) for message in messages]
+        patience = max(map(self.deadline, asked), default=0.0)
+        self.event("asked", round=round, message_type=kind, asked=asked, seconds=patience)
         collection = Collection(self, grid, kind, round, is_round, arrived)
         collection.run(messages)
         for client_id, reason, facts in collection.reasons():

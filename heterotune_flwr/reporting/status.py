@@ -3,62 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.federation.journal import read_events
-from heterotune_flwr.jsons import as_mapping, as_number, as_whole, parse_json
+from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import printable
+from heterotune_flwr.reporting.standing import ClientStanding, Standing, follow
+from heterotune_flwr.reporting.time_left import Plan
 
-#: Rounds whose pace tells the time left.
-_RECENT = 5
 #: A running run that has written nothing for so long may be gone.
 QUIET_SECONDS = 900.0
 #: Clients that have a line each; of more, so many that failed most.
 _ROWS, _WORST = 48, 5
-
-
-@dataclass
-class ClientStanding:
-    """What the journal knows of one client; ``last_seen`` is seconds since 1970, None before its first answer."""
-
-    client_id: str
-    type_key: str = ""
-    bits: str = ""
-    examples: float | None = None
-    last_seen: float | None = None
-    last_round: int | None = None
-    answers: int = 0
-    failures: int = 0
-    last_failure: str = ""
-
-
-@dataclass
-class Standing:
-    """How a run stands.
-
-    Times are seconds; ``eta`` is what is left of the strategy at work, ``phase`` what is done before its first round.
-    """
-
-    directory: str
-    state: str
-    reason: str | None = None
-    strategy: str | None = None
-    seed: int | None = None
-    round: int = 0
-    of: int = 0
-    loss: float | None = None
-    eta: float | None = None
-    last_event: float | None = None
-    phase: str | None = None
-    clients: dict[str, ClientStanding] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+#: Clients that are waited for and named.
+_NAMED = 6
 
 
 def read_status(directory: Path) -> Standing:
@@ -67,6 +28,8 @@ def read_status(directory: Path) -> Standing:
     journal = directory / "rounds.jsonl"
     try:
         if not journal.is_file():
+            if (directory / ".follower.lock").exists() or (directory / ".lock").exists():
+                return Standing(str(directory), "starting", phase="the run has written nothing yet")
             raise ConfigError(
                 f"{directory} is no run directory: it has no rounds.jsonl (a run makes it when it begins; why one did "
                 "not begin is in its log: flwr log)"
@@ -77,106 +40,26 @@ def read_status(directory: Path) -> Standing:
             f"{journal} cannot be read: {error.strerror or error}; ask as the user whose run it is"
         ) from error
     state, reason = _state(directory)
-    return follow(events, Standing(str(directory), state, reason))
+    return follow(events, Standing(str(directory), state, reason), _plan(directory))
 
 
 def _state(directory: Path) -> tuple[str, str | None]:
+    path = directory / "status.json"
+    if not path.exists():
+        return "starting", None
     try:
-        status = parse_json((directory / "status.json").read_text())
+        status = parse_json(path.read_text())
         return str(status["state"]), status.get("reason")
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown", None
 
 
-def follow(events: Iterable[Mapping[str, Any]], standing: Standing) -> Standing:
-    """Bring a standing up to date with events of the journal, in order; what is malformed in them is passed over."""
-    bits: dict[str, str] = {}
-    ends: list[float] = []
-    for event in events:
-        kind, at = event["event"], as_number(event.get("time"))
-        at = standing.last_event if at is None else at
-        standing.last_event = at
-        standing.phase = _phase(event, standing.phase)
-        if kind == "describe":
-            types = as_mapping(event.get("types"))
-            bits = {key: str(as_mapping(of).get("bits", "")) for key, of in types.items()}
-            for client_id, type_key in as_mapping(event.get("members")).items():
-                _of_client(
-                    standing.clients, {**event, "client_id": client_id, "type": type_key}, at, bits
-                )
-        elif kind in ("start", "resumed"):
-            standing.strategy, standing.seed = event.get("strategy"), event.get("seed")
-            standing.round, standing.of = as_whole(event.get("round")), as_whole(event.get("of"))
-            standing.loss, ends = None, [] if at is None else [at]
-        elif kind == "round":
-            standing.round = as_whole(event.get("round"), standing.round)
-            standing.loss = as_number(event.get("loss"))
-            ends += [] if at is None else [at]
-        elif kind == "guests":
-            _mark_guests(standing.clients.values(), event.get("types"))
-        _of_client(standing.clients, event, at, bits)
-    if standing.state == "running" and len(ends) > 1:
-        recent = ends[-_RECENT - 1 :]
-        pace = (recent[-1] - recent[0]) / (len(recent) - 1)
-        standing.eta = pace * max(0, standing.of - standing.round)
-    return standing
-
-
-def _phase(event: Mapping[str, Any], before: str | None) -> str | None:
-    """What a run is at before its first round; None once rounds are told."""
-    kind = event["event"]
-    if kind == "asking":
-        return f"waiting for clients and asking who they are ({as_whole(event.get('needed'))} are needed)"
-    if kind == "progress":
-        done, of = as_whole(event.get("done")), as_whole(event.get("clients"))
-        verb = "asking who the clients are" if event.get("what") == "asking" else "testing"
-        return f"{verb}: {done} of {of} have answered"
-    phases: dict[str, str | None] = {
-        "journal": "starting",
-        "describe": "making the maps of the clients' types",
-        "aligning": "a client of each type reads the public anchors",
-        "align": "the maps are there",
-        "start": "testing the models before the first round",
-        "evaluate": None,
-        "train_reply": None,
-        "round": None,
-    }
-    return phases.get(kind, before) if isinstance(kind, str) else before
-
-
-def _mark_guests(clients: Iterable[ClientStanding], types: Any) -> None:
-    """Guests own no examples; what they answered with counts the anchors of their lesson."""
-    for client in clients:
-        if isinstance(types, list) and client.type_key in types:
-            client.examples = 0.0
-
-
-def _of_client(
-    clients: dict[str, ClientStanding],
-    event: Mapping[str, Any],
-    at: float | None,
-    bits: Mapping[str, str],
-) -> None:
-    client_id = event.get("client_id")
-    if event["event"] == "left_out" and not client_id:
-        client_id = f"node {event.get('node_id')}"
-    if client_id is None:
-        return
-    client = clients.setdefault(str(client_id), ClientStanding(str(client_id)))
-    if event.get("type"):
-        client.type_key = str(event["type"])
-        client.bits = bits.get(client.type_key, client.bits)
-    if event["event"] in ("client_failed", "refused", "left_out"):
-        client.failures += 1
-        client.last_failure = str(event.get("reason") or "")
-    elif event["event"] in ("train_reply", "bytes"):
-        client.last_seen, client.last_round = at, as_whole(event.get("round"))
-        if event["event"] == "train_reply":
-            client.answers += 1
-            examples = as_number(event.get("examples"))
-            client.examples = client.examples if examples is None else examples
-    elif event["event"] == "describe":
-        client.last_seen = at
+def _plan(directory: Path) -> Plan | None:
+    """What the run was configured to do; None where its configuration cannot be read (any more)."""
+    try:
+        return Plan.of(compose(str(directory / "config.yaml")))
+    except (HeteroTuneError, OSError):
+        return None
 
 
 def ago(seconds: float) -> str:
@@ -187,6 +70,29 @@ def ago(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
+def doing(standing: Standing, now: float) -> str:
+    """What a run does at the moment, and whom it waits for; empty where nothing is known."""
+    if standing.asked:
+        return _waiting(standing, now)
+    text = standing.phase or ""
+    if text and standing.last_event is not None and now - standing.last_event >= 2:
+        text += f", for {ago(now - standing.last_event)}"
+    return text
+
+
+def _waiting(standing: Standing, now: float) -> str:
+    text = f"{standing.doing}: {standing.asked_of - len(standing.asked)} of {standing.asked_of} answered"
+    if standing.since is not None:
+        text += f", {ago(now - standing.since)}"
+    text += f"; waiting for {_some(standing.asked)}"
+    return text if standing.patience is None else f"{text} (at most {ago(standing.patience)})"
+
+
+def time_left(seconds: float | None) -> str:
+    """``about 20 s left``; empty where nobody can tell, or it is over at any moment."""
+    return "" if seconds is None or seconds < 1 else f"about {ago(seconds)} left"
+
+
 def render(standing: Standing, now: float | None = None) -> str:
     """The standing as lines for a terminal."""
     now = time.time() if now is None else now
@@ -194,15 +100,15 @@ def render(standing: Standing, now: float | None = None) -> str:
     if standing.reason:
         head += f" ({standing.reason})"
     lines = [head]
-    if standing.phase is not None and standing.state == "running":
-        lines.append(standing.phase)
     if standing.strategy is not None:
         line = f"{standing.strategy}, seed {standing.seed}: round {standing.round} of {standing.of}"
         if standing.loss is not None:
             line += f", loss {standing.loss:.3f}"
-        if standing.eta is not None:
-            line += f", about {ago(standing.eta)} to go"
+        if standing.state == "running" and (left := time_left(standing.eta)):
+            line += f", {left}"
         lines.append(line)
+    if standing.state in ("running", "starting") and (at_work := doing(standing, now)):
+        lines.append(at_work)
     if standing.last_event is not None:
         quiet = now - standing.last_event
         line = f"last event {ago(quiet)} ago"
@@ -211,9 +117,41 @@ def render(standing: Standing, now: float | None = None) -> str:
                 f"; is the ServerApp alive? If not: run again with resume = {standing.directory}"
             )
         lines.append(line)
+    lines += _troubles(standing)
     few = len(standing.clients) <= _ROWS
     lines += _rows(standing, now) if few else _summary(standing)
     return "\n".join(printable(line.replace("\n", " ")) for line in lines)
+
+
+def trouble(client: ClientStanding) -> str:
+    """Why a client is out, or keeps failing, in one line."""
+    if client.out:
+        return f"{client.client_id} does not take part: {client.out}"
+    times = "once" if client.in_a_row == 1 else f"{client.in_a_row} times in a row"
+    if client.until is not None:
+        return f"{client.client_id} sits out until after round {client.until}: failed {times}; {client.last_failure}"
+    return f"{client.client_id} failed {times}: {client.last_failure}"
+
+
+def _troubles(standing: Standing) -> list[str]:
+    """Requests that expired, and who keeps failing."""
+    lines = []
+    late = sum(client.late for client in standing.clients.values())
+    if late:
+        names = [c.client_id for c in standing.clients.values() if c.late]
+        lines.append(
+            f"expired: {late} requests were not answered in time (of {_some(sorted(names))})"
+        )
+    failing = standing.failing
+    lines += [trouble(client) for client in failing[:_WORST]]
+    if len(failing) > _WORST:
+        lines.append(f"and {len(failing) - _WORST} more")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
 def _summary(standing: Standing) -> list[str]:
@@ -242,12 +180,12 @@ def _rows(standing: Standing, now: float) -> list[str]:
     kind = max([len(client.type_key) for client in standing.clients.values()] + [4])
     if standing.clients:
         lines.append(f"{'client':{width}}  {'type':{kind}}  {'bits':6} {'examples':>8} {'answers':>7} "
-                     f"{'failures':>8}  last seen")  # fmt: skip
+                     f"{'failures':>8} {'expired':>7}  last seen")  # fmt: skip
     for client_id in sorted(standing.clients):
         client = standing.clients[client_id]
         seen = "never" if client.last_seen is None else f"{ago(now - client.last_seen)} ago"
         examples = "" if client.examples is None else f"{client.examples:.0f}"
         line = (f"{client_id:{width}}  {client.type_key:{kind}}  {client.bits:6} {examples:>8} {client.answers:>7} "
-                f"{client.failures:>8}  {seen}")  # fmt: skip
+                f"{client.failures:>8} {client.late:>7}  {seen}")  # fmt: skip
         lines.append(line + (f"; {client.last_failure}" if client.last_failure else ""))
     return lines

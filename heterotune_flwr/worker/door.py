@@ -20,6 +20,7 @@ from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.flower import Context, Message, content_from_bytes, content_to_bytes
 from heterotune_flwr.names import printable
 from heterotune_flwr.protocol.wire import error_content
+from heterotune_flwr.quiet import hush
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def idle_seconds(node_config: Mapping[str, Any]) -> float:
 
 def _here(message: Message, context: Context) -> Message:
     """Answer in this process; torch comes in here."""
+    if not context.run_config.get("debug"):
+        hush()
     from heterotune_flwr.client import handlers as client
 
     return client.respond(message, context, client.HANDLERS[message.metadata.message_type])

@@ -200,6 +200,8 @@ def test_what_is_under_way_is_told_now_and_then(tmp_path, monkeypatch):
     show = RunProgress(Config(), Console(file=text, width=80))
     for event, fields in told:
         show({"event": event, **fields})
-    assert text.getvalue().splitlines() == ["  asked 2 of 8 clients"]  # a line per two seconds
+    assert text.getvalue().splitlines() == [
+        "  asking who the clients are: 2 of 8 answered"
+    ]  # a line per two seconds
     standing = follow([{"event": told[0][0], **told[0][1]}], Standing("d", "running"))
     assert "2 of 8" in standing.phase

@@ -120,7 +120,7 @@ def test_the_staged_app_builds_and_carries_all_code_and_no_weights(tmp_path: Pat
         "heterotune_flwr/cli.py",
     } <= names
     assert {Path(name).suffix for name in names} == {".py", ".yaml", ".toml"}
-    assert 0 < len(build_fab_from_disk(app)) < 2_000_000
+    assert 0 < len(build_fab_from_disk(app)) < 3_000_000
 
 
 def test_the_tail_leaves_empty_lines_out(tmp_path: Path) -> None:
@@ -137,7 +137,12 @@ def test_the_checkout_itself_is_an_app_flower_accepts(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     config, warnings = load_and_validate(root / "pyproject.toml")
     assert warnings == []
-    assert set(config["tool"]["flwr"]["app"]["config"]) == {"config", "overrides", "resume"}
+    assert set(config["tool"]["flwr"]["app"]["config"]) == {
+        "config",
+        "overrides",
+        "resume",
+        "debug",
+    }
     shutil.copy(root / "pyproject.toml", tmp_path)
     for name in ("heterotune_flwr", "server_app", "client_app", "conf"):
         shutil.copytree(root / name, tmp_path / name)

@@ -20,4 +20,5 @@ def test_the_status_of_very_many_clients_is_a_line_per_type():
     assert "  c3: 2 failures; gone" in text
     assert len(text) < 8
     few = render(follow(events[1:], Standing("d", "running")), now=0.0)
-    assert sum(line.startswith("c") for line in few.splitlines()) == 11
+    assert sum(line.startswith("c") for line in few.splitlines()) == 12
+    assert "c3 failed 2 times in a row: gone" in few

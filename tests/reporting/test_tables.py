@@ -121,10 +121,8 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
             for client in range(6):
                 progress({"event": "train_reply", "strategy": "heterotune", "seed": 0, "round": number, "of": 2,
                           "client_id": f"client-{client:04d}", "type": "a@nf4", "loss": 1.5})  # fmt: skip
-            before = progress.fraction
             progress({"event": "round", "strategy": "heterotune", "seed": 0, "round": number, "of": 2,
                       "clients": 6, "loss": 1.25, "bytes_up": 1000, "bytes_down": 2000})  # fmt: skip
-            assert progress.fraction == before == number / 2
         progress({"event": "evaluate", "round": 1, "overall": {"global_accuracy_mean": 0.25}})
         progress({"event": "evaluate", "round": 2,
                   "overall": {"global_accuracy_mean": 0.0, "global_rouge_l_mean": 0.375}})  # fmt: skip
@@ -137,7 +135,6 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         progress({"event": "payload_refused", "channel": "statistics", "client_id": "client-0004",
                   "reason": "far {away}"})  # fmt: skip
         progress({"event": "strategy_end", "strategy": "heterotune", "seed": 0, "seconds": 12.0})
-        assert progress.fraction == 1.0
     text = out.getvalue()
     for expected in (
         "6 x a@nf4",
