@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_federation import ToyFederation, toy_config
@@ -18,7 +20,7 @@ from heterotune_flwr.track.tracking import LiveTracking, track_afterwards
 
 
 def tracked(config, federation, resuming=False, drop=None):
-    journal = Journal(federation.directory)
+    journal = Journal(Path(config.run.dir))
     journal.config(to_yaml(config))
     with LiveTracking(config, journal):
         run_strategies(federation.grid(drop=drop), config, journal, "toy-0", resuming)
@@ -44,11 +46,10 @@ def run(tmp_path_factory):
     config = toy_config(tmp_path, (1, 1, 1), spec, rounds=3, evaluate_every=2)
     config.run.track = ["tensorboard"]
     federation = ToyFederation(config)
-    federation.directory = tmp_path / "run"
     with pytest.raises(Killed):
         tracked(config, federation, drop=killer(36))
     tracked(config, federation, resuming=True)
-    return federation.directory
+    return tmp_path / "run"
 
 
 def test_what_was_written_beside_the_run_is_what_its_journal_says(run):
@@ -95,9 +96,8 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch):
     config = toy_config(tmp_path, (1, 1), {"heterotune": KINDS["heterotune"]}, rounds=1)
     config.run.track = ["tensorboard"]
     federation = ToyFederation(config)
-    federation.directory = tmp_path / "run"
     tracked(config, federation)
-    events = read_events(federation.directory / "rounds.jsonl")
+    events = read_events(tmp_path / "run" / "rounds.jsonl")
     (failed,) = [event for event in events if event["event"] == "track_failed"]
     assert (failed["tracker"], failed["reason"]) == ("tensorboard", "OSError")
     assert [event for event in events if event["event"] == "strategy_end"]
