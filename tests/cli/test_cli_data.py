@@ -44,8 +44,8 @@ def test_a_bare_file_is_read_and_told(heterotune, tmp_path):
     code, text, error = heterotune("data", "check", path)
     assert code == 0, error
     assert "text from 'review', answer from 'stars', natural clients from 'source'" in text
-    assert "0 tiny-a [amazon]:" in text
-    assert "1 tiny-b [movie]:" in text
+    assert "0 tiny-a@bf16 [amazon]:" in text
+    assert "1 tiny-b@bf16 [movie]:" in text
     assert "is right in" in text
     assert "duplicates: " in text
     assert "lengths, tiny-a, tiny-b: median" in text
@@ -86,8 +86,8 @@ def test_owners_are_shown(heterotune, tmp_path):
     types = "types=[{backbone: tiny-c, owners: [movie]}, {backbone: tiny-a, owners: [amazon]}]"
     code, text, error = heterotune("data", "check", path, types)
     assert code == 0, error
-    assert "0 tiny-c [movie]:" in text
-    assert "1 tiny-a [amazon]:" in text
+    assert "0 tiny-c@bf16 [movie]:" in text
+    assert "1 tiny-a@bf16 [amazon]:" in text
 
 
 @pytest.mark.parametrize(

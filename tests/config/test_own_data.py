@@ -38,7 +38,10 @@ def test_rows_clients_and_what_is_about_something_else(tmp_path, tokenizer):
     assert "train.jsonl: 200 of 250 rows go to 6 clients (86 to train, 48 for" in text
     assert "their personal tests, 66 to choose what they keep)" in text
     assert "50 rows kept of them for the test" in text
-    assert all(f"; {number} tiny-{'abc'[number % 3]}: 3" in text for number in range(1, 6))
+    assert all(
+        f"; {number} tiny-{'abc'[number % 3]}@{('bf16', 'int8', 'nf4')[number % 3]}: 3" in text
+        for number in range(1, 6)
+    )
     assert all(f"{label} " in text for label in LABELS)
     assert "no text is cut" in text
     assert "aligned on descriptions of Debian packages (debian-other)" in text

@@ -126,7 +126,8 @@ def test_a_run_is_followed_and_leaves_nothing(
 ) -> None:
     outcome, events = run_app(app, tmp_path / "run", "finish")
     assert (outcome.failed, outcome.reason) == (False, None)
-    (event,) = events
+    assert [event["event"] for event in events[:2]] == ["starting", "starting"]
+    (event,) = events[2:]
     assert event["settings"] == SETTINGS
     assert event["nodes"] == 2
     assert event["cwd"] == str(tmp_path / "run" / "flower" / "cwd")
@@ -148,7 +149,7 @@ def test_a_failing_server_gives_its_traceback_and_a_status(
     assert "the dog ate the bank" in outcome.log_tail
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", outcome.reason)
-    assert len(events) == 1
+    assert [event["event"] for event in events[2:]] == ["seen", "failed"]
     assert marked_processes(marks[0]) == []
 
 
