@@ -55,10 +55,18 @@ def look(opened: Any, page: Path, width: int, scheme: str = "light", scale: floa
         opened.get(page.as_uri())
 
 
-def picture(opened: Any, path: Path, top: float = 0, height: float | None = None) -> None:
-    """Write what is shown as PNG: from ``top`` on, ``height`` CSS pixels high (None: to the end)."""
+def picture(
+    opened: Any, path: Path, left: float = 0, top: float = 0, height: float | None = None
+) -> None:
+    """Write what is shown as PNG: right of ``left``, from ``top`` on, ``height`` CSS pixels high (None: to the end)."""
     whole = opened.execute_script("return [innerWidth, document.documentElement.scrollHeight]")
-    clip = {"x": 0, "y": top, "width": whole[0], "height": height or whole[1] - top, "scale": 1}
+    clip = {
+        "x": left,
+        "y": top,
+        "width": whole[0] - left,
+        "height": height or whole[1] - top,
+        "scale": 1,
+    }
     shot = opened.execute_cdp_cmd(
         "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
     )

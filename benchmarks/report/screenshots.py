@@ -40,13 +40,14 @@ def main() -> None:
         page.write_text(run_page(read_facts(run)), encoding="utf-8")
         for name, (width, scheme, first, end, most) in SHOTS.items():
             look(opened, page, width, scheme, _SCALE)
-            top, bottom = (
+            (left, top), (_, bottom) = (
                 opened.execute_script(
-                    f"return document.querySelector('{at}').getBoundingClientRect().top + scrollY"
+                    f"const box = document.querySelector('{at}').getBoundingClientRect();"
+                    "return [box.left, box.top + scrollY]"
                 )
                 for at in (first, end)
             )
-            picture(opened, IMAGES / name, top, min(bottom - top, most))
+            picture(opened, IMAGES / name, max(left - 24, 0), top, min(bottom - top, most))
             size = (IMAGES / name).stat().st_size
             print(f"{name}: {size / 1000:.0f} kB")
             assert size < LARGEST, f"{name} has {size} bytes, more than {LARGEST}"

@@ -92,7 +92,7 @@ def test_each_question_is_answered_where_its_anchor_is(seen, anchor):
 
 def test_the_page_names_who_gained_who_lost_and_why_one_is_out(seen):
     assert "client-0003 (out of memory)" in seen.text["answer-out"]
-    assert "8 of 12 clients" in seen.text["answer-gained"]
+    assert "Over training alone: 8 of 12 clients" in seen.text["answer-gained"]
     lost = [
         one.client_id
         for one in made_up.full().client_outcomes

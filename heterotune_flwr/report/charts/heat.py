@@ -77,7 +77,7 @@ def _cell(
             fill_opacity=f"{shade:.2f}",
         ),
     ]
-    number = words.removesuffix(" %").removesuffix(".0")
+    number = words.removesuffix("\u00a0%").removesuffix(".0")
     if width >= _ROOMY and (value or chart.unit == "cosine"):
         children.append(
             element(

@@ -141,10 +141,10 @@ def is_empty(chart: Chart) -> bool:
 
 
 def told(value: float, unit: Unit) -> str:
-    """A value as people write it: ``0.565`` as a share is ``56.5 %``, ``34640`` bytes are ``34.6 kB``."""
+    """A value as people write it, unbroken: ``0.565`` as a share is ``56.5 %``, ``34640`` bytes are ``34.6 kB``."""
     if not math.isfinite(value):
         return "–"
-    return _written(value, unit).replace("-", "\u2212")
+    return _written(value, unit).replace("-", "\u2212").replace(" ", "\u00a0")
 
 
 def _written(value: float, unit: Unit) -> str:

@@ -179,37 +179,29 @@ def _named(gains: dict[str, float], main: Lead, best: bool) -> str:
     return listed(names, _NAMED)
 
 
-def _mean(gains: dict[str, float], main: Lead) -> str:
-    return f"{gain(statistics.fmean(gains.values()), main.measure)} {main.points}"
-
-
 def _gained(facts: RunFacts, main: Lead) -> str:
-    bare, alone = (_gains(facts, main, over) for over in (BARE, ALONE))
-    if not (bare or alone):
-        return "It cannot be told: no client has both models measured."
     told_of = []
-    for gains, other in ((bare, "the untouched one"), (alone, "the one it trained alone")):
-        if gains:
+    for over, name in ((BARE, "the untouched model"), (ALONE, "training alone")):
+        if gains := _gains(facts, main, over):
             up = {client: value for client, value in gains.items() if value > 0}
-            most = f" Most: {_named(up, main, best=True)}." if up else ""
-            told_of.append(
-                f"{len(up)} of {plural(len(gains), 'client')} do better with the federated model than with {other}, by "
-                f"{_mean(gains, main)} on average over all.{most}"
-            )
-    return " ".join(told_of)
+            mean = gain(statistics.fmean(gains.values()), main.measure)
+            most = f"; most {_named(up, main, best=True)}" if up else ""
+            who = f"{len(up)} of {plural(len(gains), 'client')}"
+            told_of.append(f"Over {name}: {who}, on average over all {mean} {main.points}{most}.")
+    return " ".join(told_of) or "It cannot be told: no client has both models measured."
 
 
 def _lost(facts: RunFacts, main: Lead) -> str:
     told_of = []
-    for over, name in ((ALONE, "alone"), (BARE, "with the untouched model")):
-        gains = _gains(facts, main, over)
-        down = {client: value for client, value in gains.items() if value < 0}
-        if down:
-            told_of.append(
-                f"{plural(len(down), 'client')} would do better {name}: {_named(down, main, best=False)}."
+    for over, name in ((ALONE, "training alone"), (BARE, "the untouched model")):
+        if gains := _gains(facts, main, over):
+            down = {client: value for client, value in gains.items() if value < 0}
+            who = (
+                f"{plural(len(down), 'client')}: {_named(down, main, best=False)}"
+                if down
+                else "nobody"
             )
-        elif gains:
-            told_of.append(f"No client does better {name}.")
+            told_of.append(f"Against {name}, {who}.")
     return " ".join(told_of)
 
 

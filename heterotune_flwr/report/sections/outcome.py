@@ -57,8 +57,8 @@ def models(facts: RunFacts) -> Section:
     """Untouched, majority, alone, within type, federated."""
     main, found = lead(facts), rows(facts)
     how = (
-        "Each row is one way to get a model; a useful federation stands above the rows before it. "
-        "Numbers are means over clients."
+        "Each row is one way to get a model; a useful federation has better numbers than the rows before it. "
+        "They are means over clients."
     )
     if not found:
         return Section(
