@@ -197,11 +197,12 @@ def lines_below(page: Path, heading: str) -> list[str]:
     return [line.strip() for line in re.findall(r"(?<=\n)    (\S.*)(?=\n)", part)]
 
 
-def shell(line: str, folder: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line as a reader with this environment active would."""
     path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={shlex.quote(str(ROOT))}"
     return subprocess.run(
-        ["bash", "-c", f"{path}\n{line}"], cwd=folder, capture_output=True, text=True, timeout=3000, check=False, **more,
+        ["bash", "-c", f"{path}\n{line}"],
+        cwd=folder, capture_output=True, text=True, timeout=3000, check=False,
     )  # fmt: skip
 
 
