@@ -18,7 +18,7 @@ from heterotune_flwr.report.read import read_facts
 IMAGES = ROOT / "docs" / "images"
 #: File -> width, scheme, element that it begins with, element before which it ends, most height.
 SHOTS = {
-    "report-summary.png": (1100, "light", "header", "#words", 900),
+    "report-summary.png": (1100, "light", "header", "#answer-out", 900),
     "report-models.png": (1100, "light", "#models", "#types", 900),
     "report-curves.png": (1100, "dark", "#curves", "#mix", 780),
     "report-labels.png": (1100, "light", "#said", "#curves", 900),
