@@ -175,7 +175,8 @@ def test_every_recipe_applies(number, tmp_path):
 
 
 def public(kind: type) -> set[str]:
-    return {name for name in vars(kind) if not name.startswith("_")}
+    own = (base for base in kind.__mro__ if base.__module__.startswith("heterotune_flwr"))
+    return {name for base in own for name in vars(base) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
     report = _choice(node_config, "report")
     answers = _choice(node_config, "answers")
     sums = _choice(node_config, "class-sums")
-    test, anchors = node_config.get("test"), node_config.get("anchors")
+    anchors = node_config.get("anchors")
     state_dir = Path(str(node_config["state-dir"])).expanduser()
     memory_gb = _memory_gb(node_config)
     return Identity(
@@ -131,23 +131,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
             state_dir,
             run_id,
         ),
-        data=dataclasses.replace(
-            config.data,
-            name=_named(config.data),
-            train=str(node_config["data"]) if node_config.get("data") else None,
-            test=str(test) if test else None,
-            text_field=str(node_config.get("text-field", "text")),
-            label_field=str(node_config.get("label-field") or "label"),
-            references_field=str(node_config.get("references-field") or "references"),
-            client_field="client",
-            format=str(node_config["format"]) if node_config.get("format") else None,
-            labels=public_labels(config.data),
-            max_labels=0,
-            # Of its own test file a run cannot choose how much is told.
-            global_test_examples=(
-                DataConfig().global_test_examples if test else config.data.global_test_examples
-            ),
-        ),
+        data=_own_data(config, node_config),
         state_dir=state_dir,
         threads=int(
             node_config.get("threads") or min(config.run.worker_threads, os.cpu_count() or 1)
@@ -161,6 +145,28 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         losses=tuple(filter(None, re.split(r"[,\s]+", str(node_config.get("losses") or "")))),
         guest=guest,
         floors=Floors.of(node_config),
+    )
+
+
+def _own_data(config: Config, node_config: Mapping[str, Any]) -> DataConfig:
+    """The run's data settings with the node's own files and columns in them."""
+    test = node_config.get("test")
+    return dataclasses.replace(
+        config.data,
+        name=_named(config.data),
+        train=str(node_config["data"]) if node_config.get("data") else None,
+        test=str(test) if test else None,
+        text_field=str(node_config.get("text-field", "text")),
+        label_field=str(node_config.get("label-field") or "label"),
+        references_field=str(node_config.get("references-field") or "references"),
+        client_field="client",
+        format=str(node_config["format"]) if node_config.get("format") else None,
+        labels=public_labels(config.data),
+        max_labels=0,
+        # Of its own test file a run cannot choose how much is told.
+        global_test_examples=(
+            DataConfig().global_test_examples if test else config.data.global_test_examples
+        ),
     )
 
 

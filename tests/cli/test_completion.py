@@ -71,26 +71,24 @@ def test_every_shell_has_a_script(shell: str, heterotune, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shell", "script", "words"),
+    ("shell", "script"),
     [
         (
             "bash",
             'source "$HOME/.bash_completions/heterotune.sh"; COMP_WORDS=(heterotune run q); COMP_CWORD=2; '
             '_heterotune_completion heterotune; echo "${COMPREPLY[@]}"',
-            ["-c"],
         ),
         (
             "zsh",
             'compdef() { :; }; compadd() { :; }; _arguments() { print -r -- "$@"; }; words=(heterotune run q); '
-            'CURRENT=3; source "$HOME/.zfunc/_heterotune"',
-            ["-c"],
+            'CURRENT=3; source "$HOME/.zfunc/_heterotune"; _heterotune_completion',
         ),
-        ("fish", 'complete --do-complete "heterotune run q"', ["-c"]),
+        ("fish", 'complete --do-complete "heterotune run q"'),
     ],
 )
 @pytest.mark.slow
 def test_what_install_completion_writes_works_in_the_shell(
-    shell: str, script: str, words: list[str], tmp_path: Path
+    shell: str, script: str, tmp_path: Path
 ) -> None:
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed here")
@@ -100,6 +98,6 @@ def test_what_install_completion_writes_works_in_the_shell(
     asked = f"{bin_folder / 'heterotune'} --install-completion; true"  # the shell is its parent
     subprocess.run([shell, "-c", asked], env=environment, check=True, capture_output=True)
     done = subprocess.run(
-        [shell, *words, script], env=environment, check=False, capture_output=True, text=True
+        [shell, "-c", script], env=environment, check=False, capture_output=True, text=True
     )
     assert "quick" in done.stdout, done.stderr
