@@ -13,23 +13,23 @@ import gzip
 import io
 import itertools
 import json
-import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.data.duplicates import Seen, folded
 from heterotune_flwr.seeds import generator
 
-#: (text, answer, client)
-Row = tuple[str, str, str]
+#: (text, answer, client, what of the text is asked: by this two are told apart)
+Row = tuple[str, str, str, str]
 CASES = ("sentiment", "chat", "instructions")
 _SENTIMENT = ("vaderSentiment==3.3.2", "vaderSentiment-3.3.2.tar.gz")
 _CHAT = ("chatterbot-corpus==1.3.3", "chatterbot_corpus-1.3.3-py2.py3-none-any.whl")
@@ -37,8 +37,6 @@ _CHAT = ("chatterbot-corpus==1.3.3", "chatterbot_corpus-1.3.3-py2.py3-none-any.w
 _MOST, _COMMON = 1000, 10
 #: Mean ratings between minus and plus so much are neutral.
 _NEUTRAL = 0.5
-#: From this share of equal words on (Jaccard) two questions of a client are one.
-_NEAR = 0.8
 #: Which topics of the corpus a client has; all others are the last one's.
 _FIELDS = {
     "computing": ("coding", "ai", "computers", "tech_support"),
@@ -60,12 +58,11 @@ _SETTINGS = {
 def write_case(case: str, folder: Path, instructions: Path | None) -> tuple[str, list[str]]:
     """Write a case's files; returns overrides of a run about it, and its clients' names."""
     by_client: dict[str, list[Row]] = defaultdict(list)
-    asked: set[str] = set()
+    dealt: set[str] = set()
     for row in _rows(case, instructions):
-        question = " ".join(_words(row[0])) or row[0]
-        if question not in asked:
+        if (text := folded(row[0])) not in dealt:
             by_client[row[2]].append(row)
-        asked.add(question)
+        dealt.add(text)
     different = {}
     for name, rows in by_client.items():
         order = generator(0, f"case.{case}.{name}").permutation(len(rows))
@@ -77,28 +74,21 @@ def write_case(case: str, folder: Path, instructions: Path | None) -> tuple[str,
         test += chosen[:_COMMON]
         train += chosen[_COMMON:]
     for name, part in (("train", train), ("test", test)):
-        lines = [json.dumps({"text": t, "label": a, "client": c}) + "\n" for t, a, c in part]
+        lines = [json.dumps({"text": t, "label": a, "client": c}) + "\n" for t, a, c, _ in part]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     files = f"data.train={folder / 'train.jsonl'} data.test={folder / 'test.jsonl'}"
     columns = "data.text_field=text data.label_field=label data.client_field=client"
     return f"{files} {columns} data.partition=natural {_SETTINGS[case]}", owners
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _different(rows: Sequence[Row]) -> list[Row]:
-    """The first rows of a client, no two of which ask nearly the same; words that all of them have do not count."""
-    words = [frozenset(_words(text)) for text, _, _ in rows]
-    everywhere = frozenset.intersection(*words)
+def _different(rows: Iterable[Row]) -> list[Row]:
+    """The first rows of a client, no two of which ask nearly the same."""
     chosen: list[Row] = []
-    known: list[frozenset[str]] = []
-    for row, found in zip(rows, words, strict=True):
-        own = found - everywhere
-        if not any(own & other and len(own & other) >= _NEAR * len(own | other) for other in known):
+    seen = Seen()
+    for row in rows:
+        if not seen.near(row[3]):
             chosen.append(row)
-            known.append(own)
+            seen.add(row[3])
         if len(chosen) == _MOST:
             break
     return chosen
@@ -140,7 +130,7 @@ def _sentiment() -> Iterator[Row]:
                 assert file is not None
                 for line in file.read().decode("utf-8", "replace").splitlines():
                     _, rating, text = line.split("\t", 2)
-                    yield text, _word(float(rating)), name.removesuffix("_GroundTruth.txt")
+                    yield text, _word(float(rating)), name.removesuffix("_GroundTruth.txt"), text
 
 
 def _word(rating: float) -> str:
@@ -158,7 +148,8 @@ def _chat() -> Iterator[Row]:
             for turns in yaml.safe_load(archive.read(name))["conversations"]:
                 for asked, answer in itertools.pairwise(turns):
                     if str(asked).strip() and str(answer).strip():
-                        yield str(asked), str(answer), owner.get(Path(name).stem, "talk")
+                        client = owner.get(Path(name).stem, "talk")
+                        yield str(asked), str(answer), client, str(asked)
 
 
 def _instructions(path: Path) -> Iterator[Row]:
@@ -167,7 +158,8 @@ def _instructions(path: Path) -> Iterator[Row]:
         for line in lines:
             row: dict[str, Any] = json.loads(line)
             text = f"{row['instruction']}\n\nInput: {row['input']}"
-            yield text, str(row["output"]), f"{row.get('family', row['task'])}/{row['task']}"
+            client = f"{row.get('family', row['task'])}/{row['task']}"
+            yield text, str(row["output"]), client, str(row["input"])
 
 
 def _fetched(requirement: str, file: str, *options: str) -> Path:

@@ -25,6 +25,7 @@ from heterotune_flwr.tuning.choice import FEWEST, Scores, choose, without_choice
 from heterotune_flwr.tuning.generation import rouge_by_example
 from heterotune_flwr.tuning.kept_model import (
     Choosing,
+    Head,
     KeptBackbone,
     KeptForm,
     KeptModel,
@@ -33,15 +34,18 @@ from heterotune_flwr.tuning.kept_model import (
 
 log = logging.getLogger(__name__)
 
-#: What acts in a test of each model: an untouched one has no help, one trained alone none from others.
-_HELP = {BARE: Help(False, False), ALONE: Help(True, False), FEDERATED: HELPED}
+#: What acts in a test of the models that have nothing from others.
+_HELP = {BARE: Help(False, 0.0), ALONE: Help(True, 0.0)}
+#: How much of what channels add to the labels' logits a client may take home.
+SHARES = (1.0, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A candidate: its adapter's values, and how it did on the tests asked."""
+    """A candidate: its adapter's values, what acts beside it, and how it did on the tests asked."""
 
     values: Tensors
+    help: Help
     tests: dict[str, float] = field(default_factory=dict)
 
 
@@ -69,6 +73,8 @@ def take_home(
     }
     if not saved or not client.guard.tells_choice(choosing.examples):
         return "", told
+    if models[FEDERATED].help != HELPED:  # chosen too
+        told |= {f"{FEDERATED}_{key}": value for key, value in models[FEDERATED].tests.items()}
     told["choosing_examples"] = float(choosing.examples)
     for name, measured in choosing.models.items():
         told |= {f"{name}_choosing_loss": measured.loss, f"{name}_choosing_error": measured.error}
@@ -85,6 +91,9 @@ def _models(
     """What there is to choose from, each tested, the federated one last; and of which training the one alone is."""
     adapter, header = work.adapter, work.header
     reached = adapter.read()
+    help = _help(client, work)
+    if help != HELPED:
+        federated = _tests(client, request, work, help)
     alone, training = None, ""
     if (
         request.tensors or request.channels
@@ -96,11 +105,32 @@ def _models(
         if tensors is None:
             continue
         adapter.load(tensors)
-        tests: dict[str, float] = {}
-        for scope in request.test_sets:
-            tests |= tested(client, work, scope, _HELP[name])
-        models[name] = _Model(tensors, tests)
-    return models | {FEDERATED: _Model(reached, federated)}, training
+        models[name] = _Model(tensors, _HELP[name], _tests(client, request, work, _HELP[name]))
+    return models | {FEDERATED: _Model(reached, help, federated)}, training
+
+
+def _help(client: Client, work: ClientWork) -> Help:
+    """Choose how much of what channels add acts beside the federated model, which the adapter holds.
+
+    How sure of itself a classifier in closed form may be is known from no training: the choosing set tells.
+    """
+    encoded = client.encoded("choosing", work.header.seed)
+    if len(encoded) < FEWEST or work.logits(encoded, "test") is None:
+        return HELPED
+    losses = {
+        share: by_example(client, work, "choosing", Help(True, share)).loss for share in SHARES
+    }
+    return Help(True, min(SHARES, key=lambda share: np.nan_to_num(losses[share], nan=np.inf)))
+
+
+def _tests(
+    client: Client, request: EvaluateRequest, work: ClientWork, help: Help
+) -> dict[str, float]:
+    """How the adapter does on the tests asked."""
+    found: dict[str, float] = {}
+    for scope in request.test_sets:
+        found |= tested(client, work, scope, help)
+    return found
 
 
 def _alone(client: Client, work: ClientWork, log_of: RoundLog) -> tuple[Tensors | None, str]:
@@ -153,7 +183,7 @@ def _chosen(client: Client, work: ClientWork, models: dict[str, _Model]) -> tupl
     results = {}
     for name, model in models.items():
         adapter.load(model.values)
-        results[name] = by_example(client, work, "choosing", _HELP[name])
+        results[name] = by_example(client, work, "choosing", model.help)
 
     def score(name: str) -> Scores | None:
         if task.kind == "labels":
@@ -215,5 +245,12 @@ def _record(
         prior=None if prior is None else prior.tolist(),
         federated=models[FEDERATED].values,
         alone=None if alone is None else alone.values,
-        head=work.head(),
+        head=_scaled(work.head(), models[FEDERATED].help.channels),
     )
+
+
+def _scaled(head: Head | None, share: float) -> Head | None:
+    """A share of a head; none of it is no head."""
+    if head is None or not share:
+        return None
+    return Head(np.float32(share) * head.weight, np.float32(share) * head.bias)

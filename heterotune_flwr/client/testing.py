@@ -19,10 +19,13 @@ from heterotune_flwr.tuning.states import Rows, make_rows
 
 @dataclass(frozen=True)
 class Help:
-    """What acts in a test besides the adapter: the client's label ``prior`` on its own examples, the ``channels``."""
+    """What acts in a test besides the adapter.
+
+    ``prior``: whether the client's label frequencies do, on its own examples; ``channels``: how much of what they add.
+    """
 
     prior: bool = True
-    channels: bool = True
+    channels: float = 1.0
 
 
 #: What the federated model is tested with.
@@ -42,7 +45,9 @@ def tested(client: Client, work: ClientWork, scope: str, help: Help) -> dict[str
         report = evaluate(adapter, task, rows, prior, client.guard.most_loss(own))
     else:
         halves = work.channels.values() if help.channels else ()
-        key = task.data_key(encoded) + "".join(half.asked.digest for half in halves)
+        key = "".join(
+            (task.data_key(encoded), str(help.channels), *(h.asked.digest for h in halves))
+        )
         report = evaluate_once(adapter, task, rows, key)
     metrics = {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
     if client.identity.data.generate and task.kind == "tokens":
@@ -60,7 +65,8 @@ def by_example(client: Client, work: ClientWork, scope: str, help: Help) -> Exam
 
 def _rows(client: Client, work: ClientWork, scope: str, help: Help) -> Rows:
     encoded = client.encoded(scope, work.header.seed)
-    offsets = work.logits(encoded, "test") if help.channels else None
+    added = work.logits(encoded, "test") if help.channels else None
+    offsets = None if added is None else help.channels * added
     return make_rows(work.adapter, encoded, client.config.train.cache_states, offsets=offsets)
 
 

@@ -220,7 +220,7 @@ def _metrics(facts: ExportFacts) -> list[str]:
         *rows,
     ]
     if facts.whole_type:
-        whose = "each with what is its own besides (label frequencies, gates, private experts)"
+        whose = "each with what is its own besides (label frequencies, its share of the head, gates, private experts)"
         return [*table, "", f"Means over {facts.clients} clients, {whose}."]
     return [*table, "", _took(facts)]
 

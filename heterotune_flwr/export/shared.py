@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heterotune_flwr.dema.bank import initial_tensors, tier_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.schema import MethodConfig
-from heterotune_flwr.tuning.kept_model import FEDERATED, Choosing, KeptModel, Tensors
+from heterotune_flwr.tuning.kept_model import FEDERATED, Choosing, Head, KeptModel, Tensors
 
 #: Tiers that may differ between the clients of a type: their own experts, gates and cores.
 _OWN = ("private", "gate", "core")
@@ -20,7 +21,7 @@ _OWN = ("private", "gate", "core")
 def shared_model(records: Sequence[KeptModel]) -> KeptModel:
     """What the clients of one type share: no private experts, own gates or cores, no label prior, no own numbers.
 
-    Metrics are means over the clients.
+    Metrics are means over the clients, and so is what channels add: each took home as much of it as helps it.
 
     Raises
     ------
@@ -46,6 +47,7 @@ def shared_model(records: Sequence[KeptModel]) -> KeptModel:
         client_id="",
         method=method,
         federated=tensors,
+        head=_mean_head([record.head for record in records]),
         alone=None,
         took=FEDERATED,
         choosing=Choosing(0, {}),
@@ -64,6 +66,18 @@ def shared_model(records: Sequence[KeptModel]) -> KeptModel:
 def _means(tests: Sequence[dict[str, float]]) -> dict[str, float]:
     names = [name for name in tests[0] if all(name in test for test in tests)]
     return {name: statistics.fmean(test[name] for test in tests) for name in names}
+
+
+def _mean_head(heads: Sequence[Head | None]) -> Head | None:
+    """Mean of what acts with each client, for some nothing; None where nothing acts with anybody."""
+    held = [head for head in heads if head is not None]
+    if not held:
+        return None
+
+    def mean(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        return np.asarray(np.sum(parts, axis=0, dtype=np.float64) / len(heads), np.float32)
+
+    return Head(mean([head.weight for head in held]), mean([head.bias for head in held]))
 
 
 def _without_private(record: KeptModel, differing: set[str]) -> tuple[Tensors, MethodConfig]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.protocol.metrics import BARE, FEDERATED
+from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED
 from heterotune_flwr.tuning.evaluate import ExampleResults
 from heterotune_flwr.tuning.kept_model import Choosing, Measured
 
@@ -15,6 +15,8 @@ from heterotune_flwr.tuning.kept_model import Choosing, Measured
 Scores = NDArray[np.float64]
 #: With fewer examples there is no standard error, so nothing to choose by.
 FEWEST = 2
+#: Mean scores below it (0 to 1) are next to nothing: they keep nobody from a lower loss.
+NEAR_ZERO = 0.05
 
 
 def choose(
@@ -22,9 +24,9 @@ def choose(
 ) -> tuple[str, Choosing]:
     """The model a client takes, and what that was decided by.
 
-    The lowest mean loss wins among the models that may take the bare one's place: better by more than a standard error
-    of the paired difference, in loss or in score, and not worse by as much in the other. Where there is none, the bare
-    model stays.
+    It begins at the bare one, and goes to the one trained alone, then to the federated one, where that is better than
+    the one so far by more than a standard error of the paired difference, in loss or in score. The one alone may not be
+    worse by as much in the other; the federated one may be no worse in either than any other, surely or not.
 
     Parameters
     ----------
@@ -35,23 +37,37 @@ def choose(
         model whose loss is worse.
 
     """
-    bare = results[BARE]
-    found = {name: (each.loss, _error(each.losses - bare.losses)) for name, each in results.items()}
     scores: dict[str, Scores | None] = {}
+
+    def lower(name: str, other: str) -> Scores:
+        return results[other].losses - results[name].losses
+
+    def higher(name: str, other: str) -> Scores:
+        scores.update({each: score(each) for each in (name, other) if each not in scores})
+        return _difference(scores[name], scores[other])
+
     took = BARE
-    for name in sorted(results, key=lambda name: found[name][0]):
-        loss, error = found[name]
-        gain = bare.loss - loss
-        if name == BARE or not gain >= -error:
-            continue
-        scores |= {each: score(each) for each in (BARE, name) if each not in scores}
-        difference = _difference(scores[name], scores[BARE])
-        more, doubt = float(difference.mean()), _error(difference)
-        if more >= -doubt and (gain > error or more > doubt):
-            took = name
-            break
-    models = {name: Measured(*pair, _mean(scores.get(name))) for name, pair in found.items()}
-    return took, Choosing(len(bare.losses), models)
+    known = [name for name in results if np.isfinite(results[name].loss)]
+    if ALONE in known and not _sure(-lower(ALONE, BARE)):
+        gains = [lower(ALONE, BARE), higher(ALONE, BARE)]
+        if all((_mean(scores[name]) or 0.0) < NEAR_ZERO for name in (ALONE, BARE)):
+            gains.pop()
+        if any(map(_sure, gains)) and not any(_sure(-gain) for gain in gains):
+            took = ALONE
+    others = [name for name in known if name != FEDERATED]
+    if (
+        FEDERATED in known
+        and all(lower(FEDERATED, other).mean() >= 0 for other in others)
+        and all(higher(FEDERATED, other).mean() >= 0 for other in others)
+        and (_sure(lower(FEDERATED, took)) or _sure(higher(FEDERATED, took)))
+    ):
+        took = FEDERATED
+    bare = results[BARE].losses
+    models = {
+        name: Measured(each.loss, _error(each.losses - bare), _mean(scores.get(name)))
+        for name, each in results.items()
+    }
+    return took, Choosing(len(bare), models)
 
 
 def without_choice(examples: int) -> tuple[str, Choosing]:
@@ -64,6 +80,11 @@ def _difference(ours: Scores | None, others: Scores | None) -> Scores:
     if ours is None or others is None or len(ours) < FEWEST:
         return np.zeros(FEWEST)
     return ours - others
+
+
+def _sure(gains: NDArray[np.float64]) -> bool:
+    """Whether their mean is above zero by more than a standard error."""
+    return bool(gains.mean() > _error(gains))
 
 
 def _error(differences: NDArray[np.float64]) -> float:

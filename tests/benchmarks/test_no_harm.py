@@ -71,9 +71,9 @@ def test_tasks_of_different_families_have_an_owner_each(tmp_path):
 
 
 def test_what_is_asked_twice_or_nearly_is_dealt_once(tmp_path):
-    asked = [f"w{n} x{n} y{n} z{n}" for n in range(30)]
+    asked = [" ".join(f"{letter}{n}" for letter in "wxyzabcdefgh") for n in range(30)]
     again = [text.upper() + "!" for text in asked]
-    nearly = [f"{text} twice" for text in asked]  # four words of five
+    nearly = [f"{text} twice" for text in asked]
     rows = [
         {"task": "only", "instruction": "Copy.", "input": text, "output": str(n)}
         for n, text in enumerate([*asked, *again, *nearly])

@@ -14,6 +14,7 @@ from tiny_backbones import LABELS, write_rows
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.channels.statistics.record import Request as Statistics
 from heterotune_flwr.client import local_training
+from heterotune_flwr.client.take_home import SHARES
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.protocol.messages import (
     EVALUATE,
@@ -149,19 +150,44 @@ def test_the_record_says_what_was_chosen_by_what(world):
     assert metrics["bare_global_loss"] == untouched["global_loss"]
 
 
-def test_a_classifier_of_others_helps_the_federated_model_alone_and_goes_home_with_it(world):
+def with_classifier(world, values, bias: float):
+    """Metrics, the record, and which share of a classifier that says one thing alone was taken home."""
+    weight, biases = np.zeros((3, 8), np.float32), np.array([bias, 0, 0], np.float32)
+    found = LinearClassifier(weight, biases).rounded
+    asked = {"statistics": Statistics(found).to_payload()}
+    metrics, record = ask(world, values, channels=asked).metrics, kept(world)
+    return metrics, record, record.head.bias[0] / found.bias[0] if record.head else 0.0
+
+
+def test_a_classifier_of_others_acts_on_the_federated_model_and_goes_home_where_it_helps(world):
     values = trained(world)
-    rng = np.random.default_rng(0)
-    found = LinearClassifier(*(rng.normal(size=s).astype(np.float32) for s in ((3, 8), (3,))))
     plain = ask(world, values).metrics
-    helped = ask(world, values, channels={"statistics": Statistics(found).to_payload()}).metrics
-    for name in ("bare_personal_loss", "alone_personal_loss", "bare_choosing_loss"):
-        assert helped[name] == plain[name]
-    for name in ("personal_loss", "federated_choosing_loss"):
-        assert helped[name] != plain[name]
-    head = kept(world).head
-    np.testing.assert_allclose(head.weight, found.weight, rtol=1e-2)  # as it travels
-    np.testing.assert_allclose(head.bias, found.bias, rtol=1e-2)
+    shares = {}
+    for bias in (0.01, -0.01):
+        metrics, record, shares[bias] = with_classifier(world, values, bias)
+        for name in ("bare_personal_loss", "alone_personal_loss", "bare_choosing_loss"):
+            assert metrics[name] == plain[name]
+        assert metrics["personal_loss"] != plain["personal_loss"]  # the strategy's, in any case
+        tested = record.tests["federated"]["personal_loss"]
+        if shares[bias]:
+            assert metrics["federated_choosing_loss"] < plain["federated_choosing_loss"]
+            assert tested == metrics["personal_loss"]
+            assert "federated_personal_loss" not in metrics
+        else:
+            assert metrics["federated_choosing_loss"] == plain["federated_choosing_loss"]
+            assert tested == metrics["federated_personal_loss"] == plain["personal_loss"]
+    assert sorted(shares.values()) == [0.0, 1.0]  # to one side it helps, to the other it harms
+
+
+def test_of_a_classifier_that_is_too_sure_a_client_takes_home_a_share(world):
+    values = trained(world)
+    helps = max((0.01, -0.01), key=lambda bias: with_classifier(world, values, bias)[2])
+    shares = [
+        with_classifier(world, values, 100 * size * helps)[2] for size in (0.1, 0.5, 1, 4, 40)
+    ]
+    assert shares == sorted(shares, reverse=True)
+    assert set(shares) <= set(SHARES)
+    assert (shares[0], shares[-1] < 0.5) == (1.0, True)
 
 
 def test_no_model_alone_where_it_would_cost_a_second_run_or_is_the_federated_one(world):
