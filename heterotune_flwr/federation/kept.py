@@ -33,13 +33,16 @@ class Kept:
 
     @classmethod
     def of(cls, took: str, metrics: Mapping[str, float]) -> Kept | None:
-        """Read it out of a client's metrics; None where it told of no choice."""
+        """Read it out of a client's metrics; None where it told of no choice.
+
+        What it measured of the federated model as the strategy has it gives way to what it could take home.
+        """
         if not took:
             return None
         tests: dict[str, dict[str, float]] = {}
         choosing: dict[str, Any] = {"examples": int(metrics.get("choosing_examples", 0))}
-        for name, value in metrics.items():
-            model, scope, measure = metric_of(name)
+        for name in sorted(metrics, key=lambda name: name.startswith(f"{FEDERATED}_")):
+            (model, scope, measure), value = metric_of(name), metrics[name]
             if scope in ("personal", "global") and measure in MEASURED:
                 tests.setdefault(model, {})[f"{scope}_{measure}"] = value
             elif scope == "choosing" and measure != "examples":

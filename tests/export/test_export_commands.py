@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
 from records import DEMA, a_record, a_run, write_rows
@@ -19,7 +20,9 @@ from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ExchangeError, HeteroTuneError
 from heterotune_flwr.export.facts import ExportFacts
 from heterotune_flwr.export.selection import select_of_node, select_of_run
+from heterotune_flwr.export.shared import shared_model
 from heterotune_flwr.schema import DataConfig
+from heterotune_flwr.tuning.kept_model import find_kept
 
 METHOD = replace(DEMA, experts_private=1, gate_scope="client")
 
@@ -53,7 +56,7 @@ def run(pool: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
         name: value + ("private" in name or ".gate." in name)
         for name, value in record.federated.items()
     }
-    other = replace(record, client_id="client-0001", federated=own)
+    other = replace(record, client_id="client-0001", federated=own, head=None)
     alone = replace(
         record, strategy="local_only", experiment="toy-local_only-seed0", took="bare", alone=None
     )
@@ -114,6 +117,20 @@ def test_a_types_model_has_nothing_of_one_client(
     assert "share no model" in refused(
         "export", run, tmp_path / "new", "--type", "tiny-a@bf16", "--strategy", "local_only"
     )
+
+
+def test_a_type_adds_to_logits_what_its_clients_took_home_on_average(run: Path) -> None:
+    with_head, without = (one.load() for one in find_kept(run, strategy="heterotune"))
+    assert (with_head.head is None, without.head is None) == (False, True)
+    assert with_head.head is not None
+    shared = shared_model([with_head, without]).head
+    assert shared is not None
+    np.testing.assert_array_equal(shared.weight, with_head.head.weight / 2)
+    np.testing.assert_array_equal(shared.bias, with_head.head.bias / 2)
+    same = shared_model([with_head] * 3).head
+    assert same is not None
+    np.testing.assert_array_equal(same.weight, with_head.head.weight)
+    assert shared_model([without, without]).head is None
 
 
 def test_what_is_meant_must_be_clear(run: Path, tmp_path: Path) -> None:

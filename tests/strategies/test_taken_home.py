@@ -6,6 +6,8 @@ import pytest
 from toy_federation import ToyFederation, toy_config
 from toy_runs import SPECS, events, start
 
+from heterotune_flwr.federation.kept import Kept
+
 
 def test_every_tested_client_is_asked_once_after_the_last_round_and_told_of(tmp_path):
     config = toy_config(tmp_path, evaluate_every=1)
@@ -32,6 +34,15 @@ def test_every_tested_client_is_asked_once_after_the_last_round_and_told_of(tmp_
     )
     assert "alone" not in kept["own_tests"]
     assert [e["round"] for e in events(config, "evaluate") if "kept" in e] == [3]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_federated_model_is_told_as_it_could_be_taken_home(reverse):
+    told = {"personal_loss": 1.9, "federated_personal_loss": 1.0, "bare_personal_loss": 1.2,
+            "federated_choosing_loss": 1.1, "choosing_examples": 20.0}  # fmt: skip
+    kept = Kept.of("federated", dict(sorted(told.items(), reverse=reverse)))
+    assert kept.tests == {"federated": {"personal_loss": 1.0}, "bare": {"personal_loss": 1.2}}
+    assert kept.choosing == {"examples": 20, "federated": {"loss": 1.1}}
 
 
 def test_it_is_a_setting(tmp_path):
