@@ -208,15 +208,15 @@ def agreement(facts: RunFacts) -> Section:
     main = lead(facts)
     found = [one for one in facts.agreement if one.strategy == main.strategy] or facts.agreement
     found = [one for one in found if one.cosines]
-    if not found:
+    told_besides = [*_channels(facts), *(Prose(text) for text in _apart(facts))]
+    if not found and not told_besides:
         why = "No round of this run tells it: only strategies that share one bank between types do."
         return Section("agreement", "Agreement between types", how, missing=why)
     blocks: list[Block] = []
     for one in found[:4]:
         blocks += charts(_cosines(one), _step(one), _last(one), _conflicts(one))
-    blocks.append(_agreement_table(found))
-    blocks += [Prose(text) for text in _apart(facts)]
-    return Section("agreement", "Agreement between types", how, blocks)
+    blocks += [_agreement_table(found)] if found else []
+    return Section("agreement", "Agreement between types", how, [*blocks, *told_besides])
 
 
 def _series(one: Agreement, values: Mapping[str, Sequence[float | None]]) -> list[Line]:
@@ -315,6 +315,28 @@ def _agreement_table(found: Sequence[Agreement]) -> Table:
         "rounds against each other",
     ]
     return Table(heads, lines, "", frozenset({1, 2, 3, 4, 5}), "table-agreement")
+
+
+def _channels(facts: RunFacts) -> list[Block]:
+    """What channels said last: how much each type was listened to, how far classes agree."""
+    lines: list[list[Cell | str]] = []
+    for one in facts.channels:
+        name = Cell(one.channel, small=title_of(facts, one.strategy))
+        if one.off:
+            lines.append([name, "off", one.off])
+        for what, by_type in one.by_type.items():
+            shares = ", ".join(f"{key} {told(value, 'number')}" for key, value in by_type.items())
+            lines.append([name, what.replace("_", " "), shares])
+        lines += [
+            [name, what.replace("_", " "), told(value, "number")]
+            for what, value in one.numbers.items()
+        ]
+    if not lines:
+        return []
+    heads = ["channel", "what", "at last"]
+    return [
+        Table(heads, lines, "What crosses types besides the bank", frozenset(), "table-channels")
+    ]
 
 
 def _apart(facts: RunFacts) -> list[str]:

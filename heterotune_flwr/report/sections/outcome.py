@@ -193,6 +193,8 @@ def _type_row(
 
     about = next((one for one in facts.types if one.type_key == key), None)
     facts_of = [f"{group[0].clients} clients" if group[0].clients != 1 else "1 client"]
+    if about and about.parameters:
+        facts_of.append(f"{_millions(about.parameters)} parameters")
     facts_of += ["guest"] if about and about.guest else []
     facts_of += [f"apart: {about.apart}"] if about and about.apart else []
     over_bare = average(one.gains.federated_over_bare for one in group if one.gains)
@@ -205,6 +207,10 @@ def _type_row(
         Cell(gain(over_bare, main.measure), tone(over_bare)),
         Cell(gain(over_alone, main.measure), tone(over_alone)),
     ]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
 
 
 def clients(facts: RunFacts) -> Section:

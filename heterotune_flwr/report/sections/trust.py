@@ -52,6 +52,8 @@ def trouble(facts: RunFacts) -> Section:
         + "."
         for number, one in enumerate(facts.identity.starts, 1)
     ]
+    if facts.runs:
+        blocks.append(_strategies(facts))
     out = [one for one in facts.clients if one.state != "in"]
     if out:
         lines: list[list[Cell | str]] = [
@@ -74,9 +76,35 @@ def trouble(facts: RunFacts) -> Section:
         blocks += [Prose("Starts of this run:"), Items(starts, "starts")]
     if facts.trouble:
         blocks += [Prose("Of the run's own files:"), Items(facts.trouble, "files-trouble")]
+    if facts.identity.notes:
+        blocks += [
+            Prose("Said of the data before the run:"),
+            Items(facts.identity.notes, "data-notes"),
+        ]
     if facts.untold:
         blocks += [Prose("Not told:"), Items(facts.untold, "untold")]
     return Section("trouble", "What went wrong", how, blocks)
+
+
+def _strategies(facts: RunFacts) -> Table:
+    """How far each strategy got."""
+    many = len(facts.identity.seeds) > 1
+    lines: list[list[Cell | str]] = []
+    for one in facts.runs:
+        name = f"{one.title}, seed {one.seed}" if many else one.title
+        tone = {"finished": "good", "unfinished": "bad"}.get(one.state, "quiet")
+        rounds = (
+            str(one.rounds_done)
+            if one.rounds_planned is None
+            else f"{one.rounds_done} of {one.rounds_planned}"
+        )
+        skipped, resumed = (
+            listed([str(number) for number in numbers], 8) if numbers else "none"
+            for numbers in (one.skipped_rounds, one.resumed_after)
+        )
+        lines.append([name, Cell(one.state.replace("_", " "), tone), rounds, skipped, resumed])
+    heads = ["strategy", "state", "rounds", "skipped rounds", "resumed after round"]
+    return Table(heads, lines, "How far each strategy got", frozenset(), "table-strategies")
 
 
 def _table(facts: RunFacts, found: Sequence[Happening], caption: str, anchor: str) -> Table:
