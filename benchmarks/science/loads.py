@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.runner import say
 from heterotune_flwr.alignment.public_texts import load_anchors
-from heterotune_flwr.export.convert import Conversion, convert
+from heterotune_flwr.backbones.loading import load_backbone
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.export.convert import Conversion, changes_of_lora, convert
 from heterotune_flwr.export.gguf import write_gguf
+from heterotune_flwr.export.merged import write_merged
 from heterotune_flwr.export.opened import open_export
 from heterotune_flwr.export.own_examples import OwnExamples, own_data
 from heterotune_flwr.export.write import maps_of, write
+from heterotune_flwr.tuning.adapters import detach
 from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED, Kept
 
 #: Prompts that llama.cpp continues.
@@ -38,17 +43,19 @@ def other_forms(run: Path, kept: Kept, folder: Path) -> dict[str, Any]:
     config, data = own_data(run, kept.facts)
     held = [*data.choosing, *data.personal_test]
     examples = OwnExamples(data.train, held, load_anchors(config.alignment))
-    lora = _converted(kept, FEDERATED, "lora", examples, folder)
+    lora = _distilled(kept, FEDERATED, examples, folder)
     which = FEDERATED
     if lora.fidelity is not None and lora.fidelity.gain_kept is None:
-        which, lora = ALONE, _converted(kept, ALONE, "lora", examples, folder)
+        which, lora = ALONE, _distilled(kept, ALONE, examples, folder)
     fidelity = lora.fidelity
     assert fidelity is not None
-    _converted(kept, which, "merged", examples, folder)
-    file = folder / "model.gguf"
-    write_gguf(folder / f"{which}-merged", file, "model")
+    base, merged, file = kept.facts.backbone, folder / "merged", folder / "model.gguf"
+    backbone = load_backbone(BackboneSpec(base.source, base.bits, base.revision))
+    detach(backbone)
+    write_merged(backbone, changes_of_lora(folder / f"{which}-lora"), merged)
+    write_gguf(merged, file, "model")
     prompts = [data.train[i].text for i in range(min(PROMPTS, len(data.train)))]
-    loads, by = gguf_loads(file, folder / f"{which}-merged", prompts)
+    loads, by = gguf_loads(file, merged, prompts)
     return {
         "model": which,
         "lora_gain_kept": fidelity.gain_kept,
@@ -62,15 +69,13 @@ def other_forms(run: Path, kept: Kept, folder: Path) -> dict[str, Any]:
     }
 
 
-def _converted(
-    kept: Kept, which: str, form: str, examples: OwnExamples, folder: Path
-) -> Conversion:
-    """One client's federated model, or the one trained alone, in a form."""
-    own = folder / which
-    if not own.exists():
-        record = kept.load()
-        write(record, which, own, maps=maps_of(kept.folder.parents[2], record))
-    return convert(open_export(own), form, examples, folder / f"{which}-{form}")
+def _distilled(kept: Kept, which: str, examples: OwnExamples, folder: Path) -> Conversion:
+    """One client's federated model, or the one trained alone, as a LoRA."""
+    record = kept.load()
+    write(record, which, folder / which, maps=maps_of(kept.folder.parents[2], record))
+    return convert(
+        open_export(folder / which), "lora", examples, folder / f"{which}-lora", report=say
+    )
 
 
 def gguf_loads(file: Path, merged: Path, prompts: Sequence[str]) -> tuple[float, list[str]]:

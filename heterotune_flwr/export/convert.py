@@ -126,7 +126,7 @@ def _changes(
     """The low-rank changes that stand for a model."""
     facts = opened.facts
     if facts.record.method.kind == "lora":
-        found = _of_lora(opened.folder)
+        found = changes_of_lora(opened.folder)
         own = next(iter(found.values())).down.shape[0]
         return found, Conversion(form, True, int(own), None)
     with opened.using(facts.model) as adapter:
@@ -193,7 +193,7 @@ def _base(record: KeptFacts) -> str:
     return str(resolve_source(source, record.backbone.revision))
 
 
-def _of_lora(folder: Path) -> Changes:
+def changes_of_lora(folder: Path) -> Changes:
     """The changes of an adapter folder that is a LoRA already."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_tensors(folder / "adapter_model.safetensors")

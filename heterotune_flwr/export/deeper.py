@@ -31,9 +31,9 @@ from heterotune_flwr.tuning.task import EncodedSet, Task
 #: How many blocks learn, the last ones.
 BLOCKS = 2
 _STEPS = 200
-_RATE = 0.002
+_RATE = 0.006
 #: States of one step: each has the logits of the whole vocabulary.
-_STATES = 64
+_STATES = 32
 #: Examples that are run at a time where nothing is learned.
 _TOGETHER = 64
 
