@@ -17,13 +17,14 @@ from heterotune_flwr import (
     cli_doctor,
     cli_export,
     cli_new,
+    cli_report,
     cli_run,
     cli_talk,
     cli_track,
 )
 from heterotune_flwr.cli_data import anchors_app, data_app
 from heterotune_flwr.cli_help import App
-from heterotune_flwr.completion import presets, run_directories
+from heterotune_flwr.completion import presets
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
 from heterotune_flwr.names import printable
@@ -51,9 +52,6 @@ Preset = Annotated[
         autocompletion=presets,
     ),
 ]
-RunDirectory = Annotated[
-    Path, typer.Argument(help="a run directory", autocompletion=run_directories)
-]
 
 
 def _version(value: bool) -> None:
@@ -71,23 +69,11 @@ def _main(
     """Options before the command."""
 
 
-@app.command()
-def report(
-    directory: RunDirectory,
-    personal: Annotated[
-        bool, typer.Option("--personal", help="also the clients' own tests")
-    ] = False,
-) -> None:
-    """Show the tables of a run again."""
-    from heterotune_flwr.reporting.measures import load_results
-    from heterotune_flwr.reporting.tables import show
-
-    show(load_results(directory), directory, personal)
-
-
 app.command()(cli_run.run)
 app.command()(cli_run.status)
 app.command()(cli_track.track)
+app.command()(cli_report.report)
+app.command()(cli_report.runs)
 app.command()(cli_new.new)
 app.command()(cli_config.config)
 app.command()(cli_doctor.doctor)

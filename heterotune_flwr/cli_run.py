@@ -70,6 +70,7 @@ def run(
     A run that was killed goes on where it was with --resume DIR; a finished one is extended with --resume DIR
     server.rounds=60.
     """
+    from heterotune_flwr.config.asked import asked_of
     from heterotune_flwr.data.sources import columns_recognised
     from heterotune_flwr.errors import ConfigError
     from heterotune_flwr.federation.launcher import launch
@@ -97,10 +98,11 @@ def run(
         for line in notes:
             note(line)
     started, began = time.monotonic(), time.time()
+    asked = asked_of(None if resume is not None else config or "demo", overrides or [])
     shown = JsonLines() if as_json else Display() if quiet else RunProgress(resolved)
     try:
         with shown as on_event:
-            outcome = launch(resolved, on_event, resume is not None, notes, debug)
+            outcome = launch(resolved, on_event, resume is not None, notes, debug, asked)
     except KeyboardInterrupt:
         note("interrupted; everything that was started has been stopped")
         note(_going_on(Path(str(resolved.run.dir))))

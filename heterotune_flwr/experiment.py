@@ -16,7 +16,8 @@ from rich.console import Console
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
-from heterotune_flwr.config.compose import compose, to_yaml
+from heterotune_flwr.config.asked import Asked, asked_of
+from heterotune_flwr.config.compose import INLINE, compose, to_yaml
 from heterotune_flwr.errors import FederationError, HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
@@ -24,8 +25,9 @@ from heterotune_flwr.federation.outcome import MEASURES
 from heterotune_flwr.federation.resume import check_rounds, check_same, run_lock, saved_config
 from heterotune_flwr.federation.session import Session, StrategyContext
 from heterotune_flwr.federation.simulated import mend_actor_pool, mend_poll
-from heterotune_flwr.flower import Context, Grid
+from heterotune_flwr.flower import Context, Grid, is_simulation
 from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.program_version import versions
 from heterotune_flwr.quiet import hush
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.tables import final_table
@@ -181,26 +183,28 @@ def run(grid: Grid, context: Context) -> dict[str, Any]:
     mend_actor_pool()
     mend_poll()
     with run_lock(directory):
-        return _run_in(directory, grid, config, str(context.run_id), bool(resume))
+        return _run_in(directory, grid, config, context, bool(resume))
 
 
 def _run_in(
-    directory: Path, grid: Grid, config: Config, run_id: str, resuming: bool
+    directory: Path, grid: Grid, config: Config, context: Context, resuming: bool
 ) -> dict[str, Any]:
     lines = RunProgress(config, Console(force_terminal=False, no_color=True))
     with lines:
-        return _journalled(Journal(directory, lines), config, grid, run_id, resuming)
+        journal = Journal(directory, lines, versions=versions(), simulated=is_simulation(grid))
+        return _journalled(journal, config, grid, context, resuming)
 
 
 def _journalled(
-    journal: Journal, config: Config, grid: Grid, run_id: str, resuming: bool
+    journal: Journal, config: Config, grid: Grid, context: Context, resuming: bool
 ) -> dict[str, Any]:
     try:
+        journal.event("asked", **asdict(_asked(context)))
         # Without the directory, so that running the saved file repeats the run in a new one.
         own_place = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=None))
         journal.config(to_yaml(own_place))
         # Clients keep their state under the name of the first start.
-        name = journal.remembered_name(f"{config.run.name}-{run_id}", resuming)
+        name = journal.remembered_name(f"{config.run.name}-{context.run_id}", resuming)
         with LiveTracking(config, journal):
             results = run_strategies(grid, config, journal, name, resuming)
     except BaseException as error:
@@ -215,3 +219,14 @@ def _journalled(
     journal.status("finished")
     print(final_table(results, journal.directory))
     return results
+
+
+def _asked(context: Context) -> Asked:
+    """What a person said: told by who started the run, else by the run configuration itself."""
+    given, config = (str(context.run_config.get(key, "")) for key in ("asked", "config"))
+    overrides = str(context.run_config.get("overrides", ""))
+    return (
+        Asked.from_text(given)
+        if given or config.startswith(INLINE)
+        else asked_of(config or "demo", overrides)
+    )

@@ -1,10 +1,15 @@
-"""Which program runs here: what server and clients compare."""
+"""Which program runs here: what server and clients compare, and what a run's journal says of it."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from heterotune_flwr import __version__
 
 
 @functools.cache
@@ -16,3 +21,12 @@ def code_hash() -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program and of what it computes with, by name; of what is not installed none."""
+    found = {"heterotune-flwr": __version__, "python": platform.python_version()}
+    for name in ("flwr", "torch", "transformers", "peft", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
+from heterotune_flwr.config.asked import asked_of
 from heterotune_flwr.config.compose import INLINE, compose
 from heterotune_flwr.data.sources import columns_recognised
 from heterotune_flwr.errors import ConfigError, FederationError
@@ -157,7 +158,8 @@ def run(
         for line in notes:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
         with RunProgress(resolved, console) as shown:
-            outcome = launch(resolved, shown, resume is not None, notes)
+            said = asked_of(None if resume is not None else _named(config), words)
+            outcome = launch(resolved, shown, resume is not None, notes, asked=said)
     if outcome.failed:
         raise FederationError(
             f"the run failed: {outcome.reason}; {outcome.directory / 'flower.log'} has more, "

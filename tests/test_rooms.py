@@ -39,7 +39,7 @@ FLOORS = (
     "anchor_files",
     "settings",
     "settings_page",
-    "cli_backbones cli_config cli_data cli_doctor cli_export cli_new cli_run cli_talk cli_track",
+    "cli_backbones cli_config cli_data cli_doctor cli_export cli_new cli_report cli_run cli_talk cli_track",
     "cli",
     "entry",
 )

@@ -10,6 +10,7 @@ import typer
 from omegaconf import OmegaConf
 
 from heterotune_flwr.client.identify import about_shipped
+from heterotune_flwr.config.asked import asked_of
 from heterotune_flwr.config.compose import INLINE, compose, conf_root, presets, to_yaml
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
@@ -51,12 +52,14 @@ def submit(
         settled, directory = check_resumable(resume, given, None), resume.expanduser().resolve()
     else:
         settled, directory = settle(deployment, config or "demo", overrides)
+    asked = asked_of(None if resume is not None else config or "demo", overrides)
     text = INLINE + to_yaml(settled)
     compose(text, trusted=False)  # as every node will read it
     values = {
         "config": text,
         "overrides": "",
         "resume": "" if resume is None else str(directory),
+        "asked": asked.to_text(),
     }
     with tempfile.TemporaryDirectory(prefix="heterotune-") as folder:
         app = stage_app(Path(folder) / "app")

@@ -161,11 +161,14 @@ class Journal:
 
     Its directory (an absolute path) is made if missing, for its owner alone. Events are appended to those of an earlier
     run in it; a last line that a crash has torn is closed first. ``listener`` is called with every event once it is
-    written.
+    written; ``facts`` stand in the event of this start.
     """
 
     def __init__(
-        self, directory: Path, listener: Callable[[dict[str, Any]], None] | None = None
+        self,
+        directory: Path,
+        listener: Callable[[dict[str, Any]], None] | None = None,
+        **facts: Any,
     ) -> None:
         self.directory = directory
         self._listener = listener
@@ -177,7 +180,7 @@ class Journal:
                 close_to_others(self.path)
             torn = self._close_torn_line()
         self.status("running")
-        self.event("journal", version=VERSION, torn_line=torn)
+        self.event("journal", version=VERSION, torn_line=torn, **facts)
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Append one event; the line is complete on disk when this returns."""

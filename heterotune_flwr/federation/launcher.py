@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heterotune_flwr.config.asked import Asked
 from heterotune_flwr.config.compose import INLINE, to_yaml
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import atomic_write_text
@@ -247,12 +248,14 @@ def launch(
     resuming: bool = False,
     notes: Sequence[str] = (),
     debug: bool = False,
+    asked: Asked | None = None,
 ) -> RunOutcome:
     """Run ``config`` in a Flower simulation of its own and wait for its end.
 
     ``config`` is resolved, with an absolute ``run.dir``; ``on_event`` is called with every journal event, in order,
     while the run goes on. ``resuming``: go on after the last checkpoint there. ``notes`` are what was said of the data;
-    a new run's journal begins with it. ``debug``: what libraries say goes to flower.log too.
+    a new run's journal begins with it. ``debug``: what libraries say goes to flower.log too. ``asked``: which of the
+    settings a person named.
 
     Raises ConfigError: the run directory cannot be used, or the configuration has no types; FederationError: Flower
     could not be started or refused the run. A run that starts and fails is reported in the outcome.
@@ -268,6 +271,7 @@ def launch(
         "overrides": "",
         "resume": str(directory) if resuming else "",
         "debug": "yes" if debug else "",
+        "asked": asked.to_text() if asked else "",
     }
     with prepared(directory, resuming):
         if notes and not resuming:

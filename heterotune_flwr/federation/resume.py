@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.plain import flatten
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.storage import private_folder
 from heterotune_flwr.federation.checkpoint import Checkpoints
@@ -41,15 +41,6 @@ MAY_CHANGE = (
 )
 #: Held by whoever writes to a run directory, and by the command that started it and follows it.
 _LOCK, FOLLOWER = ".lock", ".follower.lock"
-
-
-def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested dictionaries; lists are values."""
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from flatten(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree
 
 
 def settings_digest(config: Config, strategy: str) -> str:

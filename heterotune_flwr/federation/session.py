@@ -33,6 +33,8 @@ from heterotune_flwr.schema import Config, DataConfig, MethodConfig, TrainConfig
 __all__ = ["Maps", "Session", "StrategyContext"]
 
 log = logging.getLogger(__name__)
+#: Labels that the journal names at most.
+_LABELS = 256
 
 #: Settings of training that a client judges when it is asked to train, not yet when it describes itself.
 _OF_A_ROUND = (
@@ -92,6 +94,10 @@ class Session:
                 clients=len(roster.clients),
                 seed=seed,
                 members={cid: client.info.type_key for cid, client in roster.clients.items()},
+                examples={
+                    cid: client.info.train_examples for cid, client in roster.clients.items()
+                },
+                labels=(roster.labels or [])[:_LABELS],
                 types={
                     type_key: {
                         "clients": len(roster.of_type(type_key)),

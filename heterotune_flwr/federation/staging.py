@@ -34,6 +34,7 @@ config = "demo"
 overrides = ""
 resume = ""
 debug = ""
+asked = ""
 """
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from heterotune_flwr.federation.resume import flatten
+from heterotune_flwr.config.plain import flatten
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
 from heterotune_flwr.report.facts import Protection, SettingFact
 from heterotune_flwr.report.files import RunFiles

@@ -267,9 +267,14 @@ class Protection:
 
 @dataclass
 class RunFacts:
-    """One run. ``trouble`` says what of its files is missing or damaged, ``untold`` what nobody has told."""
+    """One run.
+
+    ``trouble`` says what of its files is missing or damaged, ``untold`` what nobody has told. ``has_results``: its
+    results.json holds a strategy that has finished.
+    """
 
     identity: Identity
+    has_results: bool = False
     runs: list[StrategyRun] = field(default_factory=list)
     types: list[TypeFacts] = field(default_factory=list)
     clients: list[ClientFacts] = field(default_factory=list)

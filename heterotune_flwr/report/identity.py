@@ -113,9 +113,11 @@ def _simulated(files: RunFiles) -> bool | None:
 
 def labels_of(files: RunFiles) -> list[str]:
     """The closed label set in its order; empty where there is none, or nobody said."""
-    told = [as_list(e["labels"]) for e in files.of("describe") if e.get("labels")]
+    rows = (as_mapping(r) for run in files.results.values() for r in as_list(run.get("clients")))
+    mixes = (list(as_mapping(as_mapping(row.get("details")).get("label_mix"))) for row in rows)
+    told = (as_list(event.get("labels")) for event in files.of("describe"))
     given = as_list(files.section("data").get("labels"))
-    return [str(label) for label in (told[-1] if told else given)]
+    return [str(label) for label in next(filter(None, (*mixes, *told)), given)]
 
 
 def _task(files: RunFiles, labels: Sequence[str]) -> str:

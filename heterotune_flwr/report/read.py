@@ -33,6 +33,7 @@ def read_facts(directory: Path) -> RunFacts:
     preset, chosen = settings(files)
     facts = RunFacts(
         identity=identity(files, runs),
+        has_results=bool(files.results),
         runs=runs,
         types=types(files),
         clients=clients(files, runs),

@@ -1,0 +1,127 @@
+"""The runs there are, in a line each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.journal import to_json
+from heterotune_flwr.names import printable
+from heterotune_flwr.report.files import read_files
+from heterotune_flwr.report.identity import identity
+from heterotune_flwr.report.measured import ALL_TYPES
+from heterotune_flwr.report.outcomes import type_outcomes
+from heterotune_flwr.report.read import strategy_runs
+from heterotune_flwr.reporting.status import ago
+from heterotune_flwr.reporting.tables import TITLES, human_bytes
+
+
+@dataclass
+class RunLine:
+    """One run.
+
+    ``numbers``: by strategy, its ``measure`` on the test ``scope``, a mean over clients and seeds. ``reason``: why it
+    failed, or cannot be read.
+    """
+
+    directory: str
+    name: str
+    state: str
+    reason: str = ""
+    strategies: list[str] = field(default_factory=list)
+    seeds: int = 0
+    rounds_done: int = 0
+    rounds: int | None = None
+    clients: int = 0
+    measure: str = ""
+    scope: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+    bytes_on_disk: int = 0
+    created: float | None = None
+    last_event: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        found: dict[str, Any] = to_json(asdict(self))
+        return found
+
+
+def list_runs(folder: Path) -> list[RunLine]:
+    """Runs directly in a folder, newest first (ConfigError: there is no such folder)."""
+    folder = folder.expanduser()
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be listed: {error.strerror or error}; name the folder that holds runs"
+        ) from error
+    places = [
+        p
+        for p in (folder, *inside)
+        if any((p / n).is_file() for n in ("rounds.jsonl", "results.json"))
+    ]
+    found = [run_line(place) for place in places]
+    return sorted(found, key=lambda line: -(line.created or 0.0))
+
+
+def run_line(directory: Path) -> RunLine:
+    """One run's line; what cannot be read is said in it."""
+    try:
+        files = read_files(directory)
+    except ConfigError as error:
+        return RunLine(str(directory), directory.name, "unreadable", str(error))
+    runs = strategy_runs(files)
+    about = identity(files, runs)
+    measure, scope = next(((r.measure, r.scope) for r in runs if r.measure), ("", ""))
+    told: dict[str, list[float]] = {}
+    for one in type_outcomes(files, runs, []):
+        spread = one.after.get(scope, {}).get(measure)
+        if one.type_key == ALL_TYPES and spread is not None:
+            told.setdefault(one.strategy, []).append(spread.mean)
+    started = [run for run in runs if run.state != "not_started"]
+    return RunLine(
+        directory=about.directory,
+        name=directory.name,
+        state=about.state,
+        reason=about.reason,
+        strategies=about.strategies,
+        seeds=len(about.seeds),
+        rounds_done=min((run.rounds_done for run in started), default=0),
+        rounds=about.rounds,
+        clients=about.clients,
+        measure=measure,
+        scope=scope,
+        numbers={name: sum(values) / len(values) for name, values in told.items()},
+        bytes_on_disk=about.bytes_on_disk,
+        created=about.created,
+        last_event=about.last_event,
+    )
+
+
+def lines(runs: Sequence[RunLine], now: float | None = None) -> list[str]:
+    """The list for a terminal, a run in two lines."""
+    now = time.time() if now is None else now
+    width = max((len(run.name) for run in runs), default=0)
+    found = []
+    for run in runs:
+        age = f"{ago(now - run.created)} old" if run.created else "of unknown age"
+        about = [f"{run.name:{width}}", run.state, age, human_bytes(run.bytes_on_disk)]
+        if run.clients:
+            about.append(f"{run.clients} clients")
+        about.append(f"round {run.rounds_done} of {run.rounds or '?'}")
+        found.append("  ".join(about))
+        scores = [
+            f"{TITLES.get(name, name)} {100 * run.numbers[name]:.1f} %" if name in run.numbers
+            else TITLES.get(name, name)
+            for name in run.strategies
+        ]  # fmt: skip
+        tests = "own tests" if run.scope == "personal" else "the global test"
+        measured = f" ({run.measure.replace('_', '-')} on {tests})" if run.numbers else ""
+        found.append(f"{'':{width}}  {', '.join(scores)}{measured}")
+        if run.reason and run.state not in ("finished", "running"):
+            found.append(f"{'':{width}}  {run.reason}")
+    return [printable(line.replace("\n", " ")) for line in found]
