@@ -61,8 +61,8 @@ def facts(strategy: Any) -> dict[str, Any]:
             squares += float(np.square(value, dtype=np.float64).sum())
         lengths[group] = float(np.sqrt(squares))
     rows = [dataclasses.asdict(row) for row in strategy.outcome.rows]
-    for row in rows:  # chosen of the models, which are recorded themselves
-        del row["kept"]
+    for row in rows:  # chosen of the models, which are recorded themselves, and told for a report
+        del row["kept"], row["details"]
     return {
         "digest": digest.hexdigest(), "lengths": lengths, "rows": rows,
         "bytes_up": strategy.transport.ledger.train_up,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,7 @@ from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.flower import ClientApp, Message
+from heterotune_flwr.protocol.details import Details
 from heterotune_flwr.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -298,15 +300,18 @@ class ToyFederation:
         if header.method.kind == "submodel":
             backbone = backbone.cut(header.method)
         tests = {"global": lambda: examples(5, 300, np.full(len(LABELS), 1 / len(LABELS)))}
-        metrics = {}
+        metrics, pairs = {}, {}
         for name in request.test_sets:
             meaning, labels = tests.get(name, lambda: self.data(partition, header.seed, 3, 20))()
             states = backbone.states(meaning)
             logits = forward(tensors, maps, backbone, states)[0] + classifier_logits(
                 request, maps, states
             )
+            answered = logits.argmax(axis=1)
+            counts = Counter(zip(labels.tolist(), answered.tolist(), strict=True))
+            pairs[name] = [(*pair, times) for pair, times in sorted(counts.items())]
             probabilities = softmax(logits)[np.arange(len(labels)), labels]
-            metrics[f"{name}_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
+            metrics[f"{name}_accuracy"] = float((answered == labels).mean())
             metrics[f"{name}_loss"] = float(-np.log(probabilities + 1e-12).mean())
             metrics[f"{name}_examples"] = len(labels)
         took = ""
@@ -314,8 +319,19 @@ class ToyFederation:
             took = ("federated", "bare")[partition % 2]
             metrics |= {"choosing_examples": 20, "bare_choosing_loss": 1.5}
             metrics |= {f"bare_{n}": 0.25 for n in list(metrics) if n == "personal_accuracy"}
+        details = ""
+        if request.details:
+            own = self.data(partition, header.seed, 2, self.examples_of(partition))[1]
+            mix = np.bincount(own, minlength=len(LABELS)).tolist()
+            details = Details(mix, {n: {"federated": p} for n, p in pairs.items()}).to_text()
         return EvaluateReply(
-            client_id, type_key, header.round, request.maps_digest, metrics, took=took
+            client_id,
+            type_key,
+            header.round,
+            request.maps_digest,
+            metrics,
+            took=took,
+            details=details,
         ).to_content()
 
     def app(self) -> ClientApp:

@@ -150,6 +150,16 @@ class Guard:
         floors = self.identity.floors
         return floors is None or examples >= floors.test_examples
 
+    def details(self, request: EvaluateRequest) -> list[str]:
+        """What beyond means of the last test leaves this client for the run's report: asked, and allowed."""
+        if not request.keep_as:
+            return []
+        return [
+            detail
+            for detail in request.details
+            if self.identity.floors is None or self.identity.tells(detail)
+        ]
+
     def most_loss(self, own: bool) -> float:
         """What a single loss on examples counts for at most, in nats; on a deployed node's ``own`` it is bounded."""
         return MOST_LOSS if own and self.identity.floors is not None else math.inf

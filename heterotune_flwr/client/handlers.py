@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.backbones.loading import Backbone
+from heterotune_flwr.client.details import details_of
 from heterotune_flwr.client.floors import check_message
 from heterotune_flwr.client.identify import is_simulated
 from heterotune_flwr.client.local_training import Round, RoundLog, train_round
@@ -24,7 +25,7 @@ from heterotune_flwr.client.node import Client
 from heterotune_flwr.client.received import TensorCache
 from heterotune_flwr.client.redaction import LOG, told
 from heterotune_flwr.client.take_home import take_home
-from heterotune_flwr.client.testing import HELPED, tested
+from heterotune_flwr.client.testing import HELPED, merged, tested
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.sources import label_set
 from heterotune_flwr.dema.bank import initial_tensors
@@ -44,6 +45,7 @@ from heterotune_flwr.protocol.messages import (
     TrainReply,
     TrainRequest,
 )
+from heterotune_flwr.protocol.metrics import FEDERATED
 from heterotune_flwr.protocol.queries import (
     AlignReply,
     AlignRequest,
@@ -203,13 +205,13 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
     adapter.load(start)
     work = client.work(header, adapter, store, EncodedSet([], [], []), request.channels)
     client.guard.charge(request, start, *work.each(lambda half: half.depends_on()).values())
-    metrics: dict[str, float] = {}
-    for test_set in request.test_sets:
-        metrics |= tested(client, work, test_set, HELPED)
-    took = ""
+    tests = [tested(client, work, test_set, HELPED) for test_set in request.test_sets]
+    metrics, took, details = merged(tests), "", ""
     if request.keep_as:
-        took, further = take_home(client, request, work, metrics)
-        metrics |= further
+        taken = take_home(client, request, work, tests)
+        took, metrics = taken.took, metrics | taken.metrics
+        beside = {**taken.tests, FEDERATED: tests}
+        details = details_of(client, request, work.task, beside).to_text()
     reply = EvaluateReply(
         client.client_id,
         client.type_key,
@@ -218,6 +220,7 @@ def evaluate_client(message: Message, context: Context) -> RecordDict:
         client.reported(metrics),
         cached,
         took if client.identity.report == "all" else "",
+        details,
     )
     return reply.to_content()
 

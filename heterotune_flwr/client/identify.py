@@ -4,8 +4,8 @@ In a simulation a node knows only its partition; the run's configuration says th
 client's own node configuration (``flower-supernode --node-config``) says everything about its
 machine: ``client-id``, ``backbone``, ``bits``, ``data``, ``state-dir``, and optionally ``test``,
 ``anchors``, ``revision``, ``threads``, ``memory-gb``, ``slots``, ``format``, ``text-field``,
-``label-field``, ``references-field``, ``report``, ``answers``, ``class-sums``, ``guest``, ``code-hash``, ``floor-...``
-(:mod:`.floors`), and ``worker``, ``worker-idle-minutes`` (:mod:`heterotune_flwr.worker`);
+``label-field``, ``references-field``, ``report``, ``answers``, ``class-sums``, ``details``, ``guest``,
+``code-hash``, ``floor-...`` (:mod:`.floors`), and ``worker``, ``worker-idle-minutes`` (:mod:`heterotune_flwr.worker`);
 ``heterotune node start`` writes it from the node's file. It takes no path from the server, and
 nothing of its data answers the server: its columns are named here, its labels by the run.
 """
@@ -143,6 +143,7 @@ def _deployed(config: Config, node_config: Mapping[str, Any], run_id: int | str)
         answers=answers == "yes",
         class_sums=sums == "yes",
         losses=tuple(filter(None, re.split(r"[,\s]+", str(node_config.get("losses") or "")))),
+        details=_choice(node_config, "details"),
         guest=guest,
         floors=Floors.of(node_config),
     )

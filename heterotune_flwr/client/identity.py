@@ -17,6 +17,7 @@ from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData, Owners, client_examples, own_examples
 from heterotune_flwr.data.sources import global_test, is_shipped
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.protocol.details import TEXTS
 from heterotune_flwr.protocol.metrics import metric_of
 from heterotune_flwr.schema import (
     NATURAL_INSTRUCTIONS,
@@ -37,11 +38,10 @@ class Identity:
 
     ``data`` is the run's data configuration with this client's own files in it; ``partition`` is
     (partition id, number of partitions) in a simulation, None in a deployment; ``owners`` are the natural clients that
-    a simulation's types name. ``answers``: whether what its model
-    writes on public prompts may leave it, ``class_sums``: whether its classes' counts and sums may; a deployed client's
-    owner must say so. ``losses``: further losses that a run may use, None: all.
-    ``guest``: it trains on no example of its own. ``floors``: what a deployed client holds to, None
-    in a simulation.
+    a simulation's types name. ``answers``: whether what its model writes on public prompts may leave it,
+    ``class_sums``: whether its classes' counts and sums may, ``details``: what of its last test a report may show; a
+    deployed client's owner must say so. ``losses``: further losses that a run may use, None: all. ``guest``: it trains
+    on no example of its own. ``floors``: what a deployed client holds to, None in a simulation.
     """
 
     client_id: str
@@ -58,6 +58,7 @@ class Identity:
     answers: bool = True
     class_sums: bool = True
     losses: tuple[str, ...] | None = None
+    details: str = TEXTS
     guest: bool = False
     floors: Floors | None = None
 
@@ -77,6 +78,10 @@ class Identity:
         if not self.class_sums or requested < 1:
             return 0
         return requested if self.partition is not None else max(requested, FEWEST)
+
+    def tells(self, detail: str) -> bool:
+        """Whether ``counts``, or ``texts``, of its last test may leave this client for a run's report."""
+        return self.report == "all" and self.details in (detail, TEXTS)
 
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this client's own anchor file in them.

@@ -12,6 +12,7 @@ from typing import Any
 
 from heterotune_flwr.data.tables import FORMS
 from heterotune_flwr.fields import option
+from heterotune_flwr.protocol.details import COUNTS, TEXTS
 from heterotune_flwr.schema import AUTO, BITS
 
 #: Where a key has to be given.
@@ -89,6 +90,12 @@ class ClientTable:
         None,
         "further losses of installed packages (train.losses) that a run may use here, names with commas; not given: "
         "none",
+    )
+    details: str = option(
+        "no",
+        "what a run's report may show of the last test. counts: how often each label occurs, and is mistaken for "
+        "which; texts: also three of the examples, with what the models answer",
+        choices=("no", COUNTS, TEXTS),
     )
     guest: str = option(
         "no",

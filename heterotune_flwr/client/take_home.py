@@ -7,7 +7,8 @@ was taken, and how each of them did.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.local_training import RoundLog, alone_training, train_alone
 from heterotune_flwr.client.node import Client
-from heterotune_flwr.client.testing import HELPED, Help, by_example, tested
+from heterotune_flwr.client.testing import HELPED, Help, Tested, by_example, merged, tested
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.packing import Tensors
@@ -46,19 +47,35 @@ class _Model:
 
     values: Tensors
     help: Help
-    tests: dict[str, float] = field(default_factory=dict)
+    tests: Sequence[Tested] = ()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What came of the choice.
+
+    Attributes
+    ----------
+    took
+        The model taken; empty where the node's floors do not let that be told, or it could not be kept.
+    metrics
+        What is told besides the federated model's tests.
+    tests
+        Every model's tests, by its name.
+
+    """
+
+    took: str
+    metrics: dict[str, float]
+    tests: Mapping[str, Sequence[Tested]]
 
 
 def take_home(
-    client: Client, request: EvaluateRequest, work: ClientWork, federated: dict[str, float]
-) -> tuple[str, dict[str, float]]:
+    client: Client, request: EvaluateRequest, work: ClientWork, federated: Sequence[Tested]
+) -> Taken:
     """Choose and keep a model; the adapter holds the federated one, which did ``federated`` on the tests asked.
 
-    Returns
-    -------
-    The model taken (empty where the node's floors do not let that be told, or it could not be kept), and what is told
-    besides. The adapter holds any of the models afterwards.
-
+    It holds any of the models afterwards.
     """
     log_of = RoundLog(work.store, work.header, request.maps_digest)
     models, training = _models(client, request, work, federated, log_of)
@@ -69,23 +86,26 @@ def take_home(
         f"{name}_{key}": value
         for name, model in models.items()
         if name != FEDERATED
-        for key, value in model.tests.items()
+        for key, value in merged(model.tests).items()
     }
+    tests = {name: model.tests for name, model in models.items()}
     if not saved or not client.guard.tells_choice(choosing.examples):
-        return "", told
+        return Taken("", told, tests)
     if models[FEDERATED].help != HELPED:  # chosen too
-        told |= {f"{FEDERATED}_{key}": value for key, value in models[FEDERATED].tests.items()}
+        told |= {
+            f"{FEDERATED}_{key}": value for key, value in merged(models[FEDERATED].tests).items()
+        }
     told["choosing_examples"] = float(choosing.examples)
     for name, measured in choosing.models.items():
         told |= {f"{name}_choosing_loss": measured.loss, f"{name}_choosing_error": measured.error}
-    return took, told
+    return Taken(took, told, tests)
 
 
 def _models(
     client: Client,
     request: EvaluateRequest,
     work: ClientWork,
-    federated: dict[str, float],
+    federated: Sequence[Tested],
     log_of: RoundLog,
 ) -> tuple[dict[str, _Model], str]:
     """What there is to choose from, each tested, the federated one last; and of which training the one alone is."""
@@ -123,14 +143,9 @@ def _help(client: Client, work: ClientWork) -> Help:
     return Help(True, min(SHARES, key=lambda share: np.nan_to_num(losses[share], nan=np.inf)))
 
 
-def _tests(
-    client: Client, request: EvaluateRequest, work: ClientWork, help: Help
-) -> dict[str, float]:
+def _tests(client: Client, request: EvaluateRequest, work: ClientWork, help: Help) -> list[Tested]:
     """How the adapter does on the tests asked."""
-    found: dict[str, float] = {}
-    for scope in request.test_sets:
-        found |= tested(client, work, scope, help)
-    return found
+    return [tested(client, work, scope, help) for scope in request.test_sets]
 
 
 def _alone(client: Client, work: ClientWork, log_of: RoundLog) -> tuple[Tensors | None, str]:
@@ -236,7 +251,7 @@ def _record(
         maps_digest=request.maps_digest,
         took=took,
         choosing=choosing,
-        tests={name: model.tests for name, model in models.items()},
+        tests={name: merged(model.tests) for name, model in models.items()},
         examples={
             "train": len(examples.train),
             "choosing": len(examples.choosing),

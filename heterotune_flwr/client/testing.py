@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from heterotune_flwr.channels.client_half import ClientWork
 from heterotune_flwr.client.node import Client
+from heterotune_flwr.protocol.details import Pairs
 from heterotune_flwr.tuning.evaluate import (
     ExampleResults,
     evaluate,
@@ -32,12 +34,36 @@ class Help:
 HELPED = Help()
 
 
-def tested(client: Client, work: ClientWork, scope: str, help: Help) -> dict[str, float]:
+@dataclass(frozen=True)
+class Tested:
+    """One model on one test set.
+
+    ``metrics`` by measure, ``confusion`` as :class:`..tuning.evaluate.EvalReport` has it, ``answers`` to the first
+    examples.
+    """
+
+    scope: str
+    metrics: Mapping[str, float]
+    confusion: Pairs = ()
+    answers: Sequence[str] = ()
+
+    @property
+    def named(self) -> dict[str, float]:
+        """Metrics as they travel: ``personal_loss``, ..."""
+        return {f"{self.scope}_{name}": value for name, value in self.metrics.items()}
+
+
+def merged(tests: Iterable[Tested]) -> dict[str, float]:
+    """Metrics of several tests as they travel."""
+    return {name: value for test in tests for name, value in test.named.items()}
+
+
+def tested(client: Client, work: ClientWork, scope: str, help: Help) -> Tested:
     """Measure the adapter on one test set; nothing where the client has none of its own, in a run about own data."""
     seed, adapter, task = work.header.seed, work.adapter, work.task
     encoded = client.encoded(scope, seed)
     if not len(encoded):
-        return {}
+        return Tested(scope, {})
     own = client.guard.own_test(scope)
     rows = _rows(client, work, scope, help)
     if scope != "global" or own:
@@ -49,11 +75,13 @@ def tested(client: Client, work: ClientWork, scope: str, help: Help) -> dict[str
             (task.data_key(encoded), str(help.channels), *(h.asked.digest for h in halves))
         )
         report = evaluate_once(adapter, task, rows, key)
-    metrics = {f"{scope}_{name}": float(value) for name, value in asdict(report).items()}
-    if client.identity.data.generate and task.kind == "tokens":
-        answers = asdict(client.generation(adapter, scope, seed))
-        metrics |= {f"{scope}_{name}": float(value) for name, value in answers.items()}
-    return metrics
+    metrics = {"loss": report.loss, "accuracy": report.accuracy, "examples": float(report.examples)}
+    if not (client.identity.data.generate and task.kind == "tokens"):
+        return Tested(scope, metrics, report.confusion)
+    written = client.generation(adapter, scope, seed)
+    metrics |= {"exact_match": written.exact_match, "rouge_l": written.rouge_l}
+    metrics["generated"] = float(written.generated)
+    return Tested(scope, metrics, answers=written.first)
 
 
 def by_example(client: Client, work: ClientWork, scope: str, help: Help) -> ExampleResults:

@@ -247,6 +247,8 @@ state-dir = "state"   # this client's private weights and logs; keep it, and a n
 # answers = "yes"     # let answers go that the model writes on public prompts, where a run asks (docs/generation.md)
 class-sums = "no"     # "yes": tell counts and sums of this node's classes, where a run asks (docs/method.md).
 # From the class sums the server can tell which texts a node trained on: all members were found among 2,000 candidates.
+details = "no"        # for a run's report: "counts": how often labels occur here, and are mistaken for which;
+                      # "texts": also three examples of this node's test, with what the models answer
 
 # What this node holds to whatever a run says, so that a server cannot read it row by row (docs/privacy.md says what
 # this does not stop). What goes below them is refused, and the run goes on without this node.

@@ -16,7 +16,10 @@ MEASURES = tuple(f"{scope}_{name}" for scope in ("global", "personal") for name 
 
 @dataclass
 class ClientRow:
-    """One client's evaluation; a measure that was not taken is None, and ``kept`` where it told of no choice."""
+    """One client's evaluation; a measure that was not taken is None, and ``kept`` where it told of no choice.
+
+    ``details``: what it told of its last test beyond means (:meth:`..protocol.details.Details.to_json`).
+    """
 
     client_id: str
     type_key: str
@@ -30,6 +33,7 @@ class ClientRow:
     personal_exact_match: float | None = None
     personal_rouge_l: float | None = None
     kept: Kept | None = None
+    details: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of ``clients`` in results.json."""
@@ -40,6 +44,7 @@ class ClientRow:
             **measures,
             "examples": self.examples,
             **({"kept": self.kept.to_json()} if self.kept else {}),
+            **({"details": dict(self.details)} if self.details else {}),
         }
 
     @classmethod

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -232,7 +232,8 @@ class EvaluateRequest:
     """Measure a client's model; ``test_sets`` is a choice of ``global`` and ``personal``.
 
     ``channels`` bring what acts in a test. ``keep_as`` is the strategy's name in the last test: the client then chooses
-    what it takes home, and keeps it; there need be no test set. Empty: nothing is kept.
+    what it takes home, and keeps it; there need be no test set. Empty: nothing is kept. ``details``: what it may tell
+    of that test besides (:mod:`.details`).
     """
 
     header: Header
@@ -243,6 +244,7 @@ class EvaluateRequest:
     channels: Mapping[str, Payload] = field(default_factory=dict)
     keep_as: str = ""
     cached: CachedRef = CachedRef()
+    details: Sequence[str] = ()
 
     @property
     def effort(self) -> str:
@@ -254,6 +256,8 @@ class EvaluateRequest:
         """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""
         names = ("maps_digest", "test_sets", "keep_as")
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.details:
+            fields["details"] = list(self.details)
         config = ConfigRecord({**self.header.to_config(), **fields, **self.cached.to_config()})
         content = RecordDict({CONFIG: config})
         add_payloads(content, config, self.channels)
@@ -279,6 +283,7 @@ class EvaluateRequest:
             channels=read_payloads(content, record),
             keep_as=keep_as,
             cached=CachedRef.from_config(record),
+            details=read_texts(record, "details") if "details" in record else (),
         )
 
 
@@ -288,7 +293,7 @@ class EvaluateReply:
 
     Of a client that keeps its model besides ``{bare,alone}_{global,personal}_...``, ``choosing_examples`` and
     ``{bare,alone,federated}_choosing_{loss,error}`` (:mod:`.metrics`). ``took`` is one of :data:`.metrics.MODELS`;
-    empty where nothing was kept, or it is not told.
+    empty where nothing was kept, or it is not told. ``details``: text of a :class:`.details.Details`, or empty.
     """
 
     client_id: str
@@ -298,13 +303,15 @@ class EvaluateReply:
     metrics: dict[str, float]
     cache_digest: str = ""
     took: str = ""
+    details: str = ""
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         metrics = fields.pop("metrics")
-        if not self.cache_digest:
-            del fields[CACHE_DIGEST]
+        for name in (CACHE_DIGEST, "details"):
+            if not fields[name]:
+                del fields[name]
         record = MetricRecord({key: float(value) for key, value in metrics.items()})
         return RecordDict({CONFIG: ConfigRecord(fields), METRICS: record})
 
@@ -323,4 +330,5 @@ class EvaluateReply:
             metrics=read_metrics(content),
             cache_digest=read_cache_digest(record),
             took=took,
+            details=read_field(record, "details", str) if "details" in record else "",
         )

@@ -11,6 +11,7 @@ from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.federation.update_gate import Asked
 from heterotune_flwr.federation.updates import Work
 from heterotune_flwr.flower import Message
+from heterotune_flwr.protocol.details import CLIENTS, COUNTS, TEXTS
 from heterotune_flwr.protocol.messages import (
     EVALUATE,
     TRAIN,
@@ -20,6 +21,7 @@ from heterotune_flwr.protocol.messages import (
 )
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.schema import TrainConfig
+from heterotune_flwr.strategies.opening import closed_task
 
 if TYPE_CHECKING:
     from heterotune_flwr.strategies.strategy import HeteroStrategy
@@ -63,8 +65,12 @@ def train_message(
 def test_messages(
     strategy: HeteroStrategy, server_round: int, asked: Mapping[str, list[str]], keep: bool
 ) -> list[Message]:
-    """Tests asked of some clients (client id -> test sets); they may ``keep`` what they have by now."""
+    """Tests asked of some clients (client id -> test sets); they may ``keep`` what they have by now.
+
+    Of that test they may also tell what a report shows (:func:`details_asked`).
+    """
     messages = []
+    shown = shown_clients(strategy, asked) if keep else []
     for client_id, test_sets in asked.items():
         digest, maps = strategy.transport.maps_for(client_id)
         request = EvaluateRequest(
@@ -75,9 +81,26 @@ def test_messages(
             test_sets,
             payloads(strategy.at_work(server_round), server_round, client_id, {"test"}),
             keep_as=strategy.context.name if keep else "",
+            details=details_asked(strategy, client_id in shown) if keep else (),
         )
         messages.append(strategy.transport.message(client_id, request, EVALUATE, server_round))
     return messages
+
+
+def details_asked(strategy: HeteroStrategy, shown: bool) -> list[str]:
+    """What a client may tell of its last test: of a closed label set counts, else answers, where it is ``shown``."""
+    if closed_task(strategy.roster.labels, strategy.config.train):
+        return [COUNTS]
+    return [TEXTS] if shown else []
+
+
+def shown_clients(strategy: HeteroStrategy, client_ids: Iterable[str]) -> list[str]:
+    """A few of the clients that are tested: the first of every type, then the second, ..."""
+    of_type: dict[str, list[str]] = {}
+    for client_id in client_ids:
+        of_type.setdefault(strategy.type_of(client_id), []).append(client_id)
+    places = {cid: (place, key) for key, own in of_type.items() for place, cid in enumerate(own)}
+    return sorted(places, key=places.__getitem__)[:CLIENTS]
 
 
 def payloads(

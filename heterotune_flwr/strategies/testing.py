@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.federation import evaluation
 from heterotune_flwr.federation.admission import read_evaluations
 from heterotune_flwr.federation.kept import summary
 from heterotune_flwr.federation.outcome import by_type, statistics
 from heterotune_flwr.flower import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, Result
+from heterotune_flwr.protocol.details import Details
 from heterotune_flwr.protocol.messages import EVALUATE, EvaluateReply
-from heterotune_flwr.strategies.messages import test_messages
+from heterotune_flwr.strategies.messages import details_asked, test_messages
 
 if TYPE_CHECKING:
     from heterotune_flwr.strategies.strategy import HeteroStrategy
@@ -54,14 +56,36 @@ def test(strategy: HeteroStrategy, server_round: int, grid: Grid, result: Result
         result.evaluate_metrics_clientapp[server_round] = record
 
 
+def _details(
+    strategy: HeteroStrategy, server_round: int, answers: list[EvaluateReply]
+) -> dict[str, dict[str, Any]]:
+    """What clients tell of their test beyond means, by client; what is not of its form is put on record."""
+    labels, found = strategy.roster.labels or [], {}
+    for reply in answers:
+        if not reply.details:
+            continue
+        try:
+            details = Details.from_text(
+                reply.details, len(labels), details_asked(strategy, shown=True)
+            )
+            found[reply.client_id] = details.to_json(labels)
+        except ExchangeError as error:
+            strategy.transport.refuse(
+                reply.client_id, server_round, str(error), "payload_refused", channel="details"
+            )
+    return found
+
+
 def summarized(
     strategy: HeteroStrategy, server_round: int, answers: list[EvaluateReply]
 ) -> MetricRecord:
     """Make one row per client and journal the statistics."""
     differ, who = strategy.differ_after(server_round), tested(strategy)
     rows = evaluation.rows(strategy.roster, answers, differ, who)
+    details = _details(strategy, server_round, answers)
     for row in rows:
         row.type_key = strategy.row_type(row.client_id)
+        row.details = details.get(row.client_id)
     strategy.outcome.rows = rows
     if server_round == 0:
         strategy.outcome.before = rows

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +29,14 @@ class EvalReport:
     """Mean loss per loss position, share of right examples, number of examples.
 
     An example is right when its label wins, or (``tokens``) when every token of its answer is the
-    most likely one: exactly when greedy generation would give the answer.
+    most likely one: exactly when greedy generation would give the answer. ``confusion`` is of a closed label set:
+    (right label, answered label, how often), by the labels' places.
     """
 
     loss: float
     accuracy: float
     examples: int
+    confusion: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +68,19 @@ def evaluate(
     ``most``: what a single loss counts for at most, in nats; where there is such a bound, one that is no number too.
     """
     total_loss, total_rows, total_right = 0.0, 0, 0
-    for losses, _, right in _batches(task, rows, prior, most):
-        total_loss += float(losses.sum())
-        total_rows += len(losses)
-        total_right += int(right.sum())
-    return EvalReport(total_loss / max(total_rows, 1), total_right / max(len(rows), 1), len(rows))
+    pairs: Counter[tuple[int, int]] = Counter()
+    for batch in _batches(task, rows, prior, most):
+        total_loss += float(batch.losses.sum())
+        total_rows += len(batch.losses)
+        total_right += int(batch.right.sum())
+        if batch.answered is not None:
+            pairs.update(zip(batch.targets.tolist(), batch.answered.tolist(), strict=True))
+    return EvalReport(
+        total_loss / max(total_rows, 1),
+        total_right / max(len(rows), 1),
+        len(rows),
+        tuple((*pair, times) for pair, times in sorted(pairs.items())),
+    )
 
 
 @torch.no_grad()
@@ -79,23 +89,41 @@ def evaluate_examples(
 ) -> ExampleResults:
     """As :func:`evaluate`, example by example; of at least one."""
     sums, rights, positions = [], [], 0
-    for losses, owners, right in _batches(task, rows, prior, most):
-        sums.append(losses.new_zeros(len(right)).index_add_(0, owners, losses).cpu())
-        rights.append(right.cpu())
-        positions += len(losses)
+    for batch in _batches(task, rows, prior, most):
+        none = batch.losses.new_zeros(len(batch.right))
+        sums.append(none.index_add_(0, batch.owners, batch.losses).cpu())
+        rights.append(batch.right.cpu())
+        positions += len(batch.losses)
     each = torch.cat(sums) * (len(rows) / positions)
     return ExampleResults(each.numpy(), torch.cat(rights).numpy())
 
 
-def _batches(
-    task: Task, rows: Rows, prior: torch.Tensor | None, most: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Losses of some examples' positions (float64), whose they are, and which of the examples are right."""
+class _Batch(NamedTuple):
+    """Losses of some examples' positions (float64), whose they are, and which examples are right.
+
+    ``targets`` and, of a closed label set, ``answered``: labels' places, position by position.
+    """
+
+    losses: torch.Tensor
+    owners: torch.Tensor
+    right: torch.Tensor
+    targets: torch.Tensor
+    answered: torch.Tensor | None
+
+
+def _batches(task: Task, rows: Rows, prior: torch.Tensor | None, most: float) -> Iterator[_Batch]:
+    """Measure some examples at a time."""
     for start in range(0, len(rows), _BATCH):
         chosen = list(range(start, min(start + _BATCH, len(rows))))
         states, targets, owners = rows.rows(chosen)
-        losses, correct = task.losses(states, targets, rows.offsets(chosen, prior))
-        yield bounded(losses.double(), most), owners, examples_correct(correct, owners, len(chosen))
+        offsets, answered = rows.offsets(chosen, prior), None
+        if task.kind == "labels":
+            losses, answered = task.label_losses(states, targets, offsets)
+            correct = answered == targets
+        else:
+            losses, correct = task.losses(states, targets, offsets)
+        right = examples_correct(correct, owners, len(chosen))
+        yield _Batch(bounded(losses.double(), most), owners, right, targets, answered)
 
 
 def bounded(losses: torch.Tensor, most: float) -> torch.Tensor:

@@ -30,6 +30,7 @@ from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.template import Asked
 from heterotune_flwr.data.text_metrics import exact_match, rouge_l
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.protocol.details import SHOWN
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.task import Task
@@ -48,11 +49,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """Mean exact match and ROUGE-L (0 to 1) of generated answers, and how many were generated."""
+    """Mean exact match and ROUGE-L (0 to 1) of generated answers, how many were generated, and the first few."""
 
     exact_match: float
     rouge_l: float
     generated: int
+    first: tuple[str, ...] = ()
 
 
 class _StopText(StoppingCriteria):  # type: ignore[misc]
@@ -235,6 +237,7 @@ def score_generation(
         exact_match=sum(exact_match(*pair) for pair in pairs) / count,
         rouge_l=sum(rouge_l(*pair) for pair in pairs) / count,
         generated=len(pairs),
+        first=tuple(answer for answer, _ in pairs[:SHOWN]),
     )
 
 

@@ -176,16 +176,22 @@ class Task:
         (:meth:`label_logits`). Returns (losses float32 ``N``, correct bool ``N``).
         """
         if self.kind == "labels":
-            logits = self.label_logits(states)
-            if prior is not None:
-                logits = logits + prior
-            losses = functional.cross_entropy(logits, targets, reduction="none")
-            return losses, logits.argmax(-1) == targets
+            losses, answered = self.label_losses(states, targets, prior)
+            return losses, answered == targets
         if torch.is_grad_enabled() and states.requires_grad:
             losses, correct = _TokenLosses.apply(states, targets, self)  # type: ignore[no-untyped-call]
             return losses, correct
         parts = [self.token_losses(*chunk) for chunk in self.chunks(states, targets)]
         return torch.cat([loss for loss, _ in parts]), torch.cat([right for _, right in parts])
+
+    def label_losses(
+        self, states: Tensor, targets: Tensor, prior: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of a closed label set: cross-entropy over it (float32 ``N``), and the labels answered (int64 ``N``)."""
+        logits = self.label_logits(states)
+        if prior is not None:
+            logits = logits + prior
+        return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
 
     def label_rows(self) -> tuple[Tensor, Tensor | None]:
         """Unembedding rows and biases of the trie's tokens, float32."""
