@@ -9,7 +9,7 @@ from heterotune_flwr.jsons import as_mapping, as_number, as_whole
 from heterotune_flwr.report.facts import Phase, StrategyRun, Traffic
 from heterotune_flwr.report.files import Event, RunFiles, key_of
 
-#: What is being done while an event is waited for; of ``bytes`` and ``progress`` see below.
+#: What is being done while an event is waited for; those that others add to are in :func:`_doing`.
 _DOING = {
     "describe": "asking",
     "left_out": "asking",
@@ -42,12 +42,14 @@ def phases(files: RunFiles) -> list[Phase]:
     worked: dict[tuple[str, str, int | None], float] = {}
     before: float | None = None
     doing = "starting"
+    at_work: tuple[str, int | None] = ("", None)
     for event in files.events:
         at = as_number(event.get("time"))
         if at is None:
             continue
         doing = _doing(event, doing, before is None)
-        strategy, seed = key_of(event) or ("", None)
+        at_work = key_of(event) or at_work
+        strategy, seed = at_work
         place = (doing, "", None) if doing in (*_SHARED, "stopped") else (doing, strategy, seed)
         if before is not None:
             seconds[place] = seconds.get(place, 0.0) + max(0.0, at - before)
@@ -64,16 +66,10 @@ def _doing(event: Event, before: str, first: bool) -> str:
     if kind in ("asking", "start"):
         return before if before in _SHARED else "starting"
     if kind == "progress":
-        return "asking" if event.get("what") == "asking" else _test(event)
+        return "asking" if event.get("what") == "asking" else "testing"
     if kind in ("bytes", "client_failed", "sent_again"):
-        return _test(event) if event.get("message_type") == "evaluate" else "training"
-    found = _DOING.get(kind, before)
-    return _test(event) if found == "testing" else found
-
-
-def _test(event: Event) -> str:
-    """The last test trains models alone and chooses: it takes longer than the others."""
-    return "testing"
+        return "testing" if event.get("message_type") == "evaluate" else "training"
+    return _DOING.get(kind, before)
 
 
 def traffic(files: RunFiles, runs: Sequence[StrategyRun]) -> list[Traffic]:

@@ -91,7 +91,9 @@ def _read_journal(found: RunFiles, path: Path) -> None:
             found.events.append(event)
     if damaged:
         found.trouble.append(
-            f"{damaged} {'line' if damaged == 1 else 'lines'} of rounds.jsonl could not be read, and were passed over"
+            "one line of rounds.jsonl could not be read, and was passed over"
+            if damaged == 1
+            else f"{damaged} lines of rounds.jsonl could not be read, and were passed over"
         )
 
 

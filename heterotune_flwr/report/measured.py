@@ -61,6 +61,7 @@ class ClientOutcome:
 
     ``models``: ``bare``, ``alone``, ``federated``, ``taken`` -> ``global``, ``personal`` -> measure -> value.
     ``took`` is empty where nothing was chosen, or it was not told. ``gains`` are in the run's main measure.
+    ``elsewhere``: of models that this strategy did not measure, which one did: model -> strategy.
     """
 
     client_id: str
@@ -71,6 +72,7 @@ class ClientOutcome:
     chosen_by: int | None = None
     models: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     gains: Gains | None = None
+    elsewhere: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

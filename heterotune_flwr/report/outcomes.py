@@ -87,21 +87,23 @@ def _outcome(run: StrategyRun, row: Mapping[str, Any], kept: Mapping[str, Any]) 
 
 def _fill_in(files: RunFiles, runs: Sequence[StrategyRun], found: Sequence[ClientOutcome]) -> None:
     """Where a last test compared nothing: the untouched model of the first test, the lone one of another strategy."""
-    alone = {(one.seed, one.client_id): one.models.get(FEDERATED, {})
-             for run in runs if run.kind == ALONE
-             for one in found if (one.strategy, one.seed) == (run.strategy, run.seed)}  # fmt: skip
+    kinds = {(run.strategy, run.seed): run.kind for run in runs}
+    alone = {
+        (one.seed, one.client_id): one for one in found if kinds[one.strategy, one.seed] == ALONE
+    }
     before = {
         (key, str(row.get("client_id"))): tests_of(row)
         for key, entry in files.results.items()
         for row in map(as_mapping, as_list(entry.get("clients_before")))
     }
     for one in found:
-        lone = next(r.kind for r in runs if r.strategy == one.strategy) == ALONE
         bare = before.get(((one.strategy, one.seed), one.client_id), {})
-        if BARE not in one.models and bare:
-            one.models[BARE] = bare
-        if ALONE not in one.models and not lone and (own := alone.get((one.seed, one.client_id))):
-            one.models[ALONE] = own
+        if both := {**bare, **one.models.get(BARE, {})}:
+            one.models[BARE] = both
+        lone = alone.get((one.seed, one.client_id))
+        if lone is not None and lone is not one and ALONE not in one.models:
+            one.models[ALONE] = lone.models.get(FEDERATED, {})
+            one.elsewhere[ALONE] = lone.strategy
 
 
 def _gains(models: Mapping[str, Tests], measure: str, scope: str) -> Gains | None:
@@ -249,7 +251,8 @@ def _rows(
     for type_key in (ALL_TYPES, *sorted({one.type_key for one in outcomes})):
         own = [one for one in outcomes if type_key in (ALL_TYPES, one.type_key)]
         for scope in SCOPES:
-            tests = [one.models.get(model, {}).get(scope, {}) for one in own]
+            measured = [one for one in own if model not in one.elsewhere]
+            tests = [one.models.get(model, {}).get(scope, {}) for one in measured]
             scores = {
                 measure: told
                 for measure in MEASURED

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
-from heterotune_flwr.report.facts import ClientFacts, StrategyRun, TypeFacts
-from heterotune_flwr.report.files import RunFiles
-
-#: Events that are a client's failure, and those that are an answer not used.
-_FAILED, _REFUSED = ("client_failed",), ("refused", "payload_refused")
+from heterotune_flwr.report.facts import ClientFacts, TypeFacts
+from heterotune_flwr.report.files import Key, RunFiles, key_of
 
 
 def types(files: RunFiles) -> list[TypeFacts]:
@@ -56,12 +53,18 @@ def guest_types(files: RunFiles) -> set[str]:
     return told | {str(r.get("type")) for r in rows} - learned
 
 
-def clients(files: RunFiles, runs: Sequence[StrategyRun]) -> list[ClientFacts]:
+def clients(files: RunFiles) -> list[ClientFacts]:
     """Every client that was ever heard of, by id."""
     found: dict[str, ClientFacts] = {}
     guests = guest_types(files)
-    for event in files.events:  # also of rounds that were done again: it all happened
-        _take(found, event)
+    strategy: Key | None = None
+    for place, event in enumerate(files.events):
+        _count(found, event)  # also what was done again: it all happened
+        if event["event"] == "start" and key_of(event) != strategy:
+            strategy = key_of(event)
+            _begin(found.values())
+        if place not in files.undone:
+            _stand(found, event)
     for run in files.results.values():
         for row in map(as_mapping, as_list(run.get("clients"))):
             client = _client(found, str(row.get("client_id")), row.get("type"))
@@ -81,43 +84,54 @@ def _client(found: dict[str, ClientFacts], client_id: str, type_key: Any = None)
     return client
 
 
-def _take(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> None:
-    kind, client_id = event["event"], event.get("client_id")
-    if kind == "describe":
-        examples = as_mapping(event.get("examples"))
-        for member, type_key in as_mapping(event.get("members")).items():
-            client = _client(found, str(member), type_key)
-            if (count := as_number(examples.get(member))) is not None:
-                client.examples = int(count)
-        return
-    if kind == "left_out" and not client_id:
+def _begin(found: Iterable[ClientFacts]) -> None:
+    """A strategy of its own asks everybody again, but for those who do not take part."""
+    for client in found:
+        if client.state != "left_out":
+            client.state, client.why = "in", ""
+
+
+def _named(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> ClientFacts | None:
+    """The client that an event is about."""
+    client_id = event.get("client_id")
+    if event["event"] == "left_out" and not client_id:
         client_id = f"node {event.get('node_id')}"
-    if (
-        kind == "start"
-    ):  # a strategy of its own: everybody is asked again, but for those who do not take part
-        for client in found.values():
-            client.state, client.why = (
-                ("left_out", client.why) if client.state == "left_out" else ("in", "")
-            )
-    if client_id is None:
+    return None if client_id is None else _client(found, str(client_id), event.get("type"))
+
+
+def _stand(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> None:
+    """Whether a client is in, and why not."""
+    kind, client = event["event"], _named(found, event)
+    if client is None:
         return
-    client, reason = (
-        _client(found, str(client_id), event.get("type")),
-        str(event.get("reason") or ""),
-    )
-    if kind in _FAILED + _REFUSED:
-        client.failures += kind in _FAILED
-        client.refusals += kind in _REFUSED
+    reason = str(event.get("reason") or "")
     if kind in ("client_failed", "refused") and client.state != "cooldown":
         client.state, client.why = "lost", reason
     elif kind == "left_out":
         client.state, client.why = "left_out", reason
     elif kind == "cooldown":
-        client.cooldowns += 1
         client.state = "cooldown"
-        client.why = f"failed too often, not asked until after round {event.get('until')}; last: {client.why}"
+        again = f"failed too often, not asked until after round {event.get('until')}"
+        client.why = f"{again}; last: {client.why}" if client.why else again
     elif kind in ("returned", "train_reply"):
         client.state, client.why = "in", ""
+
+
+def _count(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> None:
+    """What a client did and had."""
+    kind = event["event"]
+    if kind == "describe":
+        examples = as_mapping(event.get("examples"))
+        for member, type_key in as_mapping(event.get("members")).items():
+            one = _client(found, str(member), type_key)
+            if (count := as_number(examples.get(member))) is not None:
+                one.examples = int(count)
+    client = _named(found, event)
+    if client is None:
+        return
+    client.failures += kind == "client_failed"
+    client.refusals += kind in ("refused", "payload_refused")
+    client.cooldowns += kind == "cooldown"
     if kind == "bytes":
         client.bytes_up += as_whole(event.get("up"))
         client.bytes_down += as_whole(event.get("down"))

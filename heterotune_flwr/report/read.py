@@ -36,7 +36,7 @@ def read_facts(directory: Path) -> RunFacts:
         has_results=bool(files.results),
         runs=runs,
         types=types(files),
-        clients=clients(files, runs),
+        clients=clients(files),
         side_by_side=side_by_side(files, runs, outcomes, told),
         type_outcomes=type_outcomes(files, runs, outcomes),
         client_outcomes=outcomes,

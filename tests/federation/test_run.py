@@ -78,8 +78,9 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
     assert len(results["runs"]) == 2
     kinds = [json.loads(line)["event"] for line in (directory / "rounds.jsonl").open()]
     one_client_each = ["unchecked"] * 3
-    assert kinds[:9] == [
+    assert kinds[:10] == [
         "journal",
+        "asked",
         "asking",
         "describe",
         "aligning",
@@ -96,6 +97,7 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
     assert set(row) == {
         "client_id", "type", "examples", "global_accuracy", "global_loss", "global_exact_match", "global_rouge_l",
         "personal_accuracy", "personal_loss", "personal_exact_match", "personal_rouge_l", "kept",
+        "details",
     }  # fmt: skip
     assert "HeteroTune" in capsys.readouterr().out
 
