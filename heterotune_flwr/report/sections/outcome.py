@@ -48,6 +48,8 @@ from heterotune_flwr.report.picks import (
 
 #: Clients with a row of their own; of more the worst and the best.
 MOST_CLIENTS = 60
+#: Dots in a row of a chart.
+_MOST_DOTS = 200
 _MODELS = (BARE, ALONE, FEDERATED)
 _TEXT_FIRST = ("rouge_l", "exact_match", "accuracy", "macro_f1", "loss")
 _LABELS_FIRST = ("accuracy", "macro_f1", "exact_match", "rouge_l", "loss")
@@ -279,12 +281,16 @@ def _axis(main: Lead, values: Sequence[float]) -> Axis:
 
 
 def dot_row(name: str, dots: Sequence[Dot], style: int, measure: str) -> DotRow:
-    """Dots with their mean, and the mean of their worst tenth (at least one)."""
+    """Dots with their mean, and the mean of their worst tenth; of very many only every so many-eth is drawn."""
     if not dots:
         return DotRow(name, [])
-    values = sorted((dot.value for dot in dots), reverse=measure == "loss")
-    worst = values[: max(1, len(values) // 10)]
-    return DotRow(name, dots, statistics.fmean(values), statistics.fmean(worst), style)
+    order = sorted(dots, key=lambda dot: dot.value, reverse=measure == "loss")
+    values = [dot.value for dot in order]
+    worst = statistics.fmean(values[: max(1, len(values) // 10)])
+    every = -(-len(order) // _MOST_DOTS)
+    shown = dots if every == 1 else order[::every]
+    note = "" if every == 1 else f" (a dot for every {every} clients)"
+    return DotRow(f"{name}{note}", shown, statistics.fmean(values), worst, style)
 
 
 def _clients_table(facts: RunFacts, main: Lead) -> Table:
