@@ -46,7 +46,7 @@ class LiveView:
         parts: list[RenderableType] = [Text(), self._head(now), self._bar(now)]
         parts.append(self._doing(now))
         if numbers := _numbers(standing):
-            parts.append(_line(numbers))
+            parts.append(Text(numbers))
         if standing.types:
             parts.append(_types(standing, width))
         failing = standing.failing
@@ -73,7 +73,7 @@ class LiveView:
             name = f"{TITLES.get(standing.strategy, standing.strategy)}, seed {standing.seed}"
             number_of = min(self.follower.time_left.finished + 1, plan.experiments)
             name += f" ({number_of} of {plan.experiments})" if plan.experiments > 1 else ""
-            name += f", round {standing.round} of {standing.of}"
+            name += f", {standing.of} rounds"
         row = Table.grid(expand=True)
         row.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         row.add_column(no_wrap=True, justify="right")
@@ -106,9 +106,7 @@ def _numbers(standing: Standing) -> str:
     """Loss, accuracy and bytes so far."""
     parts = [] if standing.loss is None else [f"loss {standing.loss:.3f}"]
     if standing.accuracy is not None:
-        parts.append(
-            f"accuracy {100 * standing.accuracy:.1f} % after round {standing.tested_round}"
-        )
+        parts.append(f"accuracy {100 * standing.accuracy:.1f} % (round {standing.tested_round})")
     if standing.bytes_up or standing.bytes_down:
         parts.append(
             f"{human_bytes(standing.bytes_up)} up, {human_bytes(standing.bytes_down)} down"

@@ -81,7 +81,10 @@ def doing(standing: Standing, now: float) -> str:
 
 
 def _waiting(standing: Standing, now: float) -> str:
-    text = f"{standing.doing}: {standing.asked_of - len(standing.asked)} of {standing.asked_of} answered"
+    testing = standing.doing == "testing"
+    when = f"after round {standing.round}" if testing else f"round {standing.round + 1}"
+    heard = standing.asked_of - len(standing.asked)
+    text = f"{when}: {standing.doing}, {heard} of {standing.asked_of} answered"
     if standing.since is not None:
         text += f", {ago(now - standing.since)}"
     text += f"; waiting for {_some(standing.asked)}"

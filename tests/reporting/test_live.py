@@ -57,7 +57,7 @@ def test_the_live_view_says_all_in_lines_that_fit(ended, width):
     middle = drawn(config, [*until(events, "asked", 3), *events_of(events, "bytes", 3)[:2]], width)
     text = "\n".join(middle)
     for expected in (
-        "HeteroTune, seed 0, round 2 of 4", "1:15", "left", "training: 2 of 6 answered", "loss ", "accuracy", "kB up",
+        "HeteroTune, seed 0, 4 rounds", "1:15", "left", "round 3: training, 2 of 6 answered", "loss ", "accuracy", "kB up",
         "small@fp32", "1 of 2", "client-0001 failed once", "Ctrl-C",
     ):  # fmt: skip
         assert expected in text, text
@@ -115,7 +115,7 @@ def test_status_says_who_is_waited_for_and_what_expired(ended):
         {"event": "bytes", "client_id": "n1"},
     ]
     text = render(follow(events, Standing("run", "running")), now=130.0)
-    assert "training: 1 of 2 answered, 30 s; waiting for n2 (at most 60 s)" in text
+    assert "round 2: training, 1 of 2 answered, 30 s; waiting for n2 (at most 60 s)" in text
     assert "expired: 1 requests were not answered in time (of n2)" in text
 
 
