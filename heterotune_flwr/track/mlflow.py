@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from mlflow.entities import Metric, Param
 if TYPE_CHECKING:
     from heterotune_flwr.track.points import Point, Track
     from heterotune_flwr.track.trackers import Settings
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table of a new store
 
 #: What MLflow takes in a metric's name; a model type's may have more.
 _NOT_IN_NAMES = re.compile(r"[^\w\-. /]")

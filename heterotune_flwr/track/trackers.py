@@ -68,7 +68,7 @@ class Tracker:
         self.name = name
         self.folder = directory / "track" / name
         self._run, self._settings = directory.name, settings
-        self._open = importlib.import_module(f"heterotune_flwr.track.{name}").open_sink
+        self._module = importlib.import_module(f"heterotune_flwr.track.{name}")
         self._points = PointsOf()
         self._sinks: dict[Track, Sink] = {}
         self.written = 0
@@ -86,7 +86,7 @@ class Tracker:
             if track not in self._sinks:
                 strategy, seed = track
                 settings = {"strategy": strategy, "seed": seed, **self._settings.get(strategy, {})}
-                self._sinks[track] = self._open(self.folder, self._run, track, settings)
+                self._sinks[track] = self._module.open_sink(self.folder, self._run, track, settings)
             for point in points:
                 self._sinks[track].write(point)
             self.written += len(points)
@@ -96,6 +96,8 @@ class Tracker:
         self.write(over=True)
         for sink in self._sinks.values():
             sink.close()
+        if hasattr(self._module, "finish"):
+            self._module.finish()
 
     @property
     def look(self) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation.journal import EventReader, Journal, read_events
 from heterotune_flwr.federation.resume import run_lock, saved_config
 from heterotune_flwr.schema import Config
 from heterotune_flwr.track.settings import settings_of
-from heterotune_flwr.track.trackers import Tracker, check_trackers
+from heterotune_flwr.track.trackers import TRACKERS, Tracker, check_trackers
 
 POLL_SECONDS = 1.0
 #: How long a run waits at its end for trackers to write the rest.
@@ -95,6 +95,8 @@ def track_afterwards(directory: Path, names: Sequence[str]) -> list[Tracker]:
     ------
     ConfigError
         It is no run directory, a tracker is unknown or not installed, or the run writes to trackers itself just now.
+    FederationError
+        A tracker refuses.
 
     """
     check_trackers(names)
@@ -104,8 +106,15 @@ def track_afterwards(directory: Path, names: Sequence[str]) -> list[Tracker]:
     written = []
     with run_lock(directory / "track"):
         for name in names:
-            tracker = Tracker(name, directory, settings)
-            tracker.take(events)
-            tracker.close()
+            try:
+                tracker = Tracker(name, directory, settings)
+                tracker.take(events)
+                tracker.close()
+            except Exception as error:
+                # A kind alone: its words may hold an address with a password.
+                raise FederationError(
+                    f"{TRACKERS[name].title} did not take the run ({type(error).__name__}); look at what its own "
+                    "environment variables and settings say"
+                ) from error
             written.append(tracker)
     return written

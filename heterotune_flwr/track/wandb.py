@@ -17,10 +17,12 @@ _ALONE = {
     "console": "off",
     "disable_code": True,
     "disable_git": True,
+    "host": "",
     "save_code": False,
     "silent": True,
     "x_disable_meta": True,
     "x_disable_stats": True,
+    "x_save_requirements": False,
 }
 
 
@@ -36,7 +38,12 @@ class _Sink:
 
     def close(self) -> None:
         """See :class:`.trackers.Sink`."""
-        self._run.finish(quiet=True)
+        self._run.finish()
+
+
+def finish() -> None:
+    """Wait until its service, a process of its own, has written all files."""
+    wandb.teardown()
 
 
 def open_sink(folder: Path, run: str, track: Track, settings: Settings) -> _Sink:
