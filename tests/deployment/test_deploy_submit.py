@@ -87,7 +87,7 @@ def test_an_interrupted_submission_says_that_the_run_may_go_on(lab, monkeypatch,
     with pytest.raises(LeftRunningError, match=r"the run goes on; .*FLWR_HOME=.* list"):
         submit(lab, "demo", [], None)
 
-    def command(standalone_mode):
+    def command(**_):
         raise LeftRunningError("it goes on")
 
     monkeypatch.setattr(cli, "app", command)
@@ -99,7 +99,7 @@ def test_an_interrupted_submission_says_that_the_run_may_go_on(lab, monkeypatch,
 
 @pytest.mark.parametrize("command", ["run", "deploy"])
 def test_ctrl_c_before_anything_was_started_says_no_more(monkeypatch, capsys, command):
-    def interrupted(standalone_mode):
+    def interrupted(**_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupted)

@@ -57,8 +57,8 @@ def test_the_live_view_says_all_in_lines_that_fit(ended, width):
     middle = drawn(config, [*until(events, "asked", 3), *events_of(events, "bytes", 3)[:2]], width)
     text = "\n".join(middle)
     for expected in (
-        "HeteroTune, seed 0, 4 rounds", "1:15", "left", "round 3: training, 2 of 6 answered", "loss ", "accuracy", "kB up",
-        "small@fp32", "1 of 2", "client-0001 failed once", "Ctrl-C",
+        "HeteroTune, seed 0, 4 rounds", "1:15", "left", "round 3: training, 2 of 6 answered", "loss ", "accuracy",
+        "kB up", "small@fp32", "1 of 2", "client-0001 failed once", "Ctrl-C",
     ):  # fmt: skip
         assert expected in text, text
     assert all(len(line) <= width for line in middle), text
