@@ -208,6 +208,7 @@ def agreement(facts: RunFacts) -> Section:
     main = lead(facts)
     found = [one for one in facts.agreement if one.strategy == main.strategy] or facts.agreement
     found = [one for one in found if one.cosines]
+    found = [one for one in found if one.seed == found[0].seed]  # of several seeds one is shown
     told_besides = [*_channels(facts), *(Prose(text) for text in _apart(facts))]
     if not found and not told_besides:
         why = "No round of this run tells it: only strategies that share one bank between types do."
@@ -215,7 +216,7 @@ def agreement(facts: RunFacts) -> Section:
     blocks: list[Block] = []
     for one in found[:4]:
         blocks += charts(_cosines(one), _step(one), _last(one), _conflicts(one))
-    blocks += [_agreement_table(found)] if found else []
+    blocks += [_agreement_table(facts, found)] if found else []
     return Section("agreement", "Agreement between types", how, [*blocks, *told_besides])
 
 
@@ -287,7 +288,7 @@ def _last(one: Agreement) -> HeatChart:
     )
 
 
-def _agreement_table(found: Sequence[Agreement]) -> Table:
+def _agreement_table(facts: RunFacts, found: Sequence[Agreement]) -> Table:
     lines: list[list[Cell | str]] = []
     for one in found:
         for pair, row in one.cosines.items():
@@ -314,7 +315,8 @@ def _agreement_table(found: Sequence[Agreement]) -> Table:
         "lowest",
         "rounds against each other",
     ]
-    return Table(heads, lines, "", frozenset({1, 2, 3, 4, 5}), "table-agreement")
+    caption = f"{title_of(facts, found[0].strategy)}, seed {found[0].seed}"
+    return Table(heads, lines, caption, frozenset({1, 2, 3, 4, 5}), "table-agreement")
 
 
 def _channels(facts: RunFacts) -> list[Block]:

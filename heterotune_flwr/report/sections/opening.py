@@ -251,11 +251,11 @@ def _resumed(facts: RunFacts) -> str:
     run = facts.identity
     if not run.resumed:
         return "Never: it ran in one go." if run.state == "finished" else "Never."
-    after = [
-        f"{one.title} after round {listed([str(number) for number in one.resumed_after])}"
-        for one in facts.runs
-        if one.resumed_after
-    ]
+    after = []
+    for one in facts.runs:
+        if one.resumed_after:
+            name = f"{one.title}, seed {one.seed}," if len(run.seeds) > 1 else one.title
+            after.append(f"{name} after round {listed(list(map(str, one.resumed_after)))}")
     where = f": {listed(after)}" if after else ""
     return f"{'Once' if run.resumed == 1 else f'{run.resumed} times'}{where}."
 
