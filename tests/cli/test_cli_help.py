@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import click
 import pytest
 import typer.main
+from click.testing import CliRunner
 from typer.models import ArgumentInfo, OptionInfo
-from typer.testing import CliRunner
 from typer.utils import get_params_from_function
 
 from heterotune_flwr.cli import app
@@ -23,7 +23,7 @@ def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _command(path: tuple[str, ...]) -> click.Command:
-    command = typer.main.get_command(app)
+    command = PROGRAM
     for name in path:
         command = command.commands[name]  # type: ignore[attr-defined]
     return command
@@ -34,12 +34,14 @@ def _plain(text: str) -> str:
     return " ".join(re.sub(r"[^\x20-\x7e]", " ", text).split())
 
 
-COMMANDS = list(_commands(typer.main.get_command(app)))
+#: Made once: making it takes longer than a help text.
+PROGRAM = typer.main.get_command(app)
+COMMANDS = list(_commands(PROGRAM))
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_help_shows_every_argument_and_option_as_it_is_written(path: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "1000", "NO_COLOR": "1"})
+    done = CliRunner().invoke(PROGRAM, [*path, "--help"], env={"COLUMNS": "1000", "NO_COLOR": "1"})
     assert done.exit_code == 0, done.exception
     shown, callback = _plain(done.output), _command(path).callback
     if callback is None:
