@@ -46,7 +46,7 @@ class Machine:
     def here(self, text: str) -> str:
         """A text of a container with what stands here for it."""
         pattern = "|".join(re.escape(word) for word in self.own)
-        return re.sub(pattern, lambda found: self.own[found[0]], text)
+        return re.sub(rf"(?:{pattern})(?![\w.-])", lambda found: self.own[found[0]], text)
 
     def environment(self, target: str) -> dict[str, str]:
         """Of a container of an image."""
