@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from heterotune_flwr.cli_help import note
+from heterotune_flwr.completion import run_directories
 from heterotune_flwr.errors import FederationError
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN [RUN ...]", help="run directories; several are compared"),
+        typer.Argument(
+            metavar="RUN [RUN ...]",
+            help="run directories; several are compared",
+            autocompletion=run_directories,
+        ),
     ],
     personal: Annotated[
         bool, typer.Option("--personal", help="tables: also the clients' own tests")

@@ -81,10 +81,18 @@ class Details:
         if self.labels:
             told["label_mix"] = dict(zip(labels, self.labels, strict=True))
         if self.confusion:
-            told["confusion"] = self.confusion
+            told["confusion"] = {
+                scope: {model: _written(pairs) for model, pairs in models.items()}
+                for scope, models in self.confusion.items()
+            }
         if self.answers:
             told["answers"] = list(self.answers)
         return told
+
+
+def _written(pairs: Pairs) -> str:
+    """Pairs in one short text: ``0 2 5, 1 1 7``."""
+    return ", ".join(" ".join(map(str, pair)) for pair in pairs)
 
 
 def shortened(text: str) -> str:

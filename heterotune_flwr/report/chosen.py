@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from heterotune_flwr.config.plain import flatten
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
 from heterotune_flwr.report.facts import Protection, SettingFact
 from heterotune_flwr.report.files import RunFiles
-from heterotune_flwr.schema import Config
+from heterotune_flwr.schema import Config, TypeConfig
 
 
 def settings(files: RunFiles) -> tuple[str, list[SettingFact]]:
-    """The preset that the run was made from, and every setting with its origin."""
+    """The preset that the run was made from, and every setting with its origin; of strategies those compared."""
     asked = files.of("asked")
     said = {str(path) for event in asked for path in as_list(event.get("said"))}
     preset = str(asked[0].get("preset") or "") if asked else ""
-    defaults = dict(flatten(asdict(Config())))
+    known = _known(files)
     found = []
-    for path, value in _flat(files.config):
-        default = defaults.get(path)
+    for path, value in _flat(files):
+        default, text = known.get(path, (None, ""))
         if not asked:
             origin = "unknown"
         elif any(path == own or path.startswith(f"{own}.") for own in said):
             origin = "user"
         else:
-            origin = "default" if path in defaults and value == default else "preset"
-        found.append(SettingFact(path, value, default, origin))
+            origin = "default" if path in known and value == default else "preset"
+        found.append(SettingFact(path, value, default, origin, text))
     return preset, found
 
 
-def _flat(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Dotted paths, those of types by their number."""
-    found = []
-    for path, value in flatten(config):
-        if path == "types":
-            for number, entry in enumerate(as_list(value)):
-                found += [
-                    (f"types.{number}.{key}", item) for key, item in as_mapping(entry).items()
-                ]
-        else:
-            found.append((str(path), value))
-    return found
+def _known(files: RunFiles) -> dict[str, tuple[Any, str]]:
+    """Path -> the program's own value and its sentence of help."""
+    parts: dict[str, Any] = {
+        name: part for name, part in vars(Config()).items() if is_dataclass(part)
+    }
+    blank = TypeConfig(backbone="")
+    parts |= {f"types.{number}": blank for number in range(len(as_list(files.config.get("types"))))}
+    return {
+        f"{where}.{field.name}": (getattr(part, field.name), str(field.metadata.get("help", "")))
+        for where, part in parts.items()
+        for field in fields(part)
+    }
+
+
+def _flat(files: RunFiles) -> list[tuple[str, Any]]:
+    """Dotted paths, those of types by their number; where the run lies is none of its settings."""
+    types = {str(n): entry for n, entry in enumerate(as_list(files.config.get("types")))}
+    compared = as_list(files.section("run").get("compare"))
+    chosen = {n: spec for n, spec in files.section("strategies").items() if n in compared}
+    config = {**files.config, "types": types, "strategies": chosen}
+    return [
+        (str(path), value) for path, value in flatten(config) if path != "run.dir" and value != {}
+    ]
 
 
 def protections(files: RunFiles) -> list[Protection]:

@@ -25,10 +25,7 @@ def compare(runs: Sequence[RunFacts]) -> Comparison:
         while chosen in named:
             chosen, number = f"{folder} ({number})", number + 1
         named[chosen] = run
-    values = {
-        name: {fact.path: fact.value for fact in run.settings if fact.path != "run.dir"}
-        for name, run in named.items()
-    }
+    values = {name: {fact.path: fact.value for fact in run.settings} for name, run in named.items()}
     paths = dict.fromkeys(path for told in values.values() for path in told)
     table = {path: {name: told.get(path) for name, told in values.items()} for path in paths}
     return Comparison(

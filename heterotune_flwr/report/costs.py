@@ -30,6 +30,8 @@ _DOING = {
     "strategy_end": "saving",
 }
 _SHARED = ("starting", "asking", "aligning")
+#: Events with which a start of the run begins.
+_OPENING = ("data", "starting", "journal")
 
 
 def phases(files: RunFiles) -> list[Phase]:
@@ -41,13 +43,14 @@ def phases(files: RunFiles) -> list[Phase]:
     seconds: dict[tuple[str, str, int | None], float] = {}
     worked: dict[tuple[str, str, int | None], float] = {}
     before: float | None = None
-    doing = "starting"
+    doing, opening = "starting", True
     at_work: tuple[str, int | None] = ("", None)
     for event in files.events:
         at = as_number(event.get("time"))
         if at is None:
             continue
-        doing = _doing(event, doing, before is None)
+        again = event["event"] in _OPENING and not opening
+        doing, opening = "stopped" if again else _doing(event, doing), event["event"] in _OPENING
         at_work = key_of(event) or at_work
         strategy, seed = at_work
         place = (doing, "", None) if doing in (*_SHARED, "stopped") else (doing, strategy, seed)
@@ -59,10 +62,11 @@ def phases(files: RunFiles) -> list[Phase]:
     return [Phase(*place, length, worked.get(place)) for place, length in seconds.items()]
 
 
-def _doing(event: Event, before: str, first: bool) -> str:
+def _doing(event: Event, before: str) -> str:
+    """What was being done until an event; ``before``: until the one before it."""
     kind = event["event"]
-    if kind == "journal":
-        return "starting" if first else "stopped"
+    if kind in _OPENING:
+        return "starting"
     if kind in ("asking", "start"):
         return before if before in _SHARED else "starting"
     if kind == "progress":

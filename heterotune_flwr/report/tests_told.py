@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from heterotune_flwr.jsons import as_list, as_mapping, as_whole
+from heterotune_flwr.jsons import as_list, as_mapping
 from heterotune_flwr.protocol.metrics import MODELS
 from heterotune_flwr.report.facts import RunFacts, StrategyRun
 from heterotune_flwr.report.files import Key, RunFiles
@@ -27,12 +27,12 @@ def details(files: RunFiles) -> Iterator[tuple[Key, Mapping[str, Any], Mapping[s
 
 def counts_of(told: Mapping[str, Any], scope: str, model: str, labels: int) -> Counts:
     """(right label, answered label, how often) by the labels' places; what cannot be is passed over."""
+    written = as_mapping(as_mapping(told.get("confusion")).get(scope)).get(model)
     found = []
-    for entry in as_list(as_mapping(as_mapping(told.get("confusion")).get(scope)).get(model)):
-        if isinstance(entry, list) and len(entry) == 3:
-            right, answered, times = (as_whole(number, -1) for number in entry)
-            if 0 <= right < labels and 0 <= answered < labels and times > 0:
-                found.append((right, answered, times))
+    for entry in str(written or "").split(","):
+        numbers = [int(word) for word in entry.split() if word.isdecimal() and len(word) < 16]
+        if len(numbers) == 3 and max(numbers[:2]) < labels and numbers[2]:
+            found.append((numbers[0], numbers[1], numbers[2]))
     return found
 
 

@@ -24,7 +24,7 @@ def test_what_is_told_comes_back_and_stands_in_results_by_label():
     )
     assert found.to_json(LABELS) == {
         "label_mix": {"a": 3, "b": 0, "c": 1},
-        "confusion": {"personal": {"bare": [(0, 2, 5)]}},
+        "confusion": {"personal": {"bare": "0 2 5"}},
         "answers": [{"prompt": "x", "bare": "y"}],
     }
     assert Details().to_text() == ""

@@ -266,6 +266,44 @@ def test_damaged_files_are_told_and_never_end_a_report(copy: Path, name: str, co
     assert found.trouble or name == "status.json"
 
 
+def changed(copy: Path, change: Callable[[Facts], None]) -> RunFacts:
+    """The facts of a run whose results are others."""
+    found = json.loads((copy / "results.json").read_text())
+    change(found)
+    (copy / "results.json").write_text(json.dumps(found))
+    return read_facts(copy)
+
+
+def test_what_nodes_do_not_tell_is_absent_and_said(copy: Path) -> None:
+    def forget(found: Facts) -> None:
+        for run in found["runs"]:
+            for row in run["clients"]:
+                del row["details"]
+
+    facts = changed(copy, forget)
+    assert facts.confusions == []
+    assert {client.label_mix for client in facts.clients} == {None}
+    assert not [
+        row for row in facts.side_by_side if row.kind == "majority" or "macro_f1" in row.scores
+    ]
+    assert any("its owner allows" in line for line in facts.untold)
+
+
+def test_sampled_answers_of_open_text(copy: Path) -> None:
+    answer = {"prompt": "a", "reference": "b", "bare": "c", "federated": "d"}
+
+    def speak(found: Facts) -> None:
+        found["config"]["train"]["loss"] = "tokens"
+        found["runs"][-1]["clients"][0]["details"] = {"answers": [answer]}
+
+    facts = changed(copy, speak)
+    (shown,) = facts.answers
+    assert facts.identity.task == "text"
+    assert (shown.client_id, shown.strategy) == ("client-0000", SUBJECT)
+    assert (shown.prompt, shown.reference) == ("a", "b")
+    assert shown.answers == {"bare": "c", "federated": "d"}
+
+
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run directory"):
         read_facts(tmp_path)
