@@ -18,7 +18,7 @@ _ROWS = {
     "fedit": "FedIT (LoRA, inside a type)",
     "fedmkt": "FedMKT-style",
     "within_type": "bank shared inside a type",
-    "within_discriminant": "all of it, inside a type",
+    "within_discriminant": "HeteroTune inside types",
     "heterotune_plain": "HeteroTune, no class sums",
     "heterotune": "**HeteroTune**",
     "pooled": "all data in one place",
@@ -59,7 +59,7 @@ def measured() -> str:
             cells = [f"{row['global']:.1f}" if row else "-" for row in found]
             rows.append([label, *cells, f"{up / 1e3:,.1f}"])
     gains = [told_seed(values["gain_by_seed"]) for values in suites.values()]
-    rows.append(["over the best other row", *gains, ""])
+    rows.append(["over the best rival or control", *gains, ""])
     known = {name for values in suites.values() for name in values["methods"]}
     ceiling = "" if "pooled" in known else " The ceiling, all data in one place, is not measured."
     text = (
