@@ -74,10 +74,11 @@ def strategy_runs(files: RunFiles) -> list[StrategyRun]:
         keys |= dict.fromkeys(
             (str(name), as_whole(seed)) for name in as_list(section.get("compare"))
         )
-    return [_strategy_run(files, key) for key in keys]
+    measure, scope = main_measure(files)
+    return [_strategy_run(files, key, measure, scope) for key in keys]
 
 
-def _strategy_run(files: RunFiles, key: Key) -> StrategyRun:
+def _strategy_run(files: RunFiles, key: Key, measure: str, scope: str) -> StrategyRun:
     strategy, seed = key
     entry = files.results.get(key, {})
     own = [e for e in files.of("start", "resumed", "round", "skipped", "strategy_end", "personalization_phase")
@@ -91,7 +92,6 @@ def _strategy_run(files: RunFiles, key: Key) -> StrategyRun:
     started = any(e["event"] == "start" for e in own)
     ended = bool(entry) or any(e["event"] == "strategy_end" for e in own)
     skipped = entry.get("skipped_rounds", [e.get("round") for e in own if e["event"] == "skipped"])
-    measure, scope = main_measure(files)
     return StrategyRun(
         strategy=strategy,
         title=TITLES.get(strategy, strategy),

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from recorded import ASKED, CLIENTS, FAILING, LIE_ROUND, LYING, ROUNDS, SKIPPED,
 from toy_model import LABELS
 
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.resume import run_lock
 from heterotune_flwr.report.compare import compare, read_comparison
 from heterotune_flwr.report.facts import RunFacts
 from heterotune_flwr.report.listing import list_runs
@@ -264,6 +266,27 @@ def test_damaged_files_are_told_and_never_end_a_report(copy: Path, name: str, co
     json.dumps(found.to_json(), allow_nan=False)
     assert found.identity.strategies or name == "rounds.jsonl"
     assert found.trouble or name == "status.json"
+
+
+@pytest.mark.parametrize(
+    ("status", "held", "state"),
+    [
+        ({"state": "running"}, True, "running"),
+        ({"state": "running"}, False, "interrupted"),
+        ({"state": "failed", "reason": "interrupted"}, False, "interrupted"),
+        ({"state": "failed", "reason": "the ServerApp was told to end; ..."}, False, "interrupted"),
+        ({"state": "failed", "reason": "no memory"}, False, "failed"),
+        ({"state": "finished"}, False, "finished"),
+        (None, False, "finished"),  # the journal's last word
+        (None, True, "running"),
+    ],
+)
+def test_how_a_run_stands(copy: Path, status: Facts | None, held: bool, state: str) -> None:
+    (copy / "status.json").unlink()
+    if status is not None:
+        (copy / "status.json").write_text(json.dumps(status))
+    with run_lock(copy) if held else nullcontext():
+        assert read_facts(copy).identity.state == state
 
 
 def changed(copy: Path, change: Callable[[Facts], None]) -> RunFacts:
