@@ -25,6 +25,7 @@ _LINES = {
     "sent_again": "  {client_id}: its process died, asked again",
     "skipped": "  round {round} skipped: {usable} usable updates, {needed} needed",
     "starting": "starting: {what}",
+    "stopping": "stopping everything that was started (some seconds)",
     "track_failed": "  tracker {tracker} has stopped, the run goes on: {reason}",
 }
 

@@ -35,7 +35,7 @@ def test_the_last_test_counts():
     assert done.seconds(105.0) == pytest.approx(5)
     # Everybody trains alone once more: ten rounds of two seconds of work, and three models are tested.
     assert after(rounds(10, 10.0, 10), Plan(take_home=True)).seconds(105.0) == pytest.approx(
-        3 * 5 + 10 * 2
+        3 * 5 + 0.4 * 10 * 2
     )
 
 
