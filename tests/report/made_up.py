@@ -53,7 +53,7 @@ LABELS = (
     "sound",
     "web",
 )
-HOSTILE = "<script>alert('x')</script>\"'&\x1b[31m\u202e" + "long" * 400
+HOSTILE = "<script>alert('x')</script>\"'&\x1b[31m\u202e" + "long" * 200
 
 
 def wave(*parts: float) -> float:

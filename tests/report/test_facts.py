@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from questions import QUESTIONS
-from recorded import ASKED, CLIENTS, FAILING, LIE_ROUND, LYING, ROUNDS, SKIPPED, SPECS, ids, record
+from recorded import ASKED, CLIENTS, FAILING, LIE_ROUND, LYING, ROUNDS, SKIPPED, SPECS, ids
 from toy_model import LABELS
 
 from heterotune_flwr.errors import ConfigError
@@ -26,16 +26,6 @@ from heterotune_flwr.report.tables import write_csv
 
 Facts = dict[str, Any]
 SUBJECT = "heterotune"
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return record(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture(scope="module")
-def facts(directory: Path) -> RunFacts:
-    return read_facts(directory)
 
 
 @pytest.fixture(scope="module")

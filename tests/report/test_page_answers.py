@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 from questions import QUESTIONS
-from recorded import record
 from seen import Seen
 
 from heterotune_flwr.report.charts.kinds import told
 from heterotune_flwr.report.page import run_page
-from heterotune_flwr.report.read import read_facts
 
 #: Question -> the element that answers it.
 PLACES = {
@@ -29,11 +27,6 @@ PLACES = {
 }
 #: What people read for a part of the time.
 PARTS = {"training": "training", "testing": "tests", "asking": "asking", "aligning": "alignment"}
-
-
-@pytest.fixture(scope="module")
-def facts(tmp_path_factory):
-    return read_facts(record(tmp_path_factory.mktemp("recorded")))
 
 
 @pytest.fixture(scope="module")

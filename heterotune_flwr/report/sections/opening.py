@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from datetime import UTC, datetime
 
+from heterotune_flwr.names import safe_text
 from heterotune_flwr.report.blocks import (
     Block,
     Figure,
@@ -129,7 +130,7 @@ def _happened(facts: RunFacts) -> str:
     text = f"{who} learned{place}{seeds}{rounds}." if not strategies else (
         f"{who} took part{place}. They went through {listed(strategies, 8)}{rounds}{seeds}."
     )  # fmt: skip
-    return f"{text} Data: {run.data.rstrip('.')}." if run.data else text
+    return f"{text} Data: {safe_text(run.data).rstrip('.')}." if run.data else text
 
 
 def _figures(facts: RunFacts, main: Lead) -> list[Figure]:
