@@ -25,7 +25,7 @@ def documented(optional: bool = False) -> dict[str, set[str]]:
 
 
 def test_every_event_of_the_code_is_documented():
-    calls = r"(?:\.event\(|append_event\([^,]+, |_tell\()\s*\"(\w+)\""
+    calls = r"(?:\.event\(|append_event\([^,]+, |\b_?tell\()\s*\"(\w+)\""
     refusals = r"\._?refuse\([^()]*(?:\([^()]*\))?[^()]*, \"(\w+)\""
     called = re.compile(f"{calls}|{refusals}")
     found = {"refused"}
