@@ -75,13 +75,10 @@ def tested(client: Client, work: ClientWork, scope: str, help: Help) -> Tested:
             (task.data_key(encoded), str(help.channels), *(h.asked.digest for h in halves))
         )
         report = evaluate_once(adapter, task, rows, key)
-    metrics = {"loss": report.loss, "accuracy": report.accuracy, "examples": float(report.examples)}
     if not (client.identity.data.generate and task.kind == "tokens"):
-        return Tested(scope, metrics, report.confusion)
+        return Tested(scope, report.metrics, report.confusion)
     written = client.generation(adapter, scope, seed)
-    metrics |= {"exact_match": written.exact_match, "rouge_l": written.rouge_l}
-    metrics["generated"] = float(written.generated)
-    return Tested(scope, metrics, answers=written.first)
+    return Tested(scope, report.metrics | written.metrics, answers=written.first)
 
 
 def by_example(client: Client, work: ClientWork, scope: str, help: Help) -> ExampleResults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from heterotune_flwr.data.examples import Example
@@ -125,16 +125,14 @@ def measure(
         offsets = opened.offsets(name, encoded, prior)
         with opened.using(name) as adapter:
             rows = make_rows(adapter, encoded, on_disk=False, offsets=offsets)
-            found[name] = {
-                key: float(value) for key, value in asdict(evaluate(adapter, task, rows)).items()
-            }
+            found[name] = evaluate(adapter, task, rows).metrics
             if task.kind == "tokens":
                 asked = _answers(opened.facts.record) if generate is None else generate
                 if asked:
                     report = score_generation(
                         adapter, task, examples, replace(data, generate=asked)
                     )
-                    found[name] |= {key: float(value) for key, value in asdict(report).items()}
+                    found[name] |= report.metrics
     return found
 
 

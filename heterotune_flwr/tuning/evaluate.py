@@ -38,6 +38,11 @@ class EvalReport:
     examples: int
     confusion: tuple[tuple[int, int, int], ...] = ()
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its numbers by name, without the confusion."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "examples": float(self.examples)}
+
 
 @dataclass(frozen=True, eq=False)
 class ExampleResults:

@@ -56,6 +56,12 @@ class GenerationReport:
     generated: int
     first: tuple[str, ...] = ()
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its numbers by name, without the answers."""
+        numbers = {"exact_match": self.exact_match, "rouge_l": self.rouge_l}
+        return numbers | {"generated": float(self.generated)}
+
 
 class _StopText(StoppingCriteria):  # type: ignore[misc]
     """Ends a row as soon as the text after its prompt contains ``stop``, whatever tokens make it up."""

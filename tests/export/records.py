@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def measured(
         offsets = classifier_logits(classifier, adapter, task, encoded, cache=False)
     prior = None if name == BARE or record.prior is None else torch.tensor(record.prior)
     report = evaluate(adapter, task, make_rows(adapter, encoded, offsets=offsets), prior)
-    return {f"personal_{key}": float(value) for key, value in asdict(report).items()}
+    return {f"personal_{key}": value for key, value in report.metrics.items()}
 
 
 @torch.no_grad()
