@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import Fresh
 from records import DEMA, FORM, a_record, a_run, write_rows
 from tiny_adapters import LORA
 from typer.testing import CliRunner
@@ -80,29 +79,27 @@ def converted(
 LOAD = """
 import json, sys, torch
 from peft import AutoPeftModelForCausalLM
-asked = json.load(open(sys.argv[2]))
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+folder, asked, target = arguments
+asked = json.loads(asked)
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 rows = []
 with torch.no_grad():
     for line, places in zip(asked["lines"], asked["places"]):
         found = model(torch.tensor([line])).logits[0, places].float()
         rows += found if asked["tokens"] is None else found[:, asked["tokens"]]
-torch.save(torch.stack(list(rows)), sys.argv[3])
+torch.save(torch.stack(list(rows)), target)
 base = model.get_base_model()
-print("heterotune_flwr" in sys.modules, torch.equal(base.get_input_embeddings().weight, base.lm_head.base_layer.weight))
+tied = torch.equal(base.get_input_embeddings().weight, base.lm_head.base_layer.weight)
+answer = ["heterotune_flwr" in sys.modules, tied]
 """
 
 
-def with_peft_alone(folder: Path, wanted: dict[str, Any], scratch: Path) -> torch.Tensor:
-    """The logits that a fresh process without this package has."""
+def with_peft_alone(
+    elsewhere: Fresh, folder: Path, wanted: dict[str, Any], scratch: Path
+) -> torch.Tensor:
+    """The logits that a process without this package has."""
     asked = {name: wanted[name] for name in ("lines", "places", "tokens")}
-    (scratch / "asked.json").write_text(json.dumps(asked))
-    command = [sys.executable, "-c", LOAD, folder, scratch / "asked.json", scratch / "found.pt"]
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, cwd=scratch, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["False", "True"]
+    assert elsewhere.run(LOAD, folder, json.dumps(asked), scratch / "found.pt") == [False, True]
     found: torch.Tensor = torch.load(scratch / "found.pt")
     return found
 
@@ -113,17 +110,19 @@ def with_peft_alone(folder: Path, wanted: dict[str, Any], scratch: Path) -> torc
     ids=["one matrix, labels", "linear experts, text"],
 )
 def test_a_linear_model_is_a_lora(
-    pool: list[Example], tmp_path: Path, method: MethodConfig, closed: bool
+    pool: list[Example], elsewhere: Fresh, tmp_path: Path, method: MethodConfig, closed: bool
 ) -> None:
     opened = opened_export(tmp_path / "own", pool, closed, method)
     made, wanted = converted(opened, pool, tmp_path / "out")
     assert made.exactly
-    found = with_peft_alone(tmp_path / "out", wanted, tmp_path)
+    found = with_peft_alone(elsewhere, tmp_path / "out", wanted, tmp_path)
     assert (found - wanted["logits"]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("closed", [True, False], ids=["labels", "text"])
-def test_any_other_is_distilled(pool: list[Example], tmp_path: Path, closed: bool) -> None:
+def test_any_other_is_distilled(
+    pool: list[Example], elsewhere: Fresh, tmp_path: Path, closed: bool
+) -> None:
     opened = opened_export(tmp_path / "own", pool, closed, LAST)
     made, wanted = converted(opened, pool, tmp_path / "out")
     found = made.fidelity
@@ -136,7 +135,7 @@ def test_any_other_is_distilled(pool: list[Example], tmp_path: Path, closed: boo
     assert found.agreement > 0.8
     if not closed:
         return
-    logits = with_peft_alone(tmp_path / "out", wanted, tmp_path)
+    logits = with_peft_alone(elsewhere, tmp_path / "out", wanted, tmp_path)
     same = (logits.argmax(-1) == wanted["logits"].argmax(-1)).float().mean()
     assert float(same) == pytest.approx(found.agreement, abs=0.11)
 
@@ -162,7 +161,7 @@ def test_a_distilled_model_writes_a_label_when_asked_freely(
 
 
 def test_what_reads_whole_texts_is_distilled_into_the_last_blocks_too(
-    pool: list[Example], tmp_path: Path
+    pool: list[Example], elsewhere: Fresh, tmp_path: Path
 ) -> None:
     opened = opened_export(tmp_path / "own", pool, True, DEMA)
     told: list[str] = []
@@ -178,7 +177,7 @@ def test_what_reads_whole_texts_is_distilled_into_the_last_blocks_too(
     assert {"lm_head", "o_proj", "down_proj"} <= inside
     assert any("up to block" in line for line in told)
     asked = {"lines": lines, "places": places, "tokens": tokens}
-    logits = with_peft_alone(tmp_path / "out", asked, tmp_path)
+    logits = with_peft_alone(elsewhere, tmp_path / "out", asked, tmp_path)
     assert made.fidelity is not None
     loss = torch.nn.functional.cross_entropy(logits, wanted)
     assert float(loss) == pytest.approx(made.fidelity.loss["lora"], rel=0.02)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fresh import Fresh
 from records import DEMA, a_record, attached_label_logits, attached_logits, write_rows
 from tiny_adapters import LORA
 
@@ -27,7 +26,6 @@ from heterotune_flwr.export.write import write
 from heterotune_flwr.schema import DataConfig, MethodConfig
 from heterotune_flwr.tuning.state_cache import forget_states
 
-ROOT = Path(__file__).parents[2]
 DEEP = replace(DEMA, slots=2)
 CORES = replace(DEMA, core_rank=4, core_from=0.5)
 METHODS = {
@@ -79,46 +77,51 @@ def test_a_folder_measures_what_the_run_reported(
 
 
 FRESH = """
-import json, sys, torch
+import json, torch
 import heterotune_flwr.dema
 from peft import AutoPeftModelForCausalLM
-folder, ids, target = sys.argv[1:]
+folder, ids, target = arguments
 model = AutoPeftModelForCausalLM.from_pretrained(folder)
 with torch.no_grad():
     rows = [model(torch.tensor([line])).logits[0, -1].float() for line in json.loads(ids)]
 torch.save(torch.stack(rows), target)
+answer = None
 """
 
 
-def fresh_logits(folder: Path, ids: list[list[int]], tmp_path: Path) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    """A process with this package, which knows nothing of the tests."""
+    with Fresh(tmp_path_factory.mktemp("other")) as process:
+        yield process
+
+
+def fresh_logits(other: Fresh, folder: Path, ids: list[list[int]], tmp_path: Path) -> torch.Tensor:
     """Logits at the prompts' ends, as somebody else gets them: in a process of its own, by PEFT alone."""
-    target = tmp_path / "logits.pt"
-    command = [sys.executable, "-c", FRESH, str(folder), json.dumps(ids), str(target)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    found: torch.Tensor = torch.load(target)
+    other.run(FRESH, folder, json.dumps(ids), tmp_path / "logits.pt")
+    found: torch.Tensor = torch.load(tmp_path / "logits.pt")
     return found
 
 
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_a_fresh_process_has_the_labels_logits(
-    pool: list[Example], tmp_path: Path, bits: str
+    other: Fresh, pool: list[Example], tmp_path: Path, bits: str
 ) -> None:
     record, maps = a_record(BackboneSpec("tiny-a", bits), pool, labels_of(pool))
     write(record, None, tmp_path / "out", maps=maps)
     ids, tokens, wanted = attached_label_logits(record, maps, pool[:8])
-    found = fresh_logits(tmp_path / "out", ids, tmp_path)[:, tokens]
+    found = fresh_logits(other, tmp_path / "out", ids, tmp_path)[:, tokens]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
     assert not torch.allclose(attached_logits(record, maps, ids)[:, tokens], wanted, atol=0.1)
 
 
-def test_a_fresh_process_has_the_texts_logits(pool: list[Example], tmp_path: Path) -> None:
+def test_a_fresh_process_has_the_texts_logits(
+    other: Fresh, pool: list[Example], tmp_path: Path
+) -> None:
     record, maps = a_record(BackboneSpec("tiny-b", "nf4"), pool, None, DEEP)
     write(record, None, tmp_path / "out", maps=maps)
     ids = [[5, 9, 200, 31, 77], [400, 7]]
-    found = fresh_logits(tmp_path / "out", ids, tmp_path)
+    found = fresh_logits(other, tmp_path / "out", ids, tmp_path)
     torch.testing.assert_close(found, attached_logits(record, maps, ids), rtol=0, atol=1e-3)
 
 

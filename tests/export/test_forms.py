@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dema_models import tiny_model
+from fresh import Fresh
 from tiny_backbones import TEXTS, save_backbone
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -75,27 +74,24 @@ def test_a_merged_folder_is_the_model_with_its_change(tmp_path: Path, bits: str)
     assert (logits(found) - logits(base)).abs().max() > 0.5 * spread
 
 
-def test_a_merged_folder_loads_without_this_package(tmp_path: Path) -> None:
+def test_a_merged_folder_loads_without_this_package(elsewhere: Fresh, tmp_path: Path) -> None:
     source = save_backbone(tmp_path / "base", template="{{ messages[0]['content'] }}!")
     backbone = load_backbone(BackboneSpec(str(source), "nf4"))
     write_merged(
         backbone, {"lm_head": change_of(backbone, len(backbone.tokenizer))}, tmp_path / "out"
     )
-    code = (
+    said = elsewhere.run(
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "model = AutoModelForCausalLM.from_pretrained(*arguments)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(*arguments)\n"
         "ids = tokenizer('red apples', return_tensors='pt')\n"
         "model.generate(**ids, max_new_tokens=2, do_sample=False)\n"
-        "print(tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False))\n"
-        "print('heterotune_flwr' in sys.modules)\n"
-        "print(getattr(model.config, 'quantization_config', None))"
+        "chat = tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False)\n"
+        "quantized = getattr(model.config, 'quantization_config', None)\n"
+        "answer = [chat, 'heterotune_flwr' in sys.modules, quantized]",
+        tmp_path / "out",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.stdout.split() == ["hi!", "False", "None"]
+    assert said == ["hi!", False, None]
 
 
 def test_a_change_with_a_bias_needs_a_layer_with_one(tmp_path: Path) -> None:
