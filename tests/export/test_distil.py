@@ -165,7 +165,7 @@ def test_what_reads_whole_texts_is_distilled_into_the_last_blocks_too(
 ) -> None:
     opened = opened_export(tmp_path / "own", pool, True, DEMA)
     told: list[str] = []
-    examples = OwnExamples(pool[20:], pool[:20], [])
+    examples = OwnExamples(pool[40:], pool[:20], [])
     lines, places = opened.task.encode(pool[:20]).lines(range(20))
     assert opened.task.trie is not None
     tokens = [opened.task.trie.tokens[way[-1]] for way in opened.task.trie.ways]

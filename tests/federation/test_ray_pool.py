@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 PROGRAM = """
 import json, os, pathlib, signal, sys
@@ -22,44 +20,38 @@ class Worker:
             os.kill(os.getpid(), signal.SIGKILL)
         return cid, message, context
 
-if sys.argv[1] == "mended":
-    assert mend_actor_pool() and mend_actor_pool()
+def answers():
+    pool = ray_actor.BasicActorPool(Worker, {"num_cpus": 1}, {})
+    pool.add_actors_to_pool(1)
+    found = []
+    for message in ("hello", "die", "one", "two"):
+        future = pool.submit(lambda a, f, m, c, s: a.run.remote(f, m, c, s), (None, message, "7", None))
+        try:
+            found.append(pool.fetch_result_and_return_actor_to_pool(future)[0])
+        except Exception as error:
+            found.append(type(error).__name__)
+            pool.add_actor_back_to_pool(future)
+    assert pool.num_actors == len(pool.pool) == 1
+    return found
+
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-pool = ray_actor.BasicActorPool(Worker, {"num_cpus": 1}, {})
-pool.add_actors_to_pool(1)
-answers = []
-for message in ("hello", "die", "one", "two"):
-    future = pool.submit(lambda a, f, m, c, s: a.run.remote(f, m, c, s), (None, message, "7", None))
-    try:
-        answers.append(pool.fetch_result_and_return_actor_to_pool(future)[0])
-    except Exception as error:
-        answers.append(type(error).__name__)
-        pool.add_actor_back_to_pool(future)
-assert pool.num_actors == len(pool.pool) == 1
-pathlib.Path(sys.argv[2]).write_text(json.dumps(answers))
+plain = answers()
+assert mend_actor_pool() and mend_actor_pool()
+pathlib.Path(sys.argv[1]).write_text(json.dumps({"plain": plain, "mended": answers()}))
 """
 
 
-def _run(how: str, directory: Path) -> list[str]:
+def test_a_dead_worker_is_replaced_and_without_the_remedy_it_takes_later_messages(tmp_path):
     # A file and not what it prints: Ray prints as well, at times into the middle of a line.
-    answers = directory / f"{how}.json"
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), how, str(answers)],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "answers.json")],
         capture_output=True, text=True, timeout=240, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(answers.read_text())
-
-
-def test_a_dead_worker_is_replaced_and_without_the_remedy_it_takes_later_messages(tmp_path):
-    assert _run("mended", tmp_path) == ["hello", "ActorDiedError", "one", "two"]
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert answers["mended"] == ["hello", "ActorDiedError", "one", "two"]
     # As soon as this fails, Flower has been mended itself and the remedy can go.
-    assert _run("plain", tmp_path) == [
-        "hello",
-        "ActorDiedError",
-        "ActorDiedError",
-        "ActorDiedError",
-    ]
+    assert answers["plain"] == ["hello", *["ActorDiedError"] * 3]
 
 
 def test_without_a_simulation_nothing_is_touched():
