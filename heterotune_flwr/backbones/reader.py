@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.backbones.loading import Backbone
@@ -71,8 +72,9 @@ class Reader:
     def states_behind(self, prompts: Lines, suffixes: Lines, offsets: Lines) -> Tensor:
         """Final normalised states of prompts continued in several ways (``prompts x places x d``).
 
-        Every prompt is read once: the ways go on from its keys and values. Places are counted from a prompt's last
-        token (0), suffix by suffix. The numbers are those of whole lines up to rounding.
+        Every prompt is read once: the ways go on from its keys and values. A family that keeps other things of what it
+        has read (convolutions, recurrent states) reads whole lines. Places are counted from a prompt's last token (0),
+        suffix by suffix. The numbers are those of whole lines up to rounding.
         """
         found: list[Tensor] = [torch.empty(0)] * len(prompts)
         longest = max(map(len, suffixes))
@@ -92,6 +94,8 @@ class Reader:
         """The same of prompts of one length, all at once."""
         ids = torch.tensor(prompts, device=self.device)
         first = self.body(input_ids=ids, use_cache=True)
+        if not _is_of_attention(first.past_key_values):
+            return self._in_whole_lines(prompts, suffixes, offsets)
         first.past_key_values.batch_repeat_interleave(len(suffixes))
         # Padding lies behind what is read: causal attention does not see it.
         further = self.padded(suffixes)["input_ids"].repeat(len(prompts), 1)
@@ -106,6 +110,17 @@ class Reader:
             for place in of_line
         ]
         return torch.stack(places, dim=1)
+
+    def _in_whole_lines(self, prompts: Lines, suffixes: Lines, offsets: Lines) -> Tensor:
+        """The same without keys and values."""
+        lines = [[*prompt, *suffix] for prompt in prompts for suffix in suffixes]
+        positions = [
+            [len(prompt) - 1 + place for place in of_line]
+            for prompt in prompts
+            for of_line in offsets
+        ]
+        states = self.states_at(lines, positions)
+        return states.view(len(prompts), -1, states.shape[-1])
 
     def entering(self, lines: Lines, numbers: Sequence[int]) -> list[list[Tensor]]:
         """What enters some blocks, in rising order: per line one ``T_i x d`` for each, without padding.
@@ -147,3 +162,9 @@ class Reader:
                     [part[min(1, len(part) - 1) :].float().mean(dim=0) for part in states]
                 )
         return torch.stack(rows)
+
+
+def _is_of_attention(cache: Any) -> bool:
+    """Whether a cache holds keys and values alone: what else a family keeps cannot be repeated for several lines."""
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, DynamicCache) and all(type(layer) in known for layer in cache.layers)
