@@ -120,17 +120,15 @@ def _types(standing: Standing, width: int) -> RenderableType:
     table.add_column("type", no_wrap=True, overflow="ellipsis", max_width=max(12, width - 40))
     for head in ("answered", "train loss", "train acc."):
         table.add_column(head, justify="right", no_wrap=True)
-    waiting = set(standing.asked)
+    waiting, requested = set(standing.asked), set(standing.requested)
     for key in sorted(standing.types)[:_TYPES]:
-        members = [
-            c.client_id for c in standing.clients.values() if c.type_key == key and not c.out
-        ]
-        answered = sum(client_id not in waiting for client_id in members)
+        of_type = {c.client_id for c in standing.clients.values() if c.type_key == key}
+        asked = of_type & requested
         means = as_mapping(standing.types[key])
         loss, accuracy = as_number(means.get("loss")), as_number(means.get("accuracy"))
         table.add_row(
             _line(key),
-            f"{answered} of {len(members)}",
+            f"{len(asked - waiting)} of {len(asked)}" if asked else "",
             "" if loss is None else f"{loss:.3f}",
             "" if accuracy is None else f"{100 * accuracy:.1f} %",
         )

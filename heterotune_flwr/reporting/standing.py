@@ -73,6 +73,8 @@ class Standing:
         What was asked for last: ``training`` or ``testing``.
     asked, asked_of, since, patience
         Who was asked and has not been heard of, of how many, since when, and after how many seconds they are given up.
+    requested
+        All who were asked last.
     types
         Of the last round: type -> its means.
 
@@ -96,6 +98,7 @@ class Standing:
     doing: str = ""
     asked: list[str] = field(default_factory=list)
     asked_of: int = 0
+    requested: list[str] = field(default_factory=list)
     since: float | None = None
     patience: float | None = None
     types: dict[str, Any] = field(default_factory=dict)
@@ -155,7 +158,8 @@ class Follower:
 
     def _on_asked(self, event: Mapping[str, Any], at: float | None) -> None:
         standing = self.standing
-        standing.asked = _texts(event.get("asked"))
+        standing.requested = _texts(event.get("asked"))
+        standing.asked = list(standing.requested)
         standing.asked_of, standing.since = len(standing.asked), at
         standing.patience = as_number(event.get("seconds"))
         testing = event.get("message_type") == "evaluate"

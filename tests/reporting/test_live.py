@@ -43,8 +43,8 @@ def until(events, kind, round):
 
 def drawn(config, events, width):
     follower = Follower(Standing("run", "running"), Plan.of(config))
-    for event in events:
-        follower.take(event)
+    for event in events:  # some seconds ago: what is left of a step grows with what it took so far
+        follower.take({**event, "time": event.get("time", time.time()) - 5})
     text = io.StringIO()
     console = Console(file=text, width=width, force_terminal=True, no_color=True)
     console.print(LiveView(follower, time.time() - 75))
@@ -63,6 +63,16 @@ def test_the_live_view_says_all_in_lines_that_fit(ended, width):
         assert expected in text, text
     assert all(len(line) <= width for line in middle), text
     assert len(middle) <= 14
+
+
+def test_who_was_not_asked_has_not_answered(ended):
+    config, events = ended
+    asked = {"event": "asked", "message_type": "train", "time": 1.0, "asked": ["client-0000"]}
+    lines = drawn(config, [*until(events, "round", 1), asked], 80)
+    first = next(e for e in events if e["event"] == "describe")["members"]["client-0000"]
+    (row,) = [line for line in lines if line.strip().startswith(first)]
+    assert "0 of 1" in row
+    assert not any("2 of 2" in line for line in lines)
 
 
 def events_of(events, kind, round):
