@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from heterotune_flwr.errors import ExchangeError
@@ -50,10 +50,13 @@ class Details:
     answers: Sequence[Mapping[str, str]] = ()
 
     def to_text(self) -> str:
-        """As it travels; empty where there is nothing to tell."""
+        """As it travels; empty where there is nothing to tell. Mistakes of very many labels are left out."""
         fields = {"labels": list(self.labels), "confusion": self.confusion, "answers": self.answers}
         told = {name: value for name, value in fields.items() if value}
-        return json.dumps(told, separators=(",", ":")) if told else ""
+        text = json.dumps(told, separators=(",", ":")) if told else ""
+        if len(text) > _LONGEST and self.confusion:
+            return replace(self, confusion={}).to_text()
+        return text
 
     @classmethod
     def from_text(cls, text: str, labels: int, asked: Sequence[str]) -> Details:

@@ -76,3 +76,10 @@ def test_anything_else_is_refused_and_ends_nothing(told):
     text = told if isinstance(told, str) else json.dumps(told)
     with suppress(ExchangeError):
         Details.from_text(text, len(LABELS), BOTH).to_json(LABELS)
+
+
+def test_what_is_too_much_to_tell_leaves_out_mistakes_alone():
+    many = [(right, answered, 1) for right in range(160) for answered in range(160)]
+    details = Details([1] * 160, {"global": {"bare": many}})
+    told = Details.from_text(details.to_text(), 160, [COUNTS])
+    assert (list(told.labels), dict(told.confusion)) == ([1] * 160, {})
