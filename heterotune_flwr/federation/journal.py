@@ -156,6 +156,19 @@ def append_event(path: Path, event: str, /, **fields: Any) -> dict[str, Any]:
     return record
 
 
+def close_torn_line(path: Path) -> bool:
+    """End a last line that a crash has torn, so that the next event has a line of its own; whether there was one."""
+    with writing(path):
+        if not path.exists() or path.stat().st_size == 0:
+            return False
+        with path.open("rb+") as stream:
+            stream.seek(-1, os.SEEK_END)
+            torn = stream.read(1) != b"\n"
+            if torn:
+                stream.write(b"\n")
+    return torn
+
+
 class Journal:
     """Writer of one run directory.
 
@@ -178,7 +191,7 @@ class Journal:
             if self.path.exists():  # of an earlier start, perhaps by an older program
                 close_to_others(directory)
                 close_to_others(self.path)
-            torn = self._close_torn_line()
+        torn = close_torn_line(self.path)
         self.status("running")
         self.event("journal", version=VERSION, torn_line=torn, **facts)
 
@@ -187,16 +200,6 @@ class Journal:
         record = append_event(self.path, event, **fields)
         if self._listener is not None:
             self._listener(record)
-
-    def _close_torn_line(self) -> bool:
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return False
-        with self.path.open("rb+") as stream:
-            stream.seek(-1, os.SEEK_END)
-            torn = stream.read(1) != b"\n"
-            if torn:
-                stream.write(b"\n")
-        return torn
 
     def remembered_name(self, name: str, resuming: bool) -> str:
         """Remember the run's name on its first start; return it when the run is resumed."""

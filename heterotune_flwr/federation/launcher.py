@@ -15,7 +15,7 @@ from heterotune_flwr.config.asked import Asked
 from heterotune_flwr.config.compose import INLINE, to_yaml
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import atomic_write_text
-from heterotune_flwr.federation.journal import EventReader, append_event
+from heterotune_flwr.federation.journal import EventReader, append_event, close_torn_line
 from heterotune_flwr.federation.processes import interrupt, on_signals
 from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.federation.staging import stage_app
@@ -197,7 +197,8 @@ def launch_app(
             on_event(written)
 
     try:
-        tell("starting", what="Flower's server")
+        torn = {"torn_line": True} if close_torn_line(journal) else {}
+        tell("starting", what="Flower's server", **torn)
         with (
             on_signals(interrupt, "SIGTERM", "SIGHUP"),
             SuperLink(directory / "flower", log, resources.threads) as superlink,

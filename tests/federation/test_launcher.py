@@ -19,6 +19,7 @@ from test_run_directory import SETTINGS
 
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.federation import superlink as superlink_module
+from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.launcher import (
     Resources,
     RunOutcome,
@@ -119,6 +120,18 @@ def run_app(app: Path, directory: Path, deed: str) -> tuple[RunOutcome, list[dic
     settings = {"config": SETTINGS, "directory": str(directory), "deed": deed}
     with prepared(directory):
         return launch_app(app, settings, directory, 2, events.append), events
+
+
+def test_the_first_event_after_a_crash_has_a_line_of_its_own(app: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with prepared(directory):
+        (directory / "rounds.jsonl").write_text('{"event": "round", "rou')
+        events: list[dict[str, Any]] = []
+        with pytest.raises(FederationError):  # no such app, so Flower refuses
+            launch_app(tmp_path / "none", {}, directory, 2, events.append)
+    first = read_events(directory / "rounds.jsonl")[0]
+    assert (first["event"], first["torn_line"]) == ("starting", True)
+    assert events[0] == first
 
 
 def test_a_run_is_followed_and_leaves_nothing(
