@@ -75,7 +75,9 @@ def read_files(directory: Path) -> RunFiles:
     _read_results(found, results)
     found.status = as_mapping(_json(found, directory / "status.json", "how the run ended"))
     found.name = str(as_mapping(_json(found, directory / "run.json", "")).get("name") or "")
-    found.config = found.config or _config(found, directory / "config.yaml")
+    settings = directory / "config.yaml"
+    if not found.config or (settings.exists() and _ahead(found.events)):
+        found.config = _config(found, settings) or found.config
     found.undone = _undone(found.events)
     return found
 
@@ -141,6 +143,12 @@ def _config(found: RunFiles, path: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         found.trouble.append(f"config.yaml cannot be read ({error}): the settings are not known")
     return {}
+
+
+def _ahead(events: list[Event]) -> bool:
+    """Whether the last start has finished no strategy yet: results.json then has an earlier one's settings."""
+    kinds = [event["event"] for event in events if event["event"] in ("journal", "strategy_end")]
+    return kinds[-1:] == ["journal"]
 
 
 def _undone(events: list[Event]) -> set[int]:

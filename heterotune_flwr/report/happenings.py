@@ -48,7 +48,7 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
     ),
     "counted_less": lambda e: (
         f"clients counted as at most {e.get('most')} examples each: "
-        f"{', '.join(map(str, e.get('clients') or []))}"
+        f"{', '.join(map(str, as_list(e.get('clients'))))}"
     ),
     "round_closed": lambda e: (
         f"round {e.get('round')} did not wait for "
@@ -79,11 +79,11 @@ def happenings(files: RunFiles) -> list[Happening]:
     starts = 0
     for place, event in enumerate(files.events):
         kind = event["event"]
+        if event.get("torn_line") is True:
+            text = "the start before ended in the middle of a line of the journal"
+            found[place,] = Happening("torn_line", text, as_number(event.get("time")))
         if kind == "journal":
             starts += 1
-            if event.get("torn_line") is True:
-                text = "the start before ended in the middle of a line of the journal"
-                found[place,] = Happening("torn_line", text, as_number(event.get("time")))
             if starts > 1:
                 text = f"the run was started again (start {starts})"
                 found[place, starts] = Happening(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
@@ -85,16 +85,15 @@ def in_use(directory: Path) -> bool:
 
 def _starts(files: RunFiles) -> list[Start]:
     """One entry for each start; all but the first go on with the run."""
-    found = [e for e in files.events if e["event"] == "journal"]
-    return [
-        Start(
-            as_number(event.get("time")),
-            number > 0,
-            event.get("torn_line") is True,
-            str(event.get("program") or ""),
-        )
-        for number, event in enumerate(found)
-    ]
+    found: list[Start] = []
+    torn = False  # whoever writes first after a crash closes the line, and tells
+    for event in files.events:
+        torn = torn or event.get("torn_line") is True
+        if event["event"] == "journal":
+            at, program = as_number(event.get("time")), str(event.get("program") or "")
+            found.append(Start(at, bool(found), torn, program))
+            torn = False
+    return found
 
 
 def _versions(files: RunFiles) -> dict[str, str]:
@@ -130,11 +129,16 @@ def _task(files: RunFiles, labels: Sequence[str]) -> str:
     return ""
 
 
+def on_a_page(value: str) -> str:
+    """A text; of a place on this machine the last part, since pages are passed on."""
+    return f"…/{PurePath(value).name}" if PurePath(value).is_absolute() else value
+
+
 def _data(data: Mapping[str, Any]) -> str:
     if not data:
         return ""
     train = data.get("train")
-    parts = [str(train) if train else str(data.get("name") or "")]
+    parts = [on_a_page(str(train)) if train else str(data.get("name") or "")]
     if data.get("partition"):
         alpha = (
             f" {data['alpha']:g}"

@@ -90,7 +90,9 @@ def _strategy_run(files: RunFiles, key: Key, measure: str, scope: str) -> Strate
     )
     planned = as_number(files.section("server").get("rounds"))
     started = any(e["event"] == "start" for e in own)
-    ended = bool(entry) or any(e["event"] == "strategy_end" for e in own)
+    # A finished run may go on with more rounds; until their end its results are of fewer.
+    turns = [e["event"] for e in own if e["event"] in ("start", "strategy_end")]
+    ended = turns[-1] == "strategy_end" if "strategy_end" in turns else bool(entry)
     skipped = entry.get("skipped_rounds", [e.get("round") for e in own if e["event"] == "skipped"])
     return StrategyRun(
         strategy=strategy,

@@ -21,6 +21,7 @@ from heterotune_flwr.federation.resume import run_lock
 from heterotune_flwr.report.compare import compare, read_comparison
 from heterotune_flwr.report.facts import RunFacts
 from heterotune_flwr.report.listing import list_runs
+from heterotune_flwr.report.page import run_page
 from heterotune_flwr.report.read import read_facts
 from heterotune_flwr.report.tables import write_csv
 
@@ -211,6 +212,31 @@ def test_a_run_whose_results_are_gone_is_told_by_its_journal(copy: Path, told: F
     assert found["confusions"] == []
 
 
+def test_a_finished_run_that_goes_on_with_more_rounds_is_unfinished_until_their_end(
+    copy: Path,
+) -> None:
+    settings = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(
+        settings.replace(f"rounds: {ROUNDS}\n", f"rounds: {ROUNDS + 4}\n")
+    )
+    own = {"strategy": SUBJECT, "seed": 0, "time": 2e9}
+    added = [
+        {"event": "starting", "what": "Flower's server", "torn_line": True, "time": 2e9},
+        {"event": "journal", "version": 2, "torn_line": False, "time": 2e9},
+        {**own, "event": "start", "of": ROUNDS + 4},
+        {**own, "event": "resumed", "round": ROUNDS, "of": ROUNDS + 4},
+        {**own, "event": "round", "round": ROUNDS + 1, "loss": 1.0},
+    ]
+    with (copy / "rounds.jsonl").open("a") as journal:
+        journal.writelines(f"{json.dumps(event)}\n" for event in added)
+    found = read_facts(copy)
+    states = {run.strategy: (run.state, run.rounds_done) for run in found.runs}
+    assert states[SUBJECT] == ("unfinished", ROUNDS + 1)
+    assert {state for name, (state, _) in states.items() if name != SUBJECT} == {"finished"}
+    assert {run.rounds_planned for run in found.runs} == {ROUNDS + 4}
+    assert [start.torn_line for start in found.identity.starts] == [False, True, True]
+
+
 def test_a_run_killed_in_its_middle_is_interrupted_and_rounds_done_again_count_once(
     copy: Path, told: Facts
 ) -> None:
@@ -390,3 +416,12 @@ def test_the_commands(
         in listed.stdout
     )
     assert heterotune("report", tmp_path).returncode == 1
+
+
+def test_the_page_says_of_own_data_no_place_on_this_machine(copy: Path) -> None:
+    found = json.loads((copy / "results.json").read_text())
+    found["config"]["data"]["train"] = "/home/ann/secret-project/reviews.csv"
+    (copy / "results.json").write_text(json.dumps(found))
+    facts = read_facts(copy)
+    assert facts.identity.data.startswith("…/reviews.csv")
+    assert "secret-project" not in run_page(facts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Any
 
 from heterotune_flwr.report.blocks import (
@@ -19,6 +18,7 @@ from heterotune_flwr.report.blocks import (
     plural,
 )
 from heterotune_flwr.report.facts import Happening, RunFacts, SettingFact
+from heterotune_flwr.report.identity import on_a_page
 from heterotune_flwr.report.picks import title_of
 from heterotune_flwr.report.sections.opening import moment
 
@@ -193,9 +193,9 @@ def _settings_table(found: Sequence[SettingFact], caption: str, anchor: str) -> 
 
 
 def shown(value: Any) -> str:
-    """A setting's value in a line; of a place on this machine the last part, since pages are passed on."""
+    """A setting's value in a line."""
     if isinstance(value, str):
-        return f"…/{PurePath(value).name}" if PurePath(value).is_absolute() else value
+        return on_a_page(value)
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
