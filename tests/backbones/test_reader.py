@@ -9,7 +9,6 @@ from dema_models import FAMILIES, tiny_model, tokens
 from heterotune_flwr.backbones.reader import Reader
 from heterotune_flwr.backbones.structure import find_structure
 
-
 #: A family with convolutions between its blocks of attention; its final norm has a name of its own.
 MIXED = {"lfm2": (2, {"layer_types": ["conv", "full_attention"]})}
 
