@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +19,7 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.federation.journal import EventReader, append_event, close_torn_line
 from heterotune_flwr.federation.processes import interrupt, on_signals
-from heterotune_flwr.federation.resume import FOLLOWER, run_lock
+from heterotune_flwr.federation.resume import FOLLOWER, check_free, run_lock
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import SuperLink, tail
 from heterotune_flwr.jsons import parse_json
@@ -136,18 +138,34 @@ def check_directory(directory: Path) -> None:
         raise ConfigError(f"run.dir is {str(directory)!r}: a run is launched into an absolute path")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is no directory; name another one with --dir")
-    if (directory / "results.json").exists():
+    check_free(directory)
+    _check_empty(directory)
+    _check_writable(next(one for one in (directory, *directory.parents) if one.exists()))
+
+
+def _check_empty(directory: Path) -> None:
+    """Refuse a directory that holds a run, whole or in part."""
+    results, checkpoints = directory / "results.json", directory / "checkpoints"
+    if checkpoints.exists() and _read_status(directory)[0] != "finished":
+        raise ConfigError(
+            f"{directory} holds a run that is not finished; go on with it: heterotune run --resume "
+            f"{shlex.quote(str(directory))}, or name another directory with --dir"
+        )
+    if results.exists() or checkpoints.exists():
         raise ConfigError(
             f"{directory} holds the results of a run already; name another directory with --dir"
         )
-    if (directory / "checkpoints").exists():
+
+
+def _check_writable(place: Path) -> None:
+    """Make a file without a name where a run would write; rights alone do not tell of a closed file system."""
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
         raise ConfigError(
-            f"{directory} holds a run that is not finished; go on with it: heterotune run --resume {directory}, or "
-            "name another directory with --dir"
-        )
-    place = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    if not os.access(place, os.W_OK):
-        raise ConfigError(f"{place} cannot be written; name a run directory elsewhere with --dir")
+            f"{place} cannot be written ({error.strerror or error}); name a run directory elsewhere with --dir"
+        ) from error
 
 
 @contextmanager
@@ -163,7 +181,7 @@ def prepared(directory: Path, resuming: bool = False) -> Iterator[None]:
     with run_lock(directory, FOLLOWER):
         stale = ["status.json"]
         if not resuming:
-            check_directory(directory)  # a command that held it until now may have filled it
+            _check_empty(directory)  # a command that held it until now may have filled it
             stale += ["rounds.jsonl", "flower.log"]
         try:
             for name in stale:

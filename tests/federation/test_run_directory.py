@@ -17,6 +17,7 @@ from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.federation.launcher import (
     EventReader,
     Resources,
+    check_directory,
     launch,
     plan_resources,
     prepared,
@@ -46,8 +47,10 @@ def test_a_directory_with_a_run_in_it_is_refused_to_others(tmp_path: Path) -> No
         for resuming in (False, True):
             with pytest.raises(ConfigError, match="a run is still writing"):
                 launch(config, lambda event: None, resuming)
-        with pytest.raises(ConfigError, match="a run is still writing"):
-            check_free(tmp_path)
+        (tmp_path / "results.json").write_text("{}")  # a strategy has ended, another goes on
+        for check in (check_free, check_directory):
+            with pytest.raises(ConfigError, match="a run is still writing"):
+                check(tmp_path)
     check_free(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="heterotune run --resume"):
@@ -61,6 +64,13 @@ def test_results_of_an_earlier_run_are_never_overwritten(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="holds the results of a run already"):
         launch(config, lambda event: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="/proc cannot be written"):
+        check_directory(Path("/proc/runs/mine"))  # closed to every user
+    check_directory(tmp_path / "new" / "mine")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
