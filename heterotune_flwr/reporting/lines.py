@@ -106,9 +106,13 @@ class LastingLines:
         accuracy = event["overall"].get("global_accuracy_mean")
         if accuracy is None:
             return []
-        text = f"  after round {event['round']}: accuracy {100 * accuracy:.1f} %"
         generated = event["overall"].get("global_rouge_l_mean")
-        text += f", ROUGE-L {100 * generated:.1f} %" if generated is not None else ""
+        text = f"  after round {event['round']}: "
+        if generated is None:
+            text += f"accuracy {100 * accuracy:.1f} %"
+        else:
+            loss = event["overall"].get("global_loss_mean")
+            text += f"ROUGE-L {100 * generated:.1f} %{with_loss({'loss': loss})}"
         sampled = event.get("tested", 0) < event.get("clients", 0)
         text += " on the global test"
         text += f", {event['tested']} of {event['clients']} clients tested" if sampled else ""

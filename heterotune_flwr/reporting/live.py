@@ -71,8 +71,8 @@ class LiveView:
             name = "starting"
         else:
             name = f"{TITLES.get(standing.strategy, standing.strategy)}, seed {standing.seed}"
-            number_of = min(self.follower.time_left.finished + 1, plan.experiments)
-            name += f" ({number_of} of {plan.experiments})" if plan.experiments > 1 else ""
+            number = self.follower.time_left.number
+            name += f" ({number} of {plan.experiments})" if plan.experiments > 1 else ""
             name += f", {standing.of} rounds"
         row = Table.grid(expand=True)
         row.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -103,9 +103,11 @@ def _line(text: str, style: str = "") -> Text:
 
 
 def _numbers(standing: Standing) -> str:
-    """Loss, accuracy and bytes so far."""
+    """Loss, accuracy (of generated answers ROUGE-L) and bytes so far."""
     parts = [] if standing.loss is None else [f"loss {standing.loss:.3f}"]
-    if standing.accuracy is not None:
+    if standing.rouge_l is not None:
+        parts.append(f"ROUGE-L {100 * standing.rouge_l:.1f} % (round {standing.tested_round})")
+    elif standing.accuracy is not None:
         parts.append(f"accuracy {100 * standing.accuracy:.1f} % (round {standing.tested_round})")
     if standing.bytes_up or standing.bytes_down:
         parts.append(

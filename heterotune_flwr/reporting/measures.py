@@ -64,9 +64,14 @@ def has_measure(results: Mapping[str, Any], metric: str) -> bool:
 
 
 def measures_taken(results: Mapping[str, Any], personal: bool = True) -> list[str]:
-    """Measures in percent that a table is worth: accuracy always, of the others those that were taken."""
+    """Measures in percent that a table is worth: accuracy, or of answers that were generated how like the right ones.
+
+    The accuracy of a generated answer is that of all its tokens at once, which says little.
+    """
     scopes = ("global", "personal") if personal else ("global",)
-    names = [f"{scope}_{measure}" for measure in MEASURE_TITLES for scope in scopes]
+    generated = any(has_measure(results, f"{scope}_rouge_l") for scope in ("global", "personal"))
+    measures = ("rouge_l", "exact_match") if generated else ("accuracy", "exact_match")
+    names = [f"{scope}_{measure}" for measure in measures for scope in scopes]
     return [name for name in names if name == "global_accuracy" or has_measure(results, name)]
 
 

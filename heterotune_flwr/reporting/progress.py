@@ -23,8 +23,8 @@ from heterotune_flwr.schema import Config
 Event = dict[str, Any]
 #: A line of a round, or of who has answered, at most this often where the output is no terminal.
 LINE_SECONDS = 2.0
-#: After so long without a line, one tells what is being done.
-SILENCE_SECONDS = 15.0
+#: After so long without a line, one tells what is being done; then after twice as long, and so on, but for these most.
+SILENCE_SECONDS, LONGEST_SILENCE = 15.0, 300.0
 
 
 class Display:
@@ -118,7 +118,12 @@ class RunProgress(Display):
 
     def _break_silence(self) -> None:
         """Say what is being done wherever nothing was said for a while."""
+        silence, told = SILENCE_SECONDS, self._last_line
         while not self._over.wait(1.0):
-            if time.monotonic() - self._last_line > SILENCE_SECONDS:
+            if self._last_line != told:  # something has happened
+                silence = SILENCE_SECONDS
+            if time.monotonic() - self._last_line > silence:
                 standing, now = self.follower.standing, time.time()
                 self._line(f"  {doing(standing, now) or 'still at work'}")
+                silence = min(2 * silence, LONGEST_SILENCE)
+            told = self._last_line

@@ -61,8 +61,8 @@ class Standing:
     ----------
     directory, state, reason
         Where it is, ``starting``, ``running``, ``finished`` or ``failed``, and why it failed.
-    loss, accuracy, tested_round
-        Of the last round, over the clients; of the last test, and after which round that was.
+    loss, accuracy, rouge_l, tested_round
+        Of the last round, over the clients; of the last test (the third of generated answers), and after which round.
     bytes_up, bytes_down
         Trainings of the strategy at work, so far.
     eta
@@ -89,6 +89,7 @@ class Standing:
     of: int = 0
     loss: float | None = None
     accuracy: float | None = None
+    rouge_l: float | None = None
     tested_round: int | None = None
     bytes_up: float = 0.0
     bytes_down: float = 0.0
@@ -148,7 +149,7 @@ class Follower:
         standing = self.standing
         standing.strategy, standing.seed = event.get("strategy"), event.get("seed")
         standing.round, standing.of = as_whole(event.get("round")), as_whole(event.get("of"))
-        standing.loss = standing.accuracy = standing.tested_round = None
+        standing.loss = standing.accuracy = standing.rouge_l = standing.tested_round = None
         standing.bytes_up = standing.bytes_down = 0.0
         standing.types = {}
         for client in standing.clients.values():
@@ -180,8 +181,10 @@ class Follower:
         self._end_round()
 
     def _on_evaluate(self, event: Mapping[str, Any], at: float | None) -> None:
-        accuracy = as_number(as_mapping(event.get("overall")).get("global_accuracy_mean"))
+        means = as_mapping(event.get("overall"))
+        accuracy = as_number(means.get("global_accuracy_mean"))
         if accuracy is not None:
+            self.standing.rouge_l = as_number(means.get("global_rouge_l_mean"))
             self.standing.accuracy = accuracy
             self.standing.tested_round = as_whole(event.get("round"))
         self._answered()

@@ -87,8 +87,9 @@ def _waiting(standing: Standing, now: float) -> str:
     text = f"{when}: {standing.doing}, {heard} of {standing.asked_of} answered"
     if standing.since is not None:
         text += f", {ago(now - standing.since)}"
-    text += f"; waiting for {_some(standing.asked)}"
-    return text if standing.patience is None else f"{text} (at most {ago(standing.patience)})"
+    # Names come last: they are what a narrow screen may cut.
+    text += "" if standing.patience is None else f" (at most {ago(standing.patience)})"
+    return f"{text}; waiting for {_some(standing.asked)}"
 
 
 def time_left(seconds: float | None) -> str:

@@ -203,9 +203,11 @@ def kept_table(results: Mapping[str, Any]) -> Table | None:
             cells = [_cell(means[model], seeds) for model in (*MODEL_TITLES, "taken")]
             table.add_row(_shown(_title(name)), *cells, taken(counts))
     table.caption = (
-        "each client keeps the best of three on examples of its own, apart from this test (docs/take-home.md); "
-        "untouched: without the client's label frequencies"
+        "each client keeps the best of three on examples of its own, apart from this test "
+        "(docs/take-home.md)"
     )
+    if measure == "accuracy":
+        table.caption += "; untouched: without the client's label frequencies"
     return table
 
 
@@ -298,7 +300,8 @@ def _wide_enough(console: Console, results: Mapping[str, Any]) -> int:
     if len(strategies_of(results)) <= SIDE_BY_SIDE or not types_of(results):
         return console.width
     roomy = console.options.update(max_width=10 * PLAIN_WIDTH)
-    return max(console.width, Measurement.get(console, roomy, accuracy_table(results)).maximum)
+    table = accuracy_table(results, next(iter(measures_taken(results)), "global_accuracy"))
+    return max(console.width, Measurement.get(console, roomy, table).maximum)
 
 
 def show(results: Mapping[str, Any], directory: Path, personal: bool = False) -> None:

@@ -115,7 +115,9 @@ class TimeLeft:
         """Seconds to the run's end, None while nobody can tell."""
         others = max(0, self.plan.experiments - self.finished - (self._began is not None))
         if self._began is None:
-            return others * statistics.fmean(self._whole) if self._whole else None
+            usual = others * statistics.fmean(self._whole) if self._whole else 0.0
+            # What the next strategy needs first, such as maps, may take far longer than a whole one did.
+            return None if others and now - self._since >= usual else usual
         if not self._rounds and self._round < self._of:
             return None
         left = self._left_here(now)
@@ -123,10 +125,21 @@ class TimeLeft:
         return left + others * usual
 
     def share(self, now: float, began: float) -> float:
-        """Share of the time of a run that began then that is over, 0 to 1; 0 while nobody can tell."""
+        """Share of the time of a run that began then that is over, 0 to 1; 0 while nobody can tell.
+
+        At most the share of strategies and seeds that have begun: later ones may be slower.
+        """
         left = self.seconds(now)
         spent = max(now - began, 1e-6)
-        return 0.0 if left is None else spent / (spent + left)
+        begun = self.finished + (self._began is not None)
+        most = begun / max(self.plan.experiments, begun, 1)
+        return 0.0 if left is None else min(spent / (spent + left), most)
+
+    @property
+    def number(self) -> int:
+        """The strategy and seed at work, counted from 1; between two of them the one that has ended."""
+        at_work = self.finished + (self._began is not None)
+        return min(max(at_work, 1), max(self.plan.experiments, 1))
 
     def _left_here(self, now: float) -> float:
         """Seconds to the end of the strategy at work."""

@@ -125,7 +125,7 @@ def test_status_says_who_is_waited_for_and_what_expired(ended):
         {"event": "bytes", "client_id": "n1"},
     ]
     text = render(follow(events, Standing("run", "running")), now=130.0)
-    assert "round 2: training, 1 of 2 answered, 30 s; waiting for n2 (at most 60 s)" in text
+    assert "round 2: training, 1 of 2 answered, 30 s (at most 60 s); waiting for n2" in text
     assert "expired: 1 requests were not answered in time (of n2)" in text
 
 

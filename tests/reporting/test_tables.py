@@ -85,6 +85,7 @@ def test_generated_answers_have_tables_of_their_own_where_they_were_measured(
     assert "ROUGE-L (%) on the global test" in text
     assert "ROUGE-L (%) on the clients' own tests" in text
     assert "Exact match" not in text
+    assert "Accuracy" not in text  # of all tokens at once: it says little
     assert "17.5 ± 3.5" in text  # half of within type's accuracy on a@nf4
     assert "+6.3" in text or "+6.2" in text
 
@@ -125,7 +126,8 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
                       "clients": 6, "loss": 1.25, "bytes_up": 1000, "bytes_down": 2000})  # fmt: skip
         progress({"event": "evaluate", "round": 1, "overall": {"global_accuracy_mean": 0.25}})
         progress({"event": "evaluate", "round": 2,
-                  "overall": {"global_accuracy_mean": 0.0, "global_rouge_l_mean": 0.375}})  # fmt: skip
+                  "overall": {"global_accuracy_mean": 0.0, "global_rouge_l_mean": 0.375,
+                              "global_loss_mean": 1.5}})  # fmt: skip
         progress({"event": "client_failed", "client_id": "client-0003", "reason": "out of memory"})
         progress({"event": "align", "quality": {"a": [0.5, 0.25], "b": [0.01, 0.5]}, "bytes_up": 9})
         progress({"event": "channel_off", "channel": "predictions", "reason": "open text"})
@@ -141,7 +143,7 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         "loss 1.250",
         "3.0 kB",
         "after round 1: accuracy 25.0 % on the global test",
-        "after round 2: accuracy 0.0 %, ROUGE-L 37.5 % on the global test",
+        "after round 2: ROUGE-L 37.5 %, loss 1.500 on the global test",
         "client-0003 failed: out of memory",
         "made of {320} examples",
         "correlation: a 0.50/0.25, b 0.01/0.50",

@@ -46,6 +46,13 @@ def test_tests_between_count_and_so_do_later_strategies():
     events = [*rounds(10, 10.0, 10), {"event": "evaluate", "time": 110.0, "round": 10}]
     ended = {"event": "strategy_end", "time": 110.0}
     assert after([*events, ended], Plan(experiments=3)).seconds(110.0) == pytest.approx(2 * 110)
+    between = after([*events, ended], Plan(experiments=3))
+    assert (
+        between.seconds(110.0 + 221) is None
+    )  # what the next one needs first takes longer than two
+    assert between.number == 1
+    assert between.share(110.0, 0.0) == pytest.approx(1 / 3)
+    assert after(events, Plan(experiments=3)).share(110.0, -1e6) <= 1 / 3  # others are to come
     second = rounds(10, 10.0, 10, at=110.0)
     assert after([*events, ended, *second], Plan(experiments=3)).seconds(215.0) == pytest.approx(
         5 + 110
