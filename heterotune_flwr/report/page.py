@@ -54,8 +54,9 @@ _STATES = {
 
 
 def sections(facts: RunFacts) -> list[Section]:
-    """Every section of a run's page, those without data too."""
-    return [make(facts) for make in SECTIONS]
+    """Every section of a run's page, those without data too; of labels none where answers are open text."""
+    absent = [] if labels.has_labels(facts) else [labels.mix]
+    return [make(facts) for make in SECTIONS if make not in absent]
 
 
 def run_page(facts: RunFacts) -> str:

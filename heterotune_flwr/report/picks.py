@@ -73,17 +73,15 @@ def unit_of(measure: str) -> Unit:
 
 
 def lead(facts: RunFacts) -> Lead:
-    """Return the run's subject and how it is measured (accuracy on own tests where no run says)."""
+    """Return the run's subject and how it is measured (on own tests, by the task's measure, where no run says)."""
+    usual = "rouge_l" if facts.identity.task == "text" else "accuracy"
     of_subject = [run for run in facts.runs if run.strategy == facts.identity.subject]
     runs = [run for run in of_subject if run.measure] or of_subject or facts.runs[-1:]
     if not runs:
-        return Lead(
-            facts.identity.subject, facts.identity.subject or "none", 0, "accuracy", "personal"
-        )
+        subject = facts.identity.subject
+        return Lead(subject, subject or "none", 0, usual, "personal")
     run = runs[0]
-    return Lead(
-        run.strategy, run.title, run.seed, run.measure or "accuracy", run.scope or "personal"
-    )
+    return Lead(run.strategy, run.title, run.seed, run.measure or usual, run.scope or "personal")
 
 
 def title_of(facts: RunFacts, strategy: str) -> str:

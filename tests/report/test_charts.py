@@ -147,6 +147,8 @@ def test_ticks_are_few_and_round(low, high, unit):
 
 def test_an_axis_holds_all_values_even_equal_ones():
     assert ends(Axis(""), [3.0, 3.0])[0] < 3 < ends(Axis(""), [3.0, 3.0])[1]
+    assert ends(Axis("", "share"), [0.0, 0.0])[0] == 0 < ends(Axis("", "share"), [0.0])[1] <= 0.2
+    assert ends(Axis("", "share"), [1.0, 1.0])[1] == 1
     low, high = ends(Axis(""), [0.31, 0.58])
     assert low <= 0.31
     assert high >= 0.58

@@ -10,6 +10,7 @@ from seen import Seen
 
 from heterotune_flwr.report.facts import Comparison
 from heterotune_flwr.report.page import comparison_page, run_page
+from heterotune_flwr.report.sections.comparison import comparison_sections
 
 SECTIONS = [
     "summary",
@@ -80,8 +81,9 @@ def test_the_page_names_who_gained_who_lost_and_why_one_is_out(seen):
 @pytest.mark.parametrize("facts", [made_up.begun(), made_up.text_run()], ids=["begun", "text"])
 def test_a_section_without_data_says_why(facts):
     seen = Seen(run_page(facts))
-    assert [a["id"] for tag, a in seen.tags if tag == "section"] == SECTIONS
-    for name in SECTIONS:
+    mine = [name for name in SECTIONS if name != "mix" or facts.identity.task != "text"]
+    assert [a["id"] for tag, a in seen.tags if tag == "section"] == mine
+    for name in mine:
         assert len(seen.text[name].split()) > 12, name
 
 
@@ -132,3 +134,15 @@ def test_several_runs_stand_side_by_side():
     for name in runs:
         assert name in page.text["table-runs"]
     assert "server.rounds" in page.text["settings"]
+
+
+def test_runs_with_nothing_in_common_share_no_chart():
+    other = made_up.text_run()
+    for run in other.runs:
+        run.measure = "rouge_l"
+    for curve in other.curves:
+        curve.measure = curve.measure.replace("accuracy", "rouge_l")
+    runs = {"labels": made_up.full(), "text": other}
+    shown = {section.anchor: section for section in comparison_sections(Comparison(runs, {}))}
+    titles = [chart.title for block in shown["curves"].blocks for chart in block.charts]
+    assert [title.partition(" over ")[0] for title in titles] == ["Loss in training"] * 2

@@ -18,7 +18,7 @@ from heterotune_flwr.report.charts.kinds import (
     StackChart,
     told,
 )
-from heterotune_flwr.report.charts.scale import tick_text
+from heterotune_flwr.report.charts.scale import ends, tick_text
 from heterotune_flwr.report.charts.svg import STYLES
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _lines(chart: LineChart, axes: Axes) -> None:
             va="bottom",
             ha="center",
         )
-    axes.set_ylim(chart.y.low, chart.y.high)
+    axes.set_ylim(*ends(chart.y, [y for line in chart.lines for _, y in line.points]))
     _label(axes.xaxis, chart.x)
     _label(axes.yaxis, chart.y)
     _legend(axes)

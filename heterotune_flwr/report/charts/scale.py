@@ -27,17 +27,25 @@ class Scale:
 
 
 def ends(axis: Axis, values: Iterable[float], wanted: int = 4) -> tuple[float, float]:
-    """Lowest and highest value an axis shows: its own ends, else round numbers around all values."""
+    """Lowest and highest value an axis shows: its own ends, else round numbers around all values.
+
+    Nothing below 0, or above 100 %, is shown that no value reaches: equal values stand near the middle, or at the edge.
+    """
     finite = [value for value in values if math.isfinite(value)]
     low = axis.low if axis.low is not None else min(finite, default=0.0)
     high = axis.high if axis.high is not None else max(finite, default=1.0)
     if high <= low:
-        low, high = (low - 0.5, low + 0.5) if axis.low is None else (low, low + 1.0)
+        around = abs(low) / 10 or (0.05 if axis.unit == "share" else 0.5)
+        low, high = (low - around, low + around) if axis.low is None else (low, low + 1.0)
     step = _step(high - low, wanted)
     if axis.low is None:
         low = math.floor(low / step + 1e-9) * step
     if axis.high is None:
         high = math.ceil(high / step - 1e-9) * step
+    if axis.low is None and min(finite, default=0.0) >= 0:
+        low = max(low, 0.0)
+    if axis.high is None and axis.unit == "share" and max(finite, default=0.0) <= 1:
+        high = min(high, 1.0)
     return low, high
 
 

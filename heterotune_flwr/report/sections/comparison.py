@@ -111,16 +111,20 @@ def _curves(runs: Mapping[str, RunFacts]) -> Section:
                     if (curve.measure, curve.strategy, curve.type_key) == (measure, mains[name].strategy, ALL_TYPES)
                 ]  # fmt: skip
                 lines.append(Line(name, points(own, over), index))
+            told_of = [one for one in lines if one.points]
+            if len(told_of) < 2:  # a line alone is compared with nothing; the run's own page has it
+                continue
             x, y = axes(measure, over)
             drawn.append(
                 LineChart(
                     f"{y.label[0].upper()}{y.label[1:]} over {over}, by run",
                     x,
                     y,
-                    [one for one in lines if one.points],
+                    told_of,
                 )
             )
-    return Section("curves", "Curves", how, charts(*drawn), "No round has been finished yet.")
+    why = "No two runs have finished a round and tell the same measure."
+    return Section("curves", "Curves", how, charts(*drawn), why)
 
 
 def _costs(runs: Mapping[str, RunFacts]) -> Section:

@@ -141,15 +141,16 @@ def _answers(facts: RunFacts) -> Section:
     return Section("said", "Answers", how, blocks)
 
 
+def has_labels(facts: RunFacts) -> bool:
+    """Whether a mix of labels can be: it was told, or answers are no open text."""
+    return facts.identity.task != "text" or any(one.label_mix for one in facts.clients)
+
+
 def mix(facts: RunFacts) -> Section:
     """Which labels each client holds."""
     how = "Each row is one client: how its training examples divide among the labels."
     known = [(one, one.label_mix) for one in facts.clients if one.label_mix]
     if not known:
-        if facts.identity.task == "text":
-            return Section(
-                "mix", "Label mix", how, missing="The task has no labels: answers are text."
-            )
         return Section("mix", "Label mix", how, missing=_NOT_TOLD)
     labels = sorted({label for _, told_of in known for label in told_of})
     shown = known[:_MIXED]
