@@ -15,7 +15,7 @@ from heterotune_flwr.schema import Config, TypeConfig
 
 def settings(files: RunFiles) -> tuple[str, list[SettingFact]]:
     """The preset that the run was made from, and every setting with its origin; of strategies those compared."""
-    asked = files.of("asked")
+    asked = [event for event in files.of("asked") if "said" in event]  # others are of rounds
     said = {str(path) for event in asked for path in as_list(event.get("said"))}
     preset = str(asked[0].get("preset") or "") if asked else ""
     known = _known(files)

@@ -29,6 +29,8 @@ _DOING = {
     "checkpoint": "saving",
     "strategy_end": "saving",
 }
+#: Of what a long exchange tells how far it is; of others: a test.
+_PROGRESS = {"connecting": "asking", "asking": "asking", "aligning": "aligning"}
 _SHARED = ("starting", "asking", "aligning")
 #: Events with which a start of the run begins.
 _OPENING = ("data", "starting", "journal")
@@ -70,7 +72,7 @@ def _doing(event: Event, before: str) -> str:
     if kind in ("asking", "start"):
         return before if before in _SHARED else "starting"
     if kind == "progress":
-        return "asking" if event.get("what") == "asking" else "testing"
+        return _PROGRESS.get(str(event.get("what")), "testing")
     if kind in ("bytes", "client_failed", "sent_again"):
         return "testing" if event.get("message_type") == "evaluate" else "training"
     return _DOING.get(kind, before)

@@ -17,6 +17,7 @@ from recorded import ASKED, CLIENTS, FAILING, LIE_ROUND, LYING, ROUNDS, SKIPPED,
 from toy_model import LABELS
 
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.resume import run_lock
 from heterotune_flwr.report.compare import compare, read_comparison
 from heterotune_flwr.report.facts import RunFacts
@@ -416,6 +417,35 @@ def test_the_commands(
         in listed.stdout
     )
     assert heterotune("report", tmp_path).returncode == 1
+
+
+def test_the_wait_for_clients_and_their_maps_is_no_test(copy: Path, told: Facts) -> None:
+    journal = copy / "rounds.jsonl"
+    events = read_events(journal)
+    at = next(n for n, event in enumerate(events) if event["event"] == "asking")
+    began = events[at]["time"]
+    waits = [
+        {"event": "progress", "what": what, "done": 1, "clients": 2, "time": began + seconds}
+        for what, seconds in (("connecting", 100), ("aligning", 300))
+    ]
+    later = [{**event, "time": event["time"] + 300} for event in events[at + 1 :]]
+    journal.write_text(
+        "".join(f"{json.dumps(event)}\n" for event in [*events[: at + 1], *waits, *later])
+    )
+    seconds: dict[str, float] = {}
+    for phase in read_facts(copy).phases:
+        seconds[phase.name] = seconds.get(phase.name, 0.0) + phase.seconds
+    before = sum(p["seconds"] for p in told["phases"] if p["name"] == "testing")
+    assert seconds["testing"] == pytest.approx(before, abs=1)
+    assert seconds["asking"] >= 100
+    assert seconds["aligning"] >= 200
+
+
+def test_without_a_word_on_settings_nobody_is_said_to_have_chosen_them(copy: Path) -> None:
+    journal = copy / "rounds.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"said"' not in line))
+    assert {setting.origin for setting in read_facts(copy).settings} == {"unknown"}
 
 
 def test_the_page_says_of_own_data_no_place_on_this_machine(copy: Path) -> None:
