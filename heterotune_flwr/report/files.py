@@ -23,7 +23,7 @@ class RunFiles:
     """What was read of a run directory.
 
     ``events`` are those of the journal in order, ``undone`` the places in it whose rounds a resumed run did again.
-    ``results``: (strategy, seed) -> its entry in results.json.
+    ``results``: (strategy, seed) -> its entry in results.json. ``damaged`` counts the journal's unreadable lines.
     """
 
     directory: Path
@@ -34,6 +34,7 @@ class RunFiles:
     status: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     trouble: list[str] = field(default_factory=list)
+    damaged: int = 0
 
     def of(self, *kinds: str, undone: bool = False) -> list[Event]:
         """Events of some kinds, in order; those of rounds that were done again only when ``undone``."""
@@ -73,6 +74,8 @@ def read_files(directory: Path) -> RunFiles:
     found = RunFiles(directory)
     _read_journal(found, journal)
     _read_results(found, results)
+    if found.damaged and not found.events and not found.results:
+        raise ConfigError(f"{journal} is no journal: none of its lines is an event of a run")
     found.status = as_mapping(_json(found, directory / "status.json", "how the run ended"))
     found.name = str(as_mapping(_json(found, directory / "run.json", "")).get("name") or "")
     settings = directory / "config.yaml"
@@ -92,18 +95,17 @@ def _read_journal(found: RunFiles, path: Path) -> None:
         raise ConfigError(
             f"{path} cannot be read: {error.strerror or error}; ask as the user whose run it is"
         ) from error
-    damaged = 0
     for line in filter(None, lines):
         event = parse_event(line)
         if event is None or not isinstance(event["event"], str):
-            damaged += 1
+            found.damaged += 1
         else:
             found.events.append(event)
-    if damaged:
+    if found.damaged:
         found.trouble.append(
             "one line of rounds.jsonl could not be read, and was passed over"
-            if damaged == 1
-            else f"{damaged} lines of rounds.jsonl could not be read, and were passed over"
+            if found.damaged == 1
+            else f"{found.damaged} lines of rounds.jsonl could not be read, and were passed over"
         )
 
 
@@ -154,17 +156,20 @@ def _ahead(events: list[Event]) -> bool:
 def _undone(events: list[Event]) -> set[int]:
     """Places of events about rounds that a later start of the run did again.
 
-    A strategy that starts once more begins anew, or, where ``resumed`` follows, after that event's round.
+    A strategy that starts once more begins anew, or, where ``resumed`` follows, after that event's round. What the
+    same start of the run has told of it before, such as a channel that is off, stays.
     """
+    opened = 0
     gone: set[int] = set()
     seen: dict[Key, list[int]] = {}
     again: dict[Key, list[int]] = {}
     for place, event in enumerate(events):
+        opened = place if event["event"] == "journal" else opened
         key = key_of(event)
         if key is None:
             continue
         if event["event"] == "start":
-            again[key] = [p for p in seen.get(key, []) if p not in gone]
+            again[key] = [p for p in seen.get(key, []) if p not in gone and p < opened]
             gone |= set(again[key])
         elif event["event"] == "resumed":
             done = as_whole(event.get("round"))

@@ -77,6 +77,7 @@ def happenings(files: RunFiles) -> list[Happening]:
     """In order; equal ones of a client in one strategy and seed are one entry, with the round of the first."""
     found: dict[tuple[object, ...], Happening] = {}
     starts = 0
+    last = max((p for p, e in enumerate(files.events) if e["event"] == "journal"), default=0)
     for place, event in enumerate(files.events):
         kind = event["event"]
         if event.get("torn_line") is True:
@@ -109,9 +110,10 @@ def happenings(files: RunFiles) -> list[Happening]:
             found[mark].times += 1
             continue
         number = event.get("round")
+        earlier = kind == "failed" and place < last
         found[mark] = Happening(
             kind,
-            SENTENCES[kind](event),
+            f"start {starts} of the run ended: {reason}" if earlier else SENTENCES[kind](event),
             as_number(event.get("time")),
             strategy,
             seed,

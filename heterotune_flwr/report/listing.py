@@ -25,7 +25,8 @@ class RunLine:
     """One run.
 
     ``numbers``: by strategy, its ``measure`` on the test ``scope``, a mean over clients and seeds. ``reason``: why it
-    failed, or cannot be read.
+    failed, or cannot be read. Of ``parts`` (a strategy with a seed) ``finished`` are over; ``rounds_done`` are those of
+    the part under way, or of all where none is.
     """
 
     directory: str
@@ -34,6 +35,8 @@ class RunLine:
     reason: str = ""
     strategies: list[str] = field(default_factory=list)
     seeds: int = 0
+    parts: int = 0
+    finished: int = 0
     rounds_done: int = 0
     rounds: int | None = None
     clients: int = 0
@@ -82,7 +85,7 @@ def run_line(directory: Path) -> RunLine:
         spread = one.after.get(scope, {}).get(measure)
         if one.type_key == ALL_TYPES and spread is not None:
             told.setdefault(one.strategy, []).append(spread.mean)
-    started = [run for run in runs if run.state != "not_started"]
+    under_way = [run for run in runs if run.state == "unfinished"]
     return RunLine(
         directory=about.directory,
         name=directory.name,
@@ -90,7 +93,9 @@ def run_line(directory: Path) -> RunLine:
         reason=about.reason,
         strategies=about.strategies,
         seeds=len(about.seeds),
-        rounds_done=min((run.rounds_done for run in started), default=0),
+        parts=len(runs),
+        finished=sum(run.state == "finished" for run in runs),
+        rounds_done=min((run.rounds_done for run in under_way or runs), default=0),
         rounds=about.rounds,
         clients=about.clients,
         measure=measure,
@@ -102,17 +107,30 @@ def run_line(directory: Path) -> RunLine:
     )
 
 
+def _how_far(run: RunLine) -> list[str]:
+    """Of an unfinished run first how many strategies are over."""
+    rounds = f"round {run.rounds_done} of {run.rounds or '?'}"
+    if run.parts < 2 or run.finished == run.parts:
+        return [rounds]
+    what = "strategies" if run.seeds < 2 else "strategies and seeds"
+    over = f"{run.finished} of {run.parts} {what} finished"
+    return [f"{over}, {rounds} of the next" if run.rounds_done else over]
+
+
 def lines(runs: Sequence[RunLine], now: float | None = None) -> list[str]:
     """The list for a terminal, a run in two lines."""
     now = time.time() if now is None else now
     width = max((len(run.name) for run in runs), default=0)
     found = []
     for run in runs:
+        if run.state == "unreadable":
+            found.append(f"{run.name:{width}}  {run.state}: {run.reason}")
+            continue
         age = f"{ago(now - run.created)} old" if run.created else "of unknown age"
         about = [f"{run.name:{width}}", run.state, age, human_bytes(run.bytes_on_disk)]
         if run.clients:
             about.append(f"{run.clients} clients")
-        about.append(f"round {run.rounds_done} of {run.rounds or '?'}")
+        about += _how_far(run)
         found.append("  ".join(about))
         scores = [
             f"{TITLES.get(name, name)} {100 * run.numbers[name]:.1f} %" if name in run.numbers

@@ -161,9 +161,9 @@ def _from_journal(
     tests = [e for e in files.of("evaluate") if key_of(e) == (run.strategy, run.seed)]
     if not tests:
         return []
-    first = tests[0] if tests[0].get("round") == 0 else {}
-    last = tests[-1]
-    names = [ALL_TYPES, *as_mapping(last.get("types"))]
+    first: Mapping[str, Any] = tests[0] if tests[0].get("round") == 0 else {}
+    last: Mapping[str, Any] = tests[-1] if tests[-1].get("round") != 0 else {}
+    names = [ALL_TYPES, *as_mapping(tests[-1].get("types"))]
 
     def part(event: Mapping[str, Any], name: str) -> Any:
         return (
@@ -178,7 +178,7 @@ def _type_outcome(
 ) -> TypeOutcome:
     own = [one for one in outcomes if name in (ALL_TYPES, one.type_key)]
     took = Counter(one.took for one in own if one.took)
-    clients = as_number(as_mapping(after).get("clients"))
+    clients = as_number(as_mapping(after or before).get("clients"))
     return TypeOutcome(
         type_key=name,
         strategy=run.strategy,
@@ -223,16 +223,27 @@ def side_by_side(
     runs: Sequence[StrategyRun],
     outcomes: Sequence[ClientOutcome],
     confusions: Sequence[Confusion],
+    by_type: Sequence[TypeOutcome],
 ) -> list[SideBySide]:
-    """The table of models, from the floor up; what was not measured has no row."""
+    """The table of models, from the floor up; what was not measured has no row.
+
+    Of a strategy without a last test the means ``by_type`` of the tests it has had stand in.
+    """
     found: list[SideBySide] = []
     untouched: dict[tuple[int, str, str], SideBySide] = {}
     for run in runs:
         own = [o for o in outcomes if (o.strategy, o.seed) == (run.strategy, run.seed)]
+        means = (
+            [] if own else [o for o in by_type if (o.strategy, o.seed) == (run.strategy, run.seed)]
+        )
         found += _rows(run, run.kind, FEDERATED, run.title, own)
+        found += _mean_rows(run, run.kind, run.title, means)
         found += _rows(run, ALONE, ALONE, f"alone, beside {run.title}", own)
         # The untouched models are the same whatever comes after them.
-        for row in _rows(run, BARE, BARE, "untouched", own):
+        for row in (
+            *_rows(run, BARE, BARE, "untouched", own),
+            *_mean_rows(run, BARE, "untouched", means),
+        ):
             untouched.setdefault((row.seed, row.scope, row.type_key), row)
     found += [*untouched.values(), *majority_rows(files, runs)]
     f1 = {(c.strategy, c.seed, c.model, c.scope, c.type_key): c for c in confusions}
@@ -259,15 +270,32 @@ def _rows(
                 if (told := spread([t[measure] for t in tests if measure in t], measure))
             }
             if scores:
-                note = _note(kind, scope, own)
+                note = _note(kind, run, scope, own)
                 found.append(
                     SideBySide(kind, title, run.strategy, run.seed, scope, type_key, scores, note)
                 )
     return found
 
 
-def _note(kind: str, scope: str, outcomes: Sequence[ClientOutcome]) -> str:
+def _mean_rows(
+    run: StrategyRun, kind: str, title: str, means: Sequence[TypeOutcome]
+) -> list[SideBySide]:
+    """The same of means over clients, where no client's own numbers are known: before training, or so far."""
+    return [
+        SideBySide(
+            kind, title, run.strategy, run.seed, scope, one.type_key, dict(scores),
+            _note(kind, run, scope, []) if kind == BARE else "last test so far",
+        )
+        for one in means
+        for scope, scores in (one.before if kind == BARE else one.after).items()
+    ]  # fmt: skip
+
+
+def _note(kind: str, run: StrategyRun, scope: str, outcomes: Sequence[ClientOutcome]) -> str:
+    """Where the untouched model was measured: the last test leaves out label frequencies, which the first one has."""
     if kind != BARE or scope != "personal":
         return ""
     compared = any(one.chosen_by is not None for one in outcomes)
-    return f"{'without' if compared else 'with'} the clients' label frequencies"
+    when, how = ("last", "without") if compared else ("first", "with")
+    labels = "" if run.measure == "rouge_l" else f", {how} the clients' label frequencies"
+    return f"{when} test{labels}"

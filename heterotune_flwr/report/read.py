@@ -30,6 +30,7 @@ def read_facts(directory: Path) -> RunFacts:
     runs = strategy_runs(files)
     outcomes = client_outcomes(files, runs)
     told = confusions(files, runs)
+    by_type = type_outcomes(files, runs, outcomes)
     preset, chosen = settings(files)
     facts = RunFacts(
         identity=identity(files, runs),
@@ -37,8 +38,8 @@ def read_facts(directory: Path) -> RunFacts:
         runs=runs,
         types=types(files),
         clients=clients(files),
-        side_by_side=side_by_side(files, runs, outcomes, told),
-        type_outcomes=type_outcomes(files, runs, outcomes),
+        side_by_side=side_by_side(files, runs, outcomes, told, by_type),
+        type_outcomes=by_type,
         client_outcomes=outcomes,
         confusions=told,
         answers=sampled_answers(files),

@@ -391,7 +391,8 @@ def test_the_list_of_runs(directory: Path, tmp_path: Path) -> None:
     assert first.rounds_done == first.rounds == ROUNDS
     assert set(first.numbers) == set(SPECS)
     assert first.bytes_on_disk > 10_000
-    assert (broken.name, broken.state, broken.numbers) == ("broken", "unknown", {})
+    assert (broken.name, broken.state, broken.numbers) == ("broken", "unreadable", {})
+    assert "is no journal" in broken.reason
     with pytest.raises(ConfigError, match="cannot be listed"):
         list_runs(tmp_path / "nowhere")
 

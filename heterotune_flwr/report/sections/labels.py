@@ -8,7 +8,7 @@ from heterotune_flwr.report.blocks import Answers, Block, Cell, Section, Table, 
 from heterotune_flwr.report.charts.kinds import HeatChart, StackChart, told
 from heterotune_flwr.report.facts import ClientFacts, RunFacts
 from heterotune_flwr.report.measured import ALL_TYPES, ALONE, BARE, FEDERATED, Confusion
-from heterotune_flwr.report.picks import MODEL_NAMES, Lead, lead, number
+from heterotune_flwr.report.picks import MODEL_NAMES, Lead, lead, number, title_of
 
 #: Labels with a row of their own in a shaded table.
 _SHOWN = 20
@@ -20,6 +20,15 @@ _ANSWERS = 12
 _NOT_TOLD = (
     "The clients did not tell it: what their data hold stays with them unless an owner allows more."
 )
+
+
+def _not_told(facts: RunFacts, strategies: Sequence[str] = ()) -> str:
+    """Why nobody told it: of ``strategies``, or of any."""
+    if any(one.strategy in strategies or not strategies for one in facts.client_outcomes):
+        return _NOT_TOLD
+    whose = " and ".join(title_of(facts, name) for name in strategies) or "a strategy"
+    owners = "" if facts.identity.simulated else ", where the owner of a node allows it"
+    return f"Clients tell it in the last test of {whose}{owners}: there was none yet."
 
 
 def said(facts: RunFacts) -> Section:
@@ -39,12 +48,7 @@ def _labels(facts: RunFacts) -> Section:
         if (one.strategy, one.seed) == (main.strategy, main.seed) and one.examples
     ]
     if not found:
-        return Section(
-            "said",
-            "Labels",
-            how,
-            missing=_NOT_TOLD if facts.client_outcomes else "Nothing was tested yet.",
-        )
+        return Section("said", "Labels", how, missing=_not_told(facts, [main.strategy]))
     scope = "personal" if any(one.scope == "personal" for one in found) else found[0].scope
     found = [one for one in found if one.scope == scope]
     whole = {one.model: one for one in found if one.type_key == ALL_TYPES}
@@ -123,7 +127,7 @@ def _answers(facts: RunFacts) -> Section:
     main = lead(facts)
     mine = [one for one in facts.answers if one.strategy == main.strategy] or facts.answers
     if not mine:
-        return Section("said", "Answers", how, missing=_NOT_TOLD)
+        return Section("said", "Answers", how, missing=_not_told(facts))
     blocks: list[Block] = [
         Answers(
             one.prompt,
@@ -151,7 +155,7 @@ def mix(facts: RunFacts) -> Section:
     how = "Each row is one client: how its training examples divide among the labels."
     known = [(one, one.label_mix) for one in facts.clients if one.label_mix]
     if not known:
-        return Section("mix", "Label mix", how, missing=_NOT_TOLD)
+        return Section("mix", "Label mix", how, missing=_not_told(facts))
     labels = sorted({label for _, told_of in known for label in told_of})
     shown = known[:_MIXED]
     chart = _mix_chart(shown, labels)

@@ -99,7 +99,7 @@ def moment(time: float | None) -> str:
 def state_sentence(facts: RunFacts) -> str:
     """How the run stands, and why."""
     run = facts.identity
-    reason = f" Reason: {run.reason}" if run.reason else ""
+    reason = f" Reason: {run.reason.rstrip('.')}." if run.reason else ""
     seen = f" The last word of it is from {moment(run.last_event)}." if run.last_event else ""
     match run.state:
         case "finished":
@@ -153,6 +153,9 @@ def _results(facts: RunFacts, main: Lead) -> str:
         for row in compared(facts, main)
         if row.kind != FEDERATED or row.strategy == main.strategy
     }
+    if FEDERATED not in means and BARE in means:
+        bare = f"untouched models reach {told(means[BARE], main.unit)} ({main.name}, mean over clients)"
+        return f"No test of {main.title} after a round was answered yet; {bare}."
     if FEDERATED not in means:
         return "" if facts.runs else "Nothing was measured."
     ours = means.pop(FEDERATED)
@@ -251,7 +254,10 @@ def _travelled(facts: RunFacts) -> str:
 def _resumed(facts: RunFacts) -> str:
     run = facts.identity
     if not run.resumed:
-        return "Never: it ran in one go." if run.state == "finished" else "Never."
+        hint = " heterotune run --resume DIR, with its run directory for DIR, goes on with it."
+        return {
+            "finished": "Never: it ran in one go.", "running": "Never.", "unknown": "Never."
+        }.get(run.state, f"Never.{hint}")  # fmt: skip
     after = []
     for one in facts.runs:
         if one.resumed_after:
@@ -288,6 +294,10 @@ def trouble_sentence(facts: RunFacts) -> str:
         for kind, one in names.items()
         if counts.get(kind)
     ]
+    ended = {"failed": "The run failed", "interrupted": "The run was interrupted"}
+    if end := ended.get(facts.identity.state, ""):
+        before = listed(parts) if parts else "nothing was refused, skipped or lost"
+        return f"{end}; before that: {before}."
     return f"{listed(parts)}." if parts else "Nothing was refused, skipped or lost."
 
 

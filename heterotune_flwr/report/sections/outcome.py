@@ -68,6 +68,8 @@ def models(facts: RunFacts) -> Section:
         )
     table = models_table(facts, main, found, "All clients", "table-models")
     blocks: list[Block] = [table, *charts(*_models_charts(facts, main, [ALL_TYPES]))]
+    unfinished = any(run.state != "finished" for run in facts.runs)
+    over = "has had its last test yet" if unfinished else "was tested in this run"
     absent = [
         text
         for kind, text in (
@@ -75,7 +77,7 @@ def models(facts: RunFacts) -> Section:
                 MAJORITY,
                 "Majority (always the most frequent label) is not here: the files do not tell it.",
             ),
-            (ALONE, "Alone is not here: no client trained a model alone in this run."),
+            (ALONE, f"Alone is not here: no model that was trained alone {over}."),
         )
         if kind not in {row.kind for row in found}
         and (kind != MAJORITY or facts.identity.task == "labels")

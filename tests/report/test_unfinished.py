@@ -1,0 +1,117 @@
+"""What is said of a run that a person stopped early: nothing that has not happened yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from seen import Seen
+
+from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.report.listing import lines, list_runs
+from heterotune_flwr.report.page import run_page
+from heterotune_flwr.report.read import read_facts
+
+KEY = {"strategy": "local_only", "seed": 0}
+TYPE = "tiny-a@bf16"
+
+
+def event(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"event": kind, **fields}
+
+
+def evaluated(number: int, accuracy: float) -> dict[str, Any]:
+    means = {"clients": 2, "personal_accuracy_mean": accuracy, "personal_accuracy_worst10": 0.1}
+    return event("evaluate", **KEY, round=number, tested=2, overall=means, types={TYPE: means})
+
+
+def moved(kind: str, number: int, maps: int = 0) -> dict[str, Any]:
+    sizes = {"up": 10, "down": 20 + maps, "maps": maps, "wire_up": 15, "wire_down": 30 + maps}
+    return event("bytes", **KEY, round=number, message_type=kind, client_id="client-0000", **sizes)
+
+
+STARTED = [
+    event("journal", version=2, simulated=True),
+    event("asking", seed=0),
+    event("describe", clients=2, seed=0, labels=["yes", "no"]),
+    event("align", seed=0, quality={}, bytes_up=7000),
+    event("channel_off", **KEY, channel="text", reason="nothing to teach"),
+    event("start", **KEY, clients=2),
+    moved("evaluate", 0, maps=500),
+    evaluated(0, 0.287),
+    moved("train", 1),
+    event("round", **KEY, round=1, clients=2, bytes_up=10, bytes_down=20),
+]
+STOPPED = event("failed", reason="interrupted")
+CONFIG = {
+    "run": {"name": "early", "seeds": [0], "compare": ["local_only", "heterotune"]},
+    "server": {"rounds": 3},
+}
+
+
+def write(place: Path, events: list[dict[str, Any]], state: str = "failed") -> Path:
+    place.mkdir(exist_ok=True)
+    timed = [{**one, "time": 1000.0 + number} for number, one in enumerate(events)]
+    (place / "rounds.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in timed))
+    (place / "config.yaml").write_text(json.dumps(CONFIG))
+    (place / "status.json").write_text(json.dumps({"state": state, "reason": "interrupted"}))
+    return place
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    return write(tmp_path / "early", [*STARTED, STOPPED])
+
+
+def test_a_channel_off_before_its_strategy_starts_is_no_thing_of_the_past(stopped: Path) -> None:
+    assert not [one for one in read_facts(stopped).happenings if one.undone]
+    again = [*STARTED, STOPPED, STARTED[0], event("start", **KEY, clients=2)]
+    found = read_facts(write(stopped, again)).happenings
+    assert [one.kind for one in found if one.undone] == ["channel_off"]
+    assert next(one.text for one in found if one.kind == "failed").startswith("start 1 of the run")
+
+
+def test_the_first_test_is_of_the_untouched_model(stopped: Path) -> None:
+    facts = read_facts(stopped)
+    (row,) = (row for row in facts.side_by_side if row.type_key == "all")
+    assert (row.kind, row.scores["accuracy"].mean) == ("bare", 0.287)
+    (line,) = list_runs(stopped.parent)
+    assert line.numbers == {}
+    seen = Seen(run_page(facts))
+    assert "28.7" in seen.text["models"]
+    assert "untouched models reach 28.7" in seen.text["answer-results"]
+    assert "in the last test of a strategy: there was none yet" in seen.text["mix"]
+
+
+def test_a_test_between_rounds_is_what_it_has_reached(stopped: Path) -> None:
+    write(stopped, [*STARTED, evaluated(1, 0.4)])
+    rows = [row for row in read_facts(stopped).side_by_side if row.type_key == "all"]
+    assert {row.kind: row.scores["accuracy"].mean for row in rows} == {"bare": 0.287, "alone": 0.4}
+    assert list_runs(stopped.parent)[0].numbers == {"local_only": 0.4}
+
+
+def test_the_list_says_how_many_strategies_are_over(stopped: Path) -> None:
+    def shown(*events: dict[str, Any]) -> str:
+        write(stopped, [*STARTED, *events])
+        return lines(list_runs(stopped.parent))[0]
+
+    assert "0 of 2 strategies finished, round 1 of 3 of the next" in shown()
+    over = shown(event("round", **KEY, round=3), event("strategy_end", **KEY))
+    assert "1 of 2 strategies finished" in over
+    assert "round" not in over
+
+
+def test_the_page_says_how_it_ended_and_how_to_go_on(stopped: Path) -> None:
+    text = Seen(run_page(read_facts(stopped))).text
+    assert "Reason: interrupted. The last word" in text["answer-state"]
+    assert "--resume DIR" in text["answer-resumed"]
+    assert "The run was interrupted; before that: nothing was" in text["answer-trouble"]
+
+
+def test_a_file_without_any_event_is_no_journal(tmp_path: Path) -> None:
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "rounds.jsonl").write_bytes(b"\x00\xff\n\x07junk\n")
+    with pytest.raises(ConfigError, match="is no journal"):
+        read_facts(tmp_path / "junk")
