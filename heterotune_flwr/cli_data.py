@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from heterotune_flwr.cli_help import App, note
+from heterotune_flwr.cli_help import App, at_work, note
 
 anchors_app = App(
     no_args_is_help=True,
@@ -47,7 +48,14 @@ def check(
 
     heterotune data check reviews.csv data.text_field=review data.label_field=stars
     """
-    from heterotune_flwr.data_check import check_data, data_config, is_data_file, report_lines
+    at_work(f"reading {what}")
+    from heterotune_flwr.data_check import (
+        check_data,
+        data_config,
+        guessed,
+        is_data_file,
+        report_lines,
+    )
     from heterotune_flwr.experiment import with_absolute_paths
     from heterotune_flwr.preflight import checked, settle_bits
 
@@ -56,10 +64,11 @@ def check(
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
-    for line in report_lines(found):
+    bare = is_data_file(what)
+    for line in (*(guessed(what, overrides or []) if bare else ()), *report_lines(found)):
         typer.echo(line)
-    if is_data_file(what):
-        typer.echo(f"next: heterotune new DIR --data {what} writes a run for it")
+    if bare:
+        typer.echo(f"next: heterotune new DIR --data {shlex.quote(what)} writes a run for it")
 
 
 @anchors_app.callback()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heterotune_flwr.cli_help import note
+from heterotune_flwr.cli_help import at_work, note
 from heterotune_flwr.completion import run_directories
 from heterotune_flwr.errors import ConfigError
 
@@ -95,6 +96,7 @@ def export(
     With neither --type nor --client it says what there is. The folder is the model that the client took home
     (docs/take-home.md); beside it lies the one trained alone. Measure it with: heterotune evaluate OUT --data FILE
     """
+    at_work(f"reading the run in {run}")
     from heterotune_flwr.export.selection import select_of_run
 
     place = run.expanduser().absolute()
@@ -159,7 +161,7 @@ def _write(
     if form != ADAPTER:
         typer.echo(told(facts.conversion))
         return
-    typer.echo(f"measure it on own rows: heterotune evaluate {place} --data FILE")
+    typer.echo(f"measure it on own rows: heterotune evaluate {shlex.quote(str(place))} --data FILE")
 
 
 def evaluate(

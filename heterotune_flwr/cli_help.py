@@ -41,6 +41,12 @@ def note(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def at_work(line: str) -> None:
+    """Tell whoever sits at a terminal that a command has begun: what it needs first may take many seconds."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        note(f"{line} ...")
+
+
 def typed_in() -> bool:
     """Whether standard input is a terminal; it may be closed."""
     return sys.stdin is not None and sys.stdin.isatty()

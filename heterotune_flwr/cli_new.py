@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heterotune_flwr.cli_help import typed_in
+from heterotune_flwr.cli_help import at_work, typed_in
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.names import printable
 
@@ -56,6 +56,7 @@ def new(
     Looks at the file and proposes columns, prompt, lengths, clients and rounds. On a terminal it asks for what is not
     said. Nothing is trained; `heterotune run DIR/run.yaml` then does.
     """
+    at_work("reading the file" if data else "starting")
     from heterotune_flwr.new.plan import BACKBONES, Wishes, parse_backbone, plan
     from heterotune_flwr.new.table import look
     from heterotune_flwr.new.text import next_commands
@@ -77,6 +78,7 @@ def new(
         )
         anchors = None if given == _NONE else given
     wishes = Wishes(file.expanduser(), *columns, clients, backbones, anchors, test)
+    at_work("reading the examples and comparing the public texts with them")
     made = plan(wishes, table)
     for note in write(made, directory):
         typer.echo(note)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heterotune_flwr.cli_help import note
+from heterotune_flwr.cli_help import at_work, note
 from heterotune_flwr.completion import presets, run_directories
 from heterotune_flwr.names import printable
 
@@ -70,6 +70,8 @@ def run(
     A run that was killed goes on where it was with --resume DIR; a finished one is extended with --resume DIR
     server.rounds=60.
     """
+    if not quiet:
+        at_work("reading the configuration and the data")
     from heterotune_flwr.config.asked import asked_of
     from heterotune_flwr.data.sources import columns_recognised
     from heterotune_flwr.errors import ConfigError

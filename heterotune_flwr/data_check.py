@@ -18,11 +18,13 @@ from heterotune_flwr.data.sources import (
     global_test,
     how_read,
     label_set,
+    own_file,
     training_pool,
 )
 from heterotune_flwr.data.template import make_form
 from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.names import safe_text
+from heterotune_flwr.new.plan import nearest_anchors
 from heterotune_flwr.new.table import look
 from heterotune_flwr.own_data import (
     all_rows,
@@ -75,8 +77,23 @@ def data_config(name: str, overrides: Sequence[str]) -> Config:
     given.append(f"types={_types(clients)}")
     if natural:
         given.append("data.partition=natural")
+    given.append(f"alignment.anchors={nearest_anchors(own_file(config.data))}")
     closed = label_set(config.data) is not None
     return compose("demo" if closed else "open_text", [*given, *overrides])
+
+
+def guessed(name: str, overrides: Sequence[str]) -> list[str]:
+    """A line where the answer's column was told by its values or name alone, with how to name another one."""
+    said = any(override.startswith("data.label_field=") for override in overrides)
+    path = Path(name).expanduser()
+    column = _columns(path).get("label_field")
+    if said or column in (None, _DATA.label_field):
+        return []
+    others = [one for one in look(path).columns if one != column]
+    return [
+        f"the answer's column {column!r} is a guess; another one: data.label_field=NAME here, --label NAME with "
+        f"heterotune new (there are {', '.join(others)})"
+    ]
 
 
 def _columns(path: Path) -> dict[str, str]:

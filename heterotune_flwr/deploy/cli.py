@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -175,7 +176,7 @@ def run_app(
 
     run = submit(Deployment.load(folder), config, overrides or [], resume)
     typer.echo(f"run {run.run_id} is submitted; it writes to {run.directory}")
-    typer.echo(f"follow it with: heterotune status {run.directory}")
+    typer.echo(f"follow it with: heterotune status {shlex.quote(str(run.directory))}")
 
 
 @deploy_app.command()

@@ -8,6 +8,7 @@ flushed, renamed); its checksum is verified when it is read. Nothing in it is pi
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ class Checkpoints:
         except OSError as error:
             raise FederationError(
                 f"the checkpoint {path} cannot be written: {error.strerror or error}; make room, then go on from "
-                f"the one before with heterotune run --resume {self._run_directory}"
+                f"the one before with heterotune run --resume {shlex.quote(str(self._run_directory))}"
             ) from error
         return path
 

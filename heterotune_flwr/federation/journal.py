@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise FederationError(
             f"{path} cannot be written: {error.strerror or error}; make room (or the folder writable), then go on "
-            f"with heterotune run --resume {path.parent}"
+            f"with heterotune run --resume {shlex.quote(str(path.parent))}"
         ) from error
 
 

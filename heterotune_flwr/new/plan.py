@@ -131,7 +131,7 @@ def plan(wishes: Wishes, table: Table) -> Plan:
     count = _client_count(wishes, len(backbones), len(examples), usable)
     data = _task(_partition(data, wishes, usable, count), labels, table, wishes)
     data, longest = _sized(data, labels, examples, [name for name, _ in backbones])
-    anchors = wishes.anchors or _nearest_anchors(examples)
+    anchors = wishes.anchors or nearest_anchors(examples)
     texts = len(load_anchors(AlignmentConfig(anchors=anchors)))
     each = round(sum(len(client_examples(data, i, count, 0).train) for i in range(count)) / count)
     steps = math.ceil((2 if labels else 1) * each / 16)
@@ -166,7 +166,7 @@ def parse_backbone(word: str) -> tuple[str, str]:
     return name, bits
 
 
-def _nearest_anchors(examples: Sequence[Example]) -> str:
+def nearest_anchors(examples: Sequence[Example]) -> str:
     """The shipped set whose words are most like the data's; a dictionary where that cannot be told."""
     texts = [example.text for example in examples]
     near = {n: nearness(texts, load_anchors(AlignmentConfig(anchors=n))) or 0.0 for n in ANCHORS}

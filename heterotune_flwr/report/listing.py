@@ -54,7 +54,7 @@ class RunLine:
 
 
 def list_runs(folder: Path) -> list[RunLine]:
-    """Runs directly in a folder, newest first (ConfigError: there is no such folder)."""
+    """Runs in a folder and in the folders there, newest first, named by their path (ConfigError: no such folder)."""
     folder = folder.expanduser()
     try:
         inside = sorted(folder.iterdir())
@@ -62,21 +62,35 @@ def list_runs(folder: Path) -> list[RunLine]:
         raise ConfigError(
             f"{folder} cannot be listed: {error.strerror or error}; name the folder that holds runs"
         ) from error
-    places = [
-        p
-        for p in (folder, *inside)
-        if any((p / n).is_file() for n in ("rounds.jsonl", "results.json"))
-    ]
-    found = [run_line(place) for place in places]
+    places: list[Path] = []
+    for one in (folder, *inside):
+        if _holds_run(one):
+            places.append(one)
+        elif one is not folder:  # `heterotune new` makes folders whose runs lie in them
+            places += filter(_holds_run, _inside(one))
+    found = [run_line(place, folder) for place in places]
     return sorted(found, key=lambda line: -(line.created or 0.0))
 
 
-def run_line(directory: Path) -> RunLine:
-    """One run's line; what cannot be read is said in it."""
+def _holds_run(place: Path) -> bool:
+    return any((place / name).is_file() for name in ("rounds.jsonl", "results.json"))
+
+
+def _inside(place: Path) -> list[Path]:
+    """What lies in a folder; nothing where it is none, or closed."""
+    try:
+        return sorted(place.iterdir())
+    except OSError:
+        return []
+
+
+def run_line(directory: Path, folder: Path) -> RunLine:
+    """The line of a run in a folder; what cannot be read is said in it."""
+    name = str(directory.relative_to(folder)) if directory != folder else folder.absolute().name
     try:
         files = read_files(directory)
     except ConfigError as error:
-        return RunLine(str(directory), directory.name, "unreadable", str(error))
+        return RunLine(str(directory), name, "unreadable", str(error))
     runs = strategy_runs(files)
     about = identity(files, runs)
     measure, scope = next(((r.measure, r.scope) for r in runs if r.measure), ("", ""))
@@ -88,7 +102,7 @@ def run_line(directory: Path) -> RunLine:
     under_way = [run for run in runs if run.state == "unfinished"]
     return RunLine(
         directory=about.directory,
-        name=directory.name,
+        name=name,
         state=about.state,
         reason=about.reason,
         strategies=about.strategies,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def standing(facts: RunFacts) -> list[str]:
         elif run.state == "not_started":
             lines.append(f"{name}: not started")
     if about.state in ("interrupted", "failed"):
-        lines.append(f"go on with it: heterotune run --resume {about.directory}")
+        lines.append(f"go on with it: heterotune run --resume {shlex.quote(about.directory)}")
     lines += [*_happened(facts.happenings), *facts.trouble]
     return [printable(line.replace("\n", " ")) for line in lines]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def load_results(directory: Path) -> dict[str, Any]:
             raise FederationError(f"{directory} is no run directory: no results.json") from error
         raise FederationError(
             f"{directory} holds a run without results yet; heterotune status shows where it stands, "
-            f"heterotune run --resume {directory} goes on if it was stopped"
+            f"heterotune run --resume {shlex.quote(str(directory))} goes on if it was stopped"
         ) from error
     except (OSError, ValueError) as error:
         raise FederationError(f"{directory} has no readable results.json ({error})") from error

@@ -40,16 +40,20 @@ def reviews(path, count=80):
 
 
 def test_a_bare_file_is_read_and_told(heterotune, tmp_path):
-    path = reviews(tmp_path / "reviews.jsonl")
+    path = reviews(tmp_path / "my reviews.jsonl")
     code, text, error = heterotune("data", "check", path)
     assert code == 0, error
+    assert text.startswith(
+        "the answer's column 'stars' is a guess; another one: data.label_field=NAME"
+    )
+    assert f"next: heterotune new DIR --data '{path}' writes" in text
     assert "text from 'review', answer from 'stars', natural clients from 'source'" in text
     assert "0 tiny-a@bf16 [amazon]:" in text
     assert "1 tiny-b@bf16 [movie]:" in text
     assert "is right in" in text
     assert "duplicates: " in text
     assert "lengths, tiny-a, tiny-b: median" in text
-    assert "warning: the models are aligned on descriptions of Debian packages" in text
+    assert "warning: the models are aligned on the words of a dictionary" in text
     assert text.count("Answer:▸") == 3
 
 
