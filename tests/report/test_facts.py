@@ -374,7 +374,9 @@ def test_tables_are_flat_files(facts: RunFacts, told: Facts, tmp_path: Path) -> 
         )
 
 
-def test_a_run_in_a_folder_of_its_own_is_listed_by_its_path(directory: Path, tmp_path: Path) -> None:
+def test_a_run_in_a_folder_of_its_own_is_listed_by_its_path(
+    directory: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "out").symlink_to(directory)
     assert [line.name for line in list_runs(tmp_path)] == ["mine/out"]
