@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from heterotune_flwr.report.charts.kinds import Unit, told
-from heterotune_flwr.report.facts import RunFacts
+from heterotune_flwr.report.facts import RunFacts, SettingFact
 from heterotune_flwr.report.measured import (
     ALL_TYPES,
     ALONE,
@@ -101,6 +101,19 @@ def style_of(facts: RunFacts, strategy: str) -> int:
         name for name in kinds if name not in (facts.identity.subject, "within_type", "local_only")
     ]
     return _OTHERS[others.index(strategy) % len(_OTHERS)] if strategy in others else 7
+
+
+def origin_of(setting: SettingFact) -> str:
+    """Who chose a setting; one that a person named as the program has it anyway is the program's."""
+    same = setting.origin == "user" and setting.value == setting.default
+    return "default" if same else setting.origin
+
+
+def left_as(preset: str) -> str:
+    """Where settings come from that nobody named: a preset, or the groups that a user's own file names."""
+    if preset.endswith((".yaml", ".yml")):
+        return f"the presets named in {preset}"
+    return f"the preset {preset}" if preset else "the preset"
 
 
 @dataclass(frozen=True)

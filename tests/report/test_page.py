@@ -9,7 +9,7 @@ import pytest
 from seen import Seen
 
 from heterotune_flwr.report.facts import Comparison
-from heterotune_flwr.report.page import comparison_page, run_page
+from heterotune_flwr.report.page import comparison_page, run_page, sections
 from heterotune_flwr.report.sections.comparison import comparison_sections
 
 SECTIONS = [
@@ -146,3 +146,25 @@ def test_runs_with_nothing_in_common_share_no_chart():
     shown = {section.anchor: section for section in comparison_sections(Comparison(runs, {}))}
     titles = [chart.title for block in shown["curves"].blocks for chart in block.charts]
     assert [title.partition(" over ")[0] for title in titles] == ["Loss in training"] * 2
+
+
+def test_a_federated_model_that_is_worse_is_told_so_and_does_not_stand_out():
+    facts = made_up.full()
+    for row in facts.side_by_side:
+        if row.kind == "alone":
+            for spread in row.scores.values():
+                spread.mean = 0.99
+    (figures,) = [b for b in sections(facts)[0].blocks if b.kind == "figures"]
+    assert [one.name for one in figures.figures if one.tone == "lead"] == ["alone"]
+    assert "worse than alone, by" in Seen(run_page(facts)).text["answer-results"]
+    assert "worse than" not in Seen(run_page(made_up.full())).text["answer-results"]
+
+
+def test_a_file_of_ones_own_is_no_preset_and_what_is_as_shipped_is_not_chosen():
+    facts = made_up.full()
+    facts.preset = "mine.yaml"
+    for setting in facts.settings:
+        setting.origin, setting.value = "user", setting.default
+    page = Seen(run_page(facts))
+    assert "Nothing was chosen for this run" in page.text["settings"]
+    assert "the presets named in mine.yaml" in page.text["answer-defaults"]

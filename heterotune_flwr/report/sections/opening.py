@@ -25,6 +25,8 @@ from heterotune_flwr.report.picks import (
     compared,
     gain,
     lead,
+    left_as,
+    origin_of,
     outcomes,
 )
 
@@ -134,17 +136,29 @@ def _happened(facts: RunFacts) -> str:
 
 
 def _figures(facts: RunFacts, main: Lead) -> list[Figure]:
-    found = {
-        row.kind: Figure(
-            told(row.mean(main.scope, main.measure) or 0.0, main.unit),
-            "alone" if row.kind == ALONE else row.title,
-            main.name,
-            "lead" if row.strategy == main.strategy and row.kind == FEDERATED else "",
-        )
+    """One number a kind of model; the best one stands out, if it is better than all others."""
+    kinds = {
+        row.kind: row
         for row in compared(facts, main)
         if row.kind != FEDERATED or row.strategy == main.strategy
     }
-    return list(found.values())
+    values = {kind: row.mean(main.scope, main.measure) or 0.0 for kind, row in kinds.items()}
+    best = _best(values, main)
+    return [
+        Figure(
+            told(values[kind], main.unit),
+            "alone" if kind == ALONE else row.title,
+            main.name,
+            "lead" if best == [kind] else "",
+        )
+        for kind, row in kinds.items()
+    ]
+
+
+def _best(values: dict[str, float], main: Lead) -> list[str]:
+    """The kinds of models with the best number."""
+    top = (min if main.measure == "loss" else max)(values.values(), default=None)
+    return [kind for kind, value in values.items() if value == top]
 
 
 def _results(facts: RunFacts, main: Lead) -> str:
@@ -164,7 +178,13 @@ def _results(facts: RunFacts, main: Lead) -> str:
         for kind, value in means.items()
     ]
     beside = f"; beside it: {', '.join(others)}" if others else ""
-    return f"{main.title} reaches {told(ours, main.unit)} ({main.name}, mean over clients){beside}."
+    better = [kind for kind in _best({**means, FEDERATED: ours}, main) if kind in means]
+    worse = ""
+    if better and means[better[0]] != ours:
+        behind = gain(abs(means[better[0]] - ours), main.measure).lstrip("+")
+        name = MODEL_NAMES.get(better[0], better[0].replace("_", " "))
+        worse = f" That is worse than {name}, by {behind} {main.points}: sharing did not pay here."
+    return f"{main.title} reaches {told(ours, main.unit)} ({main.name}, mean over clients){beside}.{worse}"
 
 
 def _gains(facts: RunFacts, main: Lead, over: str) -> dict[str, float]:
@@ -268,13 +288,12 @@ def _resumed(facts: RunFacts) -> str:
 
 
 def _defaults(facts: RunFacts) -> str:
-    origins = [setting.origin for setting in facts.settings]
+    origins = [origin_of(setting) for setting in facts.settings]
     if not origins or set(origins) == {"unknown"}:
         return ""
     mine, preset, default = (origins.count(name) for name in ("user", "preset", "default"))
-    name = f" {facts.preset}" if facts.preset else ""
     return (
-        f"{mine} chosen for this run, {preset} left as the preset{name} has them, "
+        f"{mine} chosen for this run, {preset} taken from {left_as(facts.preset)}, "
         f"{default} left at the program's default."
     )
 

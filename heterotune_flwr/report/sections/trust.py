@@ -19,7 +19,7 @@ from heterotune_flwr.report.blocks import (
 )
 from heterotune_flwr.report.facts import Happening, RunFacts, SettingFact
 from heterotune_flwr.report.identity import on_a_page
-from heterotune_flwr.report.picks import title_of
+from heterotune_flwr.report.picks import left_as, origin_of, title_of
 from heterotune_flwr.report.sections.opening import moment
 
 #: Events with a row of their own; of more the last ones.
@@ -142,10 +142,10 @@ def settings(facts: RunFacts) -> Section:
             "settings", "Settings", how, missing="The run directory has no readable config.yaml."
         )
     groups = {
-        origin: [one for one in facts.settings if one.origin == origin]
+        origin: [one for one in facts.settings if origin_of(one) == origin]
         for origin in ("user", "preset", "default", "unknown")
     }
-    preset = f"the preset {facts.preset}" if facts.preset else "the preset"
+    preset = left_as(facts.preset)
     blocks: list[Block] = []
     if groups["unknown"]:
         blocks.append(
@@ -163,10 +163,10 @@ def settings(facts: RunFacts) -> Section:
             )
         )
         blocks.append(Prose(
-            f"{plural(len(groups['preset']), 'setting')} left as {preset} has them, and "
+            f"{plural(len(groups['preset']), 'setting')} taken from {preset}, and "
             f"{plural(len(groups['default']), 'setting')} at the program's default.", "left-at"))  # fmt: skip
     for origin, title, anchor in (
-        ("preset", f"Left as {preset} has them", "table-preset"),
+        ("preset", f"Taken from {preset}", "table-preset"),
         ("default", "Left at the program's default", "table-default"),
     ):
         if groups[origin]:
@@ -185,7 +185,7 @@ def _settings_table(found: Sequence[SettingFact], caption: str, anchor: str) -> 
         [
             Cell(one.path, small=one.help),
             shown(one.value),
-            "–" if one.default is None else shown(one.default),
+            shown(one.default),
         ]
         for one in found
     ]
@@ -193,7 +193,9 @@ def _settings_table(found: Sequence[SettingFact], caption: str, anchor: str) -> 
 
 
 def shown(value: Any) -> str:
-    """A setting's value in a line."""
+    """A setting's value in a line; where there is none, one word says so."""
+    if value is None or value in ("", [], {}):
+        return "none"
     if isinstance(value, str):
         return on_a_page(value)
     return json.dumps(value, ensure_ascii=False, default=str)
