@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shlex
@@ -35,6 +36,8 @@ from heterotune_flwr.exchange.storage import (
 )
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import safe_text
+
+log = logging.getLogger(__name__)
 
 #: Of the events' fields (docs/journal.md); raised when a reader of the older ones would misread a new one.
 VERSION = 2
@@ -200,7 +203,15 @@ class Journal:
         """Append one event; the line is complete on disk when this returns."""
         record = append_event(self.path, event, **fields)
         if self._listener is not None:
-            self._listener(record)
+            self._show(self._listener, record)
+
+    def _show(self, listener: Callable[[dict[str, Any]], None], record: dict[str, Any]) -> None:
+        """Show an event; a display that fails (a closed pipe, say) is told once and left out from then on."""
+        try:
+            listener(record)
+        except Exception as error:
+            self._listener = None
+            log.warning("events are no longer shown, the run goes on: %s", error)
 
     def remembered_name(self, name: str, resuming: bool) -> str:
         """Remember the run's name on its first start; return it when the run is resumed."""

@@ -145,7 +145,7 @@ def test_nodes_find_the_server_by_the_name_of_its_service(lab):
     address = f"server:{lab.port}"
     assert f"--server {address}" in made
     assert "server" in SERVICES
-    assert SERVICES["server"]["ports"] == [f"{lab.port}:{lab.port}"]
+    assert SERVICES["server"]["ports"] == [f"127.0.0.1:{lab.port}:{lab.port}"]
     assert f'address = "{address}"' in (lab.node("n1") / "node.toml").read_text()
     code = SERVICES["superlink"]["healthcheck"]["test"][-1]
     compile(code, "healthcheck", "exec")

@@ -84,3 +84,13 @@ def test_a_disk_that_refuses_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FederationError, match="Not a directory"):
         Journal(tmp_path / "file" / "run")
+
+
+def test_a_display_that_fails_stops_neither_the_run_nor_the_journal(tmp_path, caplog):
+    def broken(event):
+        raise BrokenPipeError("nobody reads")
+
+    journal = Journal(tmp_path, broken)
+    journal.event("round", round=1)
+    assert [event["event"] for event in read_events(journal.path)][-2:] == ["journal", "round"]
+    assert caplog.text.count("nobody reads") == 1
