@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +38,17 @@ def to_readme(plan: Plan, folder: Path) -> str:
 def next_commands(plan: Plan) -> list[str]:
     """What a user does with a new folder, from inside it."""
     fetch = [f"heterotune fetch {name}" for name in plan.to_fetch]
+    columns = "".join(
+        f" --{field.replace('_', '-')} {shlex.quote(name)}"
+        for field in ("text_field", "label_field")
+        if (name := getattr(plan.data, field)) != getattr(_DEFAULT, field)
+    )
     return [
         *fetch,
         "heterotune data check run.yaml      # who has what, what is cut, how near the public texts are",
         "heterotune run run.yaml --dir out   # trains; ends with a table",
         "heterotune export out model --client client-0000   # the first client's model, as a folder that PEFT loads",
+        f"heterotune evaluate model --data FILE{columns}   # how right it is, on rows that nobody trained on",
         "heterotune chat model               # talk with it: untouched, trained alone, federated",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,13 @@ from heterotune_flwr.config.plain import flatten
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.report.facts import RunFacts
+from heterotune_flwr.report.measured import BARE
+from heterotune_flwr.report.picks import MODEL_NAMES
 
 Row = Mapping[str, Any]
+_BARE = re.compile(rf"(?<![a-z]){BARE}(?![a-z])")
+#: Columns whose values are models.
+_MODELS = ("kind", "took", "model")
 #: Parts of RunFacts that are a table as they are.
 _PLAIN = (
     "runs", "types", "clients", "side_by_side", "type_outcomes", "client_outcomes", "answers",
@@ -37,11 +43,13 @@ def write_csv(facts: RunFacts, directory: Path) -> list[Path]:
     for name, rows in tables(facts).items():
         if not rows:
             continue
-        columns = dict.fromkeys(column for row in rows for column in row)
+        columns = dict.fromkeys(_named(column) for row in rows for column in row)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+        writer.writerows(
+            {_named(key): _cell(_worded(key, value)) for key, value in row.items()} for row in rows
+        )
         path = directory / f"{name}.csv"
         try:
             atomic_write_text(path, text.getvalue())
@@ -49,6 +57,15 @@ def write_csv(facts: RunFacts, directory: Path) -> list[Path]:
             raise FederationError(f"{path} cannot be written: {error.strerror or error}") from error
         written.append(path)
     return written
+
+
+def _named(key: str) -> str:
+    """A column's name in the page's words: what ``bare`` is called in the JSON is the untouched model."""
+    return _BARE.sub(MODEL_NAMES[BARE], key)
+
+
+def _worded(key: str, value: Any) -> Any:
+    return MODEL_NAMES[BARE] if key in _MODELS and value == BARE else value
 
 
 def _cell(value: Any) -> Any:

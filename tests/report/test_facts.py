@@ -368,6 +368,12 @@ def test_tables_are_flat_files(facts: RunFacts, told: Facts, tmp_path: Path) -> 
     assert rows[0]["models.federated.personal.accuracy"] == str(
         told["client_outcomes"][0]["models"]["federated"]["personal"]["accuracy"]
     )
+    assert rows[0]["models.untouched.personal.accuracy"] == str(
+        told["client_outcomes"][0]["models"]["bare"]["personal"]["accuracy"]
+    )
+    assert not any(
+        "bare" in line for path in paths.values() for line in path.open().readline().split(",")
+    )
     with paths["confusions"].open() as stream:
         assert sum(int(row["count"]) for row in csv.DictReader(stream)) == sum(
             table["examples"] for table in told["confusions"]
