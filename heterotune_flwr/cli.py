@@ -28,6 +28,7 @@ from heterotune_flwr.completion import presets
 from heterotune_flwr.deploy.cli import deploy_app, node_app
 from heterotune_flwr.errors import HeteroTuneError, LeftRunningError
 from heterotune_flwr.names import printable
+from heterotune_flwr.quiet import hush
 from heterotune_flwr.worker.cli import app as worker_app
 
 app = App(
@@ -123,6 +124,8 @@ def states(
 
 def main() -> None:
     """Entry point: user errors become one line, Ctrl-C a quiet end."""
+    if "--debug" not in sys.argv:
+        hush()
     try:
         code = app(prog_name="heterotune", standalone_mode=False)
     except LeftRunningError as error:
