@@ -7,7 +7,7 @@ from typing import Any
 
 from heterotune_flwr.jsons import as_mapping, as_number, as_whole
 from heterotune_flwr.report.facts import Phase, StrategyRun, Traffic
-from heterotune_flwr.report.files import Event, RunFiles, key_of
+from heterotune_flwr.report.files import Event, Key, RunFiles, key_of
 
 #: What is being done while an event is waited for; those that others add to are in :func:`_doing`.
 _DOING = {
@@ -84,14 +84,29 @@ def traffic(files: RunFiles, runs: Sequence[StrategyRun]) -> list[Traffic]:
     for event in files.of("bytes", undone=True):
         if key := key_of(event):
             messages.setdefault(key, []).append(event)
-    found = []
+    found, aligned = [], _aligned(files)
     for run in runs:
         key = (run.strategy, run.seed)
         counted = as_mapping(files.results.get(key, {}).get("bytes"))
         if counted:
             found.append(_counted(run, counted))
         elif key in messages:
-            found.append(_so_far(run, messages[key]))
+            found.append(_so_far(run, messages[key], aligned.get(key, 0)))
+    return found
+
+
+def _aligned(files: RunFiles) -> dict[Key, int]:
+    """What clients sent for the alignment in the starts of the run in which a strategy ran, before it began."""
+    found: dict[Key, int] = {}
+    before: dict[int, int] = {}
+    for event in files.events:
+        seed, key = as_whole(event.get("seed")), key_of(event)
+        if event["event"] == "journal":
+            before.clear()
+        elif event["event"] == "align":
+            before[seed] = before.get(seed, 0) + as_whole(event.get("bytes_up"))
+        elif event["event"] == "start" and key:
+            found[key] = found.get(key, 0) + before.get(seed, 0)
     return found
 
 
@@ -117,9 +132,9 @@ def _counted(run: StrategyRun, counted: Mapping[str, Any]) -> Traffic:
     return one
 
 
-def _so_far(run: StrategyRun, events: Sequence[Event]) -> Traffic:
-    """One-time bytes of queries are not in the journal: those here are the maps alone."""
-    one = Traffic(run.strategy, run.seed, one_time_up=0, one_time_down=0, partial=True)
+def _so_far(run: StrategyRun, events: Sequence[Event], aligned: int) -> Traffic:
+    """Of one-time bytes the journal has the maps, and ``aligned``: what clients told for the alignment."""
+    one = Traffic(run.strategy, run.seed, one_time_up=aligned, one_time_down=0, partial=True)
     for event in events:
         up, down, maps = (as_whole(event.get(name)) for name in ("up", "down", "maps"))
         one.one_time_down = (one.one_time_down or 0) + maps

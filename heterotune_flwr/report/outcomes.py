@@ -73,6 +73,8 @@ def _outcome(run: StrategyRun, row: Mapping[str, Any], kept: Mapping[str, Any]) 
     models = {name: tests_of(as_mapping(kept.get(name))) for name in (*MODELS, "taken")}
     models[FEDERATED] = {**models[FEDERATED], **tests_of(row)}
     took = str(kept.get("took") or "")
+    # What is called federated there is the strategy's own model.
+    took = ALONE if took == FEDERATED and run.kind == ALONE else took
     by = as_number(as_mapping(kept.get("choosing")).get("examples"))
     return ClientOutcome(
         client_id=str(row.get("client_id")),

@@ -67,6 +67,17 @@ class Lead:
         return "the common test" if self.scope == "global" else "own tests"
 
 
+def two_untouched(facts: RunFacts) -> str:
+    """Why the untouched model has two numbers; empty where it has one."""
+    notes = [row.note for row in facts.side_by_side if row.kind == BARE]
+    if not any("without" in note for note in notes):
+        return ""
+    return (
+        "The untouched model has two numbers on own tests: the test before round 1 answers with the client's label "
+        "frequencies, as trained models do; the last test leaves them out, and gains over untouched are over that one."
+    )
+
+
 def unit_of(measure: str) -> Unit:
     """How a measure is written: losses are nats, all others shares."""
     return "nats" if measure == "loss" else "share"

@@ -117,7 +117,10 @@ class LastingLines:
         text += " on the global test"
         text += f", {event['tested']} of {event['clients']} clients tested" if sampled else ""
         kept = event.get("kept")
-        return [text, f"  taken home: {taken(kept['took'])}"] if kept else [text]
+        if not kept:
+            return [text]
+        alone = event.get("strategy") == "local_only"
+        return [text, f"  taken home: {taken(kept['took'], alone)}"]
 
     def _on_slices(self, event: Event) -> list[str]:
         shown = [f"{k} {100 * v:.1f} %" for k, v in event["accuracies"].items() if v is not None]

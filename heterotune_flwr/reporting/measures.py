@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.errors import FederationError
-from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.jsons import as_mapping, parse_json
 from heterotune_flwr.protocol.metrics import MODEL_TITLES
 
 #: What a measure is called in a title.
@@ -108,8 +108,21 @@ def mean_accuracy(
     return _spread([statistics.fmean(row.values()) for row in seeds if row])
 
 
-def taken(counts: Mapping[str, int]) -> str:
-    """``{"bare": 2, "alone": 0, "federated": 10}`` -> ``federated 10, untouched 2``."""
+def shares_nothing(results: Mapping[str, Any], strategy: str) -> bool:
+    """Whether a strategy trains every model alone, by its class; by its name where no configuration tells."""
+    specs = as_mapping(as_mapping(results.get("config")).get("strategies"))
+    component = as_mapping(specs.get(strategy)).get("_component_")
+    return str(component).endswith(".LocalOnly") if component else strategy == "local_only"
+
+
+def taken(counts: Mapping[str, int], alone: bool = False) -> str:
+    """``{"bare": 2, "alone": 0, "federated": 10}`` -> ``federated 10, untouched 2``.
+
+    ``alone``: the strategy shares nothing, and what it counts as federated is a model trained alone.
+    """
+    if alone:
+        both = counts.get("alone", 0) + counts.get("federated", 0)
+        counts = {**counts, "alone": both, "federated": 0}
     some = sorted((name for name in MODEL_TITLES if counts.get(name)), key=lambda n: -counts[n])
     return ", ".join(f"{MODEL_TITLES[name]} {counts[name]}" for name in some)
 
@@ -123,7 +136,10 @@ def kept_measure(results: Mapping[str, Any]) -> str | None:
 def kept_means(
     results: Mapping[str, Any], strategy: str, measure: str
 ) -> tuple[dict[str, Spread | None], dict[str, int]]:
-    """Means on own tests of a strategy's models, ``taken`` among them (percent), and how many clients took what."""
+    """Means on own tests of a strategy's models, ``taken`` among them (percent), and how many clients took what.
+
+    Of a strategy that shares nothing the trained model is the lone one, and none is federated.
+    """
     kept = [
         run["kept"] for run in results["runs"] if run["strategy"] == strategy and run.get("kept")
     ]
@@ -137,6 +153,8 @@ def kept_means(
         )
         for name in (*MODEL_TITLES, "taken")
     }
+    if shares_nothing(results, strategy):
+        means |= {"alone": means["federated"], "federated": None}
     return means, {name: sum(k["took"][name] for k in kept) for name in MODEL_TITLES}
 
 

@@ -26,6 +26,7 @@ from heterotune_flwr.reporting.measures import (
     mean_accuracy,
     measures_taken,
     paired_gain,
+    shares_nothing,
     strategies_of,
     subject_of,
     taken,
@@ -201,7 +202,9 @@ def kept_table(results: Mapping[str, Any]) -> Table | None:
         means, counts = kept_means(results, name, measure)
         if any(counts.values()):
             cells = [_cell(means[model], seeds) for model in (*MODEL_TITLES, "taken")]
-            table.add_row(_shown(_title(name)), *cells, taken(counts))
+            table.add_row(
+                _shown(_title(name)), *cells, taken(counts, shares_nothing(results, name))
+            )
     table.caption = (
         "each client keeps the best of three on examples of its own, apart from this test "
         "(docs/take-home.md)"
@@ -239,7 +242,7 @@ def bytes_table(results: Mapping[str, Any]) -> Table:
     table.caption = (
         f"one way of LoRA r=16 on all linear layers {human_bytes(counts['lora16_bytes'])}, of the model in bf16 "
         f"{human_bytes(counts['model_bytes'])} (means over the clients); saved: up against one way of each; "
-        "once per run: all clients together"
+        "once per run: all clients together, the same questions in every row"
     )
     table.caption_justify = "left"
     return table

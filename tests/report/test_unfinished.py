@@ -115,3 +115,19 @@ def test_a_file_without_any_event_is_no_journal(tmp_path: Path) -> None:
     (tmp_path / "junk" / "rounds.jsonl").write_bytes(b"\x00\xff\n\x07junk\n")
     with pytest.raises(ConfigError, match="is no journal"):
         read_facts(tmp_path / "junk")
+
+
+def test_bytes_and_seconds_are_booked_where_they_belong(stopped: Path) -> None:
+    aligning = event("progress", what="aligning", done=1, clients=2)
+    facts = read_facts(write(stopped, [*STARTED[:3], aligning, *STARTED[3:], STOPPED]))
+    (moved_so_far,) = facts.traffic
+    assert (moved_so_far.one_time_up, moved_so_far.one_time_down) == (7000, 500)
+    shared = {one.name for one in facts.phases if not one.strategy}
+    assert shared <= {"starting", "asking", "aligning"}
+    assert {one.name for one in facts.phases if one.strategy} >= {"training", "testing"}
+
+
+def test_what_a_strategy_that_shares_nothing_trained_is_called_alone(stopped: Path) -> None:
+    took = event("took_home", **KEY, client_id="client-0000", type=TYPE, took="federated")
+    outcomes = read_facts(write(stopped, [*STARTED, took])).client_outcomes
+    assert [one.took for one in outcomes] == ["alone"]

@@ -171,3 +171,8 @@ def test_what_clients_took_home_is_a_table_of_its_own(tmp_path: Path) -> None:
     (line,) = [line for line in text.splitlines() if "federated 2" in line]
     assert " ".join(line.split()) == "HeteroTune 12.5 - 50.0 37.5 federated 2, untouched 1"
     assert "Taken home" not in final_table({"runs": runs[:1]}, tmp_path)
+    runs[1]["strategy"] = "local_only"  # shares nothing: what it trained is no federated model
+    (line,) = [
+        line for line in final_table({"runs": runs[1:]}, tmp_path).splitlines() if "alone 2" in line
+    ]
+    assert " ".join(line.split()) == "local only 12.5 50.0 - 37.5 alone 2, untouched 1"

@@ -54,7 +54,8 @@ def traffic(facts: RunFacts) -> Section:
     heads = ["strategy", "training, up", "training, down", "tests", "once per run", "in all"]
     note = (
         "Small: a client and round. Saved: what training sends up in a round, against one way of LoRA r=16 on all "
-        "linear layers; one-time bytes are not in it."
+        "linear layers; one-time bytes are not in it. Once per run: the questions before the first round were sent "
+        "once for all strategies, and stand in the row of each; do not add them up."
     )
     table = Table(heads, lines, "", frozenset(range(1, 6)), "table-bytes", note=note)
     return Section("bytes", "Bytes", how, [table, *charts(chart), *_wire(facts)])
@@ -98,7 +99,11 @@ def _wire(facts: RunFacts) -> list[Block]:
     if main is None:
         return []
     text = f"On the wire, as Flower writes it: {told(main.wire_up, 'bytes')} up, {told(main.wire_down, 'bytes')} down"
-    return [Prose(f"{text} ({title_of(facts, main.strategy)}).")]
+    what = (
+        "That is every message of training and tests with what Flower adds to it, and with the maps that came along; "
+        "the other one-time questions are not in it."
+    )
+    return [Prose(f"{text} ({title_of(facts, main.strategy)}). {what}")]
 
 
 def memory(facts: RunFacts) -> Section:
@@ -172,7 +177,11 @@ def memory(facts: RunFacts) -> Section:
 
 def seconds(facts: RunFacts) -> Section:
     """Where the time went."""
-    how = "Set-up is shared by all strategies of a run and booked apart; the rest belongs to one strategy."
+    how = (
+        "Set-up (starting, asking who is there, alignment, standing still) is shared by all strategies of a run and "
+        "booked apart; training, tests and saving belong to one strategy, the test before its first round too. "
+        "Where the terminal says that a strategy is done in so many seconds, the set-up just before it is in them."
+    )
     if not facts.phases:
         return Section(
             "seconds", "Seconds", how, missing="The journal does not tell when anything began."

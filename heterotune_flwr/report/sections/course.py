@@ -26,6 +26,7 @@ from heterotune_flwr.report.picks import (
     number,
     style_of,
     title_of,
+    two_untouched,
     unit_of,
 )
 
@@ -152,9 +153,8 @@ def _curve_table(facts: RunFacts, measure: str, main: Lead) -> list[Block]:
         ])  # fmt: skip
     heads = ["strategy", "first test", "last test", "best test", "bytes by then"]
     title = measure_title(measure)
-    return [
-        Table(heads, lines, title[0].upper() + title[1:], frozenset({1, 2, 3, 4}), "table-curves")
-    ]
+    shown = (heads, lines, title[0].upper() + title[1:], frozenset({1, 2, 3, 4}), "table-curves")
+    return [Table(*shown, note=two_untouched(facts))]
 
 
 def alignment(facts: RunFacts) -> Section:

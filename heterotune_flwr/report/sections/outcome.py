@@ -43,6 +43,7 @@ from heterotune_flwr.report.picks import (
     rows,
     style_of,
     tone,
+    two_untouched,
     unit_of,
 )
 
@@ -116,7 +117,7 @@ def models_table(
         else f"{seeds} seeds; ± is the standard deviation over seeds."
     )
     if main.scope == "personal":
-        note += " Own tests are small, and skewed as the client's data are."
+        note += f" Own tests are small, and skewed as the client's data are. {two_untouched(facts)}".rstrip()
     strong = frozenset(
         number
         for number, row in enumerate(found)
@@ -173,15 +174,15 @@ def types(facts: RunFacts) -> Section:
         if one.strategy == main.strategy and one.type_key != ALL_TYPES
     ]
     if not found:
-        return Section(
-            "types", "By type", how, missing="No client of any type has been tested yet."
-        )
+        return Section("types", "By type", how, missing="No client of any type was tested yet.")
     by_type: dict[str, list[TypeOutcome]] = {}
     for one in found:
         by_type.setdefault(one.type_key, []).append(one)
     lines = [_type_row(facts, key, group, main) for key, group in sorted(by_type.items())]
     heads = ["type", "before", "after", "worst tenth", "gain over untouched", "gain over alone"]
-    note = f"Gains in {main.points}, means over the type's clients."
+    note = (
+        f"Gains in {main.points}, means over the type's clients. Before: the test before round 1."
+    )
     numbers = frozenset(range(1, 6))
     table = Table(heads, lines, f"{main.title}: {main.name}", numbers, "table-types", note=note)
     shown = _models_charts(facts, main, sorted(by_type)[:12])
@@ -259,14 +260,10 @@ def _spreads(facts: RunFacts, main: Lead, found: Sequence[ClientOutcome]) -> lis
             ], STYLES[model], main.measure)
             for model in _MODELS
         ]  # fmt: skip
-        title = (
-            f"Clients of {name}: {main.name}"
-            if name != "all clients"
-            else f"All clients: {main.name}"
-        )
+        whose = "All clients" if name == "all clients" else f"Clients of {name}"
         drawn.append(
             DotChart(
-                title,
+                f"{whose}: {main.name}",
                 axis,
                 [row for row in models_of if row.dots],
             )
