@@ -100,6 +100,12 @@ def title_of(facts: RunFacts, strategy: str) -> str:
     return next((run.title for run in facts.runs if run.strategy == strategy), strategy) or strategy
 
 
+def own_name(facts: RunFacts, strategy: str) -> str:
+    """What a strategy's own models are: ``federated``, or ``lone`` where it shares nothing."""
+    kinds = {run.strategy: run.kind for run in facts.runs}
+    return "lone" if kinds.get(strategy) == ALONE else "federated"
+
+
 def style_of(facts: RunFacts, strategy: str) -> int:
     """The look of a strategy: the subject's is the federated one's."""
     if strategy == facts.identity.subject:

@@ -90,6 +90,10 @@ def test_a_test_between_rounds_is_what_it_has_reached(stopped: Path) -> None:
     rows = [row for row in read_facts(stopped).side_by_side if row.type_key == "all"]
     assert {row.kind: row.scores["accuracy"].mean for row in rows} == {"bare": 0.287, "alone": 0.4}
     assert list_runs(stopped.parent)[0].numbers == {"local_only": 0.4}
+    alone = {**CONFIG, "run": {"seeds": [0], "compare": ["local_only"]}}
+    (stopped / "config.yaml").write_text(json.dumps(alone))
+    seen = Seen(run_page(read_facts(stopped)))
+    assert "local only reaches 40.0" in seen.text["answer-results"]
 
 
 def test_the_list_says_how_many_strategies_are_over(stopped: Path) -> None:

@@ -167,12 +167,13 @@ def _results(facts: RunFacts, main: Lead) -> str:
         for row in compared(facts, main)
         if row.kind != FEDERATED or row.strategy == main.strategy
     }
-    if FEDERATED not in means and BARE in means:
+    kind = next((run.kind for run in facts.runs if run.strategy == main.strategy), FEDERATED)
+    if kind not in means and BARE in means:
         bare = f"untouched models reach {told(means[BARE], main.unit)} ({main.name}, mean over clients)"
         return f"No test of {main.title} after a round was answered yet; {bare}."
-    if FEDERATED not in means:
+    if kind not in means:
         return "" if facts.runs else "Nothing was measured."
-    ours = means.pop(FEDERATED)
+    ours = means.pop(kind)
     others = [
         f"{MODEL_NAMES.get(kind, kind.replace('_', ' '))} {told(value, main.unit)}"
         for kind, value in means.items()

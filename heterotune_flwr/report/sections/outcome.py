@@ -40,6 +40,7 @@ from heterotune_flwr.report.picks import (
     measured,
     number,
     outcomes,
+    own_name,
     rows,
     style_of,
     tone,
@@ -320,12 +321,13 @@ def _clients_table(facts: RunFacts, main: Lead) -> Table:
         )
     rest = f" The {left} clients between are left out here; report --csv has all." if left else ""
     seed = f" Seed {main.seed}." if len(facts.identity.seeds) > 1 else ""
-    note = f"Gains of the federated model, in {main.points}.{seed}{rest}"
+    own = own_name(facts, main.strategy)
+    note = f"Gains of the {own} model, in {main.points}.{seed}{rest}"
     heads = [
         "client",
         "untouched",
         "alone",
-        "federated",
+        own,
         "over untouched",
         "over alone",
         "took home",
