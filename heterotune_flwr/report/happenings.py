@@ -77,7 +77,9 @@ def happenings(files: RunFiles) -> list[Happening]:
     """In order; equal ones of a client in one strategy and seed are one entry, with the round of the first."""
     found: dict[tuple[object, ...], Happening] = {}
     starts = 0
-    last = max((p for p, e in enumerate(files.events) if e["event"] == "journal"), default=0)
+    last = max(
+        (p for p, e in enumerate(files.events) if e["event"] in ("starting", "journal")), default=0
+    )
     for place, event in enumerate(files.events):
         kind = event["event"]
         if event.get("torn_line") is True:

@@ -67,6 +67,9 @@ def stopped(tmp_path: Path) -> Path:
 
 def test_a_channel_off_before_its_strategy_starts_is_no_thing_of_the_past(stopped: Path) -> None:
     assert not [one for one in read_facts(stopped).happenings if one.undone]
+    going_on = [*STARTED, STOPPED, event("starting", what="a server")]
+    found = read_facts(write(stopped, going_on, "running")).happenings
+    assert next(one.text for one in found if one.kind == "failed").startswith("start 1 of the run")
     again = [*STARTED, STOPPED, STARTED[0], event("start", **KEY, clients=2)]
     found = read_facts(write(stopped, again)).happenings
     assert [one.kind for one in found if one.undone] == ["channel_off"]
