@@ -19,7 +19,7 @@ from heterotune_flwr.config.compose import INLINE, compose
 from heterotune_flwr.data.sources import columns_recognised
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.experiment import run_directory, with_absolute_paths
-from heterotune_flwr.federation.launcher import check_directory, launch
+from heterotune_flwr.federation.launcher import check_directory, check_writable, launch
 from heterotune_flwr.federation.resume import check_resumable, saved_config
 from heterotune_flwr.preflight import preflight, settle_bits
 from heterotune_flwr.reporting.progress import RunProgress
@@ -104,6 +104,7 @@ def new_config(config: str, overrides: Sequence[str], directory: Path | None) ->
     resolved.run.dir = str(place)
     resolved = with_absolute_paths(resolved)
     check_directory(place)
+    check_writable(place)
     return settle_bits(resolved)  # every process of the run takes the same bits
 
 

@@ -140,7 +140,6 @@ def check_directory(directory: Path) -> None:
         raise ConfigError(f"{directory} is no directory; name another one with --dir")
     check_free(directory)
     _check_empty(directory)
-    _check_writable(next(one for one in (directory, *directory.parents) if one.exists()))
 
 
 def _check_empty(directory: Path) -> None:
@@ -157,9 +156,10 @@ def _check_empty(directory: Path) -> None:
         )
 
 
-def _check_writable(place: Path) -> None:
-    """Make a file without a name where a run would write; rights alone do not tell of a closed file system."""
-    try:
+def check_writable(directory: Path) -> None:
+    """Refuse a run directory that cannot be made or written, before any work; changes nothing (ConfigError)."""
+    place = next(one for one in (directory, *directory.parents) if one.exists())
+    try:  # rights alone do not tell of a closed file system
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

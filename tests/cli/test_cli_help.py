@@ -14,6 +14,7 @@ from typer.models import ArgumentInfo, OptionInfo
 from typer.utils import get_params_from_function
 
 from heterotune_flwr.cli import app
+from heterotune_flwr.cli_help import at_work
 
 
 def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -56,3 +57,10 @@ def test_all_rooms_are_there() -> None:
     assert {("deploy", "init"), ("node", "check"), ("worker", "stop"), ("backbones", "prune"), ("run",)} <= {
         *COMMANDS
     }  # fmt: skip
+
+
+def test_a_terminal_is_told_at_once_that_work_has_begun_and_a_file_is_not(monkeypatch, capsys):
+    for terminal, expected in ((False, ""), (True, "reading the data ...\n")):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        at_work("reading the data")
+        assert capsys.readouterr().err == expected

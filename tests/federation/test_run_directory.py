@@ -26,6 +26,7 @@ from heterotune_flwr.federation.resume import FOLLOWER
 from heterotune_flwr.federation.staging import stage_app
 from heterotune_flwr.federation.superlink import tail
 from heterotune_flwr.programs import program, to_toml
+from heterotune_flwr.runs import new_config
 
 # The config value holds both kinds of quotes, a line break and an emoji: they must arrive unharmed.
 SETTINGS = 'yaml:prompt: "it\'s {text}" \n# \U0001f600 = "x"'
@@ -68,8 +69,8 @@ def test_results_of_an_earlier_run_are_never_overwritten(tmp_path: Path) -> None
 
 def test_a_place_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="/proc cannot be written"):
-        check_directory(Path("/proc/runs/mine"))  # closed to every user
-    check_directory(tmp_path / "new" / "mine")
+        new_config("quick", [], Path("/proc/runs/mine"))  # closed to every user
+    new_config("quick", [], tmp_path / "new" / "mine")
     assert not list(tmp_path.iterdir())
 
 
