@@ -106,6 +106,8 @@ def _curves(runs: Mapping[str, RunFacts]) -> Section:
         for over in ("rounds", "bytes"):
             lines = []
             for index, (name, facts) in enumerate(list(runs.items())[:_LINES]):
+                if measure not in ("train_loss", f"{mains[name].scope}_{mains[name].measure}"):
+                    continue
                 own = [
                     curve for curve in facts.curves
                     if (curve.measure, curve.strategy, curve.type_key) == (measure, mains[name].strategy, ALL_TYPES)
