@@ -66,7 +66,7 @@ class Case:
 _REAL = (
     "types=[{backbone: smollm2, bits: nf4, clients: 1}, {backbone: tiny-b, bits: int8, clients: 1}]",
     "data.examples_per_client=64", "data.personal_test_examples=24", "data.global_test_examples=16",
-    "alignment.count=300", "alignment.components=128", "method.latent=64", "train.local_steps=8",
+    "alignment.count=2000", "alignment.components=128", "method.latent=64", "train.local_steps=8",
 )  # fmt: skip
 _TEXT = ("data.generate=16", "data.personal_test_examples=32")
 CASES: Mapping[str, Case] = {
