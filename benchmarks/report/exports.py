@@ -33,9 +33,7 @@ def export() -> str:
             "Forms without this package. How much of the model's gain over the bare one, in mean loss, a LoRA of rank "
             "32 at most keeps, and how often it gives the model's answer. Whether the GGUF file is the merged model, "
             "and to whom. Both shares are on examples that it was not made from. A dash: neither the "
-            "federated model nor the one trained alone gains anything there. SmolLM2's cases have 364 texts to learn "
-            "from at most (`alignment.count=300`; the command takes 2,048), and learn in 2 of 30 blocks; which of "
-            "the two costs more was not told apart. "
+            "federated model nor the one trained alone gains anything there. "
             f"Smallest: {number(known, 'lora_gain_kept', 3)} and {number(known, 'lora_agreement', 3)}.",
             "science.export",
             table(("case", "type, model", "gain kept", "same answers", "examples", "GGUF read by"), forms),
