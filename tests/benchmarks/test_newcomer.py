@@ -18,7 +18,7 @@ def test_the_readme_leads_from_the_set_up_to_a_chat():
     found = newcomer.commands((ROOT / "README.md").read_text())
     assert found[0] == newcomer.SETUP
     steps = [line.partition("heterotune ")[2].split()[0] for line in found[1:]]
-    assert steps == ["new", "run", "export", "evaluate", "chat"]
+    assert steps == ["new", "data", "run", "export", "evaluate", "chat"]
 
 
 def test_the_data_are_such_as_the_readme_names(tmp_path):
