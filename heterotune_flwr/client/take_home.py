@@ -23,6 +23,7 @@ from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.protocol.messages import EvaluateRequest
 from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED
 from heterotune_flwr.tuning.choice import FEWEST, Scores, choose, without_choice
+from heterotune_flwr.tuning.evaluate import ExampleResults
 from heterotune_flwr.tuning.generation import rouge_by_example
 from heterotune_flwr.tuning.kept_model import (
     Choosing,
@@ -43,11 +44,15 @@ SHARES = (1.0, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True)
 class _Model:
-    """A candidate: its adapter's values, what acts beside it, and how it did on the tests asked."""
+    """A candidate: its adapter's values, what acts beside it, how it did on the tests asked.
+
+    ``chosen_by``: on the choosing set too, where that is known already.
+    """
 
     values: Tensors
     help: Help
-    tests: Sequence[Tested] = ()
+    tests: Sequence[Tested]
+    chosen_by: ExampleResults | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def _models(
     """What there is to choose from, each tested, the federated one last; and of which training the one alone is."""
     adapter, header = work.adapter, work.header
     reached = adapter.read()
-    help = _help(client, work)
+    help, chosen_by = _help(client, work)
     if help != HELPED:
         federated = _tests(client, request, work, help)
     alone, training = None, ""
@@ -126,21 +131,20 @@ def _models(
             continue
         adapter.load(tensors)
         models[name] = _Model(tensors, _HELP[name], _tests(client, request, work, _HELP[name]))
-    return models | {FEDERATED: _Model(reached, help, federated)}, training
+    return models | {FEDERATED: _Model(reached, help, federated, chosen_by)}, training
 
 
-def _help(client: Client, work: ClientWork) -> Help:
-    """Choose how much of what channels add acts beside the federated model, which the adapter holds.
+def _help(client: Client, work: ClientWork) -> tuple[Help, ExampleResults | None]:
+    """Choose how much of what channels add acts beside the federated model, which the adapter holds; how it does then.
 
     How sure of itself a classifier in closed form may be is known from no training: the choosing set tells.
     """
     encoded = client.encoded("choosing", work.header.seed)
     if len(encoded) < FEWEST or work.logits(encoded, "test") is None:
-        return HELPED
-    losses = {
-        share: by_example(client, work, "choosing", Help(True, share)).loss for share in SHARES
-    }
-    return Help(True, min(SHARES, key=lambda share: np.nan_to_num(losses[share], nan=np.inf)))
+        return HELPED, None
+    results = {share: by_example(client, work, "choosing", Help(True, share)) for share in SHARES}
+    best = min(SHARES, key=lambda share: np.nan_to_num(results[share].loss, nan=np.inf))
+    return Help(True, best), results[best]
 
 
 def _tests(client: Client, request: EvaluateRequest, work: ClientWork, help: Help) -> list[Tested]:
@@ -197,8 +201,11 @@ def _chosen(client: Client, work: ClientWork, models: dict[str, _Model]) -> tupl
         return without_choice(size)
     results = {}
     for name, model in models.items():
-        adapter.load(model.values)
-        results[name] = by_example(client, work, "choosing", model.help)
+        if model.chosen_by is None:
+            adapter.load(model.values)
+            results[name] = by_example(client, work, "choosing", model.help)
+        else:
+            results[name] = model.chosen_by
 
     def score(name: str) -> Scores | None:
         if task.kind == "labels":
