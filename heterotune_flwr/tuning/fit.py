@@ -83,7 +83,7 @@ def fit(
     if work.proximal:
         gradients = (Proximal(work.proximal, trained), *gradients)
     generators = _generators(losses, seed % 2**63)
-    told = torch.zeros(3, device=device)
+    told = torch.zeros(2, device=device)
     sound = torch.zeros(len(losses), device=device)  # steps in which each term was finite
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,7 +104,7 @@ def fit(
             optimizer.step()
             schedule.step()
     _check_finite(adapter.backbone.type_key, losses, sound.int().tolist(), steps)
-    _, accuracy, bounded = (told / steps).tolist()
+    accuracy, bounded = (told / steps).tolist()
     return TrainReport(
         examples=len(losses[0]),
         steps=steps,
@@ -139,9 +139,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of a step's losses, pass by pass.
 
-    Returns what the first one tells (loss, accuracy, bounded loss), and the value of each (as many as there are).
+    Returns what the first one tells (accuracy, bounded loss), and the value of each (as many as there are).
     """
-    told = torch.zeros(3, device=task.backbone.device)
+    told = torch.zeros(2, device=task.backbone.device)
     values = torch.zeros(len(losses), device=task.backbone.device)
     places = {id(term): at for at, term in enumerate(losses)}
     for term, part, batch in passes:
@@ -153,7 +153,7 @@ def _backward(
         loss.backward()  # type: ignore[no-untyped-call]
         values[places[id(term)]] += loss.detach()
         if term is losses[0]:
-            told += torch.stack((loss.detach(), right, bounded.detach()))
+            told += torch.stack((right, bounded.detach()))
     return told, values
 
 
