@@ -120,9 +120,9 @@ def distil(
     student = Student(task, reads, *_least_squares(task, train, reads, rank))
     fit(
         [student.down, student.up],
-        Loop(_STEPS, _RATE, examples_at_a_time(task, train)),
+        Loop(_STEPS, _RATE, _examples_at_a_time(task, train)),
         lambda chosen: divergence(student, train.part(chosen)),
-        lambda: mean(task, check, lambda chosen: divergence(student, check.part(chosen))),
+        lambda: _mean(student, check),
         range(len(train)),
         seed,
         report,
@@ -326,7 +326,7 @@ def fit(
             parameter.copy_(found)
 
 
-def examples_at_a_time(task: Task, lessons: Lessons) -> int:
+def _examples_at_a_time(task: Task, lessons: Lessons) -> int:
     """Of open text so many that their positions, each with the whole vocabulary's logits, are as many as labels'."""
     if task.kind == "labels":
         return _BATCH
@@ -334,15 +334,12 @@ def examples_at_a_time(task: Task, lessons: Lessons) -> int:
 
 
 @torch.no_grad()
-def mean(task: Task, lessons: Lessons, loss: Callable[[list[int]], Tensor]) -> float:
-    """Mean of a loss over all examples, some at a time."""
-    size = examples_at_a_time(task, lessons)
+def _mean(student: Student, lessons: Lessons) -> float:
+    """Mean divergence on all examples, some at a time."""
+    size = _examples_at_a_time(student.task, lessons)
     total, rows = 0.0, 0
     for start in range(0, len(lessons), size):
-        chosen = list(range(start, min(start + size, len(lessons))))
-        count = int(
-            torch.isin(lessons.owners, torch.tensor(chosen, device=lessons.owners.device)).sum()
-        )
-        total += float(loss(chosen)) * count
-        rows += count
+        part = lessons.part(list(range(start, min(start + size, len(lessons)))))
+        total += float(divergence(student, part)) * len(part.targets)
+        rows += len(part.targets)
     return total / rows
