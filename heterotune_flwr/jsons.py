@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from heterotune_flwr.fields import kinds
+from heterotune_flwr.fields import kinds, without_none
 from heterotune_flwr.names import safe_text
 
 
@@ -56,10 +55,9 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     """
     if kind is Any:
         return value
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+    kind, nullable = without_none(kind)
+    if nullable and value is None:
+        return None
     form, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if dataclasses.is_dataclass(form) and isinstance(value, dict):
         fields = kinds(form)  # type: ignore[arg-type]
