@@ -11,6 +11,7 @@ from typing import Any
 from heterotune_flwr.backbones.files import hash_file
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.fields import kinds
 from heterotune_flwr.jsons import parse_json, read_as
 from heterotune_flwr.protocol.metrics import MODEL_TITLES
 from heterotune_flwr.tuning.kept_model import ALONE, FEDERATED, KeptFacts, read_facts
@@ -88,13 +89,10 @@ def _checked(facts: ExportFacts) -> ExportFacts:
     """The facts, if each is of its kind (ValueError: one is not)."""
     if facts.model not in (FEDERATED, ALONE):
         raise ValueError(f"model is {str(facts.model)[:20]!r}, neither {FEDERATED} nor {ALONE}")
-    kinds = {"clients": int, "whole_type": bool, "bytes": dict[str, float], "outside": list[str]}
-    kinds["digests"] = dict[str, str]
-    found = {name: read_as(kind, getattr(facts, name), name) for name, kind in kinds.items()}
+    plain = {name: kind for name, kind in kinds(ExportFacts).items() if name != "record"}
+    found = {name: read_as(kind, getattr(facts, name), name) for name, kind in plain.items()}
     if found["clients"] < 1 or set(found["bytes"]) not in (set(), {"up", "down"}):
         raise ValueError("clients is below 1, or bytes has not just up and down")
-    if not isinstance(facts.conversion, dict):
-        raise ValueError("conversion is no dict")
     read_as(str, facts.conversion.get("form", ""), "conversion.form")
     return dataclasses.replace(facts, **found)
 
