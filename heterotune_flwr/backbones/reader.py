@@ -78,9 +78,7 @@ class Reader:
         """
         found: list[Tensor] = [torch.empty(0)] * len(prompts)
         longest = max(map(len, suffixes))
-        for length in sorted(
-            {len(prompt) for prompt in prompts}
-        ):  # of one length: nothing is padded
+        for length in sorted(set(map(len, prompts))):  # of one length: nothing is padded
             alike = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
             size = max(1, BATCH_TOKENS // (len(suffixes) * (length + longest)))
             for start in range(0, len(alike), size):
