@@ -87,23 +87,25 @@ def take_home(
     took, choosing = _chosen(client, work, models)
     record = _record(client, request, work, models, took, choosing)
     saved = _saved(_folder(client, work), record, log_of, training)
-    told = {
-        f"{name}_{key}": value
-        for name, model in models.items()
-        if name != FEDERATED
-        for key, value in merged(model.tests).items()
-    }
+    told = _told(models, [name for name in models if name != FEDERATED])
     tests = {name: model.tests for name, model in models.items()}
     if not saved or not client.guard.tells_choice(choosing.examples):
         return Taken("", told, tests)
     if models[FEDERATED].help != HELPED:  # chosen too
-        told |= {
-            f"{FEDERATED}_{key}": value for key, value in merged(models[FEDERATED].tests).items()
-        }
+        told |= _told(models, [FEDERATED])
     told["choosing_examples"] = float(choosing.examples)
     for name, measured in choosing.models.items():
         told |= {f"{name}_choosing_loss": measured.loss, f"{name}_choosing_error": measured.error}
     return Taken(took, told, tests)
+
+
+def _told(models: Mapping[str, _Model], names: Sequence[str]) -> dict[str, float]:
+    """Tests of some models as they travel: ``bare_personal_loss``, ..."""
+    return {
+        f"{name}_{key}": value
+        for name in names
+        for key, value in merged(models[name].tests).items()
+    }
 
 
 def _models(
