@@ -109,70 +109,43 @@ def _wire(facts: RunFacts) -> list[Block]:
 def memory(facts: RunFacts) -> Section:
     """Peak memory of clients' processes."""
     how = "The most memory a client's process held at once; in a simulation several clients share a process."
-    known = [
-        (one.type_key, one.client_id, one.peak_memory_mb)
-        for one in facts.clients
+    blocks = _memory_by_type(facts) or _memory_by_strategy(facts)
+    return Section("memory", "Memory", how, blocks, "No client told how much memory it used.")
+
+
+def _memory_by_type(facts: RunFacts) -> list[Block]:
+    """Of every client that told it; nothing where none did."""
+    by_type: dict[str, list[Dot]] = {}
+    for one in facts.clients:
+        if one.peak_memory_mb is not None:
+            dot = Dot(1e6 * one.peak_memory_mb, one.client_id)
+            by_type.setdefault(one.type_key, []).append(dot)
+    rows, lines = [], list[list[Cell | str]]()
+    for index, (key, dots) in enumerate(sorted(by_type.items())):
+        name = key or "unknown type"
+        peaks = [dot.value for dot in dots]
+        rows.append(dot_row(name, dots, index, "loss"))
+        least, most = told(min(peaks), "bytes"), told(max(peaks), "bytes")
+        lines.append([name, least, most, str(len(peaks))])
+    axis = Axis("peak memory of a client's process", "bytes", 0.0)
+    chart = DotChart("Peak memory by client and type", axis, rows)
+    heads = ["type", "least", "most", "clients"]
+    table = Table(heads, lines, "", frozenset({1, 2, 3}), "table-memory")
+    return [*charts(chart), table] if rows else []
+
+
+def _memory_by_strategy(facts: RunFacts) -> list[Block]:
+    """The largest of each strategy's clients; nothing where none is known."""
+    bars = [
+        Bar(one.title, 1e6 * one.peak_memory_mb, style_of(facts, one.strategy))
+        for one in facts.runs
         if one.peak_memory_mb is not None
     ]
-    runs = [one for one in facts.runs if one.peak_memory_mb is not None]
-    if not known and not runs:
-        return Section("memory", "Memory", how, missing="No client told how much memory it used.")
-    blocks: list[Block] = []
-    if known:
-        keys = sorted({key for key, _, _ in known})
-        rows = [
-            dot_row(
-                key or "unknown type",
-                [Dot(1e6 * peak, name) for own, name, peak in known if own == key],
-                index,
-                "loss",
-            )
-            for index, key in enumerate(keys)
-        ]
-        blocks += charts(
-            DotChart(
-                "Peak memory by client and type",
-                Axis("peak memory of a client's process", "bytes", 0.0),
-                rows,
-            )
-        )
-        lines: list[list[Cell | str]] = []
-        for key in keys:
-            peaks = sorted(1e6 * peak for own, _, peak in known if own == key)
-            lines.append(
-                [
-                    key or "unknown type",
-                    told(peaks[0], "bytes"),
-                    told(peaks[-1], "bytes"),
-                    str(len(peaks)),
-                ]
-            )
-        blocks.append(
-            Table(
-                ["type", "least", "most", "clients"],
-                lines,
-                "",
-                frozenset({1, 2, 3}),
-                "table-memory",
-            )
-        )
-    elif runs:
-        bars = [
-            Bar(one.title, 1e6 * (one.peak_memory_mb or 0.0), style_of(facts, one.strategy))
-            for one in runs
-        ]
-        blocks += charts(
-            BarChart(
-                "Peak memory by strategy",
-                Axis("peak memory of a client", "bytes", 0.0),
-                [BarGroup("", bars)],
-            )
-        )
-        peak_lines: list[list[Cell | str]] = [
-            [one.title, told(1e6 * (one.peak_memory_mb or 0.0), "bytes")] for one in runs
-        ]
-        blocks.append(Table(["strategy", "peak"], peak_lines, "", frozenset({1}), "table-memory"))
-    return Section("memory", "Memory", how, blocks)
+    axis = Axis("peak memory of a client", "bytes", 0.0)
+    chart = BarChart("Peak memory by strategy", axis, [BarGroup("", bars)])
+    lines: list[list[Cell | str]] = [[bar.name, told(bar.value, "bytes")] for bar in bars]
+    table = Table(["strategy", "peak"], lines, "", frozenset({1}), "table-memory")
+    return [*charts(chart), table] if bars else []
 
 
 def seconds(facts: RunFacts) -> Section:
