@@ -7,7 +7,7 @@ import math
 from markupsafe import Markup
 
 from heterotune_flwr.report.charts.kinds import HeatChart, told
-from heterotune_flwr.report.charts.svg import LETTER, WIDTH, clipped, drawing, element, text
+from heterotune_flwr.report.charts.svg import LETTER, WIDTH, clipped, drawing, element, middle, text
 
 #: Cells at least this wide have room for their number.
 _ROOMY = 27.0
@@ -28,11 +28,7 @@ def heat(chart: HeatChart) -> Markup:
     for number, name in enumerate(chart.columns):
         x, y = left + size * (number + 0.5) + 4, top - 6
         words = clipped(name, head - 8)
-        parts.append(
-            element(
-                "text", words, x=x, y=y, class_="tick", transform=f"rotate(-90 {x:.1f} {y:.1f})"
-            )
-        )
+        parts.append(text(x, y, words, "tick", transform=f"rotate(-90 {x:.1f} {y:.1f})"))
     most = _most(chart)
     for row, name in enumerate(chart.rows):
         y = top + tall * row
@@ -79,14 +75,5 @@ def _cell(
     ]
     number = words.removesuffix("\u00a0%").removesuffix(".0")
     if width >= _ROOMY and (value or chart.unit == "cosine"):
-        children.append(
-            element(
-                "text",
-                number,
-                x=x + width / 2,
-                y=y + height / 2 + 4,
-                class_="number",
-                text_anchor="middle",
-            )
-        )
+        children.append(middle(x + width / 2, y + height / 2 + 4, number, "number"))
     return element("g", *children, class_="cellbox")

@@ -51,10 +51,7 @@ def dots(chart: DotChart) -> Markup:
 
 def _dot_row(row: DotRow, x: Scale, top: float, axis: Axis) -> list[Markup]:
     facts = "" if row.mean is None else told(row.mean, axis.unit)
-    parts = [
-        text(0.0, top + 12, clipped(row.name, WIDTH - LETTER * (len(facts) + 2)), "name"),
-        text(WIDTH, top + 12, facts, "value", end=True),
-    ]
+    parts = _named(row.name, facts, top + 12)
     crowd = len(row.dots) > _CROWD
     for dot, offset in zip(row.dots, _beeswarm(row.dots, x, 2.2 if crowd else 5.0), strict=True):
         shown = marker(x(dot.value), top + 29 + offset, row.style, 2.2 if crowd else 3.6)
@@ -110,8 +107,7 @@ def _bar(bar: Bar, x: Scale, top: float, axis: Axis) -> list[Markup]:
     class_ = f"bar s{bar.style % STYLES}"
     parts = [
         marker(5.0, top + 9, bar.style, 3.6),
-        text(14.0, top + 13, clipped(bar.name, WIDTH - LETTER * (len(value) + 4)), "name"),
-        text(WIDTH, top + 13, value, "value", end=True),
+        *_named(bar.name, value, top + 13, 14.0),
         element("rect", x=0.0, y=top + 18, width=WIDTH, height=9.0, class_="track"),
         element(
             "rect",
@@ -127,6 +123,15 @@ def _bar(bar: Bar, x: Scale, top: float, axis: Axis) -> list[Markup]:
         parts.append(line(low, top + 22.5, high, top + 22.5, "spread"))
         parts += [line(place, top + 19, place, top + 26, "spread") for place in (low, high)]
     return parts
+
+
+def _named(name: str, value: str, y: float, start: float = 0.0) -> list[Markup]:
+    """A row's name from ``start`` on, cut before its value, which ends at the right."""
+    room = WIDTH - start - LETTER * (len(value) + 2)
+    return [
+        text(start, y, clipped(name, room), "name"),
+        text(WIDTH, y, value, "value", end=True),
+    ]
 
 
 def _scale(axis: Axis, x: Scale, top: float, bottom: float) -> list[Markup]:
@@ -151,8 +156,7 @@ def stacks(chart: StackChart) -> Markup:
     y += 6
     for (name, values), total in zip(chart.rows, sums, strict=True):
         shown = told(total, chart.unit)
-        parts.append(text(0.0, y + 12, clipped(name, WIDTH - LETTER * (len(shown) + 2)), "name"))
-        parts.append(text(WIDTH, y + 12, shown, "value", end=True))
+        parts += _named(name, shown, y + 12)
         parts += _cut(chart, values, total if chart.whole else longest, y + 17)
         y += 37
     return drawing("stacks", chart.title, y, parts)

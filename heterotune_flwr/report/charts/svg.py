@@ -73,8 +73,8 @@ def drawing(kind: str, title: str, height: float, parts: Iterable[Markup]) -> Ma
 
 def marker(x: float, y: float, style: int, size: float = 4.0) -> Markup:
     """A small figure: with its colour, what tells one subject from another."""
-    class_ = f"mark s{style % STYLES}"
     shape = style % STYLES
+    class_ = f"mark s{shape}"
     if shape == 0:
         return element("circle", cx=x, cy=y, r=size, class_=class_)
     outline = {
