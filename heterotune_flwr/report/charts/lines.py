@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 
 from markupsafe import Markup
 
-from heterotune_flwr.report.charts.kinds import Axis, Line, LineChart, told
+from heterotune_flwr.report.charts.kinds import Line, LineChart, told
 from heterotune_flwr.report.charts.scale import Scale, apart, ends, tick_text, ticks
 from heterotune_flwr.report.charts.svg import (
     LETTER,
@@ -34,8 +36,8 @@ def lines(chart: LineChart) -> Markup:
     names = max((len(one.name) for one in chart.lines), default=0)
     right = min(24 + LETTER * names, 132.0)
     xs = [x for one in chart.lines for x, _ in one.points]
-    ys = [y for one in chart.lines for _, y in one.points if math.isfinite(y)]
-    far = Axis(chart.x.label, chart.x.unit, chart.x.low, chart.x.high or max(xs, default=1.0))
+    ys = [y for one in chart.lines for _, y in one.points]
+    far = replace(chart.x, high=chart.x.high or max(xs, default=1.0))
     x = Scale(*ends(far, xs), _LEFT, WIDTH - right)
     y = Scale(*ends(chart.y, ys), _HEIGHT - _BOTTOM, _TOP)
     parts = [*_frame(chart, x, y), *_moments(chart, x)]
@@ -79,18 +81,16 @@ def _moments(chart: LineChart, x: Scale) -> list[Markup]:
 
 def _line(one: Line, x: Scale, y: Scale, chart: LineChart) -> Markup:
     style = one.style % STYLES
-    parts, pieces, piece = [], [], list[str]()
-    good = [(px, py) for px, py in one.points if math.isfinite(py)]
-    for px, py in one.points:
-        if math.isfinite(py):
-            piece.append(f"{x(px):.1f},{y(py):.1f}")
-        elif piece:
-            pieces.append(piece)
-            piece = []
-    parts += [
-        element("polyline", points=" ".join(found), class_=f"line s{style}")
-        for found in (*pieces, piece)
-        if len(found) > 1
+    good = _numbers(one.points)
+    pieces = [
+        [f"{x(px):.1f},{y(py):.1f}" for px, py in piece]
+        for is_number, piece in groupby(one.points, lambda point: math.isfinite(point[1]))
+        if is_number
+    ]
+    parts = [
+        element("polyline", points=" ".join(piece), class_=f"line s{style}")
+        for piece in pieces
+        if len(piece) > 1
     ]
     every = max(1, math.ceil(len(good) / _MARKERS))
     last = len(good) - 1
@@ -103,15 +103,19 @@ def _line(one: Line, x: Scale, y: Scale, chart: LineChart) -> Markup:
     return element("g", element("title", f"{clipped(one.name, 600)}{ended}"), *parts)
 
 
+def _numbers(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [point for point in points if math.isfinite(point[1])]
+
+
 def _names(shown: Sequence[Line], x: Scale, y: Scale, right: float) -> list[Markup]:
     """A name beside each line's last point; of lines that end at the right in a column, apart from each other."""
     ends_at = [
-        (one.name, good[-1])
+        (one.name, x(good[-1][0]), y(good[-1][1]))
         for one in shown
-        if (good := [p for p in one.points if math.isfinite(p[1])])
+        if (good := _numbers(one.points))
     ]
-    early = [(name, x(px), y(py)) for name, (px, py) in ends_at if x(px) < x.end - 70]
-    late = [(name, x(px), y(py)) for name, (px, py) in ends_at if x(px) >= x.end - 70]
+    early = [found for found in ends_at if found[1] < x.end - 70]
+    late = [found for found in ends_at if found[1] >= x.end - 70]
     parts = []
     beside = apart([py for _, _, py in early], LINE - 1, _TOP - 4, y.start)
     for (name, px, _), place in zip(early, beside, strict=True):
