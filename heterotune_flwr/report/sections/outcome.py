@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from heterotune_flwr.report.blocks import Block, Cell, Prose, Section, Table, charts
+from heterotune_flwr.report.blocks import Block, Cell, Prose, Section, Table, charts, plural
 from heterotune_flwr.report.charts.kinds import (
     Axis,
     Bar,
@@ -198,7 +198,7 @@ def _type_row(
         return average(getattr(each, part) for each in scopes if each is not None)
 
     about = next((one for one in facts.types if one.type_key == key), None)
-    facts_of = [f"{group[0].clients} clients" if group[0].clients != 1 else "1 client"]
+    facts_of = [plural(group[0].clients, "client")]
     if about and about.parameters:
         facts_of.append(f"{_millions(about.parameters)} parameters")
     facts_of += ["guest"] if about and about.guest else []
@@ -250,25 +250,19 @@ def _spreads(facts: RunFacts, main: Lead, found: Sequence[ClientOutcome]) -> lis
             if (value := measured(one, model, main)) is not None
         ],
     )
-    groups = [("all clients", found)] if len(keys) > 6 else [
-        (key, [one for one in found if one.type_key == key]) for key in keys
+    groups = [("All clients", found)] if len(keys) > 6 else [
+        (f"Clients of {key}", [one for one in found if one.type_key == key]) for key in keys
     ]  # fmt: skip
     drawn = []
-    for name, group in groups:
+    for whose, group in groups:
         models_of = [
             dot_row(MODEL_NAMES[model].capitalize(), [
                 Dot(value, one.client_id) for one in group if (value := measured(one, model, main)) is not None
             ], STYLES[model], main.measure)
             for model in _MODELS
         ]  # fmt: skip
-        whose = "All clients" if name == "all clients" else f"Clients of {name}"
-        drawn.append(
-            DotChart(
-                f"{whose}: {main.name}",
-                axis,
-                [row for row in models_of if row.dots],
-            )
-        )
+        shown = [row for row in models_of if row.dots]
+        drawn.append(DotChart(f"{whose}: {main.name}", axis, shown))
     return drawn
 
 
