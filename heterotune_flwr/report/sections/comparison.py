@@ -15,13 +15,10 @@ from heterotune_flwr.report.picks import (
     number,
     rows,
 )
-from heterotune_flwr.report.sections.course import axes, points
+from heterotune_flwr.report.sections.course import MOST_LINES, axes, points
 from heterotune_flwr.report.sections.opening import state_sentence, state_tone, trouble_sentence
 from heterotune_flwr.report.sections.outcome import models_table
 from heterotune_flwr.report.sections.trust import shown
-
-#: Runs whose lines can be told apart in one chart.
-_LINES = 8
 
 
 def comparison_sections(compared: Comparison) -> list[Section]:
@@ -105,7 +102,7 @@ def _curves(runs: Mapping[str, RunFacts]) -> Section:
     for measure in [*sorted(measures), "train_loss"]:
         for over in ("rounds", "bytes"):
             lines = []
-            for index, (name, facts) in enumerate(list(runs.items())[:_LINES]):
+            for index, (name, facts) in enumerate(list(runs.items())[:MOST_LINES]):
                 if measure not in ("train_loss", f"{mains[name].scope}_{mains[name].measure}"):
                     continue
                 own = [

@@ -31,7 +31,7 @@ from heterotune_flwr.report.picks import (
 )
 
 #: Lines that can be told apart in one chart.
-_LINES = 8
+MOST_LINES = 8
 
 
 def curves(facts: RunFacts) -> Section:
@@ -87,20 +87,24 @@ def axes(measure: str, over: str) -> tuple[Axis, Axis]:
     return x, Axis(measure_title(measure), unit_of(measure.partition("_")[2]))
 
 
-def _by_strategy(facts: RunFacts, measure: str, main: Lead, over: str) -> LineChart:
+def _strategies(facts: RunFacts, measure: str) -> dict[str, list[Curve]]:
+    """Every strategy's curves of a measure over all clients, seed by seed."""
     groups: dict[str, list[Curve]] = {}
     for curve in facts.curves:
         if curve.measure == measure and curve.type_key == ALL_TYPES:
             groups.setdefault(curve.strategy, []).append(curve)
+    return groups
+
+
+def _by_strategy(facts: RunFacts, measure: str, main: Lead, over: str) -> LineChart:
     lines = [
         Line(title_of(facts, strategy), points(group, over), style_of(facts, strategy))
-        for strategy, group in groups.items()
+        for strategy, group in _strategies(facts, measure).items()
     ]
     x, y = axes(measure, over)
-    name = "bytes" if over == "bytes" else "rounds"
-    title = f"{measure_title(measure)} over {name}, by strategy"
+    title = f"{measure_title(measure)} over {over}, by strategy"
     marks = _phase(facts, main) if over == "rounds" else []
-    return LineChart(title[0].upper() + title[1:], x, y, lines[:_LINES], marks)
+    return LineChart(title[0].upper() + title[1:], x, y, lines[:MOST_LINES], marks)
 
 
 def _phase(facts: RunFacts, main: Lead) -> list[tuple[float, str]]:
@@ -129,16 +133,13 @@ def _by_type(facts: RunFacts, measure: str, main: Lead) -> LineChart:
         f"{main.title}: {measure_title(measure)} over rounds, by type",
         x,
         y,
-        lines[:_LINES],
+        lines[:MOST_LINES],
         _phase(facts, main),
     )
 
 
 def _curve_table(facts: RunFacts, measure: str, main: Lead) -> list[Block]:
-    groups: dict[str, list[Curve]] = {}
-    for curve in facts.curves:
-        if curve.measure == measure and curve.type_key == ALL_TYPES and curve.rounds:
-            groups.setdefault(curve.strategy, []).append(curve)
+    groups = _strategies(facts, measure)
     if not groups:
         return []
     lines: list[list[Cell | str]] = []
@@ -222,14 +223,18 @@ def agreement(facts: RunFacts) -> Section:
 
 def _series(one: Agreement, values: Mapping[str, Sequence[float | None]]) -> list[Line]:
     lines = []
-    for index, (name, row) in enumerate(list(values.items())[:_LINES]):
-        points = [
-            (float(place), value)
-            for place, value in zip(one.rounds, row, strict=False)
-            if value is not None
-        ]
-        lines.append(Line(_pair(name), points, index))
+    for index, (name, row) in enumerate(list(values.items())[:MOST_LINES]):
+        lines.append(Line(_pair(name), _known(one, row), index))
     return [line for line in lines if line.points]
+
+
+def _known(one: Agreement, values: Sequence[float | None]) -> list[tuple[float, float]]:
+    """Points (round, value) of the rounds that have one."""
+    return [
+        (float(place), value)
+        for place, value in zip(one.rounds, values, strict=False)
+        if value is not None
+    ]
 
 
 def _pair(name: str) -> str:
@@ -253,18 +258,10 @@ def _step(one: Agreement) -> LineChart:
 
 
 def _conflicts(one: Agreement) -> LineChart:
-    points = [
-        (float(place), value)
-        for place, value in zip(one.rounds, one.conflict_rate, strict=False)
-        if value is not None
-    ]
     y = Axis("pairs of types that pull apart", "share", 0.0, 1.0)
-    return LineChart(
-        f"Conflict rate over rounds, {_where(one)}",
-        Axis("round", "count", 0.0),
-        y,
-        [Line("conflicts", points, 1)],
-    )
+    title = f"Conflict rate over rounds, {_where(one)}"
+    line = Line("conflicts", _known(one, one.conflict_rate), 1)
+    return LineChart(title, Axis("round", "count", 0.0), y, [line])
 
 
 def _last(one: Agreement) -> HeatChart:
