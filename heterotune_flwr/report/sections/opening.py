@@ -22,6 +22,7 @@ from heterotune_flwr.report.measured import ALONE, BARE, FEDERATED
 from heterotune_flwr.report.picks import (
     MODEL_NAMES,
     Lead,
+    Row,
     compared,
     gain,
     lead,
@@ -137,11 +138,7 @@ def _happened(facts: RunFacts) -> str:
 
 def _figures(facts: RunFacts, main: Lead) -> list[Figure]:
     """One number a kind of model; the best one stands out, if it is better than all others."""
-    kinds = {
-        row.kind: row
-        for row in compared(facts, main)
-        if row.kind != FEDERATED or row.strategy == main.strategy
-    }
+    kinds = _glance(facts, main)
     values = {kind: row.mean(main.scope, main.measure) or 0.0 for kind, row in kinds.items()}
     best = _best(values, main)
     return [
@@ -155,6 +152,15 @@ def _figures(facts: RunFacts, main: Lead) -> list[Figure]:
     ]
 
 
+def _glance(facts: RunFacts, main: Lead) -> dict[str, Row]:
+    """Every kind of model with its row; of federated ones the subject's."""
+    return {
+        row.kind: row
+        for row in compared(facts, main)
+        if row.kind != FEDERATED or row.strategy == main.strategy
+    }
+
+
 def _best(values: dict[str, float], main: Lead) -> list[str]:
     """The kinds of models with the best number."""
     top = (min if main.measure == "loss" else max)(values.values(), default=None)
@@ -162,11 +168,8 @@ def _best(values: dict[str, float], main: Lead) -> list[str]:
 
 
 def _results(facts: RunFacts, main: Lead) -> str:
-    means = {
-        row.kind: row.mean(main.scope, main.measure) or 0.0
-        for row in compared(facts, main)
-        if row.kind != FEDERATED or row.strategy == main.strategy
-    }
+    kinds = _glance(facts, main)
+    means = {kind: row.mean(main.scope, main.measure) or 0.0 for kind, row in kinds.items()}
     kind = next((run.kind for run in facts.runs if run.strategy == main.strategy), FEDERATED)
     if kind not in means and BARE in means:
         bare = f"untouched models reach {told(means[BARE], main.unit)} ({main.name}, mean over clients)"
