@@ -100,6 +100,12 @@ def title_of(facts: RunFacts, strategy: str) -> str:
     return next((run.title for run in facts.runs if run.strategy == strategy), strategy) or strategy
 
 
+def with_seed(facts: RunFacts, title: str, seed: int | None) -> str:
+    """A strategy's title, and which seed's it is where a run has several."""
+    several = len(facts.identity.seeds) > 1 and seed is not None
+    return f"{title}, seed {seed}" if several else title
+
+
 def own_name(facts: RunFacts, strategy: str) -> str:
     """What a strategy's own models are: ``federated``, or ``lone`` where it shares nothing."""
     kinds = {run.strategy: run.kind for run in facts.runs}

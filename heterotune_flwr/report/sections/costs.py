@@ -14,7 +14,7 @@ from heterotune_flwr.report.charts.kinds import (
     told,
 )
 from heterotune_flwr.report.facts import RunFacts, Traffic
-from heterotune_flwr.report.picks import style_of, title_of
+from heterotune_flwr.report.picks import style_of, title_of, with_seed
 from heterotune_flwr.report.sections.outcome import dot_row
 
 _PARTS = ("training, up", "training, down", "tests, up", "tests, down", "once, up", "once, down")
@@ -62,8 +62,7 @@ def traffic(facts: RunFacts) -> Section:
 
 
 def _run_name(facts: RunFacts, one: Traffic) -> str:
-    name = title_of(facts, one.strategy)
-    return f"{name}, seed {one.seed}" if len(facts.identity.seeds) > 1 else name
+    return with_seed(facts, title_of(facts, one.strategy), one.seed)
 
 
 def _split(one: Traffic) -> list[float]:
@@ -162,12 +161,11 @@ def seconds(facts: RunFacts) -> Section:
     owners = list(dict.fromkeys((one.strategy, one.seed) for one in facts.phases))
     there = {one.name for one in facts.phases}
     names = [*(name for name in _PHASES if name in there), *sorted(there - set(_PHASES))]
-    many = len(facts.identity.seeds) > 1
     rows = []
     for strategy, seed in owners:
         mine = [one for one in facts.phases if (one.strategy, one.seed) == (strategy, seed)]
         name = title_of(facts, strategy) if strategy else "shared set-up"
-        label = f"{name}, seed {seed}" if many and seed is not None else name
+        label = with_seed(facts, name, seed)
         rows.append(
             (label, [sum(one.seconds for one in mine if one.name == part) for part in names])
         )

@@ -19,7 +19,7 @@ from heterotune_flwr.report.blocks import (
 )
 from heterotune_flwr.report.facts import Happening, RunFacts, SettingFact
 from heterotune_flwr.report.identity import on_a_page
-from heterotune_flwr.report.picks import left_as, origin_of, title_of
+from heterotune_flwr.report.picks import left_as, origin_of, title_of, with_seed
 from heterotune_flwr.report.sections.opening import moment
 
 #: Events with a row of their own; of more the last ones.
@@ -88,10 +88,9 @@ def trouble(facts: RunFacts) -> Section:
 
 def _strategies(facts: RunFacts) -> Table:
     """How far each strategy got."""
-    many = len(facts.identity.seeds) > 1
     lines: list[list[Cell | str]] = []
     for one in facts.runs:
-        name = f"{one.title}, seed {one.seed}" if many else one.title
+        name = with_seed(facts, one.title, one.seed)
         tone = {"finished": "good", "unfinished": "bad"}.get(one.state, "quiet")
         rounds = (
             str(one.rounds_done)
