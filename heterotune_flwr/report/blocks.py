@@ -46,9 +46,10 @@ class Table:
     @property
     def brief(self) -> frozenset[int]:
         """Columns whose cells are short: on a phone several of them stand beside each other."""
+        cells = self.cells
         texts = {
             place for place in range(1, len(self.columns))
-            if all(len(row[place].text) <= _BRIEF and not row[place].small for row in self.cells)
+            if all(len(row[place].text) <= _BRIEF and not row[place].small for row in cells)
         }  # fmt: skip
         return self.numbers | texts
 
