@@ -45,7 +45,8 @@ def held() -> str:
 
 def measured() -> str:
     """Real families, all rows that were run, floor and ceiling."""
-    suites = {name: suites_of()[name] for name in REAL}
+    every = suites_of()
+    suites = {name: every[name] for name in REAL}
     bare = load_results("zero_shot")["real_mixed"]
     counts = [2, 2, 3, 3]
     floor = [

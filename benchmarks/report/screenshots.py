@@ -1,17 +1,16 @@
 """The pictures of the report page in ``docs/images``, from a real run.
 
-heterotune run demo --dir /tmp/shown
-python -m benchmarks.report.screenshots /tmp/shown
+heterotune run demo --dir shown
+python -m benchmarks.report.screenshots shown
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from benchmarks.report.browser import browser, look, picture
-from benchmarks.runner import ROOT
+from benchmarks.runner import ROOT, arguments, say
 from heterotune_flwr.report.page import run_page
 from heterotune_flwr.report.read import read_facts
 
@@ -29,9 +28,7 @@ _SCALE = 1.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("run", type=Path, help="directory of a finished run")
     run = parser.parse_args().run
     IMAGES.mkdir(exist_ok=True)
@@ -49,7 +46,7 @@ def main() -> None:
             )
             picture(opened, IMAGES / name, max(left - 24, 0), top, min(bottom - top, most))
             size = (IMAGES / name).stat().st_size
-            print(f"{name}: {size / 1000:.0f} kB")
+            say(f"{name}: {size / 1000:.0f} kB")
             assert size < LARGEST, f"{name} has {size} bytes, more than {LARGEST}"
 
 
