@@ -161,24 +161,16 @@ def seconds(facts: RunFacts) -> Section:
     owners = list(dict.fromkeys((one.strategy, one.seed) for one in facts.phases))
     there = {one.name for one in facts.phases}
     names = [*(name for name in _PHASES if name in there), *sorted(there - set(_PHASES))]
-    rows = []
+    parts = [_PHASES.get(name, name) for name in names]
+    rows, lines = [], list[list[Cell | str]]()
     for strategy, seed in owners:
         mine = [one for one in facts.phases if (one.strategy, one.seed) == (strategy, seed)]
         name = title_of(facts, strategy) if strategy else "shared set-up"
         label = with_seed(facts, name, seed)
-        rows.append(
-            (label, [sum(one.seconds for one in mine if one.name == part) for part in names])
-        )
-    parts = [_PHASES.get(name, name) for name in names]
-    lines: list[list[Cell | str]] = []
-    for (label, values), (strategy, seed) in zip(rows, owners, strict=True):
-        own = [
-            one.clients_seconds
-            for one in facts.phases
-            if (one.strategy, one.seed) == (strategy, seed)
-        ]
-        computed = [value for value in own if value is not None]
+        values = [sum(one.seconds for one in mine if one.name == part) for part in names]
         longest = max(range(len(values)), key=lambda index: values[index])
+        computed = [one.clients_seconds for one in mine if one.clients_seconds is not None]
+        rows.append((label, values))
         lines.append([label, told(sum(values), "seconds"), f"{parts[longest]} ({told(values[longest], 'seconds')})",
                       told(sum(computed), "seconds") if computed else "–"])  # fmt: skip
     table = Table(
