@@ -199,7 +199,7 @@ def _journalled(
     journal: Journal, config: Config, grid: Grid, context: Context, resuming: bool
 ) -> dict[str, Any]:
     try:
-        journal.event("asked", **asdict(_asked(context)))
+        journal.event("settings", **asdict(_asked(context)))
         # Without the directory, so that running the saved file repeats the run in a new one.
         own_place = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=None))
         journal.config(to_yaml(own_place))

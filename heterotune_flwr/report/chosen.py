@@ -15,14 +15,14 @@ from heterotune_flwr.schema import Config, TypeConfig
 
 def settings(files: RunFiles) -> tuple[str, list[SettingFact]]:
     """The preset that the run was made from, and every setting with its origin; of strategies those compared."""
-    asked = [event for event in files.of("asked") if "said" in event]  # others are of rounds
-    said = {str(path) for event in asked for path in as_list(event.get("said"))}
-    preset = str(asked[0].get("preset") or "") if asked else ""
+    told = files.of("settings")
+    said = {str(path) for event in told for path in as_list(event.get("said"))}
+    preset = str(told[0].get("preset") or "") if told else ""
     known = _known(files)
     found = []
     for path, value in _flat(files):
         default, text = known.get(path, (None, ""))
-        if not asked:
+        if not told:
             origin = "unknown"
         elif any(path == own or path.startswith(f"{own}.") for own in said):
             origin = "user"

@@ -80,7 +80,7 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path, capsys):
     one_client_each = ["unchecked"] * 3
     assert kinds[:10] == [
         "journal",
-        "asked",
+        "settings",
         "asking",
         "describe",
         "aligning",
