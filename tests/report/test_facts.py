@@ -25,6 +25,7 @@ from heterotune_flwr.report.listing import list_runs
 from heterotune_flwr.report.page import run_page
 from heterotune_flwr.report.read import read_facts
 from heterotune_flwr.report.tables import write_csv
+from heterotune_flwr.reporting.status import read_status
 
 Facts = dict[str, Any]
 SUBJECT = "heterotune"
@@ -456,11 +457,20 @@ def test_the_wait_for_clients_and_their_maps_is_no_test(copy: Path, told: Facts)
     assert seconds["aligning"] >= 200
 
 
-def test_without_a_word_on_settings_nobody_is_said_to_have_chosen_them(copy: Path) -> None:
+@pytest.mark.parametrize("instead", [None, "asked"])  # an unreleased program wrote it as `asked`
+def test_without_a_word_on_settings_nobody_is_said_to_have_chosen_them(
+    copy: Path, instead: str | None
+) -> None:
     journal = copy / "rounds.jsonl"
-    lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(line for line in lines if '"said"' not in line))
+    kept = []
+    for line in journal.read_text().splitlines(keepends=True):
+        if '"said"' not in line:
+            kept.append(line)
+        elif instead:
+            kept.append(line.replace('"settings"', f'"{instead}"', 1))
+    journal.write_text("".join(kept))
     assert {setting.origin for setting in read_facts(copy).settings} == {"unknown"}
+    assert read_status(copy).state == "finished"
 
 
 def test_the_page_says_of_own_data_no_place_on_this_machine(copy: Path) -> None:
