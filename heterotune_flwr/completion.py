@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def presets(incomplete: str) -> list[tuple[str, str]]:
     """Shipped presets and what each is for."""
@@ -12,10 +14,9 @@ def presets(incomplete: str) -> list[tuple[str, str]]:
 
 def run_directories(incomplete: str) -> list[str]:
     """Runs below ``~/heterotune-runs``, newest first; of other places the shell itself completes paths."""
-    from heterotune_flwr.experiment import run_directory
-    from heterotune_flwr.schema import Config
+    from heterotune_flwr.schema import RUNS_FOLDER
 
-    root = run_directory(Config()).parent
+    root = Path(RUNS_FOLDER).expanduser()
     if not root.is_dir():
         return []
     runs = [path for path in root.iterdir() if (path / "config.yaml").is_file()]

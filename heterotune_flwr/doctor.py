@@ -26,10 +26,9 @@ from heterotune_flwr.deploy.layout import INTERNAL_PORT
 from heterotune_flwr.deploy.machine_checks import device_found, port_taken, written_folder
 from heterotune_flwr.deploy.versions import LIBRARIES, MISSING, installed_versions
 from heterotune_flwr.errors import HeteroTuneError
-from heterotune_flwr.experiment import run_directory
 from heterotune_flwr.federation.superlink import free_port
 from heterotune_flwr.programs import program
-from heterotune_flwr.schema import Config
+from heterotune_flwr.schema import RUNS_FOLDER
 
 #: What Flower, Ray and a run's server take beside its workers [GB].
 _SERVER_GB = 1.0
@@ -145,7 +144,7 @@ def _folders() -> Iterator[Finding]:
     """Where is written: the cache, runs, and what programs keep for a while."""
     places = {
         "cache": (cache_dir(), "set HETEROTUNE_CACHE to a folder elsewhere"),
-        "runs": (run_directory(Config()).parent, "name another folder: heterotune run ... --dir"),
+        "runs": (Path(RUNS_FOLDER).expanduser(), "name another folder: heterotune run ... --dir"),
         "temporary": (Path(tempfile.gettempdir()), "set TMPDIR to a folder elsewhere"),
     }
     for name, (folder, mend) in places.items():

@@ -31,7 +31,7 @@ from heterotune_flwr.program_version import versions
 from heterotune_flwr.quiet import hush
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.tables import final_table
-from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, Config
+from heterotune_flwr.schema import NATURAL_INSTRUCTIONS, RUNS_FOLDER, Config
 from heterotune_flwr.strategies.build import build_strategy, check_strategies
 from heterotune_flwr.track.trackers import check_trackers
 from heterotune_flwr.track.tracking import LiveTracking
@@ -42,7 +42,7 @@ def run_directory(config: Config) -> Path:
     if config.run.dir is not None:
         return Path(config.run.dir).expanduser().resolve()
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path.home() / "heterotune-runs" / f"{config.run.name}-{stamp}"
+    return Path(RUNS_FOLDER).expanduser() / f"{config.run.name}-{stamp}"
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -19,6 +19,8 @@ BITS = ("nf4", "nf4-single", "int8", "bf16", "fp32")
 AUTO = "auto"
 #: How numbers travel (:mod:`.exchange.codecs`); ``topk`` sends the largest alone.
 CODECS = ("bf16", "fp16", "fp32", "int8", "nf4", "topk")
+#: Where runs go whose directory nobody names.
+RUNS_FOLDER = "~/heterotune-runs"
 
 
 @dataclass
