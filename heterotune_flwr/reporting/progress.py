@@ -60,7 +60,6 @@ class RunProgress(Display):
         self.console = console or Console()
         self.lines = LastingLines(config.alignment)
         self.follower = Follower(Standing(config.run.dir or "", "running"), Plan.of(config))
-        self._began = time.time()
         self._last_line, self._last_passing = time.monotonic(), -math.inf
         self._live: Live | None = None
         self._over = threading.Event()
@@ -68,9 +67,8 @@ class RunProgress(Display):
 
     def __enter__(self) -> Self:
         """Start the display."""
-        self._began = time.time()
         if self.console.is_terminal:
-            view = LiveView(self.follower, self._began)
+            view = LiveView(self.follower, began=time.time())
             self._live = Live(view, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
         else:
@@ -99,9 +97,8 @@ class RunProgress(Display):
     def _line(self, text: str) -> None:
         """Write a line; above the live view, where there is one."""
         self._last_line = time.monotonic()
-        wrapped = (
-            self._live is None
-        )  # a file's reader wraps lines; on a terminal they break between words
+        # A file's reader wraps lines; on a terminal they break between words.
+        wrapped = self._live is None
         self.console.print(printable(text), soft_wrap=wrapped, highlight=False, markup=False)
 
     def _passing(self, text: str) -> None:
