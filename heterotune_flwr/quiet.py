@@ -9,12 +9,15 @@ import warnings
 
 #: Libraries whose warnings are about their own inside, and nobody's to mend here.
 _CHATTY = ("bitsandbytes", "datasets", "flwr", "peft", "ray", "torch", "transformers")
+#: Those of them that set their own level when they are imported, by these variables.
+_VERBOSITY = ("DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 
 
 @functools.cache
 def hush() -> None:
     """Silence the warnings of :data:`_CHATTY` in this process; errors are still told."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for variable in _VERBOSITY:
+        os.environ.setdefault(variable, "error")
     for name in _CHATTY:
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
         logging.getLogger(name).setLevel(logging.ERROR)
