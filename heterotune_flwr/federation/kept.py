@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from heterotune_flwr.protocol.metrics import FEDERATED, MEASURED, MODELS, metric_of
+from heterotune_flwr.protocol.metrics import FEDERATED, MEASURED, MODELS, TESTS, metric_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Kept:
         choosing: dict[str, Any] = {"examples": int(metrics.get("choosing_examples", 0))}
         for name in sorted(metrics, key=lambda name: name.startswith(f"{FEDERATED}_")):
             (model, scope, measure), value = metric_of(name), metrics[name]
-            if scope in ("personal", "global") and measure in MEASURED:
+            if scope in TESTS and measure in MEASURED:
                 tests.setdefault(model, {})[f"{scope}_{measure}"] = value
             elif scope == "choosing" and measure != "examples":
                 choosing.setdefault(model, {})[measure] = value

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from heterotune_flwr.federation.kept import Kept, summary
-from heterotune_flwr.protocol.metrics import MEASURED
+from heterotune_flwr.protocol.metrics import MEASURED, TESTS
 
-MEASURES = tuple(f"{scope}_{name}" for scope in ("global", "personal") for name in MEASURED)
+MEASURES = tuple(f"{scope}_{name}" for scope in TESTS for name in MEASURED)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import printable
-from heterotune_flwr.protocol.metrics import MODELS
+from heterotune_flwr.protocol.metrics import MODELS, TESTS
 
 #: What a request may ask for, and an owner allow: counts of labels, texts of examples and answers.
 COUNTS, TEXTS = "counts", "texts"
@@ -22,7 +22,6 @@ COUNTS, TEXTS = "counts", "texts"
 SHOWN, LETTERS, CLIENTS = 3, 500, 8
 #: Letters of it all.
 _LONGEST = 1 << 18
-_SCOPES = ("global", "personal")
 #: No count is larger.
 _MOST = 1 << 40
 
@@ -117,7 +116,7 @@ def _label_counts(told: Any, labels: int) -> list[int]:
 
 def _confusion(told: Any, labels: int) -> dict[str, dict[str, Pairs]]:
     found: dict[str, dict[str, Pairs]] = {}
-    for scope, models in _entries(told, _SCOPES):
+    for scope, models in _entries(told, TESTS):
         for model, pairs in _entries(models, MODELS):
             if not isinstance(pairs, list) or len(pairs) > labels**2:
                 raise ExchangeError("more mistakes told of its test than there can be")

@@ -9,7 +9,9 @@ BARE, ALONE, FEDERATED = "bare", "alone", "federated"
 MODELS = (BARE, ALONE, FEDERATED)
 #: What people read for them.
 MODEL_TITLES = {BARE: "untouched", ALONE: "alone", FEDERATED: "federated"}
-SCOPES = ("global", "personal", "choosing")
+#: The common test, and a client's own.
+TESTS = ("global", "personal")
+SCOPES = (*TESTS, "choosing")
 #: What is measured in a test; the last two where answers are generated.
 MEASURED = ("accuracy", "loss", "exact_match", "rouge_l")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from heterotune_flwr.protocol.metrics import MODELS
+
+BARE, ALONE, FEDERATED = MODELS
+MAJORITY, WITHIN_TYPE = "majority", "within_type"
 #: Kinds of rows that stand side by side, from the floor up.
-BARE, MAJORITY, ALONE, WITHIN_TYPE, FEDERATED = (
-    "bare", "majority", "alone", "within_type", "federated",
-)  # fmt: skip
 KINDS = (BARE, MAJORITY, ALONE, WITHIN_TYPE, FEDERATED)
 #: In ``type_key`` of a number over all types.
 ALL_TYPES = "all"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from heterotune_flwr.jsons import as_list, as_mapping, as_number
-from heterotune_flwr.protocol.metrics import MEASURED, MODELS
+from heterotune_flwr.protocol.metrics import MEASURED, MODELS, TESTS
 from heterotune_flwr.report.facts import StrategyRun
 from heterotune_flwr.report.files import RunFiles, key_of
 from heterotune_flwr.report.majority import majority_rows
@@ -27,7 +27,6 @@ from heterotune_flwr.report.measured import (
     TypeOutcome,
 )
 
-SCOPES = ("global", "personal")
 Tests = dict[str, dict[str, float]]
 
 
@@ -44,7 +43,7 @@ def spread(values: Iterable[float], measure: str) -> Spread | None:
 def tests_of(entry: Mapping[str, Any]) -> Tests:
     """``global``, ``personal`` -> measure -> value, of fields like ``personal_loss``; empty scopes are left out."""
     found: Tests = {}
-    for scope in SCOPES:
+    for scope in TESTS:
         for measure in MEASURED:
             if (value := as_number(entry.get(f"{scope}_{measure}"))) is not None:
                 found.setdefault(scope, {})[measure] = value
@@ -195,7 +194,7 @@ def _type_outcome(
 
 def _spreads(statistics: Mapping[str, Any]) -> dict[str, dict[str, Spread]]:
     found: dict[str, dict[str, Spread]] = {}
-    for scope in SCOPES:
+    for scope in TESTS:
         for measure in MEASURED:
             name = f"{scope}_{measure}"
             if (mean := as_number(statistics.get(f"{name}_mean"))) is not None:
@@ -263,7 +262,7 @@ def _rows(
     found = []
     for type_key in (ALL_TYPES, *sorted({one.type_key for one in outcomes})):
         own = [one for one in outcomes if type_key in (ALL_TYPES, one.type_key)]
-        for scope in SCOPES:
+        for scope in TESTS:
             measured = [one for one in own if model not in one.elsewhere]
             tests = [one.models.get(model, {}).get(scope, {}) for one in measured]
             scores = {

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from heterotune_flwr.protocol.metrics import MODEL_TITLES
 from heterotune_flwr.report.charts.kinds import Unit, told
 from heterotune_flwr.report.facts import RunFacts, SettingFact
 from heterotune_flwr.report.measured import (
@@ -29,7 +30,7 @@ MEASURE_NAMES = {
     "loss": "loss",
 }
 SCOPE_NAMES = {"global": "common test", "personal": "own tests"}
-MODEL_NAMES = {BARE: "untouched", ALONE: "alone", FEDERATED: "federated", "taken": "taken home"}
+MODEL_NAMES = {**MODEL_TITLES, "taken": "taken home"}
 #: The look of a row, the same all over the page.
 STYLES = {FEDERATED: 0, WITHIN_TYPE: 1, ALONE: 2, BARE: 3, MAJORITY: 4}
 #: Looks of further strategies.

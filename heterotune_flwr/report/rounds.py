@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
-from heterotune_flwr.protocol.metrics import MEASURED
+from heterotune_flwr.protocol.metrics import MEASURED, TESTS
 from heterotune_flwr.report.facts import Agreement, Alignment, ChannelFacts, StrategyRun
 from heterotune_flwr.report.files import RunFiles, key_of
 from heterotune_flwr.report.measured import ALL_TYPES, Curve
@@ -40,7 +40,7 @@ def curves(files: RunFiles, runs: Sequence[StrategyRun]) -> list[Curve]:
         for entry in entries(files, run, "evaluate"):
             number = as_whole(entry.get("round"))
             for type_key, part in _parts(entry, as_mapping(entry.get("overall"))):
-                for scope in ("global", "personal"):
+                for scope in TESTS:
                     for name in MEASURED:
                         value = part.get(f"{scope}_{name}_mean")
                         _add(found, run, f"{scope}_{name}", type_key, number, value, moved)

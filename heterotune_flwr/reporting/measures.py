@@ -10,7 +10,7 @@ from typing import Any
 
 from heterotune_flwr.errors import FederationError
 from heterotune_flwr.jsons import as_mapping, parse_json
-from heterotune_flwr.protocol.metrics import MODEL_TITLES
+from heterotune_flwr.protocol.metrics import MODEL_TITLES, TESTS
 
 #: What a measure is called in a title.
 MEASURE_TITLES = {"accuracy": "Accuracy", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
@@ -69,8 +69,8 @@ def measures_taken(results: Mapping[str, Any], personal: bool = True) -> list[st
 
     The accuracy of a generated answer is that of all its tokens at once, which says little.
     """
-    scopes = ("global", "personal") if personal else ("global",)
-    generated = any(has_measure(results, f"{scope}_rouge_l") for scope in ("global", "personal"))
+    scopes = TESTS if personal else ("global",)
+    generated = any(has_measure(results, f"{scope}_rouge_l") for scope in TESTS)
     measures = ("rouge_l", "exact_match") if generated else ("accuracy", "exact_match")
     names = [f"{scope}_{measure}" for measure in measures for scope in scopes]
     return [name for name in names if name == "global_accuracy" or has_measure(results, name)]
