@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,14 +37,18 @@ def curves(files: RunFiles, runs: Sequence[StrategyRun]) -> list[Curve]:
             moved[number] = None if up is None or down is None else int(up + down)
             for type_key, part in _parts(entry, entry):
                 for name in ("loss", "accuracy"):
-                    _add(found, run, f"train_{name}", type_key, number, part.get(name), moved)
+                    _add(
+                        found, run, f"train_{name}", type_key, number, part.get(name), moved[number]
+                    )
+        trained = sorted(moved)
         for entry in entries(files, run, "evaluate"):
             number = as_whole(entry.get("round"))
+            before = trained[bisect_right(trained, number) - 1]
             for type_key, part in _parts(entry, as_mapping(entry.get("overall"))):
                 for scope in TESTS:
                     for name in MEASURED:
                         value = part.get(f"{scope}_{name}_mean")
-                        _add(found, run, f"{scope}_{name}", type_key, number, value, moved)
+                        _add(found, run, f"{scope}_{name}", type_key, number, value, moved[before])
     return list(found.values())
 
 
@@ -60,7 +65,7 @@ def _add(
     type_key: str,
     number: int,
     value: Any,
-    moved: Mapping[int, int | None],
+    moved: int | None,
 ) -> None:
     if (point := as_number(value)) is None:
         return
@@ -68,8 +73,7 @@ def _add(
     curve = found.setdefault(place, Curve(*place))
     curve.rounds.append(number)
     curve.values.append(point)
-    before = [done for done in moved if done <= number]
-    curve.bytes.append(moved[max(before)])
+    curve.bytes.append(moved)
 
 
 def alignment(files: RunFiles) -> list[Alignment]:
