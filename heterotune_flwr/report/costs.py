@@ -86,12 +86,11 @@ def traffic(files: RunFiles, runs: Sequence[StrategyRun]) -> list[Traffic]:
             messages.setdefault(key, []).append(event)
     found, aligned = [], _aligned(files)
     for run in runs:
-        key = (run.strategy, run.seed)
-        counted = as_mapping(files.results.get(key, {}).get("bytes"))
+        counted = as_mapping(files.results.get(run.key, {}).get("bytes"))
         if counted:
             found.append(_counted(run, counted))
-        elif key in messages:
-            found.append(_so_far(run, messages[key], aligned.get(key, 0)))
+        elif run.key in messages:
+            found.append(_so_far(run, messages[run.key], aligned.get(run.key, 0)))
     return found
 
 

@@ -221,6 +221,11 @@ class StrategyRun:
     measure: str = ""
     scope: str = ""
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Strategy and seed."""
+        return self.strategy, self.seed
+
 
 @dataclass
 class Happening:

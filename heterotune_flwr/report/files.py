@@ -36,12 +36,11 @@ class RunFiles:
     trouble: list[str] = field(default_factory=list)
     damaged: int = 0
 
-    def of(self, *kinds: str, undone: bool = False) -> list[Event]:
-        """Events of some kinds, in order; those of rounds that were done again only when ``undone``."""
-        places = [place for kind in kinds for place in self._places.get(kind, ())]
-        return [
-            self.events[place] for place in sorted(places) if undone or place not in self.undone
-        ]
+    def of(self, *kinds: str, key: Key | None = None, undone: bool = False) -> list[Event]:
+        """Events of some kinds, in order, of one strategy and seed or all; those done again only when ``undone``."""
+        places = sorted(place for kind in kinds for place in self._places.get(kind, ()))
+        found = [self.events[place] for place in places if undone or place not in self.undone]
+        return found if key is None else [event for event in found if key_of(event) == key]
 
     @cached_property
     def _places(self) -> dict[str, list[int]]:

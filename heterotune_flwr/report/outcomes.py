@@ -11,7 +11,7 @@ import numpy as np
 from heterotune_flwr.jsons import as_list, as_mapping, as_number
 from heterotune_flwr.protocol.metrics import MEASURED, MODELS, TESTS
 from heterotune_flwr.report.facts import StrategyRun
-from heterotune_flwr.report.files import RunFiles, key_of
+from heterotune_flwr.report.files import RunFiles
 from heterotune_flwr.report.majority import majority_rows
 from heterotune_flwr.report.measured import (
     ALL_TYPES,
@@ -54,16 +54,16 @@ def client_outcomes(files: RunFiles, runs: Sequence[StrategyRun]) -> list[Client
     """One entry per client, strategy and seed; of a run without results those that told what they took home."""
     found = []
     for run in runs:
-        key = (run.strategy, run.seed)
-        if key in files.results:
-            rows = [as_mapping(row) for row in as_list(files.results[key].get("clients"))]
+        if run.key in files.results:
+            rows = [as_mapping(row) for row in as_list(files.results[run.key].get("clients"))]
             found += [_outcome(run, row, as_mapping(row.get("kept"))) for row in rows]
         else:
-            told = {str(e.get("client_id")): e for e in files.of("took_home") if key_of(e) == key}
+            told = {str(e.get("client_id")): e for e in files.of("took_home", key=run.key)}
             found += [_outcome(run, event, event) for event in told.values()]
     _fill_in(files, runs, found)
+    by_key = {run.key: run for run in runs}
     for one in found:
-        run = next(r for r in runs if (r.strategy, r.seed) == (one.strategy, one.seed))
+        run = by_key[one.strategy, one.seed]
         one.gains = _gains(one.models, run.measure, run.scope)
     return found
 
@@ -88,7 +88,7 @@ def _outcome(run: StrategyRun, row: Mapping[str, Any], kept: Mapping[str, Any]) 
 
 def _fill_in(files: RunFiles, runs: Sequence[StrategyRun], found: Sequence[ClientOutcome]) -> None:
     """Where a last test compared nothing: the untouched model of the first test, the lone one of another strategy."""
-    kinds = {(run.strategy, run.seed): run.kind for run in runs}
+    kinds = {run.key: run.kind for run in runs}
     alone = {
         (one.seed, one.client_id): one for one in found if kinds[one.strategy, one.seed] == ALONE
     }
@@ -135,9 +135,8 @@ def type_outcomes(
     """Every type, and all types together, of every strategy and seed that was tested in its end."""
     found = []
     for run in runs:
-        key = (run.strategy, run.seed)
-        own = [one for one in outcomes if (one.strategy, one.seed) == key]
-        entry = files.results.get(key)
+        own = [one for one in outcomes if (one.strategy, one.seed) == run.key]
+        entry = files.results.get(run.key)
         if entry is None:
             found += _from_journal(files, run, own)
             continue
@@ -159,7 +158,7 @@ def _from_journal(
     files: RunFiles, run: StrategyRun, own: Sequence[ClientOutcome]
 ) -> list[TypeOutcome]:
     """The last tests that the journal tells of."""
-    tests = [e for e in files.of("evaluate") if key_of(e) == (run.strategy, run.seed)]
+    tests = files.of("evaluate", key=run.key)
     if not tests:
         return []
     first: Mapping[str, Any] = tests[0] if tests[0].get("round") == 0 else {}
@@ -233,10 +232,8 @@ def side_by_side(
     found: list[SideBySide] = []
     untouched: dict[tuple[int, str, str], SideBySide] = {}
     for run in runs:
-        own = [o for o in outcomes if (o.strategy, o.seed) == (run.strategy, run.seed)]
-        means = (
-            [] if own else [o for o in by_type if (o.strategy, o.seed) == (run.strategy, run.seed)]
-        )
+        own = [o for o in outcomes if (o.strategy, o.seed) == run.key]
+        means = [] if own else [o for o in by_type if (o.strategy, o.seed) == run.key]
         found += _rows(run, run.kind, FEDERATED, run.title, own)
         found += _mean_rows(run, run.kind, run.title, means)
         found += _rows(run, ALONE, ALONE, f"alone, beside {run.title}", own)

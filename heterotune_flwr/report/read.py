@@ -57,11 +57,7 @@ def read_facts(directory: Path) -> RunFacts:
     )
     facts.untold = untold(facts)
     for run in facts.runs:
-        own = [
-            phase.seconds
-            for phase in facts.phases
-            if (phase.strategy, phase.seed) == (run.strategy, run.seed)
-        ]
+        own = [p.seconds for p in facts.phases if (p.strategy, p.seed) == run.key]
         run.seconds = sum(own) if own else run.seconds
     return facts
 
@@ -82,8 +78,9 @@ def strategy_runs(files: RunFiles) -> list[StrategyRun]:
 def _strategy_run(files: RunFiles, key: Key, measure: str, scope: str) -> StrategyRun:
     strategy, seed = key
     entry = files.results.get(key, {})
-    own = [e for e in files.of("start", "resumed", "round", "skipped", "strategy_end", "personalization_phase")
-           if key_of(e) == key]  # fmt: skip
+    own = files.of(
+        "start", "resumed", "round", "skipped", "strategy_end", "personalization_phase", key=key
+    )
     rounds = [*own, *map(as_mapping, as_list(entry.get("rounds")))]
     done = max(
         (as_whole(e.get("round")) for e in rounds if e.get("event") in ("round", "skipped")),
@@ -109,9 +106,7 @@ def _strategy_run(files: RunFiles, key: Key, measure: str, scope: str) -> Strate
             (m for e in own if (m := as_number(e.get("peak_memory_mb"))) is not None), default=None
         ),
         skipped_rounds=[as_whole(number) for number in as_list(skipped)],
-        resumed_after=[
-            as_whole(e.get("round")) for e in files.of("resumed", undone=True) if key_of(e) == key
-        ],
+        resumed_after=[as_whole(e.get("round")) for e in files.of("resumed", key=key, undone=True)],
         personalized_from=next(
             (as_whole(e.get("round")) for e in own if e["event"] == "personalization_phase"), None
         ),

@@ -9,7 +9,7 @@ from typing import Any
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
 from heterotune_flwr.protocol.metrics import MEASURED, TESTS
 from heterotune_flwr.report.facts import Agreement, Alignment, ChannelFacts, StrategyRun
-from heterotune_flwr.report.files import RunFiles, key_of
+from heterotune_flwr.report.files import RunFiles
 from heterotune_flwr.report.measured import ALL_TYPES, Curve
 
 Entry = Mapping[str, Any]
@@ -17,10 +17,9 @@ Entry = Mapping[str, Any]
 
 def entries(files: RunFiles, run: StrategyRun, kind: str) -> list[Entry]:
     """``round`` or ``evaluate`` entries of a strategy and seed, one per round, in order."""
-    key = (run.strategy, run.seed)
-    found = [e for e in files.of(kind) if key_of(e) == key]
-    if not found and key in files.results:
-        told = map(as_mapping, as_list(files.results[key].get("rounds")))
+    found = files.of(kind, key=run.key)
+    if not found and run.key in files.results:
+        told = map(as_mapping, as_list(files.results[run.key].get("rounds")))
         found = [e for e in told if e.get("event") == kind]
     by_round = {as_whole(entry.get("round")): entry for entry in found}
     return [by_round[number] for number in sorted(by_round)]
@@ -154,13 +153,12 @@ def channels(files: RunFiles, runs: Sequence[StrategyRun]) -> list[ChannelFacts]
                 one = of(run, name)
                 one.numbers |= {k: n for k, v in facts.items() if (n := as_number(v)) is not None}
                 one.by_type |= {k: _numbers(v) for k, v in facts.items() if _numbers(v)}
-        for event in files.of("channel_off", "channel_note"):
-            if key_of(event) == (run.strategy, run.seed):
-                one = of(run, event.get("channel"))
-                if event["event"] == "channel_off":
-                    one.off = str(event.get("reason") or "")
-                elif str(event.get("text")) not in one.notes:
-                    one.notes.append(str(event.get("text")))
+        for event in files.of("channel_off", "channel_note", key=run.key):
+            one = of(run, event.get("channel"))
+            if event["event"] == "channel_off":
+                one.off = str(event.get("reason") or "")
+            elif str(event.get("text")) not in one.notes:
+                one.notes.append(str(event.get("text")))
     return list(found.values())
 
 
