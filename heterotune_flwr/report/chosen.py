@@ -10,6 +10,7 @@ from heterotune_flwr.config.plain import flatten
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
 from heterotune_flwr.report.facts import Protection, SettingFact
 from heterotune_flwr.report.files import RunFiles
+from heterotune_flwr.report.identity import was_simulated
 from heterotune_flwr.schema import Config, TypeConfig
 
 
@@ -59,8 +60,7 @@ def _flat(files: RunFiles) -> list[tuple[str, Any]]:
 
 def protections(files: RunFiles) -> list[Protection]:
     """What stands between clients, server and each other in this run, as plain sentences."""
-    told = [e["simulated"] for e in files.of("journal") if isinstance(e.get("simulated"), bool)]
-    simulated = told[-1] if told else None
+    simulated = was_simulated(files)
     deployed = None if simulated is None else not simulated
     return [*_of_server(files), *_of_nodes(files, deployed)]
 

@@ -34,7 +34,7 @@ def identity(files: RunFiles, runs: Sequence[StrategyRun]) -> Identity:
         resumed=sum(start.resumed for start in starts),
         starts=starts,
         versions=_versions(files),
-        simulated=_simulated(files),
+        simulated=was_simulated(files),
         seeds=list(dict.fromkeys(run.seed for run in runs)),
         strategies=strategies,
         subject=subject_of(strategies) if strategies else "",
@@ -105,7 +105,8 @@ def _versions(files: RunFiles) -> dict[str, str]:
     return found
 
 
-def _simulated(files: RunFiles) -> bool | None:
+def was_simulated(files: RunFiles) -> bool | None:
+    """Whether all clients were one machine's; None where no start of the run says."""
     told = [e["simulated"] for e in files.of("journal") if isinstance(e.get("simulated"), bool)]
     return told[-1] if told else None
 
