@@ -34,13 +34,25 @@ def as_number(value: Any) -> float | None:
 
 def as_whole(value: Any, otherwise: int = 0) -> int:
     """A value that should be a whole number, cut to one."""
+    number = whole_or_none(value)
+    return otherwise if number is None else number
+
+
+def whole_or_none(value: Any) -> int | None:
+    """A value that should be a whole number, cut to one; None for anything else."""
     number = as_number(value)
-    return otherwise if number is None else int(number)
+    return None if number is None else int(number)
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
     """A value that should be a mapping; an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}
+
+
+def as_numbers(value: Any) -> dict[str, float]:
+    """The numbers of a value that should be a mapping; what is none is left out."""
+    told = {str(key): as_number(one) for key, one in as_mapping(value).items()}
+    return {key: number for key, number in told.items() if number is not None}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heterotune_flwr.jsons import as_mapping, as_number, as_whole
+from heterotune_flwr.jsons import as_mapping, as_number, as_numbers, as_whole, whole_or_none
 from heterotune_flwr.report.facts import Phase, StrategyRun, Traffic
 from heterotune_flwr.report.files import Event, Key, RunFiles, key_of
 
@@ -123,11 +123,10 @@ def _counted(run: StrategyRun, counted: Mapping[str, Any]) -> Traffic:
         "wire_up", "wire_down", "client_rounds",
     )  # fmt: skip
     for name in names:
-        if (value := as_number(counted.get(name))) is not None:
-            setattr(one, name, int(value))
+        if (value := whole_or_none(counted.get(name))) is not None:
+            setattr(one, name, value)
     for type_key, facts in as_mapping(counted.get("types")).items():
-        told = {str(k): n for k, v in as_mapping(facts).items() if (n := as_number(v)) is not None}
-        one.by_type[type_key] = told
+        one.by_type[type_key] = as_numbers(facts)
     return one
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
+from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole, whole_or_none
 from heterotune_flwr.report.facts import Identity, Start, StrategyRun
 from heterotune_flwr.report.files import RunFiles, size_of
 from heterotune_flwr.reporting.measures import subject_of
@@ -22,7 +22,6 @@ def identity(files: RunFiles, runs: Sequence[StrategyRun]) -> Identity:
     starts = _starts(files)
     times = [at for event in files.events if (at := as_number(event.get("time"))) is not None]
     strategies = list(dict.fromkeys(run.strategy for run in runs))
-    planned = as_number(files.section("server").get("rounds"))
     labels = labels_of(files)
     return Identity(
         name=str(section.get("name") or files.name or files.directory.name),
@@ -38,7 +37,7 @@ def identity(files: RunFiles, runs: Sequence[StrategyRun]) -> Identity:
         seeds=list(dict.fromkeys(run.seed for run in runs)),
         strategies=strategies,
         subject=subject_of(strategies) if strategies else "",
-        rounds=None if planned is None else int(planned),
+        rounds=whole_or_none(files.section("server").get("rounds")),
         clients=max([as_whole(e.get("clients")) for e in files.of("describe", "start")], default=0)
         or max((run.population for run in runs), default=0),
         tested=max([as_whole(e.get("tested")) for e in files.of("evaluate")], default=0),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from heterotune_flwr.jsons import as_list, as_mapping, as_number
+from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole, whole_or_none
 from heterotune_flwr.protocol.metrics import MEASURED, MODELS, TESTS
 from heterotune_flwr.report.facts import StrategyRun
 from heterotune_flwr.report.files import RunFiles
@@ -74,14 +74,13 @@ def _outcome(run: StrategyRun, row: Mapping[str, Any], kept: Mapping[str, Any]) 
     took = str(kept.get("took") or "")
     # What is called federated there is the strategy's own model.
     took = ALONE if took == FEDERATED and run.kind == ALONE else took
-    by = as_number(as_mapping(kept.get("choosing")).get("examples"))
     return ClientOutcome(
         client_id=str(row.get("client_id")),
         type_key=str(row.get("type") or ""),
         strategy=run.strategy,
         seed=run.seed,
         took=took if took in MODELS else "",
-        chosen_by=None if by is None else int(by),
+        chosen_by=whole_or_none(as_mapping(kept.get("choosing")).get("examples")),
         models={name: tests for name, tests in models.items() if tests},
     )
 
@@ -178,12 +177,12 @@ def _type_outcome(
 ) -> TypeOutcome:
     own = [one for one in outcomes if name in (ALL_TYPES, one.type_key)]
     took = Counter(one.took for one in own if one.took)
-    clients = as_number(as_mapping(after or before).get("clients"))
+    clients = whole_or_none(as_mapping(after or before).get("clients"))
     return TypeOutcome(
         type_key=name,
         strategy=run.strategy,
         seed=run.seed,
-        clients=len(own) if clients is None else int(clients),
+        clients=len(own) if clients is None else clients,
         before=_spreads(as_mapping(before)),
         after=_spreads(as_mapping(after)),
         took={model: took[model] for model in MODELS} if took else {},
@@ -202,7 +201,7 @@ def _spreads(statistics: Mapping[str, Any]) -> dict[str, dict[str, Spread]]:
                     as_number(statistics.get(f"{name}_std")) or 0.0,
                     as_number(statistics.get(f"{name}_worst")),
                     as_number(statistics.get(f"{name}_worst10")),
-                    int(as_number(statistics.get("clients")) or 0),
+                    as_whole(statistics.get("clients")),
                 )
     return found
 

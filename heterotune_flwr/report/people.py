@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
+from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole, whole_or_none
 from heterotune_flwr.report.facts import ClientFacts, TypeFacts
 from heterotune_flwr.report.files import Key, RunFiles, key_of
 
@@ -28,20 +28,16 @@ def types(files: RunFiles) -> list[TypeFacts]:
 
 
 def _type(key: str, facts: Mapping[str, Any]) -> TypeFacts:
-    def whole(name: str) -> int | None:
-        number = as_number(facts.get(name))
-        return None if number is None else int(number)
-
     return TypeFacts(
         key,
         backbone=key.partition("@")[0],
         bits=str(facts.get("bits") or ""),
         clients=as_whole(facts.get("clients")),
-        hidden=whole("hidden"),
-        layers=whole("layers"),
-        parameters=whole("parameters"),
-        model_bytes=whole("model_bytes"),
-        lora16_bytes=whole("lora16_bytes"),
+        hidden=whole_or_none(facts.get("hidden")),
+        layers=whole_or_none(facts.get("layers")),
+        parameters=whole_or_none(facts.get("parameters")),
+        model_bytes=whole_or_none(facts.get("model_bytes")),
+        lora16_bytes=whole_or_none(facts.get("lora16_bytes")),
     )
 
 
@@ -68,8 +64,8 @@ def clients(files: RunFiles) -> list[ClientFacts]:
     for run in files.results.values():
         for row in map(as_mapping, as_list(run.get("clients"))):
             client = _client(found, str(row.get("client_id")), row.get("type"))
-            if (examples := as_number(row.get("examples"))) is not None:
-                client.examples = int(examples)
+            if (examples := whole_or_none(row.get("examples"))) is not None:
+                client.examples = examples
             mix = as_mapping(row.get("details")).get("label_mix")
             if isinstance(mix, Mapping):
                 client.label_mix = {str(k): as_whole(v) for k, v in mix.items()}
@@ -124,8 +120,8 @@ def _count(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> None:
         examples = as_mapping(event.get("examples"))
         for member, type_key in as_mapping(event.get("members")).items():
             one = _client(found, str(member), type_key)
-            if (count := as_number(examples.get(member))) is not None:
-                one.examples = int(count)
+            if (count := whole_or_none(examples.get(member))) is not None:
+                one.examples = count
     client = _named(found, event)
     if client is None:
         return
@@ -145,5 +141,5 @@ def _trained(client: ClientFacts, event: Mapping[str, Any]) -> None:
         client.peak_memory_mb = max(client.peak_memory_mb or 0.0, peak)
     if (seconds := as_number(event.get("seconds"))) is not None:
         client.train_seconds = (client.train_seconds or 0.0) + seconds
-    if client.examples is None and (examples := as_number(event.get("examples"))) is not None:
-        client.examples = int(examples)
+    if client.examples is None:
+        client.examples = whole_or_none(event.get("examples"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
+from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole, whole_or_none
 from heterotune_flwr.report.chosen import protections, settings
 from heterotune_flwr.report.costs import phases, traffic
 from heterotune_flwr.report.facts import RunFacts, StrategyRun
@@ -86,7 +86,6 @@ def _strategy_run(files: RunFiles, key: Key, measure: str, scope: str) -> Strate
         (as_whole(e.get("round")) for e in rounds if e.get("event") in ("round", "skipped")),
         default=0,
     )
-    planned = as_number(files.section("server").get("rounds"))
     started = any(e["event"] == "start" for e in own)
     # A finished run may go on with more rounds; until their end its results are of fewer.
     turns = [e["event"] for e in own if e["event"] in ("start", "strategy_end")]
@@ -99,7 +98,7 @@ def _strategy_run(files: RunFiles, key: Key, measure: str, scope: str) -> Strate
         kind=kind_of(files, strategy),
         state="finished" if ended else "unfinished" if started else "not_started",
         rounds_done=done,
-        rounds_planned=None if planned is None else int(planned),
+        rounds_planned=whole_or_none(files.section("server").get("rounds")),
         seconds=as_number(entry.get("seconds")),
         peak_memory_mb=as_number(entry.get("peak_memory_mb"))
         or max(

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
+from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_numbers, as_whole
 from heterotune_flwr.protocol.metrics import MEASURED, TESTS
 from heterotune_flwr.report.facts import Agreement, Alignment, ChannelFacts, StrategyRun
 from heterotune_flwr.report.files import RunFiles
@@ -151,8 +151,8 @@ def channels(files: RunFiles, runs: Sequence[StrategyRun]) -> list[ChannelFacts]
             for name, told in as_mapping(entry.get("channels")).items():
                 facts = as_mapping(told)
                 one = of(run, name)
-                one.numbers |= {k: n for k, v in facts.items() if (n := as_number(v)) is not None}
-                one.by_type |= {k: _numbers(v) for k, v in facts.items() if _numbers(v)}
+                one.numbers |= as_numbers(facts)
+                one.by_type |= {k: told for k, v in facts.items() if (told := as_numbers(v))}
         for event in files.of("channel_off", "channel_note", key=run.key):
             one = of(run, event.get("channel"))
             if event["event"] == "channel_off":
@@ -160,7 +160,3 @@ def channels(files: RunFiles, runs: Sequence[StrategyRun]) -> list[ChannelFacts]
             elif str(event.get("text")) not in one.notes:
                 one.notes.append(str(event.get("text")))
     return list(found.values())
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    return {str(k): n for k, v in as_mapping(value).items() if (n := as_number(v)) is not None}
