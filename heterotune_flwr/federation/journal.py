@@ -95,6 +95,14 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
+def client_of(event: Mapping[str, Any]) -> str | None:
+    """The client that an event names; of one left out before it said who it is, its node; None where there is none."""
+    client_id = event.get("client_id")
+    if event["event"] == "left_out" and not client_id:
+        return f"node {event.get('node_id')}"
+    return None if client_id is None else str(client_id)
+
+
 class EventReader:
     """Reads a journal's new events, complete lines only; those there already are passed over, unless ``from_start``."""
 

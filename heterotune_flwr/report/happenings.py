@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from heterotune_flwr.federation.journal import client_of
 from heterotune_flwr.jsons import as_list, as_number, as_whole
 from heterotune_flwr.report.facts import Happening
 from heterotune_flwr.report.files import Event, RunFiles, key_of
-
-
-def _resumed(event: Event) -> str:
-    return f"the run was resumed after round {event.get('round')}; later rounds were done again"
-
-
-def _left_out(event: Event) -> str:
-    who = event.get("client_id") or f"node {event.get('node_id')}"
-    return f"{who} did not take part: {event.get('reason')}"
 
 
 def _failed_type(event: Event) -> str:
@@ -36,12 +28,14 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
         f"{e.get('client_id')} failed too often and was not asked until after round {e.get('until')}"
     ),
     "returned": lambda e: f"{e.get('client_id')} was asked again after its cooldown",
-    "left_out": _left_out,
+    "left_out": lambda e: f"{client_of(e)} did not take part: {e.get('reason')}",
     "skipped": lambda e: (
         f"round {e.get('round')} was skipped: {e.get('usable')} usable updates, "
         f"{e.get('needed')} needed"
     ),
-    "resumed": _resumed,
+    "resumed": lambda e: (
+        f"the run was resumed after round {e.get('round')}; later rounds were done again"
+    ),
     "already_finished": lambda e: f"{e.get('strategy')} had finished in an earlier start",
     "shortened": lambda e: (
         f"an update of {e.get('client_id')} was longer than one client's may be, and shortened"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from heterotune_flwr.federation.journal import client_of
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole, whole_or_none
 from heterotune_flwr.report.facts import ClientFacts, TypeFacts
 from heterotune_flwr.report.files import Key, RunFiles, key_of
@@ -89,10 +90,8 @@ def _begin(found: Iterable[ClientFacts]) -> None:
 
 def _named(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> ClientFacts | None:
     """The client that an event is about."""
-    client_id = event.get("client_id")
-    if event["event"] == "left_out" and not client_id:
-        client_id = f"node {event.get('node_id')}"
-    return None if client_id is None else _client(found, str(client_id), event.get("type"))
+    client_id = client_of(event)
+    return None if client_id is None else _client(found, client_id, event.get("type"))
 
 
 def _stand(found: dict[str, ClientFacts], event: Mapping[str, Any]) -> None:

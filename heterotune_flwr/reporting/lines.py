@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from heterotune_flwr.federation.journal import client_of
 from heterotune_flwr.reporting.measures import taken
 from heterotune_flwr.reporting.tables import TITLES, human_bytes
 from heterotune_flwr.schema import AlignmentConfig
@@ -66,8 +67,7 @@ class LastingLines:
         return [f"{event['clients']} clients: {types}"]
 
     def _on_left_out(self, event: Event) -> list[str]:
-        name = event["client_id"] or f"node {event['node_id']}"
-        return [f"  {name} does not take part: {event['reason']}"]
+        return [f"  {client_of(event)} does not take part: {event['reason']}"]
 
     def _on_aligning(self, event: Event) -> list[str]:
         what = "for the maps" if event["part"] == "slots" else "as whole texts"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from heterotune_flwr.federation.journal import client_of
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole
 from heterotune_flwr.reporting.time_left import Plan, TimeLeft
 
@@ -230,9 +231,7 @@ class Follower:
 
     def _of_client(self, kind: str, event: Mapping[str, Any], at: float | None) -> None:
         """What an event says of the client that it names."""
-        client_id = event.get("client_id")
-        if kind == "left_out" and not client_id:
-            client_id = f"node {event.get('node_id')}"
+        client_id = client_of(event)
         if client_id is None:
             return
         client = self._client(client_id, event.get("type"))
