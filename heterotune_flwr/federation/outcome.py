@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -56,24 +56,31 @@ class ClientRow:
         return cls(**{**given, "type_key": entry["type"], "kept": kept})
 
 
-def statistics(rows: Iterable[ClientRow]) -> dict[str, float]:
-    """Mean, standard deviation, worst and worst tenth over clients, per measure taken.
+def over_clients(values: Sequence[float], measure: str) -> dict[str, float]:
+    """``mean``, ``std``, ``worst`` and ``worst10`` of a measure over clients, of whom there is one at least.
 
     The worst of a loss is its maximum, of every other measure its minimum; the worst tenth is the
     mean over the worst 10 % of clients, at least one.
     """
+    ordered = np.sort(values)[::-1] if measure.endswith("loss") else np.sort(values)
+    tenth = max(1, len(values) // 10)
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        "worst": float(ordered[0]),
+        "worst10": float(np.mean(ordered[:tenth])),
+    }
+
+
+def statistics(rows: Iterable[ClientRow]) -> dict[str, float]:
+    """Return :func:`over_clients` of every measure that was taken, and of how many clients."""
     rows = list(rows)
     result: dict[str, float] = {"clients": len(rows)}
     for name in MEASURES:
         taken = [float(v) for row in rows if (v := getattr(row, name)) is not None]
-        if not taken:
-            continue
-        ordered = np.sort(taken)[::-1] if name.endswith("loss") else np.sort(taken)
-        tenth = max(1, len(taken) // 10)
-        result[f"{name}_mean"] = float(np.mean(taken))
-        result[f"{name}_std"] = float(np.std(taken, ddof=1)) if len(taken) > 1 else 0.0
-        result[f"{name}_worst"] = float(ordered[0])
-        result[f"{name}_worst10"] = float(np.mean(ordered[:tenth]))
+        if taken:
+            parts = over_clients(taken, name)
+            result |= {f"{name}_{part}": value for part, value in parts.items()}
     return result
 
 

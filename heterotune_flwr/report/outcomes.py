@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from heterotune_flwr.federation.outcome import over_clients
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole, whole_or_none
 from heterotune_flwr.protocol.metrics import MEASURED, MODELS, TESTS
 from heterotune_flwr.report.facts import StrategyRun
@@ -30,14 +31,9 @@ from heterotune_flwr.report.measured import (
 Tests = dict[str, dict[str, float]]
 
 
-def spread(values: Iterable[float], measure: str) -> Spread | None:
-    """As :func:`..federation.outcome.statistics` has it; None of nothing."""
-    found = sorted(values, reverse=measure == "loss")
-    if not found:
-        return None
-    tenth = found[: max(1, len(found) // 10)]
-    std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
-    return Spread(float(np.mean(found)), std, found[0], float(np.mean(tenth)), len(found))
+def spread(values: Sequence[float], measure: str) -> Spread | None:
+    """As results.json has it; None of nothing."""
+    return Spread(**over_clients(values, measure), clients=len(values)) if values else None
 
 
 def tests_of(entry: Mapping[str, Any]) -> Tests:
