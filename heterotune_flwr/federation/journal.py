@@ -87,12 +87,12 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """One line of a journal, None for one that is empty or torn."""
+    """One line of a journal, None for one that is empty, torn, or no event."""
     try:
         event = parse_json(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) and "event" in event else None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def client_of(event: Mapping[str, Any]) -> str | None:
