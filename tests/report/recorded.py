@@ -28,6 +28,8 @@ SPECS = {
     "within_type": {"_component_": f"{HERE}.WithinType"},
     "heterotune": {"_component_": f"{HERE}.HeteroTune", "statistics": {"weight": 0.5}},
 }
+#: Of the strategies the one whose gains are shown.
+SUBJECT = "heterotune"
 ASKED = Asked("demo", ("server.rounds", "server.min_results", "train.learning_rate"))
 
 
