@@ -18,6 +18,7 @@ from heterotune_flwr.report.outcomes import client_outcomes, side_by_side, type_
 from heterotune_flwr.report.people import clients, types
 from heterotune_flwr.report.rounds import agreement, alignment, channels, curves
 from heterotune_flwr.report.tests_told import confusions, sampled_answers, untold
+from heterotune_flwr.reporting.measures import class_of
 from heterotune_flwr.reporting.tables import TITLES
 
 #: Classes whose models nobody else teaches, and those that share inside a type alone.
@@ -121,10 +122,7 @@ def _asked(own: list[Mapping[str, Any]]) -> int:
 
 def kind_of(files: RunFiles, strategy: str) -> str:
     """Of which kind a strategy's models are, by its class: trained alone, within the type, or federated."""
-    spec = as_mapping(files.section("strategies").get(strategy))
-    component = str(spec.get("_component_") or "").rpartition(".")[2]
-    by_name = {"local_only": ALONE, "within_type": WITHIN_TYPE}
-    return _KINDS.get(component, FEDERATED) if component else by_name.get(strategy, FEDERATED)
+    return _KINDS.get(class_of(files.config, strategy), FEDERATED)
 
 
 def main_measure(files: RunFiles) -> tuple[str, str]:

@@ -108,11 +108,16 @@ def mean_accuracy(
     return _spread([statistics.fmean(row.values()) for row in seeds if row])
 
 
+def class_of(config: Any, strategy: str) -> str:
+    """Name of a strategy's class; where no configuration tells, of the one that the strategy's name stands for."""
+    spec = as_mapping(as_mapping(as_mapping(config).get("strategies")).get(strategy))
+    component = str(spec.get("_component_") or "").rpartition(".")[2]
+    return component or {"local_only": "LocalOnly", "within_type": "WithinType"}.get(strategy, "")
+
+
 def shares_nothing(results: Mapping[str, Any], strategy: str) -> bool:
-    """Whether a strategy trains every model alone, by its class; by its name where no configuration tells."""
-    specs = as_mapping(as_mapping(results.get("config")).get("strategies"))
-    component = as_mapping(specs.get(strategy)).get("_component_")
-    return str(component).endswith(".LocalOnly") if component else strategy == "local_only"
+    """Whether a strategy trains every model alone."""
+    return class_of(results.get("config"), strategy) == "LocalOnly"
 
 
 def taken(counts: Mapping[str, int], alone: bool = False) -> str:
