@@ -122,7 +122,7 @@ def _asked(own: list[Mapping[str, Any]]) -> int:
 
 def kind_of(files: RunFiles, strategy: str) -> str:
     """Of which kind a strategy's models are, by its class: trained alone, within the type, or federated."""
-    return _KINDS.get(class_of(files.config, strategy), FEDERATED)
+    return _KINDS.get(class_of(files.section("strategies"), strategy), FEDERATED)
 
 
 def main_measure(files: RunFiles) -> tuple[str, str]:

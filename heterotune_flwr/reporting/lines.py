@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from heterotune_flwr.federation.journal import client_of
-from heterotune_flwr.reporting.measures import taken
+from heterotune_flwr.reporting.measures import shares_nothing, taken
 from heterotune_flwr.reporting.tables import TITLES, human_bytes
-from heterotune_flwr.schema import AlignmentConfig
+from heterotune_flwr.schema import Config
 
 Event = Mapping[str, Any]
 #: Events that are a line, and the line; those that are more have a method below.
@@ -46,8 +46,8 @@ def with_loss(event: Event) -> str:
 class LastingLines:
     """Turns events into the lines that are told of them anywhere; most events have none."""
 
-    def __init__(self, alignment: AlignmentConfig) -> None:
-        self.alignment = alignment
+    def __init__(self, config: Config) -> None:
+        self.alignment, self.strategies = config.alignment, config.strategies
 
     def of(self, event: Event) -> list[str]:
         """The lines of one event."""
@@ -119,7 +119,7 @@ class LastingLines:
         kept = event.get("kept")
         if not kept:
             return [text]
-        alone = event.get("strategy") == "local_only"
+        alone = shares_nothing(self.strategies, str(event.get("strategy")))
         return [text, f"  taken home: {taken(kept['took'], alone)}"]
 
     def _on_slices(self, event: Event) -> list[str]:

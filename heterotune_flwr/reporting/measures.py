@@ -108,16 +108,21 @@ def mean_accuracy(
     return _spread([statistics.fmean(row.values()) for row in seeds if row])
 
 
-def class_of(config: Any, strategy: str) -> str:
-    """Name of a strategy's class; where no configuration tells, of the one that the strategy's name stands for."""
-    spec = as_mapping(as_mapping(as_mapping(config).get("strategies")).get(strategy))
+def class_of(strategies: Any, strategy: str) -> str:
+    """Name of a strategy's class, by a configuration's ``strategies``; else of what its own name stands for."""
+    spec = as_mapping(as_mapping(strategies).get(strategy))
     component = str(spec.get("_component_") or "").rpartition(".")[2]
     return component or {"local_only": "LocalOnly", "within_type": "WithinType"}.get(strategy, "")
 
 
-def shares_nothing(results: Mapping[str, Any], strategy: str) -> bool:
-    """Whether a strategy trains every model alone."""
-    return class_of(results.get("config"), strategy) == "LocalOnly"
+def shares_nothing(strategies: Any, strategy: str) -> bool:
+    """Whether a strategy trains every model alone, by a configuration's ``strategies``."""
+    return class_of(strategies, strategy) == "LocalOnly"
+
+
+def configured(results: Mapping[str, Any]) -> Any:
+    """The ``strategies`` of the configuration that results were made by."""
+    return as_mapping(results.get("config")).get("strategies")
 
 
 def taken(counts: Mapping[str, int], alone: bool = False) -> str:
@@ -158,7 +163,7 @@ def kept_means(
         )
         for name in (*MODEL_TITLES, "taken")
     }
-    if shares_nothing(results, strategy):
+    if shares_nothing(configured(results), strategy):
         means |= {"alone": means["federated"], "federated": None}
     return means, {name: sum(k["took"][name] for k in kept) for name in MODEL_TITLES}
 

@@ -58,7 +58,7 @@ class RunProgress(Display):
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.console = console or Console()
-        self.lines = LastingLines(config.alignment)
+        self.lines = LastingLines(config)
         self.follower = Follower(Standing(config.run.dir or "", "running"), Plan.of(config))
         self._last_line, self._last_passing = time.monotonic(), -math.inf
         self._live: Live | None = None

@@ -19,6 +19,7 @@ from heterotune_flwr.reporting.measures import (
     MEASURE_TITLES,
     OVERALL,
     Spread,
+    configured,
     guest_types,
     has_measure,
     kept_means,
@@ -203,7 +204,9 @@ def kept_table(results: Mapping[str, Any]) -> Table | None:
         if any(counts.values()):
             cells = [_cell(means[model], seeds) for model in (*MODEL_TITLES, "taken")]
             table.add_row(
-                _shown(_title(name)), *cells, taken(counts, shares_nothing(results, name))
+                _shown(_title(name)),
+                *cells,
+                taken(counts, shares_nothing(configured(results), name)),
             )
     table.caption = (
         "each client keeps the best of three on examples of its own, apart from this test "

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import FederationError
+from heterotune_flwr.reporting.lines import LastingLines
 from heterotune_flwr.reporting.measures import load_results, mean_accuracy
 from heterotune_flwr.reporting.progress import RunProgress
 from heterotune_flwr.reporting.tables import (
@@ -152,6 +153,27 @@ def test_progress_prints_plain_lines_when_there_is_no_terminal() -> None:
         "statistics of client-0004 are not used: far {away}",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("mine", "alone 1"), ("local_only", "alone 1"), ("heterotune", "federated 1")],
+)
+def test_a_line_calls_what_shared_nothing_alone_under_any_name(name: str, words: str) -> None:
+    component = "heterotune_flwr.strategies.LocalOnly"
+    config = compose(
+        "quick", [f"strategies={{mine: {{_component_: {component}}}}}", "run.compare=[mine]"]
+    )
+    took = {"bare": 0, "alone": 0, "federated": 1}
+    overall = {"global_accuracy_mean": 0.5}
+    event = {
+        "event": "evaluate",
+        "strategy": name,
+        "round": 1,
+        "overall": overall,
+        "kept": {"took": took},
+    }
+    assert LastingLines(config).of(event)[-1] == f"  taken home: {words}"
 
 
 def test_what_clients_took_home_is_a_table_of_its_own(tmp_path: Path) -> None:
