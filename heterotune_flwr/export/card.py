@@ -221,7 +221,8 @@ def _metrics(facts: ExportFacts) -> list[str]:
     ]
     if facts.whole_type:
         whose = "each with what is its own besides (label frequencies, its share of the head, gates, private experts)"
-        return [*table, "", f"Means over {facts.clients} clients, {whose}."]
+        means = f"Means over {facts.clients} clients, {whose}. The folder itself was not measured."
+        return [*table, "", means]
     return [*table, "", _took(facts)]
 
 

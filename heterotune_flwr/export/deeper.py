@@ -6,6 +6,7 @@ enters them in the bare backbone is kept, so a step runs them alone, forwards an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,8 @@ _STEPS = 200
 _RATE = 0.006
 #: States of one step: each has the logits of the whole vocabulary.
 _STATES = 32
+#: Bytes that what enters the blocks may take; further texts are left out.
+_KEPT_BYTES = 2**30
 #: Examples that are run at a time where nothing is learned.
 _TOGETHER = 64
 
@@ -91,11 +94,12 @@ class DeepStudent:
     @torch.no_grad()
     def answers(self, encoded: EncodedSet, lessons: Lessons) -> Answers:
         """How it does."""
-        texts = self.texts(encoded)
-        parts = [
-            self.seen(texts, lessons, range(start, min(start + _TOGETHER, len(lessons))))
-            for start in range(0, len(lessons), _TOGETHER)
-        ]
+        parts = []
+        for start in range(0, len(lessons), _TOGETHER):
+            end = min(start + _TOGETHER, len(lessons))
+            texts = self.texts(encoded.part(start, end))
+            chosen = lessons.part(list(range(start, end)))
+            parts.append(self.seen(texts, chosen, range(end - start)))
         return self.student.answers(joined(parts))
 
     def changes(self) -> dict[str, LowRank]:
@@ -106,6 +110,13 @@ class DeepStudent:
             layer.removeprefix("lora."): LowRank(values[f"{layer}.A"], values[f"{layer}.B"])
             for layer in sorted(layers)
         }
+
+
+def how_many_fit(encoded: EncodedSet, token_bytes: int, limit: int = _KEPT_BYTES) -> int:
+    """How many of the first examples take no more than ``limit`` bytes, at so many per token; at least one."""
+    sizes = (sum(map(len, encoded.lines([index])[0])) for index in range(len(encoded)))
+    totals = itertools.accumulate(token_bytes * size for size in sizes)
+    return max(1, sum(total <= limit for total in totals))
 
 
 def deepen(
@@ -132,7 +143,10 @@ def deepen(
         parameter.requires_grad_(False)
     for parameter in deep.parameters.values():
         parameter.requires_grad_(True)
-    report(f"reading {len(encoded)} texts up to block {block + 1} of {backbone.layers}")
+    fitting = how_many_fit(encoded, 4 * backbone.hidden)
+    of = "" if fitting == len(encoded) else f" of {len(encoded)} (no more fit into memory)"
+    report(f"reading {fitting} texts{of} up to block {block + 1} of {backbone.layers}")
+    encoded, lessons = encoded.part(0, fitting), lessons.part(list(range(fitting)))
     texts = deep.texts(encoded)
     learned, held = lessons.split(seed)
 

@@ -77,6 +77,13 @@ class EncodedSet:
                 places.append([end + offset for offset in read.offsets])
         return ids, places
 
+    def part(self, start: int, end: int) -> EncodedSet:
+        """The examples from ``start`` on, without ``end``."""
+        chosen = slice(start, end)
+        return EncodedSet(
+            self.inputs[chosen], self.positions[chosen], self.targets[chosen], self.reads
+        )
+
     @cached_property
     def by_line(self) -> EncodedSet:
         """Every line as an example of its own; targets stay behind."""

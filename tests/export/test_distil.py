@@ -18,15 +18,18 @@ from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.cli import app
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.label_trie import Read
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ConfigError, DataError, HeteroTuneError
 from heterotune_flwr.export.convert import Conversion, check_form, convert
+from heterotune_flwr.export.deeper import how_many_fit
 from heterotune_flwr.export.facts import ExportFacts, models_in
 from heterotune_flwr.export.lessons import answers, read_lessons
 from heterotune_flwr.export.opened import OpenedExport, open_export
 from heterotune_flwr.export.own_examples import OwnExamples, of_run
 from heterotune_flwr.export.write import write
 from heterotune_flwr.schema import AlignmentConfig, DataConfig, MethodConfig
+from heterotune_flwr.tuning.task import EncodedSet
 
 LAST = replace(DEMA, views=[])
 LINEAR = {
@@ -274,3 +277,18 @@ def test_public_texts_are_enough_to_distil_a_model_of_open_text(
     loss = made.fidelity.loss
     gain = loss["bare"] - loss["model"]
     assert abs(loss["lora"] - loss["model"]) < 0.5 * abs(gain)
+
+
+def test_no_more_texts_are_kept_for_the_blocks_than_fit() -> None:
+    reads = (Read((), (0,)), Read((7, 8), (1,)))
+    two_lines = EncodedSet([[1, 2], [1, 2, 3, 4]], [[1], [3]], [[0], [0]], reads)  # 6 and 10 tokens
+    assert how_many_fit(two_lines, 4, limit=4 * 16) == 2
+    assert how_many_fit(two_lines, 4, limit=4 * 15) == 1
+    assert how_many_fit(two_lines, 4, limit=1) == 1  # something is to be learned from
+    first = two_lines.part(0, 1)
+    assert (first.inputs, first.positions, first.targets, first.reads) == (
+        [[1, 2]],
+        [[1]],
+        [[0]],
+        reads,
+    )
