@@ -151,7 +151,8 @@ def suite_values(methods: dict[str, Any], bank_alone: bool) -> dict[str, Any]:
 
 
 def write() -> dict[str, Any]:
-    """Write ``headline.json`` from the cells; returns the suites."""
+    """Write ``headline.json`` from the cells; returns the earlier suites (claims: :mod:`.claims`)."""
+    from benchmarks.report import claims
     from benchmarks.science.headline import table as measured
     from benchmarks.science.headline_suites import SUITES
 
@@ -165,15 +166,15 @@ def write() -> dict[str, Any]:
     cells = [cell for entry in entries for cell in entry.get("cells", {}).values()]
     machines = "; ".join(sorted({cell["machine"] for cell in cells}))
     head = {"command": COMMAND, "machine": machines, "seeds": list(SEEDS)}
-    text = json.dumps({**head, **suites}, indent=1) + "\n"
+    text = json.dumps({**head, **suites, **claims.values()}, indent=1) + "\n"
     atomic_write_text(results_file("headline"), text)
     return suites
 
 
 def suites_of() -> dict[str, Any]:
-    """The suites as they were last written."""
+    """The earlier suites as they were last written."""
     known = load_results("headline")
-    return {name: values for name, values in known.items() if isinstance(values, dict)}
+    return {name: values for name, values in known.items() if "methods" in values}
 
 
 def told_seed(gain: dict[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report import exports, real, reliability, science, speed
+from benchmarks.report import claims, exports, real, reliability, science, speed
 from benchmarks.runner import ROOT
 
 PATH = ROOT / "docs" / "results.md"
@@ -12,9 +12,10 @@ def text() -> str:
     """The whole page."""
     sections = [
         *real.SECTIONS,
+        claims.claims,
         *science.SECTIONS,
         *exports.SECTIONS,
         *speed.SECTIONS,
         *reliability.SECTIONS,
     ]
-    return "\n\n".join(section() for section in sections) + "\n"
+    return "\n\n".join(filter(None, (section() for section in sections))) + "\n"

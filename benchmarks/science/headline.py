@@ -1,27 +1,30 @@
 """The headline table: every method that can run, tuned, on the same clients, data, 10 rounds and steps.
 
-Suites (:mod:`.headline_suites`): the embedded family with 1, 2, 4 and 16 clients per type (of the 48 a quarter take
-part in each round), five types, anchors of the task's kind (``sections12``: ``debian-near``; ``near12``: 2,000 of the
-task's own texts, unlabelled, that no client owns), slices of one parent (``parent3``), and two and three real families
-with 1 and 2 clients per type. On ``embedded*``, ``near12``, ``sections12`` and ``types5`` every method also trains LoRA
-in every layer; on ``bank*`` and the real families the bank alone, whose steps cost milliseconds.
+Claims are a task by a family by the clients of each type, ``sections.smollm2_gemma.1`` for example
+(:mod:`.headline_suites`, :mod:`.tasks`). Every row has as many trials: chosen on dev texts and seeds 10 to 12, a grid
+going on where its best value lies at its edge; then measured on test texts, seeds 20 to 27.
 
-Rows beside the shipped strategies: ``heterotune_plain`` is ``heterotune`` without its shared discriminant,
-``heterotune_without_discriminant`` the same of ``heterotune_deep``; ``bank`` shares the bank in all rounds and no
-predictions, ``predictions`` the bank in the first round alone and mixes nothing; ``lora_at_home`` shares both, while
-LoRA never leaves its client. ``*_annealed`` are rivals with HeteroTune's anchors, sinking rate and warm-up, ``*_cold``
-rows without warm-up, ``fedmkt64`` FedMKT-style transfer with as many anchors as HeteroTune.
+* Floor: ``untouched``, ``majority``, ``alone``. Controls: ``within`` a type; all on the ``smallest`` model. Ceiling:
+  one bank on ``pooled_data`` (read by the model that is tested) or ``pooled_latents``, a client's adapter and steps.
+* Rivals that need no Flower: ``pooled_ngrams`` without any model; ``fedncm`` and ``fedcof``, class means of what
+  everybody reads with the smallest model (:mod:`.laboratory.common_encoder`).
+* Rows of a real Flower simulation: ``heterotune``, with class sums off ``heterotune_plain``, its predictions and class
+  sums inside a type ``within_discriminant``, ``fedit``, ``fedmkt``, ``fedmosaic``.
 
-Every method first runs at each of its learning rates with seeds of their own, then at its best one with ``SEEDS``;
-where a sweep would take an hour there is a single rate. Cells are kept in ``headline_cells.json`` as they are done, so
-the command goes on where it was stopped (``--again`` forgets the chosen ones first). Methods that refuse a suite are
-listed with why.
+Rows without Flower take seconds a run, on states that are computed once (minutes per task and backbone)::
 
-Run: ``python -m benchmarks.science.headline`` (days on 2 cores: LoRA trains through the whole backbone), or a part::
+    python -m benchmarks.science.headline --suites sections.smollm2_gemma.1 --methods alone within pooled_data fedcof
 
-    python -m benchmarks.science.headline --suites embedded6 --methods heterotune_plain within_type local_only fed_sb
+Earlier suites, of one task, were chosen on the texts that they tell. They are run only when named: the embedded family
+with 1, 2, 4 and 16 clients per type, five types, other anchors (``sections12``, ``near12``), slices of one parent
+(``parent3``), and two and three real families. On ``embedded*``, ``near12``, ``sections12`` and ``types5`` every method
+also trains LoRA in every layer. ``bank`` shares the bank in all rounds and no predictions, ``predictions`` the bank in
+the first round alone; ``*_annealed`` are rivals with HeteroTune's anchors, sinking rate and warm-up, ``*_cold`` without
+warm-up, ``fedmkt64`` FedMKT-style transfer with as many anchors. Seeds 20 to 22.
 
-``python -m benchmarks.report`` makes the tables and the figure of what is there.
+Cells are kept in ``headline_cells.json`` as they are done, so the command goes on where it was stopped (``--again``
+forgets the chosen ones first). Run: ``python -m benchmarks.science.headline`` for all claims (days on 2 cores: LoRA
+trains through the whole backbone). ``python -m benchmarks.report`` makes the tables and the figure of what is there.
 """
 
 from __future__ import annotations
@@ -31,21 +34,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from benchmarks.runner import SEEDS, Cells, arguments, flower_run, machine, say
-from benchmarks.science.headline_suites import ROWS, SUITES, Suite, not_here, shipped
+from benchmarks.science.claim_cells import LabTrials, beyond, field_of, key, mean_accuracy, on_dev
+from benchmarks.science.headline_suites import (
+    CLAIM_RATES,
+    CLAIM_SEEDS,
+    CLAIMS,
+    EARLIER,
+    ROWS,
+    SUITES,
+    Suite,
+    not_here,
+    shipped,
+)
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.strategies.build import check_strategy
 
 CELLS = Cells("headline_cells")
 _FIELDS = ("client_id", "type", "global_accuracy", "personal_accuracy")
-
-
-def key(suite: str, method: str, rate: float, seed: int) -> str:
-    """Name of one cell."""
-    return f"{suite}|{method}|{rate:g}|{seed}"
 
 
 def refusal(suite: Suite, method: str) -> str | None:
@@ -66,13 +76,14 @@ def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]
         for rate in rates
     }
     preset = suite.compared(name, strategies, seeds)
+    part = "dev" if set(seeds) <= set(suite.sweep_of(method)) else "test"
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(preset, file)
         file.flush()
-        results = flower_run(file.name, suite.overrides())
+        results = flower_run(file.name, suite.overrides(part))
     by_name = dict(zip(strategies, rates, strict=True))
     return {
-        key(name, method, by_name[run["strategy"]], run["seed"]): {
+        key(name, method, f"{by_name[run['strategy']]:g}", run["seed"]): {
             "clients": [{field: row[field] for field in _FIELDS} for row in run["clients"]],
             "bytes": run["bytes"], "seconds": round(run["seconds"], 1),
             "peak_memory_mb": run["peak_memory_mb"], "machine": machine(),
@@ -81,14 +92,11 @@ def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]
     }  # fmt: skip
 
 
-def mean_accuracy(cell: dict[str, Any]) -> float:
-    """Mean global accuracy over the clients."""
-    return float(np.mean([row["global_accuracy"] for row in cell["clients"]]))
-
-
 def swept(name: str, method: str, rate: float, cells: dict[str, Any]) -> float | None:
     """Mean accuracy of a rate over the suite's sweep seeds; None where one is missing."""
-    found = [cells.get(key(name, method, rate, seed)) for seed in SUITES[name].sweep_of(method)]
+    found = [
+        cells.get(key(name, method, f"{rate:g}", seed)) for seed in SUITES[name].sweep_of(method)
+    ]
     return float(np.mean([mean_accuracy(cell) for cell in found if cell])) if all(found) else None
 
 
@@ -114,7 +122,7 @@ def missing(
         yield untried, suite.sweep_of(method)
     rate = best_rate(name, method, CELLS.read())
     assert rate is not None
-    wanted = [seed for seed in seeds if key(name, method, rate, seed) not in CELLS.read()]
+    wanted = [seed for seed in seeds if key(name, method, f"{rate:g}", seed) not in CELLS.read()]
     if wanted and suite.in_seconds(method):
         yield [rate], wanted
         return
@@ -123,9 +131,9 @@ def missing(
 
 
 def table(
-    suites: Sequence[str] = tuple(SUITES), seeds: Sequence[int] = tuple(SEEDS)
+    suites: Sequence[str] = tuple(EARLIER), seeds: Sequence[int] = tuple(SEEDS)
 ) -> dict[str, Any]:
-    """Per suite and method: the cells of its best rate and the sweep, or why it was refused."""
+    """Per earlier suite and method: the cells of its best rate and the sweep, or why it was refused."""
     cells = CELLS.read()
     found: dict[str, Any] = {}
     for name in suites:
@@ -137,7 +145,7 @@ def table(
                 if reason := refusal(SUITES[name], method):
                     found.setdefault(name, {})[method] = {"refused": reason}
                 continue
-            chosen = {s: cells.get(key(name, method, rate, s)) for s in seeds}
+            chosen = {s: cells.get(key(name, method, f"{rate:g}", s)) for s in seeds}
             if all(chosen.values()):
                 tried = {r: swept(name, method, r, cells) for r in SUITES[name].rates_of(method)}
                 sweep = {f"{r:g}": round(100 * a, 2) for r, a in tried.items() if a is not None}
@@ -145,10 +153,50 @@ def table(
     return found
 
 
+def measure_claim(name: str, method: str) -> None:
+    """A Flower row of a claim: its rates on dev, further ones where the best lies at an edge, the best one on test."""
+    suite = SUITES[name]
+    rates = list(suite.rates_of(method))
+
+    def run(rates: Sequence[float], seeds: Sequence[int]) -> None:
+        wanted = [
+            (r, s)
+            for s in seeds
+            for r in rates
+            if key(name, method, f"{r:g}", s) not in CELLS.read()
+        ]
+        for seed in dict.fromkeys(
+            s for _, s in wanted
+        ):  # one cut short loses one seed's minutes, not all
+            CELLS.keep(measure(name, method, [r for r, s in wanted if s == seed], [seed]))
+
+    further: float | None = None
+    while True:
+        run(rates if further is None else [further], suite.sweep_of(method))
+        tried = on_dev(name, method, CELLS.read())
+        best = float(max(tried, key=lambda trial: tried[trial]))
+        further = beyond(map(float, tried), best, 2.0, len(rates))
+        if further is None:
+            break
+    run([best], CLAIM_SEEDS)
+
+
+def measure_earlier(name: str, method: str, seeds: Sequence[int]) -> None:
+    """A row of an earlier suite: its sweep, then its best rate."""
+    for rates, own in missing(name, method, seeds):
+        cells = measure(name, method, rates, own)
+        CELLS.keep(cells)
+        say("; ".join(f"{n}: {100 * mean_accuracy(c):.1f} %" for n, c in cells.items()))
+
+
 def main() -> None:
+    from benchmarks.science.laboratory.claim_rows import ROWS as LAB_ROWS
+
+    torch.set_num_threads(1)
     parser = arguments(__doc__, SEEDS)
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
+    methods = [*LAB_ROWS, *ROWS]
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(CLAIMS))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument(
         "--again", action="store_true", help="forget these suites' and methods' cells first"
     )
@@ -156,13 +204,17 @@ def main() -> None:
     if args.again:
         CELLS.forget(lambda c: c.split("|")[0] in args.suites and c.split("|")[1] in args.methods)
     for name in args.suites:
+        in_laboratory = [method for method in args.methods if method in LAB_ROWS and name in CLAIMS]
+        field = field_of(name) if in_laboratory else None
+        for method in in_laboratory:
+            LabTrials(name, method, LAB_ROWS[method], field, CELLS).measure()
         for method in args.methods:
-            if not_here(name, method) or refusal(SUITES[name], method):
+            if method not in ROWS or not_here(name, method) or refusal(SUITES[name], method):
                 continue
-            for rates, seeds in missing(name, method, args.seeds):
-                cells = measure(name, method, rates, seeds)
-                CELLS.keep(cells)
-                say("; ".join(f"{n}: {100 * mean_accuracy(c):.1f} %" for n, c in cells.items()))
+            if name in EARLIER:
+                measure_earlier(name, method, args.seeds)
+            elif method in CLAIM_RATES:
+                measure_claim(name, method)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Suites and rows of :mod:`.headline`: clients, rounds and texts of each; options and rates of every row."""
+"""Suites and rows of :mod:`.headline`: tasks, families, clients and texts; options and rates of every row.
+
+*Claims* are a task (:mod:`.tasks`) by a family by the clients of each type. What is chosen there is chosen on dev texts
+with dev seeds. *Earlier* suites are of the first edition: everything was chosen on the texts that are told.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.science import tasks
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.config.compose import conf_root
 from heterotune_flwr.data.sources import global_test, training_pool
@@ -19,6 +24,8 @@ from heterotune_flwr.schema import DataConfig
 
 #: One seed on which a rate is chosen; where a run takes seconds three, for one alone chooses by luck.
 SWEEP_SEED, SWEEP_SEEDS = 9, (7, 8, 9)
+#: Of claims: on which everything is chosen, on dev texts; on which it is told, on test texts.
+DEV_SEEDS, CLAIM_SEEDS = (10, 11, 12), tuple(range(20, 28))
 #: Public texts of the task's kind on ``near12`` (clients draw from the other 3,036).
 NEAR_TEXTS = 2000
 
@@ -86,7 +93,7 @@ ROWS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class Suite:
-    """Clients of some model types on the demonstration task."""
+    """Clients of some model types on a task: of :mod:`.tasks`, or, without one, the demonstration's."""
 
     preset: str
     types: Sequence[tuple[str, str]]
@@ -97,6 +104,7 @@ class Suite:
     sweeps: Mapping[str, Sequence[int]] = field(default_factory=dict)
     near_texts: bool = False
     rounds: int = 10
+    task: str = ""
 
     @property
     def with_lora(self) -> bool:
@@ -123,8 +131,8 @@ class Suite:
         run = {"name": name, "compare": list(strategies), "seeds": list(seeds)}
         return {**preset, "strategies": dict(strategies), "run": run}
 
-    def overrides(self) -> list[str]:
-        """Overrides that make the preset's federation this one."""
+    def overrides(self, part: str = "test") -> list[str]:
+        """Overrides that make the preset's federation this one, tested on dev or test texts."""
         entries = [
             f"{{backbone: {backbone}, bits: {bits}, clients: {self.clients}}}"
             for backbone, bits in self.types
@@ -132,6 +140,7 @@ class Suite:
         return [
             f"types=[{', '.join(entries)}]", "server.evaluate_every=0", f"server.rounds={self.rounds}",
             *self.method, *(near_texts() if self.near_texts else ()),
+            *(tasks.overrides(self.task, part, self.clients * len(self.types)) if self.task else ()),
         ]  # fmt: skip
 
 
@@ -197,7 +206,7 @@ def _bank_alone(preset: str, types: Sequence[tuple[str, str]], clients: int) -> 
     )
 
 
-SUITES = {
+EARLIER = {
     "embedded3": _tiny(1, _BOTH, sweeps={"heterotune_deep": SWEEP_SEEDS}),
     "embedded6": _tiny(2, _BOTH_RIVALS),
     "embedded12": _tiny(4, _KNOWN),
@@ -214,6 +223,26 @@ SUITES = {
     "near12": _tiny(4, _NEAR, near_texts=True),
     "parent3": Suite("demo", [("tiny-c", "bf16")], 3, _DEEP, _KNOWN),
 }
+#: The first type of a family is the smallest in memory: the one that all clients could run.
+FAMILIES = {
+    "smollm2_gemma": _REAL[:2],
+    "smollm2_pruned": [_REAL[0], _REAL[2]],
+    "embedded": _TINY[:2],
+}
+#: Of a claim's Flower rows: as many rates for all; what trains through the backbone is tried on one dev seed alone.
+CLAIM_RATES: Mapping[str, Sequence[float]] = {
+    **dict.fromkeys(("heterotune", "heterotune_plain", "within_discriminant"), (1e-3, 2e-3, 4e-3, 8e-3)),
+    **dict.fromkeys(("fedit", "fedmkt", "fedmosaic"), (3e-4, 1e-3, 3e-3, 1e-2)),
+}  # fmt: skip
+_BY_STEPS = dict.fromkeys(("fedit", "fedmkt", "fedmosaic"), DEV_SEEDS[:1])
+CLAIMS = {
+    f"{task}.{family}.{clients}": Suite(
+        "demo" if family == "embedded" else "real", types, clients, rates=CLAIM_RATES, sweep=DEV_SEEDS,
+        sweeps=_BY_STEPS, task=task,
+    )
+    for task in tasks.TASKS for family, types in FAMILIES.items() for clients in (1, 2, 4)
+}  # fmt: skip
+SUITES = {**EARLIER, **CLAIMS}
 
 
 def shipped(method: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _owners(case: str, by_client: Mapping[str, Sequence[Row]]) -> list[str]:
 
 def _rows(case: str, instructions: Path | None) -> Iterator[Row]:
     if case == "sentiment":
-        return _sentiment()
+        return sentiment_rows()
     if case == "chat":
         return _chat()
     if instructions is None:
@@ -115,7 +115,8 @@ def _rows(case: str, instructions: Path | None) -> Iterator[Row]:
     return _instructions(instructions)
 
 
-def _sentiment() -> Iterator[Row]:
+def sentiment_rows() -> Iterator[Row]:
+    """Sentences with the label of their mean rating, and the source they are of."""
     with tarfile.open(_fetched(*_SENTIMENT, "--no-binary", ":all:")) as outer:
         inner = outer.extractfile(
             "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"

@@ -8,8 +8,9 @@ DeMA layer, optimizer and clipping (tests/benchmarks/test_laboratory.py compares
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.strategies.guests import RATE_SHARE
 
 SHARINGS = ("alone", "within", "across")
+#: (banks, tasks of the types, type of every client, right labels) -> clients x whatever is measured
+Measure = Callable[[Mapping[str, Tensor], list[LatentTask], Tensor, Tensor], NDArray[Any]]
 
 
 def _averaged(values: Tensor, groups: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ def _fleet(
         rate=rates.repeat_interleave(len(shares)).repeat(len(sharings)),
         groups=Groups.of(sharing, runs, types, schedule.gate_scope),
         z=z,
-        logits=logits + _log_priors(wanted, logits.shape[-1], schedule)[:, None],
+        logits=logits + log_priors(wanted, logits.shape[-1], schedule)[:, None],
         wanted=wanted,
         effect=torch.stack([tasks[k].effect for k in kinds]).transpose(1, 2),
         orders=len(shares),
@@ -239,9 +242,11 @@ def federate(
     tasks: list[LatentTask], targets: tuple[Tensor, Tensor], shares: list[list[int]],
     clients: int, seeds: list[int], method: MethodConfig, schedule: Schedule,
     sharings: tuple[str, ...] = SHARINGS, guests: Sequence[LatentTask] = (),
-    trouble: Trouble | None = None,
-) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+    trouble: Trouble | None = None, measure: Measure | None = None,
+) -> dict[str, NDArray[Any]]:  # fmt: skip
     """Accuracy (sharing -> rates x seeds x clients, percent) on the global test after the last round.
+
+    ``measure``: another measure of every client, :func:`hits` for instance, whose further axes follow the clients'.
 
     ``guests`` are backbones that take no part: ``guests`` -> rates x seeds x guests is what they reach with the bank
     that is shared across types, and their own maps (and, where there is a type phase, after fitting what those who take
@@ -283,38 +288,39 @@ def federate(
             )
     if waiting is not None:
         waiting.learn(bank)
-    return _results(fleet, bank, waiting, everyone, targets[1], sharings, (len(seeds), clients))
-
-
-def _results(
-    fleet: _Fleet, bank: Mapping[str, Tensor], waiting: _Guests | None, everyone: list[LatentTask],
-    wanted: Tensor, sharings: tuple[str, ...], shape: tuple[int, int],
-) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-    found = accuracies(bank, everyone, fleet.types, wanted)
-    parts = found.reshape(len(sharings), -1, *shape)
+    found = (measure or accuracies)(bank, everyone, types, targets[1])
+    parts = found.reshape(len(sharings), clones, len(seeds), clients, *found.shape[1:])
     result = dict(zip(sharings, parts, strict=True))
     if waiting is not None:
-        reached = accuracies(waiting.bank, everyone, waiting.kinds, wanted)
-        result["guests"] = reached.reshape(-1, shape[0], waiting.guests)
+        reached = accuracies(waiting.bank, everyone, waiting.kinds, targets[1])
+        result["guests"] = reached.reshape(-1, len(seeds), waiting.guests)
     return result
 
 
-def _log_priors(wanted: Tensor, labels: int, schedule: Schedule) -> Tensor:
+def log_priors(wanted: Tensor, labels: int, schedule: Schedule) -> Tensor:
     """Scaled log label frequencies of every client (N x C)."""
     counts = functional.one_hot(wanted, labels).sum(1) + schedule.smoothing
     return schedule.adjustment * torch.log(counts / counts.sum(1, keepdim=True))
 
 
-@torch.no_grad()
 def accuracies(
     bank: Mapping[str, Tensor], tasks: list[LatentTask], types: Tensor, wanted: Tensor
 ) -> NDArray[np.float64]:
+    """Percent of the test texts that every client's bank has right."""
+    return 100 * hits(bank, tasks, types, wanted).mean(axis=1)
+
+
+@torch.no_grad()
+def hits(
+    bank: Mapping[str, Tensor], tasks: list[LatentTask], types: Tensor, wanted: Tensor
+) -> NDArray[np.bool_]:
+    """Which test texts (clients x texts) every client's bank has right."""
     found = []
     for i, kind in enumerate(types.tolist()):
         own, task = {key: value[i : i + 1] for key, value in bank.items()}, tasks[kind]
         out = task.test_logits + (mixture(own, task.test_z[None]) @ task.effect.T)[0]
-        found.append(100 * (out.argmax(-1) == wanted).double().mean().item())
-    return np.array(found)
+        found.append((out.argmax(-1) == wanted).numpy())
+    return np.stack(found)
 
 
 def zero_shot(tasks: list[LatentTask], wanted: Tensor) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from heterotune_flwr.alignment.public_texts import SHIPPED, anchor_digest, load_anchors
 from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.backbones.views import VIEWS
 from heterotune_flwr.data.sources import global_test, label_set, training_pool
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
 from heterotune_flwr.schema import AlignmentConfig, DataConfig
@@ -90,49 +91,85 @@ def _cache_file(kind: str, parts: object) -> Path:
 
 def load_type(spec: str, task: Task, anchors: Sequence[str] = SHIPPED) -> TypeStates:
     """States of one type, ``source[@bits]``, and of some anchor sets; minutes the first time, then from the cache."""
-    from heterotune_flwr.backbones.sources import BackboneSpec, fingerprint, resolve_source
+    wanted = {name: load_anchors(AlignmentConfig(anchors=name, count=ANCHORS)) for name in anchors}
+    kept = kept_states(spec, {**wanted, "pool": task.pool, "test": task.test}, task.data)
+    states = {name: kept[name] for name in anchors}
+    rows = kept_label_rows(spec, task.labels, task.data)
+    return TypeStates(type_key(spec), states, kept["pool"], kept["test"], rows)
+
+
+def type_key(spec: str) -> str:
+    """Key of the type ``source[@bits]``."""
+    from heterotune_flwr.backbones.sources import BackboneSpec
+
+    return BackboneSpec(*parse(spec)).type_key
+
+
+def _identity(spec: str) -> str:
+    from heterotune_flwr.backbones.sources import fingerprint, resolve_source
 
     source, bits = parse(spec)
-    backbone_spec = BackboneSpec(source, bits)
-    identity = fingerprint(resolve_source(source), bits)
-    wanted = {name: load_anchors(AlignmentConfig(anchors=name, count=ANCHORS)) for name in anchors}
-    kept: dict[str, Array] = {}
-    for name, rows in {**wanted, "pool": task.pool, "test": task.test}.items():
-        parts = [VERSION, identity, anchor_digest(rows), task.data.prompt, task.data.max_length]
-        path = _cache_file(name, parts)
+    return fingerprint(resolve_source(source), bits)
+
+
+def kept_states(
+    spec: str, parts: Mapping[str, list[str]], data: DataConfig, view: str = ""
+) -> dict[str, Array]:
+    """States of some texts, by part: where the answer is read (n x d), or a ``view`` of the whole text (n x parts d).
+
+    Computed the first time, then from the cache.
+    """
+    identity, kept = _identity(spec), {}
+    for name, rows in parts.items():
+        told = [VERSION, identity, anchor_digest(rows), data.prompt, data.max_length]
+        path = _cache_file(name, [*told, view, VIEWS[view].version] if view else told)
         if not path.exists():
-            _compute_states(backbone_spec, rows, task.data, path, name)
+            _compute_states(spec, rows, data, path, name, view)
         kept[name] = load_tensors(path)["states"]
-    path = _cache_file("labels", [VERSION, identity, task.labels, task.data.prompt])
+    return kept
+
+
+def kept_label_rows(spec: str, labels: list[str], data: DataConfig) -> Array:
+    """Unembedding rows of the label words (C x d), computed the first time."""
+    path = _cache_file("labels", [VERSION, _identity(spec), labels, data.prompt])
     if not path.exists():
-        _compute_head(backbone_spec, task, path)
-    states = {name: kept[name] for name in anchors}
-    head = load_tensors(path)["labels"]
-    return TypeStates(backbone_spec.type_key, states, kept["pool"], kept["test"], head)
+        _compute_head(spec, labels, data, path)
+    return load_tensors(path)["labels"]
 
 
-def _compute_states(spec: Any, texts: list[str], data: DataConfig, path: Path, name: str) -> None:
+def _loaded(spec: str) -> Any:
+    from heterotune_flwr.backbones.loading import load_backbone
+    from heterotune_flwr.backbones.sources import BackboneSpec
+
+    return load_backbone(BackboneSpec(*parse(spec)))
+
+
+def _compute_states(
+    spec: str, texts: list[str], data: DataConfig, path: Path, name: str, view: str
+) -> None:
     import torch
 
-    from heterotune_flwr.alignment.factors import collect_states
-    from heterotune_flwr.backbones.loading import load_backbone
+    from heterotune_flwr.alignment.factors import collect_states, collect_view
 
     torch.set_num_threads(1)
-    print(f"{spec.type_key}: computing the states of {len(texts)} texts ({name})", flush=True)
-    states = collect_states(load_backbone(spec), texts, data, 1)[0]
+    print(
+        f"{spec}: computing the {view or 'last'} states of {len(texts)} texts ({name})", flush=True
+    )
+    backbone = _loaded(spec)
+    seen = collect_view(VIEWS[view], backbone, texts, data) if view else None
+    states = collect_states(backbone, texts, data, 1)[0] if seen is None else seen
     save_tensors(path, {"states": states})
 
 
-def _compute_head(spec: Any, task: Task, path: Path) -> None:
+def _compute_head(spec: str, labels: list[str], data: DataConfig, path: Path) -> None:
     from heterotune_flwr.alignment.factors import label_rows
-    from heterotune_flwr.backbones.loading import load_backbone
     from heterotune_flwr.data.label_trie import make_trie
     from heterotune_flwr.data.template import make_form
 
-    backbone = load_backbone(spec)
-    trie = make_trie(make_form(backbone.tokenizer, task.data), task.labels)
+    backbone = _loaded(spec)
+    trie = make_trie(make_form(backbone.tokenizer, data), labels)
     if trie.longest:
         raise SystemExit(
-            f"{spec.type_key}: the laboratory reads a text once, so labels must differ in their first token"
+            f"{spec}: the laboratory reads a text once, so labels must differ in their first token"
         )
     save_tensors(path, {"labels": label_rows(backbone, trie).astype(np.float32)})
