@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.report.sections import load_results, section, shown, table
+from benchmarks.report.sections import load_results, number, section, shown, table
 from benchmarks.runner import mean_and_std
 from benchmarks.science.claim_cells import AllCells, chosen, key, on_dev, unpacked
 from benchmarks.science.headline_suites import CLAIM_SEEDS, CLAIMS, DEV_SEEDS, SUITES
@@ -70,7 +70,12 @@ def measured(suite: str, cells: AllCells) -> dict[str, dict[int, Row]]:
 def _summary(suite: str, row: str, own: Mapping[int, Row], cells: AllCells) -> Row:
     right, first = _matrix(own), next(iter(own.values()))
     types = [client["type"] for client in first["clients"]]
-    personal = [c["personal_accuracy"] for cell in own.values() for c in cell["clients"]]
+    personal = [
+        client["personal_accuracy"]
+        for cell in own.values()
+        for client in cell["clients"]
+        if client["personal_accuracy"] is not None
+    ]
     mean, std = mean_and_std(right.mean(axis=(1, 2)).tolist())
     tried = on_dev(suite, row, cells)
     by_type = {
@@ -81,7 +86,7 @@ def _summary(suite: str, row: str, own: Mapping[int, Row], cells: AllCells) -> R
     return {
         "accuracy": mean, "std": std, "low": round(told["low"], 2), "high": round(told["high"], 2),
         "types": by_type, "worst_client": round(float(right.mean(axis=2).min()), 2),
-        "own_tests": round(100 * float(np.mean([p for p in personal if p is not None])), 2),
+        "own_tests": round(100 * float(np.mean(personal)), 2) if personal else None,
         "trial": max(tried, key=lambda trial: tried[trial]), "trials": len(tried),
         "dev": {trial: round(100 * value, 2) for trial, value in tried.items()},
         "seconds": round(float(np.mean([cell["seconds"] for cell in own.values()])), 2),
@@ -209,5 +214,5 @@ def table_of(name: str, known: Row) -> list[tuple[str, ...]]:
                 f"{own['trial'].removesuffix(' 0')} of {own['trials']}" if own["trials"] > 1 else ""
             )
             said = f"{own['accuracy']:.1f} ({own['low']:.1f} .. {own['high']:.1f})"
-            lines.append((f"`{name}`", label, said, types, f"{own['own_tests']:.1f}", trial))
+            lines.append((f"`{name}`", label, said, types, number(own, "own_tests"), trial))
     return lines

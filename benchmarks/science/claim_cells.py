@@ -5,15 +5,16 @@ A trial is a learning rate or another value of a row. A grid whose best value li
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.runner import Cells, machine, say
-from benchmarks.science.headline_suites import CLAIM_SEEDS, DEV_SEEDS, SUITES
+from benchmarks.science.headline_suites import CLAIM_SEEDS, SUITES
 
 if TYPE_CHECKING:
     from benchmarks.science.laboratory.claim_rows import Field, LabRow
@@ -33,6 +34,11 @@ def mean_accuracy(cell: Mapping[str, Any]) -> float:
     return float(np.mean([client["global_accuracy"] for client in cell["clients"]]))
 
 
+def accuracy_on_dev(cell: Mapping[str, Any]) -> float:
+    """Mean accuracy, of a row that stops early after its best round."""
+    return float(cell["best_accuracy"]) if "best_accuracy" in cell else mean_accuracy(cell)
+
+
 def on_dev(suite: str, row: str, cells: AllCells) -> dict[str, float]:
     """Trial -> mean accuracy on dev, of the trials of which every dev seed is there."""
     seeds = SUITES[suite].sweep_of(row)
@@ -42,7 +48,7 @@ def on_dev(suite: str, row: str, cells: AllCells) -> dict[str, float]:
     for trial in trials:
         dev = [cells.get(key(suite, row, trial, seed)) for seed in seeds]
         if all(dev):
-            found[trial] = float(np.mean([mean_accuracy(cell) for cell in dev if cell]))
+            found[trial] = float(np.mean([accuracy_on_dev(cell) for cell in dev if cell]))
     return found
 
 
@@ -72,8 +78,14 @@ def unpacked(told: str, texts: int) -> NDArray[np.bool_]:
 
 
 def label_of(variant: str, value: float) -> str:
-    """How a trial of a row without Flower is called."""
+    """How a trial is called."""
     return f"{variant} {value:g}".strip()
+
+
+def parsed(trial: str) -> tuple[str, float]:
+    """The inverse of :func:`label_of`."""
+    variant, _, value = trial.rpartition(" ")
+    return variant, float(value)
 
 
 def field_of(name: str) -> Field:
@@ -83,69 +95,98 @@ def field_of(name: str) -> Field:
 
     suite = SUITES[name]
     specs = [f"{backbone}@{bits}" for backbone, bits in suite.types]
-    field = Field(ClaimTask(suite.task), specs, specs[0], suite.clients)
-    assert field.latent  # computed before any row is timed
-    return field
+    return Field(ClaimTask(suite.task), specs, specs[0], suite.clients)
 
 
-class LabTrials:
-    """One row without Flower on one suite: its trials on dev, then the best one on test."""
+class Grid(Protocol):
+    """What a row tries: values, variants of which each tries all of them, and the factor by which a grid goes on."""
 
-    def __init__(self, suite: str, name: str, row: LabRow, field: Field, cells: Cells) -> None:
-        self.suite, self.name, self.row, self.field, self.cells = suite, name, row, field, cells
+    values: tuple[float, ...]
+    variants: tuple[str, ...]
+    factor: float | None
+
+
+class Trials(abc.ABC):
+    """One row on one suite: its trials on dev, then the best one on test."""
+
+    def __init__(self, suite: str, name: str, grid: Grid, cells: Cells) -> None:
+        self.suite, self.name, self.grid, self.cells = suite, name, grid, cells
+
+    @abc.abstractmethod
+    def run(
+        self, variant: str, values: Sequence[float], seeds: Sequence[int], part: str
+    ) -> dict[str, Any]:
+        """Cells of some values and seeds, measured on dev or test texts."""
 
     def measure(self) -> None:
         """Whatever is missing."""
-        for variant in self.row.variants:
-            self._run(variant, self.row.values, DEV_SEEDS, "dev")
+        dev = SUITES[self.suite].sweep_of(self.name)
+        for variant in self.grid.variants:
+            self._complete(variant, self.grid.values, dev, "dev")
         while (further := self._further()) is not None:
-            self._run(further[0], [further[1]], DEV_SEEDS, "dev")
+            self._complete(further[0], [further[1]], dev, "dev")
         best = chosen(self.suite, self.name, self.cells.read())
         assert best is not None
-        variant, _, value = best.rpartition(" ")
-        self._run(variant, [float(value)], CLAIM_SEEDS, "test")
+        variant, value = parsed(best)
+        self._complete(variant, [value], CLAIM_SEEDS, "test")
 
     def _further(self) -> tuple[str, float] | None:
         """The variant of the best trial, and the value by which its grid goes on."""
-        if self.row.factor is None:
+        if self.grid.factor is None:
             return None
         tried = on_dev(self.suite, self.name, self.cells.read())
-        best, _, value = max(tried, key=lambda trial: tried[trial]).rpartition(" ")
-        own = [trial.rpartition(" ") for trial in tried]
-        values = [float(number) for variant, _, number in own if variant == best]
-        following = beyond(values, float(value), self.row.factor, len(self.row.values))
+        best, value = parsed(max(tried, key=lambda trial: tried[trial]))
+        values = [number for variant, number in map(parsed, tried) if variant == best]
+        following = beyond(values, value, self.grid.factor, len(self.grid.values))
         return None if following is None else (best, following)
 
-    def _run(self, variant: str, values: Sequence[float], seeds: Sequence[int], part: str) -> None:
+    def _complete(
+        self, variant: str, values: Sequence[float], seeds: Sequence[int], part: str
+    ) -> None:
         known = self.cells.read()
         missing = [
             value
             for value in values
-            if any(key(self.suite, self.name, label_of(variant, value), seed) not in known for seed in seeds)
-        ]  # fmt: skip
+            if any(self.key(variant, value, seed) not in known for seed in seeds)
+        ]
         if not missing:
             return
-        start = time.perf_counter()
-        right = self.row.run(self.field, seeds, missing, variant)
-        seconds = round((time.perf_counter() - start) / len(seeds) / len(missing), 2)
-        up = self.row.bytes_up(self.field, variant) if self.row.bytes_up else None
-        new = {}
-        for number, value in enumerate(missing):
-            trial = label_of(variant, value)
-            for place, seed in enumerate(seeds):
-                new[key(self.suite, self.name, trial, seed)] = {
-                    "clients": self._clients(right[number, place], seed, part),
-                    "texts": len(self.field.task.parts[part]), "bytes_up_in_all": up, "seconds": seconds,
-                    "machine": machine(),
-                }  # fmt: skip
+        new = self.run(variant, missing, seeds, part)
         self.cells.keep(new)
-        means = {name.split("|")[2]: 0.0 for name in new}
-        for trial in means:
-            told = [
-                mean_accuracy(cell) for name, cell in new.items() if name.split("|")[2] == trial
-            ]
-            means[trial] = round(100 * float(np.mean(told)), 1)
-        say(f"{self.suite}, {self.name}, {part}: {means} ({seconds} s a run)")
+        for value in missing:
+            own = [self.key(variant, value, seed) for seed in seeds]
+            mean = 100 * float(np.mean([accuracy_on_dev(new[name]) for name in own if name in new]))
+            say(f"{self.suite}, {self.name}, {label_of(variant, value)}: {mean:.1f} on {part}")
+
+    def key(self, variant: str, value: float, seed: int) -> str:
+        """Name of a cell of this row."""
+        return key(self.suite, self.name, label_of(variant, value), seed)
+
+
+class LabTrials(Trials):
+    """A row without Flower, on kept states."""
+
+    def __init__(self, suite: str, name: str, row: LabRow, field: Field, cells: Cells) -> None:
+        super().__init__(suite, name, row, cells)
+        self.row, self.field = row, field
+
+    def run(
+        self, variant: str, values: Sequence[float], seeds: Sequence[int], part: str
+    ) -> dict[str, Any]:
+        """See :class:`Trials`."""
+        self.row.prepare(self.field)
+        start = time.perf_counter()
+        right = self.row.run(self.field, seeds, values, variant)
+        seconds = round((time.perf_counter() - start) / len(seeds) / len(values), 2)
+        up = self.row.bytes_up(self.field, variant) if self.row.bytes_up else None
+        return {
+            self.key(variant, value, seed): {
+                "clients": self._clients(right[number, place], seed, part),
+                "texts": len(self.field.task.parts[part]), "bytes_up_in_all": up, "seconds": seconds,
+                "machine": machine(),
+            }
+            for number, value in enumerate(values) for place, seed in enumerate(seeds)
+        }  # fmt: skip
 
     def _clients(self, right: NDArray[np.bool_], seed: int, part: str) -> list[dict[str, Any]]:
         held = self.field.task.places(part)

@@ -29,19 +29,17 @@ trains through the whole backbone). ``python -m benchmarks.report`` makes the ta
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from benchmarks.runner import SEEDS, Cells, arguments, flower_run, machine, say
-from benchmarks.science.claim_cells import LabTrials, beyond, field_of, key, mean_accuracy, on_dev
+from benchmarks.runner import SEEDS, Cells, arguments, say
+from benchmarks.science.claim_cells import LabTrials, field_of, key, mean_accuracy
+from benchmarks.science.claim_flower import FlowerTrials, cell_of, simulated
 from benchmarks.science.headline_suites import (
-    CLAIM_RATES,
-    CLAIM_SEEDS,
+    CLAIM_ROWS,
     CLAIMS,
     EARLIER,
     ROWS,
@@ -55,7 +53,6 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.strategies.build import check_strategy
 
 CELLS = Cells("headline_cells")
-_FIELDS = ("client_id", "type", "global_accuracy", "personal_accuracy")
 
 
 def refusal(suite: Suite, method: str) -> str | None:
@@ -68,28 +65,14 @@ def refusal(suite: Suite, method: str) -> str | None:
 
 
 def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
-    """One real Flower simulation: a method at some learning rates and seeds; returns its cells."""
-    suite, entry, extra = SUITES[name], shipped(method), ROWS[method].options
+    """One real Flower simulation of an earlier suite: a method at some learning rates and seeds; returns its cells."""
+    entry, extra = shipped(method), ROWS[method].options
     train = {**entry.get("train", {}), **extra.get("train", {})}
     strategies = {
-        f"{method}-{rate:g}": {**entry, **extra, "train": {**train, "learning_rate": rate}}
-        for rate in rates
+        f"{rate:g}": {**entry, **extra, "train": {**train, "learning_rate": rate}} for rate in rates
     }
-    preset = suite.compared(name, strategies, seeds)
-    part = "dev" if set(seeds) <= set(suite.sweep_of(method)) else "test"
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(preset, file)
-        file.flush()
-        results = flower_run(file.name, suite.overrides(part))
-    by_name = dict(zip(strategies, rates, strict=True))
-    return {
-        key(name, method, f"{by_name[run['strategy']]:g}", run["seed"]): {
-            "clients": [{field: row[field] for field in _FIELDS} for row in run["clients"]],
-            "bytes": run["bytes"], "seconds": round(run["seconds"], 1),
-            "peak_memory_mb": run["peak_memory_mb"], "machine": machine(),
-        }
-        for run in results["runs"]
-    }  # fmt: skip
+    runs = simulated(name, strategies, seeds, SUITES[name].overrides())
+    return {key(name, method, run["strategy"], run["seed"]): cell_of(run) for run in runs}
 
 
 def swept(name: str, method: str, rate: float, cells: dict[str, Any]) -> float | None:
@@ -153,34 +136,6 @@ def table(
     return found
 
 
-def measure_claim(name: str, method: str) -> None:
-    """A Flower row of a claim: its rates on dev, further ones where the best lies at an edge, the best one on test."""
-    suite = SUITES[name]
-    rates = list(suite.rates_of(method))
-
-    def run(rates: Sequence[float], seeds: Sequence[int]) -> None:
-        wanted = [
-            (r, s)
-            for s in seeds
-            for r in rates
-            if key(name, method, f"{r:g}", s) not in CELLS.read()
-        ]
-        for seed in dict.fromkeys(
-            s for _, s in wanted
-        ):  # one cut short loses one seed's minutes, not all
-            CELLS.keep(measure(name, method, [r for r, s in wanted if s == seed], [seed]))
-
-    further: float | None = None
-    while True:
-        run(rates if further is None else [further], suite.sweep_of(method))
-        tried = on_dev(name, method, CELLS.read())
-        best = float(max(tried, key=lambda trial: tried[trial]))
-        further = beyond(map(float, tried), best, 2.0, len(rates))
-        if further is None:
-            break
-    run([best], CLAIM_SEEDS)
-
-
 def measure_earlier(name: str, method: str, seeds: Sequence[int]) -> None:
     """A row of an earlier suite: its sweep, then its best rate."""
     for rates, own in missing(name, method, seeds):
@@ -213,8 +168,8 @@ def main() -> None:
                 continue
             if name in EARLIER:
                 measure_earlier(name, method, args.seeds)
-            elif method in CLAIM_RATES:
-                measure_claim(name, method)
+            elif method in CLAIM_ROWS:
+                FlowerTrials(name, method, CELLS).measure()
 
 
 if __name__ == "__main__":

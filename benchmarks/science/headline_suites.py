@@ -45,6 +45,8 @@ class Row:
 
 
 _BANK, _LORA = (1e-3, 4e-3), (3e-4, 1e-3)
+#: A variant of rivals, and what it is.
+ANNEALED = "annealed"
 _ANNEALED = {"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}
 #: As measured before there was a warm-up, on the suites that were measured so.
 _COLD, _COLD_ON = {"train": {"last_rate": 0.05, "warmup_ratio": 0.0}}, ("embedded3", "embedded12")
@@ -229,20 +231,44 @@ FAMILIES = {
     "smollm2_pruned": [_REAL[0], _REAL[2]],
     "embedded": _TINY[:2],
 }
-#: Of a claim's Flower rows: as many rates for all; what trains through the backbone is tried on one dev seed alone.
-CLAIM_RATES: Mapping[str, Sequence[float]] = {
-    **dict.fromkeys(("heterotune", "heterotune_plain", "within_discriminant"), (1e-3, 2e-3, 4e-3, 8e-3)),
-    **dict.fromkeys(("fedit", "fedmkt", "fedmosaic"), (3e-4, 1e-3, 3e-3, 1e-2)),
-}  # fmt: skip
-_BY_STEPS = dict.fromkeys(("fedit", "fedmkt", "fedmosaic"), DEV_SEEDS[:1])
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """A Flower row of the claims; each has four trials.
+
+    ``variants``: ``annealed`` has a sinking rate and a warm-up; ``stops_early``: after the round that is best on dev.
+    """
+
+    values: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    variants: tuple[str, ...] = ("",)
+    factor: float | None = 2.0
+    stops_early: bool = False
+
+
+#: A run takes hours: four configurations, no more.
+_THROUGH_BACKBONES = ClaimRow((1e-3, 3e-3), ("", ANNEALED), None, stops_early=True)
+CLAIM_ROWS = {
+    **dict.fromkeys(("heterotune", "heterotune_plain", "within_discriminant"), ClaimRow()),
+    **dict.fromkeys(("fedit", "fedmkt", "fedmosaic"), _THROUGH_BACKBONES),
+}
+#: What trains through the backbone, hours a run, is tried on one dev seed alone.
+_ON_ONE = {name: DEV_SEEDS[:1] for name, row in CLAIM_ROWS.items() if row.stops_early}
 CLAIMS = {
     f"{task}.{family}.{clients}": Suite(
-        "demo" if family == "embedded" else "real", types, clients, rates=CLAIM_RATES, sweep=DEV_SEEDS,
-        sweeps=_BY_STEPS, task=task,
+        "demo" if family == "embedded" else "real", types, clients, sweep=DEV_SEEDS, sweeps=_ON_ONE, task=task,
     )
     for task in tasks.TASKS for family, types in FAMILIES.items() for clients in (1, 2, 4)
 }  # fmt: skip
 SUITES = {**EARLIER, **CLAIMS}
+
+
+def claimed(method: str, variant: str, rate: float) -> dict[str, Any]:
+    """A trial of a claim's Flower row, as the preset has it."""
+    extra = ROWS[method].options
+    train = {**shipped(method).get("train", {}), **extra.get("train", {})}
+    train |= _ANNEALED["train"] if variant == ANNEALED else {}
+    return {**shipped(method), **extra, "train": {**train, "learning_rate": rate}}
 
 
 def shipped(method: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from benchmarks import runner
 from benchmarks.report.claims import suite_values
 from benchmarks.science.claim_cells import LabTrials, beyond, key, packed, unpacked
+from benchmarks.science.claim_flower import FlowerTrials
 from benchmarks.science.headline_suites import CLAIM_SEEDS, CLAIMS, DEV_SEEDS
 from benchmarks.science.intervals import surely_worse, two_way_interval
 from benchmarks.science.laboratory import common_encoder as encoder
@@ -272,6 +273,54 @@ def test_rows_are_chosen_on_dev_told_on_test_and_not_measured_twice(
         raise AssertionError("measured twice")
 
     LabTrials(SUITE, "alone", replace(ROWS["alone"], run=refuse), field, cells).measure()
+
+
+def test_a_rival_is_tuned_by_rate_annealing_and_early_stop_on_dev_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    asked = []
+
+    def run(suite: str, strategies: dict, seeds: list[int], overrides: list[str]) -> list[dict]:
+        asked.append((strategies, seeds, overrides))
+        return [flower_like(name, entry, seeds[0]) for name, entry in strategies.items()]
+
+    monkeypatch.setattr("benchmarks.science.claim_flower.simulated", run)
+    cells = runner.Cells("cells")
+    FlowerTrials(SUITE, "fedit", cells).measure()
+    dev, test = asked[:-8], asked[-8:]
+    assert [seeds for _, seeds, _ in test] == [[seed] for seed in CLAIM_SEEDS]
+    assert {seeds[0] for _, seeds, _ in dev} == {DEV_SEEDS[0]}
+    for _, _, overrides in dev:
+        assert any(o.startswith("data.test=") and o.endswith("dev.jsonl") for o in overrides)
+        assert "server.evaluate_every=2" in overrides
+    for strategies, _, overrides in test:
+        assert any(o.startswith("data.test=") and o.endswith("test.jsonl") for o in overrides)
+        assert overrides[-1] == "server.rounds=4"
+        assert strategies["0.003"]["train"]["last_rate"] == 0.05
+    assert suite_values(SUITE, cells.read())["trials"] == {"fedit": 4}
+    before = len(asked)
+    FlowerTrials(SUITE, "fedit", cells).measure()
+    assert len(asked) == before
+
+
+def flower_like(name: str, entry: dict, seed: int) -> dict:
+    """A run that is best after round 4, at 0.003, annealed (0.001 and 0.003 are tried)."""
+    good = (
+        0.5
+        + 0.1 * (name == "0.003")
+        + 0.2 * ("last_rate" in entry["train"])
+        - 0.2 * (float(name) > 0.003)
+    )
+    rounds = [{"event": "evaluate", "round": r, "types": {"t": {"clients": 2, "global_accuracy_mean": good * share}}}
+              for r, share in ((0, 2.0), (2, 0.5), (4, 1.0), (10, 0.7))]  # fmt: skip
+    client = {
+        "type": "t",
+        "global_accuracy": good * 0.7,
+        "personal_accuracy": None,
+        "global_loss": 1.0,
+    }
+    clients = [{**client, "client_id": f"c{i}"} for i in (0, 1)]
+    return {"strategy": name, "seed": seed, "clients": clients, "rounds": rounds, "bytes": {}, "seconds": 3.0,
+            "peak_memory_mb": 1.0}  # fmt: skip
 
 
 def cell(accuracy: float, dev: bool, texts: int = 50) -> dict[str, object]:

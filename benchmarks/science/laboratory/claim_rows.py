@@ -92,7 +92,8 @@ Run = Callable[[Field, Sequence[int], Sequence[float], str], Hits]
 class LabRow:
     """A row: how it is run, its values and variants; the factor by which a grid goes on at its edge; bytes sent up.
 
-    ``bytes_up``: of a client, in the whole run, where it is known without a wire.
+    ``bytes_up``: of a client, in the whole run, where it is known without a wire. ``needs``: what states it is made of,
+    all types' latents, the smallest model's features, or none.
     """
 
     run: Run
@@ -100,6 +101,12 @@ class LabRow:
     variants: tuple[str, ...] = ("",)
     factor: float | None = None
     bytes_up: Callable[[Field, str], int] | None = None
+    needs: str = "latent"
+
+    def prepare(self, field: Field) -> None:
+        """Compute or read the states, which are no part of a run's seconds."""
+        if self.needs:
+            getattr(field, self.needs)
 
 
 def _untouched(field: Field, seeds: Sequence[int], values: Sequence[float], _: str) -> Hits:
@@ -224,16 +231,23 @@ def _sent(field: Field, variant: str, heaps: int) -> int:
 _NCM = ("last, raw", "text, raw", "text", "both")
 ROWS: Mapping[str, LabRow] = {
     "untouched": LabRow(_untouched, bytes_up=lambda *_: 0),
-    "majority": LabRow(_majority, bytes_up=lambda *_: 0),
+    "majority": LabRow(_majority, bytes_up=lambda *_: 0, needs=""),
     "alone": LabRow(_federated("alone"), RATES, factor=2.0, bytes_up=lambda *_: 0),
     "within": LabRow(_federated("within"), RATES, factor=2.0),
     "smallest": LabRow(_smallest, RATES, factor=2.0),
     "pooled_latents": LabRow(_pooled(False), RATES, factor=2.0),
     "pooled_data": LabRow(_pooled(True), RATES, factor=2.0),
-    "pooled_ngrams": LabRow(_ngrams, (1, 2, 4, 8), factor=2.0),
-    "fedncm": LabRow(_fedncm, variants=_NCM, bytes_up=lambda f, v: _sent(f, v, 1)),
+    "pooled_ngrams": LabRow(_ngrams, (1, 2, 4, 8), factor=2.0, needs=""),
+    "fedncm": LabRow(
+        _fedncm, variants=_NCM, bytes_up=lambda f, v: _sent(f, v, 1), needs="features"
+    ),
     "fedcof": LabRow(
-        _fedcof, (0.1, 1), ("1 mean", "3 means"), 10.0, lambda f, v: _sent(f, "both", _heaps(v))
+        _fedcof,
+        (0.1, 1),
+        ("1 mean", "3 means"),
+        10.0,
+        lambda f, v: _sent(f, "both", _heaps(v)),
+        "features",
     ),
     "bank_and_predictions": LabRow(_federated("across", **TYPE_PHASE), RATES, factor=2.0),
 }
