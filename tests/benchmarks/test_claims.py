@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import runner
-from benchmarks.report.claims import suite_values
+from benchmarks.report.claims import claims, mean_over_tasks, suite_values
 from benchmarks.science.claim_cells import LabTrials, beyond, key, packed, unpacked
 from benchmarks.science.claim_flower import FlowerTrials
 from benchmarks.science.headline_suites import CLAIM_SEEDS, CLAIMS, DEV_SEEDS
@@ -332,13 +333,14 @@ def cell(accuracy: float, dev: bool, texts: int = 50) -> dict[str, object]:
     return {"clients": clients, "texts": texts, "seconds": 1.0, "machine": "m"}
 
 
-def test_a_claims_flat_keys():
+def measured_claim(suite: str) -> dict:
+    """Cells of a claim: HeteroTune halfway between within type and pooled data."""
     cells = {}
 
     def add(row: str, **trials: tuple[float, float]) -> None:
         for trial, (dev, test) in trials.items():
-            cells.update({key(SUITE, row, trial, seed): cell(dev, True) for seed in DEV_SEEDS})
-            cells.update({key(SUITE, row, trial, seed): cell(test, False) for seed in CLAIM_SEEDS})
+            cells.update({key(suite, row, trial, seed): cell(dev, True) for seed in DEV_SEEDS})
+            cells.update({key(suite, row, trial, seed): cell(test, False) for seed in CLAIM_SEEDS})
 
     add("untouched", a=(0.2, 0.2))
     add("within", a=(0.4, 0.4))
@@ -347,7 +349,26 @@ def test_a_claims_flat_keys():
     add("heterotune", a=(0.6, 0.6))
     counts = {"lora16_bytes": 1000.0, "train_up": 100, "one_time_up": 300, "evaluate_up": 0}
     for seed in CLAIM_SEEDS:
-        cells[key(SUITE, "heterotune", "a", seed)]["bytes"] = counts
+        cells[key(suite, "heterotune", "a", seed)]["bytes"] = counts
+    return cells
+
+
+def test_a_claim_is_shown_with_its_gain_and_every_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    name = "sections.smollm2_gemma.1"
+    values = {name: suite_values(name, measured_claim(name))}
+    (tmp_path / "headline.json").write_text(json.dumps({"seeds": [], **values}))
+    page = claims()
+    assert "| `sections.smollm2_gemma.1` | 60.0 | common encoder, FedNCM: 50.0 | +10.0 (" in page
+    assert "| 0.50, 0.50 | 99.5, 98.0 |" in page
+    assert "| `sections.smollm2_gemma.1` | untouched | 20.0 (" in page
+    assert "| b of 2 |" in page
+    (tmp_path / "headline.json").write_text("{}")
+    assert claims() == ""
+
+
+def test_a_claims_flat_keys():
+    cells = measured_claim(SUITE)
     values = suite_values(SUITE, cells)
     assert values["share_of_gap"] == values["share_of_gap_worst_type"] == 0.5
     assert (values["best_rival"], values["gain_over_best_rival"]) == ("fedncm", 10.0)
@@ -357,6 +378,11 @@ def test_a_claims_flat_keys():
     assert values["percent_fewer_bytes_cached"] == 99.5  # 100 of 1000 x 10 rounds x 2 clients
     assert values["percent_fewer_bytes_all"] == 98.0
     assert values["trials"]["fedncm"] == 2
+    three = {f"{task}.embedded.1": {**values, "ci_low": 7.0, "ci_high": 13.0} for task in TASKS}
+    mean = mean_over_tasks(three)["mean.embedded.1"]
+    assert mean["gain_over_best_rival"] == 10.0
+    assert mean["ci_high"] - 10 == pytest.approx(3 / 3**0.5, abs=0.01)
+    assert not mean_over_tasks({SUITE: three[SUITE]})
     del cells[key(SUITE, "heterotune", "a", CLAIM_SEEDS[0])]
     assert "share_of_gap" not in suite_values(SUITE, cells)
     assert suite_values(SUITE, {}) is None
