@@ -287,7 +287,11 @@ class AlignmentConfig:
     label_geometry: bool = option(
         True, "output=labels: move label words of similar meaning together (false: each alone)"
     )
-    words: int = option(4096, "size of the public word list shared by all vocabularies [words]")
+    symbols: int = option(
+        4096,
+        "output=vocabulary: so many of the vocabularies' common pieces, the most frequent, align outputs [symbols]",
+        least=2,
+    )
     output_components: int = option(64, "components of the unembedding a type sends [components]")
     pullback_anchors: int = option(64, "anchors for the gradient pull-back of deeper slots [texts]")
     quality_threshold: float = option(

@@ -77,7 +77,7 @@ class World:
         return Header(experiment, 0, method, round, replace(self.training, **settings))
 
     def describe(self, client: int, method: MethodConfig = METHOD) -> DescribeReply:
-        request = DescribeRequest(self.header(method), ["fruit", "engines", "xylophone"])
+        request = DescribeRequest(self.header(method), symbols=True)
         return DescribeReply.from_content(self.ask(client, DESCRIBE, request.to_content()))
 
     def train(

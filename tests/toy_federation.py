@@ -24,10 +24,13 @@ from toy_model import (
 
 from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.alignment.public_texts import round_anchors
+from heterotune_flwr.alignment.views import PIECES
 from heterotune_flwr.channels.predictions.record import DistillationRequest, Said
 from heterotune_flwr.channels.statistics.record import Request as StatisticsRequest
+from heterotune_flwr.data.symbols import Symbols, pack_pieces
 from heterotune_flwr.data.virtual_clients import expand_types
 from heterotune_flwr.dema.bank import initial_tensors
+from heterotune_flwr.exchange.codecs import UNIT8, as_numbers
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.flower import ClientApp, Message
@@ -112,12 +115,21 @@ def anchor_meanings(lesson, count, seed, round):
     return meanings[round_anchors(pool, count, seed, round)]
 
 
+def told_pieces(pieces, symbols):
+    """What a client tells of its vocabulary."""
+    if not symbols:
+        return pack_pieces(pieces)
+    asked = Symbols.from_bytes(symbols).texts
+    return pack_mask(np.array([text in pieces for text in asked]))
+
+
 @dataclass
 class ToyFederation:
     """Builds the ClientApp and its grid; the fields below inject faults.
 
     ``nan``, ``fail``, ``forget``, ``lose_evaluation``: (client id, round) pairs that send NaN, report an error,
     have lost their maps, or fail to evaluate. ``code`` and ``labels``: client id -> what that client answers instead.
+    ``vocabularies``: model -> pieces of its vocabulary.
     ``silent``: nobody predicts on anchors.
     ``received`` and ``answered`` are filled: (client id, round) -> its request, and the values it trained.
     """
@@ -131,6 +143,7 @@ class ToyFederation:
     extra_metrics: dict = field(default_factory=dict)
     code: dict = field(default_factory=dict)
     labels: dict = field(default_factory=dict)
+    vocabularies: dict = field(default_factory=dict)
     received: dict = field(default_factory=dict)
     answered: dict = field(default_factory=dict)
     states: dict = field(default_factory=dict)
@@ -184,6 +197,11 @@ class ToyFederation:
             raise RefusedError("maps are gone", ERROR_MAPS_MISSING)
         return held.get(request.maps_digest, {})
 
+    def vocabulary(self, name, request):
+        """Identity and size of a type's vocabulary, where they are asked."""
+        symbols = Symbols(self.vocabularies.get(name, (b"",)))
+        return (symbols.digest, len(symbols.texts)) if request.symbols else ("", 0)
+
     @handler
     def describe(self, content, client_id, type_key, backbone, partition):
         request = DescribeRequest.from_content(content)
@@ -191,7 +209,7 @@ class ToyFederation:
         return DescribeReply(
             client_id, type_key, f"weights-of-{type_key}", "fp32", backbone.width, 2, 1000, 2000,
             500, self.examples_of(partition), 20, self.labels.get(client_id, LABELS), adapter_shapes(method, backbone),
-            self.code.get(client_id, "abc"), pack_mask(np.ones(len(request.words), bool)),
+            self.code.get(client_id, "abc"), *self.vocabulary(self.type_of(partition), request),
         ).to_content()  # fmt: skip
 
     @handler
@@ -200,6 +218,9 @@ class ToyFederation:
         self.log.append(("align", client_id))
         if (client_id, 0) in self.fail:
             raise RefusedError("no memory left")
+        if request.part == PIECES:
+            told = told_pieces(self.vocabularies[self.type_of(partition)], request.symbols)
+            return AlignReply(client_id, type_key, {PIECES: as_numbers(told)}).to_content(UNIT8)
         factors = backbone.factors(request.part)
         return AlignReply(client_id, type_key, factors).to_content(self.config.exchange.codec)
 

@@ -69,7 +69,7 @@ class Node:
         return app(Message(content, 77, kind, group_id="1"), context).content
 
     def describe(self) -> DescribeReply:
-        request = DescribeRequest(Header("run", 0, LORA), [])
+        request = DescribeRequest(Header("run", 0, LORA))
         return DescribeReply.from_content(self.ask(DESCRIBE, request.to_content()))
 
     def header(self, round: int, steps: int = 3) -> Header:

@@ -174,7 +174,7 @@ def environment_leaks(node: Node) -> int:
         (f'yaml:train: {{optimizer: "\\u0024{{oc.env:{SECRET}}}"}}', ""),
         (f'yaml:data: {{labels: ["\\x24{{oc.env:{SECRET}}}", b]}}\nstrategies: {{}}', ""),
     ]
-    content = DescribeRequest(Header("x", 0, METHOD), []).to_content()
+    content = DescribeRequest(Header("x", 0, METHOD)).to_content()
     told = [
         str(dict(node.ask(DESCRIBE, content, words, config)["config"]))
         for config, words in variants
@@ -288,7 +288,7 @@ def _ranks_first(
 
 def attack(node: Node) -> dict[str, int]:
     """All attacks on one node."""
-    described = node.ask(DESCRIBE, DescribeRequest(Header("x", 0, METHOD), []).to_content())
+    described = node.ask(DESCRIBE, DescribeRequest(Header("x", 0, METHOD)).to_content())
     shapes = DescribeReply.from_content(described).shapes
     return {
         "env_leak": environment_leaks(node),

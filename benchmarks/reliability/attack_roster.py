@@ -72,7 +72,7 @@ LIES = {
     "another fingerprint": Lie(describe=_of_itself(fingerprint="0" * 64)),
     "other shapes": Lie(describe=_misshapen),
     "no layers": Lie(describe=_of_itself(layers=0, type_key="other@fp32")),
-    "a words mask of another length": Lie(describe=_of_itself(words_mask=b"zz")),
+    "a vocabulary that nobody asked": Lie(describe=_of_itself(vocabulary="mine", pieces=9)),
     "a new type without factors": Lie(4, _of_itself(**NEW), lambda factors: {}),
     "a new type with NaN": Lie(4, _of_itself(**NEW), _nan),
     "a new type with noise": Lie(4, _of_itself(**NEW), _noise),

@@ -199,7 +199,7 @@ def seeds() -> list[bytes]:
                      cached=CachedRef(["x"], "d")).to_content("nf4"),
         EvaluateRequest(header, tensors, "d", None, ["global"]).to_content("bf16"),
         AlignReply("c", "t", tensors).to_content("bf16"),
-        DescribeReply("c", "t", "f", "nf4", 9, 3, 9, 9, 9, 9, 3, ["x"], SHAPES, "0", b"1").to_content(),
+        DescribeReply("c", "t", "f", "nf4", 9, 3, 9, 9, 9, 9, 3, ["x"], SHAPES, "0", "1", 1).to_content(),
     ]  # fmt: skip
     inputs += [bytes([7, i, 0]) + content_to_bytes(message) for i, message in enumerate(messages)]
     return inputs

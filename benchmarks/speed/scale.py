@@ -154,7 +154,7 @@ class _Clients:
         method = DescribeRequest.from_content(content).header.method
         return DescribeReply(
             client, kind, kind, "bf16", 24, 4, 1000, 2000, 500, 16, 0, LABELS,
-            bank_shapes(method, len(LABELS)), code_hash(), b"",
+            bank_shapes(method, len(LABELS)), code_hash(),
         ).to_content()  # fmt: skip
 
     def _align(self, content: RecordDict, index: int, client: str, kind: str) -> RecordDict:

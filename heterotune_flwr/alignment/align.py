@@ -10,7 +10,7 @@ from pathlib import Path
 
 from heterotune_flwr.alignment.kept import kept_maps, maps_path
 from heterotune_flwr.alignment.maps import APART, AlignmentResult, compute_maps, join_type
-from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, public_words
+from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors
 from heterotune_flwr.alignment.views import SLOTS, view_asked
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
@@ -28,7 +28,6 @@ __all__ = [
     "join_known",
     "join_type",
     "load_anchors",
-    "public_words",
 ]
 
 #: Counts up when the factors' meaning changes, so that old cache files are not used.
@@ -68,8 +67,8 @@ def factors_path(
     """Cache file of one type's factors.
 
     Keyed by the type's backbone and bits, the anchors, the prompt form and the settings that the factors depend on; the
-    shared words depend on all types, so with ``output: vocabulary`` the whole set of types is part of the key. Those of
-    a view depend on neither labels nor words.
+    symbols depend on all types, so with ``output: vocabulary`` the whole set of types is part of the key. Those of
+    a view depend on neither labels nor symbols.
     """
     alignment = config.alignment
     parts: dict[str, object] = {
@@ -91,8 +90,8 @@ def factors_path(
         "output": alignment.output,
     }
     if alignment.output == "vocabulary":
-        parts["words"] = [
-            alignment.words,
+        parts["symbols"] = [
+            alignment.symbols,
             alignment.output_components,
             sorted([value, key.rpartition("@")[2]] for key, value in fingerprints.items()),
         ]
@@ -176,7 +175,7 @@ def join_known(
     alignment = config.alignment
     if alignment.control != "none":
         raise ConfigError(f"alignment.control={alignment.control} is drawn for all types at once")
-    # Factors over words are for the words that this very set of types shares.
+    # Factors over symbols are for those that this very set of types shares.
     caching = alignment.cache and alignment.output == "labels"
     gathered = _Gathered.of({type_key: fingerprint}, config, method, labels, caching, ask, trust)
     if type_key in trust.lost:

@@ -7,13 +7,15 @@ from functools import partial
 
 import torch
 
-from heterotune_flwr.alignment.align import align_types, load_anchors, public_words
-from heterotune_flwr.alignment.factors import alignment_factors, view_factors, words_mask
+from heterotune_flwr.alignment.align import align_types, load_anchors
+from heterotune_flwr.alignment.factors import alignment_factors, view_factors
 from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.alignment.views import places_of, view_asked
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.data.sources import label_set
+from heterotune_flwr.data.symbols import Symbols, vocabulary_of
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
@@ -47,12 +49,13 @@ def prealign(
         spec = resolve_spec(entry.backbone, entry.bits, entry.revision, entry.memory_gb)
         loaded[spec.type_key] = load_backbone(spec)
     texts = load_anchors(config.alignment)
-    words = public_words(texts, config.alignment.words)
     labels = label_set(config.data)
-    masks = [words_mask(backbone.tokenizer, words) for backbone in loaded.values()]
-    shared = [
-        word for word, known in zip(words, zip(*masks, strict=True), strict=True) if all(known)
-    ]
+    tokens: dict[str, list[int]] = {key: [] for key in loaded}
+    if config.alignment.output == "vocabulary":
+        forms = {key: make_form(one.tokenizer, config.data) for key, one in loaded.items()}
+        own = {key: vocabulary_of(form) for key, form in forms.items()}
+        shared = Symbols.shared([one.pieces for one in own.values()], config.alignment.symbols)
+        tokens = {key: shared.ids(one).tolist() for key, one in own.items()}
 
     def ask(slots: int, part: str, type_keys: list[str]) -> dict[str, Tensors]:
         answers: dict[str, Tensors] = {}
@@ -63,7 +66,7 @@ def prealign(
             if view:
                 answers[key] = view_factors(view, *public)
             else:
-                answers[key] = alignment_factors(*public, labels, slots, shared)
+                answers[key] = alignment_factors(*public, labels, slots, tokens[key])
         return {
             key: round_trip(value, exact_codec(config.exchange)) for key, value in answers.items()
         }

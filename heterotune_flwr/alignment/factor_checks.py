@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.alignment.views import PIECES
 from heterotune_flwr.backbones.views import View
 from heterotune_flwr.exchange.packing import Tensors
 
@@ -23,7 +24,7 @@ Matrix = NDArray[Any]
 _CORRELATION, _DIFFERENCE, _ROWS, _GRADIENTS = 0.95, 0.35, 0.05, 0.3
 #: Larger numbers no backbone has.
 _LARGEST = 1e8
-_WORDS = ("words.left", "words.singular", "words.right")
+_SYMBOLS = ("symbols.left", "symbols.singular", "symbols.right")
 #: Ridge of the whitening, in mean squared singular values: the order of ``alignment.shrinkage``.
 _RIDGE = 0.1
 
@@ -49,7 +50,7 @@ def fault_of(
         return f"{missing[0]} is missing"
     known = {
         *wanted,
-        *([] if view else _WORDS),
+        *([] if view else _SYMBOLS),
         *(f"slots.{slot}.pullback" for slot in range(slots - 1)),
     }
     if others := sorted(set(factors) - known):
@@ -79,15 +80,15 @@ def _fault_of_outputs(factors: Tensors, slots: int, hidden: int, labels: int) ->
         return f"label_rows has the shape {list(factors['label_rows'].shape)}"
     if labels and not factors["label_rows"].any(axis=1).all():
         return "label_rows holds a row of nothing"
-    parts = [factors.get(name) for name in _WORDS]
+    parts = [factors.get(name) for name in _SYMBOLS]
     count = 0
     if any(part is not None for part in parts):
         left, singular, right = parts
         if left is None or singular is None or right is None or left.ndim != 2:
-            return "words has an impossible shape"
+            return "symbols has an impossible shape"
         count = left.shape[1]
         if singular.shape != (count,) or right.shape != (count, hidden):
-            return "words has an impossible shape"
+            return "symbols has an impossible shape"
     for slot in range(slots - 1):
         pulled = factors.get(f"slots.{slot}.pullback")
         if pulled is not None and pulled.shape != (labels + count, hidden):
@@ -99,6 +100,8 @@ def same_backbone(one: Tensors, other: Tensors) -> bool:
     """Whether two clients' factors (both without :func:`fault_of`) tell of the same backbone."""
     if set(one) != set(other):
         return False
+    if PIECES in one:
+        return np.array_equal(one[PIECES], other[PIECES])
     a, b = ({n: np.asarray(v, np.float64) for n, v in own.items()} for own in (one, other))
     places = sorted(name.removesuffix(".scores") for name in a if name.endswith(".scores"))
     if not all(_same_reading(a, b, place) and _same_reading(b, a, place) for place in places):
@@ -106,15 +109,15 @@ def same_backbone(one: Tensors, other: Tensors) -> bool:
     if "label_rows" in a and not _near(a["label_rows"], b["label_rows"], _ROWS):
         return False
     labels = len(a.get("label_rows", ()))
-    if "words.left" in a:
-        lefts = [own["words.left"] * own["words.singular"] for own in (a, b)]
-        rights = [own["words.right"] for own in (a, b)]
+    if "symbols.left" in a:
+        lefts = [own["symbols.left"] * own["symbols.singular"] for own in (a, b)]
+        rights = [own["symbols.right"] for own in (a, b)]
         if not _near_products(lefts, rights, _ROWS):
             return False
     for name in (name for name in a if name.endswith(".pullback")):
         if not _near(a[name][:labels], b[name][:labels], _GRADIENTS):
             return False
-        if "words.left" in a and not _near_products(
+        if "symbols.left" in a and not _near_products(
             lefts, [a[name][labels:], b[name][labels:]], _GRADIENTS
         ):
             return False

@@ -1,7 +1,7 @@
 """What one client of a type tells about its backbone, from public anchors and public weights only.
 
 Per slot the states the slot will see (the MLP's inputs, or the final normalised states), reduced to principal
-components; the unembedding rows of the label words and of the words all vocabularies share; for slots below
+components; the unembedding rows of the label words and of the symbols all vocabularies share; for slots below
 the last, the average gradient of those functionals with respect to the slot's output.
 """
 
@@ -21,23 +21,12 @@ from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
 from heterotune_flwr.backbones.views import View
 from heterotune_flwr.data.label_trie import LabelTrie, make_trie
-from heterotune_flwr.data.template import Form, answer_ids, make_form
+from heterotune_flwr.data.template import Form, make_form
 from heterotune_flwr.errors import BackboneError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, DataConfig
 
 Progress = Callable[[int, int], None]
-
-
-def words_mask(tokenizer: Any, words: Sequence[str]) -> NDArray[np.bool_]:
-    """Which words are a single token (with a space before) of this vocabulary."""
-    return np.array([word_token(tokenizer, word) is not None for word in words], dtype=bool)
-
-
-def word_token(tokenizer: Any, word: str) -> int | None:
-    """Token id of " word" inside a text, None when it takes several."""
-    ids = answer_ids(tokenizer, "the", word)
-    return int(ids[0]) if len(ids) == 1 else None
 
 
 @contextmanager
@@ -166,23 +155,22 @@ def label_rows(backbone: Backbone, trie: LabelTrie) -> NDArray[np.float64]:
     return np.stack([rows[list(way)].sum(axis=0) for way in trie.ways])
 
 
-def _word_factors(
-    backbone: Backbone, words: Sequence[str], count: int
+def _symbol_factors(
+    backbone: Backbone, tokens: Sequence[int], count: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Truncated singular value decomposition of the centred unembedding rows of the shared words."""
-    tokens = [word_token(backbone.tokenizer, word) for word in words]
-    if len(tokens) < 2 or any(token is None for token in tokens):
+    """Truncated singular value decomposition of the centred unembedding rows of the symbols' tokens."""
+    if len(tokens) < 2 or min(tokens) < 0:
         raise BackboneError(
-            f"{backbone.spec.type_key}: {len(tokens)} shared words, not all of them single tokens; the vocabularies "
-            "have too little in common for alignment.output=vocabulary"
+            f"{backbone.spec.type_key}: {len(tokens)} symbols, not all of them pieces of its vocabulary; the "
+            "vocabularies have too little in common for alignment.output=vocabulary"
         )
-    rows = unembedding_rows(backbone, [token for token in tokens if token is not None])
+    rows = unembedding_rows(backbone, tokens)
     left, singular, right = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     keep = min(count, len(singular))
     return {
-        "words.left": left[:, :keep],
-        "words.singular": singular[:keep],
-        "words.right": right[:keep],
+        "symbols.left": left[:, :keep],
+        "symbols.singular": singular[:keep],
+        "symbols.right": right[:keep],
     }
 
 
@@ -252,7 +240,7 @@ def alignment_factors(
     data: DataConfig,
     labels: Sequence[str] | None,
     slots: int,
-    words: Sequence[str] = (),
+    tokens: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Tensors:
     """The public factors of one type's slots (a payload of ``query.align``).
@@ -269,15 +257,15 @@ def alignment_factors(
         Closed label set, None for open text.
     slots
         K.
-    words
-        Words all vocabularies share (needed for ``alignment.output=vocabulary``).
+    tokens
+        Ids of the run's symbols in this vocabulary (needed for ``alignment.output=vocabulary``).
     progress
         Called with (anchors done, anchors).
 
     Returns
     -------
     ``slots.{k}.scores`` n x p, ``.basis`` p x d, ``.mean`` d; ``label_rows`` C x d (0 x d for other outputs);
-    ``words.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
+    ``symbols.left/singular/right``; ``slots.{k}.pullback`` (C + po) x d for deeper slots. All float32.
 
     """
     values: dict[str, NDArray[Any]] = {"label_rows": np.zeros((0, backbone.hidden))}
@@ -291,8 +279,8 @@ def alignment_factors(
         values |= _components(f"slots.{slot}", rows, alignment.components)
     directions = [values["label_rows"]]
     if alignment.output == "vocabulary":
-        values.update(_word_factors(backbone, words, alignment.output_components))
-        directions.append(values["words.right"])
+        values.update(_symbol_factors(backbone, tokens, alignment.output_components))
+        directions.append(values["symbols.right"])
     if slots > 1:
         few = texts[: alignment.pullback_anchors]
         pulled = _pullbacks(backbone, few, data, slots, np.concatenate(directions), opening)

@@ -8,7 +8,7 @@ same output latent must raise the same words in every model.
     ``F = (mean over types of the label rows' normalised Gram matrices)^(1/2)`` (C columns). Measured against
     ``F = I``: better for shared and for lonely training alike (docs/history.md).
 ``vocabulary``
-    ``W U = F`` by ridge over the words all vocabularies share; F (V x r) are the leading left singular vectors
+    ``W U = F`` by ridge over the symbols all vocabularies share; F (V x r) are the leading left singular vectors
     of the models' concatenated left singular vectors, scaled so that one unit moves a word's logit by
     one on (quadratic) average.
 
@@ -72,15 +72,15 @@ def _ridge_pseudo_inverse(rows: Matrix, strength: float) -> Matrix:
 
 
 def vocabulary_functionals(factors: Mapping[str, Factors], rank: int) -> Matrix:
-    """F (V x rank): what the types' unembeddings span together over the shared words."""
+    """F (V x rank): what the types' unembeddings span together over the symbols."""
     stacked = np.concatenate(
-        [np.asarray(factors[key]["words.left"], dtype=np.float64) for key in sorted(factors)],
+        [np.asarray(factors[key]["symbols.left"], dtype=np.float64) for key in sorted(factors)],
         axis=1,
     )
     if rank > min(stacked.shape):
         raise ConfigError(
             f"method.output is {rank}, but the shared vocabulary offers {min(stacked.shape)} functionals; lower it "
-            "(or method.latent), or raise alignment.output_components and alignment.words"
+            "(or method.latent), or raise alignment.output_components and alignment.symbols"
         )
     left, _, right = np.linalg.svd(stacked, full_matrices=False)
     signs = np.sign(right[np.arange(rank), np.abs(right[:rank]).argmax(axis=1)])
@@ -109,7 +109,7 @@ def label_functionals(factors: Mapping[str, Factors], geometry: bool = True) -> 
 
 @dataclass(frozen=True)
 class _Functionals:
-    """What one unit of an output latent does to words: to the labels (C x C) or to the vocabulary (V x r_out)."""
+    """What one unit of an output latent does: to the labels (C x C) or to the symbols (V x r_out)."""
 
     kind: str
     values: Matrix
@@ -129,9 +129,9 @@ def _last_output_map(own: Factors, wanted_effect: _Functionals) -> Matrix:
         rows = np.asarray(own["label_rows"], dtype=np.float64)
         inverse: Matrix = _ridge_pseudo_inverse(rows, LAST_RIDGE) @ functionals
         return inverse
-    left = np.asarray(own["words.left"], dtype=np.float64)
-    singular = np.asarray(own["words.singular"], dtype=np.float64)
-    right = np.asarray(own["words.right"], dtype=np.float64)
+    left = np.asarray(own["symbols.left"], dtype=np.float64)
+    singular = np.asarray(own["symbols.singular"], dtype=np.float64)
+    right = np.asarray(own["symbols.right"], dtype=np.float64)
     k = LAST_RIDGE * float(np.mean(singular**2)) + 1e-12
     output = right.T @ ((singular / (singular**2 + k))[:, None] * (left.T @ functionals))
     reached = (left * singular) @ (right @ output)
@@ -148,8 +148,8 @@ def _deep_output_map(own: Factors, slot: int, wanted_effect: _Functionals) -> Ma
     if wanted_effect.kind == "labels":
         output: Matrix = _ridge_pseudo_inverse(pulled[:labels], DEEP_RIDGE) @ functionals
         return output
-    left = np.asarray(own["words.left"], dtype=np.float64)
-    singular = np.asarray(own["words.singular"], dtype=np.float64)
+    left = np.asarray(own["symbols.left"], dtype=np.float64)
+    singular = np.asarray(own["symbols.singular"], dtype=np.float64)
     rows = (functionals.T @ (left * singular)) @ pulled[labels:] / len(functionals)
     return _ridge_pseudo_inverse(rows, DEEP_RIDGE)
 

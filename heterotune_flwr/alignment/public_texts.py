@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from heterotune_flwr.seeds import generator
 SHIPPED = ("debian-other", "wordnet", "debian-near")
 _TOLD = "its anchors cannot be used"
 _COLUMN = "text"
-_WORD = re.compile(r"[A-Za-z][a-z]+")
 
 
 def _read(path: Path) -> list[str]:
@@ -88,14 +85,3 @@ def entropies(predictions: NDArray[Any]) -> NDArray[Any]:
     """Entropy, in nats, of the label probabilities (``... x C``) on every anchor."""
     found: NDArray[Any] = -(predictions * np.log(np.maximum(predictions, 1e-12))).sum(axis=-1)
     return found
-
-
-def public_words(texts: Sequence[str], count: int) -> list[str]:
-    """The ``count`` most frequent words of the anchors, ties in alphabetical order.
-
-    Every client marks which of them are one token of its vocabulary; what all have in common are the
-    functionals by which output maps are aligned (:mod:`.maps`).
-    """
-    counts = Counter(word for text in texts for word in _WORD.findall(text))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    return ranked[:count]

@@ -9,6 +9,8 @@ from heterotune_flwr.schema import MethodConfig
 
 #: What is asked of a type first: the states that its slots see.
 SLOTS = "slots"
+#: What is asked where vocabularies differ: what they hold (:mod:`..data.symbols`).
+PIECES = "pieces"
 
 
 def views_of(method: MethodConfig) -> list[View]:

@@ -7,7 +7,6 @@ trains is set anew from the message and the client's own files before use, all o
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.client.details import details_of
 from heterotune_flwr.client.floors import check_message
 from heterotune_flwr.client.identify import is_simulated
@@ -28,8 +26,18 @@ from heterotune_flwr.client.take_home import take_home
 from heterotune_flwr.client.testing import HELPED, merged, tested
 from heterotune_flwr.data.lengths import how_they_fit
 from heterotune_flwr.data.sources import label_set
+from heterotune_flwr.data.symbols import (
+    MOST_PIECES,
+    RunSymbols,
+    Symbols,
+    Vocabulary,
+    pack_pieces,
+    vocabulary_of,
+)
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.errors import HeteroTuneError, RefusedByNodeError, noted
+from heterotune_flwr.exchange.codecs import UNIT8, as_numbers
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import content_bytes
 from heterotune_flwr.flower import Context, Message, RecordDict
@@ -59,7 +67,6 @@ from heterotune_flwr.protocol.wire import (
     RemoteError,
     error_content,
     pack_mask,
-    unpack_mask,
 )
 from heterotune_flwr.rates import path_length
 from heterotune_flwr.tuning.adapters import AttachedAdapter, detach
@@ -74,14 +81,6 @@ Tensors = dict[str, NDArray[np.float32]]
 Handler = Callable[[Message, Context], RecordDict]
 
 
-@functools.lru_cache(maxsize=16)
-def _words_known(backbone: Backbone, words: tuple[str, ...]) -> bytes:
-    """Which public words are one token of a backbone: the same for all its clients in a process."""
-    from heterotune_flwr.alignment.factors import words_mask
-
-    return pack_mask(words_mask(backbone.tokenizer, words))
-
-
 def describe(message: Message, context: Context) -> RecordDict:
     """Answer ``query.describe``."""
     client = Client.of(context)
@@ -90,7 +89,6 @@ def describe(message: Message, context: Context) -> RecordDict:
     request = client.guard.admit(asked)
     backbone = client.backbone
     data = client.data(request.header.seed)
-    mask = _words_known(backbone, tuple(request.words)) if request.words else b""
     task = client.task()  # label collisions come to light here, before any training
     if client.identity.partition is None and len(
         rows := [*data.train, *data.personal_test, *data.choosing]
@@ -100,6 +98,7 @@ def describe(message: Message, context: Context) -> RecordDict:
         for line in how_they_fit(rows, client.identity.data, labels, found):
             log.info("of %d own examples: %s", len(rows), line)
     adapter = client.adapter(request.header.method)
+    vocabulary = vocabulary_of(task.form) if request.symbols else None
     reply = DescribeReply(
         client_id=client.client_id,
         type_key=client.type_key,
@@ -115,7 +114,8 @@ def describe(message: Message, context: Context) -> RecordDict:
         labels=label_set(client.identity.data) or [],
         shapes=adapter.shapes,
         code_hash=code_hash(),
-        words_mask=mask,
+        vocabulary=vocabulary.digest if vocabulary else "",
+        pieces=len(vocabulary.pieces) if vocabulary else 0,
         lowest_slot=adapter.lowest,
     )
     return reply.to_content()
@@ -125,7 +125,7 @@ def align(message: Message, context: Context) -> RecordDict:
     """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
     from heterotune_flwr.alignment.factors import alignment_factors, view_factors
     from heterotune_flwr.alignment.public_texts import load_anchors
-    from heterotune_flwr.alignment.views import view_asked
+    from heterotune_flwr.alignment.views import PIECES, view_asked
 
     client = Client.of(context)
     asked = AlignRequest.from_content(message.content)
@@ -133,17 +133,30 @@ def align(message: Message, context: Context) -> RecordDict:
     request = client.guard.admit(asked)
     alignment, data = client.identity.alignment(client.config), client.identity.data
     texts = load_anchors(alignment)
-    mask = unpack_mask(request.words_mask, len(request.words))
+    vocabulary = vocabulary_of(make_form(client.backbone.tokenizer, data))
+    if request.part == PIECES:
+        told = {PIECES: as_numbers(_pieces(vocabulary, request.symbols))}
+        return AlignReply(client.client_id, client.type_key, told).to_content(UNIT8)
     detach(client.backbone)
     if view := view_asked(request.part):
         factors = view_factors(view, client.backbone, texts, alignment, data)
     else:
-        words = [word for word, shared in zip(request.words, mask, strict=True) if shared]
+        tokens: list[int] = []
+        if alignment.output == "vocabulary":
+            symbols = RunSymbols(alignment.symbols, request.symbols).read(vocabulary)
+            tokens = symbols.ids(vocabulary).tolist()
         factors = alignment_factors(
-            client.backbone, texts, alignment, data, label_set(data), request.slots, words
+            client.backbone, texts, alignment, data, label_set(data), request.slots, tokens
         )
     reply = AlignReply(client.client_id, client.type_key, factors)
     return reply.to_content(exact_codec(client.config.exchange))
+
+
+def _pieces(vocabulary: Vocabulary, symbols: bytes) -> bytes:
+    """What a vocabulary holds, packed: all of it, or which of some symbols it knows."""
+    if not symbols:
+        return pack_pieces(vocabulary.pieces)
+    return pack_mask(Symbols.from_bytes(symbols, MOST_PIECES).ids(vocabulary) >= 0)
 
 
 def train(message: Message, context: Context) -> RecordDict:

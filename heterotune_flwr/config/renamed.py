@@ -26,6 +26,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "agreement": "min_cosine",
         "scope": "pool_over",
     },
+    "alignment": {"words": "symbols"},
     "server": {"bench_after": "cooldown_after", "bench_longest": "cooldown_longest"},
     "transform": {"weigh_dissent": "downweight_outliers"},
 }

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.backbones.tokens import encode_text, special_ids
+from heterotune_flwr.data.template import Form
 from heterotune_flwr.errors import ExchangeError
 
 #: The end of an answer: no piece is without text.
@@ -26,7 +27,7 @@ END = b""
 #: A run's symbols at most: their numbers take two bytes.
 MOST_SYMBOLS = 1 << 16
 #: Pieces that a vocabulary tells at most, and bytes of them all.
-_MOST_PIECES, _MOST_BYTES = 1 << 20, 1 << 25
+MOST_PIECES, _MOST_BYTES = 1 << 20, 1 << 25
 #: Which bytes byte-level tokenizers write as themselves; the others follow from 256 on, in order.
 _PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -83,7 +84,7 @@ class Vocabulary:
     @cached_property
     def digest(self) -> str:
         """Identity (hex): tokenizers with equal pieces in equal order have equal ones."""
-        return hashlib.sha256(pack_pieces(self.pieces)).hexdigest()[:32]
+        return Symbols(self.pieces).digest
 
     def lengths(self, tokens: Sequence[int]) -> list[int]:
         """Bytes of every token of an answer, as far as all before them are known; its end has none."""
@@ -136,11 +137,15 @@ class Symbols:
 
     @classmethod
     def shared(cls, vocabularies: Sequence[Sequence[bytes]], most: int = MOST_SYMBOLS) -> Symbols:
-        """Pieces of all vocabularies, the most frequent first: by the sum of their places in them."""
-        places = [{text: n for n, text in enumerate(pieces)} for pieces in vocabularies]
-        common = set(places[0]).intersection(*places[1:]) if places else set()
-        ranked = sorted(common, key=lambda text: (sum(own[text] for own in places), text))
-        return cls(tuple(ranked[:most]))
+        """Pieces of all vocabularies in the order of the smallest, the most frequent first."""
+        first, *others = sorted(vocabularies, key=lambda pieces: (len(pieces), pieces))
+        common = set(first).intersection(*others)
+        return cls(tuple(text for text in first if text in common)[:most])
+
+    @property
+    def digest(self) -> str:
+        """Identity (hex)."""
+        return hashlib.sha256(b"".join(_length(len(t)) + t for t in self.texts)).hexdigest()[:32]
 
     def to_bytes(self) -> bytes:
         """What travels."""
@@ -163,6 +168,64 @@ class Symbols:
         return found
 
 
+@dataclass(frozen=True)
+class RunSymbols:
+    """The symbols of a run as both sides name them.
+
+    Attributes
+    ----------
+    count
+        How many there are.
+    packed
+        They (:meth:`Symbols.to_bytes`); empty where all types have one vocabulary: its first ``count`` pieces.
+    vocabulary
+        Identity of that one vocabulary; empty where there are several.
+
+    """
+
+    count: int
+    packed: bytes = b""
+    vocabulary: str = ""
+
+    @classmethod
+    def of(cls, symbols: Symbols) -> RunSymbols:
+        """Symbols of several vocabularies."""
+        return cls(len(symbols.texts), symbols.to_bytes())
+
+    def first(self, most: int) -> RunSymbols:
+        """The most frequent ones alone."""
+        if self.count <= most or not self.packed:
+            return RunSymbols(min(self.count, most), self.packed, self.vocabulary)
+        return RunSymbols.of(Symbols(Symbols.from_bytes(self.packed).texts[:most]))
+
+    def only(self, mask: NDArray[np.bool_]) -> RunSymbols:
+        """Those of a mask, of symbols of several vocabularies."""
+        texts = Symbols.from_bytes(self.packed).texts
+        return RunSymbols.of(
+            Symbols(tuple(t for t, wanted in zip(texts, mask, strict=True) if wanted))
+        )
+
+    def read(self, own: Vocabulary) -> Symbols:
+        """What a client of the vocabulary ``own`` takes them for (ExchangeError: malformed, or too many)."""
+        if self.packed:
+            return Symbols.from_bytes(self.packed, self.count)
+        return Symbols(own.pieces[: self.count])
+
+
+#: Of a run that needs none.
+NO_SYMBOLS = RunSymbols(0)
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(tokenizer: Any, ending: tuple[int, ...]) -> Vocabulary:
+    return Vocabulary.of(tokenizer, ending)
+
+
+def vocabulary_of(form: Form) -> Vocabulary:
+    """The vocabulary that answers of a form are written in, read once per process."""
+    return _vocabulary(form.tokenizer, tuple(form.ending))
+
+
 def pack_pieces(pieces: Sequence[bytes]) -> bytes:
     """Pieces in a compact form: each behind its length, deflated (three bytes a piece)."""
     return zlib.compress(b"".join(_length(len(text)) + text for text in pieces), 9)
@@ -172,7 +235,7 @@ def _length(count: int) -> bytes:
     return bytes([count]) if count < 255 else b"\xff" + count.to_bytes(2, "big")
 
 
-def unpack_pieces(data: bytes, most: int = _MOST_PIECES) -> tuple[bytes, ...]:
+def unpack_pieces(data: bytes, most: int = MOST_PIECES) -> tuple[bytes, ...]:
     """Inverse of :func:`pack_pieces` (ExchangeError: malformed, more than ``most``, or one twice)."""
     reader = zlib.decompressobj()
     try:

@@ -120,6 +120,18 @@ def _to_unit8(values: Floats) -> NDArray[np.uint8]:
 
 #: For numbers from 0 to 1 alone, so no choice for ``exchange.codec``: what predictions travel as.
 UNIT8 = "unit8"
+
+
+def as_numbers(data: bytes) -> Floats:
+    """Bytes as numbers that :data:`UNIT8` carries exactly, a byte each."""
+    return np.frombuffer(data, np.uint8).astype(np.float32) / np.float32(255.0)
+
+
+def as_bytes(values: Floats) -> NDArray[np.uint8]:
+    """Inverse of :func:`as_numbers`, in the shape of ``values``; whatever came is some byte."""
+    return _to_unit8(values)
+
+
 _SPECIAL = {
     UNIT8: Codec("|u1", _to_unit8, lambda values: values.astype(np.float32) / np.float32(255.0))
 }

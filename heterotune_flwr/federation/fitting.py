@@ -5,7 +5,7 @@ this order, to
 
 1. sane sizes: what no client can have is a lie, or a fault, of this one alone;
 2. the server's own program and labels, where it knows them and enough clients have them, else those of most;
-3. per model type, the weights that this run was trained with before, else those of most; then the sizes, known words
+3. per model type, the weights that this run was trained with before, else those of most; then the sizes, vocabulary
    and tensors of most, and of tensors in the shared latent space those that the run's method has.
 
 Of as many on either side, the side stands on which the smallest node id is: node ids are given by the server's Flower,
@@ -23,7 +23,6 @@ from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.dema.bank import bank_shapes
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.protocol.queries import DescribeReply
-from heterotune_flwr.protocol.wire import unpack_mask
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 
 #: Client ids, most trusted first.
@@ -31,7 +30,9 @@ Order = list[str]
 Shape = tuple[int, ...]
 V = TypeVar("V", bound=Hashable)
 #: What all clients of a type have in common beside its weights.
-_FACTS = ("bits", "hidden", "layers", "parameters", "model_bytes", "lora16_bytes")
+_FACTS = (
+    "bits", "hidden", "layers", "parameters", "model_bytes", "lora16_bytes", "vocabulary", "pieces",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Reference:
     ----------
     method, alignment
         The adapter asked for, and what fixes the width of its outputs.
-    words
-        How many public words were asked about; 0: none.
+    symbols
+        Whether clients were asked about their vocabularies.
     code_hash
         Of the program the server runs.
     labels
@@ -60,7 +61,7 @@ class Reference:
 
     method: MethodConfig
     alignment: AlignmentConfig
-    words: int = 0
+    symbols: bool = False
     code_hash: str = ""
     labels: Callable[[], list[str] | None] = lambda: None
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +102,6 @@ def unfit(infos: Mapping[str, DescribeReply], order: Order, reference: Reference
         left |= _odd_in_type(infos, members, type_key, reference.weights.get(type_key))
     if reference.method.kind == "dema":
         left |= _too_shallow(infos, remaining(), reference)
-        left |= _wordless(infos, remaining(), reference)
     return left | _other_bank(infos, remaining(), reference)
 
 
@@ -110,8 +110,9 @@ def _impossible(info: DescribeReply, reference: Reference) -> str:
     slots = reference.method.slots if reference.method.kind == "dema" else 1
     if not 0 <= info.lowest_slot < slots:
         return f"it says that it trains from slot {info.lowest_slot} of {slots} on"
-    if len(info.words_mask) != (reference.words + 7) // 8:
-        return f"it says of {len(info.words_mask)} bytes of words which it knows; {reference.words} words were asked"
+    if bool(info.vocabulary) != reference.symbols or bool(info.pieces) != reference.symbols:
+        asked = "which was asked" if reference.symbols else "which nobody asked"
+        return f"it says of a vocabulary of {info.pieces} pieces, {asked}"
     return ""
 
 
@@ -146,10 +147,7 @@ def _odd_in_type(
             "or revision it had, or start a new run",
         )  # fmt: skip
     members = [cid for cid in members if cid not in left]
-    facts = {
-        cid: (*(getattr(infos[cid], name) for name in _FACTS), infos[cid].words_mask)
-        for cid in members
-    }
+    facts = {cid: tuple(getattr(infos[cid], name) for name in _FACTS) for cid in members}
     left |= _differing(facts, _most(facts), f"it describes {type_key} otherwise than the others")
     shapes = {cid: tuple(sorted(infos[cid].shapes.items())) for cid in members if cid not in left}
     return left | _differing(
@@ -221,26 +219,6 @@ def _other_bank(
         bank = bank_shapes(method, method.output or method.latent)
     reason = "its tensors are not those that the run's method has"
     return {cid: reason for cid in members if _other_tensors(infos[cid], method, bank)}
-
-
-def _wordless(
-    infos: Mapping[str, DescribeReply], members: Order, reference: Reference
-) -> dict[str, str]:
-    """Leave out types that know so few of the public words that nothing could be aligned on them."""
-    if not reference.words or reference.own_clients:
-        return {}
-    needed = max(
-        reference.method.output or reference.method.latent, reference.alignment.output_components
-    )
-    known = {
-        infos[cid].type_key: unpack_mask(infos[cid].words_mask, reference.words) for cid in members
-    }
-    fewer = {key for key, mask in known.items() if mask.sum() < needed}
-    # Where nobody knows enough of them, the words are too few: alignment says so.
-    return {} if len(fewer) == len(known) else {
-        cid: f"its vocabulary has fewer than {needed} of the public words"
-        for cid in members if infos[cid].type_key in fewer
-    }  # fmt: skip
 
 
 def by_node(nodes: Iterable[tuple[int, str]]) -> Order:

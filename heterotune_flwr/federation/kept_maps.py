@@ -32,8 +32,6 @@ class KeptMaps:
         Type -> its maps as clients hold them, its held-out canonical correlation per slot, its weights' identity.
     shrinkage, latents
         Of the first alignment (:class:`.AlignmentResult`); latents are empty in directories of older programs.
-    words
-        Which of the public words all types of the first alignment knew.
 
     """
 
@@ -42,7 +40,6 @@ class KeptMaps:
     fingerprints: dict[str, str]
     shrinkage: list[float]
     latents: dict[str, NDArray[Any]]
-    words: NDArray[np.bool_]
 
     @staticmethod
     def path(directory: Path, method: MethodConfig, seed: int) -> Path:
@@ -63,7 +60,6 @@ class KeptMaps:
             state["fingerprints"],
             state.get("shrinkage", []),
             state.get("latents", {}),
-            state.get("words", np.zeros(0, bool)),
         )
 
     def save(self, path: Path) -> None:
@@ -88,10 +84,9 @@ class KeptMaps:
             fingerprints={**self.fingerprints, type_key: fingerprint},
         )
 
-    def known(self, words: NDArray[np.bool_]) -> AlignmentResult:
-        """What a later type joins that knows, of the public words, these."""
+    def known(self, symbols: NDArray[np.bool_] | None = None) -> AlignmentResult:
+        """What a later type joins that knows, of the symbols, these; None: all."""
         latents = dict(self.latents)
-        if "functionals" in latents:
-            # A row for each word that all types of the first alignment knew.
-            latents["functionals"] = latents["functionals"][words[self.words]]
+        if "functionals" in latents and symbols is not None:
+            latents["functionals"] = latents["functionals"][symbols]
         return AlignmentResult(self.tensors, self.quality, self.shrinkage, 0, latents)

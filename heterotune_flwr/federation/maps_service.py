@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from heterotune_flwr.alignment.align import (
     Trust,
     align_types,
     join_known,
-    load_anchors,
-    public_words,
 )
 from heterotune_flwr.alignment.factor_checks import fault_of
 from heterotune_flwr.alignment.views import classifier_places, view_asked
+from heterotune_flwr.data.symbols import NO_SYMBOLS, RunSymbols
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import (
@@ -30,13 +28,13 @@ from heterotune_flwr.exchange.packing import (
 from heterotune_flwr.federation.factors_asked import Question, ask_types
 from heterotune_flwr.federation.journal import Journal, Pace, writing
 from heterotune_flwr.federation.kept_maps import KeptMaps
-from heterotune_flwr.federation.roster import Client, Roster
+from heterotune_flwr.federation.roster import Roster
+from heterotune_flwr.federation.symbols_service import SymbolsService, query_seconds
 from heterotune_flwr.flower import Grid, is_simulation
 from heterotune_flwr.names import safe_text
 from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.protocol.queries import AlignRequest
-from heterotune_flwr.protocol.wire import pack_mask, unpack_mask
-from heterotune_flwr.schema import Config, MethodConfig, ServerConfig, TrainConfig
+from heterotune_flwr.schema import Config, MethodConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,6 @@ class Maps:
     away: bool = False
 
 
-def query_seconds(server: ServerConfig) -> float:
-    """How long an answer before the first round is waited for."""
-    return server.timeout_seconds if server.query_seconds is None else server.query_seconds
-
-
 def _fingerprints(roster: Roster) -> dict[str, str]:
     return {
         key: roster.clients[roster.of_type(key)[0]].info.fingerprint for key in roster.type_keys
@@ -88,6 +81,7 @@ class _Inquiry:
     method: MethodConfig
     train: TrainConfig
     seed: int
+    symbols: RunSymbols
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     trust: Trust = field(default_factory=Trust)
@@ -102,23 +96,22 @@ class _Inquiry:
 class MapsService:
     """Computes the maps of a run's types, once for all its strategies."""
 
-    def __init__(self, grid: Grid, config: Config, journal: Journal, run_name: str) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        config: Config,
+        journal: Journal,
+        run_name: str,
+        symbols: SymbolsService,
+    ) -> None:
         self._grid = grid
+        self._symbols = symbols
         self._config = config
         self._journal = journal
         self._run_name = run_name
         self._factors: dict[tuple[str, str, int], Tensors] = {}
         self._done: dict[str, Maps] = {}
-        self._words: list[str] | None = None
         self._unsaved: dict[Path, KeptMaps] = {}
-
-    def words(self) -> list[str]:
-        """Public word list every client marks its single-token words in; empty when not needed."""
-        alignment = self._config.alignment
-        if self._words is None:
-            by_words = alignment.output == "vocabulary"
-            self._words = public_words(load_anchors(alignment), alignment.words) if by_words else []
-        return self._words
 
     def weights(self) -> dict[str, str]:
         """Type -> fingerprint of the weights this run was trained with so far; their maps are never made anew."""
@@ -128,7 +121,14 @@ class MapsService:
             found |= kept.fingerprints if kept is not None else {}
         return found
 
-    def get(self, roster: Roster, method: MethodConfig, train: TrainConfig, seed: int) -> Maps:
+    def get(
+        self,
+        roster: Roster,
+        method: MethodConfig,
+        train: TrainConfig,
+        seed: int,
+        symbols: RunSymbols = NO_SYMBOLS,
+    ) -> Maps:
         """Maps for all types of a roster; ``method.output`` is resolved, ``seed`` for controls.
 
         They do not depend on ``train``, by which clients judge whether they take part at all.
@@ -137,7 +137,8 @@ class MapsService:
             seed = 0  # only the controls draw random numbers: one alignment serves all seeds
         key = json.dumps([dataclasses.asdict(method), roster.type_keys, seed], sort_keys=True)
         if key not in self._done:
-            self._done[key] = self._compute(roster, method, train, seed)
+            first = symbols.first(self._config.alignment.symbols)
+            self._done[key] = self._compute(_Inquiry(roster, method, train, seed, first))
         return self._done[key]
 
     def keep(self) -> None:
@@ -147,8 +148,8 @@ class MapsService:
                 kept.save(path)
         self._unsaved = {}
 
-    def _compute(self, roster: Roster, method: MethodConfig, train: TrainConfig, seed: int) -> Maps:
-        inquiry = _Inquiry(roster, method, train, seed)
+    def _compute(self, inquiry: _Inquiry) -> Maps:
+        roster, method, seed = inquiry.roster, inquiry.method, inquiry.seed
         path = KeptMaps.path(self._journal.directory, method, seed)
         kept = self._unsaved.get(path) or KeptMaps.load(path)
         joined: list[str] = []
@@ -187,12 +188,11 @@ class MapsService:
         """Align all types of a roster with each other."""
         roster, method = inquiry.roster, inquiry.method
         fingerprints = _fingerprints(roster)
-        shared = self._shared_words(roster.clients.values())
 
         def ask(part: str, type_keys: list[str]) -> dict[str, Tensors]:
             what = (part, method.slots)
             missing = [key for key in type_keys if (key, *what) not in self._factors]
-            fresh = self._ask(inquiry, missing, shared, part)
+            fresh = self._ask(inquiry, missing, inquiry.symbols.packed, part)
             doubted = inquiry.trust.unchecked | inquiry.trust.apart
             sure = {key: value for key, value in fresh.items() if key not in doubted}
             self._factors |= {(key, *what): value for key, value in sure.items()}
@@ -205,24 +205,26 @@ class MapsService:
         codec = exact_codec(self._config.exchange)
         tensors = {key: round_trip(maps, codec) for key, maps in result.maps.items()}
         return KeptMaps(
-            tensors, result.quality, fingerprints, result.shrinkage, result.anchor_latents, shared
+            tensors, result.quality, fingerprints, result.shrinkage, result.anchor_latents
         )
 
     def _join(self, kept: KeptMaps, type_key: str, inquiry: _Inquiry) -> KeptMaps:
         """Fit a type that this run does not know yet to the known latents; the others' maps stay as they are."""
         roster = inquiry.roster
-        members, fingerprint = roster.of_type(type_key), _fingerprints(roster)[type_key]
-        shared = self._shared_words(roster.clients[cid] for cid in members)
+        fingerprint = _fingerprints(roster)[type_key]
         try:
             if not kept.latents:
                 raise ConfigError(
                     "the run was begun by an older program, which did not keep what a new type is fitted to"
                 )
-            if len(kept.words):
-                shared &= kept.words
+            known, packed = kept.known(), inquiry.symbols.packed
+            if packed:
+                header = self._header(inquiry)
+                mask = self._symbols.known(type_key, inquiry.symbols, roster, header)
+                known, packed = kept.known(mask), inquiry.symbols.only(mask).packed
             maps, quality = join_known(
-                kept.known(shared), type_key, fingerprint, self._config, inquiry.method, roster.labels,
-                lambda part, keys: self._ask(inquiry, keys, shared, part), inquiry.trust,
+                known, type_key, fingerprint, self._config, inquiry.method, roster.labels,
+                lambda part, keys: self._ask(inquiry, keys, packed, part), inquiry.trust,
             )  # fmt: skip
         except HeteroTuneError as error:
             inquiry.trust.lost[type_key] = (
@@ -232,15 +234,12 @@ class MapsService:
         maps = round_trip(maps, exact_codec(self._config.exchange))
         return kept.with_type(type_key, maps, quality, fingerprint)
 
-    def _shared_words(self, clients: Iterable[Client]) -> NDArray[np.bool_]:
-        """Which public words are known to all of these."""
-        count = len(self.words())
-        masks = [unpack_mask(client.info.words_mask, count) for client in clients]
-        shared: NDArray[np.bool_] = np.logical_and.reduce(masks)
-        return shared
+    def _header(self, inquiry: _Inquiry) -> Header:
+        name = f"{self._run_name}-align"
+        return Header(name, inquiry.seed, inquiry.method, train=inquiry.train)
 
     def _ask(
-        self, inquiry: _Inquiry, type_keys: list[str], shared: NDArray[np.bool_], part: str
+        self, inquiry: _Inquiry, type_keys: list[str], packed: bytes, part: str
     ) -> dict[str, Tensors]:
         """Get one part of the factors of some types (:mod:`.factors_asked`); what is wrong goes on record."""
         if not type_keys:
@@ -254,9 +253,7 @@ class MapsService:
             anchors=self._config.alignment.count,
             cached=self._config.alignment.cache,
         )
-        name = f"{self._run_name}-align"
-        header = Header(name, inquiry.seed, inquiry.method, train=inquiry.train)
-        request = AlignRequest(header, slots, self.words(), pack_mask(shared), part)
+        request = AlignRequest(self._header(inquiry), slots, packed, part)
         labels = len(roster.labels or ()) if self._config.alignment.output == "labels" else 0
 
         def fault(client_id: str, factors: Tensors) -> str:

@@ -168,7 +168,7 @@ AGAIN_SECONDS = 5.0
 def describe_clients(
     grid: Grid,
     header: Header,
-    words: list[str],
+    symbols: bool,
     need: Need,
     timeout: float,
     unfit: Callable[[Mapping[str, Client]], dict[str, str]],
@@ -182,8 +182,8 @@ def describe_clients(
     whose node was away (restarting, say), are asked again, and so are nodes that have come since. Whoever answers with
     something that is wrong, or does not fit the others, is left out, and the run goes on.
 
-    ``header`` names the experiment, seed and method to describe themselves for; ``words`` is the public word list,
-    empty when no alignment is needed. ``unfit`` says, of clients that have described themselves, who cannot take part
+    ``header`` names the experiment, seed and method to describe themselves for; ``symbols``: whether their
+    vocabularies matter. ``unfit`` says, of clients that have described themselves, who cannot take part
     and why. ``tell`` is called with every node that does not take part, ``on_progress`` with how many have answered,
     and of how many, ``on_waiting`` with how many have appeared. Times are seconds.
 
@@ -196,7 +196,7 @@ def describe_clients(
             f"only {len(nodes)} of {need.waited_for} clients appeared within {need.wait_seconds:.0f} s; start "
             "more, or lower server.min_clients"
         )
-    content = DescribeRequest(header, words).to_content()
+    content = DescribeRequest(header, symbols).to_content()
     heard = _Heard()
     while True:
         messages = [make_message(content, node, DESCRIBE, 0, timeout) for node in nodes]
@@ -269,7 +269,7 @@ class _Heard:
 
     def _held_once(self, info: DescribeReply) -> DescribeReply:
         """The description, with what many tell alike held once: that of thousands of clients is a hundred megabytes."""
-        fields = {name: getattr(info, name) for name in ("shapes", "labels", "words_mask")}
+        fields = {name: getattr(info, name) for name in ("shapes", "labels", "vocabulary")}
         once = {
             name: self._alike.setdefault((name, repr(value)), value)
             for name, value in fields.items()

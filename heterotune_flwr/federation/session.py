@@ -15,7 +15,7 @@ from heterotune_flwr.errors import HeteroTuneError
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.fitting import Reference, by_node, unfit
 from heterotune_flwr.federation.journal import Journal, Pace
-from heterotune_flwr.federation.maps_service import Maps, MapsService, query_seconds
+from heterotune_flwr.federation.maps_service import Maps, MapsService
 from heterotune_flwr.federation.roster import (
     Client,
     LeftOut,
@@ -25,6 +25,7 @@ from heterotune_flwr.federation.roster import (
     without,
 )
 from heterotune_flwr.federation.simulated import check_size
+from heterotune_flwr.federation.symbols_service import SymbolsService, query_seconds
 from heterotune_flwr.flower import Grid, is_simulation
 from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.messages import Header
@@ -57,6 +58,7 @@ class Session:
     resuming: bool = False
     _rosters: dict[str, Roster] = field(default_factory=dict)
     _maps: MapsService | None = None
+    _symbols: SymbolsService | None = None
 
     @property
     def minimum(self) -> int:
@@ -70,7 +72,7 @@ class Session:
         asked = {name: value for name, value in asdict(train).items() if name not in _OF_A_ROUND}
         key = json.dumps([asdict(method), asked, seed], sort_keys=True)
         if key not in self._rosters:
-            words = self.maps.words() if method.kind == "dema" else []
+            symbols = self.config.alignment.output == "vocabulary"
             self.journal.event("asking", seed=seed, needed=self.minimum)
             if is_simulation(self.grid):
                 clients = sum(entry.clients for entry in self.config.types)
@@ -78,12 +80,12 @@ class Session:
             roster = describe_clients(
                 self.grid,
                 Header(f"{self.run_name}-describe", seed, method, train=train),
-                words,
+                symbols,
                 Need(
                     self.minimum, self.least, self.config.server.wait_seconds, bool(self._rosters)
                 ),
                 query_seconds(self.config.server),
-                self._unfit(method, len(words)),
+                self._unfit(method, symbols),
                 self._left_out,
                 Pace(self.journal, "asking"),
                 Pace(self.journal, "connecting"),
@@ -117,13 +119,13 @@ class Session:
         return self.minimum if self.config.server.min_clients is not None else min(self.minimum, 2)
 
     def _unfit(
-        self, method: MethodConfig, words: int
+        self, method: MethodConfig, symbols: bool
     ) -> Callable[[Mapping[str, Client]], dict[str, str]]:
         """Say of clients who cannot take part, by what this server and this run know."""
         reference = Reference(
             method,
             self.config.alignment,
-            words,
+            symbols,
             code_hash(),
             lambda: _known_labels(self.config.data),
             self.maps.weights() if method.kind == "dema" else {},
@@ -153,8 +155,17 @@ class Session:
     def maps(self) -> MapsService:
         """Computes and remembers the frozen maps."""
         if self._maps is None:
-            self._maps = MapsService(self.grid, self.config, self.journal, self.run_name)
+            given = (self.grid, self.config, self.journal, self.run_name, self.symbols)
+            self._maps = MapsService(*given)
         return self._maps
+
+    @property
+    def symbols(self) -> SymbolsService:
+        """Finds and remembers what the types' vocabularies have in common."""
+        if self._symbols is None:
+            server = self.config.server
+            self._symbols = SymbolsService(self.grid, server, self.journal, self.run_name)
+        return self._symbols
 
 
 def _known_labels(data: DataConfig) -> list[str] | None:

@@ -21,6 +21,7 @@ from heterotune_flwr.federation.resend import Resend
 from heterotune_flwr.federation.roster import LeftOut, Roster
 from heterotune_flwr.federation.safety import Safety
 from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.federation.symbols_service import Found
 from heterotune_flwr.federation.update_gate import MOST_METRICS
 from heterotune_flwr.federation.updates import RESERVED
 from heterotune_flwr.flower import ArrayRecord, Grid, Message, RecordDict
@@ -49,6 +50,8 @@ class Transport:
         For whom and to whom.
     maps
         Frozen maps of the types, None when the method has none.
+    symbols
+        What the types' vocabularies have in common, None where nobody needs it.
 
     Attributes
     ----------
@@ -61,7 +64,13 @@ class Transport:
 
     """
 
-    def __init__(self, context: StrategyContext, roster: Roster, maps: Maps | None) -> None:
+    def __init__(
+        self,
+        context: StrategyContext,
+        roster: Roster,
+        maps: Maps | None,
+        symbols: Found | None = None,
+    ) -> None:
         self.context = context
         self.roster = roster
         self.ledger = Ledger()
@@ -77,9 +86,11 @@ class Transport:
             self.ledger.one_time(
                 client_id, roster.bytes_down[client_id], roster.bytes_up[client_id]
             )
-        if maps is not None:
-            for client_id, down in maps.bytes_down.items():
-                self.ledger.one_time(client_id, down, maps.bytes_up[client_id])
+        spent = [(maps.bytes_down, maps.bytes_up)] if maps is not None else []
+        spent += [(symbols.down, symbols.up)] if symbols is not None else []
+        for down, up in spent:
+            for client_id, asked in down.items():
+                self.ledger.one_time(client_id, asked, up[client_id])
 
     # ---------------------------------------------------------------------------------- messages
 

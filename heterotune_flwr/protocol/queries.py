@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from heterotune_flwr.data.symbols import MOST_PIECES
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.manifest import MAX_NUMBERS
 from heterotune_flwr.exchange.packing import Tensors, pack
@@ -38,6 +39,7 @@ _MOST = {
     "train_examples": 10**9,
     "personal_examples": 10**9,
     "lowest_slot": 10**5,
+    "pieces": MOST_PIECES,
 }
 _AT_LEAST_ONE = ("hidden", "layers", "parameters", "model_bytes", "lora16_bytes")
 #: Labels of a closed set, and tensors that a client trains, at most.
@@ -67,21 +69,21 @@ def _read_shapes(record: ConfigRecord) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class DescribeRequest:
-    """Ask a client who it is; ``words`` is the public word list (empty: no alignment needed)."""
+    """Ask a client who it is; ``symbols``: whether the run needs to know about its vocabulary."""
 
     header: Header
-    words: list[str] = field(default_factory=list)
+    symbols: bool = False
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
-        config = ConfigRecord({**self.header.to_config(), "words": self.words})
+        config = ConfigRecord({**self.header.to_config(), "symbols": self.symbols})
         return RecordDict({CONFIG: config})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> DescribeRequest:
         """Read the message content."""
         record = read_config(content)
-        return cls(Header.from_config(record), read_texts(record, "words"))
+        return cls(Header.from_config(record), read_field(record, "symbols", bool))
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ class DescribeReply:
 
     ``shapes`` are the canonical names and shapes of the tensors it would train with the request's
     method; ``model_bytes`` is two bytes per backbone parameter and ``lora16_bytes`` the bf16 size
-    of LoRA r=16 on all its linear layers (the two denominators of every saving); ``words_mask``
-    marks the words that are one token of its vocabulary; ``labels`` is empty for open text;
+    of LoRA r=16 on all its linear layers (the two denominators of every saving); ``vocabulary``
+    and ``pieces`` are the identity of its vocabulary and how many pieces it has (:mod:`..data.symbols`; empty and 0
+    where nobody asked); ``labels`` is empty for open text;
     ``lowest_slot`` is the first depth slot it trains.
     """
 
@@ -109,7 +112,8 @@ class DescribeReply:
     labels: list[str]
     shapes: dict[str, tuple[int, ...]]
     code_hash: str
-    words_mask: bytes
+    vocabulary: str = ""
+    pieces: int = 0
     lowest_slot: int = 0
 
     def to_content(self) -> RecordDict:
@@ -126,7 +130,7 @@ class DescribeReply:
         ids = ("client_id", "type_key", "fingerprint", "bits", "code_hash")
         numbers = (
             "hidden", "layers", "parameters", "model_bytes", "lora16_bytes",
-            "train_examples", "personal_examples", "lowest_slot",
+            "train_examples", "personal_examples", "lowest_slot", "pieces",
         )  # fmt: skip
         fields: dict[str, Any] = {key: read_id(record, key) for key in ids}
         fields |= {key: read_field(record, key, int) for key in numbers}
@@ -149,29 +153,28 @@ class DescribeReply:
             **fields,
             labels=labels,
             shapes=shapes,
-            words_mask=read_field(record, "words_mask", bytes),
+            vocabulary=read_id(record, "vocabulary", empty=True),
         )
 
 
 @dataclass(frozen=True)
 class AlignRequest:
-    """Ask one client of a type for its public factors; ``words_mask`` marks the shared words.
+    """Ask one client of a type for its public factors.
 
-    ``part``: those of ``slots``, or of a view by its name.
+    ``part``: those of ``slots``, or of a view by its name; ``pieces``: what its vocabulary holds. ``symbols`` are those
+    of the run, packed (:mod:`..data.symbols`): of ``pieces`` which of them it knows; empty: all of its own.
     """
 
     header: Header
     slots: int
-    words: list[str]
-    words_mask: bytes
+    symbols: bytes = b""
     part: str = "slots"
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
         fields: dict[str, Any] = {
             "slots": self.slots,
-            "words": self.words,
-            "words_mask": self.words_mask,
+            "symbols": self.symbols,
             "part": self.part,
         }
         return RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
@@ -183,8 +186,7 @@ class AlignRequest:
         return cls(
             Header.from_config(record),
             read_field(record, "slots", int),
-            read_texts(record, "words"),
-            read_field(record, "words_mask", bytes),
+            read_field(record, "symbols", bytes),
             read_field(record, "part", str),
         )
 

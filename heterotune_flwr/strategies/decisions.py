@@ -15,6 +15,7 @@ from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.outcome import Outcome
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.federation.session import Maps, StrategyContext
+from heterotune_flwr.federation.symbols_service import Found
 from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.federation.updates import ClientUpdate, Shapes, mean_delta
 from heterotune_flwr.rates import sinking_share
@@ -52,6 +53,7 @@ class Decisions:
         self.groups: Groups
         self.channels: list[ServerChannel] = []
         self.maps: Maps | None = None
+        self.symbols: Found | None = None
         self._optimizer_states: dict[str, dict[str, State]] = {}
         #: Rounds in a row without enough usable updates.
         self.empty_rounds = 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.channels.channel import RunFacts, ServerChannel, server_half
 from heterotune_flwr.cmga import pull
+from heterotune_flwr.data.symbols import NO_SYMBOLS
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.flower import is_simulation
@@ -41,9 +42,11 @@ def open_run(strategy: HeteroStrategy) -> None:
     closed = list(labels or ()) if closed_task(labels, strategy.config.train) else []
     strategy.method = resolve_output(strategy.method, strategy.config.alignment, labels)
     halves = [server_half(name)(options) for name, options in context.channels.items()]
+    if session.config.alignment.output == "vocabulary":
+        _find_symbols(strategy)
     if strategy.method.kind == "dema":
         _align(strategy, any(half.reads_views(closed) for half in halves))
-    strategy.transport = Transport(context, strategy.roster, strategy.maps)
+    strategy.transport = Transport(context, strategy.roster, strategy.maps, strategy.symbols)
     _tell_of_weights(strategy)
     strategy.groups = Groups(
         {key: strategy.roster.shapes(key) for key in strategy.roster.type_keys},
@@ -53,19 +56,37 @@ def open_run(strategy: HeteroStrategy) -> None:
     strategy.channels = _opened(strategy, halves, closed)
 
 
+def _find_symbols(strategy: HeteroStrategy) -> None:
+    """Find what the vocabularies have in common; types that know too little of it are left out."""
+    session, method = strategy.context.session, strategy.method
+    least = 2
+    if method.kind == "dema":
+        least = max(method.output or method.latent, session.config.alignment.output_components)
+    strategy.symbols = session.symbols.get(
+        strategy.roster, method, strategy.config.train, strategy.context.seed, least
+    )
+    _leave_out(strategy, strategy.symbols.lost, session.least)
+
+
+def _leave_out(strategy: HeteroStrategy, lost: Mapping[str, str], needed: int) -> None:
+    """Take types from the roster, each with its reason."""
+    if lost:
+        roster = strategy.roster
+        reasons = {cid: why for key, why in lost.items() for cid in roster.of_type(key)}
+        strategy.roster = strategy.context.session.without(roster, reasons, needed)
+
+
 def _align(strategy: HeteroStrategy, views: bool) -> None:
     """Get the maps; further views of a text are aligned where a channel reads them. Types without maps are left out."""
     session = strategy.context.session
     if not views:
         strategy.method = replace(strategy.method, views=[])
     strategy.maps = session.maps.get(
-        strategy.roster, strategy.method, strategy.config.train, strategy.context.seed
-    )
-    if lost := strategy.maps.lost:
-        needed = session.minimum if strategy.maps.away else session.least
-        roster = strategy.roster
-        reasons = {cid: why for key, why in lost.items() for cid in roster.of_type(key)}
-        strategy.roster = session.without(roster, reasons, needed)
+        strategy.roster, strategy.method, strategy.config.train, strategy.context.seed,
+        strategy.symbols.symbols if strategy.symbols else NO_SYMBOLS,
+    )  # fmt: skip
+    needed = session.minimum if strategy.maps.away else session.least
+    _leave_out(strategy, strategy.maps.lost, needed)
 
 
 def _opened(

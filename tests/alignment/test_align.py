@@ -62,7 +62,7 @@ class World:
         return {
             "slots.0.scores": left * singular, "slots.0.basis": right, "slots.0.mean": mean,
             "label_rows": head[: len(LABELS)],
-            "words.left": hl, "words.singular": hs, "words.right": hr,
+            "symbols.left": hl, "symbols.singular": hs, "symbols.right": hr,
         }  # fmt: skip
 
     def latents(self, maps: dict[str, np.ndarray], name: str) -> np.ndarray:

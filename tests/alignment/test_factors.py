@@ -19,19 +19,18 @@ from heterotune_flwr.alignment.factors import (
     principal_components,
     unembedding_rows,
     view_factors,
-    words_mask,
 )
 from heterotune_flwr.alignment.public_texts import (
     SHIPPED,
     anchor_digest,
     load_anchors,
-    public_words,
 )
 from heterotune_flwr.alignment.views import view_asked
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks
 from heterotune_flwr.data.label_trie import make_trie
+from heterotune_flwr.data.symbols import vocabulary_of
 from heterotune_flwr.data.template import make_form
 from heterotune_flwr.errors import BackboneError, DataError
 from heterotune_flwr.exchange.packing import Tensors
@@ -109,11 +108,10 @@ def test_principal_components_rebuild_the_states_and_are_uncorrelated(width):
     assert np.all(np.diff(np.diag(gram)) < 0)
 
 
-def test_factors_hold_the_label_words_rows_and_the_shared_words(backbone):
-    words = [w for w, known in zip(public_words(TEXTS, 20), words_mask(backbone.tokenizer, public_words(TEXTS, 20)),
-                                   strict=True) if known]  # fmt: skip
+def test_factors_hold_the_label_words_rows_and_the_symbols(backbone):
+    tokens = list(vocabulary_of(make_form(backbone.tokenizer, DATA)).ids.values())[:20]
     alignment = AlignmentConfig(components=9, output="vocabulary", output_components=4)
-    factors = alignment_factors(backbone, TEXTS, alignment, DATA, LABELS, 1, words)
+    factors = alignment_factors(backbone, TEXTS, alignment, DATA, LABELS, 1, tokens)
     assert factors["slots.0.scores"].shape == (len(TEXTS), 9)
     assert factors["label_rows"].shape == (0, backbone.hidden)  # labels may begin alike then
     head = backbone.model.get_output_embeddings().weight
@@ -121,7 +119,7 @@ def test_factors_hold_the_label_words_rows_and_the_shared_words(backbone):
     for row, label in zip(labelled["label_rows"], LABELS, strict=True):
         token = backbone.tokenizer(f" {label}", add_special_tokens=False)["input_ids"][0]
         np.testing.assert_array_equal(row, head[token].numpy())
-    assert factors["words.left"].shape == (len(words), 4)
+    assert factors["symbols.left"].shape == (len(tokens), 4)
     assert all(value.dtype == np.float32 for value in factors.values())
 
 
@@ -172,7 +170,7 @@ def test_words_cut_off_by_the_limit_do_not_show_in_the_alignment(backbone):
     np.testing.assert_allclose(cut, 0, atol=1e-3)
 
 
-def test_too_few_shared_words_is_a_clear_error(backbone):
+def test_symbols_that_are_no_pieces_are_a_clear_error(backbone):
     with pytest.raises(BackboneError, match="vocabularies have too little in common"):
         alignment_factors(
             backbone,
@@ -181,7 +179,7 @@ def test_too_few_shared_words_is_a_clear_error(backbone):
             DATA,
             LABELS,
             1,
-            ["unheardofword"],
+            [5, -1],
         )
 
 
@@ -245,8 +243,7 @@ def test_anchor_mistakes_are_named(tmp_path: Path):
         load_anchors(AlignmentConfig(anchors=str(path)))
 
 
-def test_public_words_are_the_most_frequent_in_a_fixed_order():
-    assert public_words(["beta alpha", "alpha gamma", "gamma beta alpha"], 2) == ["alpha", "beta"]
+def test_anchors_are_known_by_their_texts_and_order():
     assert anchor_digest(["ab", "c"]) != anchor_digest(["a", "bc"])
 
 

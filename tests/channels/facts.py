@@ -22,7 +22,7 @@ def described(client_id: str, type_key: str, examples: int = 60) -> DescribeRepl
     sizes = dict.fromkeys(("hidden", "layers", "parameters", "model_bytes", "lora16_bytes"), 8)
     return DescribeReply(
         client_id, type_key, "weights", "fp32", **sizes, train_examples=examples, personal_examples=0,
-        labels=LABELS, shapes={}, code_hash="abc", words_mask=b"",
+        labels=LABELS, shapes={}, code_hash="abc",
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ class Node:
 
     def describe(self, method=METHOD):
         world = self.world()
-        content = DescribeRequest(world.header(method), []).to_content()
+        content = DescribeRequest(world.header(method)).to_content()
         return DescribeReply.from_content(world.ask(0, DESCRIBE, content))
 
     def train(self, overrides="", method=METHOD, round=1, **changes):
@@ -223,7 +223,7 @@ def test_a_loss_of_a_package_acts_where_the_nodes_owner_allows_it(
         node.train(**entropy)
     assert caught.value.kind == ERROR_REFUSED
     with refused("owner does not allow"):  # nor does it describe itself for such a run
-        content = DescribeRequest(node.world().header(METHOD, **entropy), []).to_content()
+        content = DescribeRequest(node.world().header(METHOD, **entropy)).to_content()
         DescribeReply.from_content(node.world().ask(0, DESCRIBE, content))
     (tmp_path / "open").mkdir()
     willing = Node(world, folder, tmp_path / "open", losses="focal, entropy")

@@ -11,11 +11,14 @@ import pytest
 from real_clients import LORA, LOW_FLOORS, METHOD, World, deployed_node, inline, make_maps
 from tiny_backbones import LABELS
 
+from heterotune_flwr.alignment.views import PIECES
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
+from heterotune_flwr.data.symbols import Symbols, unpack_pieces
 from heterotune_flwr.data.virtual_clients import expand_types
 from heterotune_flwr.dema.bank import initial_tensors, slot_of
 from heterotune_flwr.errors import BackboneError, ConfigError, ExchangeError
+from heterotune_flwr.exchange.codecs import as_bytes
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
@@ -28,7 +31,7 @@ from heterotune_flwr.protocol.queries import (
     DescribeReply,
     DescribeRequest,
 )
-from heterotune_flwr.protocol.wire import ERROR_MAPS_MISSING, RemoteError, pack_mask, unpack_mask
+from heterotune_flwr.protocol.wire import ERROR_MAPS_MISSING, RemoteError, unpack_mask
 from heterotune_flwr.schema import TypeConfig
 from heterotune_flwr.strategies import build_strategy
 
@@ -57,7 +60,7 @@ def test_a_server_cannot_read_a_deployed_clients_data_or_environment(
     ]
     (folder / "private.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     deployed = World(world.path, inline(world), overrides, **deployed_node(folder, tmp_path))
-    request = DescribeRequest(Header("run", 0, METHOD), [])
+    request = DescribeRequest(Header("run", 0, METHOD))
     content = deployed.ask(0, DESCRIBE, request.to_content())
     told = "".join(str(dict(record)) for record in content.values())
     assert not re.search("s3cr3t|patient|ill [0-9]", told)
@@ -80,16 +83,15 @@ def test_describe(world):
     assert first.model_bytes == 2 * first.parameters
     assert first.code_hash == code_hash()
     assert first.shapes == {**replies[1].shapes}
-    assert unpack_mask(first.words_mask, 3).tolist() == [True, True, False]
+    assert first.vocabulary == replies[1].vocabulary  # one tokenizer
+    assert first.pieces > 50
     open_output = world.describe(0, replace(METHOD, output=None))
     assert open_output.shapes == first.shapes  # three labels: r_out = 3
     assert all(name.startswith("lora.") for name in world.describe(0, LORA).shapes)
 
 
 def test_align_gives_the_same_factors_whatever_is_attached(world):
-    words = ["fruit", "engines", "xylophone"]
-    mask = pack_mask(np.array([True, True, False]))
-    request = AlignRequest(Header("run", 0, METHOD), 1, words, mask)
+    request = AlignRequest(Header("run", 0, METHOD), 1)
 
     def factors():
         return AlignReply.from_content(world.ask(1, ALIGN, request.to_content())).factors
@@ -101,6 +103,22 @@ def test_align_gives_the_same_factors_whatever_is_attached(world):
     assert bare.keys() == after.keys()
     assert all(np.array_equal(bare[name], after[name]) for name in bare)
     assert bare["label_rows"].shape == (3, 48)
+
+
+def test_a_vocabulary_is_told_and_which_of_others_pieces_it_knows(world):
+    def told(symbols):
+        request = AlignRequest(Header("run", 0, METHOD), 1, symbols, PIECES)
+        reply = AlignReply.from_content(world.ask(0, ALIGN, request.to_content()))
+        return as_bytes(reply.factors[PIECES]).tobytes()
+
+    pieces = unpack_pieces(told(b""))
+    described = world.describe(0)
+    assert Symbols(pieces).digest == described.vocabulary
+    assert len(pieces) == described.pieces
+    asked = Symbols((pieces[3], b"xylophone", pieces[5]))
+    assert unpack_mask(told(asked.to_bytes()), 3).tolist() == [True, False, True]
+    with pytest.raises(RemoteError, match="pieces"):
+        told(b"no symbols")
 
 
 def test_train_keeps_what_is_not_expected_and_sends_what_is(world):

@@ -39,7 +39,7 @@ def test_errors_about_a_nodes_data_leave_as_their_kind(
     if FILES[case] is not None:
         path.write_text(json.dumps(GOOD) + "\n" + FILES[case] if FILES[case] else "")
     deployed = World(world.path, inline(world), "data.labels=[fruit,engines,music]", **node)
-    content = deployed.ask(0, DESCRIBE, DescribeRequest(Header("run", 0, METHOD), []).to_content())
+    content = deployed.ask(0, DESCRIBE, DescribeRequest(Header("run", 0, METHOD)).to_content())
     with pytest.raises(RemoteError, match=r"its data|among the labels") as caught:
         DescribeReply.from_content(content)
     line = str(caught.value)

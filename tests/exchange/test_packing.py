@@ -219,7 +219,7 @@ METHOD = MethodConfig(latent=8, output=4)
 HEADER = Header("toy-heterotune-seed0", 3, METHOD, 5)
 DESCRIPTION = DescribeReply(
     "client-0001", "tiny-a@nf4", "abc", "nf4", 96, 3, 1000, 2000, 300, 96, 32, ["x", "y"],
-    {"slots.0.gate.bias": (3,), "slots.0.gate.weight": (3, 8)}, "f00", b"\x80",
+    {"slots.0.gate.bias": (3,), "slots.0.gate.weight": (3, 8)}, "f00", "abcd", 5,
 )  # fmt: skip
 TENSORS = {"slots.0.gate.bias": np.ones(3, np.float32)}
 SAID = Payload({"x": np.ones((2, 3), np.float32)}, {"count": 2, "words": ["a", ""]}, "fp32")
@@ -244,11 +244,11 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        (DescribeRequest(HEADER, ["one", "two"]), ()),
-        (DescribeRequest(HEADER, []), ()),
+        (DescribeRequest(HEADER, True), ()),
+        (DescribeRequest(HEADER), ()),
         (DESCRIPTION, ()),
-        (AlignRequest(HEADER, 2, ["one"], b"\x80"), ()),
-        (AlignRequest(HEADER, 1, [], b"", "text"), ()),
+        (AlignRequest(HEADER, 2, b"\x80"), ()),
+        (AlignRequest(HEADER, 1, part="text"), ()),
         (AlignReply("c", "t", TENSORS), ("fp32",)),
         (TrainRequest(HEADER, TENSORS, "d1", TENSORS, ["a"], ["b"]), ("fp32",)),
         (TrainRequest(HEADER, {}, "", None, [], channels={"a": SAID}), ("bf16",)),
@@ -300,7 +300,8 @@ def broken(content, record, key, value=None):
         ("shapes", "{", "not JSON"),
         ("shapes", "[1]", "malformed"),
         ("labels", [1, 2], "list of texts"),
-        ("words_mask", "x", "expected bytes"),
+        ("vocabulary", "two words", "no id"),
+        ("pieces", 1 << 40, "no client can have"),
     ],
 )
 def test_malformed_descriptions_name_the_field(key, value, message):

@@ -117,7 +117,7 @@ def test_in_the_type_phase_a_new_type_begins_with_the_last_shared_bank(tmp_path)
 def test_a_type_that_cannot_join_is_left_out_and_the_run_goes_on(tmp_path):
     config, federation = two_types(tmp_path)
     state, path = kept(config)
-    for field in ("latents", "shrinkage", "words"):  # as older programs wrote it
+    for field in ("latents", "shrinkage"):  # as older programs wrote it
         del state[field]
     save_state(path, state)
     before = the_run(config)
@@ -168,9 +168,8 @@ def test_maps_are_saved_only_when_the_checkpoint_fits(tmp_path, monkeypatch):
     assert the_run(config) == before
 
 
-def test_functionals_of_a_vocabulary_are_those_of_the_words_it_knows():
+def test_functionals_of_a_vocabulary_are_those_of_the_symbols_it_knows():
     values = np.arange(6.0).reshape(3, 2)
-    words = np.array([True, False, True, True])
-    found = KeptMaps({}, {}, {}, [0.1], {"functionals": values}, words)
-    own = np.array([True, False, False, True])
+    found = KeptMaps({}, {}, {}, [0.1], {"functionals": values})
+    own = np.array([True, False, True])
     np.testing.assert_array_equal(found.known(own).anchor_latents["functionals"], values[[0, 2]])

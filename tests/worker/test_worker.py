@@ -69,7 +69,7 @@ from heterotune_flwr.flower import Context, Message, RecordDict, identify_proces
 identify_process()
 context = Context(run_id=5, node_id=77, node_config=json.loads({config!r}), state=RecordDict(),
                   run_config={{"config": {run!r}, "overrides": ""}})
-request = DescribeRequest(Header("run", 0, MethodConfig(kind="lora", lora_rank=2, output=3)), [])
+request = DescribeRequest(Header("run", 0, MethodConfig(kind="lora", lora_rank=2, output=3)))
 reply = app(Message(request.to_content(), 77, DESCRIBE, group_id="1"), context)
 heavy = {{"torch", "transformers", "peft", "datasets", "scipy", "bitsandbytes"}} & set(sys.modules)
 print(json.dumps([DescribeReply.from_content(reply.content).type_key, sorted(heavy)]))
