@@ -91,11 +91,11 @@ def parsed(trial: str) -> tuple[str, float]:
 def field_of(name: str) -> Field:
     """A suite as the laboratory has it."""
     from benchmarks.science.laboratory.claim_rows import Field
-    from benchmarks.science.laboratory.claim_states import ClaimTask
+    from benchmarks.science.laboratory.claim_states import claim_task
 
     suite = SUITES[name]
     specs = [f"{backbone}@{bits}" for backbone, bits in suite.types]
-    return Field(ClaimTask(suite.task), specs, specs[0], suite.clients)
+    return Field(claim_task(suite.task), specs, specs[0], suite.clients)
 
 
 class Grid(Protocol):

@@ -6,9 +6,9 @@ gives is which texts of the task every client has right.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,17 +46,17 @@ class Field:
         """All clients."""
         return self.each * len(self.specs)
 
-    @cached_property
+    @functools.cached_property
     def kinds(self) -> list[int]:
         """Type of every client, in turn as in the product."""
         return [client % len(self.specs) for client in range(self.count)]
 
-    @cached_property
+    @functools.cached_property
     def latent(self) -> list[LatentTask]:
         """The task as every type sees it."""
         return self.task.latent_tasks(self.specs)
 
-    @cached_property
+    @functools.cached_property
     def right(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Right labels of what is trained on and of what is tested: all texts, of which rows pick theirs."""
         return self.task.targets, self.task.targets
@@ -74,7 +74,7 @@ class Field:
         """What one classifier of everybody's has right, the same for all clients (clients x texts)."""
         return np.tile(guesses == self.task.targets.numpy(), (self.count, 1))
 
-    @cached_property
+    @functools.cached_property
     def features(self) -> dict[str, encoder.Matrix]:
         """What the smallest model reads of all texts: two views and both, standardised (on public texts) or raw."""
         spec, found = self.specs[self.smallest], {}
@@ -179,8 +179,13 @@ def _pooled(read_by_all: bool) -> Run:
     return run
 
 
+@functools.cache
+def _ngram_features(task: ClaimTask) -> NDArray[np.float32]:
+    return NgramView(task.public).of_texts(task.texts)
+
+
 def _ngrams(field: Field, seeds: Sequence[int], priors: Sequence[float], _: str) -> Hits:
-    z = NgramView(field.task.public).of_texts(field.task.texts)
+    z = _ngram_features(field.task)
     classes, metric = len(field.task.labels), np.ones(z.shape[1])
     found = np.empty((len(priors), len(seeds), field.count, len(z)), bool)
     for place, seed in enumerate(seeds):

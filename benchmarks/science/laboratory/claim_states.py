@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,6 +33,12 @@ class Owned:
     own_test: list[int]
 
 
+@functools.cache
+def claim_task(name: str) -> ClaimTask:
+    """A task, read once."""
+    return ClaimTask(name)
+
+
 class ClaimTask:
     """A task of :mod:`benchmarks.science.tasks`; its texts are those of train, dev and test, one after the other."""
 
@@ -48,8 +54,9 @@ class ClaimTask:
         said = [row["label"] for part in PARTS[:3] for row in self._rows[part]]
         self.labels = sorted(set(said))
         self.targets = torch.tensor([self.labels.index(label) for label in said])
+        self._latent: dict[tuple[str, ...], list[LatentTask]] = {}
 
-    @cached_property
+    @functools.cached_property
     def _places(self) -> dict[str, int]:
         return {text: place for place, text in enumerate(self.texts)}
 
@@ -75,7 +82,9 @@ class ClaimTask:
         return np.concatenate([kept[part] for part in PARTS[:3]]), kept["public"]
 
     def latent_tasks(self, specs: Sequence[str]) -> list[LatentTask]:
-        """All texts as every type sees them through the product's maps, made on the public texts."""
+        """All texts as every type sees them through the product's maps, made on the public texts once."""
+        if (known := self._latent.get(tuple(specs))) is not None:
+            return known
         factors, states, rows = {}, [], []
         for spec in specs:
             states.append(self.states(spec))
@@ -87,7 +96,9 @@ class ClaimTask:
             }
             factors[type_key(spec)] = {**own, "label_rows": rows[-1]}
         maps = compute_maps(factors, ALIGNMENT, METHOD, self.labels, 0).maps
-        return [
+        found = [
             latent_task(maps[type_key(spec)], head, texts, texts, public)
             for spec, head, (texts, public) in zip(specs, rows, states, strict=True)
         ]
+        self._latent[tuple(specs)] = found
+        return found
