@@ -1,0 +1,175 @@
+"""What a frozen backbone makes of texts and their answers: states and log-probabilities at every answer position.
+
+With an adapter at the last slot alone nothing below changes, so all of training runs from these. They come from the
+product's own encoding and reader, once, and lie in the cache: states as float32, log-probabilities of the whole
+vocabulary as float16, mapped into memory. Kept as log-probabilities, what is likely is near 0, where float16 is finest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.runner import say
+from heterotune_flwr.alignment.maps import resolve_output
+from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.backbones.batches import batches_by_length
+from heterotune_flwr.backbones.loading import Backbone, load_backbone
+from heterotune_flwr.backbones.reader import BATCH_TOKENS, Reader
+from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.data.examples import Example
+from heterotune_flwr.exchange.storage import atomic_write_text
+from heterotune_flwr.schema import AlignmentConfig, DataConfig, MethodConfig, TrainConfig
+from heterotune_flwr.tuning.adapters import attach
+from heterotune_flwr.tuning.generation import answer_prompts, generate_answers
+from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
+
+#: Counts up when what is kept changes.
+VERSION = 1
+#: Positions whose logits exist at once while they are computed.
+_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One list of texts with answers, as one type sees it; S positions in all.
+
+    Attributes
+    ----------
+    states
+        Final normalised states that predict the answers' tokens, S x d, float32.
+    logs
+        The bare model's log-probabilities there, S x V, float16, on disk.
+    targets
+        The tokens, S; each answer ends with its end of text.
+    starts
+        Position at which each text begins, and S.
+
+    """
+
+    states: Tensor
+    logs: Tensor
+    targets: Tensor
+    starts: list[int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def positions(self, rows: Sequence[int]) -> Tensor:
+        """All positions of some texts, in their order."""
+        return torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in rows])
+
+    def owners(self) -> Tensor:
+        """Number of the text at every position (S)."""
+        sizes = torch.tensor(self.starts).diff()
+        return torch.arange(len(self)).repeat_interleave(sizes)
+
+
+class TextType:
+    """A backbone of the laboratory, loaded when something is not kept yet."""
+
+    def __init__(self, spec: BackboneSpec, data: DataConfig) -> None:
+        self.spec, self.data = spec, data
+        self.name = spec.type_key
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone itself."""
+        return load_backbone(self.spec, "cpu")
+
+    @property
+    def task(self) -> Task:
+        """How answers are encoded and scored on it."""
+        return make_task(self.backbone, self.data, None, TrainConfig(loss="tokens"))
+
+    def unembedding(self) -> Tensor:
+        """Rows of the whole vocabulary, V x d, float32, with the family's factor on logits in them."""
+        backbone = self.backbone
+        head = backbone.model.get_output_embeddings()
+        if backbone.scaling.softcap is not None or getattr(head, "bias", None) is not None:
+            raise SystemExit(f"{self.name}: logits with a cap or a bias are not the laboratory's")
+        weight: Tensor = head.weight.detach().float() * backbone.scaling.scale
+        return weight
+
+    def answers(self, examples: Sequence[Example], what: str) -> Answers:
+        """Read examples with their answers, or take them from the cache; ``what`` names them in messages."""
+        encoded = self.task.encode(examples)
+        folder = self._folder([self.backbone.fingerprint, self.spec.bits, encoded.digest])
+        if not (folder / "done").exists():
+            say(f"{self.name}: reading {len(examples)} texts ({what})")
+            self._compute(encoded, folder)
+        starts = np.cumsum([0, *map(len, encoded.targets)]).tolist()
+        targets = torch.tensor([token for line in encoded.targets for token in line])
+        logs = torch.from_numpy(np.load(folder / "logs.npy", mmap_mode="c"))
+        states = torch.from_numpy(np.load(folder / "states.npy"))
+        return Answers(states, logs, targets, starts)
+
+    @torch.no_grad()
+    def _compute(self, encoded: EncodedSet, folder: Path) -> None:
+        weight = self.unembedding()
+        states = _read(Reader.of(self.backbone), encoded)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "states.npy", states.numpy())
+        logs = np.lib.format.open_memmap(
+            folder / "logs.npy", "w+", np.float16, (len(states), len(weight))
+        )
+        for start in range(0, len(states), _AT_A_TIME):
+            part = states[start : start + _AT_A_TIME] @ weight.T
+            logs[start : start + _AT_A_TIME] = part.log_softmax(-1).half().numpy()
+        logs.flush()
+        (folder / "done").touch()
+
+    def written(self, examples: Sequence[Example], what: str) -> list[str]:
+        """Greedy answers of the bare model to texts; one that writes nothing has a full stop."""
+        parts: list[Any] = [self.backbone.fingerprint, self.spec.bits, self.data.max_answer_tokens]
+        prompts = answer_prompts(self.task, examples, self.data)
+        file = self._folder([*parts, prompts]) / "answers.json"
+        if not file.exists():
+            say(f"{self.name}: writing {len(examples)} answers ({what})")
+            method = resolve_output(MethodConfig(), AlignmentConfig(output="vocabulary"), None)
+            adapter = attach(self.backbone, method, method.output or method.latent)
+            form = self.task.form
+            with adapter.bare():
+                answers = generate_answers(
+                    adapter, prompts, self.data.max_answer_tokens, form.stop, form.ending
+                )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(file, json.dumps(answers))
+        answers = json.loads(file.read_text())
+        return [answer or "." for answer in answers]
+
+    def _folder(self, parts: Any) -> Path:
+        content = json.dumps([VERSION, self.data.template, parts])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:24]
+        return cache_dir() / "probe" / f"answers-{digest}"
+
+
+def _read(reader: Reader, encoded: EncodedSet) -> Tensor:
+    """Final states at all answer positions (S x d, float32); what all texts begin with, the instruction, is read once."""
+    lines, places = encoded.inputs, encoded.positions
+    first, last = min(lines), max(lines)  # what these two share all of them do
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
+    shared = min(shared, min(positions[0] for positions in places))
+    found: list[Tensor] = [torch.empty(0)] * len(lines)
+    for batch in batches_by_length([len(line) - shared for line in lines], BATCH_TOKENS):
+        if not shared:  # something was cut off in front
+            whole = reader.states_at([lines[i] for i in batch], [places[i] for i in batch])
+            parts = torch.split(whole.float(), [len(places[i]) for i in batch])
+            for index, rows in zip(batch, parts, strict=True):
+                found[index] = rows.clone()
+            continue
+        offsets = [[place - shared + 1 for place in places[i]] for i in batch]
+        rests = [lines[i][shared:] for i in batch]
+        states = reader.states_behind([first[:shared]], rests, offsets)[0].float()
+        for index, rows in zip(batch, torch.split(states, list(map(len, offsets))), strict=True):
+            found[index] = rows.clone()
+    return torch.cat(found)
