@@ -16,6 +16,7 @@ clients, partition, row, seed) is kept as it is done; what was asked for and is 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ import torch
 
 from benchmarks.runner import Cells, arguments, say, write_results
 from benchmarks.science.laboratory.text_clients import DivergedError
-from benchmarks.science.laboratory.text_rows import ROWS, SCHEDULE, bare, federate, measured
+from benchmarks.science.laboratory.text_rows import DECIDING, ROWS, bare, federate, measured
 from benchmarks.science.laboratory.text_states import TextType
 from benchmarks.science.laboratory.text_sums import TokenSums
 from benchmarks.science.laboratory.text_table import chosen, summary
@@ -45,7 +46,7 @@ PARTITIONS = ("tasks", "dirichlet")
 #: Chosen on; none of the seeds that are told.
 DEV_SEED = 10
 SEEDS = (20, 21, 22, 23, 24)
-RATES = (0.002, 0.004, 0.008)
+RATES = (0.0005, 0.001, 0.002)
 #: Rounds after which a run may be stopped.
 STOPS = (4, 8)
 CELLS = "instructions_cells"
@@ -101,9 +102,10 @@ class Bench:
         found: dict[str, Any] = {}
         started = time.process_time()
         try:
-            for round, banks in enumerate(federate(row, world, holders, rate, seed, max(rounds)), start=1):
-                if round in rounds:
-                    found[str(round)] = [
+            history = federate(row, world, holders, rate, seed, max(rounds))
+            for number, banks in enumerate(history, start=1):
+                if number in rounds:
+                    found[str(number)] = [
                         measured(bank, world, holder, part, sums)
                         for bank, holder in zip(banks, holders, strict=True)
                     ]
@@ -123,40 +125,79 @@ def main() -> None:
         "--instructions", type=Path, default=os.environ.get("HETEROTUNE_INSTRUCTIONS"),
         help="the extract of Natural Instructions [$HETEROTUNE_INSTRUCTIONS]",
     )  # fmt: skip
-    parser.add_argument("--summary", action="store_true", help="write the results of the cells there are")
+    parser.add_argument(
+        "--summary", action="store_true", help="write the results of the cells there are"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
-    cells = Cells(CELLS)
+    cells = Trial(CELLS) if given.suites == ["toy"] else Cells(CELLS)
     if not given.summary:
         if given.instructions is None:
             parser.error("the texts are needed: --instructions FILE.jsonl.gz")
         for suite in given.suites:
             for clients in given.clients:
                 measure(Bench(suite, clients, Path(given.instructions)), given, cells)
-    write_results("instructions", summary(cells.read(), _asked(given)), anew=True)
+    if isinstance(cells, Trial):
+        say(json.dumps(summary(cells.read(), _asked(given)), indent=1))
+    else:
+        write_results("instructions", summary(cells.read(), _asked(given)), anew=True)
+
+
+class Trial(Cells):
+    """Cells that nobody keeps: of embedded models, that show no more than that everything runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._found: dict[str, Any] = {}
+
+    def read(self) -> dict[str, Any]:
+        """See :class:`Cells`."""
+        return self._found
+
+    def keep(self, new: Mapping[str, Any]) -> None:
+        """See :class:`Cells`."""
+        self._found |= new
 
 
 def measure(bench: Bench, given: argparse.Namespace, cells: Cells) -> None:
-    """One suite: first the choices of the rows that decide, then all rows seed by seed."""
-    for seed in given.seeds:
-        for row in given.rows:
-            choose(bench, row, cells)
-            for partition in given.partitions:
-                name = f"{bench.suite} {bench.clients} {partition} {seed} {row}"
-                if name in cells.read():
+    """One suite: the rows that decide seed by seed, then the others; a row's rate and rounds are chosen first."""
+    for deciding in (True, False):
+        for seed in given.seeds:
+            for row in _rows(given, bench.clients):
+                if (row in DECIDING) != deciding:
                     continue
-                rate, rounds = chosen(cells.read(), bench.suite, bench.clients, row)
-                cell = bench.run(row, partition, seed, rate, (rounds,), "test")
-                world = bench.world("none", 0)
-                holders = bench.holders(world, partition, seed, ROWS[row].smallest)
-                found = {
-                    "rate": rate, "rounds": rounds, "cpu_seconds": cell["cpu_seconds"],
-                    "clients": cell.get(str(rounds), []),
-                    "bare": [bare(world, holder, "test") for holder in holders],
-                }  # fmt: skip
-                cells.keep({name: found})
-                say(name, rate, rounds, [c["all"] for c in found["clients"]], f"{cell['cpu_seconds']} s")
-        write_results("instructions", summary(cells.read(), _asked(given)), anew=True)
+                choose(bench, row, cells)
+                for partition in given.partitions:
+                    name = f"{bench.suite} {bench.clients} {partition} {seed} {row}"
+                    if name not in cells.read():
+                        cells.keep({name: cell(bench, row, partition, seed, cells)})
+            if not isinstance(cells, Trial):
+                write_results("instructions", summary(cells.read(), _asked(given)), anew=True)
+
+
+def cell(bench: Bench, row: str, partition: str, seed: int, cells: Cells) -> dict[str, Any]:
+    """A row's clients on the test texts, and their bare models."""
+    rate, rounds = chosen(cells.read(), bench.suite, bench.clients, row)
+    found = bench.run(row, partition, seed, rate, (rounds,), "test")
+    world = bench.world("none", 0)
+    holders = bench.holders(world, partition, seed, ROWS[row].smallest)
+    clients = found.get(str(rounds), [])
+    seconds = found["cpu_seconds"]
+    say(
+        bench.suite,
+        bench.clients,
+        partition,
+        seed,
+        row,
+        rate,
+        rounds,
+        [c["all"] for c in clients],
+        seconds,
+    )
+    return {
+        "rate": rate, "rounds": rounds, "cpu_seconds": seconds, "clients": clients,
+        "bare": [bare(world, holder, "test") for holder in holders],
+    }  # fmt: skip
 
 
 def choose(bench: Bench, row: str, cells: Cells) -> None:
@@ -170,12 +211,17 @@ def choose(bench: Bench, row: str, cells: Cells) -> None:
             say(name, told, f"{found['cpu_seconds']} s")
 
 
+def _rows(given: argparse.Namespace, clients: int) -> list[str]:
+    """Rows asked for; with one client per type alone is the same as inside the type."""
+    return [row for row in given.rows if clients > 1 or row != "alone"]
+
+
 def _asked(given: argparse.Namespace) -> Iterator[str]:
     for suite in given.suites:
         for clients in given.clients:
             for partition in given.partitions:
                 for seed in given.seeds:
-                    for row in given.rows:
+                    for row in _rows(given, clients):
                         yield f"{suite} {clients} {partition} {seed} {row}"
 
 

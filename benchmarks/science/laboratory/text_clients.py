@@ -1,4 +1,4 @@
-"""Training on answers of several tokens: the product's bank and AdamW on latents, the loss over the whole vocabulary."""
+"""Training on answers of several tokens: the product's bank and AdamW on latents, the whole vocabulary's loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class DivergedError(RuntimeError):
 
 def first_bank(seed: int) -> Bank:
     """The product's first values, with an axis of one client in front."""
-    return {key: value[None] for key, value in initial_bank(METHOD, METHOD.output or 0, seed).items()}
+    return {
+        key: value[None] for key, value in initial_bank(METHOD, METHOD.output or 0, seed).items()
+    }
 
 
 def outputs(bank: Mapping[str, Tensor], z: Tensor) -> Tensor:
@@ -52,7 +54,9 @@ class Order:
         size = min(count, len(self._rows))
         if len(self._queue) < size:
             rest = set(self._queue)
-            self._queue += [i for i in self._rng.permutation(len(self._rows)).tolist() if i not in rest]
+            self._queue += [
+                i for i in self._rng.permutation(len(self._rows)).tolist() if i not in rest
+            ]
         drawn, self._queue = self._queue[:size], self._queue[size:]
         return self._rows[drawn].tolist()
 

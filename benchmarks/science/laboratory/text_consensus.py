@@ -53,8 +53,10 @@ def unpack(data: bytes, top: int = TOP) -> Told:
     return Told(numbers.astype(np.int64), shares)
 
 
-def average(said: Sequence[Told], weights: NDArray[np.float64] | None = None, top: int = TOP) -> Told:
-    """Mean over clients at every position, weights exp(-entropy) (or given, clients x n), the ``top`` likeliest of it."""
+def average(
+    said: Sequence[Told], weights: NDArray[np.float64] | None = None, top: int = TOP
+) -> Told:
+    """The ``top`` likeliest symbols of the clients' mean; weights exp(-entropy), or given (clients x n)."""
     if weights is None:
         weights = np.exp(-np.stack([own.entropy for own in said]))
     weights = weights / weights.sum(0)

@@ -67,8 +67,7 @@ class Row:
     smallest: bool = False
 
 
-_TOP = "top-8, {} answers"
-#: In the order in which they are measured: those that decide come first.
+#: Those that decide come first, and with all seeds before the others.
 ROWS: Mapping[str, Row] = {
     "within type": Row(),
     "pooled data": Row(pooled=True),
@@ -78,16 +77,17 @@ ROWS: Mapping[str, Row] = {
     "top-8, human answers": Row(teach="human"),
     "bank": Row(bank="all"),
     "bank, random maps": Row(bank="all", maps="random_maps"),
-    "top-8, bare answers, and bank": Row(bank="all", teach="bare"),
+    "top-8, other tasks' prompts": Row(teach="elsewhere"),
+    "alone": Row(bank="client"),
     "token sums": Row(sums=True),
     "top-8, bare answers, and token sums": Row(teach="bare", sums=True),
-    "top-8, other tasks' prompts": Row(teach="elsewhere"),
-    "top-8, other tasks' prompts, inside the type": Row(teach="elsewhere", voices="type"),
+    "top-8, bare answers, and bank": Row(bank="all", teach="bare"),
     "pooled latents": Row(bank="central"),
+    "top-8, other tasks' prompts, inside the type": Row(teach="elsewhere", voices="type"),
     "top-8, human answers, inside the type": Row(teach="human", voices="type"),
     "everybody on the smallest": Row(smallest=True),
-    "alone": Row(bank="client"),
 }
+DECIDING = tuple(ROWS)[:9]
 
 
 def federate(
@@ -100,7 +100,10 @@ def federate(
     school = School(row, world, holders, seed) if row.teach else None
     for round in range(1, (rounds or schedule.rounds) + 1):
         if row.bank == "central":
-            terms = [_term(world, h.kind, h.rows, schedule, seed, round, i) for i, h in enumerate(holders)]
+            terms = [
+                _term(world, h.kind, h.rows, schedule, seed, round, i)
+                for i, h in enumerate(holders)
+            ]
             one = train(banks[0], schedule, [_mean(terms)])
             banks = [one] * len(holders)
             yield banks
@@ -169,7 +172,9 @@ class School:
         self._drawn = rng.choice(self._prompts, size, replace=False).tolist()
         places = np.concatenate([self._pupils[0].numbers[row] for row in self._drawn])
         bare = first_bank(self._seed)
-        trained = [self._pupils[k].say(b, self._drawn) for k, b in zip(self._kinds, banks, strict=True)]
+        trained = [
+            self._pupils[k].say(b, self._drawn) for k, b in zip(self._kinds, banks, strict=True)
+        ]
         untrained = (
             [pupil.say(bare, self._drawn) for pupil in self._pupils]
             if self._voices == "untrained"
@@ -234,9 +239,7 @@ def _corpus(world: World, holder: Holder, part: str) -> Corpus:
     return {"dev": view.dev, "test": view.test}[part]
 
 
-def _told(
-    world: World, holder: Holder, part: str, found: NDArray[np.float64]
-) -> dict[str, Any]:
+def _told(world: World, holder: Holder, part: str, found: NDArray[np.float64]) -> dict[str, Any]:
     sizes = np.diff(_corpus(world, holder, part).starts)
     tasks = world.task_of[part]
     by_task = [

@@ -154,10 +154,11 @@ class TextType:
 
 
 def _read(reader: Reader, encoded: EncodedSet) -> Tensor:
-    """Final states at all answer positions (S x d, float32); what all texts begin with, the instruction, is read once."""
+    """Final states at all answer positions (S x d, float32); what all texts begin with is read once."""
     lines, places = encoded.inputs, encoded.positions
-    first, last = min(lines), max(lines)  # what these two share all of them do
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
+    first = lines[0]
+    columns = zip(*lines, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns))
     shared = min(shared, min(positions[0] for positions in places))
     found: list[Tensor] = [torch.empty(0)] * len(lines)
     for batch in batches_by_length([len(line) - shared for line in lines], BATCH_TOKENS):

@@ -62,7 +62,7 @@ class TokenSums:
         self._mean, self._means = mean, (s + _PRIOR * mean) / (n + _PRIOR)
 
     def scores(self, z: Tensor) -> Tensor:
-        """g for every symbol that has one (n x names)."""
+        """Scores ``g`` of every symbol that has one (n x names)."""
         away = (self._means - self._mean) * self._m
         middle = (self._means + self._mean) / 2
         return z @ away.T - (away * middle).sum(1)

@@ -33,7 +33,9 @@ def chosen(cells: Mapping[str, Cell], suite: str, clients: int, row: str) -> tup
         if rounds.isdigit()
     }
     if not found:
-        raise SystemExit(f"{suite}, {clients} clients per type: no rate of {row!r} was tried on dev")
+        raise SystemExit(
+            f"{suite}, {clients} clients per type: no rate of {row!r} was tried on dev"
+        )
     return min(found, key=lambda key: found[key])
 
 
@@ -65,13 +67,28 @@ def summary(cells: Mapping[str, Cell], asked: Iterable[str] = ()) -> dict[str, A
                 for cell in by_seed.values()
             },
         }
-    seeds = sorted({seed for p in told.values() for rows in p.values() for own in rows.values() for seed in own})
+    seeds = sorted(
+        {
+            seed
+            for p in told.values()
+            for rows in p.values()
+            for own in rows.values()
+            for seed in own
+        }
+    )
     missing = [name for name in asked if not cells.get(name, {}).get("clients")]
-    return found | {"seeds": seeds, "trials_per_row": 6, "missing": missing, "not_run": list(NOT_RUN)}
+    return found | {
+        "seeds": seeds,
+        "trials_per_row": 6,
+        "missing": missing,
+        "not_run": list(NOT_RUN),
+    }
 
 
 def _table(rows: Mapping[str, Mapping[int, Cell]]) -> dict[str, Any]:
-    types = sorted({c["type"] for own in rows.values() for cell in own.values() for c in cell["clients"]})
+    types = sorted(
+        {c["type"] for own in rows.values() for cell in own.values() for c in cell["clients"]}
+    )
     table: dict[str, Any] = {}
     for row, cells in rows.items():
         for kind in types:
@@ -86,14 +103,20 @@ def _table(rows: Mapping[str, Mapping[int, Cell]]) -> dict[str, Any]:
                 "bare_all": round(_mean(_losses(cells, kind, "all", "bare").values()), 4),
                 "bare_own": round(_mean(_losses(cells, kind, "own", "bare").values()), 4),
                 **_gain(floor, losses, "gain_all"),
-                **_gain(_losses(rows.get(FLOOR, {}), kind, "own"), _losses(cells, kind, "own"), "gain_own"),
+                **_gain(
+                    _losses(rows.get(FLOOR, {}), kind, "own"),
+                    _losses(cells, kind, "own"),
+                    "gain_own",
+                ),
                 **_share(floor, _losses(rows.get(CEILING, {}), kind, "all"), losses),
             }
             table.setdefault(row, {})[kind] = entry
     return table
 
 
-def _losses(cells: Mapping[int, Cell], kind: str, what: str, of: str = "clients") -> dict[int, float]:
+def _losses(
+    cells: Mapping[int, Cell], kind: str, what: str, of: str = "clients"
+) -> dict[int, float]:
     """Seed -> mean over a type's clients."""
     found = {
         seed: [client[what] for client in cell[of] if client["type"] == kind]

@@ -37,7 +37,7 @@ OTHERS = (
     "subtask046_miscellaenous_question_typing",
     "subtask047_misc_answering_science_questions",
 )
-#: Plain form for all: an answer's first token then begins with a space in every vocabulary, and tokens stand one to one.
+#: Plain form for all: an answer then begins with a space in every vocabulary, so that tokens stand one to one.
 DATA = DataConfig(
     prompt="{text}\nOutput:", template="plain", max_labels=0, max_length=448, max_answer_tokens=32
 )

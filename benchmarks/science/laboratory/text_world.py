@@ -25,8 +25,8 @@ from heterotune_flwr.data.symbols import Symbols, Vocabulary, one_to_one
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.seeds import generator
 
-#: The bank, as in ``conf/method/dema.yaml`` with an output latent of 32: three experts of width 32.
-METHOD = MethodConfig(slots=1, latent=128, output=32, inner=32, experts_global=3)
+#: The bank, as in ``conf/method/dema.yaml`` with an output latent of 64: three experts of width 32.
+METHOD = MethodConfig(slots=1, latent=128, output=64, inner=32, experts_global=3)
 ALIGNMENT = AlignmentConfig(output="vocabulary", output_components=64)
 #: Symbols that public texts use at least so often fix what output latents do.
 _USED = 2
@@ -69,7 +69,9 @@ class Corpus:
 
     def target_logs(self) -> Tensor:
         """The bare model's log-probability of every target (S)."""
-        parts = [own.logs[torch.arange(len(own.targets)), own.targets].float() for own in self._lists]
+        parts = [
+            own.logs[torch.arange(len(own.targets)), own.targets].float() for own in self._lists
+        ]
         return torch.cat(parts)
 
 
@@ -177,7 +179,9 @@ class Texts:
             shift, found = 0, []
             for answers in own:
                 for first, end in zip(answers.starts, answers.starts[1:], strict=False):
-                    found.append((shift + first, vocabulary.lengths(answers.targets[first:end].tolist())))
+                    found.append(
+                        (shift + first, vocabulary.lengths(answers.targets[first:end].tolist()))
+                    )
                 shift += len(answers.targets)
             lines.append(found)
         pairs = []
@@ -199,7 +203,10 @@ class Texts:
                 states.append(flat[torch.from_numpy(chosen)].numpy())
             found = principal_components(np.concatenate(states), ALIGNMENT.components)
             factors[f"{index}.{own.name}"] = {
-                **{f"slots.0.{k}": v for k, v in zip(("scores", "basis", "mean"), found, strict=True)},
+                **{
+                    f"slots.0.{k}": v
+                    for k, v in zip(("scores", "basis", "mean"), found, strict=True)
+                },
                 "label_rows": np.zeros((0, states[0].shape[1])),
                 **_word_factors(self.unembeddings[index][self.ids(index)[used]].numpy()),
             }
@@ -213,7 +220,9 @@ class Texts:
         """Numbers of the symbols that occur in public answers."""
         size = len(self.unembeddings[0])
         numbers = self.symbols.numbers(self.ids(0).numpy(), size)
-        tokens = torch.cat([a.targets for part in ("bare", "elsewhere") for a in self.answers[part][0]])
+        tokens = torch.cat(
+            [a.targets for part in ("bare", "elsewhere") for a in self.answers[part][0]]
+        )
         counts = np.bincount(numbers[tokens.numpy()] + 1, minlength=len(self.symbols.texts) + 1)[1:]
         return torch.from_numpy(np.flatnonzero(counts >= _USED))
 
@@ -242,7 +251,9 @@ class Texts:
             for i, own in enumerate(self.types)
         ]  # fmt: skip
         public = {
-            part: Public(corpora[part], [torch.from_numpy(p) for p in self.pairs[part]], part != "human")
+            part: Public(
+                corpora[part], [torch.from_numpy(p) for p in self.pairs[part]], part != "human"
+            )
             for part in PUBLIC
         }
         task_of = {
@@ -289,7 +300,9 @@ def deal(
     """
     total = clients * types
     decks = [
-        generator(seed, f"texts.deck.{task}").permutation(np.flatnonzero(world_tasks == task)).tolist()
+        generator(seed, f"texts.deck.{task}")
+        .permutation(np.flatnonzero(world_tasks == task))
+        .tolist()
         for task in range(tasks)
     ]
     if partition == "tasks":
