@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.science.laboratory.clients import Adam, Schedule, initial_bank, mixture
@@ -28,6 +29,18 @@ def first_bank(seed: int) -> Bank:
     return {
         key: value[None] for key, value in initial_bank(METHOD, METHOD.output or 0, seed).items()
     }
+
+
+def canonical(bank: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """The bank by the product's names, as an adapter loads it."""
+    one = {key: value[0].numpy() for key, value in bank.items()}
+    named = {"slots.0.gate.weight": one["gate"], "slots.0.gate.bias": one["gate_bias"]}
+    for number in range(METHOD.experts_global):
+        expert = f"slots.0.experts.global.{number}"
+        named[f"{expert}.down.weight"] = one["down"][number]
+        named[f"{expert}.down.bias"] = one["bias"][number]
+        named[f"{expert}.up.weight"] = one["up"][number]
+    return named
 
 
 def outputs(bank: Mapping[str, Tensor], z: Tensor) -> Tensor:
@@ -87,7 +100,7 @@ class Pupil:
     corpus: Corpus
     #: Per row: positions in the corpus that stand one to one, and their places in the targets.
     paired: Sequence[Tensor]
-    numbers: Sequence[np.ndarray]
+    numbers: Sequence[NDArray[np.int64]]
     #: Per row: positions where its text is trained on instead.
     alone: Sequence[Tensor]
 

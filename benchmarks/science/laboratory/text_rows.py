@@ -29,8 +29,8 @@ from heterotune_flwr.seeds import generator
 
 #: Rounds, steps a round, texts a step. The rate is the row's.
 SCHEDULE = Schedule(rounds=8, steps=12, batch=8)
-#: Public prompts about which clients say something in a round.
-DRAWN = 64
+#: Public prompts about which clients say something in a round, and of which a step has some beside own texts.
+DRAWN, LESSON = 48, 4
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def federate(
             rows = [r for h in holders for r in h.rows] if row.pooled else holder.rows
             terms = [_term(world, holder.kind, rows, schedule, seed, round, i)]
             if school is not None and round > 1:
-                terms.append(school.term(i, schedule, round))
+                terms.append(school.term(i, round))
             trained.append(train(banks[i], schedule, terms))
         if school is not None:
             school.hear(trained, round)
@@ -188,13 +188,13 @@ class School:
             ]
             targets.hear(places, said)
 
-    def term(self, client: int, schedule: Schedule, round: int) -> Term:
+    def term(self, client: int, round: int) -> Term:
         """The loss on what was said last."""
         kind = self._kinds[client]
         targets = self._targets[0 if self._voices == "all" else kind]
         order = Order(self._drawn, generator(self._seed, f"texts.lessons.{round}.{client}"))
         pupil = self._pupils[kind]
-        return lambda bank: pupil.loss(bank, targets, order.draw(schedule.batch))
+        return lambda bank: pupil.loss(bank, targets, order.draw(LESSON))
 
 
 # ------------------------------------------------------------------------------------ what came of it
