@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import textwrap
 import time
 from pathlib import Path
@@ -123,8 +122,10 @@ def run(
 
 def _going_on(directory: Path) -> str:
     """How a run that was stopped goes on, as a line to copy."""
-    if any((directory / "checkpoints").rglob("*.*")):
-        return f"go on with it: heterotune run --resume {shlex.quote(str(directory))}"
+    from heterotune_flwr.federation.resume import going_on
+
+    if command := going_on(directory):
+        return f"go on with it: {command}"
     return "no round was finished, so there is nothing to go on from: start it again with the same command"
 
 

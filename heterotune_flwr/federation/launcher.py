@@ -200,8 +200,11 @@ def launch_app(
     supernodes: int,
     on_event: OnEvent,
     resources: Resources = Resources(1),
+    notes: Sequence[str] = (),
 ) -> RunOutcome:
     """Run a Flower app that journals into a :func:`prepared` directory and wait for its end.
+
+    ``notes``, if any, are what this start says of the data.
 
     Raises FederationError: Flower could not be started or refused the run. A run that starts and fails is reported in
     the outcome.
@@ -216,6 +219,8 @@ def launch_app(
 
     try:
         torn = {"torn_line": True} if close_torn_line(journal) else {}
+        if notes:
+            tell("data", notes=list(notes))
         tell("starting", what="Flower's server", **torn)
         with (
             on_signals(interrupt, "SIGTERM", "SIGHUP"),
@@ -293,8 +298,7 @@ def launch(
         "asked": asked.to_text() if asked else "",
     }
     with prepared(directory, resuming):
-        if notes and not resuming:
-            append_event(directory / "rounds.jsonl", "data", notes=list(notes))
         app = stage_app(directory / "flower" / "app")
         resources = plan_resources(config, supernodes)
-        return launch_app(app, run_config, directory, supernodes, on_event, resources)
+        said = () if resuming else notes
+        return launch_app(app, run_config, directory, supernodes, on_event, resources, said)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -41,6 +43,8 @@ MAY_CHANGE = (
 )
 #: Held by whoever writes to a run directory, and by the command that started it and follows it.
 _LOCK, FOLLOWER = ".lock", ".follower.lock"
+#: What a failed run gives as its reason when a person, or Flower on their behalf, ended it.
+_STOPPED = ("interrupted", "the ServerApp was told to end")
 
 
 def settings_digest(config: Config, strategy: str) -> str:
@@ -94,6 +98,54 @@ def check_rounds(directory: Path, config: Config) -> None:
                     f"{name}, seed {seed}, has done {done} rounds already, more than "
                     f"server.rounds={config.server.rounds}; give at least {done}"
                 )
+
+
+def run_state(
+    directory: Path, status: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
+) -> tuple[str, str]:
+    """How a run stands by its ``status.json``, its locks and its journal, and why.
+
+    ``finished``, ``failed``, ``interrupted`` (by a person, Flower or a kill), ``running``, ``starting`` or ``unknown``.
+    """
+    state, reason = str(status.get("state") or ""), str(status.get("reason") or "")
+    if state == "failed" and reason.startswith(_STOPPED):
+        return "interrupted", reason
+    if state in ("finished", "failed"):
+        return state, reason
+    if _held(directory / _LOCK):
+        return "running", reason
+    if _held(directory / FOLLOWER):
+        return "starting", reason
+    if state == "running":
+        return "interrupted", "its process ended without a word (killed, or the machine went down)"
+    if any(event.get("event") == "end" for event in events[-3:]):
+        return (
+            "finished",
+            "status.json is missing; the journal says that all strategies have finished",
+        )
+    return "unknown", reason
+
+
+def going_on(directory: Path, simulated: bool | None = True) -> str:
+    """The command that goes on with a run after its last finished round; empty where none was finished."""
+    if not any((directory / "checkpoints").rglob("*.*")):
+        return ""
+    command = "heterotune deploy run DEPLOYMENT" if simulated is False else "heterotune run"
+    return f"{command} --resume {shlex.quote(str(directory))}"
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds a lock; False where that cannot be seen."""
+    try:
+        import fcntl
+
+        with lock.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
 
 
 @contextmanager

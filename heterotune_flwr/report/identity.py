@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
 from typing import Any
 
+from heterotune_flwr.federation.resume import run_state
 from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_whole, whole_or_none
 from heterotune_flwr.report.facts import Identity, Start, StrategyRun
 from heterotune_flwr.report.files import RunFiles, size_of
 from heterotune_flwr.reporting.measures import subject_of
 
-#: What a failed run gives as its reason when a person, or Flower on their behalf, ended it.
-_STOPPED = ("interrupted", "the ServerApp was told to end")
+#: An absolute path anywhere in a text, and its last part; no address of the web.
+_PLACE = re.compile(r"""(?<![\w./:…])~?/(?:[^\s/'"]+/)*([^\s/'",;:)\]]+)/?""")
 
 
 def identity(files: RunFiles, runs: Sequence[StrategyRun]) -> Identity:
@@ -51,35 +52,8 @@ def identity(files: RunFiles, runs: Sequence[StrategyRun]) -> Identity:
 
 def state_of(files: RunFiles) -> tuple[str, str]:
     """How the run stands, and its own word on it."""
-    state, reason = str(files.status.get("state") or ""), str(files.status.get("reason") or "")
-    if state == "failed" and reason.startswith(_STOPPED):
-        return "interrupted", reason
-    if state in ("finished", "failed"):
-        return state, reason
-    if in_use(files.directory):
-        return "running", reason
-    if state == "running":
-        return "interrupted", "its process ended without a word (killed, or the machine went down)"
-    if any(event["event"] == "end" for event in files.events[-3:]):
-        return (
-            "finished",
-            "status.json is missing; the journal says that all strategies have finished",
-        )
-    return "unknown", reason
-
-
-def in_use(directory: Path) -> bool:
-    """Whether a process holds the run directory's lock; False where that cannot be seen."""
-    try:
-        import fcntl
-
-        with (directory / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):
-        return False
-    return False
+    state, reason = run_state(files.directory, files.status, files.events)
+    return "running" if state == "starting" else state, reason
 
 
 def _starts(files: RunFiles) -> list[Start]:
@@ -129,9 +103,9 @@ def _task(files: RunFiles, labels: Sequence[str]) -> str:
     return ""
 
 
-def on_a_page(value: str) -> str:
-    """A text; of a place on this machine the last part, since pages are passed on."""
-    return f"…/{PurePath(value).name}" if PurePath(value).is_absolute() else value
+def on_a_page(text: str) -> str:
+    """A text; of places on this machine in it the last part alone, since pages are passed on."""
+    return _PLACE.sub(r"…/\1", text)
 
 
 def _data(data: Mapping[str, Any]) -> str:
@@ -145,7 +119,8 @@ def _data(data: Mapping[str, Any]) -> str:
             if data.get("partition") == "dirichlet" and as_number(data.get("alpha"))
             else ""
         )
-        parts.append(f"divided by {data['partition']}{alpha}")
+        natural = data["partition"] == "natural"
+        parts.append("each client's own" if natural else f"divided by {data['partition']}{alpha}")
     if data.get("examples_per_client"):
         parts.append(f"up to {data['examples_per_client']} examples a client")
     return ", ".join(filter(None, parts))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+from heterotune_flwr.federation.resume import going_on
 from heterotune_flwr.names import printable
 from heterotune_flwr.report.facts import Happening, RunFacts
 
@@ -29,8 +30,9 @@ def standing(facts: RunFacts) -> list[str]:
             lines.append(f"{name}: {run.rounds_done} of {run.rounds_planned or '?'} rounds done")
         elif run.state == "not_started":
             lines.append(f"{name}: not started")
-    if about.state in ("interrupted", "failed"):
-        lines.append(f"go on with it: heterotune run --resume {shlex.quote(about.directory)}")
+    command = going_on(Path(about.directory), about.simulated)
+    if about.state in ("interrupted", "failed") and command:
+        lines.append(f"go on with it: {command}")
     lines += [*_happened(facts.happenings), *facts.trouble]
     return [printable(line.replace("\n", " ")) for line in lines]
 

@@ -61,7 +61,9 @@ class Standing:
     Attributes
     ----------
     directory, state, reason
-        Where it is, ``starting``, ``running``, ``finished`` or ``failed``, and why it failed.
+        Where it is, how it stands (:func:`..federation.resume.run_state`), and why.
+    going_on
+        The command that goes on with a run that was interrupted or has failed.
     loss, accuracy, rouge_l, tested_round
         Of the last round, over the clients; of the last test (the third of generated answers), and after which round.
     bytes_up, bytes_down
@@ -84,6 +86,7 @@ class Standing:
     directory: str
     state: str
     reason: str | None = None
+    going_on: str = ""
     strategy: str | None = None
     seed: int | None = None
     round: int = 0

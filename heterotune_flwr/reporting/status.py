@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, HeteroTuneError
 from heterotune_flwr.federation.journal import read_events
-from heterotune_flwr.jsons import parse_json
+from heterotune_flwr.federation.resume import going_on, run_state
+from heterotune_flwr.jsons import as_mapping, parse_json
 from heterotune_flwr.names import printable
 from heterotune_flwr.reporting.standing import ClientStanding, Standing, follow
 from heterotune_flwr.reporting.time_left import Plan
@@ -39,19 +41,20 @@ def read_status(directory: Path) -> Standing:
         raise ConfigError(
             f"{journal} cannot be read: {error.strerror or error}; ask as the user whose run it is"
         ) from error
-    state, reason = _state(directory)
-    return follow(events, Standing(str(directory), state, reason), _plan(directory))
+    state, reason = run_state(directory, _status(directory), events)
+    standing = Standing(str(directory), state, reason or None)
+    if state in ("interrupted", "failed"):
+        told = (event.get("simulated") for event in reversed(events) if event["event"] == "journal")
+        standing.going_on = going_on(directory, next(told, True))
+    return follow(events, standing, _plan(directory))
 
 
-def _state(directory: Path) -> tuple[str, str | None]:
-    path = directory / "status.json"
-    if not path.exists():
-        return "starting", None
+def _status(directory: Path) -> Mapping[str, Any]:
+    """What ``status.json`` says; empty where it is missing or damaged."""
     try:
-        status = parse_json(path.read_text())
-        return str(status["state"]), status.get("reason")
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unknown", None
+        return as_mapping(parse_json((directory / "status.json").read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def _plan(directory: Path) -> Plan | None:
@@ -104,6 +107,8 @@ def render(standing: Standing, now: float | None = None) -> str:
     if standing.reason:
         head += f" ({standing.reason})"
     lines = [head]
+    if standing.going_on:
+        lines.append(f"go on with it: {standing.going_on}")
     if standing.strategy is not None:
         line = f"{standing.strategy}, seed {standing.seed}: round {standing.round} of {standing.of}"
         if standing.loss is not None:

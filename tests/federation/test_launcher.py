@@ -128,10 +128,11 @@ def test_the_first_event_after_a_crash_has_a_line_of_its_own(app: Path, tmp_path
         (directory / "rounds.jsonl").write_text('{"event": "round", "rou')
         events: list[dict[str, Any]] = []
         with pytest.raises(FederationError):  # no such app, so Flower refuses
-            launch_app(tmp_path / "none", {}, directory, 2, events.append)
-    first = read_events(directory / "rounds.jsonl")[0]
-    assert (first["event"], first["torn_line"]) == ("starting", True)
-    assert events[0] == first
+            launch_app(tmp_path / "none", {}, directory, 2, events.append, notes=["9 rows"])
+    written = read_events(directory / "rounds.jsonl")
+    assert (written[0]["event"], written[0]["notes"]) == ("data", ["9 rows"])
+    assert (written[1]["event"], written[1]["torn_line"]) == ("starting", True)
+    assert events[:2] == written[:2]
 
 
 def test_a_run_is_followed_and_leaves_nothing(

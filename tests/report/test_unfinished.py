@@ -10,9 +10,12 @@ import pytest
 from seen import Seen
 
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.federation.resume import FOLLOWER, run_lock
 from heterotune_flwr.report.listing import lines, list_runs
 from heterotune_flwr.report.page import run_page
 from heterotune_flwr.report.read import read_facts
+from heterotune_flwr.report.text import standing
+from heterotune_flwr.reporting.status import read_status, render
 
 KEY = {"strategy": "local_only", "seed": 0}
 TYPE = "tiny-a@bf16"
@@ -112,9 +115,47 @@ def test_the_list_says_how_many_strategies_are_over(stopped: Path) -> None:
 
 def test_the_page_says_how_it_ended_and_how_to_go_on(stopped: Path) -> None:
     text = Seen(run_page(read_facts(stopped))).text
-    assert "Reason: interrupted. The last word" in text["answer-state"]
-    assert "--resume DIR" in text["answer-resumed"]
+    reached = "Reached: local only, 1 of 3 rounds; not begun: HeteroTune. The last word"
+    assert f"numbers are those it had reached. {reached}" in text["answer-state"]
+    assert "heterotune run --resume DIR" in text["answer-resumed"]
     assert "The run was interrupted; before that: nothing was" in text["answer-trouble"]
+
+
+def test_of_real_machines_a_run_goes_on_by_their_command(stopped: Path) -> None:
+    (stopped / "checkpoints").mkdir()
+    (stopped / "checkpoints" / "local_only.npz").touch()
+    assert any("heterotune run --resume" in line for line in standing(read_facts(stopped)))
+    assert "heterotune run --resume" in read_status(stopped).going_on
+    real = [event("journal", version=2, simulated=False), *STARTED[1:], STOPPED]
+    facts = read_facts(write(stopped, real))
+    assert "heterotune deploy run" in Seen(run_page(facts)).text["answer-resumed"]
+    assert any("heterotune deploy run" in line for line in standing(facts))
+    assert "heterotune deploy run" in render(read_status(stopped))
+
+
+def test_status_and_report_agree_on_how_a_run_stands(stopped: Path) -> None:
+    def states() -> set[str]:
+        return {read_status(stopped).state, read_facts(stopped).identity.state}
+
+    assert states() == {"interrupted"}
+    write(stopped, STARTED, "running")
+    assert states() == {"interrupted"}  # nobody holds its lock
+    with run_lock(stopped):
+        assert states() == {"running"}
+    (stopped / "status.json").unlink()
+    assert states() == {"unknown"}
+    with run_lock(stopped, FOLLOWER):
+        assert states() == {"starting", "running"}  # to a reader of the page it goes on
+
+
+def test_no_place_on_this_machine_is_told(stopped: Path) -> None:
+    reason = "/home/ann/secret/bank.npz cannot be written; see https://example.org/a/b, go on in ~/secret/run"
+    failed = event("client_failed", **KEY, client_id="client-0000", round=1, reason=reason)
+    write(stopped, [*STARTED, failed, event("data", notes=[reason])], "failed")
+    (stopped / "status.json").write_text(json.dumps({"state": "failed", "reason": reason}))
+    page = run_page(read_facts(stopped))
+    assert "secret" not in page
+    assert page.count("…/bank.npz cannot be written; see https://example.org/a/b") >= 4
 
 
 def test_a_file_without_any_event_is_no_journal(tmp_path: Path) -> None:

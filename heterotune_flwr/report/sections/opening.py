@@ -18,6 +18,7 @@ from heterotune_flwr.report.blocks import (
 )
 from heterotune_flwr.report.charts.kinds import told
 from heterotune_flwr.report.facts import RunFacts
+from heterotune_flwr.report.identity import on_a_page
 from heterotune_flwr.report.measured import ALONE, BARE, FEDERATED
 from heterotune_flwr.report.picks import (
     MODEL_NAMES,
@@ -29,6 +30,7 @@ from heterotune_flwr.report.picks import (
     left_as,
     origin_of,
     outcomes,
+    with_seed,
 )
 
 _WORDS = (
@@ -102,8 +104,16 @@ def moment(time: float | None) -> str:
 def state_sentence(facts: RunFacts) -> str:
     """How the run stands, and why."""
     run = facts.identity
-    reason = f" Reason: {run.reason.rstrip('.')}." if run.reason else ""
-    seen = f" The last word of it is from {moment(run.last_event)}." if run.last_event else ""
+    reason = (
+        f" Reason: {on_a_page(run.reason).rstrip('.')}."
+        if run.reason not in ("", run.state)
+        else ""
+    )
+    seen = (
+        f"{_reached(facts)} The last word of it is from {moment(run.last_event)}."
+        if run.last_event
+        else ""
+    )
     match run.state:
         case "finished":
             return "The run finished."
@@ -114,6 +124,20 @@ def state_sentence(facts: RunFacts) -> str:
         case "running":
             return f"The run is not over: numbers are those it has reached.{seen}"
     return f"Nothing says how the run ended.{reason}{seen}"
+
+
+def _reached(facts: RunFacts) -> str:
+    """How far the strategies are that have not finished."""
+    told_of = [
+        f"{with_seed(facts, one.title, one.seed)}, {one.rounds_done} of {plural(one.rounds_planned, 'round')}"
+        for one in facts.runs
+        if one.state == "unfinished" and one.rounds_planned
+    ]
+    waiting = [
+        with_seed(facts, one.title, one.seed) for one in facts.runs if one.state == "not_started"
+    ]
+    told_of += [f"not begun: {listed(waiting, _NAMED)}"] if waiting else []
+    return f" Reached: {'; '.join(told_of)}." if told_of else ""
 
 
 def state_tone(facts: RunFacts) -> str:
@@ -187,7 +211,9 @@ def _results(facts: RunFacts, main: Lead) -> str:
     if better and means[better[0]] != ours:
         behind = gain(abs(means[better[0]] - ours), main.measure).lstrip("+")
         name = MODEL_NAMES.get(better[0], better[0].replace("_", " "))
-        worse = f" That is worse than {name}, by {behind} {main.points}: sharing did not pay here."
+        worse = f" That is worse than {name}, by {behind} {main.points}"
+        lost = ALONE in means and _best({ALONE: means[ALONE], FEDERATED: ours}, main) == [ALONE]
+        worse += ": sharing did not pay here." if lost or better[0] in (ALONE, BARE) else "."
     return f"{main.title} reaches {told(ours, main.unit)} ({main.name}, mean over clients){beside}.{worse}"
 
 
@@ -253,7 +279,8 @@ def _out(facts: RunFacts) -> str:
     if not out:
         return "Nobody: every client was in to the end." if facts.clients else ""
     names = [
-        f"{client.client_id} ({client.why or client.state.replace('_', ' ')})" for client in out
+        f"{client.client_id} ({on_a_page(client.why) or client.state.replace('_', ' ')})"
+        for client in out
     ]
     return f"{listed(names, _NAMED)}."
 
@@ -265,30 +292,39 @@ def _travelled(facts: RunFacts) -> str:
     if not main:
         return ""
     one = main[0]
-    once = (one.one_time_up or 0) + (one.one_time_down or 0)
     each = ""
     if one.up_each is not None and one.down_each is not None:
         each = f"; a client and round {told(one.up_each, 'bytes')} up, {told(one.down_each, 'bytes')} down"
+    ways = [
+        f"{told(up or 0, 'bytes')} up, {told(down or 0, 'bytes')} down"
+        for up, down in (
+            (one.evaluate_up, one.evaluate_down),
+            (one.one_time_up, one.one_time_down),
+        )
+    ]
     return (
         f"In training {told(one.train_up, 'bytes')} up to the server, {told(one.train_down, 'bytes')} down "
-        f"to clients{each}. Once per run: {told(once, 'bytes')}."
+        f"to clients{each}. Tests: {ways[0]}. Once per run: {ways[1]}."
     )
 
 
 def _resumed(facts: RunFacts) -> str:
     run = facts.identity
+    hint = ""
+    if run.state in ("interrupted", "failed") and any(one.rounds_done for one in facts.runs):
+        command = "deploy run DEPLOYMENT" if run.simulated is False else "run"
+        hint = f" It goes on by heterotune {command} --resume DIR, with its run directory for DIR."
     if not run.resumed:
-        hint = " heterotune run --resume DIR, with its run directory for DIR, goes on with it."
-        return {
-            "finished": "Never: it ran in one go.", "running": "Never.", "unknown": "Never."
-        }.get(run.state, f"Never.{hint}")  # fmt: skip
+        return "Never: it ran in one go." if run.state == "finished" else f"Never.{hint}"
     after = []
     for one in facts.runs:
         if one.resumed_after:
             name = f"{one.title}, seed {one.seed}," if len(run.seeds) > 1 else one.title
             after.append(f"{name} after round {listed(list(map(str, one.resumed_after)))}")
-    where = f": {listed(after)}" if after else ""
-    return f"{'Once' if run.resumed == 1 else f'{run.resumed} times'}{where}."
+    over = [one.strategy for one in facts.happenings if one.kind == "already_finished"]
+    after += [f"{one.title} had finished" for one in facts.runs if one.strategy in over]
+    where = f": {listed(after)}" if after else ", from the beginning"
+    return f"{'Once' if run.resumed == 1 else f'{run.resumed} times'}{where}.{hint}"
 
 
 def _defaults(facts: RunFacts) -> str:

@@ -57,7 +57,7 @@ def trouble(facts: RunFacts) -> Section:
     out = [one for one in facts.clients if one.state != "in"]
     if out:
         lines: list[list[Cell | str]] = [
-            [Cell(one.client_id, small=one.type_key), one.state.replace("_", " "), one.why or "not told",
+            [Cell(one.client_id, small=one.type_key), one.state.replace("_", " "), on_a_page(one.why) or "not told",
              str(one.answers), f"{one.failures} / {one.refusals}"]
             for one in out[:_MOST]
         ]  # fmt: skip
@@ -75,15 +75,19 @@ def trouble(facts: RunFacts) -> Section:
     if len(starts) > 1:
         blocks += [Prose("Starts of this run:"), Items(starts, "starts")]
     if facts.trouble:
-        blocks += [Prose("Of the run's own files:"), Items(facts.trouble, "files-trouble")]
+        blocks += [Prose("Of the run's own files:"), _told(facts.trouble, "files-trouble")]
     if facts.identity.notes:
         blocks += [
             Prose("Said of the data before the run:"),
-            Items(facts.identity.notes, "data-notes"),
+            _told(facts.identity.notes, "data-notes"),
         ]
     if facts.untold:
         blocks += [Prose("Not told:"), Items(facts.untold, "untold")]
     return Section("trouble", "What went wrong", how, blocks)
+
+
+def _told(texts: Sequence[str], anchor: str) -> Items:
+    return Items([on_a_page(text) for text in texts], anchor)
 
 
 def _strategies(facts: RunFacts) -> Table:
@@ -129,7 +133,7 @@ def _happening(facts: RunFacts, one: Happening) -> list[Cell | str]:
         ", ".join(where),
         Cell(what, small=undone),
         one.client_id or "–",
-        one.text or one.reason,
+        on_a_page(one.text or one.reason),
     ]
 
 
@@ -195,9 +199,8 @@ def shown(value: Any) -> str:
     """A setting's value in a line; where there is none, one word says so."""
     if value is None or value in ("", [], {}):
         return "none"
-    if isinstance(value, str):
-        return on_a_page(value)
-    return json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return on_a_page(text)
 
 
 def protection(facts: RunFacts) -> Section:
