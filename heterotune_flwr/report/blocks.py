@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from heterotune_flwr.names import safe_text
-from heterotune_flwr.report.charts.kinds import Chart, is_empty
+from heterotune_flwr.report.charts.kinds import BarChart, Chart, DotChart, is_empty
 
 #: Letters of a short cell.
 _BRIEF = 14
@@ -109,6 +109,13 @@ class Charts:
     """Charts side by side where there is room."""
 
     charts: Sequence[Chart]
+
+    @property
+    def in_thirds(self) -> bool:
+        """Whether three stand in a row, where two would leave a hole: dots and bars alone, whose names lie above."""
+        rows = all(isinstance(chart, BarChart | DotChart) for chart in self.charts)
+        return rows and len(self.charts) > 2 and len(self.charts) != 4
+
     kind: str = field(default="charts", init=False)
 
 

@@ -14,8 +14,7 @@ from heterotune_flwr.report.identity import labels_of
 from heterotune_flwr.report.measured import ALL_TYPES, MAJORITY, SideBySide, Spread
 from heterotune_flwr.report.tests_told import counts_of, details
 
-_OWN = "always the commonest label of the client's own training examples"
-_ALL = "always the commonest label of all clients' training examples"
+_NOTE = "always the commonest label in training: on own tests the client's own, on the common test all clients'"
 
 
 def majority_rows(files: RunFiles, runs: Sequence[StrategyRun]) -> list[SideBySide]:
@@ -35,10 +34,7 @@ def majority_rows(files: RunFiles, runs: Sequence[StrategyRun]) -> list[SideBySi
                 own.append(share)
             if common is None:
                 common = _share(facts, "global", together, labels)
-        for scope, note, shares in (
-            ("global", _ALL, [] if common is None else [common]),
-            ("personal", _OWN, own),
-        ):
+        for scope, shares in (("global", [] if common is None else [common]), ("personal", own)):
             if shares:
                 mean = sum(shares) / len(shares)
                 accuracy = Spread(mean, worst=min(shares), clients=len(shares))
@@ -51,7 +47,7 @@ def majority_rows(files: RunFiles, runs: Sequence[StrategyRun]) -> list[SideBySi
                         scope,
                         ALL_TYPES,
                         {"accuracy": accuracy},
-                        note,
+                        _NOTE,
                     )
                 )
     return found

@@ -61,7 +61,8 @@ class ClientOutcome:
     """One client after the last round of one strategy and seed.
 
     ``models``: ``bare``, ``alone``, ``federated``, ``taken`` -> ``global``, ``personal`` -> measure -> value.
-    ``took`` is empty where nothing was chosen, or it was not told. ``gains`` are in the run's main measure.
+    ``took`` is empty where nothing was chosen, or it was not told; ``chosen_by`` are the examples set aside that it was
+    chosen by, ``choosing_loss`` each model's loss on them, in nats. ``gains`` are in the run's main measure.
     ``elsewhere``: of models that this strategy did not measure, which one did: model -> strategy.
     """
 
@@ -74,6 +75,7 @@ class ClientOutcome:
     models: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     gains: Gains | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
+    choosing_loss: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -70,13 +70,16 @@ def _outcome(run: StrategyRun, row: Mapping[str, Any], kept: Mapping[str, Any]) 
     took = str(kept.get("took") or "")
     # What is called federated there is the strategy's own model.
     took = ALONE if took == FEDERATED and run.kind == ALONE else took
+    choosing = as_mapping(kept.get("choosing"))
+    losses = {name: as_number(as_mapping(choosing.get(name)).get("loss")) for name in MODELS}
     return ClientOutcome(
         client_id=str(row.get("client_id")),
         type_key=str(row.get("type") or ""),
         strategy=run.strategy,
         seed=run.seed,
         took=took if took in MODELS else "",
-        chosen_by=whole_or_none(as_mapping(kept.get("choosing")).get("examples")),
+        chosen_by=whole_or_none(choosing.get("examples")),
+        choosing_loss={name: loss for name, loss in losses.items() if loss is not None},
         models={name: tests for name, tests in models.items() if tests},
     )
 
@@ -264,6 +267,7 @@ def _rows(
             }
             if scores:
                 note = _note(kind, run, scope, own)
+                note = "at that strategy's rate and steps" if model == ALONE else note
                 found.append(
                     SideBySide(kind, title, run.strategy, run.seed, scope, type_key, scores, note)
                 )

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from heterotune_flwr.names import printable
 from heterotune_flwr.report.blocks import Charts, Section
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Letters of a text in a cell; what is longer ends in dots.
 _LONGEST = 240
+#: A word with a dash in it, and how long one may be that is never broken.
+_DASHED = re.compile(r"(?<![\w@.#&;-])[\w@.#]+(?:-[\w@.#]+)+(?![\w@#&-])")
+_LONGEST_WORD = 24
 #: Sections of a run's page, in their order.
 SECTIONS = (
     opening.summary,
@@ -123,7 +126,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    made.filters.update(draw=draw, short=_short)
+    made.filters.update(draw=draw, cut=_short, short=lambda *given: _unbroken(_short(*given)))
     return made
 
 
@@ -134,3 +137,13 @@ def _shown(value: Any) -> Any:
 
 def _short(text: str, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else f"{text[:longest].rstrip()}…"
+
+
+def _unbroken(text: str) -> Markup:
+    """A text whose short words, ``client-0004`` say, do not break at their dashes."""
+    return Markup(_DASHED.sub(_kept, str(escape(printable(text)))))
+
+
+def _kept(found: re.Match[str]) -> str:
+    word = found[0]
+    return f'<span class="id">{word}</span>' if len(word) <= _LONGEST_WORD else word

@@ -218,7 +218,9 @@ def kept_table(results: Mapping[str, Any]) -> Table | None:
 
 
 def _saved(part: float, whole: float) -> str:
-    return "-" if not whole else f"{100 * (1 - part / whole):.2f} %"
+    if not whole:
+        return "-"
+    return "> 99.99 %" if 0 < part / whole < 0.0001 else f"{100 * (1 - part / whole):.2f} %"
 
 
 def bytes_table(results: Mapping[str, Any]) -> Table:

@@ -34,13 +34,21 @@ for (const chart of document.querySelectorAll('svg.chart')) {
   if (frame.width < 200 || frame.height < 40) problems.push(`${label}: only ${frame.width} x ${frame.height}`);
   const boxes = texts.map(box);
   boxes.forEach((own, index) => {
-    const size = parseFloat(getComputedStyle(texts[index]).fontSize) * frame.width / 380;
+    const size = parseFloat(getComputedStyle(texts[index]).fontSize) * frame.width / chart.viewBox.baseVal.width;
     if (size < 9) problems.push(`${label}: letters of ${size.toFixed(1)} px`);
     if (own.left < frame.left - 2 || own.right > frame.right + 2 || own.top < frame.top - 2 || own.bottom > frame.bottom + 3)
       problems.push(`${label}: "${texts[index].textContent}" is cut off`);
     for (let other = index + 1; other < boxes.length; other++)
       if (crossing(own, boxes[other], 2.5)) problems.push(`${label}: "${texts[index].textContent}" over "${texts[other].textContent}"`);
   });
+}
+
+for (const word of document.querySelectorAll('.id'))
+  if (word.checkVisibility() && word.getClientRects().length > 1) problems.push(`${name(word)} is broken at a dash`);
+for (const row of document.querySelectorAll('.charts')) {
+  const drawn = [...row.querySelectorAll('svg')].map(box);
+  const beside = drawn.filter(one => Math.abs(one.top - drawn[0].top) < 2).length;
+  if (width > 1200 && drawn.length === 3 && beside !== 3) problems.push(`${name(row)}: three charts leave a hole`);
 }
 
 const numbers = colour => (colour.match(/[\d.]+/g) || []).map(Number);

@@ -143,7 +143,8 @@ def _add_client(
     facts.client_outcomes.append(ClientOutcome(
         name, key, "heterotune", 0, "federated" if federated > alone else "alone", 20,
         {model: {"personal": {"accuracy": value, "loss": 3 - value}} for model, value in models.items()},
-        Gains("accuracy", "personal", federated - bare, federated - alone)))  # fmt: skip
+        Gains("accuracy", "personal", federated - bare, federated - alone),
+        choosing_loss={model: 3 - value for model, value in models.items() if model != "taken"}))  # fmt: skip
 
 
 def _add_means(facts: RunFacts, types: list[str], clients: int) -> None:

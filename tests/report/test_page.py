@@ -158,6 +158,36 @@ def test_a_federated_model_that_is_worse_is_told_so_and_does_not_stand_out():
     assert "worse than" not in Seen(run_page(made_up.full())).text["answer-results"]
 
 
+def test_worse_than_the_majority_alone_is_no_verdict_on_sharing():
+    facts = made_up.full()
+    for row in facts.side_by_side:
+        if row.kind == "majority":
+            for spread in row.scores.values():
+                spread.mean = 0.99
+    result = Seen(run_page(facts)).text["answer-results"]
+    assert "worse than majority, by" in result
+    assert "did not pay" not in result
+
+
+def test_why_a_client_took_its_model_stands_beside_its_name(seen):
+    one = made_up.full().client_outcomes[0]
+    losses = [f"{one.choosing_loss[model]:.2f}" for model in ("bare", "alone", "federated")]
+    assert f"{one.client_id}{one.took}{''.join(losses)}20" in re.sub(
+        r"\s+", "", seen.text["table-choices"]
+    )
+
+
+def test_a_model_at_two_precisions_is_two_types_in_a_chart_too():
+    facts = made_up.full()
+    (one, *_) = facts.agreement
+    pair = next(iter(one.cosines))
+    one.cosines = {"gemma@nf4|gemma@int8": one.cosines[pair]}
+    assert (
+        "gemma@nf4 – gemma@int8"
+        in str(run_page(facts)).partition("Agreement of types over rounds")[2]
+    )
+
+
 def test_a_file_of_ones_own_is_no_preset_and_what_is_as_shipped_is_not_chosen():
     facts = made_up.full()
     facts.preset = "mine.yaml"

@@ -15,17 +15,22 @@ from heterotune_flwr.report.charts.kinds import (
 )
 from heterotune_flwr.report.charts.lines import lines
 from heterotune_flwr.report.charts.rows import bars, dots, stacks
+from heterotune_flwr.report.charts.svg import NARROW, WIDTH
 
 
-def draw(chart: Chart) -> Markup:
-    """A chart as inline SVG, whose colours are the page's (classes ``s0`` .. ``s7``, ``grid``, ``tick``, ...)."""
+def draw(chart: Chart, narrow: bool = False) -> Markup:
+    """A chart as inline SVG, whose colours are the page's (classes ``s0`` .. ``s7``, ``grid``, ``tick``, ...).
+
+    ``narrow``: dots and bars for a row of three.
+    """
+    width = NARROW if narrow else WIDTH
     match chart:
         case LineChart():
             return lines(chart)
         case DotChart():
-            return dots(chart)
+            return dots(chart, width)
         case BarChart():
-            return bars(chart)
+            return bars(chart, width)
         case StackChart():
             return stacks(chart)
         case HeatChart():

@@ -162,8 +162,12 @@ def _written(value: float, unit: Unit) -> str:
         case "seconds":
             return _duration(value)
         case "count":
-            return f"{value:,.0f}".replace(",", "\u202f")
-    return f"{value:.3g}"
+            return _grouped(value)
+    return _grouped(value) if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _grouped(value: float) -> str:
+    return f"{value:,.0f}".replace(",", "\u202f")
 
 
 def _scaled(value: float, names: Sequence[str]) -> str:

@@ -107,6 +107,11 @@ def _numbers(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [point for point in points if math.isfinite(point[1])]
 
 
+def _room(name: str) -> float:
+    """What a name needs beside its point, on a line that ends before the others."""
+    return min(max(10 + LETTER * len(name), 70.0), 140.0)
+
+
 def _names(shown: Sequence[Line], x: Scale, y: Scale, right: float) -> list[Markup]:
     """A name beside each line's last point; of lines that end at the right in a column, apart from each other."""
     ends_at = [
@@ -114,8 +119,8 @@ def _names(shown: Sequence[Line], x: Scale, y: Scale, right: float) -> list[Mark
         for one in shown
         if (good := _numbers(one.points))
     ]
-    early = [found for found in ends_at if found[1] < x.end - 70]
-    late = [found for found in ends_at if found[1] >= x.end - 70]
+    early = [found for found in ends_at if found[1] < x.end - _room(found[0])]
+    late = [found for found in ends_at if found not in early]
     parts = []
     beside = apart([py for _, _, py in early], LINE - 1, _TOP - 4, y.start)
     for (name, px, _), place in zip(early, beside, strict=True):

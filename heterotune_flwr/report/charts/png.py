@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis as DrawnAxis
 
 #: The page's colours on paper, with the figures and dashes that go with them.
-_COLOURS = ("#0072b2", "#c8500a", "#007f5f", "#74777d", "#a87400", "#a8467f", "#3d9bd1", "#1b1c1f")
+_COLOURS = ("#0072b2", "#c8500a", "#007f5f", "#74777d", "#a87400", "#a8467f", "#3690c4", "#1b1c1f")
 _MARKERS = "os^Dv_|x"
 _DASHES: tuple[Any, ...] = ("-", (0, (7, 4)), (0, (2, 4)), "-.", "-", (0, (5, 2)), ":", "-")
 _LETTERS = 60

@@ -37,21 +37,21 @@ _INSET = 14.0
 _CROWD = 60
 
 
-def dots(chart: DotChart) -> Markup:
+def dots(chart: DotChart, width: float = WIDTH) -> Markup:
     """Draw rows of dots: a dot per value, a bar at the mean, a wedge below at the mean of the worst tenth."""
     values = [dot.value for row in chart.rows for dot in row.dots]
-    x = Scale(*ends(chart.x, values), _INSET, WIDTH - _INSET)
+    x = Scale(*ends(chart.x, values), _INSET, width - _INSET)
     height = 46.0
     bottom = height * len(chart.rows)
-    parts = _scale(chart.x, x, 4.0, bottom)
+    parts = _scale(chart.x, x, 4.0, bottom, width)
     for number, row in enumerate(chart.rows):
-        parts += _dot_row(row, x, height * number, chart.x)
-    return drawing("dots", chart.title, bottom + 38, parts)
+        parts += _dot_row(row, x, height * number, chart.x, width)
+    return drawing("dots", chart.title, bottom + 38, parts, width)
 
 
-def _dot_row(row: DotRow, x: Scale, top: float, axis: Axis) -> list[Markup]:
+def _dot_row(row: DotRow, x: Scale, top: float, axis: Axis, width: float) -> list[Markup]:
     facts = "" if row.mean is None else told(row.mean, axis.unit)
-    parts = _named(row.name, facts, top + 12)
+    parts = _named(row.name, facts, top + 12, width)
     crowd = len(row.dots) > _CROWD
     for dot, offset in zip(row.dots, _beeswarm(row.dots, x, 2.2 if crowd else 5.0), strict=True):
         shown = marker(x(dot.value), top + 29 + offset, row.style, 2.2 if crowd else 3.6)
@@ -83,32 +83,32 @@ def _wedge(x: float, y: float) -> Markup:
     )
 
 
-def bars(chart: BarChart) -> Markup:
+def bars(chart: BarChart, width: float = WIDTH) -> Markup:
     """Draw groups of bars, each with its name above and its value at the right."""
     every = [bar for group in chart.groups for bar in group.bars]
     values = [bar.value + sign * (bar.spread or 0.0) for bar in every for sign in (-1, 1)]
-    x = Scale(*ends(chart.x, [0.0, *values]), 0.5, WIDTH - 0.5)
+    x = Scale(*ends(chart.x, [0.0, *values]), 0.5, width - 0.5)
     parts: list[Markup] = []
     y = 0.0
     for group in chart.groups:
         if group.name:
-            parts.append(text(0.0, y + 14, clipped(group.name, WIDTH), "group"))
+            parts.append(text(0.0, y + 14, clipped(group.name, width), "group"))
             y += 20
         for bar in group.bars:
-            parts += _bar(bar, x, y, chart.x)
+            parts += _bar(bar, x, y, chart.x, width)
             y += 31
         y += 6
-    return drawing("bars", chart.title, y + 34, [*_scale(chart.x, x, 4.0, y), *parts])
+    return drawing("bars", chart.title, y + 34, [*_scale(chart.x, x, 4.0, y, width), *parts], width)
 
 
-def _bar(bar: Bar, x: Scale, top: float, axis: Axis) -> list[Markup]:
+def _bar(bar: Bar, x: Scale, top: float, axis: Axis, width: float) -> list[Markup]:
     value = told(bar.value, axis.unit)
     zero, end = x(0.0), x(bar.value)
     class_ = f"bar s{bar.style % STYLES}"
     parts = [
         marker(5.0, top + 9, bar.style, 3.6),
-        *_named(bar.name, value, top + 13, 14.0),
-        element("rect", x=0.0, y=top + 18, width=WIDTH, height=9.0, class_="track"),
+        *_named(bar.name, value, top + 13, width, 14.0),
+        element("rect", x=0.0, y=top + 18, width=width, height=9.0, class_="track"),
         element(
             "rect",
             x=min(zero, end),
@@ -125,16 +125,16 @@ def _bar(bar: Bar, x: Scale, top: float, axis: Axis) -> list[Markup]:
     return parts
 
 
-def _named(name: str, value: str, y: float, start: float = 0.0) -> list[Markup]:
+def _named(name: str, value: str, y: float, width: float, start: float = 0.0) -> list[Markup]:
     """A row's name from ``start`` on, cut before its value, which ends at the right."""
-    room = WIDTH - start - LETTER * (len(value) + 2)
+    room = width - start - LETTER * (len(value) + 2)
     return [
         text(start, y, clipped(name, room), "name"),
-        text(WIDTH, y, value, "value", end=True),
+        text(width, y, value, "value", end=True),
     ]
 
 
-def _scale(axis: Axis, x: Scale, top: float, bottom: float) -> list[Markup]:
+def _scale(axis: Axis, x: Scale, top: float, bottom: float, width: float) -> list[Markup]:
     """Grid lines with their numbers below, and what they count."""
     parts = []
     places = ticks(x.low, x.high, axis.unit)
@@ -142,8 +142,8 @@ def _scale(axis: Axis, x: Scale, top: float, bottom: float) -> list[Markup]:
         words = tick_text(place, axis.unit, places)
         half = LETTER * len(words) / 2
         parts.append(line(x(place), top, x(place), bottom + 3, "grid"))
-        parts.append(middle(min(max(x(place), half), WIDTH - half), bottom + 16, words, "tick"))
-    parts.append(text(0.0, bottom + 32, clipped(axis.label, WIDTH), "label"))
+        parts.append(middle(min(max(x(place), half), width - half), bottom + 16, words, "tick"))
+    parts.append(text(0.0, bottom + 32, clipped(axis.label, width), "label"))
     return parts
 
 
@@ -156,7 +156,7 @@ def stacks(chart: StackChart) -> Markup:
     y += 6
     for (name, values), total in zip(chart.rows, sums, strict=True):
         shown = told(total, chart.unit)
-        parts += _named(name, shown, y + 12)
+        parts += _named(name, shown, y + 12, WIDTH)
         parts += _cut(chart, values, total if chart.whole else longest, y + 17)
         y += 37
     return drawing("stacks", chart.title, y, parts)

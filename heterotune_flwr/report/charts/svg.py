@@ -8,8 +8,10 @@ from markupsafe import Markup, escape
 
 from heterotune_flwr.names import safe_text
 
-#: Width of every drawing in its own units: about a phone's, so that letters there are as large as on the page.
+#: Width of a drawing in its own units: about a phone's, so that letters there are as large as on the page.
 WIDTH = 380.0
+#: The same of one that shares a wide page's row with two others.
+NARROW = 285.0
 #: Width of an average letter, at the drawings' size of letters.
 LETTER = 7.0
 #: Height of a line of text.
@@ -56,14 +58,16 @@ def clipped(words: str, width: float) -> str:
     return line if len(line) <= room else f"{line[: room - 1].rstrip()}…"
 
 
-def drawing(kind: str, title: str, height: float, parts: Iterable[Markup]) -> Markup:
+def drawing(
+    kind: str, title: str, height: float, parts: Iterable[Markup], width: float = WIDTH
+) -> Markup:
     """The whole picture: as wide as its place, with a title that is read aloud."""
     name = safe_text(title)
     return element(
         "svg",
         element("title", name),
         *parts,
-        viewBox=f"0 0 {WIDTH:g} {height:g}",
+        viewBox=f"0 0 {width:g} {height:g}",
         class_=f"chart {kind}",
         role="img",
         aria_label=name,

@@ -87,7 +87,9 @@ def _against_lora(one: Traffic) -> str:
     if not one.lora16_bytes or one.up_each is None:
         return ""
     share = one.up_each / one.lora16_bytes
-    return f"{100 * (1 - share):.1f} % saved" if share < 1 else f"{share:.1f} times LoRA's"
+    if share >= 1:
+        return f"{share:.1f} times LoRA's"
+    return "over 99.9 % saved" if 0 < share < 0.001 else f"{100 * (1 - share):.1f} % saved"
 
 
 def _wire(facts: RunFacts) -> list[Block]:

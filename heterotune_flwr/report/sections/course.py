@@ -14,6 +14,7 @@ from heterotune_flwr.report.charts.kinds import (
     HeatChart,
     Line,
     LineChart,
+    is_empty,
     told,
 )
 from heterotune_flwr.report.facts import Agreement, Alignment, RunFacts
@@ -216,7 +217,11 @@ def agreement(facts: RunFacts) -> Section:
         return Section("agreement", "Agreement between types", how, missing=why)
     blocks: list[Block] = []
     for one in found[:4]:
-        blocks += charts(_cosines(one), _step(one), _last(one), _conflicts(one))
+        conflicts = _conflicts(one)
+        means = (
+            None if is_empty(conflicts) else _last(one)
+        )  # of two charts or four none stands alone
+        blocks += charts(_cosines(one), _step(one), means, conflicts)
     blocks += [_agreement_table(facts, found)] if found else []
     return Section("agreement", "Agreement between types", how, [*blocks, *told_besides])
 
@@ -224,7 +229,7 @@ def agreement(facts: RunFacts) -> Section:
 def _series(one: Agreement, values: Mapping[str, Sequence[float | None]]) -> list[Line]:
     lines = []
     for index, (name, row) in enumerate(list(values.items())[:MOST_LINES]):
-        lines.append(Line(_pair(name), _known(one, row), index))
+        lines.append(Line(_brief(one, name), _known(one, row), index))
     return [line for line in lines if line.points]
 
 
@@ -237,8 +242,11 @@ def _known(one: Agreement, values: Sequence[float | None]) -> list[tuple[float, 
     ]
 
 
-def _pair(name: str) -> str:
-    return " – ".join(key.partition("@")[0] for key in name.split("|"))
+def _brief(one: Agreement, name: str) -> str:
+    """Types of a line, without their bits where that tells them apart all the same."""
+    keys = {key for pair in one.cosines for key in pair.split("|")}
+    plain = len({key.partition("@")[0] for key in keys}) == len(keys)
+    return " – ".join(key.partition("@")[0] if plain else key for key in name.split("|"))
 
 
 def _where(one: Agreement) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from heterotune_flwr.report.blocks import Block, Cell, Prose, Section, Table, charts, plural
+from heterotune_flwr.report.blocks import Block, Cell, Folded, Prose, Section, Table, charts, plural
 from heterotune_flwr.report.charts.kinds import (
     Axis,
     Bar,
@@ -236,6 +236,7 @@ def clients(facts: RunFacts) -> Section:
         )
     blocks: list[Block] = charts(*_spreads(facts, main, found))
     blocks.append(_clients_table(facts, main))
+    blocks += _choices(facts, main)
     return Section("clients", "By client", how, blocks)
 
 
@@ -317,6 +318,8 @@ def _clients_table(facts: RunFacts, main: Lead) -> Table:
     seed = f" Seed {main.seed}." if len(facts.identity.seeds) > 1 else ""
     own = own_name(facts, main.strategy)
     note = f"Gains of the {own} model, in {main.points}.{seed}{rest}"
+    if any(one.choosing_loss for one in chosen):
+        note += " What it took home each client chose by other examples than those of its test."
     heads = [
         "client",
         "untouched",
@@ -328,6 +331,33 @@ def _clients_table(facts: RunFacts, main: Lead) -> Table:
     ]
     numbers = frozenset(range(1, 6))
     return Table(heads, lines, f"{main.title}: {main.name}", numbers, "table-clients", note=note)
+
+
+def _choices(facts: RunFacts, main: Lead) -> list[Block]:
+    """What clients chose by, where they told it."""
+    found = outcomes(facts, main.strategy, main.seed)
+    shown, _ = _chosen([one for one in found if one.took and one.choosing_loss], main)
+    if not shown:
+        return []
+    lines: list[list[Cell | str]] = [
+        [
+            one.client_id,
+            MODEL_NAMES.get(one.took, one.took),
+            *[number(one.choosing_loss.get(model), "nats") for model in _MODELS],
+            number(one.chosen_by, "count"),
+        ]
+        for one in shown
+    ]
+    own = own_name(facts, main.strategy)
+    heads = ["client", "took home", "untouched", "alone", own, "examples"]
+    note = (
+        "A client begins with the untouched model. It goes on to the lone one if that is surely better (by more than a "
+        "standard error) in loss or score; then to the federated one if that is surely better than the model so far, "
+        "and no worse than any other in either. Scores on these few examples are not told."
+    )
+    caption = "Loss on the examples that each client set aside to choose by"
+    table = Table(heads, lines, caption, frozenset({2, 3, 4, 5}), "table-choices", note=note)
+    return [Folded("Why each client took what it took", [table])]
 
 
 def _chosen(found: Sequence[ClientOutcome], main: Lead) -> tuple[list[ClientOutcome], int]:
