@@ -95,26 +95,43 @@ def main() -> None:
 def cell(case: str, family: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Run HeteroTune on a case once; client -> what it took, and its models on its own test."""
     with tempfile.TemporaryDirectory(prefix="heterotune-benchmark-") as place:
-        folder = Path(place)
-        overrides, owners = write_case(case, folder, given.instructions)
-        models = FAMILIES[family]
-        counts = [len(owners[index :: len(models)]) for index in range(len(models))]
-        types = ", ".join(
-            f"{{backbone: {source}, bits: {bits}, clients: {count}}}"
-            for (source, bits), count in zip(models, counts, strict=True)
-        )
-        words = (
-            f"{overrides} 'types=[{types}]' server.rounds={given.rounds} server.evaluate_every=0 "
-            f"server.evaluate_before=false run.compare=[heterotune] run.seeds=[{seed}] run.dir={folder / 'run'}"
-        )
-        preset = _PRESETS[case]
-        nodes = [{"partition-id": i, "num-partitions": len(owners)} for i in range(len(owners))]
-        grid = InProcessGrid(app, nodes, {"config": preset, "overrides": words})
-        run_strategies(grid, compose(preset, words), Journal(folder / "run"), "no-harm")
-        clients = [Client.of(context) for context in grid.contexts.values()]
-        by_id = {client.client_id: client for client in clients}
-        kept = [found.load() for found in find_kept(folder / "run" / "state")]
-        return {record.client_id: measured(record, by_id[record.client_id]) for record in kept}
+        found = federation(case, family, seed, Path(place), given.rounds, given.instructions)
+        return {record.client_id: measured(record, client) for client, record in found}
+
+
+def federation(
+    case: str,
+    family: str,
+    seed: int,
+    folder: Path,
+    rounds: int,
+    instructions: Path | None,
+    further: str = "",
+) -> list[tuple[Client, KeptModel]]:
+    """Run HeteroTune on a case, if ``folder`` does not hold that run; its clients, and what they kept.
+
+    ``further``: overrides besides the case's own.
+    """
+    overrides, owners = write_case(case, folder, instructions)
+    models, run, done = FAMILIES[family], folder / "run", folder / "ok"
+    counts = [len(owners[index :: len(models)]) for index in range(len(models))]
+    types = ", ".join(
+        f"{{backbone: {source}, bits: {bits}, clients: {count}}}"
+        for (source, bits), count in zip(models, counts, strict=True)
+    )
+    words = (
+        f"{overrides} 'types=[{types}]' server.rounds={rounds} server.evaluate_every=0 "
+        f"server.evaluate_before=false run.compare=[heterotune] run.seeds=[{seed}] run.dir={run} {further}"
+    )
+    preset = _PRESETS[case]
+    nodes = [{"partition-id": i, "num-partitions": len(owners)} for i in range(len(owners))]
+    grid = InProcessGrid(app, nodes, {"config": preset, "overrides": words})
+    if not done.exists():
+        run_strategies(grid, compose(preset, words), Journal(run), "no-harm")
+        done.touch()
+    by_id = {client.client_id: client for client in map(Client.of, grid.contexts.values())}
+    kept = [found.load() for found in find_kept(run / "state")]
+    return [(by_id[record.client_id], record) for record in kept]
 
 
 def measured(kept: KeptModel, client: Client) -> dict[str, Any]:
@@ -124,8 +141,8 @@ def measured(kept: KeptModel, client: Client) -> dict[str, Any]:
         assert np.isclose(losses.mean(), kept.tests[name]["personal_loss"], rtol=1e-3), name
     pairs = {
         f"{name} {other}": {
-            "loss": _paired(rows[other][0] - rows[name][0]),
-            "score": _paired(rows[name][1] - rows[other][1]),
+            "loss": paired(rows[other][0] - rows[name][0]),
+            "score": paired(rows[name][1] - rows[other][1]),
         }
         for name, other in itertools.permutations(rows, 2)
     }
@@ -165,7 +182,7 @@ def _by_row(kept: KeptModel, client: Client, name: str) -> tuple[Any, Any]:
     return results.losses, np.asarray(scores)
 
 
-def _paired(differences: Any) -> list[float]:
+def paired(differences: Any) -> list[float]:
     """Mean and standard error of a paired difference."""
     error = float(np.std(differences, ddof=1) / np.sqrt(len(differences)))
     return [round(float(differences.mean()), 6), round(error, 6)]
