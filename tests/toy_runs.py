@@ -53,10 +53,9 @@ KINDS = {
     "heterotune": {
         "_component_": f"{HERE}.HeteroTune",
         "chain": [
+            {"transform": "clip_to_median"},
+            {"transform": "pcgrad"},
             {"transform": "within_type_mean"},
-            {"transform": "equalise_norms"},
-            {"transform": "weigh_reliability"},
-            {"transform": "deconflict"},
             {"transform": "combine"},
             {"transform": "server_opt", "kind": "momentum"},
         ],

@@ -1,9 +1,9 @@
 """Controls and ablations: what happens to the gain when a part of the method is broken, left out or changed.
 
-In the laboratory (:mod:`.laboratory`: frozen last-slot states, the product's arithmetic and its own aggregation
-chains), 2 clients per type, each sharing at its own best learning rate, chosen on other seeds. Gains over averaging
-inside a type are paired, with their standard error over seeds. ``everyone smallest``: all clients own the smallest
-backbone; the number to compare is what owners of larger backbones reach in the mixed federation (``larger_owners``).
+In the laboratory (:mod:`.laboratory`: frozen last-slot states, the product's arithmetic), 2 clients per type, each
+sharing at its own best learning rate, chosen on other seeds. Gains over averaging inside a type are paired, with their
+standard error over seeds. ``everyone smallest``: all clients own the smallest backbone; the number to compare is what
+owners of larger backbones reach in the mixed federation (``larger_owners``).
 
 Run: ``python -m benchmarks.science.ablations`` (minutes per backbone once, then about 15 minutes per family).
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.runner import say, write_results
-from benchmarks.science.laboratory.chains import STEPS
 from benchmarks.science.laboratory.rows import (
     ABLATIONS,
     CONTROLS,
@@ -30,8 +29,7 @@ def rows() -> dict[str, dict[str, Any]]:
     """Name -> what differs from the recommended settings."""
     found: dict[str, dict[str, Any]] = {"as recommended": {}}
     found |= {f"control: {name}": {"alignment": {"control": name}} for name in CONTROLS}
-    found |= ABLATIONS
-    return found | {f"server: {name}": {"schedule": {"rule": name}} for name in STEPS}
+    return found | ABLATIONS
 
 
 def everyone_smallest(lab: Laboratory, seeds: list[int], mixed: dict[str, Any]) -> dict[str, float]:

@@ -8,30 +8,28 @@ aggregation, but not its formula. Here it is a chain of small pure transforms, e
 replaceable alone, named in YAML::
 
     chain:
+      - transform: clip_to_median
       - transform: within_type_mean
-      - transform: equalise_norms
-        decay: 0.9
       - transform: combine
         weights: equal
       - transform: server_opt
 
 A transform is a pair ``(init, update)`` of pure functions, ``update(updates, state) -> (updates,
 state)``, as in optax; states are nested dictionaries of numbers, texts and arrays, saved without pickle
-(:mod:`heterotune_flwr.exchange.trees`). Rules from the literature stand beside ours in :mod:`.alternatives`.
+(:mod:`heterotune_flwr.exchange.trees`). Rules about directions, off by default, are in :mod:`.directions`.
 """
 
-from heterotune_flwr.cmga.alternatives import aligned_mtl, cagrad, fedmgda_plus, pcgrad, ties
 from heterotune_flwr.cmga.base import Member, Transform, Updates, make_updates
-from heterotune_flwr.cmga.chain import DEFAULT_CHAIN, GUARDED_CHAIN, MEAN_CHAIN, chain
-from heterotune_flwr.cmga.directions import combine, deconflict, min_norm_weights, server_opt
+from heterotune_flwr.cmga.chain import DEFAULT_CHAIN, MEAN_CHAIN, chain
+from heterotune_flwr.cmga.clip import clip_to_median
+from heterotune_flwr.cmga.combining import combine, server_opt, within_type_mean
+from heterotune_flwr.cmga.directions import cagrad, pcgrad
 from heterotune_flwr.cmga.read import TRANSFORMS, build_chain
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
-from heterotune_flwr.cmga.weights import equalise_norms, weigh_reliability, within_type_mean
 
 __all__ = [
     "DEFAULT_CHAIN",
-    "GUARDED_CHAIN",
     "MEAN_CHAIN",
     "TRANSFORMS",
     "Member",
@@ -39,19 +37,13 @@ __all__ = [
     "ServerOptimizer",
     "Transform",
     "Updates",
-    "aligned_mtl",
     "build_chain",
     "cagrad",
     "chain",
+    "clip_to_median",
     "combine",
-    "deconflict",
-    "equalise_norms",
-    "fedmgda_plus",
     "make_updates",
-    "min_norm_weights",
     "pcgrad",
     "server_opt",
-    "ties",
-    "weigh_reliability",
     "within_type_mean",
 ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,9 @@ from heterotune_flwr.errors import FederationError
 from heterotune_flwr.exchange.trees import State
 
 Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+#: Two updates below this cosine pull apart; between it and 0 it may be noise.
+CONFLICT = -0.1
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class Member:
         """Length of the vector."""
         return int(self.vector.size)
 
+    def scaled(self, factor: float) -> Member:
+        """The same member with ``factor`` times its vector."""
+        if factor == 1.0:
+            return self
+        return Member(self.key, self.type_key, factor * self.vector, self.examples)
+
 
 @dataclass(frozen=True)
 class Updates:
@@ -42,18 +50,10 @@ class Updates:
     ----------
     round, seed
         Name the random numbers a transform may draw.
-    clients
-        The clients' pseudo-gradients, sorted by (type, client); never changed.
     members
-        What the next transform works on: clients, then types, then the one combined direction.
-    reference
-        The plain example-weighted mean of the clients, shape ``(n,)``.
-    means
-        Example-weighted mean of every type's clients, as :func:`weighted_mean` makes it; they are made in one pass.
+        What the next transform works on: clients, sorted by (type, client), then types, then the one direction.
     types
-        One raw update per type, set by ``within_type_mean``; what descent is measured against.
-    reliability, weights
-        Per type, set by ``weigh_reliability``; empty before.
+        One update per type, set by ``within_type_mean``; what the log compares the direction with.
     log
         What a user looks at to understand a round; JSON-able.
 
@@ -61,13 +61,8 @@ class Updates:
 
     round: int
     seed: int
-    clients: tuple[Member, ...]
     members: tuple[Member, ...]
-    reference: Vector
-    means: Mapping[str, Vector] = field(default_factory=dict)
     types: tuple[Member, ...] = ()
-    reliability: Mapping[str, float] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
     log: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -117,12 +112,21 @@ class LazyMember(Member):
         """Length of the vector, which is not read for it."""
         return int(self.__dict__["_size"])
 
+    def scaled(self, factor: float) -> Member:
+        """The same member with ``factor`` times its vector, which is still read at each use."""
+        read: Callable[[], Vector] = self.__dict__["_read"]
+        if factor == 1.0:
+            return self
+        return LazyMember(
+            self.key, self.type_key, self.examples, self.size, lambda: factor * read()
+        )
+
 
 def weighted_mean(members: Iterable[Member]) -> Vector:
     """Example-weighted mean vector, summed in (type, key) order; shape ``(n,)``."""
     ordered = sorted(members, key=lambda member: (member.type_key, member.key))
     total = sum(member.examples for member in ordered)
-    mean = np.zeros_like(ordered[0].vector)
+    mean = np.zeros(ordered[0].size)
     for member in ordered:
         mean += (member.examples / total) * member.vector
     return mean
@@ -145,39 +149,16 @@ def make_updates(clients: Iterable[Member], round: int = 0, seed: int = 0) -> Up
     for member in ordered:
         if not member.examples > 0:
             raise FederationError(f"{member.key} reports {member.examples} examples, not above 0")
-    reference, means = _means(ordered)
-    return Updates(round, seed, ordered, ordered, reference, means)
+    return Updates(round, seed, ordered)
 
 
-def _means(ordered: Sequence[Member]) -> tuple[Vector, dict[str, Vector]]:
-    """:func:`weighted_mean` of all members and of every type's, each vector read once."""
-    sums: dict[str, Vector] = {}
-    examples: dict[str, float] = {}
-    part = np.empty(ordered[0].size)
-    for member in ordered:
-        key = member.type_key
-        if key not in sums:
-            sums[key], examples[key] = np.zeros_like(part), 0.0
-        np.multiply(member.vector, member.examples, out=part)
-        sums[key] += part
-        examples[key] += member.examples
-    mean = np.sum(list(sums.values()), axis=0) / sum(examples.values())
-    return mean, {key: value / examples[key] for key, value in sums.items()}
-
-
-def generator(updates: Updates, *names: str) -> np.random.Generator:
-    """A random generator named by the run's seed, the round and some texts."""
-    words = [zlib.crc32(name.encode()) for name in names]
-    return np.random.default_rng([abs(updates.seed), updates.round, *words])
-
-
-def gram(members: Iterable[Member]) -> NDArray[np.float64]:
+def gram(members: Iterable[Member]) -> Matrix:
     """All inner products, shape ``(M, M)``."""
     stacked = np.stack([member.vector for member in members])
     return np.asarray(stacked @ stacked.T)
 
 
-def cosines(products: NDArray[np.float64]) -> NDArray[np.float64]:
+def cosines(products: Matrix) -> Matrix:
     """Cosines of a Gram matrix; 0 where a vector is zero."""
     norms = np.sqrt(np.maximum(np.diag(products), 0.0))
     scale = np.outer(norms, norms)
@@ -185,7 +166,13 @@ def cosines(products: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(scale > 0, products / safe, 0.0)
 
 
-def pairwise(names: list[str], values: NDArray[np.float64]) -> dict[str, float]:
+def conflict_rate(products: Matrix) -> float:
+    """Share of the pairs whose cosine is below :data:`CONFLICT`, from a Gram matrix; 0 without a pair."""
+    pairs = cosines(products)[np.triu_indices(len(products), 1)]
+    return float((pairs < CONFLICT).mean()) if pairs.size else 0.0
+
+
+def pairwise(names: list[str], values: Matrix) -> dict[str, float]:
     """Upper triangle of a symmetric matrix as ``{"a|b": value}``."""
     return {
         f"{names[i]}|{names[j]}": float(values[i, j])

@@ -8,28 +8,18 @@ from typing import Any
 from heterotune_flwr.cmga.base import Transform, Updates
 from heterotune_flwr.exchange.trees import State
 
-#: CMGA: every type pulls equally hard, whatever its backbone's scale and however many clients it has.
+#: CMGA: no client pulls harder than the median one, every type counts the same.
 DEFAULT_CHAIN: tuple[Mapping[str, Any], ...] = (
+    {"transform": "clip_to_median"},
     {"transform": "within_type_mean"},
-    {"transform": "equalise_norms"},
-    {"transform": "combine", "weights": "equal", "guard": False},
-    {"transform": "server_opt"},
-)
-
-#: CMGA with all its steps: reliable types count more, conflicts are removed, and no type is worked against.
-GUARDED_CHAIN: tuple[Mapping[str, Any], ...] = (
-    {"transform": "within_type_mean"},
-    {"transform": "equalise_norms"},
-    {"transform": "weigh_reliability"},
-    {"transform": "deconflict"},
-    {"transform": "combine"},
+    {"transform": "combine", "weights": "equal"},
     {"transform": "server_opt"},
 )
 
 #: Plain example-weighted averaging of all clients, the ablation.
 MEAN_CHAIN: tuple[Mapping[str, Any], ...] = (
     {"transform": "within_type_mean"},
-    {"transform": "combine", "weights": "examples", "rescale": False, "guard": False},
+    {"transform": "combine", "weights": "examples"},
 )
 
 

@@ -6,7 +6,7 @@ With ``n`` vectors of one type, ``b`` of them arbitrary:
 ``trimmed_mean``  per number, the mean of what is left without the ``floor(trim n)`` largest and smallest (arXiv
                   1803.01498); holds while b <= trim n
 ``median``        per number, the median (same paper); holds while b < n / 2
-``clipped_mean``  every vector shortened to ``clip`` times the median length, then the weighted mean (after arXiv
+``clipped_mean``  every vector shortened to ``clip`` times the (lower) median length, then their mean (after arXiv
                   1911.07963); bounds what b clients do, does not remove it
 ``krum``          the one vector whose n - b - 2 nearest others are nearest (arXiv 1703.02757); needs n >= 2 b + 3
 ``multi_krum``    the weighted mean of the ``keep`` best vectors by the same score
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from heterotune_flwr.cmga.pull import shares_of_length
 from heterotune_flwr.fields import check_fields, option
 
 Matrix = NDArray[np.float64]
@@ -76,9 +77,7 @@ class RobustMean:
             cut = int(self.trim * count + 1e-9)
             return np.asarray(np.sort(stacked, axis=0)[cut : count - cut].mean(axis=0))
         if self.rule == "clipped_mean":
-            norms = np.linalg.norm(stacked, axis=1)
-            bound = self.clip * float(np.median(norms))
-            scales = np.minimum(1.0, bound / np.maximum(norms, 1e-300))
+            scales = shares_of_length(np.linalg.norm(stacked, axis=1), self.clip)
             return _mean(stacked * scales[:, None], shares)
         keep = 1 if self.rule == "krum" else (self.keep or max(count - self.hostile, 1))
         chosen = sorted(_krum(stacked, self.hostile, min(keep, count)))

@@ -28,7 +28,7 @@ from heterotune_flwr.config.plain import (
     load_plain,
     refuse_interpolation,
 )
-from heterotune_flwr.config.renamed import unknown_key
+from heterotune_flwr.config.renamed import GONE, unknown_key
 from heterotune_flwr.config.texts import (
     STRATEGY,
     check_texts,
@@ -372,9 +372,10 @@ def _add_compared_strategies(content: dict[str, Any]) -> None:
             known = sorted(path.stem for path in (conf_root() / "strategy").glob("*.yaml"))
             if str(name) not in known:
                 own = sorted({*known, *map(str, strategies)})
+                gone = GONE["strategies"].get(str(name))
+                hint = f"; {gone}" if gone else nearest(str(name), own)
                 raise ConfigError(
-                    f"run.compare: there is no strategy {name!r}{nearest(str(name), own)} "
-                    f"(known: {', '.join(own)})",
+                    f"run.compare: there is no strategy {name!r}{hint} (known: {', '.join(own)})",
                     f"run.compare names a strategy that there is not (known: {', '.join(known)})",
                 )
             strategies[name] = _group("strategy", str(name))

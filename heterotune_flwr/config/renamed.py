@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from heterotune_flwr.errors import ConfigError
@@ -28,7 +29,7 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "alignment": {"words": "symbols"},
     "server": {"bench_after": "cooldown_after", "bench_longest": "cooldown_longest"},
-    "transform": {"weigh_dissent": "downweight_outliers"},
+    "transform": {"deconflict": "pcgrad"},
 }
 #: Keys that are no more, with what became of them.
 GONE: dict[str, dict[str, str]] = {
@@ -36,6 +37,23 @@ GONE: dict[str, dict[str, str]] = {
         "ngrams": "the package has no character n-grams any more",
         "text_view": "write views: [text], or views: []",
     },
+    "strategies": {
+        "heterotune_guarded": "directions are compared by a chain in YAML now: docs/strategies.md, CMGA",
+    },
+    "transform": {
+        "equalise_norms": "clip_to_median makes no type pull harder than others",
+        "weigh_reliability": "all types weigh the same",
+        "downweight_outliers": "all types weigh the same",
+        "weigh_dissent": "all types weigh the same",
+        "fedmgda_plus": "cagrad and pcgrad are left",
+        "aligned_mtl": "cagrad and pcgrad are left",
+        "ties": "cagrad and pcgrad are left",
+    },
+    "combine": {
+        "rescale": "a step is as long as it comes out; leave it out",
+        "guard": "no type's own update is guarded any more; leave it out",
+    },
+    "cagrad": {"rescale": "a step is as long as it comes out; leave it out"},
 }
 
 
@@ -49,10 +67,10 @@ def unknown_key(where: str, key: str, known: Iterable[str], section: str = "") -
     key, known
         What is there, and what may be.
     section
-        Its name in :data:`RENAMED`, unless that is the last part of ``where``.
+        Its name in :data:`RENAMED`, unless that is the last part of ``where``, after a dot or a colon.
 
     """
-    section = section or where.rpartition(".")[2]
+    section = section or re.split(r"[.:] ?", where)[-1]
     names = list(known)
     if new := RENAMED.get(section, {}).get(key):
         hint = f"; it is called {new} now"

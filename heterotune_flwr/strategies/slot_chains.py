@@ -29,7 +29,7 @@ class SlotChains:
     chain
         ``[{transform: name, option: value}]``; null for the default (ConfigError: not a chain).
     mean
-        How the chain's first step averages inside types, unless the chain says so itself.
+        How ``within_type_mean`` averages, unless the chain says so itself.
     seed
         Of the transforms' draws.
 
@@ -81,10 +81,15 @@ class SlotChains:
 
 
 def _with_rule(chain: Sequence[Mapping[str, Any]], mean: RobustMean) -> Sequence[Mapping[str, Any]]:
-    first = dict(chain[0]) if chain else {}
-    if mean.rule == "mean" or "rule" in first or first.get("transform") != "within_type_mean":
+    """The chain with a robust rule inside types, where it averages there and names none itself."""
+    if mean.rule == "mean":
         return chain
-    return [{**first, **asdict(mean)}, *chain[1:]]
+    return [
+        {**asdict(mean), **entry}
+        if entry.get("transform") == "within_type_mean" and "rule" not in entry
+        else entry
+        for entry in chain
+    ]
 
 
 def _flat(update: ClientUpdate, names: Sequence[str]) -> Vector:

@@ -43,7 +43,9 @@ def leaves(value: Any, path: str) -> Iterator[str]:
     elif isinstance(value, dict) and value and not path.endswith(".options"):
         for key, item in value.items():
             yield from leaves(item, f"{path}.{key}")
-    elif value != {} or not path.endswith((".losses", ".train", ".within_type_mean")):
+    elif value != {} or not path.endswith(
+        (".losses", ".train", ".within_type_mean", ".clip_to_median", ".pcgrad")
+    ):
         yield path
 
 

@@ -37,7 +37,7 @@ from heterotune_flwr.strategies import build_strategy
 
 MEAN_CHAIN = [
     {"transform": "within_type_mean"},
-    {"transform": "combine", "weights": "examples", "rescale": False, "guard": False},
+    {"transform": "combine", "weights": "examples"},
 ]
 
 

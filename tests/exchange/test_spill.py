@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from toy_federation import ToyFederation, toy_config
 
-from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.exchange import spill
 from heterotune_flwr.exchange.spill import Spill
 from heterotune_flwr.exchange.storage import load_tensors
@@ -17,7 +16,14 @@ from heterotune_flwr.federation.journal import Journal
 HETEROTUNE = "heterotune_flwr.strategies.HeteroTune"
 STRATEGIES = {
     "heterotune": {"_component_": HETEROTUNE},
-    "guarded": {"_component_": HETEROTUNE, "chain": [dict(step) for step in GUARDED_CHAIN]},
+    "directions": {
+        "_component_": HETEROTUNE,
+        "chain": [
+            {"transform": "clip_to_median"},
+            {"transform": "pcgrad"},
+            {"transform": "cagrad"},
+        ],
+    },
     "robust": {"_component_": HETEROTUNE, "robust": {"rule": "multi_krum", "hostile": 1}},
     "within": {"_component_": "heterotune_flwr.strategies.WithinType", "robust": "median"},
     "fedit": {

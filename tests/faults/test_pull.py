@@ -25,7 +25,7 @@ from heterotune_flwr.protocol.messages import TrainReply
 LIAR, HUGE, ROUNDS = "client-0003", 10**6, 5
 #: One of every way to combine updates.
 WAYS = [
-    "heterotune", "heterotune_guarded", "mean", "within_type", "fedit", "flexlora", "flora", "fedex_lora", "hetlora",
+    "heterotune", "mean", "within_type", "fedit", "flexlora", "flora", "fedex_lora", "hetlora",
     "heterofl", "scaffold", "fedmosaic", "fedadam",
 ]  # fmt: skip
 #: Those in which examples alone decide who counts.

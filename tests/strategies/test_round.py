@@ -10,7 +10,6 @@ import pytest
 from toy_federation import ToyFederation, toy_config
 from toy_runs import HERE, SPECS, config_dir, start
 
-from heterotune_flwr.cmga import GUARDED_CHAIN
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.storage import load_tensors
 from heterotune_flwr.experiment import run_strategies
@@ -26,7 +25,7 @@ MEAN = {
     "_component_": f"{HERE}.HeteroTune",
     "chain": [
         {"transform": "within_type_mean"},
-        {"transform": "combine", "weights": "examples", "rescale": False, "guard": False},
+        {"transform": "combine", "weights": "examples"},
     ],
 }
 
@@ -281,15 +280,15 @@ def test_cmga_is_journalled_every_round(tmp_path):
         assert sum(slot["weights"].values()) == pytest.approx(1.0)
 
 
-def test_the_guarded_chain_journals_conflicts_too(tmp_path):
+def test_a_rule_about_directions_journals_conflicts_too(tmp_path):
     config = toy_config(tmp_path)
-    spec = {"_component_": f"{HERE}.HeteroTune", "chain": list(GUARDED_CHAIN)}
-    _, log = start(config, spec=spec)
+    chain = [{"transform": "clip_to_median"}, {"transform": "pcgrad"}, *MEAN["chain"]]
+    _, log = start(config, spec={**MEAN, "chain": chain})
     for event in (e for e in log if e["event"] == "round"):
         slot = event["cmga"]["slot 0"]
-        assert set(slot["cosine_before"]) == set(slot["cosine_after"])
-        assert set(slot["reliability"]) == set(slot["norms"])
         assert 0 <= slot["conflict_rate"] <= 1
+        assert 0 <= slot["clipped"] < event["clients"]
+        assert max(slot["norms"].values()) <= slot["clip_length"] * (1 + 1e-6)
 
 
 def test_too_many_slots_and_too_few_clients(tmp_path):

@@ -5,48 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from heterotune_flwr.cmga import (
     DEFAULT_CHAIN,
-    GUARDED_CHAIN,
     MEAN_CHAIN,
     Member,
+    Transform,
+    Updates,
     build_chain,
     make_updates,
 )
-from heterotune_flwr.cmga.base import State
+from heterotune_flwr.cmga.base import State, conflict_rate, gram, weighted_mean
+from heterotune_flwr.cmga.combining import conclude
 
-_HEAD = [{"transform": "within_type_mean"}, {"transform": "equalise_norms"}]
 #: Name -> chain, as a user would write it.
 CHAINS = {
     "mean chain": MEAN_CHAIN,
     "cmga": DEFAULT_CHAIN,
-    "guarded": GUARDED_CHAIN,
-    "guarded without guard": [*GUARDED_CHAIN[:-2], {"transform": "combine", "guard": False}],
-    "dissent": [
-        *_HEAD,
-        {"transform": "downweight_outliers"},
-        {"transform": "combine", "guard": False},
-    ],
-    "pcgrad": [
-        _HEAD[0],
-        {"transform": "pcgrad"},
-        {"transform": "combine", "weights": "equal", "guard": False},
-    ],
-    "cagrad": [_HEAD[0], {"transform": "cagrad"}],
-    "fedmgda+": [_HEAD[0], {"transform": "fedmgda_plus"}],
-    "aligned-mtl": [_HEAD[0], {"transform": "aligned_mtl"}],
-    "ties": [_HEAD[0], {"transform": "ties"}],
+    "equal norms": [{"_component_": f"{__name__}.equal_norms"}],
+    "pcgrad": [DEFAULT_CHAIN[0], {"transform": "pcgrad"}, *DEFAULT_CHAIN[1:]],
+    "cagrad": [DEFAULT_CHAIN[0], {"transform": "cagrad"}],
 }
-#: CMGA built up step by step, for the ablation.
-STEPS = ("mean chain", "cmga", "+ reliability", "guarded without guard", "guarded")
-CHAINS["+ reliability"] = [
-    *_HEAD,
-    {"transform": "weigh_reliability"},
-    {"transform": "combine", "guard": False},
-]
+
+
+def equal_norms(decay: float = 0.9) -> Transform:
+    """CMGA's default until the clip: types' means over their norms' moving averages, as long as the plain mean."""
+
+    def update(updates: Updates, state: State) -> tuple[Updates, State]:
+        averages = dict(state["norms"])
+        units = []
+        for key in sorted({member.type_key for member in updates.members}):
+            mean = weighted_mean(m for m in updates.members if m.type_key == key)
+            norm = float(np.linalg.norm(mean))
+            if norm > 0:
+                averages[key] = decay * averages.get(key, norm) + (1 - decay) * norm
+                mean = mean / averages[key]
+            units.append(mean)
+        direction = np.mean(units, axis=0)
+        length = float(np.linalg.norm(direction))
+        wanted = float(np.linalg.norm(weighted_mean(updates.members)))
+        direction = direction * (wanted / length if length > 0 else 0.0)
+        return conclude(updates, direction), {"norms": averages}
+
+    return Transform("equal_norms", lambda: {"norms": {}}, update)
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,18 @@ class Clients:
 
 
 class ChainServers:
-    """One chain with its own state per run."""
+    """One chain with its own state per run.
 
-    def __init__(self, name: str) -> None:
+    ``gates``: whether the gates are shared like the experts. ``conflicts``: share of a run's pairs of clients that pull
+    apart, one number per round and run.
+    """
+
+    def __init__(self, name: str, gates: bool = True) -> None:
+        self._gates = gates
         self._chain = build_chain(CHAINS[name])
         self._states: dict[int, State] = {}
         self._round = 0
+        self.conflicts: list[list[float]] = []
 
     @torch.no_grad()
     def step(
@@ -75,9 +85,10 @@ class ChainServers:
         plain: dict[str, Tensor],
         clients: Clients,
     ) -> dict[str, Tensor]:
-        """The experts of clients that share across types take the chain's step; all else as ``plain``."""
+        """What clients share across types takes the chain's step; all else is as in ``plain``."""
         self._round += 1
-        names = [name for name in end if not name.startswith("gate")]
+        self.conflicts.append([])
+        names = [name for name in end if self._gates or not name.startswith("gate")]
         result = {key: value.clone() for key, value in plain.items()}
         for run in clients.runs[clients.across].unique().tolist():
             chosen = (clients.across & (clients.runs == run)).nonzero().flatten()
@@ -87,6 +98,7 @@ class ChainServers:
                 Member(f"c{i}", f"t{clients.types[i]}", vector / length, 1.0)
                 for i, vector in zip(chosen.tolist(), flat.double().numpy(), strict=True)
             ]
+            self.conflicts[-1].append(conflict_rate(gram(members)))
             state = self._states.get(run, self._chain.init())
             inputs = make_updates(members, self._round, run)
             updates, self._states[run] = self._chain.update(inputs, state)

@@ -92,32 +92,35 @@ def _mixed(bank: Mapping[str, Tensor], groups: Tensor, share: float) -> dict[str
 
 @dataclass(frozen=True)
 class Trouble:
-    """What goes wrong in the clients of one type (its index), in training alone.
+    """What goes wrong in some clients (their indices in a run), in training alone.
 
     ``shuffled``: labels in random order; ``wrong``: every label replaced by the next one; ``loud``: updates ten times
     as long.
     """
 
     kind: str
-    type_index: int
+    clients: Sequence[int]
 
-    def labels(self, wanted: Tensor, types: Tensor, count: int) -> Tensor:
-        """The labels clients train on (N x P)."""
+    def _strikes(self, places: Tensor) -> Tensor:
+        return torch.isin(places, torch.tensor(list(self.clients)))
+
+    def labels(self, wanted: Tensor, places: Tensor, count: int) -> Tensor:
+        """The labels clients train on (N x P); ``places``: their indices in their runs."""
         if self.kind == "loud":
             return wanted
         changed = (wanted + 1) % count
         if self.kind == "shuffled":
             order = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(1)).argsort(1)
             changed = wanted.gather(1, order)
-        return torch.where((types == self.type_index)[:, None], changed, wanted)
+        return torch.where(self._strikes(places)[:, None], changed, wanted)
 
     def updates(
-        self, start: Mapping[str, Tensor], end: dict[str, Tensor], types: Tensor
+        self, start: Mapping[str, Tensor], end: dict[str, Tensor], places: Tensor
     ) -> dict[str, Tensor]:
         """What clients send."""
         if self.kind != "loud":
             return end
-        factor = torch.where(types == self.type_index, 10.0, 1.0)
+        factor = torch.where(self._strikes(places), 10.0, 1.0)
         longer = _scaled({k: end[k] - start[k] for k in end}, factor)
         return {key: start[key] + longer[key] for key in end}
 
@@ -129,6 +132,7 @@ class _Fleet:
     tasks: Sequence[LatentTask]
     schedule: Schedule
     types: Tensor
+    places: Tensor  # of every client in its run
     runs: Tensor
     across: Tensor
     rate: Tensor
@@ -211,7 +215,8 @@ def _fleet(
     each = len(shares) * len(rates)
     sharing = torch.tensor([SHARINGS.index(name) for name in sharings]).repeat_interleave(each)
     copies = len(rates) * len(sharings)
-    types = (torch.arange(each) % clients % len(tasks)).repeat(len(sharings))
+    places = (torch.arange(each) % clients).repeat(len(sharings))
+    types = places % len(tasks)
     runs = (torch.arange(each) // clients).repeat(len(sharings))
     chosen = torch.tensor(shares).repeat(copies, 1)
     kinds = types.tolist()
@@ -221,11 +226,12 @@ def _fleet(
     )
     wanted = targets[0][chosen]
     if trouble is not None:
-        wanted = trouble.labels(wanted, types, logits.shape[-1])
+        wanted = trouble.labels(wanted, places, logits.shape[-1])
     return _Fleet(
         tasks=tasks,
         schedule=schedule,
         types=types,
+        places=places,
         runs=runs,
         across=sharing == SHARINGS.index("across"),
         rate=rates.repeat_interleave(len(shares)).repeat(len(sharings)),
@@ -242,7 +248,7 @@ def federate(
     tasks: list[LatentTask], targets: tuple[Tensor, Tensor], shares: list[list[int]],
     clients: int, seeds: list[int], method: MethodConfig, schedule: Schedule,
     sharings: tuple[str, ...] = SHARINGS, guests: Sequence[LatentTask] = (),
-    trouble: Trouble | None = None, measure: Measure | None = None,
+    trouble: Trouble | None = None, measure: Measure | None = None, servers: ChainServers | None = None,
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
     """Accuracy (sharing -> rates x seeds x clients, percent) on the global test after the last round.
 
@@ -250,7 +256,8 @@ def federate(
 
     ``guests`` are backbones that take no part: ``guests`` -> rates x seeds x guests is what they reach with the bank
     that is shared across types, and their own maps (and, where there is a type phase, after fitting what those who take
-    part predict after the last round). ``trouble`` strikes one type.
+    part predict after the last round). ``trouble`` strikes some clients. ``servers`` combine; those of the schedule's
+    rule where none are given.
 
     Client ``i`` of a run is of type ``i mod len(tasks)``, as in the product's simulation. Clients see the
     same batches whatever is shared and however fast they learn: differences are paired.
@@ -266,7 +273,8 @@ def federate(
         fleet.lessons = Lessons(everyone, types[fleet.across], runs[fleet.across])
     waiting = _Guests(fleet, clones * len(seeds), len(guests), len(tasks)) if guests else None
     rng = torch.Generator().manual_seed(0)
-    servers = None if schedule.rule == "mean" else ChainServers(schedule.rule)
+    if servers is None and schedule.rule != "mean":
+        servers = ChainServers(schedule.rule, schedule.gate_scope == "global")
     for round in range(1, schedule.rounds + 1):
         if round == shared + 1:
             fleet.personalized = True
@@ -274,7 +282,7 @@ def federate(
         start = {key: value.clone() for key, value in bank.items()}
         bank = fleet.train(bank, rng)
         if trouble is not None:
-            bank = trouble.updates(start, bank, types)
+            bank = trouble.updates(start, bank, fleet.places)
         if fleet.lessons is not None and round >= shared:
             last = waiting is not None and round == schedule.rounds
             fleet.lessons.aggregate(fleet.learners(bank), everything=last)
