@@ -93,7 +93,7 @@ class Federation:
             found = federate(
                 self.tasks, self.lab.targets, self.shares(same), CLIENTS, same, METHOD,
                 replace(SCHEDULE, rates=tuple(rates)), ("across",), (),
-                Trouble("loud", struck) if struck else None, servers,
+                Trouble("loud", struck) if struck else None, servers=servers,
             )["across"]  # fmt: skip
             columns = [list(seeds).index(seed) for seed in same]
             reached[:, columns] = found
