@@ -84,7 +84,12 @@ def report(
     for facts in found:
         directory = Path(facts.identity.directory)
         if facts.has_results:
-            show(load_results(directory), directory, personal)
+            try:
+                show(load_results(directory), directory, personal)
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+                note(
+                    "no tables: results.json is damaged; the page and --json have what can be read"
+                )
         for line in standing(facts):
             typer.echo(line)
     if not text:

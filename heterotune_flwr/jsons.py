@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -22,14 +21,17 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """A value that should be a number: None for anything else, for a file may be damaged, or of another program."""
+    """A value that should be a number: None for anything else, for a file may be damaged, or of another program.
+
+    Beyond 1e100 nothing is measured, and sums of such numbers would overflow.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < 1e100 else None
 
 
 def as_whole(value: Any, otherwise: int = 0) -> int:

@@ -97,11 +97,11 @@ def happenings(files: RunFiles) -> list[Happening]:
             seed,
             client,
             reason,
-            event.get("channel"),
+            str(event.get("channel")),
             undone,
         )
         if not client:
-            mark = (*mark, event.get("round"), place)
+            mark = (*mark, place)
         if mark in found:
             found[mark].times += 1
             continue

@@ -6,7 +6,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from heterotune_flwr.jsons import as_list, as_mapping, as_number, as_numbers, as_whole
+from heterotune_flwr.jsons import (
+    as_list,
+    as_mapping,
+    as_number,
+    as_numbers,
+    as_whole,
+    whole_or_none,
+)
 from heterotune_flwr.protocol.metrics import MEASURED, TESTS
 from heterotune_flwr.report.facts import Agreement, Alignment, ChannelFacts, StrategyRun
 from heterotune_flwr.report.files import RunFiles
@@ -32,8 +39,8 @@ def curves(files: RunFiles, runs: Sequence[StrategyRun]) -> list[Curve]:
         moved: dict[int, int | None] = {0: 0}
         for entry in entries(files, run, "round"):
             number = as_whole(entry.get("round"))
-            up, down = as_number(entry.get("bytes_up")), as_number(entry.get("bytes_down"))
-            moved[number] = None if up is None or down is None else int(up + down)
+            up, down = whole_or_none(entry.get("bytes_up")), whole_or_none(entry.get("bytes_down"))
+            moved[number] = None if up is None or down is None else up + down
             for type_key, part in _parts(entry, entry):
                 for name in ("loss", "accuracy"):
                     _add(

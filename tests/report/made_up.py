@@ -247,6 +247,6 @@ def text_run() -> RunFacts:
     return facts
 
 
-def begun() -> RunFacts:
+def begun(name: str = "begun") -> RunFacts:
     """A run that has only begun: nothing was measured, nothing has travelled."""
-    return RunFacts(Identity("begun", "runs/begun", "interrupted", "killed", resumed=0))
+    return RunFacts(Identity(name, "runs/begun", "interrupted", "killed", resumed=0))

@@ -164,7 +164,8 @@ def test_names_beside_each_other_are_moved_apart():
     ("value", "unit", "text"),
     [(0.565, "share", "56.5 %"), (-0.031, "points", "\u22123.1"), (0.0, "points", "0.0"), (34640, "bytes", "34.6 kB"),
      (0.25, "seconds", "0.25 s"), (300, "seconds", "5.0 min"), (-0.09, "cosine", "\u22120.09"),
-     (math.nan, "share", "–"), (1135, "number", "1\u202f135"), (0.5507, "number", "0.551")],
+     (math.nan, "share", "–"), (1135, "number", "1\u202f135"), (0.5507, "number", "0.551"),
+     (1e99, "nats", "1e+99")],
 )  # fmt: skip
 def test_values_are_written_as_people_do(value, unit, text):
     assert told(value, unit).replace("\u00a0", " ") == text

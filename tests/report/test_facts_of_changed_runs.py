@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from questions import QUESTIONS, Facts
 from recorded import ROUNDS, SPECS, SUBJECT
+from typer.testing import CliRunner
 
+from heterotune_flwr.cli import app
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.federation.resume import run_lock
@@ -212,3 +215,26 @@ def test_the_page_says_of_own_data_no_place_on_this_machine(copy: Path) -> None:
     facts = read_facts(copy)
     assert facts.identity.data.startswith("…/reviews.csv")
     assert "secret-project" not in run_page(facts)
+
+
+DAMAGE = [1e308, 10**400, -1e12, "many", None, [[]], {"a": {"b": 1}}]
+
+
+@pytest.mark.parametrize(
+    "value", DAMAGE, ids=[f"{type(value).__name__}{n}" for n, value in enumerate(DAMAGE)]
+)
+def test_whatever_stands_in_the_place_of_numbers_a_report_is_made(copy: Path, value: Any) -> None:
+    def damaged(found: Any) -> Any:
+        if isinstance(found, dict):
+            return {key: damaged(one) for key, one in found.items()}
+        if isinstance(found, list):
+            return [damaged(one) for one in found]
+        return value if isinstance(found, int | float) and not isinstance(found, bool) else found
+
+    events = map(damaged, read_events(copy / "rounds.jsonl"))
+    (copy / "rounds.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in events))
+    results = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps(damaged(results)))
+    done = CliRunner().invoke(app, ["report", str(copy)])
+    assert done.exit_code == 0, done.exception
+    assert (copy / "report.html").read_text().rstrip().endswith("</html>")

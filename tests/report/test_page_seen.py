@@ -17,7 +17,7 @@ PAGES = {
     "hostile": lambda: run_page(made_up.full(hostile=True)),
     "few labels": lambda: run_page(made_up.full(clients=60, labels=("no", "yes"))),
     "text": lambda: run_page(made_up.text_run()),
-    "begun": lambda: run_page(made_up.begun()),
+    "begun": lambda: run_page(made_up.begun("demo-2848053359689613866")),
     "compared": lambda: comparison_page(
         Comparison({"first": made_up.full(), "begun": made_up.begun()})
     ),

@@ -148,6 +148,8 @@ def told(value: float, unit: Unit) -> str:
 
 
 def _written(value: float, unit: Unit) -> str:
+    if abs(value) >= 1e18:  # of a damaged file
+        return f"{value:.2g}"
     match unit:
         case "share":
             return f"{100 * value:.1f} %"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -15,6 +15,7 @@ from heterotune_flwr.report.charts.svg import (
     LETTER,
     LINE,
     STYLES,
+    TICK_LETTER,
     WIDTH,
     clipped,
     drawing,
@@ -38,24 +39,23 @@ def lines(chart: LineChart) -> Markup:
     xs = [x for one in chart.lines for x, _ in one.points]
     ys = [y for one in chart.lines for _, y in one.points]
     far = replace(chart.x, high=chart.x.high or max(xs, default=1.0))
-    x = Scale(*ends(far, xs), _LEFT, WIDTH - right)
     y = Scale(*ends(chart.y, ys), _HEIGHT - _BOTTOM, _TOP)
-    parts = [*_frame(chart, x, y), *_moments(chart, x)]
+    levels = ticks(y.low, y.high, chart.y.unit)
+    numbers = {level: tick_text(level, chart.y.unit, levels) for level in levels}
+    left = max(_LEFT, 10 + TICK_LETTER * max(map(len, numbers.values()), default=0))
+    x = Scale(*ends(far, xs), min(left, WIDTH / 2), WIDTH - right)
+    parts = [*_frame(chart, x, y, numbers), *_moments(chart, x)]
     parts += [_line(one, x, y, chart) for one in chart.lines]
     parts += _names(chart.lines, x, y, right)
     return drawing("lines", chart.title, _HEIGHT, parts)
 
 
-def _frame(chart: LineChart, x: Scale, y: Scale) -> list[Markup]:
+def _frame(chart: LineChart, x: Scale, y: Scale, numbers: Mapping[float, str]) -> list[Markup]:
+    """Grid lines with their ``numbers``, the axis below, and what both count."""
     parts = [text(0.0, 11.0, clipped(chart.y.label, WIDTH), "label")]
-    levels = ticks(y.low, y.high, chart.y.unit)
-    for level in levels:
+    for level, number in numbers.items():
         parts.append(line(x.start, y(level), x.end, y(level), "grid"))
-        parts.append(
-            text(
-                x.start - 6, y(level) + 4, tick_text(level, chart.y.unit, levels), "tick", end=True
-            )
-        )
+        parts.append(text(x.start - 6, y(level) + 4, number, "tick", end=True))
     places = ticks(x.low, x.high, chart.x.unit)
     for place in places:
         parts.append(line(x(place), y.start, x(place), y.start + 4, "axis"))

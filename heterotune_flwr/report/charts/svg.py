@@ -14,6 +14,8 @@ WIDTH = 380.0
 NARROW = 285.0
 #: Width of an average letter, at the drawings' size of letters.
 LETTER = 7.0
+#: The same of a tick's number, whose letters are smaller.
+TICK_LETTER = 6.3
 #: Height of a line of text.
 LINE = 15.0
 

@@ -97,8 +97,11 @@ def summary(facts: RunFacts) -> Section:
 
 
 def moment(time: float | None) -> str:
-    """A moment in words, in UTC."""
-    return "" if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
+    """A moment in words, in UTC; empty for none, and for one that no calendar has."""
+    try:
+        return "" if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, OSError, ValueError):
+        return ""
 
 
 def state_sentence(facts: RunFacts) -> str:
