@@ -11,15 +11,27 @@ import numpy as np
 import pytest
 from rounds import SIZE, Bowl, Client, Quadratic, Valleys, mean_loss, minimiser, one_each, run
 
-from heterotune_flwr.cmga import MEAN_CHAIN
+from heterotune_flwr.cmga import DEFAULT_CHAIN, MEAN_CHAIN
+
+#: The default without its clip.
+TYPES_ALIKE = DEFAULT_CHAIN[1:]
 
 # --------------------------------------------------------------------------------- the plain mean
 
 
-@pytest.mark.parametrize("examples", [(8, 1, 1, 1), (1, 1, 1, 1)])
-def test_1_the_floor_of_noise_is_sigma_squared_times_the_sum_of_squared_weights(examples):
+@pytest.mark.parametrize(
+    ("spec", "examples", "weights"),
+    [
+        (MEAN_CHAIN, (1, 1, 1, 1), [1 / 4] * 4),
+        (MEAN_CHAIN, (8, 1, 1, 1), [8 / 11, 1 / 11, 1 / 11, 1 / 11]),
+        (TYPES_ALIKE, (8, 1, 1, 1), [8 / 18, 1 / 18, 1 / 4, 1 / 4]),
+    ],
+)
+def test_1_the_floor_of_noise_is_sigma_squared_times_the_sum_of_squared_weights(
+    spec, examples, weights
+):
     """On f = L/2 |x - centre|^2 the bound is met at gamma = 1/L: no smaller one is true."""
-    smooth, sigma, weights = 2.0, 3.0, np.array(examples) / sum(examples)
+    smooth, sigma = 2.0, 3.0
     losses = [Bowl(centre, smooth) for centre in np.random.default_rng(0).normal(size=(4, 100))]
     clients = [
         Client(loss, key, count, sigma)
@@ -28,8 +40,8 @@ def test_1_the_floor_of_noise_is_sigma_squared_times_the_sum_of_squared_weights(
     floor = sigma**2 * np.sum(np.square(weights))
     for share in (1.0, 0.5):
         gamma = share / smooth
-        visited = run(clients, MEAN_CHAIN, 300, gamma)[20:]
-        gradients = [weights @ [f.gradient(x) for f in losses] for x in visited]
+        visited = run(clients, spec, 300, gamma)[20:]
+        gradients = [np.array(weights) @ [f.gradient(x) for f in losses] for x in visited]
         found = np.mean(np.sum(np.square(gradients), axis=1))
         assert found == pytest.approx(share * floor / (2 - share), rel=0.06)
         assert found <= 1.06 * gamma * smooth * floor
