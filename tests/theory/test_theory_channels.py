@@ -137,16 +137,18 @@ def test_13_the_consensus_loses_no_more_than_its_clients_and_nobody_alone_makes_
     assert largest <= 4 / (math.ceil(7 / 2) + 3)
 
 
-def consensus_rounds(own, say, pull, rounds):
+def consensus_rounds(own, say, pull, rounds, of_last=1):
     """Means over clients of what they predict (texts x labels), round by round.
 
-    Each replaces what it predicts by the best for ``say/2 |x - own|^2 + pull/2 |x - mean|^2``.
+    Each replaces what it predicts by the best for ``say/2 |x - own|^2 + pull/2 |x - mean|^2``; the mean is that of so
+    many last rounds.
     """
     clients = len(own)
     mean = np.full(own.shape[1:], 1 / own.shape[2])
     means = [mean]
     for _ in range(rounds):
-        fitted = (say[:, :, None] * own + pull * mean) / (say[:, :, None] + pull)
+        taught = np.mean(means[-of_last:], axis=0)
+        fitted = (say[:, :, None] * own + pull * taught) / (say[:, :, None] + pull)
         mean, _ = confidence_weighted_mean(list(fitted), [1 / clients] * clients, 0.0)
         means.append(mean)
     return np.array(means)
@@ -169,6 +171,9 @@ def test_14_the_consensus_goes_to_what_those_say_who_have_examples_and_the_other
         np.testing.assert_allclose(means[-1, text], limit, atol=1e-5)
         left = np.linalg.norm(means[:12, text] - limit, axis=1)
         np.testing.assert_allclose(left[1:] / left[:-1], 1 - weight[:, text].mean(), atol=1e-3)
+    slower = consensus_rounds(own, say, pull, 400, of_last=2)
+    np.testing.assert_allclose(slower[-1], means[-1], atol=1e-5)
+    assert (np.abs(slower[12] - slower[-1]) >= np.abs(means[12] - means[-1]) - 1e-9).all()
 
 
 def test_14_a_strong_consensus_weighs_clients_by_their_examples_as_pooled_data_would():
