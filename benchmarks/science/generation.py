@@ -102,7 +102,8 @@ def run_row(
     results = flower_run(
         row.preset,
         [
-            f"data.generate={GENERATED}", *row.overrides, *extra, f"server.rounds={row.rounds}",
+            f"data.generate={GENERATED}", "strategies.heterotune.predictions=null", *row.overrides, *extra,
+            f"server.rounds={row.rounds}",
             *(f"strategies.{name}.train.learning_rate={rate}" for name, rate in rates.items()),
             f"run.seeds={seeds}".replace(" ", ""), f"run.compare=[{','.join(rates)}]",
         ],

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol
 
 from heterotune_flwr import channels
+from heterotune_flwr.data.symbols import NO_SYMBOLS, RunSymbols
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
@@ -76,6 +77,8 @@ class RunFacts:
         Standard deviation of every shared latent over the public texts; None: types share no latents.
     shares
         Whether a type's place (a slot; after the last, whole texts) is aligned well enough to share.
+    symbols
+        What the types' vocabularies have in common; none where nobody asked.
     shared
         The tensors that clients of a type share with somebody, as they are now.
 
@@ -91,6 +94,7 @@ class RunFacts:
     usual_examples: float = 1.0
     spreads: Any = None
     shares: Callable[[str, int], bool] = lambda type_key, place: True
+    symbols: RunSymbols = NO_SYMBOLS
     shared: Callable[[str], Tensors] = lambda type_key: {}
 
     @property
@@ -137,6 +141,8 @@ class ServerChannel:
     name: ClassVar[str]
     #: Whether clients fit what it brings, so that types learn from each other without sharing tensors.
     teaches: ClassVar[bool] = False
+    #: Rounds before others can learn from it, in which it is at work already.
+    rounds_before: int = 0
     #: Whether its options have ``pool_over``, one of :data:`POOL_OVER`.
     pools: ClassVar[bool] = False
 

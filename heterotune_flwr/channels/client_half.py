@@ -47,6 +47,9 @@ class Node(Protocol):
     def alignment(self, config: Config) -> AlignmentConfig:
         """Alignment settings with this node's own public texts."""
 
+    def tells_loss(self, examples: int) -> float | None:
+        """What a single loss counts for at most in a mean over so many own examples that leaves it; None: none may."""
+
     def allowed_min_count(self, requested: int) -> int:
         """Of classes with so many examples sums may leave it; 0: of none."""
 

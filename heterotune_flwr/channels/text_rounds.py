@@ -89,6 +89,13 @@ class TextOptions:
         480, "on these texts, that guests take after the last round [steps]", least=1
     )
 
+    answers_by: str = option(
+        "bare",
+        "who writes, on open text, the answers to public prompts at whose positions all predict: a bare model, or a "
+        "client's trained one, where its owner allows it",
+        choices=("bare", "client"),
+    )
+
     def __post_init__(self) -> None:
         if self.anchors > self.pool:
             raise ConfigError(f"anchors is {self.anchors}, more than the {self.pool} of pool")

@@ -21,6 +21,24 @@ def anchor_texts(anchors: str, count: int) -> list[str]:
     return load_anchors(AlignmentConfig(anchors=anchors, count=count))
 
 
+def known_texts(work: ClientWork, count: int, digest: str) -> list[str]:
+    """The first public texts; ConfigError where this client's are not the server's."""
+    alignment = work.node.alignment(work.config)
+    texts = anchor_texts(alignment.anchors, count)
+    if len(texts) < count or anchor_digest(texts) != digest:
+        raise ConfigError.plain(
+            "the anchors here are not those of the server; they must be the same texts in the same order "
+            "(alignment.anchors, anchors in a node's settings)"
+        )
+    return texts
+
+
+def check_bounds(weight: float, batch: int) -> None:
+    """Bound how much a client learns from others (RefusedByNodeError)."""
+    within("the weight of what others know", weight, 0.0, _MOST_WEIGHT)
+    within("the public texts of a step", batch, 0, _MOST_BATCH)
+
+
 class TextWork(ClientChannel):
     """The client's half of a channel about public texts.
 
@@ -41,25 +59,13 @@ class TextWork(ClientChannel):
                 "answers on anchors need an open-text task, predictions a closed label set (data.labels, train.loss)"
             )
         self.request = DistillationRequest.from_payload(asked)
-        self.texts = self._known_texts()
+        self.texts = known_texts(work, self.request.extent, self.request.digest)
 
     @classmethod
     def check(cls, asked: Payload) -> None:
         """Bound how much a client learns from others."""
         request = DistillationRequest.from_payload(asked)
-        within("the weight of what others know", request.weight, 0.0, _MOST_WEIGHT)
-        within("the public texts of a step", request.batch, 0, _MOST_BATCH)
-
-    def _known_texts(self) -> list[str]:
-        """The anchors; ConfigError where this client's are not the server's."""
-        alignment, request = self.work.node.alignment(self.work.config), self.request
-        texts = anchor_texts(alignment.anchors, request.extent)
-        if len(texts) < request.extent or anchor_digest(texts) != request.digest:
-            raise ConfigError.plain(
-                "the anchors here are not those of the server; they must be the same texts in the same order "
-                "(alignment.anchors, anchors in a node's settings)"
-            )
-        return texts
+        check_bounds(request.weight, request.batch)
 
     def drawn(self, count: int, round: int) -> list[int]:
         """The anchors of a round: out of the pool, or all of the list where they are more."""

@@ -83,6 +83,8 @@ def checked_floors(given: Mapping[str, Any], where: str, prefix: str = "") -> di
     return found
 
 
+#: A single example's loss counts for no more than this, in nats: a test's mean moves by so much over its size.
+MOST_LOSS = 20.0
 #: Rows that are held out of a file of four times as many or more.
 MOST_HELD = 32
 

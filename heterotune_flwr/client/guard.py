@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.limits import LARGEST, TYPICAL, bounded, refuse, within
 from heterotune_flwr.client.bounds import check_losses, check_maps, check_method, check_settings
-from heterotune_flwr.client.floors import MOST_HELD, Floors
+from heterotune_flwr.client.floors import MOST_HELD, MOST_LOSS, Floors
 from heterotune_flwr.errors import naming
 from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainRequest
 from heterotune_flwr.protocol.metrics import metric_of
@@ -42,8 +42,6 @@ Tensors = Mapping[str, NDArray[np.float32]]
 
 #: Kinds of requests that are counted.
 TRAINING, TEST, LABELS = "training", "test", "labels"
-#: A single example's loss counts for no more than this, in nats: a test's mean moves by so much over its size.
-MOST_LOSS = 20.0
 #: Decimals of a loss, and of whatever else is measured on examples.
 _DECIMALS = 3
 _EXACT = ("examples", "steps", "learning_rate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.client.floors import MOST_HELD, Floors
+from heterotune_flwr.client.floors import MOST_HELD, MOST_LOSS, Floors
 from heterotune_flwr.client.holdout import split, whole_test
 from heterotune_flwr.client.node_book import NodeBook
 from heterotune_flwr.data.examples import Example
@@ -69,6 +70,12 @@ class Identity:
         return {
             name: value for name, value in metrics.items() if metric_of(name).measure in COUNTED
         }
+
+    def tells_loss(self, examples: int) -> float | None:
+        """Return what a single loss may count for in a mean over so many own examples that is told; None: tell none."""
+        if self.floors is None:
+            return math.inf
+        return MOST_LOSS if examples >= self.floors.test_examples else None
 
     def allowed_min_count(self, requested: int) -> int:
         """Return of which classes the server may know, by their fewest examples; 0: of none, the owner forbids it.

@@ -17,9 +17,8 @@ class FedMKT(LoRAStrategy):
 
     Differs from the paper: its public set is labelled, and each text is taught by whoever fits its label best; ours
     (the anchors) has no labels, so predictions are averaged (as in FedMD, arXiv 1910.03581). Vocabularies are matched
-    by the task's label words instead of by aligning tokens, and the server has no model of its own. What is
-    averaged, and how, is as in HeteroTune. Heterogeneity: any model types, any bits; a closed label set, or answers in
-    words (``answers: {}``).
+    by the task's label words, on open text by pieces they have in common, instead of by aligning tokens, and the server
+    has no model of its own. What is averaged, and how, is as in HeteroTune. Heterogeneity: any model types, any bits.
     """
 
     needs_teacher = True

@@ -99,10 +99,13 @@ class HeteroTune(HeteroStrategy):
 
     def at_work(self, server_round: int) -> Sequence[ServerChannel]:
         """Channels that teach wait for the last shared round: its predictions are what the phase begins with."""
-        whole = self.shared_rounds == self.rounds
-        if whole or self.personalized or server_round >= self.shared_rounds:
+        if self.shared_rounds == self.rounds or self.personalized:
             return self.channels
-        return [channel for channel in self.channels if not channel.teaches]
+        return [
+            channel
+            for channel in self.channels
+            if not channel.teaches or server_round >= self.shared_rounds - channel.rounds_before
+        ]
 
     def begin_round(self, server_round: int) -> None:
         """Give every type its own copy of the shared bank when the personalization phase begins."""

@@ -13,7 +13,7 @@ from heterotune_flwr.data.symbols import NO_SYMBOLS
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.transport import Transport
 from heterotune_flwr.flower import is_simulation
-from heterotune_flwr.schema import DataConfig, TrainConfig
+from heterotune_flwr.schema import TrainConfig
 from heterotune_flwr.strategies.groups import Groups
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ NO_TEACHER = "it lives on a channel that clients learn from, and none can work h
 def closed_task(labels: Sequence[str] | None, train: TrainConfig) -> bool:
     """Whether a task is about a closed label set."""
     return bool(labels) and train.loss != "tokens"
-
-
-def surely_open(data: DataConfig, train: TrainConfig) -> bool:
-    """Whether the configuration alone says that the task has no closed label set."""
-    return train.loss == "tokens" or (data.labels is None and data.max_labels < 1)
 
 
 def open_run(strategy: HeteroStrategy) -> None:
@@ -105,6 +100,7 @@ def _opened(
         usual_examples=roster.usual_examples,
         spreads=None if maps is None else maps.spreads,
         shares=strategy.shares,
+        symbols=strategy.symbols.symbols if strategy.symbols else NO_SYMBOLS,
         shared=strategy.groups.slice,
     )
     opened, reasons = [], []

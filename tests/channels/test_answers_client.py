@@ -27,7 +27,6 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.federation.journal import read_events
 from heterotune_flwr.protocol.messages import Header, TrainRequest
 from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, TrainConfig
@@ -255,20 +254,6 @@ def test_every_client_answers_every_round_and_learns(world):
     for name, value in ours.items():
         np.testing.assert_array_equal(value, again.shared_tensors()[name])
     assert any(not np.array_equal(value, theirs[name]) for name, value in ours.items())
-
-
-def test_a_closed_label_set_has_no_answers_in_words_and_says_so(world):
-    closed = FEW.replace("train.loss=tokens", "train.loss=labels")
-    few = f"strategies.{WORDS}.predictions.anchors=8"
-    strategy = run(world, WORDS, rounds=1, overrides=f"{closed} {few}")
-    assert [channel.name for channel in strategy.channels] == ["predictions"]
-    (off,) = (
-        e
-        for e in read_events(world.path / "journal" / "rounds.jsonl")
-        if e["event"] == "channel_off"
-    )
-    assert off["channel"] == "answers"
-    assert "closed label set" in off["reason"]
 
 
 def test_a_request_for_words_needs_open_text(world):

@@ -189,14 +189,15 @@ def test_the_same_seed_gives_the_same_bank_and_predictions_change_it(world):
     assert 16 * 3 <= extra < 16 * 3 + 400  # and two manifests
 
 
-def test_open_text_has_no_predictions_and_fedmkt_says_so(world):
+def test_without_symbols_open_text_has_no_predictions_and_fedmkt_says_so(world):
     strategy = run(world, DEEP, rounds=1, overrides=f"{FEW} train.loss=tokens")
     assert strategy.channels == []
     events = read_events(world.path / "journal" / "rounds.jsonl")
     off = {e["channel"]: e["reason"] for e in events if e["event"] == "channel_off"}
     assert set(off) == {"predictions", "statistics"}
-    assert all("closed label set" in reason for reason in off.values())
-    with pytest.raises(ConfigError, match="no closed label set"):
+    assert "closed label set" in off["statistics"]
+    assert "alignment.output=vocabulary" in off["predictions"]
+    with pytest.raises(ConfigError, match="vocabularies have in common"):
         run(world, "fedmkt", rounds=1, overrides="train.loss=tokens")
 
 

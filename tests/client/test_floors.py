@@ -23,8 +23,8 @@ from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.channels.statistics.record import Request as Statistics
 from heterotune_flwr.client.bounds import check_maps
-from heterotune_flwr.client.floors import KEYS, Floors
-from heterotune_flwr.client.guard import MOST_LOSS, Guard
+from heterotune_flwr.client.floors import KEYS, MOST_LOSS, Floors
+from heterotune_flwr.client.guard import Guard
 from heterotune_flwr.client.holdout import held_size
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.client.node_book import FILE, NodeBook

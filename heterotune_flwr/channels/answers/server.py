@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.channels.channel import Aggregated, RunFacts, Update
+from heterotune_flwr.channels.predictions.agreement import agreement_weights
 from heterotune_flwr.channels.predictions.record import DistillationRequest, Said, as_answers
-from heterotune_flwr.channels.predictions.server import agreement_weights
 from heterotune_flwr.channels.text_rounds import TextRounds
 from heterotune_flwr.cmga.pull import no_louder
 from heterotune_flwr.data.text_metrics import folded, words

@@ -1,4 +1,7 @@
-"""What a client does with predictions: it fits the federation's mean, and predicts for the others."""
+"""What a client does with predictions: it fits the federation's mean, and predicts for the others.
+
+Of a closed label set here, on open text in :mod:`.token_client`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from functools import cached_property
 import torch
 
 from heterotune_flwr.channels.channel import Purpose
+from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
 from heterotune_flwr.channels.predictions.loss import Distillation, predict
 from heterotune_flwr.channels.predictions.record import Said, as_probabilities
+from heterotune_flwr.channels.predictions.token_client import TokenWork
+from heterotune_flwr.channels.predictions.token_record import TOKENS
 from heterotune_flwr.channels.text_work import TextWork
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.protocol.payloads import Payload
@@ -18,7 +24,7 @@ from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import EncodedSet
 
 
-class Channel(TextWork):
+class LabelWork(TextWork):
     """Label probabilities of a closed set."""
 
     kind = "labels"
@@ -61,3 +67,28 @@ class Channel(TextWork):
             return None
         chosen = self.drawn(self.request.wanted, self.work.header.round + 1)
         return Said(predict(self.work.task, self._rows("predict"), chosen)).to_payload()
+
+
+class Channel(ClientChannel):
+    """Predictions of labels, or of symbols, as the server asks."""
+
+    def __init__(self, asked: Payload, work: ClientWork) -> None:
+        super().__init__(asked, work)
+        self._half = _half_of(asked)(asked, work)
+
+    @classmethod
+    def check(cls, asked: Payload) -> None:
+        """As the half that is asked."""
+        _half_of(asked).check(asked)
+
+    def losses(self) -> Sequence[LossTerm]:
+        """As the half that is asked."""
+        return self._half.losses()
+
+    def reply(self) -> Payload | None:
+        """As the half that is asked."""
+        return self._half.reply()
+
+
+def _half_of(asked: Payload) -> type[LabelWork] | type[TokenWork]:
+    return TokenWork if TOKENS in asked.fields else LabelWork

@@ -14,42 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.alignment.public_texts import entropies
-from heterotune_flwr.channels.channel import Aggregated, RunFacts, Update
+from heterotune_flwr.channels.channel import (
+    Aggregated,
+    Purposes,
+    RunFacts,
+    Unlabelled,
+    Update,
+)
+from heterotune_flwr.channels.predictions.agreement import agreement_weights
 from heterotune_flwr.channels.predictions.record import (
     DistillationRequest,
     Said,
     as_probabilities,
 )
+from heterotune_flwr.channels.predictions.token_server import TokenRounds
 from heterotune_flwr.channels.text_rounds import TextRounds
 from heterotune_flwr.cmga.pull import no_louder
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.protocol.payloads import Array, Payload
 from heterotune_flwr.schema import MethodConfig
-
-#: A client whose predictions have nothing to do with the others' still gets this much of a share.
-_FLOOR = 0.02
-
-
-def agreement_weights(predictions: Sequence[Array], agreement_power: float) -> list[float]:
-    """Share of every client in the mean, from how much it agrees with the mean of the others.
-
-    ``w_i ~ max(corr(p_i, mean_{j != i} p_j), 0.02)^agreement_power`` with predictions ``n x C`` centred per label, so
-    that agreeing on what is frequent everywhere does not count. With one client, or ``agreement_power`` 0, all are
-    equal.
-    """
-    count = len(predictions)
-    if count < 3 or not agreement_power:  # two always agree with each other equally
-        return [1.0 / count] * count
-    centred = [np.asarray(p, np.float64) - p.mean(axis=0, dtype=np.float64) for p in predictions]
-    total = np.sum(centred, axis=0)
-    weights = []
-    for own in centred:
-        others = total - own
-        scale = float(np.linalg.norm(own) * np.linalg.norm(others))
-        agreement = float((own * others).sum()) / scale if scale > 0 else 0.0
-        weights.append(max(agreement, _FLOOR) ** agreement_power)
-    return [weight / sum(weights) for weight in weights]
 
 
 def confidence_weighted_mean(
@@ -82,17 +66,51 @@ def sinkhorn_balance(targets: NDArray[np.float64], iterations: int) -> NDArray[n
 
 
 class PredictionEnsemble(TextRounds[Array]):
-    """The server's half: asks for predictions, averages them, brings the mean."""
+    """The server's half: asks for predictions, averages them, brings the mean.
+
+    Of a closed label set here; on open text, of symbols at the positions of public answers, in :mod:`.token_server`.
+    """
+
+    tokens: TokenRounds | None = None
 
     def most_bytes(self, labels: Sequence[str], method: MethodConfig) -> int | None:
-        """A byte for every text and label."""
-        return int(min(self.options.anchors, self.options.pool)) * len(labels)
+        """A byte for every text and label; on open text it depends on the answers."""
+        return int(min(self.options.anchors, self.options.pool)) * len(labels) if labels else None
 
     def open(self, run: RunFacts) -> str | None:
-        """Probabilities are over a closed label set."""
-        if not run.labels:
-            return "the task has no closed label set (data.labels, train.loss); open text has the channel answers"
-        return super().open(run)
+        """Without a closed label set predictions are of the symbols that all vocabularies have."""
+        reason = super().open(run)
+        if not run.labels and reason is None:
+            if not run.symbols.count:
+                return "nobody knows what the vocabularies have in common: set alignment.output=vocabulary"
+            self.tokens = TokenRounds(run, self.options, self.digests[self.options.pool])
+            self.rounds_before = 1
+        return reason
+
+    def purposes(self, server_round: int, type_key: str) -> Purposes:
+        """As :meth:`.TextRounds.purposes`."""
+        if self.tokens is None:
+            return super().purposes(server_round, type_key)
+        fits = self.tokens.fits(self.group(type_key), type_key)
+        return ["predict", "fit"] if fits else ["predict"]
+
+    def request(self, server_round: int, client_id: str, purposes: Purposes) -> Payload | None:
+        """As :meth:`.TextRounds.request`."""
+        if self.tokens is None:
+            return super().request(server_round, client_id, purposes)
+        guest = "unlabelled" in purposes
+        if not guest and "train" not in purposes:
+            return None
+        group = self.group(self.run.clients[client_id].type_key)
+        return self.tokens.request(client_id, group, guest).to_payload()
+
+    def unlabelled(self, server_round: int, type_key: str) -> Unlabelled | None:
+        """As :meth:`.TextRounds.unlabelled`."""
+        if self.tokens is None:
+            return super().unlabelled(server_round, type_key)
+        if not self.tokens.fits(self.group(type_key), type_key):
+            return None
+        return Unlabelled(self.options.guest_steps, self.options.anchors)
 
     def bring(
         self, request: DistillationRequest, known: Array, places: list[int]
@@ -102,16 +120,23 @@ class PredictionEnsemble(TextRounds[Array]):
 
     def state_dict(self) -> State:
         """The next round's targets."""
+        if self.tokens is not None:
+            return self.tokens.state_dict()
         return {"targets": self.known, "due": self.due}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from :meth:`state_dict`."""
+        if self.tokens is not None:
+            self.tokens.load_state_dict(state)
+            return
         self.known, self.due = dict(state["targets"]), state["due"]
 
     def aggregate(
         self, server_round: int, replies: Mapping[str, Payload | None], updates: Sequence[Update]
     ) -> Aggregated:
         """Average what clients predict on the next round's anchors; without usable ones it has no targets."""
+        if self.tokens is not None:
+            return self.tokens.aggregate(replies, self.groups(list(replies)))
         usable: dict[str, Array] = {}
         refused: dict[str, str] = {}
         for client_id, payload in replies.items():
