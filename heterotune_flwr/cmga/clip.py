@@ -13,7 +13,8 @@ def clip_to_median() -> Transform:
     """``g_i <- g_i min(1, c / |g_i|)``, c the median length over the round's clients (docs/method.md, 4.1).
 
     Over clients of *all* types, so a type that is too loud as a whole is shortened too. Any mean of what is left is at
-    most c long, and one client moves it by at most its weight times 2 c.
+    most c long. Were c fixed, one client would move it by at most its weight times 2 c; docs/theory.md (7) has what its
+    say in c adds.
     """
 
     def update(updates: Updates, state: State) -> tuple[Updates, State]:
