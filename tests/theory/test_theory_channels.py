@@ -12,10 +12,11 @@ import pytest
 
 from heterotune_flwr.alignment.gcca import fit_slot, held_out_quality
 from heterotune_flwr.channels.predictions.server import confidence_weighted_mean
+from heterotune_flwr.channels.predictions.token_record import TOP, TopSymbols
 from heterotune_flwr.channels.statistics.class_pool import Classes
 from heterotune_flwr.channels.statistics.server import linear_discriminant
 from heterotune_flwr.exchange.codecs import UNIT8
-from heterotune_flwr.exchange.packing import round_trip
+from heterotune_flwr.exchange.packing import pack, round_trip
 
 # ------------------------------------------------------------------------------------ what rho says
 
@@ -210,3 +211,22 @@ def test_15_whoever_hears_a_client_tells_no_more_secrets_apart_than_its_bytes_ha
         bound = min(1.0, 2.0 ** (16 * server_round - 18))
         assert success <= bound
         assert success >= 0.9 * bound
+
+
+def test_15_a_place_with_eight_symbols_is_24_bytes_beside_those_that_say_which():
+    """Nothing else arrives of 500 places of 10 answers, and these bytes arrive as they were sent."""
+    rng = np.random.default_rng(7)
+    places, answers = np.arange(500), 10
+    numbers = np.array([rng.choice(2**16, TOP, replace=False) for _ in places])
+    chances = np.sort(rng.dirichlet([0.3] * TOP, size=len(places)))[:, ::-1]
+    tensors = TopSymbols(
+        places // 50, places % 50, np.ones_like(places), numbers, chances
+    ).to_tensors(answers)
+    arrived = round_trip(tensors, UNIT8)
+    data = pack(tensors, UNIT8)["data"]
+    assert data.dtype == "uint8"
+    assert data.shape == ((24 + 3) * len(places) + answers,)
+    assert tensors["top"].shape == (len(places), 24)
+    heard = TopSymbols.from_tensors(arrived, answers, 2**16)
+    np.testing.assert_array_equal(heard.numbers, numbers)
+    np.testing.assert_array_equal(arrived["top"], tensors["top"])
