@@ -31,6 +31,8 @@ from heterotune_flwr.seeds import generator
 SCHEDULE = Schedule(rounds=8, steps=12, batch=8)
 #: Public prompts about which clients say something in a round, and of which a step has some beside own texts.
 DRAWN, LESSON = 48, 4
+#: The round after which clients first say something: before, they have little to say.
+FIRST_SAID = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Row:
     maps
         ``none``, or the alignment's control.
     teach
-        Which public answers are talked about (:data:`.text_world.PUBLIC`); empty: none.
+        Which public answers are talked about (:data:`.text_world.PUBLIC`, or ``client``); empty: none.
+    words
+        These answers are learnt as they are: no distributions.
     voices
         Whose distributions are averaged: ``all``; ``type``: the own type's; ``untrained``: all, but those of other
         types are bare.
@@ -62,6 +66,7 @@ class Row:
     pooled: bool = False
     maps: str = "none"
     teach: str = ""
+    words: bool = False
     voices: str = "all"
     sums: bool = False
     smallest: bool = False
@@ -86,6 +91,8 @@ ROWS: Mapping[str, Row] = {
     "top-8, other tasks' prompts, inside the type": Row(teach="elsewhere", voices="type"),
     "top-8, human answers, inside the type": Row(teach="human", voices="type"),
     "everybody on the smallest": Row(smallest=True),
+    "top-8, a drawn client's answers": Row(teach="client"),
+    "answers in words": Row(teach="client", words=True),
 }
 DECIDING = tuple(ROWS)[:9]
 
@@ -112,10 +119,10 @@ def federate(
         for i, holder in enumerate(holders):
             rows = [r for h in holders for r in h.rows] if row.pooled else holder.rows
             terms = [_term(world, holder.kind, rows, schedule, seed, round, i)]
-            if school is not None and round > 1:
+            if school is not None and round > FIRST_SAID:
                 terms.append(school.term(i, round))
             trained.append(train(banks[i], schedule, terms))
-        if school is not None:
+        if school is not None and round >= FIRST_SAID:
             school.hear(trained, round)
         banks = averaged(trained, [holder.kind for holder in holders], row.bank)
         yield banks
@@ -156,13 +163,16 @@ class School:
 
     def __init__(self, row: Row, world: World, holders: Sequence[Holder], seed: int) -> None:
         public = world.public[row.teach]
+        if row.words:
+            public = replace(public, pairs=[pairs[:0] for pairs in public.pairs])
+        self._words = row.words
         self._pupils = [Pupil.of(view, public, kind) for kind, view in enumerate(world.views)]
         self._kinds = [holder.kind for holder in holders]
         self._voices, self._seed = row.voices, seed
         count = sum(map(len, public.pairs))
         groups = {0} if row.voices == "all" else set(self._kinds)
         self._targets = {group: Targets(count) for group in groups}
-        self._prompts = [n for n, pairs in enumerate(public.pairs) if len(pairs)]
+        self._prompts = [n for n, pairs in enumerate(public.pairs) if row.words or len(pairs)]
         self._drawn: list[int] = []
 
     def hear(self, banks: Sequence[Bank], round: int) -> None:
@@ -170,6 +180,8 @@ class School:
         rng = generator(self._seed, f"texts.public.{round}")
         size = min(DRAWN, len(self._prompts))
         self._drawn = rng.choice(self._prompts, size, replace=False).tolist()
+        if self._words:
+            return
         places = np.concatenate([self._pupils[0].numbers[row] for row in self._drawn])
         bare = first_bank(self._seed)
         trained = [

@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.runner import say
-from heterotune_flwr.alignment.maps import resolve_output
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
@@ -28,13 +29,15 @@ from heterotune_flwr.backbones.reader import BATCH_TOKENS, Reader
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.exchange.storage import atomic_write_text
-from heterotune_flwr.schema import AlignmentConfig, DataConfig, MethodConfig, TrainConfig
+from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.generation import answer_prompts, generate_answers
 from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
 
 #: Counts up when what is kept changes.
 VERSION = 1
+#: Of an adapter that does nothing.
+BARE = MethodConfig(output=MethodConfig().latent)
 #: Positions whose logits exist at once while they are computed.
 _AT_A_TIME = 64
 
@@ -100,52 +103,74 @@ class TextType:
         weight: Tensor = head.weight.detach().float() * backbone.scaling.scale
         return weight
 
-    def answers(self, examples: Sequence[Example], what: str) -> Answers:
-        """Read examples with their answers, or take them from the cache; ``what`` names them in messages."""
+    def answers(self, examples: Sequence[Example], what: str, kept: bool = True) -> Answers:
+        """Read examples with their answers, or take them from the cache; ``what`` names them in messages.
+
+        Those that are not ``kept`` stay in memory.
+        """
         encoded = self.task.encode(examples)
+        starts = np.cumsum([0, *map(len, encoded.targets)]).tolist()
+        targets = torch.tensor([token for line in encoded.targets for token in line])
+        if not kept:
+            states = _read(Reader.of(self.backbone), encoded)
+            logs = torch.empty(len(states), len(self.unembedding()), dtype=torch.float16)
+            self._fill(logs.numpy(), states)
+            return Answers(states, logs, targets, starts)
         folder = self._folder([self.backbone.fingerprint, self.spec.bits, encoded.digest])
         if not (folder / "done").exists():
             say(f"{self.name}: reading {len(examples)} texts ({what})")
             self._compute(encoded, folder)
-        starts = np.cumsum([0, *map(len, encoded.targets)]).tolist()
-        targets = torch.tensor([token for line in encoded.targets for token in line])
         logs = torch.from_numpy(np.load(folder / "logs.npy", mmap_mode="c"))
         states = torch.from_numpy(np.load(folder / "states.npy"))
         return Answers(states, logs, targets, starts)
 
-    @torch.no_grad()
     def _compute(self, encoded: EncodedSet, folder: Path) -> None:
-        weight = self.unembedding()
         states = _read(Reader.of(self.backbone), encoded)
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "states.npy", states.numpy())
-        logs = np.lib.format.open_memmap(
-            folder / "logs.npy", "w+", np.float16, (len(states), len(weight))
-        )
-        for start in range(0, len(states), _AT_A_TIME):
-            part = states[start : start + _AT_A_TIME] @ weight.T
-            logs[start : start + _AT_A_TIME] = part.log_softmax(-1).half().numpy()
+        shape = (len(states), len(self.unembedding()))
+        logs = np.lib.format.open_memmap(folder / "logs.npy", "w+", np.float16, shape)
+        self._fill(logs, states)
         logs.flush()
         (folder / "done").touch()
 
+    @torch.no_grad()
+    def _fill(self, logs: NDArray[np.float16], states: Tensor) -> None:
+        weight = self.unembedding()
+        for start in range(0, len(states), _AT_A_TIME):
+            part = states[start : start + _AT_A_TIME] @ weight.T
+            logs[start : start + _AT_A_TIME] = part.log_softmax(-1).half().numpy()
+
     def written(self, examples: Sequence[Example], what: str) -> list[str]:
-        """Greedy answers of the bare model to texts; one that writes nothing has a full stop."""
+        """Greedy answers of the bare model, from the cache where they are there; ``what`` names them in messages."""
         parts: list[Any] = [self.backbone.fingerprint, self.spec.bits, self.data.max_answer_tokens]
         prompts = answer_prompts(self.task, examples, self.data)
         file = self._folder([*parts, prompts]) / "answers.json"
         if not file.exists():
             say(f"{self.name}: writing {len(examples)} answers ({what})")
-            method = resolve_output(MethodConfig(), AlignmentConfig(output="vocabulary"), None)
-            adapter = attach(self.backbone, method, method.output or method.latent)
-            form = self.task.form
-            with adapter.bare():
-                answers = generate_answers(
-                    adapter, prompts, self.data.max_answer_tokens, form.stop, form.ending
-                )
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(file, json.dumps(answers))
-        answers = json.loads(file.read_text())
-        return [answer or "." for answer in answers]
+            atomic_write_text(file, json.dumps(self.write(examples)))
+        answers: list[str] = json.loads(file.read_text())
+        return answers
+
+    def write(
+        self,
+        examples: Sequence[Example],
+        method: MethodConfig = BARE,
+        maps: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> list[str]:
+        """Greedy answers of an adapter with these maps and values, or of the bare model."""
+        prompts, form = answer_prompts(self.task, examples, self.data), self.task.form
+        adapter = attach(self.backbone, method, method.output or method.latent)
+        bare = maps is None or values is None
+        if maps is not None and values is not None:
+            adapter.load_maps({name: value.numpy() for name, value in maps.items()})
+            adapter.load(values)
+        with adapter.bare() if bare else nullcontext():
+            return generate_answers(
+                adapter, prompts, self.data.max_answer_tokens, form.stop, form.ending
+            )
 
     def _folder(self, parts: Any) -> Path:
         content = json.dumps([VERSION, self.data.template, parts])
@@ -153,6 +178,7 @@ class TextType:
         return cache_dir() / "probe" / f"answers-{digest}"
 
 
+@torch.no_grad()
 def _read(reader: Reader, encoded: EncodedSet) -> Tensor:
     """Final states at all answer positions (S x d, float32); what all texts begin with is read once."""
     lines, places = encoded.inputs, encoded.positions

@@ -7,15 +7,14 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-FLOOR, CEILING = "within type", "pooled data"
+BARE, FLOOR, CEILING = "bare", "within type", "pooled data"
 #: The row that the suite's own figures are about: predictions alone, on answers that no person wrote.
 METHOD = "top-8, bare answers"
 #: A gap below this, or below two standard errors, is told as a difference, without a share.
 LEAST_GAP = 0.05
-#: Rows of the plan that this command does not run; each needs the whole model in every step, or its generation.
+#: Rows of the plan that this command does not run: each trains through the whole model.
 NOT_RUN = (
-    "FedIT within type", "answers in words", "FedMKT", "top-8, a drawn client's answers",
-    "pooled data by LoRA",
+    "FedIT within type", "FedMKT", "pooled data by LoRA",
 )  # fmt: skip
 _DRAWS = 2000
 _LEVEL = 0.05
@@ -50,7 +49,7 @@ def summary(cells: Mapping[str, Cell], asked: Iterable[str] = ()) -> dict[str, A
     """Per suite and clients per type: its figures, and per partition and row the table."""
     told: dict[tuple[str, str], dict[str, dict[str, dict[int, Cell]]]] = {}
     for name, cell in cells.items():
-        if name.startswith("dev ") or not cell.get("clients"):
+        if name.startswith(("dev ", "rouge ")) or not cell.get("clients"):
             continue
         suite, clients, partition, seed, row = name.split(" ", 4)
         rows = told.setdefault((suite, clients), {}).setdefault(partition, {})
@@ -58,6 +57,10 @@ def summary(cells: Mapping[str, Cell], asked: Iterable[str] = ()) -> dict[str, A
     found: dict[str, Any] = {}
     for (suite, clients), partitions in sorted(told.items()):
         tables = {partition: _table(rows) for partition, rows in sorted(partitions.items())}
+        for partition, table in tables.items():
+            for row, by_type in _rouge(cells, f"rouge {suite} {clients} {partition} ").items():
+                for kind, entry in by_type.items():
+                    table.setdefault(row, {}).setdefault(kind, {}).update(entry)
         found[f"{suite}_{clients}"] = _figures(partitions, tables) | {
             "partitions": tables,
             "choices": {
@@ -112,6 +115,27 @@ def _table(rows: Mapping[str, Mapping[int, Cell]]) -> dict[str, Any]:
             }
             table.setdefault(row, {})[kind] = entry
     return table
+
+
+def _rouge(cells: Mapping[str, Cell], start: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Row -> type -> mean ROUGE-L on all tasks and on own, and of how many answers over all seeds."""
+    found: dict[str, dict[str, list[Cell]]] = {}
+    for name, cell in cells.items():
+        if name.startswith(start):
+            row = name.removeprefix(start).split(" ", 1)[1]
+            for client in cell["clients"]:
+                found.setdefault(row, {}).setdefault(client["type"], []).append(client)
+    return {
+        row: {
+            kind: {
+                "rouge_all": round(_mean([c["all"] for c in clients]), 2),
+                "rouge_own": round(_mean([c["own"] for c in clients]), 2),
+                "answers": sum(c["answers"] for c in clients),
+            }
+            for kind, clients in by_type.items()
+        }
+        for row, by_type in found.items()
+    }
 
 
 def _losses(

@@ -79,7 +79,7 @@ class Corpus:
 class Public:
     """Public prompts with answers, of every type, and where their tokenizers stand one to one.
 
-    ``pairs[row]``: k x types, positions inside the corpora. ``exact`` says whether the text may be trained on too.
+    ``pairs[row]``: k x types, positions inside the corpora. ``trainable``: the text itself may be trained on, too.
     """
 
     corpora: Sequence[Corpus]
@@ -108,7 +108,7 @@ class World:
 
     names: Sequence[str]
     views: Sequence[View]
-    public: Mapping[str, Public]
+    public: dict[str, Public]
     task_of: Mapping[str, NDArray[np.int64]]
     task_names: Sequence[str]
     symbols: Symbols
@@ -119,6 +119,8 @@ class World:
 
 #: Which answers public prompts get: who wrote them, and of which tasks the prompts are.
 PUBLIC = ("bare", "human", "elsewhere")
+#: Written by clients, anew in every run (:meth:`Texts.tell`).
+CLIENTS = "client"
 
 
 class Texts:
@@ -166,11 +168,21 @@ class Texts:
         self.unembeddings = [own.unembedding() for own in types]
 
     def _written(self, examples: Sequence[Example], task: str) -> list[Example]:
-        answers = self.types[0].written(examples, task)
-        return [
-            replace(example, label=answer, references=())
-            for example, answer in zip(examples, answers, strict=True)
+        return answered(examples, self.types[0].written(examples, task))
+
+    def tell(self, world: World, answers: Sequence[str]) -> None:
+        """Give a world the public prompts with answers that clients wrote, in the prompts' order."""
+        begins = np.cumsum([0, *map(len, self.examples["human"])]).tolist()
+        self.examples[CLIENTS] = [
+            answered(rows, answers[begin:])
+            for rows, begin in zip(self.examples["human"], begins, strict=False)
         ]
+        self.answers[CLIENTS] = [
+            [own.answers(rows, "clients' answers", False) for rows in self.examples[CLIENTS]]
+            for own in self.types
+        ]
+        self.pairs[CLIENTS] = self._pairs(CLIENTS)
+        world.public[CLIENTS] = self._public(CLIENTS, world.maps)
 
     def _pairs(self, part: str) -> list[NDArray[np.int64]]:
         """Per public row, k x types: positions (counted in the part's list) that stand one to one."""
@@ -208,7 +220,7 @@ class Texts:
                     for k, v in zip(("scores", "basis", "mean"), found, strict=True)
                 },
                 "label_rows": np.zeros((0, states[0].shape[1])),
-                **_word_factors(self.unembeddings[index][self.ids(index)[used]].numpy()),
+                **_symbol_factors(self.unembeddings[index][self.ids(index)[used]].numpy()),
             }
         return compute_maps(factors, replace(ALIGNMENT, control=control), METHOD, None, seed)
 
@@ -236,13 +248,7 @@ class Texts:
         weights = result.anchor_latents["slots.0.weights"]
         correlation = torch.from_numpy(weights ** (1 / ALIGNMENT.weighting)).float()
         quality = float(np.mean([own[0] for own in result.quality.values()]))
-        corpora: dict[str, list[Corpus]] = {
-            part: [
-                Corpus(own, maps[i]["slots.0.map.down.weight"], maps[i]["slots.0.map.down.bias"])
-                for i, own in enumerate(lists)
-            ]
-            for part, lists in self.answers.items()
-        }
+        corpora = {part: self._corpora(part, maps) for part in ("train", "dev", "test")}
         views = [
             View(
                 own.name, self.unembeddings[i] @ maps[i]["slots.0.map.up.weight"], self.ids(i),
@@ -250,12 +256,7 @@ class Texts:
             )
             for i, own in enumerate(self.types)
         ]  # fmt: skip
-        public = {
-            part: Public(
-                corpora[part], [torch.from_numpy(p) for p in self.pairs[part]], part != "human"
-            )
-            for part in PUBLIC
-        }
+        public = {part: self._public(part, maps) for part in PUBLIC}
         task_of = {
             part: np.repeat(np.arange(len(lists)), [len(rows) for rows in lists])
             for part, lists in self.examples.items()
@@ -265,15 +266,33 @@ class Texts:
             names, views, public, task_of, self.tasks, self.symbols, correlation, quality, maps
         )
 
+    def _corpora(self, part: str, maps: Sequence[Mapping[str, Tensor]]) -> list[Corpus]:
+        return [
+            Corpus(own, each["slots.0.map.down.weight"], each["slots.0.map.down.bias"])
+            for own, each in zip(self.answers[part], maps, strict=True)
+        ]
 
-def _word_factors(rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    def _public(self, part: str, maps: Sequence[Mapping[str, Tensor]]) -> Public:
+        pairs = [torch.from_numpy(own) for own in self.pairs[part]]
+        return Public(self._corpora(part, maps), pairs, part != "human")
+
+
+def answered(examples: Sequence[Example], answers: Sequence[str]) -> list[Example]:
+    """Prompts with other answers than people's; one that is empty is a full stop."""
+    return [
+        replace(example, label=answer or ".", references=())
+        for example, answer in zip(examples, answers, strict=False)
+    ]
+
+
+def _symbol_factors(rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Of the unembedding rows of symbols, what a type tells (as :mod:`heterotune_flwr.alignment.factors` does)."""
     left, singular, right = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     keep = min(ALIGNMENT.output_components, len(singular))
     return {
-        "words.left": left[:, :keep],
-        "words.singular": singular[:keep],
-        "words.right": right[:keep],
+        "symbols.left": left[:, :keep],
+        "symbols.singular": singular[:keep],
+        "symbols.right": right[:keep],
     }
 
 
