@@ -12,12 +12,13 @@ import numpy as np
 
 from benchmarks.runner import Cells, say
 from benchmarks.science.laboratory.text_clients import Bank, DivergedError, canonical
+from benchmarks.science.laboratory.text_deal import Holder, deal
 from benchmarks.science.laboratory.text_rows import ROWS, federate, measured
 from benchmarks.science.laboratory.text_states import TextType
 from benchmarks.science.laboratory.text_sums import TokenSums
 from benchmarks.science.laboratory.text_table import BARE, FLOOR, chosen
 from benchmarks.science.laboratory.text_tasks import DATA, OTHERS, TASKS
-from benchmarks.science.laboratory.text_world import CLIENTS, METHOD, Holder, Texts, World, deal
+from benchmarks.science.laboratory.text_world import CLIENTS, METHOD, Texts, World
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.text_metrics import rouge_l

@@ -146,10 +146,10 @@ class Pupil:
 
 @torch.no_grad()
 def test_losses(bank: Bank, view: View, corpus: Corpus) -> Tensor:
-    """Loss of every answer token of a corpus (S)."""
+    """Loss of every answer token of a dev or test corpus (S), over the whole vocabulary."""
     found = []
     for places in torch.arange(len(corpus.targets)).split(128):
         moved = outputs(bank, corpus.z[places])
         base = corpus.base(places)
-        found.append(cross_entropy(moved, base, view.effect, corpus.targets[places]))
+        found.append(cross_entropy(moved, base, view.whole, corpus.targets[places]))
     return torch.cat(found)

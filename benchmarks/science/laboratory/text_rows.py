@@ -23,8 +23,9 @@ from benchmarks.science.laboratory.text_clients import (
     train,
 )
 from benchmarks.science.laboratory.text_consensus import Targets
+from benchmarks.science.laboratory.text_deal import Holder
 from benchmarks.science.laboratory.text_sums import TokenSums
-from benchmarks.science.laboratory.text_world import Corpus, Holder, World
+from benchmarks.science.laboratory.text_world import Corpus, World
 from heterotune_flwr.seeds import generator
 
 #: Rounds, steps a round, texts a step. The rate is the row's.

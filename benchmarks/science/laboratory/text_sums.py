@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.science.laboratory.text_clients import Bank, outputs, test_losses
+from benchmarks.science.laboratory.text_deal import Holder
 from benchmarks.science.laboratory.text_losses import moments
-from benchmarks.science.laboratory.text_world import Corpus, Holder, View, World
+from benchmarks.science.laboratory.text_world import Corpus, View, World
 
 #: Answer positions that count, symbols at most, clients that must have used one.
 _FIRST, _MOST, _CLIENTS = 4, 256, 2
@@ -79,14 +80,14 @@ class TokenSums:
     @torch.no_grad()
     def _moved(self, bank: Bank, view: View, corpus: Corpus) -> Callable[[float], Tensor]:
         """The losses as a function of the weight."""
-        losses, ids = test_losses(bank, view, corpus), view.ids[self._names]
+        losses, ids = test_losses(bank, view, corpus), view.tokens[self._names]
         first = _first(corpus, range(len(corpus)))
         before, scores = [], []
         for places in first.split(128):
             z, base = corpus.z[places], corpus.base(places)
             moved = outputs(bank, z)
-            normaliser, _ = moments(base, moved, view.effect)
-            before.append(base[:, ids].float() + moved @ view.effect[ids].T - normaliser[:, None])
+            normaliser, _ = moments(base, moved, view.whole)
+            before.append(base[:, ids].float() + moved @ view.whole[ids].T - normaliser[:, None])
             scores.append(self.scores(z))
         logs, change = torch.cat(before), torch.cat(scores)
         right = corpus.targets[first][:, None] == ids

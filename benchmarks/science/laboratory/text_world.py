@@ -16,20 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.runner import say
 from benchmarks.science.laboratory.text_states import Answers, TextType
 from benchmarks.science.laboratory.text_tasks import read_split
+from benchmarks.science.laboratory.text_words import Words, ever_likely
 from heterotune_flwr.alignment.factors import principal_components
 from heterotune_flwr.alignment.maps import AlignmentResult, compute_maps
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.symbols import Symbols, Vocabulary, one_to_one
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
-from heterotune_flwr.seeds import generator
 
 #: The bank, as in ``conf/method/dema.yaml`` with an output latent of 64: three experts of width 32.
 METHOD = MethodConfig(slots=1, latent=128, output=64, inner=32, experts_global=3)
 ALIGNMENT = AlignmentConfig(output="vocabulary", output_components=64)
-#: Symbols that public texts use at least so often fix what output latents do.
-_USED = 2
+#: Symbols that public texts use at least so often fix what output latents do; of few, the most frequent do so too.
+_USED, _MANY = 2, 256
 
 
 class Corpus:
@@ -89,12 +90,23 @@ class Public:
 
 @dataclass(frozen=True)
 class View:
-    """One type in the federation: its effect (V x r_out), its symbols' ids, and its texts."""
+    """One type in the federation, as it trains: on the words of :mod:`.text_words`; and as it is tested: on all.
+
+    Attributes
+    ----------
+    effect, ids, train
+        What outputs do to the words looked at (words x r_out), the symbols' places among them, texts.
+    whole, tokens, dev, test
+        The same of the whole vocabulary (V x r_out), the symbols' ids, texts.
+
+    """
 
     name: str
     effect: Tensor
     ids: Tensor
     train: Corpus
+    whole: Tensor
+    tokens: Tensor
     dev: Corpus
     test: Corpus
 
@@ -163,9 +175,32 @@ class Texts:
         self.vocabularies = [
             Vocabulary.of(own.backbone.tokenizer, own.task.form.ending) for own in types
         ]
-        self.symbols = Symbols.shared([own.pieces for own in self.vocabularies])
         self.pairs = {part: self._pairs(part) for part in PUBLIC}
         self.unembeddings = [own.unembedding() for own in types]
+        self._choose_words()
+
+    def _choose_words(self) -> None:
+        """Words that are looked at in training, and symbols: those that are such words in some type."""
+        shared = Symbols.shared([own.pieces for own in self.vocabularies])
+        trained = ("train", *PUBLIC)
+        likely, known = [], np.zeros(len(shared.texts), bool)
+        for index, vocabulary in enumerate(self.vocabularies):
+            lists = [answers for part in trained for answers in self.answers[part][index]]
+            likely.append(ever_likely(lists))
+            known |= likely[-1][torch.from_numpy(shared.ids(vocabulary))].numpy()
+        self.symbols = Symbols(tuple(shared.texts[place] for place in np.flatnonzero(known)))
+        self.words = []
+        for index, chosen in enumerate(likely):
+            chosen[self.ids(index)] = True
+            words = Words.of(chosen)
+            for part in trained:
+                self.answers[part][index] = [
+                    words.compact(own) for own in self.answers[part][index]
+                ]
+            self.words.append(words)
+            say(
+                f"{self.types[index].name}: {len(words.ids)} words, {len(self.symbols.texts)} symbols"
+            )
 
     def _written(self, examples: Sequence[Example], task: str) -> list[Example]:
         return answered(examples, self.types[0].written(examples, task))
@@ -182,6 +217,10 @@ class Texts:
             for own in self.types
         ]
         self.pairs[CLIENTS] = self._pairs(CLIENTS)
+        self.answers[CLIENTS] = [
+            [words.compact(answers) for answers in lists]
+            for words, lists in zip(self.words, self.answers[CLIENTS], strict=True)
+        ]
         world.public[CLIENTS] = self._public(CLIENTS, world.maps)
 
     def _pairs(self, part: str) -> list[NDArray[np.int64]]:
@@ -230,12 +269,14 @@ class Texts:
 
     def _used_symbols(self) -> Tensor:
         """Numbers of the symbols that occur in public answers."""
-        size = len(self.unembeddings[0])
-        numbers = self.symbols.numbers(self.ids(0).numpy(), size)
+        words = self.words[0]
+        numbers = self.symbols.numbers(words.place[self.ids(0)].numpy(), len(words.ids) + 1)
         tokens = torch.cat(
             [a.targets for part in ("bare", "elsewhere") for a in self.answers[part][0]]
         )
         counts = np.bincount(numbers[tokens.numpy()] + 1, minlength=len(self.symbols.texts) + 1)[1:]
+        if (counts >= _USED).sum() < _MANY:
+            counts[:_MANY] += _USED
         return torch.from_numpy(np.flatnonzero(counts >= _USED))
 
     def world(self, control: str = "none", seed: int = 0) -> World:
@@ -249,13 +290,12 @@ class Texts:
         correlation = torch.from_numpy(weights ** (1 / ALIGNMENT.weighting)).float()
         quality = float(np.mean([own[0] for own in result.quality.values()]))
         corpora = {part: self._corpora(part, maps) for part in ("train", "dev", "test")}
-        views = [
-            View(
-                own.name, self.unembeddings[i] @ maps[i]["slots.0.map.up.weight"], self.ids(i),
-                *(corpora[part][i] for part in ("train", "dev", "test")),
-            )
-            for i, own in enumerate(self.types)
-        ]  # fmt: skip
+        views = []
+        for i, (own, words) in enumerate(zip(self.types, self.words, strict=True)):
+            train, dev, test = (corpora[part][i] for part in ("train", "dev", "test"))
+            whole = self.unembeddings[i] @ maps[i]["slots.0.map.up.weight"]
+            effect, ids = words.effect(whole), words.place[self.ids(i)]
+            views.append(View(own.name, effect, ids, train, whole, self.ids(i), dev, test))
         public = {part: self._public(part, maps) for part in PUBLIC}
         task_of = {
             part: np.repeat(np.arange(len(lists)), [len(rows) for rows in lists])
@@ -294,55 +334,3 @@ def _symbol_factors(rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
         "symbols.singular": singular[:keep],
         "symbols.right": right[:keep],
     }
-
-
-# ------------------------------------------------------------------------------------ who has which
-
-
-@dataclass(frozen=True)
-class Holder:
-    """A client: the type it owns (an index), the rows it trains on, and what share of them each task has."""
-
-    kind: int
-    rows: Sequence[int]
-    shares: NDArray[np.float64]
-
-
-def deal(
-    world_tasks: NDArray[np.int64], tasks: int, types: int, clients: int, partition: str, seed: int,
-    examples: int = 96,
-) -> list[Holder]:  # fmt: skip
-    """``clients`` of each type, client i of type ``i mod types``; nobody holds a row that another holds.
-
-    ``tasks``: every task has one owner, in an order that the seed draws. ``dirichlet``: every client draws its own
-    mixture of tasks (0.3).
-    """
-    total = clients * types
-    decks = [
-        generator(seed, f"texts.deck.{task}")
-        .permutation(np.flatnonzero(world_tasks == task))
-        .tolist()
-        for task in range(tasks)
-    ]
-    if partition == "tasks":
-        if tasks % total:
-            raise SystemExit(f"{tasks} tasks cannot be dealt evenly to {total} clients")
-        order = generator(seed, "texts.tasks").permutation(tasks).reshape(total, -1)
-        wanted = [np.bincount(own, minlength=tasks) / len(own) for own in order]
-    else:
-        draws = (generator(seed, f"texts.dirichlet.{i}") for i in range(total))
-        wanted = [rng.dirichlet(np.full(tasks, 0.3)) for rng in draws]
-    holders = []
-    for number, mixture in enumerate(wanted):
-        rng, rows = generator(seed, f"texts.rows.{number}"), []
-        while len(rows) < min(examples, len(world_tasks) // total):
-            left = np.array([len(deck) for deck in decks]) > 0
-            weights = np.where(left, mixture, 0.0)
-            if not weights.sum():  # its tasks are dealt out
-                if partition == "tasks":
-                    break
-                weights = left.astype(float)
-            rows.append(decks[rng.choice(tasks, p=weights / weights.sum())].pop())
-        own = np.bincount(world_tasks[rows], minlength=tasks) / len(rows)
-        holders.append(Holder(number % types, rows, own))
-    return holders
