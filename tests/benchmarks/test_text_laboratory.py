@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from benchmarks.science import instructions
 from benchmarks.science.laboratory.clients import Schedule
 from benchmarks.science.laboratory.text_clients import (
     Order,
@@ -23,13 +24,21 @@ from benchmarks.science.laboratory.text_clients import (
     test_losses as losses_of,
 )
 from benchmarks.science.laboratory.text_consensus import TOP, Targets, Told, average, pack, unpack
+from benchmarks.science.laboratory.text_deal import deal
 from benchmarks.science.laboratory.text_losses import cross_entropy, likeliest
 from benchmarks.science.laboratory.text_rows import averaged
 from benchmarks.science.laboratory.text_states import TextType
 from benchmarks.science.laboratory.text_table import CEILING, FLOOR, METHOD, chosen, summary
-from benchmarks.science.laboratory.text_tasks import DATA, PARTS, passage, read_split
+from benchmarks.science.laboratory.text_tasks import (
+    DATA,
+    OTHERS,
+    PARTS,
+    TASKS,
+    passage,
+    read_split,
+)
 from benchmarks.science.laboratory.text_world import METHOD as BANK
-from benchmarks.science.laboratory.text_world import Corpus, View, deal
+from benchmarks.science.laboratory.text_world import Corpus, View
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.schema import TrainConfig
@@ -121,7 +130,8 @@ def tiny():
     exact = (answers.states @ own.unembedding().T).log_softmax(-1)
     torch.testing.assert_close(answers.logs.float(), exact, atol=1e-2, rtol=1e-3)
     corpus = Corpus([replace(answers, logs=exact)], down, offset)
-    view = View(own.name, own.unembedding() @ up, torch.arange(9), corpus, corpus, corpus)
+    effect, ids = own.unembedding() @ up, torch.arange(9)
+    view = View(own.name, effect, ids, corpus, effect, ids, corpus, corpus)
     return own, adapter, view
 
 
@@ -284,3 +294,35 @@ def test_rate_and_rounds_are_the_best_on_dev_texts():
     assert chosen(cells, "suite", 1, "bank") == (0.001, 8)
     with pytest.raises(SystemExit, match="alone"):
         chosen(cells, "suite", 1, "alone")
+
+
+STEMS = ("net", "mail", "text", "web", "sound", "news")
+WORDS = [f"{stem}{end}" for stem in STEMS for end in ("", "s", "ing", " tool")] * 3
+
+
+@pytest.mark.slow
+def test_the_toy_runs_every_kind_of_row(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "extract.jsonl"
+    with path.open("w") as file:
+        for task in (*TASKS, *OTHERS):
+            for n in range(60):
+                row = {
+                    "task": task,
+                    "instruction": f"Definition: {task[10:]}.",
+                    "refs": [],
+                    "input": f"Sentence: {n * n} people and {n} tools.",
+                    "output": f"{WORDS[n]} {n}, {WORDS[-n]}.",
+                }
+                file.write(json.dumps(row) + "\n")
+    rows = [FLOOR, CEILING, METHOD, "bank", "token sums", "answers in words"]
+    words = ["--suites", "toy", "--seeds", "20", "--partitions", "tasks", "--generate", "2"]
+    monkeypatch.setattr(
+        "sys.argv", ["instructions", "--instructions", str(path), *words, "--rows", *rows]
+    )
+    instructions.main()
+    shown = capsys.readouterr().out
+    found = json.loads(shown[shown.index("\n{") :])
+    table = found["toy_1"]["partitions"]["tasks"]
+    assert set(rows) <= set(table)
+    assert table[CEILING]["tiny-a@bf16"]["rouge_all"] >= 0
+    assert found["missing"] == []
