@@ -29,7 +29,8 @@ from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 #: The bank, as in ``conf/method/dema.yaml`` with an output latent of 64: three experts of width 32.
 METHOD = MethodConfig(slots=1, latent=128, output=64, inner=32, experts_global=3)
 ALIGNMENT = AlignmentConfig(output="vocabulary", output_components=64)
-#: Symbols that public texts use at least so often fix what output latents do; of few, the most frequent do so too.
+#: Symbols that public answers use at least so often fix what output latents do (dev: better than all that are used, or
+#: the 4096 most frequent); where they are too few, the most frequent do so too.
 _USED, _MANY = 2, 256
 
 
@@ -275,7 +276,7 @@ class Texts:
             [a.targets for part in ("bare", "elsewhere") for a in self.answers[part][0]]
         )
         counts = np.bincount(numbers[tokens.numpy()] + 1, minlength=len(self.symbols.texts) + 1)[1:]
-        if (counts >= _USED).sum() < _MANY:
+        if (counts >= _USED).sum() <= (METHOD.output or 0):
             counts[:_MANY] += _USED
         return torch.from_numpy(np.flatnonzero(counts >= _USED))
 
