@@ -229,6 +229,7 @@ def generation() -> str:
     """Generated answers."""
     known = load_results("generation")
     rows, gains = [], []
+    # Measured when `heterotune` was the bank alone on open text, and answers in words were a channel.
     methods = {
         "local_only": "alone", "within_type": "within type", "within_consensus": "within type + own answers",
         "heterotune": "HeteroTune, bank alone", "heterotune_answers": "HeteroTune in words",

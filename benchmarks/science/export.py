@@ -71,7 +71,7 @@ _REAL = (
 _TEXT = ("data.generate=16", "data.personal_test_examples=32")
 CASES: Mapping[str, Case] = {
     "labels, tiny": Case("demo", "heterotune"),
-    "text, tiny": Case("open_text", "heterotune_answers", _TEXT),
+    "text, tiny": Case("open_text", "heterotune", _TEXT),
     "labels, smollm2": Case("demo", "heterotune", _REAL, "smollm2@nf4"),
     "text, smollm2": Case("open_text", "heterotune", (*_REAL, "data.generate=8"), "smollm2@nf4"),
 }

@@ -2,8 +2,8 @@
 
 Tasks: a Debian package's section, as text, over the whole vocabulary, on the embedded family with 2 clients of each of
 3 types, or 1; four tasks of Natural Instructions on a real one. Methods: alone; inside each type; the same, and each
-type learns from its own answers to public prompts (``within_consensus``); across types the bank alone
-(``heterotune``), and with answers in words (``heterotune_answers``). Every method first at each of its learning rates
+type learns from its own predictions on public prompts (``within_consensus``); across types the bank alone (``bank``),
+and with predictions (``heterotune``). Every method first at each of its learning rates
 with a seed of its own (the rate with the best ROUGE-L is taken), then at that rate with ``SEEDS``; last, both ways of
 averaging with random maps, as a control. Token losses know no discount of label frequencies, so some of any
 averaging's gain is that it averages the clients' skews away.
@@ -48,8 +48,8 @@ RATES: Mapping[str, Sequence[float]] = {
     "local_only": (0.001, 0.003),
     "within_type": (0.001, 0.003, 0.01),
     "within_consensus": (0.001, 0.003, 0.01),
+    "bank": (0.003, 0.01),
     "heterotune": (0.003, 0.01),
-    "heterotune_answers": (0.003, 0.01),
 }
 MEASURES = ("loss", "rouge_l", "exact_match")
 #: Losses are reported as they are, shares in percent.
@@ -102,7 +102,7 @@ def run_row(
     results = flower_run(
         row.preset,
         [
-            f"data.generate={GENERATED}", "strategies.heterotune.predictions=null", *row.overrides, *extra,
+            f"data.generate={GENERATED}", *row.overrides, *extra,
             f"server.rounds={row.rounds}",
             *(f"strategies.{name}.train.learning_rate={rate}" for name, rate in rates.items()),
             f"run.seeds={seeds}".replace(" ", ""), f"run.compare=[{','.join(rates)}]",

@@ -1,6 +1,6 @@
 """Rounds about public texts: which texts, what is brought and asked, and what guests learn (numpy only).
 
-What clients say of the texts of a round, in probabilities or in words, is what all of them fit in the next.
+What clients predict on the texts of a round is what all of them fit in the next.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.fields import option
 from heterotune_flwr.protocol.payloads import Payload
 
-#: What is known of a list of texts: a row, or an answer, for each.
+#: What is known of a list of texts: a row for each.
 Known = TypeVar("Known", bound=Sized)
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Options of a strategy's ``predictions`` and ``answers``: what clients say of public texts, and all learn."""
+    """Options of a strategy's ``predictions``: what clients say of public texts, and all learn."""
 
     anchors: int = option(
         256,
-        "public texts a round is about: as many times C bytes each way per client-round, or as many answers [texts]",
+        "public texts a round is about, C bytes each way per client-round; on open text: prompts [texts]",
         least=1,
     )
     pool: int = option(
@@ -191,7 +191,7 @@ class TextRounds(ServerChannel, Generic[Known]):
         options = self.options
         return DistillationRequest(
             self.digests.get(max(pool, asked), ""), pool, count, options.weight, None, options.batch,
-            None, asked, options.informativeness_power,
+            asked, options.informativeness_power,
         )  # fmt: skip
 
     def group(self, type_key: str) -> str:

@@ -56,7 +56,7 @@ class TextWork(ClientChannel):
         super().__init__(asked, work)
         if work.task.kind != self.kind:
             raise ConfigError.plain(
-                "answers on anchors need an open-text task, predictions a closed label set (data.labels, train.loss)"
+                "predictions of labels need a closed label set (data.labels, train.loss)"
             )
         self.request = DistillationRequest.from_payload(asked)
         self.texts = known_texts(work, self.request.extent, self.request.digest)

@@ -33,6 +33,7 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 #: Keys that are no more, with what became of them.
 GONE: dict[str, dict[str, str]] = {
+    "strategy": {"answers": "write predictions: {answers_by: client}"},
     "method": {
         "ngrams": "the package has no character n-grams any more",
         "text_view": "write views: [text], or views: []",

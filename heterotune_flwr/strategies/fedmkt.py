@@ -25,8 +25,8 @@ class FedMKT(LoRAStrategy):
 
     @classmethod
     def channel_entries(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Predictions, unless the entry has them otherwise, or answers."""
-        return entries if "answers" in entries else {"predictions": {}, **entries}
+        """Predictions, unless the entry has them otherwise."""
+        return {"predictions": {}, **entries}
 
     def scope(self, name: str, type_key: str) -> Scope:
         """No tensor is shared."""

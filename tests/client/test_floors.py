@@ -20,6 +20,7 @@ from benchmarks.deployment.runs import NODES, simulated_bank
 from heterotune_flwr import plugins
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.predictions.record import DistillationRequest
+from heterotune_flwr.channels.predictions.token_record import TokenRequest
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.channels.statistics.record import Request as Statistics
 from heterotune_flwr.client.bounds import check_maps
@@ -178,7 +179,7 @@ def test_settings_that_no_run_has_are_said_in_one_line_before_any_work(node, set
         (classifier([0, 1000, 2000]), "the classifier"),
         ({"predictions": texts(weight=1e6)}, "weight of what others know"),
         ({"predictions": texts(batch=10**6)}, "public texts of a step"),
-        ({"answers": texts(weight=1e6)}, "weight of what others know"),
+        ({"predictions": TokenRequest("digest", 40, 1, 1e6, 0, 9, "", [""]).to_payload()}, "weight of what others"),
     ],
 )  # fmt: skip
 def test_what_channels_bring_is_bounded_before_any_work(node, channels, match):

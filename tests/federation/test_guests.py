@@ -10,7 +10,6 @@ from toy_federation import ToyFederation, lesson_of, toy_config
 from toy_runs import config_dir, events, start
 
 from heterotune_flwr.alignment.public_texts import round_anchors
-from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.statistics.record import Request
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
@@ -268,12 +267,6 @@ def test_a_run_that_is_ended_early_gives_its_guests_the_bank(tmp_path):
     assert not [c for c, _ in trained(federation) if c == "client-0002"]
     before = run["before"]["types"][LARGE]["global_accuracy_mean"]
     assert run["types"][LARGE]["global_accuracy_mean"] > before
-
-
-def test_empty_answers_teach_nothing():
-    assert DistillationRequest("", 3, 3, 1.0, answers=["", "", ""]).is_empty
-    assert not DistillationRequest("", 3, 3, 1.0, answers=["", "web", ""]).is_empty
-    assert DistillationRequest("", 3, 3, 0.0, answers=["web"] * 3).is_empty
 
 
 def test_a_federation_of_guests_is_refused(tmp_path):

@@ -3,8 +3,7 @@
 Beside its own examples a client fits, in every step, some anchors: cross-entropy of its label
 probabilities against the federation's mean ones (Hinton et al., arXiv 1503.02531; between clients of different models
 FedMD, arXiv 1910.03581, and FedDF, arXiv 2006.07242). An anchor has no label, and no client's label frequencies are
-counted in: neither in the predictions nor in the fit. On open text the target is an answer in words, fitted token by
-token (sequence-level distillation, arXiv 1606.07947).
+counted in: neither in the predictions nor in the fit. Of open text :mod:`.token_loss` has the same.
 """
 
 from __future__ import annotations
@@ -41,20 +40,20 @@ class Distillation:
     chosen
         Which of them have targets, in the order of ``targets``.
     targets
-        ``n x C`` probabilities; None: the tokens of the rows themselves.
+        ``n x C`` probabilities.
     weight
         Of this loss beside the one on the client's own examples.
     batch
         Anchors in every step; 0: as many as a batch holds examples.
     informativeness_power
         Anchors are drawn with chances ``~ (log C - H)^informativeness_power``, H the entropy of their targets in nats:
-        more often where the targets say something. 0: all alike, as where the targets are tokens.
+        more often where the targets say something. 0: all alike.
 
     """
 
     rows: Rows
     chosen: Sequence[int]
-    targets: Tensor | None
+    targets: Tensor
     weight: float
     batch: int = 0
     informativeness_power: float = 0.0
@@ -62,7 +61,7 @@ class Distillation:
     @cached_property
     def chances(self) -> NDArray[np.float64] | None:
         """Chance of every anchor to be drawn next, None where they are alike."""
-        if not self.informativeness_power or self.targets is None:
+        if not self.informativeness_power:
             return None
         said = self.targets.double().cpu().numpy()
         told = np.log(said.shape[1]) - entropies(said)
@@ -89,11 +88,7 @@ class Distillation:
 
     def losses(self, task: Task, anchors: Sequence[int]) -> Tensor:
         """Weighted cross-entropy of some anchors (float32, one each), of what the client predicts there."""
-        states, tokens, owners = self.rows.rows(anchors)
-        if self.targets is None:
-            losses, _ = task.losses(states, tokens)
-            total = torch.zeros(len(anchors), device=losses.device).index_add(0, owners, losses)
-            return self.weight * total / torch.bincount(owners, minlength=len(anchors))
+        states, _, _ = self.rows.rows(anchors)
         wanted = self.targets[[self._positions[index] for index in anchors]]
         logits = _label_logits(task, self.rows, states, anchors)
         logs = functional.log_softmax(logits, dim=-1)

@@ -1,8 +1,8 @@
 """What is said of public anchors, on the wire: what clients of different models can compare and learn from.
 
 Which anchors a round is about follows from the seed (:func:`...alignment.public_texts.round_anchors`), so only
-predictions travel: ``n x C`` probabilities, one byte each, or, on open text, ``n`` answers in words. There is no
-tokenizer, width or depth in either. No torch here.
+predictions travel: ``n x C`` probabilities, one byte each. There is no tokenizer, width or depth in them. Of open text
+:mod:`.token_record` has the same. No torch here.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import UNIT8
 from heterotune_flwr.protocol.payloads import Payload
-from heterotune_flwr.protocol.wire import read_field, read_texts
+from heterotune_flwr.protocol.wire import read_field
 
 Array = NDArray[np.float32]
 
-_TARGETS, _PREDICTIONS, _ANSWERS = "targets", "predictions", "answers"
-#: Letters of one answer.
-LONGEST_ANSWER = 2000
+_TARGETS, _PREDICTIONS = "targets", "predictions"
 #: Above it chances would be all or nothing.
 MOST_POWER = 8.0
 
@@ -44,8 +42,6 @@ class DistillationRequest:
         ``count x C``: the federation's mean predictions on *this* round's anchors, None while there are none.
     batch
         Anchors in every training step; 0: as many as examples.
-    answers
-        On open text, in the place of ``targets``: what to answer on each anchor, "" where nothing.
     asked
         How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's. More
         than the pool: so many of the whole list.
@@ -60,7 +56,6 @@ class DistillationRequest:
     weight: float
     targets: Array | None = None
     batch: int = 0
-    answers: list[str] | None = None
     asked: int | None = None
     informativeness_power: float = 0.0
 
@@ -77,7 +72,7 @@ class DistillationRequest:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to learn from it."""
-        return not self.weight or (self.targets is None and not any(self.answers or ()))
+        return not self.weight or self.targets is None
 
     def to_payload(self) -> Payload:
         """What travels."""
@@ -85,8 +80,6 @@ class DistillationRequest:
             "digest": self.digest, "pool": self.pool, "count": self.count, "weight": self.weight,
             "batch": self.batch, "asked": self.wanted, "informativeness_power": self.informativeness_power,
         }  # fmt: skip
-        if self.answers is not None:
-            fields[_ANSWERS] = self.answers
         tensors = {} if self.targets is None else {_TARGETS: self.targets}
         fits = "" if self.is_empty else "fit "
         return Payload(tensors, fields, UNIT8, effort=f"{fits}{self.wanted} of {self.count}")
@@ -107,45 +100,28 @@ class DistillationRequest:
             raise ExchangeError(
                 f"the message asks the impossible of public texts: {dict(fields)}"[:300]
             )
-        targets = answers = None
+        targets = None
         if payload.tensors:
             targets = as_probabilities(payload.tensors.get(_TARGETS), count)
-        if _ANSWERS in fields:
-            answers = as_answers(read_texts(fields, _ANSWERS), count)
-        return cls(digest, pool, count, weight, targets, batch, answers, asked, power)
+        return cls(digest, pool, count, weight, targets, batch, asked, power)
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a client says of a round's anchors: label probabilities ``n x C``, or answers and sureness ``n x 1``."""
+    """What a client says of a round's anchors: label probabilities ``n x C``."""
 
     predictions: Array
-    answers: list[str] | None = None
 
     def to_payload(self) -> Payload:
         """What travels."""
-        fields = {} if self.answers is None else {_ANSWERS: self.answers}
-        return Payload({_PREDICTIONS: self.predictions}, fields, UNIT8)
+        return Payload({_PREDICTIONS: self.predictions}, {}, UNIT8)
 
     @classmethod
     def from_payload(cls, payload: Payload) -> Said:
-        """Read what came, to be checked by :func:`as_probabilities` or :func:`as_answers` (ExchangeError)."""
+        """Read what came, to be checked by :func:`as_probabilities` (ExchangeError)."""
         if set(payload.tensors) != {_PREDICTIONS}:
             raise ExchangeError(f"what is said of public texts holds {sorted(payload.tensors)}")
-        answers = read_texts(payload.fields, _ANSWERS) if _ANSWERS in payload.fields else None
-        return cls(payload.tensors[_PREDICTIONS], answers)
-
-
-def as_answers(answers: list[str] | None, count: int) -> list[str]:
-    """Check ``count`` answers (ExchangeError: missing, another number, or one longer than ``LONGEST_ANSWER``)."""
-    if answers is None or len(answers) != count:
-        found = "nothing" if answers is None else f"{len(answers)} texts"
-        raise ExchangeError(f"answers on anchors are {found}, expected {count} texts")
-    if (longest := max(map(len, answers))) > LONGEST_ANSWER:
-        raise ExchangeError(
-            f"an answer on an anchor has {longest} letters, {LONGEST_ANSWER} at most"
-        )
-    return answers
+        return cls(payload.tensors[_PREDICTIONS])
 
 
 def as_probabilities(values: Array | None, count: int, classes: int | None = None) -> Array:

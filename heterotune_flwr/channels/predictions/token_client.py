@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from heterotune_flwr.alignment.public_texts import round_anchors
-from heterotune_flwr.channels.answers.leak_filter import repeating
 from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
-from heterotune_flwr.channels.predictions.record import LONGEST_ANSWER
+from heterotune_flwr.channels.predictions.leak_filter import repeating
 from heterotune_flwr.channels.predictions.token_loss import (
     OwnSymbols,
     TokenDistillation,
     predict_tokens,
 )
 from heterotune_flwr.channels.predictions.token_record import (
+    LONGEST_ANSWER,
     MOST_POSITIONS,
     NOTHING,
     TOP,

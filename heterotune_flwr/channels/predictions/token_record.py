@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.channels.predictions.record import LONGEST_ANSWER, as_answers
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.codecs import UNIT8, as_bytes, as_numbers
 from heterotune_flwr.protocol.payloads import Array, Payload
@@ -24,6 +23,8 @@ Floats = NDArray[np.float64]
 
 #: Symbols that are told of a position, and positions of an answer at most.
 TOP, MOST_POSITIONS = 8, 64
+#: Letters of one answer.
+LONGEST_ANSWER = 2000
 #: Steps of a nat in which log-probabilities travel; the last byte stands for no symbol.
 _STEPS, _NONE = 20.0, 255
 #: Field that only requests about answers have.
@@ -218,6 +219,17 @@ class TokenRequest:
         )  # fmt: skip
 
 
+def as_answers(answers: list[str], count: int) -> list[str]:
+    """Check ``count`` answers (ExchangeError: another number, or one longer than ``LONGEST_ANSWER``)."""
+    if len(answers) != count:
+        raise ExchangeError(f"answers on anchors are {len(answers)} texts, expected {count}")
+    if (longest := max(map(len, answers), default=0)) > LONGEST_ANSWER:
+        raise ExchangeError(
+            f"an answer on an anchor has {longest} letters, {LONGEST_ANSWER} at most"
+        )
+    return answers
+
+
 @dataclass(frozen=True)
 class TokenReply:
     """What a client says of the answers, and new ones to its prompts.
@@ -247,8 +259,7 @@ class TokenReply:
         written = read_texts(fields, "written")
         if len(written) not in (0, len(request.unwritten)):
             raise ExchangeError(f"{len(written)} answers, asked for {len(request.unwritten)}")
-        if any(len(answer) > LONGEST_ANSWER for answer in written):
-            raise ExchangeError(f"an answer has more than {LONGEST_ANSWER} letters")
+        as_answers(written, len(written))
         held_out, without = (_read_loss(fields, key) for key in ("held_out", "without"))
         if payload.tensors and not request.asked:
             raise ExchangeError("it predicts what was not asked")

@@ -1,4 +1,4 @@
-"""Answers in words on a client: drawn, kept at home where they are its own texts, learnt by their loss."""
+"""Answers to public prompts on a client: drawn, kept at home where they are its own texts, learnt where they can be."""
 
 from __future__ import annotations
 
@@ -8,46 +8,35 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from real_clients import LORA, run
 from tiny_adapters import METHOD, loaded, prompts_of
 
 from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
-from heterotune_flwr.channels.answers.leak_filter import repeating
 from heterotune_flwr.channels.channel import client_half
 from heterotune_flwr.channels.client_half import ClientWork
-from heterotune_flwr.channels.predictions.loss import Distillation
-from heterotune_flwr.channels.predictions.record import (
-    DistillationRequest,
-    Said,
+from heterotune_flwr.channels.predictions.leak_filter import repeating
+from heterotune_flwr.channels.predictions.token_record import (
+    NOTHING,
+    TokenReply,
+    TokenRequest,
+    TopSymbols,
 )
+from heterotune_flwr.channels.predictions.token_server import table_digest
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
+from heterotune_flwr.data.symbols import RunSymbols, Symbols, vocabulary_of
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.protocol.messages import Header, TrainRequest
-from heterotune_flwr.protocol.wire import RemoteError
+from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, TrainConfig
 from heterotune_flwr.tuning import generation
 from heterotune_flwr.tuning.client_state import ClientStore
-from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.generation import draw_answers, generate_answers
-from heterotune_flwr.tuning.losses import Examples
-from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import EncodedSet, make_task
 
-WORDS = "heterotune_answers"
-
 TOKENS = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.01, loss="tokens")
-
-
-#: Answers in every round, on few anchors.
-FEW = (
-    f"train.loss=tokens data.max_answer_tokens=4 strategies.{WORDS}.personalization_phase=0 "
-    f"strategies.{WORDS}.answers.anchors=16 strategies.{WORDS}.answers.batch=4"
-)
 
 
 def test_draws_follow_the_models_distribution_and_say_how_sure_it_is(directory):
@@ -89,43 +78,6 @@ def test_the_seed_decides_the_draws_and_nothing_else_is_disturbed(directory):
     assert ((first[1] > 0) & (first[1] <= 1)).all()
 
 
-def test_the_loss_of_answers_is_the_mean_over_their_tokens(directory, data):
-    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
-    task = make_task(backbone, data, None, TOKENS)
-    adapter = loaded(directory, METHOD)
-    encoded = task.encode([Example("red", "blue song"), Example("a slow song", "yes")])
-    rows = make_rows(adapter, encoded, cache=False)
-    losses = Distillation(rows, range(2), None, 0.5).losses(task, [1, 0]).tolist()
-    for found, number in zip(losses, (1, 0), strict=True):
-        with torch.no_grad():
-            ids = torch.tensor([encoded.inputs[number]], device=backbone.device)
-            logits = adapter.model(ids).logits[0].float().cpu()
-        each = torch.nn.functional.cross_entropy(
-            logits[encoded.positions[number]], torch.tensor(encoded.targets[number])
-        )
-        assert found == pytest.approx(0.5 * float(each), rel=1e-3)
-
-
-@pytest.mark.parametrize("method", [METHOD, LORA], ids=["bank", "lora"])
-def test_a_client_learns_the_answers(directory, data, method):
-    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
-    task = make_task(backbone, data, None, TOKENS)
-    adapter = loaded(directory, method)
-    start = adapter.read()
-    own = make_rows(adapter, task.encode([Example("red", "blue")] * 4), cache=True)
-    taught = task.encode([Example(f"public words {n}", "yes song") for n in range(6)])
-    rows = make_rows(adapter, taught, cache=True, on_disk=False)
-
-    def trained(weight):
-        adapter.load(start)
-        lesson = Distillation(rows, range(6), None, weight)
-        fit(adapter, task, replace(TOKENS, local_steps=40), [Examples(own), lesson], seed=1)
-        with torch.no_grad():
-            return float(Distillation(rows, range(6), None, 1.0).losses(task, range(6)).mean())
-
-    assert trained(4.0) < trained(0.0) - 0.3
-
-
 TEXT = "The quick brown fox jumps over the lazy dog every single day."
 
 
@@ -149,24 +101,32 @@ def test_a_client_keeps_its_own_texts_to_itself(answer, kept_back):
     assert repeating(["web", answer], own) == ({1} if kept_back else set())
 
 
-def half(adapter, task, folder, own, known=None, **node):
-    """The client's half about forty anchors of a folder, four of them in use; ``known``: answers to fit."""
+def half(adapter, task, folder, own, known=None, asked=None, **node):
+    """The client's half about four of forty anchors of a folder.
+
+    ``known``: their answers, else it writes them; ``asked``: other fields of the request; ``node``: of the client.
+    """
     path = str(folder / "anchors.txt")
     alignment = AlignmentConfig(anchors=path, count=40)
     owner = SimpleNamespace(
         client_id="c0", answers=True, data=DataConfig(max_answer_tokens=90, stop=None),
         examples=lambda seed: ClientData(own, []), alignment=lambda config: alignment,
+        tells_loss=lambda examples: None,
     )  # fmt: skip
     vars(owner).update(node)
-    request = DistillationRequest(
-        anchor_digest(load_anchors(alignment)), 40, 4, 1.0, answers=known, asked=4
-    )
+    count = len(vocabulary_of(task.form).pieces)
+    request = TokenRequest(
+        anchor_digest(load_anchors(alignment)), 40, 4, 1.0, 0, count, "", known or [""] * 4,
+        of=0 if known else 1, by_client=True,
+        targets=TopSymbols(*np.zeros((3, 1), np.int64), np.full((1, 8), 7), np.eye(8)[:1]),
+    )  # fmt: skip
+    request = replace(request, **(asked or {}))
     header = Header("run", 0, METHOD, 1)
     work = ClientWork(
         owner, Config(train=TOKENS), header, task, adapter,
         ClientStore(folder, "run", "c0"), EncodedSet([], [], []), lambda *given: EncodedSet([], [], []),
     )  # fmt: skip
-    return client_half("answers")(request.to_payload(), work)
+    return request, client_half("predictions")(request.to_payload(), work)
 
 
 def test_what_stands_in_its_own_texts_stays_at_home(directory, folder, data):
@@ -174,35 +134,62 @@ def test_what_stands_in_its_own_texts_stays_at_home(directory, folder, data):
     task = make_task(backbone, data, None, TOKENS)
     adapter = loaded(directory, METHOD)
 
-    def reply(own, **node):
-        return Said.from_payload(half(adapter, task, folder, own, **node).reply())
+    def written(own, **node):
+        request, channel = half(adapter, task, folder, own, **node)
+        return list(TokenReply.from_payload(channel.reply(), request).written)
 
-    loose = reply([Example("another", "text")])
-    assert all(loose.answers)
-    assert (loose.predictions > 0).all()
+    loose = written([Example("another", "text")])
+    assert all(loose)
     # The draws are the same; now one of them is what the client's own example says.
-    strict = reply([Example("its own", loose.answers[2])])
-    assert strict.answers == [*loose.answers[:2], "", loose.answers[3]]
-    assert strict.predictions[2] == 0
-    np.testing.assert_array_equal(strict.predictions[:2], loose.predictions[:2])
-    closed = reply([], answers=False)
-    assert closed.answers == [""] * 4
-    assert not closed.predictions.any()
+    strict = written([Example("its own", loose[2])])
+    assert strict == [*loose[:2], "", loose[3]]
+    assert written([], answers=False) == [""] * 4
 
 
-def test_answers_that_no_client_can_have_drawn_are_not_learnt(directory, folder, data):
+def test_answers_that_no_client_can_have_written_are_not_learnt(directory, folder, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     task = make_task(backbone, data, None, TOKENS)
     adapter, end = loaded(directory, METHOD), backbone.tokenizer.eos_token
     words = DataConfig(max_answer_tokens=6)
 
     def learnt(*answers):
-        terms = half(adapter, task, folder, [], list(answers), data=words).losses()
-        return [len(term.rows) for term in terms]
+        _, channel = half(adapter, task, folder, [], list(answers), data=words)
+        return [len(term) for term in channel.losses()]
 
     assert learnt("red", "blue", "", "red") == [3]
     assert learnt("red", "red " * 40, f"red{end}blue", "") == [1]
     assert learnt("", "", "red " * 400, "") == []
+
+
+def test_symbols_are_those_of_the_table_which_a_client_keeps(directory, folder, data):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task = make_task(backbone, data, None, TOKENS)
+    adapter = loaded(directory, METHOD)
+    pieces = vocabulary_of(task.form).pieces
+    table = RunSymbols.of(
+        Symbols((*pieces[:0:-1], b"of another vocabulary"))
+    )  # in another order, one is missing
+
+    def told(symbols, asked, count=4):
+        asked = {"asked": True, "symbols": symbols.count, "targets": NOTHING, **asked}
+        request, channel = half(adapter, task, folder, [], ["red", "blue", "", "red"], asked)
+        reply = TokenReply.from_payload(channel.reply(), request)
+        texts = symbols.read(vocabulary_of(task.form)).texts
+        likeliest = reply.said.numbers[
+            np.arange(len(reply.said)), reply.said.chances.argmax(axis=1)
+        ]
+        return reply, [texts[number] for number in likeliest]
+
+    named = {"table": table_digest(table)}
+    lacking, nothing = told(table, named)
+    assert (lacking.lacks, nothing) == (True, [])
+    first, texts = told(table, {**named, "packed": table.packed})
+    assert not first.lacks
+    assert told(table, named)[1] == texts  # it has kept the table
+    _, whole = told(RunSymbols(len(pieces)), {})
+    same = [a == b for a, b in zip(texts, whole, strict=True) if b != pieces[0]]
+    assert same
+    assert all(same)
 
 
 def test_sureness_ends_with_the_answer_whatever_the_batch_holds(directory, monkeypatch):
@@ -233,30 +220,10 @@ def test_a_deployed_node_answers_in_words_only_where_its_owner_says_so(tmp_path)
     assert identify(config, {"partition-id": 0, "num-partitions": 6}).answers
 
 
-def test_rounds_in_which_answers_are_fitted_have_their_own_times():
-    def effort(answers):
-        asked = DistillationRequest("abc", 40, 2, 1.0, answers=answers)
-        return TrainRequest(
-            Header("run", 0, LORA), {}, "", None, [], channels={"answers": asked.to_payload()}
-        ).effort
-
-    assert effort(None) == effort(["", ""]) != effort(["web", ""])
-
-
-def test_every_client_answers_every_round_and_learns(world):
-    strategy = run(world, WORDS, rounds=3, overrides=FEW)
-    rounds = [e["channels"]["answers"] for e in strategy.outcome.rounds if e["event"] == "round"]
-    assert [entry["clients"] for entry in rounds] == [4, 4, 4]
-    assert set(rounds[0]["agreement_weights"]) == set(strategy.roster.type_keys)
-    again = run(world, WORDS, rounds=3, overrides=FEW)
-    off = run(world, WORDS, rounds=3, overrides=f"{FEW} strategies.{WORDS}.answers=null")
-    ours, theirs = strategy.shared_tensors(), off.shared_tensors()
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, again.shared_tensors()[name])
-    assert any(not np.array_equal(value, theirs[name]) for name, value in ours.items())
-
-
-def test_a_request_for_words_needs_open_text(world):
-    asked = DistillationRequest("digest", 40, 8, 1.0).to_payload()
-    with pytest.raises(RemoteError, match="open-text task"):
-        world.train(0, 1, method=LORA, channels={"answers": asked})
+def test_a_deployed_node_tells_a_loss_of_many_held_out_examples_alone(tmp_path):
+    node = {"client-id": "n", "backbone": "tiny-a", "data": "d.jsonl", "state-dir": str(tmp_path)}
+    deployed = identify(compose("open_text"), node)
+    assert deployed.tells_loss(19) is None
+    assert deployed.tells_loss(20) == 20.0  # what one example counts for at most
+    simulated = identify(compose("open_text"), {"partition-id": 0, "num-partitions": 6})
+    assert simulated.tells_loss(1) == float("inf")

@@ -1,1 +1,0 @@
-"""Answers in words to public texts: drawn on the server, fitted token by token by the clients."""
