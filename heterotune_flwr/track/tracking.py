@@ -91,6 +91,8 @@ class LiveTracking:
 def track_afterwards(directory: Path, names: Sequence[str]) -> list[Tracker]:
     """Write a run's journal to trackers; what they had of it before is replaced.
 
+    A configuration that cannot be read (any more) leaves the settings out.
+
     Raises
     ------
     ConfigError
@@ -101,8 +103,14 @@ def track_afterwards(directory: Path, names: Sequence[str]) -> list[Tracker]:
     """
     check_trackers(names)
     directory = directory.expanduser().resolve()
-    settings = settings_of(saved_config(directory))
-    events = read_events(directory / "rounds.jsonl")
+    journal = directory / "rounds.jsonl"
+    if not journal.is_file():
+        raise ConfigError(f"{directory} is no run directory (it has no rounds.jsonl)")
+    try:
+        settings = settings_of(saved_config(directory))
+    except ConfigError:  # of an older program, or damaged: its numbers are shown without settings
+        settings = {}
+    events = read_events(journal)
     written = []
     with run_lock(directory / "track"):
         for name in names:

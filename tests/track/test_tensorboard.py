@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_afterwards_the_same_is_written_anew(run):
     assert done.exit_code == 0, done.output
     assert f"tensorboard --logdir {run / 'track/tensorboard'}" in done.output
     assert read(run) == live
+
+
+def test_a_run_of_an_older_program_is_written_without_its_settings(run, tmp_path):
+    older = shutil.copytree(run, tmp_path / "older")
+    (older / "config.yaml").write_text("alignment: {a_key_of_long_ago: 3}\n")
+    (tracker,) = track_afterwards(older, ["tensorboard"])
+    assert tracker.written
+    assert read(older).keys() == read(run).keys()
 
 
 def test_a_tracker_that_is_unknown_or_missing_is_told_before_any_work(run, tmp_path, monkeypatch):
