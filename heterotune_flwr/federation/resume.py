@@ -109,7 +109,7 @@ def run_state(
     """
     state, reason = str(status.get("state") or ""), str(status.get("reason") or "")
     if state == "failed" and reason.startswith(_STOPPED):
-        return "interrupted", reason
+        return "interrupted", "" if reason == "interrupted" else reason
     if state in ("finished", "failed"):
         return state, reason
     if _held(directory / _LOCK):

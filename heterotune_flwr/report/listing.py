@@ -153,7 +153,8 @@ def lines(runs: Sequence[RunLine], now: float | None = None) -> list[str]:
         ]  # fmt: skip
         tests = "own tests" if run.scope == "personal" else "the global test"
         measured = f" ({run.measure.replace('_', '-')} on {tests})" if run.numbers else ""
-        found.append(f"{'':{width}}  {', '.join(scores)}{measured}")
+        if scores:
+            found.append(f"{'':{width}}  {', '.join(scores)}{measured}")
         if run.reason and run.state not in ("finished", "running"):
             found.append(f"{'':{width}}  {run.reason}")
     return [printable(line.replace("\n", " ")) for line in found]

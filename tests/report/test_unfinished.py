@@ -138,6 +138,7 @@ def test_status_and_report_agree_on_how_a_run_stands(stopped: Path) -> None:
         return {read_status(stopped).state, read_facts(stopped).identity.state}
 
     assert states() == {"interrupted"}
+    assert "(interrupted)" not in render(read_status(stopped))
     write(stopped, STARTED, "running")
     assert states() == {"interrupted"}  # nobody holds its lock
     with run_lock(stopped):

@@ -107,11 +107,7 @@ def moment(time: float | None) -> str:
 def state_sentence(facts: RunFacts) -> str:
     """How the run stands, and why."""
     run = facts.identity
-    reason = (
-        f" Reason: {on_a_page(run.reason).rstrip('.')}."
-        if run.reason not in ("", run.state)
-        else ""
-    )
+    reason = f" Reason: {on_a_page(run.reason).rstrip('.')}." if run.reason else ""
     seen = (
         f"{_reached(facts)} The last word of it is from {moment(run.last_event)}."
         if run.last_event
