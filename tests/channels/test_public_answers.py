@@ -114,11 +114,11 @@ def half(adapter, task, folder, own, known=None, asked=None, **node):
         tells_loss=lambda examples: None,
     )  # fmt: skip
     vars(owner).update(node)
-    count = len(vocabulary_of(task.form).pieces)
+    count, none = len(vocabulary_of(task.form).pieces), np.zeros(1, np.int64)
     request = TokenRequest(
         anchor_digest(load_anchors(alignment)), 40, 4, 1.0, 0, count, "", known or [""] * 4,
         of=0 if known else 1, by_client=True,
-        targets=TopSymbols(*np.zeros((3, 1), np.int64), np.full((1, 8), 7), np.eye(8)[:1]),
+        targets=TopSymbols(none, none, none, np.full((1, 8), 7), np.eye(8)[:1]),
     )  # fmt: skip
     request = replace(request, **(asked or {}))
     header = Header("run", 0, METHOD, 1)
