@@ -125,7 +125,7 @@ class Federation:
 def paired(found: NDArray[np.float64], plain: NDArray[np.float64]) -> tuple[float, float]:
     """Mean and standard error over seeds of what one has more than another."""
     gain = found - plain
-    return round(float(gain.mean()), 2), round(float(gain.std(ddof=1) / len(gain) ** 0.5), 2)
+    return round(float(gain.mean()), 2) + 0.0, round(float(gain.std(ddof=1) / len(gain) ** 0.5), 2)
 
 
 def compare(
