@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report import claims, exports, real, reliability, science, speed
+from benchmarks.report import claims, exports, reach, real, reliability, science, speed
 from benchmarks.runner import ROOT
 
 PATH = ROOT / "docs" / "results.md"
@@ -14,6 +14,7 @@ def text() -> str:
         *real.SECTIONS,
         claims.claims,
         *science.SECTIONS,
+        *reach.SECTIONS,
         *exports.SECTIONS,
         *speed.SECTIONS,
         *reliability.SECTIONS,

@@ -35,6 +35,8 @@ _STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Weight of the squares of a gate's numbers beside the loss.
 _RIDGE = 0.01
 _FOLDS = 5
+#: Losses by example, and scores.
+Judged = tuple[ExampleResults, Any]
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ class Reach:
             Way(mixture([alone, federated], (t, 1 - t)), share, 1.0, (t, 1 - t))
             for t in _STEPS for share in self._shares
         ])  # fmt: skip
-        three = {name: found[name] for name in (BARE, ALONE, FEDERATED)}
-        self.took = self._chosen(three)
-        four = {**three, FEDERATED: mixed}
-        found["switch"], found["mixed"] = three[self.took], four[self._chosen(four)]
-        judged = self._crossed([alone, federated])
-        five = {**three, FEDERATED: found["gate"]}
-        found["gated"] = five[self._chosen(three, judged)]
+        judged = self._judged(
+            {name: found[name] for name in (BARE, ALONE, FEDERATED, "continued")} | {"mixed": mixed}
+        ) | {"gate": self._crossed([alone, federated])}
+        self.took = _taken(judged, FEDERATED)
+        found["switch"] = found[self.took]
+        found["kept"] = found[_taken(judged, "continued")]
+        found["mixed"] = {**found, "mixed": mixed}[_taken(judged, "mixed")]
+        found["gated"] = found[_taken(judged, "gate")]
         return found
 
     # -- experts
@@ -131,17 +134,13 @@ class Reach:
         """Of several the one with the lowest loss on the choosing set."""
         return min(ways, key=lambda way: self.results(way, "choosing").loss)
 
-    def _chosen(
-        self, ways: Mapping[str, Way], judged: tuple[ExampleResults, Any] | None = None
-    ) -> str:
-        """What the product's rule takes; ``judged``: how what stands in the federated one's place does, if known."""
+    def _judged(self, ways: Mapping[str, Way]) -> dict[str, Judged]:
+        """How some ways do on the choosing set."""
         results = {name: self.results(way, "choosing") for name, way in ways.items()}
         scores = self._scores(ways, "choosing", results)
-        if judged is not None:
-            results[FEDERATED], scores[FEDERATED] = judged
-        return choose(results, lambda name: scores[name])[0]
+        return {name: (results[name], scores[name]) for name in ways}
 
-    def _crossed(self, experts: Sequence[Mixture]) -> tuple[ExampleResults, Any]:
+    def _crossed(self, experts: Sequence[Mixture]) -> Judged:
         """Loss and score of the choosing examples, each by a gate that was fitted without it."""
         count = len(self.client.encoded("choosing", self.kept.seed))
         fold = np.arange(count) % _FOLDS
@@ -149,14 +148,12 @@ class Reach:
             str(k): self._gate(experts, examples=np.flatnonzero(fold != k).tolist())
             for k in range(_FOLDS)
         }
-        results = {name: self.results(way, "choosing") for name, way in ways.items()}
-        scores = self._scores(ways, "choosing", results)
-        own = [str(k) for k in fold]
+        judged, own = self._judged(ways), [str(k) for k in fold]
         losses, right = (
-            np.array([getattr(results[k], which)[i] for i, k in enumerate(own)])
+            np.array([getattr(judged[k][0], which)[i] for i, k in enumerate(own)])
             for which in ("losses", "right")
         )
-        scored = [scores[k][i] for i, k in enumerate(own) if i < len(scores[k])]
+        scored = [judged[k][1][i] for i, k in enumerate(own) if i < len(judged[k][1])]
         return ExampleResults(losses, right), np.array(scored)
 
     def _gate(
@@ -259,6 +256,14 @@ class Reach:
             ])
             for name, way in ways.items()
         }  # fmt: skip
+
+
+def _taken(judged: Mapping[str, Judged], name: str) -> str:
+    """What the product's rule takes of the bare model, the one alone, and another in the federated one's place."""
+    three = {BARE: judged[BARE], ALONE: judged[ALONE], FEDERATED: judged[name]}
+    results = {key: each[0] for key, each in three.items()}
+    took, _ = choose(results, lambda key: three[key][1])
+    return name if took == FEDERATED else took
 
 
 def _by_input(values: Tensor, count: int) -> Callable[[Sequence[Tensor]], Tensor]:
