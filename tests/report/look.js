@@ -43,8 +43,11 @@ for (const chart of document.querySelectorAll('svg.chart')) {
   });
 }
 
-for (const word of document.querySelectorAll('.id'))
+for (const word of document.querySelectorAll('.id')) {
+  const looks = [word, word.parentElement].map(node => getComputedStyle(node)).map(of => of.fontWeight + of.fontSize + of.color);
+  if (looks[0] !== looks[1]) problems.push(`${name(word)} looks other than what it stands in`);
   if (word.checkVisibility() && word.getClientRects().length > 1) problems.push(`${name(word)} is broken at a dash`);
+}
 for (const row of document.querySelectorAll('.charts')) {
   const drawn = [...row.querySelectorAll('svg')].map(box);
   const beside = drawn.filter(one => Math.abs(one.top - drawn[0].top) < 2).length;
