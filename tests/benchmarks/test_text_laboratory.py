@@ -27,7 +27,7 @@ from benchmarks.science.laboratory.text_consensus import TOP, Targets, Told, ave
 from benchmarks.science.laboratory.text_deal import deal
 from benchmarks.science.laboratory.text_losses import cross_entropy, likeliest
 from benchmarks.science.laboratory.text_rows import averaged
-from benchmarks.science.laboratory.text_states import TextType
+from benchmarks.science.laboratory.text_states import Answers, TextType
 from benchmarks.science.laboratory.text_table import CEILING, FLOOR, METHOD, chosen, summary
 from benchmarks.science.laboratory.text_tasks import (
     DATA,
@@ -37,6 +37,7 @@ from benchmarks.science.laboratory.text_tasks import (
     passage,
     read_split,
 )
+from benchmarks.science.laboratory.text_words import Words, ever_likely
 from benchmarks.science.laboratory.text_world import METHOD as BANK
 from benchmarks.science.laboratory.text_world import Corpus, View
 from heterotune_flwr.backbones.sources import BackboneSpec
@@ -109,6 +110,25 @@ def test_the_likeliest_are_those_of_the_whole_softmax(softmax):
     wanted = (base + moved.detach() @ effect.T).log_softmax(-1)[:, chosen_ids].topk(5)
     torch.testing.assert_close(logs, wanted.values, atol=1e-4, rtol=1e-5)
     assert torch.equal(places, wanted.indices)
+
+
+def test_words_left_out_count_as_one_with_their_mass_and_mean_effect(softmax):
+    base, moved, effect = softmax
+    base = (4 * base).log_softmax(-1)  # most words are never likely
+    answers = Answers(torch.zeros(30, 1), base.half(), torch.arange(30), [0, 30])
+    chosen = ever_likely([answers])
+    assert chosen[:30].all()
+    assert 100 < chosen.sum() < 4900
+    words = Words.of(chosen)
+    compact = words.compact(answers)
+    torch.testing.assert_close(
+        compact.logs.float().logsumexp(-1), torch.zeros(30), atol=1e-3, rtol=0
+    )
+    effect = effect.clone()
+    effect[~chosen] = effect[~chosen].mean(0)  # then nothing is lost
+    found = cross_entropy(moved, compact.logs, words.effect(effect), compact.targets)
+    wanted = cross_entropy(moved, base, effect, answers.targets)
+    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
