@@ -11,8 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from heterotune_flwr.backbones.loading import Backbone, load_backbone
 from heterotune_flwr.backbones.reader import BATCH_TOKENS, Reader
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.data.examples import Example
+from heterotune_flwr.data.template import make_form
 from heterotune_flwr.exchange.storage import atomic_write_text
-from heterotune_flwr.schema import DataConfig, MethodConfig, TrainConfig
+from heterotune_flwr.schema import AUTO, DataConfig, MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.generation import answer_prompts, generate_answers
 from heterotune_flwr.tuning.task import EncodedSet, Task, make_task
@@ -142,35 +142,43 @@ class TextType:
             logs[start : start + _AT_A_TIME] = part.log_softmax(-1).half().numpy()
 
     def written(self, examples: Sequence[Example], what: str) -> list[str]:
-        """Greedy answers of the bare model, from the cache where they are there; ``what`` names them in messages."""
-        parts: list[Any] = [self.backbone.fingerprint, self.spec.bits, self.data.max_answer_tokens]
-        prompts = answer_prompts(self.task, examples, self.data)
+        """First lines of the bare model's greedy answers, from the cache where they are there.
+
+        It is asked in its own form: an instruct model that is not asked in its chat template writes nothing of use.
+        ``what`` names the texts in messages.
+        """
+        data = replace(self.data, template=AUTO)
+        form = make_form(self.backbone.tokenizer, data)
+        prompts = answer_prompts(replace(self.task, form=form), examples, data)
+        parts: list[Any] = [self.backbone.fingerprint, self.spec.bits, data.max_answer_tokens]
         file = self._folder([*parts, prompts]) / "answers.json"
         if not file.exists():
             say(f"{self.name}: writing {len(examples)} answers ({what})")
+            adapter = attach(self.backbone, BARE, BARE.output or BARE.latent)
+            with adapter.bare():
+                answers = generate_answers(
+                    adapter, prompts, data.max_answer_tokens, form.stop, form.ending
+                )
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(file, json.dumps(self.write(examples)))
-        answers: list[str] = json.loads(file.read_text())
-        return answers
+            atomic_write_text(file, json.dumps([answer.partition("\n")[0] for answer in answers]))
+        found: list[str] = json.loads(file.read_text())
+        return found
 
     def write(
         self,
         examples: Sequence[Example],
-        method: MethodConfig = BARE,
-        maps: Mapping[str, Tensor] | None = None,
-        values: Mapping[str, NDArray[np.float32]] | None = None,
+        method: MethodConfig,
+        maps: Mapping[str, Tensor],
+        values: Mapping[str, NDArray[np.float32]],
     ) -> list[str]:
-        """Greedy answers of an adapter with these maps and values, or of the bare model."""
+        """Greedy answers of an adapter with these maps and values, asked as it was trained."""
         prompts, form = answer_prompts(self.task, examples, self.data), self.task.form
         adapter = attach(self.backbone, method, method.output or method.latent)
-        bare = maps is None or values is None
-        if maps is not None and values is not None:
-            adapter.load_maps({name: value.numpy() for name, value in maps.items()})
-            adapter.load(values)
-        with adapter.bare() if bare else nullcontext():
-            return generate_answers(
-                adapter, prompts, self.data.max_answer_tokens, form.stop, form.ending
-            )
+        adapter.load_maps({name: value.numpy() for name, value in maps.items()})
+        adapter.load(values)
+        return generate_answers(
+            adapter, prompts, self.data.max_answer_tokens, form.stop, form.ending
+        )
 
     def _folder(self, parts: Any) -> Path:
         content = json.dumps([VERSION, self.data.template, parts])
