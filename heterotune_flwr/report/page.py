@@ -16,9 +16,18 @@ from heterotune_flwr.names import printable
 from heterotune_flwr.report.blocks import Charts, Section
 from heterotune_flwr.report.charts.draw import draw
 from heterotune_flwr.report.facts import Comparison, RunFacts
-from heterotune_flwr.report.sections import costs, course, labels, opening, outcome, trust
+from heterotune_flwr.report.sections import (
+    agreement,
+    clients,
+    costs,
+    course,
+    labels,
+    opening,
+    outcome,
+    trust,
+)
 from heterotune_flwr.report.sections.comparison import comparison_sections
-from heterotune_flwr.report.sections.opening import moment
+from heterotune_flwr.report.sections.state import moment
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -35,12 +44,12 @@ SECTIONS = (
     opening.words,
     outcome.models,
     outcome.types,
-    outcome.clients,
+    clients.clients,
     labels.said,
     course.curves,
     labels.mix,
     course.alignment,
-    course.agreement,
+    agreement.agreement,
     costs.traffic,
     costs.memory,
     costs.seconds,

@@ -16,8 +16,8 @@ from heterotune_flwr.report.picks import (
     rows,
 )
 from heterotune_flwr.report.sections.course import MOST_LINES, axes, points
-from heterotune_flwr.report.sections.opening import state_sentence, state_tone, trouble_sentence
 from heterotune_flwr.report.sections.outcome import models_table
+from heterotune_flwr.report.sections.state import state_sentence, state_tone, trouble_sentence
 from heterotune_flwr.report.sections.trust import shown
 
 

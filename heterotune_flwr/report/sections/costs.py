@@ -15,7 +15,7 @@ from heterotune_flwr.report.charts.kinds import (
 )
 from heterotune_flwr.report.facts import RunFacts, Traffic
 from heterotune_flwr.report.picks import style_of, title_of, with_seed
-from heterotune_flwr.report.sections.outcome import dot_row
+from heterotune_flwr.report.sections.clients import dot_row
 
 _PARTS = ("training, up", "training, down", "tests, up", "tests, down", "once, up", "once, down")
 #: Stretches of time in the order of their parts, and what people read for them.

@@ -20,7 +20,7 @@ from heterotune_flwr.report.blocks import (
 from heterotune_flwr.report.facts import Happening, RunFacts, SettingFact
 from heterotune_flwr.report.identity import on_a_page
 from heterotune_flwr.report.picks import left_as, origin_of, title_of, with_seed
-from heterotune_flwr.report.sections.opening import moment
+from heterotune_flwr.report.sections.state import moment
 
 #: Events with a row of their own; of more the last ones.
 _MOST = 60
