@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report import claims, exports, reach, real, reliability, science, speed
+from benchmarks.report import answers, claims, exports, reach, real, reliability, science, speed
 from benchmarks.runner import ROOT
 
 PATH = ROOT / "docs" / "results.md"
@@ -13,6 +13,7 @@ def text() -> str:
     sections = [
         *real.SECTIONS,
         claims.claims,
+        *answers.SECTIONS,
         *science.SECTIONS,
         *reach.SECTIONS,
         *exports.SECTIONS,
