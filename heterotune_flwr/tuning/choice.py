@@ -26,7 +26,8 @@ def choose(
 
     It begins at the bare one, and goes to the one trained alone, then to the federated one, where that is better than
     the one so far by more than a standard error of the paired difference, in loss or in score. The one alone may not be
-    worse by as much in the other; the federated one may be no worse in either than any other, surely or not.
+    worse by as much in the other. The federated one may be no worse in either than any other, surely or not; than one
+    alone that is barred by the bare model it may not be surely worse.
 
     Parameters
     ----------
@@ -46,19 +47,27 @@ def choose(
         scores.update({each: score(each) for each in (name, other) if each not in scores})
         return _difference(scores[name], scores[other])
 
-    took = BARE
+    took, barred = BARE, ""
     known = [name for name in results if np.isfinite(results[name].loss)]
-    if ALONE in known and not _sure(-lower(ALONE, BARE)):
-        gains = [lower(ALONE, BARE), higher(ALONE, BARE)]
-        if all((_mean(scores[name]) or 0.0) < NEAR_ZERO for name in (ALONE, BARE)):
-            gains.pop()
-        if any(map(_sure, gains)) and not any(_sure(-gain) for gain in gains):
+    if ALONE in known:
+        gains = [lower(ALONE, BARE)]
+        if not _sure(-gains[0]):
+            gains.append(higher(ALONE, BARE))
+            if all((_mean(scores[name]) or 0.0) < NEAR_ZERO for name in (ALONE, BARE)):
+                gains.pop()
+        if any(_sure(-gain) for gain in gains):
+            barred = ALONE
+        elif any(map(_sure, gains)):
             took = ALONE
     others = [name for name in known if name != FEDERATED]
+
+    def allows(other: str, gain: Scores) -> bool:
+        return not _sure(-gain) if other == barred else bool(gain.mean() >= 0)
+
     if (
         FEDERATED in known
-        and all(lower(FEDERATED, other).mean() >= 0 for other in others)
-        and all(higher(FEDERATED, other).mean() >= 0 for other in others)
+        and all(allows(other, lower(FEDERATED, other)) for other in others)
+        and all(allows(other, higher(FEDERATED, other)) for other in others)
         and (_sure(lower(FEDERATED, took)) or _sure(higher(FEDERATED, took)))
     ):
         took = FEDERATED

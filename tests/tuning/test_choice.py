@@ -64,6 +64,21 @@ def test_the_federated_model_may_not_answer_worse_at_all():
     assert took(alone=BARE * np.nan, federated=BARE - 0.2) == "federated"
 
 
+def test_a_model_alone_that_may_not_be_taken_bars_the_federated_one_only_if_that_is_surely_worse():
+    worse = {"alone": BARE + 5.0, "federated": BARE - 0.2}
+    scores = {"bare": LESS, "alone": HALF, "federated": DOUBTFUL}
+    assert took(scores, **worse) == "federated"
+    assert took({**scores, "federated": LESS}, **worse) == "bare"
+    assert took({**scores, "bare": HALF}, **worse) == "bare"  # than the bare one never worse
+    doubtful = {**worse, "alone": BARE + NOISY}  # not barred, and not taken either
+    assert took({**scores, "bare": DOUBTFUL}, **doubtful) == "bare"
+    near = {"alone": BARE - 0.1, "federated": BARE - np.array([0.2, 0.0, 0.1, 0.06])}
+    by_score = {"bare": HALF, "alone": LESS, "federated": MORE}
+    assert took(by_score, **near) == "federated"
+    assert took({**by_score, "alone": HALF}, **near) == "federated"
+    assert took(by_score, **{**near, "federated": BARE - 0.05}) == "bare"
+
+
 def test_a_model_that_surely_answers_better_is_taken_unless_its_loss_is_worse():
     scores = {"bare": LESS, "alone": [1, 1, 0, 1]}
     assert took(scores, alone=BARE - NOISY) == "alone"
