@@ -44,13 +44,13 @@ def mixture() -> str:
         "has its private expert (the model trained alone), the federated one, and its bare model. Everything is "
         "fitted or chosen on its choosing set, and measured on its own test (at most 50 generated answers) and on "
         "the common test of all clients' tasks."),
-        said("*Switch*: one of the three, as the product takes it. *Gate*: weights of the two experts, the rest for "
-        "the bare model, by the loss; of labels two more numbers, how much of the class statistics and of the label "
-        "frequencies acts. *By input*: weights that depend on how far each expert moves a state. *Switch, mixture to "
-        "one* and *switch, gate*: in the federated one's place in the switch stands the mixture whose weights sum to "
-        "one, or the gate, judged on each fifth of the choosing set by weights fitted on the rest. *Stopped in "
-        "time*: after as many rounds as are best, of 1 to 7. *Then own rounds*: none, one or two, as is best; *switch, "
-        "then own rounds* has that model in the federated one's place."),
+        said("*Switch*: one of the three, by the rule as it was before own rounds. *Gate*: weights of the two experts, "
+        "the rest for the bare model, by the loss; of labels two more numbers, how much of the class statistics and "
+        "of the label frequencies acts. *By input*: weights that depend on how far each expert moves a state. *Switch, "
+        "mixture to one* and *switch, gate*: in the federated one's place in the switch stands the mixture whose "
+        "weights sum to one, or the gate, judged on each fifth of the choosing set by weights fitted on the rest. "
+        "*Stopped in time*: after as many rounds as are best, of 1 to 7. *Then own rounds*: none, one or two, as is "
+        "best; *switch, then own rounds* has that model in the federated one's place, as the choice now has it."),
         shown(
             "Gain over the switch on own tests, paired by client: less loss, and points of accuracy (sentiment) or "
             "ROUGE-L. Worse: clients that are surely worse than bare / alone (Holm, 5 %), in loss or score. All "

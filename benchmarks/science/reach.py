@@ -5,12 +5,12 @@ one trained alone, and the federated one. What they add is weighed by a gate ``y
 fitted on the client's choosing set, and nowhere else; every row below is measured on its own test and on the common
 test of all clients' tasks. Rows:
 
-``switch``: one of bare, alone, federated, as the product takes it. ``stopped``: alone, after as many rounds as are
-best. ``continued``: federated, then up to two own rounds; ``kept``: this in the federated one's place in the switch.
-``gate``: both weights and what is left to the bare model, 0 to 1 together; of labels also how much of class statistics
-and label frequencies acts. ``gate_alone``: the same without the federated expert. ``gate_by_input``: weights that
-depend on how far each expert moves a state. ``mixed``: weights that sum to one, in the federated one's place in the
-switch. ``gated``: the gate in that place, judged on each fifth of the choosing set by weights fitted on the rest.
+``switch``: one of bare, alone, federated, by the product's rule. ``stopped``: alone, after as many rounds as are
+best. ``continued``: federated, then up to two own rounds; ``kept``: this in the federated one's place, as the product
+has it. ``gate``: both weights and what is left to the bare model, 0 to 1 together; of labels also how much of class
+statistics and label frequencies acts. ``gate_alone``: the same without the federated expert. ``gate_by_input``: weights
+that depend on how far each expert moves a state. ``mixed``: weights that sum to one, in the federated one's place in
+the switch. ``gated``: the gate in that place, judged on each fifth of the choosing set by weights fitted on the rest.
 
     python -m benchmarks.science.reach --seeds 20 --instructions FILE.jsonl.gz
 """

@@ -1,11 +1,11 @@
-"""A client's training on its own examples: one round of a run, or all of its rounds once more without the others."""
+"""A client's training on its own examples: a round of a run, all its rounds without the others, rounds after them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ class RoundLog:
     """The rounds that a client has trained in, in a file beside its state: they can be trained again, alone.
 
     They are those of one adapter, seed and maps; a run with others begins anew. The file also says of which training
-    the kept model alone is.
+    the kept models are.
     """
 
     def __init__(self, store: ClientStore, header: Header, maps_digest: str) -> None:
@@ -99,33 +99,36 @@ class RoundLog:
     def add(self, trained: Round) -> None:
         """Note a round; of later ones, which a run that begins anew leaves behind, nothing stays."""
         entries = [each for each in self.read() if each.number < trained.number]
-        self._write([*entries, trained], [])
+        self._write([*entries, trained], {})
 
-    def keep_alone(self, training: str, tensors: Tensors) -> None:
-        """Note of which training (:func:`alone_training`) the kept model alone is."""
-        self._write(self.read(), [training, tensor_digest(tensors)])
+    def keep(self, model: str, training: str, tensors: Tensors) -> None:
+        """Note of which training (:func:`alone_training`, :func:`own_training`) a kept model is."""
+        rounds, kept = self._read()
+        self._write(rounds, {**kept, model: [training, tensor_digest(tensors)]})
 
-    def is_kept(self, training: str, tensors: Tensors | None) -> bool:
-        """Whether these tensors are what this training came to."""
-        return tensors is not None and self._read()[1] == [training, tensor_digest(tensors)]
+    def is_kept(self, model: str, training: str, tensors: Tensors | None) -> bool:
+        """Whether these tensors are what this training of a model came to."""
+        of = self._read()[1].get(model)
+        return tensors is not None and of == [training, tensor_digest(tensors)]
 
-    def _read(self) -> tuple[list[Round], list[str]]:
+    def _read(self) -> tuple[list[Round], dict[str, list[str]]]:
         try:
             held = parse_json(self._path.read_text())
             if held["of"] != self._of:
-                return [], []
+                return [], {}
             rounds = [Round(*entry) for entry in held["rounds"]]
-            return [each for each in rounds if each.number <= self._until], held["alone"]
+            kept = dict(held.get("kept", {}))
+            return [each for each in rounds if each.number <= self._until], kept
         except FileNotFoundError:
-            return [], []
+            return [], {}
         except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning(
                 "%s cannot be read (%s): this client trains no model alone", self._path, error
             )
-            return [], []
+            return [], {}
 
-    def _write(self, rounds: list[Round], alone: list[str]) -> None:
-        held = {"of": self._of, "rounds": rounds, "alone": alone}
+    def _write(self, rounds: list[Round], kept: dict[str, list[str]]) -> None:
+        held = {"of": self._of, "rounds": rounds, "kept": kept}
         atomic_write_text(self._path, json.dumps(held) + "\n")
 
 
@@ -152,16 +155,42 @@ def train_alone(
     of others.
     """
     adapter.load(initial_tensors(adapter.shapes, header.seed))
-    usual = adapter.lowest
     for each in rounds:
-        asked = replace(header, round=each.number, train=TrainConfig(**each.train))
-        one = client.by(asked)
-        slots = client.identity.slots or asked.train.slots
-        adapter.train_from(lowest_slot(slots, adapter.method.slots), each.frozen)
-        encoded = one.encoded("train", header.seed)
-        train_round(one, asked, adapter, adapter.reads(one.task()), encoded)
-    adapter.train_from(usual)
+        _train_as_in(client, header, adapter, each)
     return adapter.read()
+
+
+def own_training(alone: str, shared: Tensors, channels: Mapping[str, str]) -> str:
+    """Digest of all that own rounds, and their choice, depend on (hex).
+
+    ``alone``: of the training alone (:func:`alone_training`); ``channels``: digest of what each was asked.
+    """
+    return _digest([alone, tensor_digest(shared), channels])
+
+
+def own_rounds(
+    client: Client, header: Header, adapter: AttachedAdapter, last: Round, most: int
+) -> Iterator[Tensors]:
+    """The adapter's values as they are, then after each of up to ``most`` further rounds on own examples alone.
+
+    They go on after the run's, by the settings of the ``last`` one this client trained in; the adapter holds each.
+    """
+    yield adapter.read()
+    for number in range(header.round + 1, header.round + 1 + most):
+        _train_as_in(client, header, adapter, last._replace(number=number))
+        yield adapter.read()
+
+
+def _train_as_in(client: Client, header: Header, adapter: AttachedAdapter, each: Round) -> None:
+    """Train in place by a round's settings, without channels and without anything of others."""
+    usual = adapter.lowest
+    asked = replace(header, round=each.number, train=TrainConfig(**each.train))
+    one = client.by(asked)
+    slots = client.identity.slots or asked.train.slots
+    adapter.train_from(lowest_slot(slots, adapter.method.slots), each.frozen)
+    encoded = one.encoded("train", header.seed)
+    train_round(one, asked, adapter, adapter.reads(one.task()), encoded)
+    adapter.train_from(usual)
 
 
 def _digest(value: Any) -> str:

@@ -99,7 +99,15 @@ def how_trained(facts: ExportFacts) -> str:
     run = f"of strategy {record.strategy}, seed {record.seed}"
     if facts.model == ALONE:
         return f"trained on its owner's examples alone, as long as in {record.rounds} rounds {run}"
-    return f"as it was after {record.rounds} rounds {run}"
+    return f"as it was after {record.rounds} rounds {run}{_then_own(record)}"
+
+
+def _then_own(record: KeptFacts) -> str:
+    """How many rounds by itself came after the run's, in words; nothing for none."""
+    if not record.own_rounds:
+        return ""
+    more = "round" if record.own_rounds == 1 else "rounds"
+    return f", then {record.own_rounds} {more} on its owner's examples alone"
 
 
 def chooses_labels(record: KeptFacts) -> bool:
@@ -220,7 +228,8 @@ def _metrics(facts: ExportFacts) -> list[str]:
         *rows,
     ]
     if facts.whole_type:
-        whose = "each with what is its own besides (label frequencies, its share of the head, gates, private experts)"
+        besides = "label frequencies, all or a share of the head, gates, private experts"
+        whose = f"each with what is its own besides ({besides})"
         means = f"Means over {facts.clients} clients, {whose}. The folder itself was not measured."
         return [*table, "", means]
     return [*table, "", _took(facts)]

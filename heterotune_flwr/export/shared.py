@@ -19,9 +19,10 @@ _OWN = ("private", "gate", "core")
 
 
 def shared_model(records: Sequence[KeptModel]) -> KeptModel:
-    """What the clients of one type share: no private experts, own gates or cores, no label prior, no own numbers.
+    """What the clients of one type share: no private experts, gates, cores or rounds of one's own, no label prior.
 
-    Metrics are means over the clients, and so is what channels add: each took home as much of it as helps it.
+    Metrics are means over the clients, and so is what channels add: each took home as much of it as helps it. Those of
+    the federated model are from before a client's own rounds.
 
     Raises
     ------
@@ -32,10 +33,10 @@ def shared_model(records: Sequence[KeptModel]) -> KeptModel:
     first = records[0]
     differing = {
         name
-        for name, value in first.federated.items()
-        if any(not np.array_equal(value, other.federated[name]) for other in records[1:])
+        for name, value in first.as_shared.items()
+        if any(not np.array_equal(value, other.as_shared[name]) for other in records[1:])
     }
-    own = {name for name in first.federated if tier_of(name) in _OWN and name in differing}
+    own = {name for name in first.as_shared if tier_of(name) in _OWN and name in differing}
     if differing - own:
         raise ConfigError(
             f"clients of {first.type_key} share no model in strategy {first.strategy!r}; export one client's with "
@@ -47,6 +48,9 @@ def shared_model(records: Sequence[KeptModel]) -> KeptModel:
         client_id="",
         method=method,
         federated=tensors,
+        shared=None,
+        own_rounds=0,
+        shared_tests={},
         head=_mean_head([record.head for record in records]),
         alone=None,
         took=FEDERATED,
@@ -56,11 +60,16 @@ def shared_model(records: Sequence[KeptModel]) -> KeptModel:
             name: sum(record.examples.get(name, 0) for record in records) for name in first.examples
         },
         tests={
-            model: _means([record.tests[model] for record in records if model in record.tests])
+            model: _means([_tests(record, model) for record in records if model in record.tests])
             for model in first.tests
             if model != "alone"
         },
     )
+
+
+def _tests(record: KeptModel, model: str) -> dict[str, float]:
+    before = record.shared_tests if model == FEDERATED else None
+    return before or record.tests[model]
 
 
 def _means(tests: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -85,7 +94,7 @@ def _without_private(record: KeptModel, differing: set[str]) -> tuple[Tensors, M
     method, tensors = record.method, {}
     shared = method.experts_global + method.experts_type
     drops = method.kind == "dema" and method.experts_private > 0 and shared > 0
-    for name, value in record.federated.items():
+    for name, value in record.as_shared.items():
         tier = tier_of(name)
         if tier == "private" and drops:
             continue

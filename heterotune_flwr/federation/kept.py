@@ -23,7 +23,8 @@ class Kept:
     tests
         Model -> ``{personal,global}_{accuracy,loss,...}`` of the tests it answered; no ``alone`` where it trained none.
     choosing
-        ``examples``, and model -> mean loss on them and standard error of its difference from the bare model's.
+        ``examples``, and model -> mean loss on them and standard error of its difference from the bare model's; of the
+        federated one ``own_rounds``, where it had such.
 
     """
 

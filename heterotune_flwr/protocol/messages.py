@@ -292,8 +292,9 @@ class EvaluateReply:
     """``metrics``: ``{global,personal}_{accuracy,loss,examples}`` for the test sets asked.
 
     Of a client that keeps its model besides ``{bare,alone}_{global,personal}_...``, ``choosing_examples`` and
-    ``{bare,alone,federated}_choosing_{loss,error}`` (:mod:`.metrics`). ``took`` is one of :data:`.metrics.MODELS`;
-    empty where nothing was kept, or it is not told. ``details``: text of a :class:`.details.Details`, or empty.
+    ``{bare,alone,federated}_choosing_{loss,error}`` (:mod:`.metrics`), and ``federated_choosing_own_rounds`` if it had
+    such. ``took`` is one of :data:`.metrics.MODELS`; empty where nothing was kept, or it is not told. ``details``: text
+    of a :class:`.details.Details`, or empty.
     """
 
     client_id: str

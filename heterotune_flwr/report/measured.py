@@ -62,7 +62,8 @@ class ClientOutcome:
 
     ``models``: ``bare``, ``alone``, ``federated``, ``taken`` -> ``global``, ``personal`` -> measure -> value.
     ``took`` is empty where nothing was chosen, or it was not told; ``chosen_by`` are the examples set aside that it was
-    chosen by, ``choosing_loss`` each model's loss on them, in nats. ``gains`` are in the run's main measure.
+    chosen by, ``choosing_loss`` each model's loss on them, in nats; ``own_rounds`` are those of the federated one.
+    ``gains`` are in the run's main measure.
     ``elsewhere``: of models that this strategy did not measure, which one did: model -> strategy.
     """
 
@@ -76,6 +77,7 @@ class ClientOutcome:
     gains: Gains | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
     choosing_loss: dict[str, float] = field(default_factory=dict)
+    own_rounds: int = 0
 
 
 @dataclass

@@ -81,6 +81,7 @@ def _outcome(run: StrategyRun, row: Mapping[str, Any], kept: Mapping[str, Any]) 
         chosen_by=whole_or_none(choosing.get("examples")),
         choosing_loss={name: loss for name, loss in losses.items() if loss is not None},
         models={name: tests for name, tests in models.items() if tests},
+        own_rounds=as_whole(as_mapping(choosing.get(FEDERATED)).get("own_rounds")),
     )
 
 

@@ -12,8 +12,10 @@ from heterotune_flwr.schema import Config
 
 #: Rounds and tests whose pace tells the time left.
 _RECENT = 5
-#: Models that are tested where clients choose what they take home: bare, alone, federated.
-_MODELS = 3
+#: Models that are tested where clients choose what they take home: bare, alone, federated, that after own rounds.
+_MODELS = 4
+#: Own rounds of the federated model that are tried.
+_OWN_ROUNDS = 2
 #: Training alone takes about so much of what a round's training computes (0.3 to 0.5 were measured): no channels.
 _ALONE = 0.4
 
@@ -155,11 +157,11 @@ class TimeLeft:
         return max(0.0, left - usual) + self._of_step(usual, max(0.0, now - self._since))
 
     def _last_test(self, one_round: float, one_test: float) -> float:
-        """The last test trains every client alone: all rounds' work anew, without the messages between."""
+        """The last test trains every client alone: all rounds' work anew and own rounds, without messages between."""
         if not self.plan.take_home:
             return one_test
         computing = statistics.median(self._computing) if self._computing else one_round
-        return _MODELS * one_test + _ALONE * self._of * min(one_round, computing)
+        return _MODELS * one_test + _ALONE * (self._of + _OWN_ROUNDS) * min(one_round, computing)
 
     def _of_step(self, usual: float, spent: float) -> float:
         """What is left of the round or test under way, by who has answered so far, else by what is usual."""

@@ -1,9 +1,9 @@
 """What a client keeps after its last round: what it may take home, and what is known about it.
 
 One folder a client and experiment, ``<state dir>/kept/<experiment>/<client id>/``: ``kept.json``, and beside it
-``federated.safetensors`` and ``alone.safetensors`` (adapter tensors under canonical names) and ``head.safetensors``
-where there are such. Maps lie where they are (:meth:`.client_state.ClientStore.load_maps`). Nothing else reads or
-writes these files.
+``federated.safetensors``, ``shared.safetensors`` and ``alone.safetensors`` (adapter tensors under canonical names) and
+``head.safetensors`` where there are such. Maps lie where they are (:meth:`.client_state.ClientStore.load_maps`).
+Nothing else reads or writes these files.
 """
 
 from __future__ import annotations
@@ -28,68 +28,27 @@ from heterotune_flwr.jsons import parse_json, read_as
 from heterotune_flwr.names import is_file_name, safe_text
 from heterotune_flwr.program_version import code_hash
 from heterotune_flwr.protocol.metrics import ALONE, BARE, FEDERATED, MODELS
-from heterotune_flwr.schema import MethodConfig
+from heterotune_flwr.tuning.kept_facts import (
+    BEFORE_OWN_ROUNDS,
+    FORMAT,
+    Choosing,
+    KeptBackbone,
+    KeptFacts,
+    KeptForm,
+    Measured,
+    read_facts,
+)
 
 __all__ = [
     "ALONE", "BARE", "FEDERATED", "FOLDER", "MODELS", "Choosing", "Head", "Kept", "KeptBackbone", "KeptFacts",
-    "KeptForm", "KeptModel", "Measured", "find_kept", "kept_folder",
+    "KeptForm", "KeptModel", "Measured", "find_kept", "kept_folder", "read_facts",
 ]  # fmt: skip
-#: Raised when what stands in the files changes its meaning.
-FORMAT = 1
 FOLDER = "kept"
 _FACTS = "kept.json"
 #: Parts of a record that are tensors, each in a file of its name.
-_PARTS = (FEDERATED, ALONE, "head")
+_PARTS = (FEDERATED, "shared", ALONE, "head")
 
 Tensors = dict[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class KeptBackbone:
-    """How the frozen model is found again: where from, at which bits and dtype, and its digest."""
-
-    source: str
-    bits: str
-    revision: str | None
-    fingerprint: str
-    dtype: str
-
-
-@dataclass(frozen=True)
-class KeptForm:
-    """How an example becomes text for the model, and how long it and its answer may be.
-
-    ``turns``: whether examples were conversations, whose turns the prompt does not wrap.
-    """
-
-    prompt: str
-    template: str
-    system: str | None
-    max_length: int
-    max_answer_tokens: int
-    stop: str | None
-    turns: bool = False
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model on the choosing set.
-
-    ``loss``: mean over its examples; ``error``: standard error of the mean paired difference from the bare model, 0 of
-    that itself. ``measure``: accuracy (labels) or ROUGE-L (generated text), 0 to 1; None where neither is taken.
-    """
-
-    loss: float
-    error: float
-    measure: float | None
-
-
-@dataclass(frozen=True)
-class Choosing:
-    """On how many examples a client chose, and what each model came to there (none of them without examples)."""
-
-    examples: int
-    models: dict[str, Measured]
 
 
 @dataclass(frozen=True)
@@ -104,61 +63,15 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptFacts:
-    """What stands in ``kept.json``.
-
-    Attributes
-    ----------
-    experiment, strategy, seed, rounds
-        Of which run it is, and after how many rounds.
-    client_id, type_key, backbone
-        Whose it is, and on which model.
-    method
-        The adapter's settings, ``output`` resolved.
-    labels, loss, form
-        The closed label set (None: open text), the loss (``labels`` or ``tokens``), and how examples are written.
-    maps_digest
-        Which frozen maps the adapter reads through; empty where it has none.
-    took, choosing
-        ``bare``, ``alone`` or ``federated``, and what that was decided by.
-    tests
-        Model -> ``{personal,global}_{loss,accuracy,examples,...}``, as measured with its prior and channels.
-    examples
-        Own examples: ``train``, ``choosing`` and ``personal``.
-    prior
-        C numbers that own tests add to the labels' logits of ``alone`` and ``federated``; None: nothing is added.
-
-    """
-
-    experiment: str
-    strategy: str
-    seed: int
-    rounds: int
-    client_id: str
-    type_key: str
-    backbone: KeptBackbone
-    method: MethodConfig
-    labels: list[str] | None
-    loss: str
-    form: KeptForm
-    maps_digest: str
-    took: str
-    choosing: Choosing
-    tests: dict[str, dict[str, float]]
-    examples: dict[str, int]
-    prior: list[float] | None
-    format: int = FORMAT
-
-
-@dataclass(frozen=True, kw_only=True)
 class KeptModel(KeptFacts):
     """A client's kept record: the facts, and the tensors they are about.
 
     ``federated`` and ``alone`` are adapter tensors by canonical name; ``alone`` is None where there is no such model,
-    ``head`` where channels add nothing that is linear.
+    ``head`` where channels add nothing that is linear. ``shared`` is ``federated`` before its own rounds, None without.
     """
 
     federated: Tensors = field(default_factory=dict)
+    shared: Tensors | None = None
     alone: Tensors | None = None
     head: Head | None = None
 
@@ -166,6 +79,11 @@ class KeptModel(KeptFacts):
     def facts(self) -> KeptFacts:
         """The record without its tensors."""
         return KeptFacts(**_facts(self))
+
+    @property
+    def as_shared(self) -> Tensors:
+        """The federated model as the run left it, before own rounds."""
+        return self.federated if self.shared is None else self.shared
 
     def save(self, folder: Path) -> None:
         """Replace what the folder holds; a crash on the way leaves it without a record, never with a mixed one."""
@@ -198,11 +116,13 @@ class KeptModel(KeptFacts):
             if tensor_digest(held[name]) != digest:
                 raise _damaged(_file(folder, name), f"its tensors are not those of {_FACTS}")
         head = held.get("head")
-        if FEDERATED not in held or (head is not None and set(head) != {"weight", "bias"}):
+        whole = FEDERATED in held and ("shared" in held) == (facts.own_rounds > 0)
+        if not whole or (head is not None and set(head) != {"weight", "bias"}):
             raise _damaged(folder / _FACTS, "it does not name the adapter's tensors")
         return cls(
             **_facts(facts),
             federated=held[FEDERATED],
+            shared=held.get("shared"),
             alone=held.get(ALONE),
             head=None if head is None else Head(head["weight"], head["bias"]),
         )
@@ -211,7 +131,7 @@ class KeptModel(KeptFacts):
         head = None
         if self.head is not None:
             head = {"weight": self.head.weight, "bias": self.head.bias}
-        return {FEDERATED: self.federated, ALONE: self.alone, "head": head}
+        return {FEDERATED: self.federated, "shared": self.shared, ALONE: self.alone, "head": head}
 
 
 @dataclass(frozen=True)
@@ -326,7 +246,7 @@ def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
         raise _damaged(path, "it is no JSON object")
     writer = safe_text(str(plain.pop("program", "unknown")), 60)
     try:
-        if plain.get("format") != FORMAT:
+        if plain.get("format") not in (BEFORE_OWN_ROUNDS, FORMAT):
             there = str(plain.get("format"))[:20]
             raise ValueError(f"its format is {there}, this version reads {FORMAT}")
         digests = read_as(dict[str, str], plain.pop("digests", None), "digests")
@@ -340,11 +260,3 @@ def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
         )
         raise _damaged(path, f"{error} ({mend})") from error
     return facts, digests
-
-
-def read_facts(plain: Any) -> KeptFacts:
-    """Facts from their JSON (ValueError: they are none, or of another version)."""
-    facts: KeptFacts = read_as(KeptFacts, plain, "it")
-    if facts.took not in MODELS or facts.format != FORMAT:
-        raise ValueError("its model or format is not known here")
-    return facts

@@ -526,3 +526,10 @@ def test_a_model_trained_alone_is_taken_off_the_budget_of_trainings_round_by_rou
     assert "alone_choosing_loss" not in told
     assert "bare_choosing_loss" in told
     assert "budget of trainings" in caplog.text
+    node.config |= {"floor-trainings": 8}
+    told = node.test(header=header, **asked)
+    assert (
+        book.spent(account, "training") == 8
+    )  # two rounds alone, two own ones of the federated model
+    assert node.test(header=header, **asked) == told
+    assert book.spent(account, "training") == 8

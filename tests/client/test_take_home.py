@@ -13,7 +13,7 @@ from tiny_backbones import LABELS, write_rows
 
 from heterotune_flwr.channels.statistics.record import LinearClassifier
 from heterotune_flwr.channels.statistics.record import Request as Statistics
-from heterotune_flwr.client import local_training
+from heterotune_flwr.client import local_training, take_home
 from heterotune_flwr.client.take_home import SHARES
 from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.protocol.messages import (
@@ -61,7 +61,7 @@ def test_the_model_trained_alone_is_that_of_a_run_without_the_others(world):
     record, own = kept(world), world.state(0, "own")
     assert record.alone.keys() == own.keys()
     assert all(np.array_equal(record.alone[name], own[name]) for name in own)
-    assert all(np.array_equal(record.federated[name], values[name]) for name in values)
+    assert all(np.array_equal(record.as_shared[name], values[name]) for name in values)
     own_test = world.evaluate(0, digest=DIGEST, experiment="own", round=2, test_sets=["personal"])
     assert reply.metrics["alone_personal_loss"] == own_test["personal_loss"]
     again = ask(world, values)
@@ -85,22 +85,25 @@ def counted(monkeypatch):
 def test_the_model_alone_is_trained_again_only_where_it_would_be_another(world, monkeypatch):
     values, done = trained(world), counted(monkeypatch)
     first = ask(world, values)
-    assert len(done) == 2
-    assert ask(world, values) == first
-    assert len(done) == 2
-    shutil.rmtree(world.path / "run/state/kept")
+    assert len(done) == 2 + 2  # and two own rounds of the federated model
     assert ask(world, values) == first
     assert len(done) == 4
+    more = {name: value + 1 for name, value in values.items()}
+    ask(world, more)  # the model alone is as before, what own rounds begin with is not
+    assert len(done) == 6
+    shutil.rmtree(world.path / "run/state/kept")
+    assert ask(world, values) == first
+    assert len(done) == 10
     trained(world, rounds=3)
     ask(world, values, rounds=3)
-    assert len(done) == 7
+    assert len(done) == 15
 
 
 def test_the_model_alone_is_trained_by_the_settings_of_its_rounds(world, monkeypatch):
     values, done = trained(world), counted(monkeypatch)
     odd = {"batch_size": 1, "proximal": 9.0, "warmup_ratio": 0.5, "local_steps": 900}
     ask(world, values, header=world.header(METHOD, 2, **odd))
-    assert [header.train.local_steps for header in done] == [20, 40]
+    assert [header.train.local_steps for header in done] == [20, 40, 40, 40]
     assert all((h.train.batch_size, h.train.proximal) == (4, 0.0) for h in done)
     assert all(h.train.warmup_ratio == 0.0 for h in done)
 
@@ -114,7 +117,42 @@ def test_no_round_of_a_run_with_another_seed_is_trained_alone(world, monkeypatch
     world.ask(0, TRAIN, asked.to_content("fp32"))
     done.clear()
     ask(world, values, header=header)
-    assert [one.round for one in done] == [2]
+    assert [one.round for one in done] == [2, 3, 4]
+
+
+def test_the_federated_model_goes_home_after_own_rounds_as_in_a_run_that_went_on(world):
+    values = trained(world)
+    reply = ask(world, values)
+    record, metrics = kept(world), reply.metrics
+    assert record.own_rounds == metrics["federated_choosing_own_rounds"] > 0
+    strategys = world.evaluate(0, values, DIGEST, round=2, test_sets=["personal"])
+    assert metrics["personal_loss"] == strategys["personal_loss"]
+    assert record.shared_tests == {
+        name: value for name, value in metrics.items() if name.startswith("personal_")
+    }
+    tested = record.tests["federated"]["personal_loss"]
+    assert tested == metrics["federated_personal_loss"] != strategys["personal_loss"]
+    again = dict(values)
+    for number in range(3, 3 + record.own_rounds):
+        went = world.train(0, number, again, list(again), maps=MAPS, digest=DIGEST, steps=40)
+        again = {name: value + went.deltas[name] for name, value in again.items()}
+    for name, value in (world.state(0) | again).items():
+        np.testing.assert_allclose(record.federated[name], value, atol=1e-3)
+
+
+def test_without_own_rounds_where_they_do_not_help(world, monkeypatch):
+    def away(client, header, adapter, *more):
+        adapter.load({name: value + 9 for name, value in adapter.read().items()})
+
+    values = trained(world)
+    plain = ask(world, values)
+    monkeypatch.setattr(local_training, "train_round", away)
+    shutil.rmtree(world.path / "run/state/kept")
+    reply, record = ask(world, values), kept(world)
+    assert (record.own_rounds, record.shared, record.shared_tests) == (0, None, {})
+    assert all(np.array_equal(record.federated[name], values[name]) for name in values)
+    assert record.tests["federated"]["personal_loss"] == plain.metrics["personal_loss"]
+    assert not [name for name in reply.metrics if name.endswith("own_rounds")]
 
 
 def test_a_full_disk_does_not_cost_the_test(world, monkeypatch, caplog):
@@ -141,8 +179,7 @@ def test_the_record_says_what_was_chosen_by_what(world):
     assert set(record.choosing.models) == set(record.tests) == {"bare", "alone", "federated"}
     for name, measured in record.choosing.models.items():
         assert metrics[f"{name}_choosing_loss"] == pytest.approx(measured.loss)
-        prefix = "" if name == "federated" else f"{name}_"
-        assert record.tests[name]["global_loss"] == metrics[f"{prefix}global_loss"]
+        assert record.tests[name]["global_loss"] == metrics[f"{name}_global_loss"]
     assert record.maps_digest == DIGEST
     assert record.method.output == 3
     assert np.exp(record.prior).sum() == pytest.approx(1.0)
@@ -159,7 +196,10 @@ def with_classifier(world, values, bias: float):
     return metrics, record, record.head.bias[0] / found.bias[0] if record.head else 0.0
 
 
-def test_a_classifier_of_others_acts_on_the_federated_model_and_goes_home_where_it_helps(world):
+def test_a_classifier_of_others_acts_on_the_federated_model_and_goes_home_where_it_helps(
+    world, monkeypatch
+):
+    monkeypatch.setattr(take_home, "OWN_ROUNDS", 0)
     values = trained(world)
     plain = ask(world, values).metrics
     shares = {}
@@ -179,7 +219,8 @@ def test_a_classifier_of_others_acts_on_the_federated_model_and_goes_home_where_
     assert sorted(shares.values()) == [0.0, 1.0]  # to one side it helps, to the other it harms
 
 
-def test_of_a_classifier_that_is_too_sure_a_client_takes_home_a_share(world):
+def test_of_a_classifier_that_is_too_sure_a_client_takes_home_a_share(world, monkeypatch):
+    monkeypatch.setattr(take_home, "OWN_ROUNDS", 0)
     values = trained(world)
     helps = max((0.01, -0.01), key=lambda bias: with_classifier(world, values, bias)[2])
     shares = [

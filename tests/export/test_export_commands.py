@@ -25,6 +25,8 @@ from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.tuning.kept_model import find_kept
 
 METHOD = replace(DEMA, experts_private=1, gate_scope="client")
+#: What the first client's federated model came to before its own rounds.
+SHARED_LOSS = 7.5
 
 
 def call(*words: object) -> Result:
@@ -52,14 +54,14 @@ def run(pool: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two clients of one type that share a bank, and one of another type that trained alone."""
     labels = sorted({row.label for row in pool})
     record, maps = a_record(BackboneSpec("tiny-a", "bf16"), pool, labels, METHOD)
-    own = {
-        name: value + ("private" in name or ".gate." in name)
-        for name, value in record.federated.items()
-    }
-    other = replace(record, client_id="client-0001", federated=own, head=None)
     alone = replace(
         record, strategy="local_only", experiment="toy-local_only-seed0", took="bare", alone=None
     )
+    shared = {name: value / 2 for name, value in record.federated.items()}
+    before = {**record.tests["federated"], "personal_loss": SHARED_LOSS}
+    own = {name: value + ("private" in name or ".gate." in name) for name, value in shared.items()}
+    other = replace(record, client_id="client-0001", federated=own, head=None)
+    record = replace(record, own_rounds=2, shared=shared, shared_tests=before)
     unlike = {name: value + 1 for name, value in record.federated.items()}
     records = [record, other, alone, replace(alone, client_id="client-0001", federated=unlike)]
     return a_run(tmp_path_factory.mktemp("runs") / "run", [(one, maps) for one in records])
@@ -75,6 +77,8 @@ def test_a_clients_model_is_exported_and_measured(
     assert facts.bytes == {"up": 1500.0, "down": 2500.0}
     card = (out / "README.md").read_text()
     assert "1.5 kB up and 2.5 kB down" in card
+    assert "seed 0, then 2 rounds on its owner's examples alone; one client's" in card
+    assert facts.record.own_rounds == 2
     assert "the run's (`toy-heterotune-seed0`), the client's (`client-0000`), and where" in card
     found = json.loads(call("evaluate", out, "--data", rows, "--json").stdout)
     reported = {
@@ -105,6 +109,14 @@ def test_a_types_model_has_nothing_of_one_client(
     facts = ExportFacts.load(out)
     assert (facts.clients, facts.whole_type, facts.record.prior) == (2, True, None)
     assert facts.record.method.experts_private == 0
+    first, second = (one.load() for one in find_kept(run, strategy="heterotune"))
+    loss = (SHARED_LOSS + second.tests["federated"]["personal_loss"]) / 2
+    assert facts.record.tests["federated"]["personal_loss"] == pytest.approx(loss)
+    assert facts.record.own_rounds == 0
+    shared = shared_model([first, second]).federated
+    names = [name for name in shared if ".experts.global." in name]
+    assert names
+    assert all(np.array_equal(shared[name], second.federated[name]) for name in names)
     assert not (out / "alone").exists()
     card = (out / "README.md").read_text()
     assert "each with what is its own besides" in card

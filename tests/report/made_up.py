@@ -144,7 +144,8 @@ def _add_client(
         name, key, "heterotune", 0, "federated" if federated > alone else "alone", 20,
         {model: {"personal": {"accuracy": value, "loss": 3 - value}} for model, value in models.items()},
         Gains("accuracy", "personal", federated - bare, federated - alone),
-        choosing_loss={model: 3 - value for model, value in models.items() if model != "taken"}))  # fmt: skip
+        choosing_loss={model: 3 - value for model, value in models.items() if model != "taken"},
+        own_rounds=2))  # fmt: skip
 
 
 def _add_means(facts: RunFacts, types: list[str], clients: int) -> None:

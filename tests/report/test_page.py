@@ -172,7 +172,7 @@ def test_worse_than_the_majority_alone_is_no_verdict_on_sharing():
 def test_why_a_client_took_its_model_stands_beside_its_name(seen):
     one = made_up.full().client_outcomes[0]
     losses = [f"{one.choosing_loss[model]:.2f}" for model in ("bare", "alone", "federated")]
-    assert f"{one.client_id}{one.took}{''.join(losses)}20" in re.sub(
+    assert f"{one.client_id}{one.took}{''.join(losses)}after2ownrounds20" in re.sub(
         r"\s+", "", seen.text["table-choices"]
     )
 

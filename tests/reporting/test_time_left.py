@@ -33,9 +33,9 @@ def test_the_last_test_counts():
     assert left.seconds(45.0) == pytest.approx(6 * 10 + 5)
     done = after(rounds(10, 10.0, 10), Plan())
     assert done.seconds(105.0) == pytest.approx(5)
-    # Everybody trains alone once more: ten rounds of two seconds of work, and three models are tested.
+    # Everybody trains alone: ten rounds of two seconds of work, two more after the run's; four models are tested.
     assert after(rounds(10, 10.0, 10), Plan(take_home=True)).seconds(105.0) == pytest.approx(
-        3 * 5 + 0.4 * 10 * 2
+        4 * 5 + 0.4 * 12 * 2
     )
 
 

@@ -39,10 +39,11 @@ def test_every_tested_client_is_asked_once_after_the_last_round_and_told_of(tmp_
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_federated_model_is_told_as_it_could_be_taken_home(reverse):
     told = {"personal_loss": 1.9, "federated_personal_loss": 1.0, "bare_personal_loss": 1.2,
-            "federated_choosing_loss": 1.1, "choosing_examples": 20.0}  # fmt: skip
+            "federated_choosing_loss": 1.1, "federated_choosing_own_rounds": 2.0,
+            "choosing_examples": 20.0}  # fmt: skip
     kept = Kept.of("federated", dict(sorted(told.items(), reverse=reverse)))
     assert kept.tests == {"federated": {"personal_loss": 1.0}, "bare": {"personal_loss": 1.2}}
-    assert kept.choosing == {"examples": 20, "federated": {"loss": 1.1}}
+    assert kept.choosing == {"examples": 20, "federated": {"loss": 1.1, "own_rounds": 2.0}}
 
 
 def test_it_is_a_setting(tmp_path):

@@ -49,17 +49,20 @@ def record():
         tests={"bare": {"personal_loss": 0.7}, "federated": {"personal_loss": 0.1}},
         examples={"train": 180, "choosing": 20, "personal": 50},
         prior=[-0.5, -1.0],
+        own_rounds=2,
+        shared_tests={"personal_loss": 0.2},
         federated={"up": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        shared={"up": np.full((2, 3), 3, np.float32)},
         alone={"up": np.ones((2, 3), np.float32)},
         head=Head(np.ones((2, 8), np.float32), np.zeros(2, np.float32)),
     )
 
 
 def same(one, other):
-    assert replace(one, federated={}, alone=None, head=None) == replace(
-        other, federated={}, alone=None, head=None
-    )
+    none = {"federated": {}, "shared": None, "alone": None, "head": None}
+    assert replace(one, **none) == replace(other, **none)
     np.testing.assert_equal(one.federated, other.federated)
+    np.testing.assert_equal(one.shared, other.shared)
     np.testing.assert_equal(one.alone, other.alone)
     if one.head is not None:
         np.testing.assert_equal(other.head.weight, one.head.weight)
@@ -70,7 +73,8 @@ def same(one, other):
 def test_what_is_saved_is_read_again(tmp_path, record):
     record.save(tmp_path)
     same(KeptModel.load(tmp_path), record)
-    less = replace(record, alone=None, head=None, prior=None, labels=None, took="bare")
+    less = replace(record, alone=None, head=None, prior=None, labels=None, took="bare",
+                   shared=None, own_rounds=0, shared_tests={})  # fmt: skip
     less.save(tmp_path)  # in the place of the first: what it lacks is gone
     same(KeptModel.load(tmp_path), less)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -82,7 +86,8 @@ def test_what_is_saved_is_read_again(tmp_path, record):
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 3},
+        {"own_rounds": 0},
         {"took": "pooled"},
         {"seed": "3"},
         {"labels": [1]},
@@ -99,6 +104,17 @@ def test_a_wrong_record_is_one_line(tmp_path, record, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ExchangeError, match=r"kept\.json cannot be read as a kept model: [^\n]*$"):
         KeptModel.load(tmp_path)
+
+
+def test_a_record_from_before_own_rounds_is_one_without_them(tmp_path, record):
+    before = replace(record, shared=None, own_rounds=0, shared_tests={})
+    before.save(tmp_path)
+    path = tmp_path / "kept.json"
+    plain = json.loads(path.read_text())
+    del plain["own_rounds"], plain["shared_tests"]
+    path.write_text(json.dumps(plain | {"format": 1}))
+    same(KeptModel.load(tmp_path), before)
+    assert KeptModel.load(tmp_path).as_shared.keys() == before.federated.keys()
 
 
 def test_a_record_of_another_version_says_who_wrote_it_and_how_it_is_mended(tmp_path, record):

@@ -66,7 +66,7 @@ class Reach:
 
     def ways(self) -> dict[str, Way]:
         """Every row's way to answer, fitted on the choosing set alone."""
-        alone, federated = self._adds(self.kept.alone), self._adds(self.kept.federated)
+        alone, federated = self._adds(self.kept.alone), self._adds(self.kept.as_shared)
         found = {
             BARE: Way(mixture([], ())),
             ALONE: Way(alone, prior=1.0),
@@ -119,7 +119,7 @@ class Reach:
         return found
 
     def _continued(self) -> list[Tensors]:
-        found = [self.kept.federated]
+        found = [self.kept.as_shared]
         for number in _FURTHER[1:]:
             found.append(self._train(found[-1], len(self._rounds) + number))
         return found

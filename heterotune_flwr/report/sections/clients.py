@@ -155,7 +155,8 @@ def _choices(facts: RunFacts, main: Lead) -> list[Block]:
         [
             one.client_id,
             MODEL_NAMES.get(one.took, one.took),
-            *[number(one.choosing_loss.get(model), "nats") for model in _MODELS],
+            *[number(one.choosing_loss.get(model), "nats") for model in (BARE, ALONE)],
+            Cell(number(one.choosing_loss.get(FEDERATED), "nats"), small=_own_rounds(one)),
             number(one.chosen_by, "count"),
         ]
         for one in shown
@@ -165,11 +166,18 @@ def _choices(facts: RunFacts, main: Lead) -> list[Block]:
     note = (
         "A client begins with the untouched model. It goes on to the lone one if that is surely better (by more than a "
         "standard error) in loss or score; then to the federated one if that is surely better than the model so far, "
-        "and no worse than any other in either. Scores on these few examples are not told."
+        "and no worse than any other in either (not surely worse than a lone one that the untouched one surely beats). "
+        "Scores on these few examples are not told."
     )
     caption = "Loss on the examples that each client set aside to choose by"
     table = Table(heads, lines, caption, frozenset({2, 3, 4, 5}), "table-choices", note=note)
     return [Folded("Why each client took what it took", [table])]
+
+
+def _own_rounds(one: ClientOutcome) -> str:
+    """How many rounds on its own examples its federated model had after the run's; nothing for none."""
+    more = "round" if one.own_rounds == 1 else "rounds"
+    return f"after {one.own_rounds} own {more}" if one.own_rounds else ""
 
 
 def _chosen(found: Sequence[ClientOutcome], main: Lead) -> tuple[list[ClientOutcome], int]:
