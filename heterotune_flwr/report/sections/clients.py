@@ -123,7 +123,7 @@ def _clients_table(facts: RunFacts, main: Lead) -> Table:
                 Cell(one.client_id, small=", ".join(small)),
                 *[number(measured(one, model, main), main.unit) for model in _MODELS],
                 *[Cell(gain(value, main.measure), tone(value)) for value in gains],
-                Cell(took),
+                Cell(took, small=_own_rounds(one) if one.took == FEDERATED else ""),
             ]
         )
     rest = f" The {left} clients between are left out here; report --csv has all." if left else ""
