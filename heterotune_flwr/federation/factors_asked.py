@@ -56,6 +56,29 @@ class TypeAnswers:
         self.told.append((client_id, factors))
 
 
+@dataclass(kw_only=True)
+class Asked:
+    """What asking clients of a roster has come to.
+
+    Attributes
+    ----------
+    down, up
+        What it has cost, by client id [bytes].
+    trust
+        Whom to believe.
+
+    """
+
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+    trust: Trust = field(default_factory=Trust)
+
+    def pay(self, client_id: str, down: int, up: int) -> None:
+        """Add what one question has cost."""
+        self.down[client_id] = self.down.get(client_id, 0) + down
+        self.up[client_id] = self.up.get(client_id, 0) + up
+
+
 @dataclass(frozen=True)
 class Question:
     """What is asked of whom.

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.alignment.align import (
-    Trust,
     align_types,
     join_known,
 )
@@ -25,7 +24,7 @@ from heterotune_flwr.exchange.packing import (
     round_trip,
     tensor_digest,
 )
-from heterotune_flwr.federation.factors_asked import Question, ask_types
+from heterotune_flwr.federation.factors_asked import Asked, Question, ask_types
 from heterotune_flwr.federation.journal import Journal, Pace, writing
 from heterotune_flwr.federation.kept_maps import KeptMaps
 from heterotune_flwr.federation.roster import Roster
@@ -68,29 +67,19 @@ class Maps:
 
 
 def _fingerprints(roster: Roster) -> dict[str, str]:
-    return {
-        key: roster.clients[roster.of_type(key)[0]].info.fingerprint for key in roster.type_keys
-    }
+    return {key: roster.info_of(key).fingerprint for key in roster.type_keys}
 
 
 @dataclass
-class _Inquiry:
-    """One computation of maps: for whom, and what asking clients for it has cost (client id -> bytes)."""
+class _Inquiry(Asked):
+    """One computation of maps: for whom, and what asking clients for it has come to."""
 
     roster: Roster
     method: MethodConfig
     train: TrainConfig
     seed: int
     symbols: RunSymbols
-    down: dict[str, int] = field(default_factory=dict)
-    up: dict[str, int] = field(default_factory=dict)
-    trust: Trust = field(default_factory=Trust)
     away: bool = False
-
-    def pay(self, client_id: str, down: int, up: int) -> None:
-        """Add what one question has cost."""
-        self.down[client_id] = self.down.get(client_id, 0) + down
-        self.up[client_id] = self.up.get(client_id, 0) + up
 
 
 class MapsService:

@@ -52,6 +52,10 @@ class Roster:
         """Ids of the clients of one type, sorted."""
         return list(self._members.get(type_key, ()))
 
+    def info_of(self, type_key: str) -> DescribeReply:
+        """What the first client of a type says of itself."""
+        return self.clients[self.of_type(type_key)[0]].info
+
     @functools.cached_property
     def _members(self) -> dict[str, list[str]]:
         """Ids by type, both sorted: asked for every one of thousands of clients."""
@@ -91,10 +95,7 @@ class Roster:
 
     def per_type(self, field: str) -> dict[str, float]:
         """A numeric field of the descriptions that is the same for all clients of a type."""
-        return {
-            key: float(getattr(self.clients[self.of_type(key)[0]].info, field))
-            for key in self.type_keys
-        }
+        return {key: float(getattr(self.info_of(key), field)) for key in self.type_keys}
 
 
 @dataclass(frozen=True)

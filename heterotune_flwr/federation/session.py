@@ -178,7 +178,7 @@ def _known_labels(data: DataConfig) -> list[str] | None:
 
 
 def _type_facts(roster: Roster, type_key: str) -> dict[str, Any]:
-    info = roster.clients[roster.of_type(type_key)[0]].info
+    info = roster.info_of(type_key)
     names = ("bits", "hidden", "layers", "parameters", "model_bytes", "lora16_bytes", "fingerprint")
     return {name: getattr(info, name) for name in names}
 

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.alignment.align import Trust
 from heterotune_flwr.alignment.views import PIECES
 from heterotune_flwr.data.symbols import MOST_SYMBOLS, RunSymbols, Symbols, unpack_pieces
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.codecs import as_bytes
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import load_state, save_state
-from heterotune_flwr.federation.factors_asked import Question, ask_types
+from heterotune_flwr.federation.factors_asked import Asked, Question, ask_types
 from heterotune_flwr.federation.journal import Journal, writing
 from heterotune_flwr.federation.roster import Roster
 from heterotune_flwr.flower import Grid, is_simulation
@@ -104,7 +103,7 @@ class SymbolsService:
 
     def known(self, type_key: str, symbols: RunSymbols, roster: Roster, header: Header) -> Mask:
         """Which of some symbols a type knows (ConfigError: its clients do not tell)."""
-        info = _of_types(roster)[type_key]
+        info = roster.info_of(type_key)
         if not symbols.packed:
             return np.full(symbols.count, info.vocabulary == symbols.vocabulary)
         if (info.vocabulary, symbols) not in self._masks:
@@ -135,20 +134,17 @@ class SymbolsService:
 
 
 @dataclass
-class _Asking:
+class _Asking(Asked):
     """Questions about vocabularies to clients of a roster, and what they cost."""
 
     grid: Grid
     server: ServerConfig
     roster: Roster
     header: Header
-    down: dict[str, int] = field(default_factory=dict)
-    up: dict[str, int] = field(default_factory=dict)
-    trust: Trust = field(default_factory=Trust)
 
     def pieces(self, type_key: str) -> tuple[bytes, ...] | None:
         """All pieces of a type, as its description says them to be; None: its clients do not tell."""
-        info = _of_types(self.roster)[type_key]
+        info = self.roster.info_of(type_key)
 
         def fault(client_id: str, told: Tensors) -> str:
             try:
@@ -179,7 +175,7 @@ class _Asking:
     ) -> dict[str, bytes]:
         grid, server = self.grid, self.server
         question = Question(
-            AlignRequest(self.header, 1, packed, PIECES).to_content(), fault, self._pay,
+            AlignRequest(self.header, 1, packed, PIECES).to_content(), fault, self.pay,
             query_seconds(server), server.wait_seconds, 1 if is_simulation(grid) else 2,
         )  # fmt: skip
         told, _ = ask_types(grid, self.roster, type_keys, question, self.trust)
@@ -187,10 +183,6 @@ class _Asking:
             self.trust.lost[key] = f"clients of {key} disagree about its vocabulary"
             del told[key]
         return {key: _told(value) for key, value in told.items()}
-
-    def _pay(self, client_id: str, down: int, up: int) -> None:
-        self.down[client_id] = self.down.get(client_id, 0) + down
-        self.up[client_id] = self.up.get(client_id, 0) + up
 
 
 def _told(told: Tensors) -> bytes:
@@ -201,7 +193,7 @@ def _told(told: Tensors) -> bytes:
 
 def _of_types(roster: Roster) -> dict[str, DescribeReply]:
     """What the first client of every type says."""
-    return {key: roster.clients[roster.of_type(key)[0]].info for key in roster.type_keys}
+    return {key: roster.info_of(key) for key in roster.type_keys}
 
 
 def _intersection(infos: Mapping[str, DescribeReply], asking: _Asking, least: int) -> Found:

@@ -124,7 +124,7 @@ def _check_who_came(strategy: HeteroStrategy) -> None:
     clients come first, of as many the one with the smallest node id.
     """
     roster, session = strategy.roster, strategy.context.session
-    bits = {key: roster.clients[roster.of_type(key)[0]].info.bits for key in roster.type_keys}
+    bits = {key: roster.info_of(key).bits for key in roster.type_keys}
     first = {key: min(roster.clients[c].node_id for c in roster.of_type(key)) for key in bits}
     kept: dict[str, str] = {}
     reasons: dict[str, str] = {}

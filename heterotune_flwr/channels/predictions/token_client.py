@@ -154,9 +154,7 @@ class TokenWork(ClientChannel):
         tokens = np.zeros((len(flat), TOP), np.int64)
         chances = np.zeros((len(flat), TOP), np.float32)
         tokens[:, 0], chances[:, 0] = flat, 1.0
-        rows = np.concatenate(
-            [s + np.arange(len(own)) for s, own in zip(starts, places, strict=False)]
-        )
+        rows = _rows_of(starts, places)
         keys = np.concatenate([(n << 32) | own for n, own in zip(numbers, places, strict=True)])
         _, here, there = np.intersect1d(keys, targets.keys, return_indices=True)
         found = _ids(self._own, targets.numbers[there], np.isin(rows[here], starts))
@@ -191,9 +189,7 @@ class TokenWork(ClientChannel):
         if not numbers:
             return NOTHING
         symbols, chances = predict_tokens(self.work.task, self._rows, starts, self._own)
-        rows = np.concatenate(
-            [s + np.arange(len(own)) for s, own in zip(starts, places, strict=False)]
-        )
+        rows = _rows_of(starts, places)
         owners = np.repeat(numbers, [len(own) for own in places])
         keys = np.concatenate(places)
         said = TopSymbols(owners, keys >> 8, keys & 255, symbols[rows], chances[rows])
@@ -252,6 +248,13 @@ def _places(begins: Ints, sizes: Ints, chat: bool) -> Ints:
         sizes = np.concatenate([np.maximum(sizes[:1] - 1, 0), sizes[1:]])
     places: Ints = (begins << 8) | sizes
     return places
+
+
+def _rows_of(starts: Sequence[int], places: Sequence[Ints]) -> Ints:
+    """Which of all answers' tokens the positions at some places are; ``starts``: where each answer's tokens begin."""
+    return np.concatenate(
+        [start + np.arange(len(own)) for start, own in zip(starts, places, strict=False)]
+    )
 
 
 def _ids(own: OwnSymbols, numbers: Ints, first: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ints:
