@@ -60,22 +60,25 @@ class FlowerTrials(Trials):
     def run(
         self, variant: str, values: Sequence[float], seeds: Sequence[int], part: str
     ) -> dict[str, Any]:
-        """See :class:`Trials`; a run per seed, kept as it comes: one cut short loses a seed, not all."""
+        """See :class:`Trials`.
+
+        Where a run takes hours, one simulation per seed, kept as it comes: one cut short loses a seed, not all. Where
+        it takes seconds a single one, since starting takes longer.
+        """
         known, new = self.cells.read(), {}
-        strategies = {f"{value:g}": claimed(self.name, variant, value) for value in values}
         overrides = [*SUITES[self.suite].overrides(part), *self._stops(variant, values, part)]
-        for seed in seeds:
+        for own in [[seed] for seed in seeds] if self.row.stops_early else [seeds]:
             wanted = {
-                n: s
-                for n, s in strategies.items()
-                if self.key(variant, float(n), seed) not in known
+                f"{value:g}": claimed(self.name, variant, value)
+                for value in values
+                if any(self.key(variant, value, seed) not in known for seed in own)
             }
-            runs = simulated(self.suite, wanted, [seed], overrides) if wanted else []
+            runs = simulated(self.suite, wanted, own, overrides) if wanted else []
             for run in runs:
                 cell = cell_of(run)
                 if self.row.stops_early and part == "dev":
                     cell["best_round"], cell["best_accuracy"] = best_round(run)
-                new[self.key(variant, float(run["strategy"]), seed)] = cell
+                new[self.key(variant, float(run["strategy"]), run["seed"])] = cell
             self.cells.keep(new)
         return new
 
