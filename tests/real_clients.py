@@ -174,7 +174,7 @@ def run(world, name, rounds=2, overrides=""):
 
 
 #: The shipped strategy with LoRA, made small.
-DEEP = "heterotune_deep"
+DEEP = "heterotune_lora"
 
 
 #: Predictions in every round, on few anchors.

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from compositions import entry
 from toy_federation import ToyFederation, toy_config
 
 from client_app.app import app
-from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.config.compose import compose
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.session import Session, StrategyContext
@@ -27,25 +27,25 @@ from heterotune_flwr.strategies import build_strategy
 RECORD = Path(__file__).with_suffix(".json")
 TOY = (
     "heterotune",
-    "heterotune_deep",
+    "heterotune_lora",
     "within_discriminant",
     "fedmkt",
     "scaffold",
     "fedit",
     "heterofl",
 )
-EMBEDDED = ("heterotune", "heterotune_deep", "scaffold")
+EMBEDDED = ("heterotune", "heterotune_lora", "scaffold")
 #: How much of a group's length another processor may round away: with numpy, and with quantized models.
 TOY_CLOSE, EMBEDDED_CLOSE = 1e-3, 5e-2
 
 
 def shipped(name: str) -> dict[str, Any]:
     """A strategy's own YAML entry, with adapters small enough for toys."""
-    spec: dict[str, Any] = yaml.safe_load((conf_root() / "strategy" / f"{name}.yaml").read_text())
+    spec = entry(name)
     method = spec.setdefault("method", {})
     if method.get("kind") == "lora":
         method["lora_rank"] = 4
-    if name == "heterotune_deep":  # toys have no cores
+    if name == "heterotune_lora":  # toys have no cores
         for key in [key for key in method if key.startswith("core")]:
             del method[key]
     return spec

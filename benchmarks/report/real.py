@@ -27,9 +27,9 @@ ROWS = {
     "fedmkt64_cold": "FedMKT-style, 64 anchors, annealed without warm-up",
     "heterotune_plain": "HeteroTune, class sums off",
     "heterotune": "HeteroTune",
-    "heterotune_deep": "HeteroTune with LoRA",
+    "heterotune_lora": "HeteroTune with LoRA",
     "heterotune_without_discriminant": "HeteroTune with LoRA, class sums off",
-    "heterotune_deep_cold": "HeteroTune with LoRA, class sums off, no warm-up",
+    "heterotune_lora_cold": "HeteroTune with LoRA, class sums off, no warm-up",
     "lora_at_home": "HeteroTune, LoRA kept on its client",
 }
 _EMBEDDED = {

@@ -98,7 +98,7 @@ def distillation() -> str:
     return section(
         "What all clients know together, and what each learns of it",
         shown(
-            "`heterotune_deep` without class sums, embedded family, seed 9. `together` is what all clients predict "
+            "`heterotune_lora` without class sums, embedded family, seed 9. `together` is what all clients predict "
             "after the last round's training, combined as the server does it: a teacher nobody holds as one model. "
             f"Quartiles of its entropy: {entropies[0]} nats on anchors, {entropies[1]} on test texts, where 2.77 is no "
             "idea.",

@@ -1,4 +1,4 @@
-"""How much of what all types know together reaches each: teacher and students of ``heterotune_deep``.
+"""How much of what all types know together reaches each: teacher and students of ``heterotune_lora``.
 
 One real Flower run (tuning seed 9, without the shared discriminant) on ``embedded12``, or on another of the
 headline's suites (``--suite embedded3``: one client per type; its values are kept under the suite's name). Then, from
@@ -51,7 +51,7 @@ from heterotune_flwr.tuning.losses import Examples
 from heterotune_flwr.tuning.states import Rows, make_rows
 from heterotune_flwr.tuning.task import Task
 
-_SUITE, _METHOD = "embedded12", "heterotune_deep"
+_SUITE, _METHOD = "embedded12", "heterotune_lora"
 Array = NDArray[np.float32]
 
 

@@ -61,21 +61,32 @@ BANKED = (
     "heterotune", "heterotune_plain", "within_discriminant", "bank", "predictions", "mean", "within_type",
     "within_consensus", "local_only", "fedprox", "fedadam",
 )  # fmt: skip
+_OWN: Mapping[str, Any] = {
+    "predictions": {"anchors": 512, "pool": 1024, "batch": 64, "pool_over": "type"}
+}
+#: Parts of ``heterotune``, and what of it a type has by itself: its controls (docs/strategies.md, Compositions).
+_COMPOSED = {
+    "within_discriminant": Row(_BANK, "within_type", {
+        **_OWN, "statistics": {"weight": 0.3, "pool_over": "type"}, "method": {"views": ["text"]},
+    }),
+    "bank": Row(_BANK, "heterotune", {"predictions": None, "statistics": None, "method": {}}),
+    "within_consensus": Row(_BANK, "within_type", _OWN),
+}  # fmt: skip
 ROWS: dict[str, Row] = {
-    **{name: Row(_BANK) for name in BANKED},
+    **{name: _COMPOSED.get(name, Row(_BANK)) for name in BANKED},
     "heterotune_plain": Row(_BANK, "heterotune", _INDISCRIMINATE),
     "predictions": Row(_BANK, "heterotune", {"personalization_phase": 0.95, "mixing": 0.0, **_INDISCRIMINATE}),
     "lora_at_home": Row(
         (2e-3,), "heterotune", {"method": {"core_scope": "client"}, **_INDISCRIMINATE}, True
     ),
-    "heterotune_deep": Row((8e-3,), lora=True),
-    "heterotune_without_discriminant": Row((8e-3,), "heterotune_deep", _INDISCRIMINATE, True),
-    "heterotune_deep_cold": Row(
-        (8e-3,), "heterotune_deep", {**_COLD, **_INDISCRIMINATE}, True, _COLD_ON
+    "heterotune_lora": Row((8e-3,), lora=True),
+    "heterotune_without_discriminant": Row((8e-3,), "heterotune_lora", _INDISCRIMINATE, True),
+    "heterotune_lora_cold": Row(
+        (8e-3,), "heterotune_lora", {**_COLD, **_INDISCRIMINATE}, True, _COLD_ON
     ),
-    "within_consensus_annealed": Row((8e-3,), "within_consensus", {**_WITHIN, **_ANNEALED}, True),
+    "within_consensus_annealed": Row((8e-3,), "within_type", {**_WITHIN, **_ANNEALED}, True),
     "within_consensus_cold": Row(
-        (8e-3,), "within_consensus", {**_WITHIN, **_COLD}, True, _COLD_ON
+        (8e-3,), "within_type", {**_WITHIN, **_COLD}, True, _COLD_ON
     ),
     "fedmkt64_annealed": Row((2e-3, 4e-3), "fedmkt", {**_TRANSFER, **_ANNEALED}, True),
     "fedmkt64_cold": Row((2e-3, 4e-3), "fedmkt", {**_TRANSFER, **_COLD}, True, _COLD_ON),
@@ -171,7 +182,7 @@ _FIVE = [*_TINY, ("tiny-b", "nf4"), ("tiny-c", "bf16")]
 _DEEP = (
     "method.core_kind=lora", "method.core_rank=16", "method.core_from=0.0", "method.core_scale=2.0",
 )  # fmt: skip
-_DEEPS = ("heterotune_deep", "heterotune_without_discriminant", "heterotune_deep_cold")
+_DEEPS = ("heterotune_lora", "heterotune_without_discriminant", "heterotune_lora_cold")
 #: LoRA and bank together, one client per type.
 _BOTH = {
     **dict.fromkeys((*BANKED, "fedmkt64"), (1e-3, 2e-3)),
@@ -194,7 +205,7 @@ _SLOW: Mapping[str, Sequence[float]] = {
     **dict.fromkeys(BANKED, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
     **dict.fromkeys(("fedit", "fedmkt", "fedmkt64"), (1e-3,)),
 }
-_NEAR = {**_KNOWN, "heterotune_deep": (8e-3,), "fedmkt64_annealed": (4e-3,)}
+_NEAR = {**_KNOWN, "heterotune_lora": (8e-3,), "fedmkt64_annealed": (4e-3,)}
 
 
 def _tiny(clients: int, rates: Mapping[str, Sequence[float]], *method: str, **more: Any) -> Suite:
@@ -209,7 +220,7 @@ def _bank_alone(preset: str, types: Sequence[tuple[str, str]], clients: int) -> 
 
 
 EARLIER = {
-    "embedded3": _tiny(1, _BOTH, sweeps={"heterotune_deep": SWEEP_SEEDS}),
+    "embedded3": _tiny(1, _BOTH, sweeps={"heterotune_lora": SWEEP_SEEDS}),
     "embedded6": _tiny(2, _BOTH_RIVALS),
     "embedded12": _tiny(4, _KNOWN),
     "embedded48": _tiny(16, _KNOWN, "server.participation=0.25"),

@@ -66,6 +66,7 @@ def run_demo(exchange: dict[str, Any], seeds: list[int], folder: Path) -> dict[s
     words = [f"exchange.{key}={value}" for key, value in exchange.items()]
     words += [
         f"run.seeds={seeds}".replace(" ", ""),
+        "'strategies.bank={_component_: heterotune_flwr.strategies.HeteroTune}'",
         "run.compare=[bank]",
         f"run.dir={folder}",
     ]

@@ -8,10 +8,9 @@ other key overrides what the groups said. Overrides come last: ``train.learning_
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from heterotune_flwr.config.plain import (
     load_plain,
     refuse_interpolation,
 )
-from heterotune_flwr.config.renamed import GONE, unknown_key
+from heterotune_flwr.config.renamed import became, unknown_key
 from heterotune_flwr.config.texts import (
     STRATEGY,
     check_texts,
@@ -58,9 +57,14 @@ def conf_root() -> Path:
     raise ConfigError(f"the conf/ folder is missing beside {package}; reinstall heterotune-flwr")
 
 
+def _names(folder: str) -> list[str]:
+    """Names of the YAML files of a folder of ``conf/``."""
+    return sorted(path.stem for path in (conf_root() / folder).glob("*.yaml"))
+
+
 def presets() -> list[str]:
     """Names of the shipped presets."""
-    return sorted(path.stem for path in conf_root().glob("*.yaml"))
+    return _names("")
 
 
 def describe_presets() -> dict[str, str]:
@@ -116,17 +120,28 @@ def _find_preset(config: str, trusted: bool) -> dict[str, Any]:
 
 
 def _group(section: str, name: str) -> Any:
-    folder = conf_root() / section
-    path = folder / f"{name}.yaml"
-    if not re.fullmatch(r"[\w-]+", name) or not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
+    known = _names(section)
+    if name not in known:
         listed = f"{nearest(name, known)} (known: {', '.join(known) or 'none'})"
         raise ConfigError(
             f"groups.{section}: there is no conf/{section}/{name}.yaml{listed}",
             f"groups.{section}: there is no such file{listed}",
         )
-    content = _read(path, STRATEGY if section == "strategy" else Config)
+    content = _read(conf_root() / section / f"{name}.yaml")
     return content[section] if set(content) == {section} else content
+
+
+def _shipped_strategy(name: str, where: str, others: Iterable[str] = ()) -> dict[str, Any]:
+    """An entry of ``conf/strategy``; ``others``: names of this run's own, for the error."""
+    known = _names("strategy")
+    if name not in known:
+        own = sorted({*known, *others})
+        hint = became("strategies", name) or f"{nearest(name, own)} (known: {', '.join(own)})"
+        raise ConfigError(
+            f"{where}: there is no strategy {name!r}{hint}",
+            f"{where} names a strategy that there is not (known: {', '.join(known)})",
+        )
+    return _read(conf_root() / "strategy" / f"{name}.yaml", STRATEGY)
 
 
 def _merge(base: Any, update: Any) -> Any:
@@ -160,10 +175,9 @@ def _expand(preset: dict[str, Any]) -> dict[str, Any]:
 def _listed_strategy(entry: Any) -> tuple[str, Any]:
     """``name``, ``name: {what differs from conf/strategy/name.yaml}``, or one's own ``name: {_component_: ...}``."""
     name, changes = next(iter(entry.items())) if isinstance(entry, dict) and entry else (entry, {})
-    own = isinstance(changes, dict) and "_component_" in changes
-    if own and not (conf_root() / "strategy" / f"{name}.yaml").is_file():
+    if isinstance(changes, dict) and "_component_" in changes and name not in _names("strategy"):
         return str(name), changes
-    return str(name), _merge(_group("strategy", str(name)), changes)
+    return str(name), _merge(_shipped_strategy(str(name), "strategies"), changes)
 
 
 def parse_overrides(
@@ -278,13 +292,12 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
     content = _expand(found)
     _check_sections(content)
     said = set() if _is_shipped(config) else set(found.get("data") or {})
-    if content.get("strategies") is None:
-        content["strategies"] = {}
+    content["strategies"] = content.get("strategies") or {}
     for path, value in parse_overrides(overrides, trusted):
         if path[0] == "data":
             said |= set(value or {}) if len(path) == 1 and isinstance(value, dict) else {path[-1]}
-        if path[0] == "strategies" and len(path) > 1 and path[1] not in content["strategies"]:
-            content["strategies"][path[1]] = _group("strategy", path[1])
+        if path[0] == "strategies" and len(path) > 2 and path[1] not in content["strategies"]:
+            content["strategies"][path[1]] = _shipped_strategy(path[1], "strategies")
         if len(path) == 2 and path[0] == "train":
             # Said for all: what single strategies had is void.
             for spec in content["strategies"].values():
@@ -331,8 +344,7 @@ def _forget_shipped_data(data: Any, said: set[str]) -> None:
 
 def _count_owners(content: dict[str, Any]) -> None:
     """A type that names natural clients, and no number of clients, has as many as these."""
-    data = content.get("data")
-    each = (data or {}).get("groups_per_client", 1)
+    each = (content.get("data") or {}).get("groups_per_client", 1)
     for entry in content.get("types") or []:
         owners = entry.get("owners")
         if isinstance(owners, list) and "clients" not in entry and isinstance(each, int):
@@ -365,20 +377,10 @@ def _check_sections(content: dict[str, Any]) -> None:
 
 def _add_compared_strategies(content: dict[str, Any]) -> None:
     """``run.compare`` may name any shipped strategy, listed in the preset or not."""
-    strategies = content.setdefault("strategies", {})
-    compared = (content.get("run") or {}).get("compare") or ["heterotune"]
-    for name in compared:
+    strategies = content["strategies"]
+    for name in (content.get("run") or {}).get("compare") or ["heterotune"]:
         if name not in strategies:
-            known = sorted(path.stem for path in (conf_root() / "strategy").glob("*.yaml"))
-            if str(name) not in known:
-                own = sorted({*known, *map(str, strategies)})
-                gone = GONE["strategies"].get(str(name))
-                hint = f"; {gone}" if gone else nearest(str(name), own)
-                raise ConfigError(
-                    f"run.compare: there is no strategy {name!r}{hint} (known: {', '.join(own)})",
-                    f"run.compare names a strategy that there is not (known: {', '.join(known)})",
-                )
-            strategies[name] = _group("strategy", str(name))
+            strategies[name] = _shipped_strategy(str(name), "run.compare", map(str, strategies))
 
 
 def to_yaml(config: Config) -> str:

@@ -29,6 +29,7 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "alignment": {"words": "symbols"},
     "server": {"bench_after": "cooldown_after", "bench_longest": "cooldown_longest"},
+    "strategies": {"heterotune_deep": "heterotune_lora"},
     "transform": {"deconflict": "pcgrad"},
 }
 #: Keys that are no more, with what became of them.
@@ -40,6 +41,10 @@ GONE: dict[str, dict[str, str]] = {
     },
     "strategies": {
         "heterotune_guarded": "directions are compared by a chain in YAML now: docs/strategies.md, CMGA",
+        "bank": "it is heterotune with predictions: null and statistics: null (docs/strategies.md, Compositions)",
+        "within_consensus": "it is within_type with predictions: {...} (docs/strategies.md, Compositions)",
+        "within_discriminant": "it is within_type with predictions: {...}, statistics: {...} and method: "
+        "{views: [text]} (docs/strategies.md, Compositions)",
     },
     "transform": {
         "equalise_norms": "clip_to_median makes no type pull harder than others",
@@ -58,6 +63,14 @@ GONE: dict[str, dict[str, str]] = {
 }
 
 
+def became(section: str, key: str) -> str:
+    """What became of a key of earlier versions, as the rest of an error's line; empty where it never was one."""
+    if new := RENAMED.get(section, {}).get(key):
+        return f"; it is called {new} now"
+    why = GONE.get(section, {}).get(key)
+    return f"; {why}" if why else ""
+
+
 def unknown_key(where: str, key: str, known: Iterable[str], section: str = "") -> ConfigError:
     """Error about a key that a section does not have: its new name, what became of it, or the nearest known one.
 
@@ -73,12 +86,7 @@ def unknown_key(where: str, key: str, known: Iterable[str], section: str = "") -
     """
     section = section or re.split(r"[.:] ?", where)[-1]
     names = list(known)
-    if new := RENAMED.get(section, {}).get(key):
-        hint = f"; it is called {new} now"
-    elif why := GONE.get(section, {}).get(key):
-        hint = f"; {why}"
-    else:
-        hint = nearest(key, names) or f"; known: {', '.join(names) or 'none'}"
+    hint = became(section, key) or nearest(key, names) or f"; known: {', '.join(names) or 'none'}"
     path = where or "the configuration"
     return ConfigError(
         f"{path} has no key {key!r}{hint}",

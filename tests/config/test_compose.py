@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compositions import composed, entry
 
 from heterotune_flwr.config.compose import (
     compose,
@@ -151,6 +152,44 @@ def test_a_group_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("secret: 1")
     with pytest.raises(ConfigError, match=r"groups\.data: there is no"):
         compose(f"yaml:groups: {{data: ../../../../../../..{tmp_path}/x}}")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("heterotune_deep", "it is called heterotune_lora now"), ("bank", "it is heterotune with predictions: null"),
+     ("within_consensus", "it is within_type with"), ("within_discriminant", "it is within_type with"),
+     ("heterotun", "did you mean 'heterotune'")],
+)  # fmt: skip
+def test_strategies_of_earlier_versions_are_refused_with_what_they_are_now(
+    name: str, told: str
+) -> None:
+    ways = [("demo", f"run.compare=[{name}]"), ("demo", f"strategies.{name}.mixing=0"),
+            (f"yaml:strategies: [{name}]", "")]  # fmt: skip
+    for config, overrides in ways:
+        with pytest.raises(ConfigError, match=told) as refused:
+            compose(config, overrides)
+        assert "\n" not in str(refused.value)
+
+
+def test_the_compositions_of_the_docs_are_strategies_that_can_run() -> None:
+    config = composed()
+    preflight(config)
+    inside = config.strategies["within_discriminant"]
+    shipped = entry("heterotune")
+    for channel in ("predictions", "statistics"):
+        assert inside[channel].items() <= shipped[channel].items()
+    lora = config.strategies["heterotune_lora"]
+    assert lora["method"] == {**entry("heterotune_lora")["method"], "core_scope": "client"}
+
+
+def test_an_entry_of_ones_own_is_given_on_the_command_line() -> None:
+    words = [
+        "strategies.own={_component_: heterotune_flwr.strategies.WithinType}",
+        "run.compare=[own]",
+    ]
+    config = compose("demo", words)
+    assert config.strategies["own"] == {"_component_": "heterotune_flwr.strategies.WithinType"}
+    preflight(config)
 
 
 def test_ones_own_strategy_stands_in_the_list_with_shipped_ones() -> None:

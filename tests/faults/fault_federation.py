@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from compositions import entry
 from toy_federation import ToyFederation, toy_config
 
 from heterotune_flwr.federation.journal import Journal
@@ -26,8 +26,8 @@ SAME_TYPE, TWO_TYPES = ("client-0000", "client-0003"), ("client-0001", "client-0
 
 
 def toy_spec(name: str) -> dict:
-    """A shipped strategy's entry at the toy's sizes: its rules are kept, its widths and rates are not."""
-    spec = yaml.safe_load((ROOT / "conf" / "strategy" / f"{name}.yaml").read_text())
+    """An entry (:func:`.compositions.entry`) at the toy's sizes: its rules are kept, its widths and rates are not."""
+    spec = entry(name)
     method = spec.get("method", {})
     if method.get("kind") == "lora":
         method |= {"lora_rank": 4, "lora_alpha": 4.0}
