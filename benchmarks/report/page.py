@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from benchmarks.report import answers, claims, exports, reach, real, reliability, science, speed
+from benchmarks.report import (
+    answers,
+    claims,
+    exports,
+    mechanisms,
+    reach,
+    real,
+    reliability,
+    science,
+    speed,
+)
 from benchmarks.runner import ROOT
 
 PATH = ROOT / "docs" / "results.md"
@@ -14,6 +24,7 @@ def text() -> str:
         *real.SECTIONS,
         claims.claims,
         *answers.SECTIONS,
+        *mechanisms.SECTIONS,
         *science.SECTIONS,
         *reach.SECTIONS,
         *exports.SECTIONS,

@@ -1,0 +1,119 @@
+"""Rows and tasks of :mod:`.mechanisms`: what is left out of ``heterotune``, and the federations it is left out of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.science.headline_suites import CLAIMS, Suite
+from benchmarks.science.laboratory.text_tasks import DATA, OTHERS, TASKS, read_split
+from heterotune_flwr.backbones.assets import cache_dir
+from heterotune_flwr.exchange.storage import atomic_write_text
+
+FULL, LABELS, TEXT = "full", ("sections", "wordnet"), ("instructions",)
+BOTH = (*LABELS, *TEXT)
+_FAMILY = "smollm2_gemma"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What differs from the preset: options of the strategy, overrides of the run; ``tasks``: where it means something.
+
+    ``added``: what is measured is a part that the preset has not.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    tasks: Sequence[str] = BOTH
+    added: bool = False
+
+
+def _method(**options: Any) -> dict[str, Any]:
+    return {"method": options}
+
+
+def _predictions(**options: Any) -> dict[str, Any]:
+    return {"predictions": options}
+
+
+_CHAIN = [
+    {"transform": "within_type_mean"},
+    {"transform": "combine", "weights": "equal"},
+    {"transform": "server_opt"},
+]
+ROWS: dict[str, Row] = {
+    FULL: Row(),
+    "predictions": Row({"predictions": None}),
+    "bank_across_types": Row({"personalization_phase": 0.99, "mixing": 0.0}),
+    "statistics": Row({"statistics": None}, tasks=LABELS),
+    "text_view": Row(_method(views=[]), tasks=LABELS),
+    "personalization_phase": Row({"personalization_phase": 0.0}),
+    "mixing": Row({"mixing": 0.0}),
+    "entropy_weights": Row(_predictions(entropy_power=0.0)),
+    "agreement_weights": Row(_predictions(agreement_power=0.0)),
+    "balance": Row(_predictions(balance=0), tasks=LABELS),
+    "statistics_half_fitted": Row({"statistics": {"distill_share": 1.0}}, tasks=LABELS),
+    "three_experts_not_one": Row(_method(experts_global=1, inner=96)),
+    "three_experts_not_six": Row(_method(experts_global=6, inner=16)),
+    "learned_gate": Row(_method(gate="uniform")),
+    "slow_gate": Row({"train": {"gate_rate": 1.0}}),
+    "clip_to_median": Row({"chain": _CHAIN}),
+    "logit_adjustment": Row({"train": {"logit_adjustment": 0.0}}, tasks=LABELS),
+    "label_geometry": Row(overrides=("alignment.label_geometry=false",), tasks=LABELS),
+    "weighting_by_correlation": Row(overrides=("alignment.weighting=0",)),
+    "chosen_shrinkage": Row(overrides=("alignment.shrinkage=[0.01]",)),
+    "type_tier": Row(_method(experts_type=1), added=True),
+    "private_tier": Row(_method(experts_private=1), added=True),
+    "annealing": Row({"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}, added=True),
+    "top1_gate": Row(_method(gate="top1"), added=True),
+}  # fmt: skip
+
+
+def suite_name(task: str) -> str:
+    """The headline's suite of a task with labels."""
+    return f"{task}.{_FAMILY}.1"
+
+
+def suite_of(task: str) -> Suite:
+    """A task's federation."""
+    if task in LABELS:
+        return CLAIMS[suite_name(task)]
+    types = [("tiny-a", "bf16"), ("tiny-b", "int8"), ("tiny-c", "nf4")]
+    return Suite("open_text", types, 2, rounds=10)
+
+
+def overrides_of(task: str, part: str, instructions: Path | None) -> list[str]:
+    """Overrides of its runs, tested on dev or test texts."""
+    found = suite_of(task).overrides(part)
+    if task in LABELS:
+        return found
+    assert instructions is not None
+    folder = instruction_files(instructions)
+    return [
+        *found, f"data.train={folder}/train.jsonl", f"data.test={folder}/{part}.jsonl", "data.name=instructions",
+        "data.client_field=client", "data.partition=natural", "data.examples_per_client=64",
+        "data.personal_test_examples=12", f"data.prompt={json.dumps(DATA.prompt)}", "data.max_length=256",
+        "data.generate=0", f"alignment.anchors={folder}/public.jsonl", "alignment.count=1000",
+    ]  # fmt: skip
+
+
+def instruction_files(extract: Path) -> Path:
+    """Six tasks as train, dev, test and public files; a passage lies in one of them alone."""
+    folder, own = cache_dir() / "tasks" / "mechanisms-1", tuple(TASKS)[:6]
+    folder.mkdir(parents=True, exist_ok=True)
+    split = {**read_split(extract, own), **read_split(extract, OTHERS)}
+    for part in ("train", "dev", "test"):
+        rows = [
+            {"text": e.text, "label": e.label, "client": task, "references": list(e.references)}
+            for task in own for e in split[task][part]
+        ]  # fmt: skip
+        atomic_write_text(folder / f"{part}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    public = [e.text for task in own for e in split[task]["public"]]
+    public += [e.text for task in OTHERS for rows in split[task].values() for e in rows]
+    atomic_write_text(
+        folder / "public.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in public)
+    )
+    return folder
