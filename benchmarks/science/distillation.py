@@ -114,7 +114,6 @@ class Again:
         return DistillationRequest(
             anchor_digest(self.texts), options.pool, options.anchors, options.weight,
             known.get(type_key, known.get("")), options.batch, asked=0,
-            informativeness_power=options.informativeness_power,
         )  # fmt: skip
 
     def trained(self, client: Client) -> tuple[Array, Array]:

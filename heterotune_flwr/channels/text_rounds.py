@@ -20,7 +20,7 @@ from heterotune_flwr.channels.channel import (
     ServerChannel,
     Unlabelled,
 )
-from heterotune_flwr.channels.predictions.record import MOST_POWER, DistillationRequest
+from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.config.options import read_options
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.fields import option
@@ -66,13 +66,6 @@ class TextOptions:
         0,
         "public texts in every training step; 0: as many as examples (train.batch_size) [texts]",
         least=0,
-    )
-    informativeness_power: float = option(
-        0.0,
-        "a step's texts are drawn with chances ~ (log C - entropy of the target)^power, in nats: what nobody knows "
-        "teaches nothing. 0: all alike [power]",
-        least=0,
-        most=MOST_POWER,
     )
     pool_over: str = option(
         "all",
@@ -191,7 +184,7 @@ class TextRounds(ServerChannel, Generic[Known]):
         options = self.options
         return DistillationRequest(
             self.digests.get(max(pool, asked), ""), pool, count, options.weight, None, options.batch,
-            asked, options.informativeness_power,
+            asked,
         )  # fmt: skip
 
     def group(self, type_key: str) -> str:

@@ -18,7 +18,6 @@ RENAMED: dict[str, dict[str, str]] = {
     "predictions": {
         "trust": "agreement_power",
         "confidence": "entropy_power",
-        "focus": "informativeness_power",
         "scope": "pool_over",
     },
     "statistics": {
@@ -35,6 +34,9 @@ RENAMED: dict[str, dict[str, str]] = {
 #: Keys that are no more, with what became of them.
 GONE: dict[str, dict[str, str]] = {
     "strategy": {"answers": "write predictions: {answers_by: client}"},
+    "predictions": dict.fromkeys(
+        ("informativeness_power", "focus"), "texts are drawn with equal chances"
+    ),
     "method": {
         "ngrams": "the package has no character n-grams any more",
         "text_view": "write views: [text], or views: []",

@@ -128,11 +128,10 @@ def test_with_the_scope_of_a_type_nothing_crosses(tmp_path):
 
 def test_fewer_anchors_than_asked_for_are_all_used_and_every_request_says_how_to_draw(tmp_path):
     facts = run_facts(anchors=texts(tmp_path / "anchors.txt", 30))
-    ensemble = opened("predictions", facts, informativeness_power=1.5, batch=7)
+    ensemble = opened("predictions", facts, batch=7)
     request = ensemble.round_request(1, "a")
     assert (request.pool, request.count, request.batch) == (30, 30, 7)
-    assert request.informativeness_power == 1.5
-    assert ensemble.guest_request(1, "a").informativeness_power == 1.5
+    assert ensemble.guest_request(1, "a").batch == 7
 
 
 def test_what_a_client_is_asked_depends_on_what_its_message_is_for(tmp_path):
@@ -159,7 +158,7 @@ def test_what_a_client_is_asked_depends_on_what_its_message_is_for(tmp_path):
         {"batch": -1},
         {"weight": -1},
         {"agreement_power": True},
-        {"informativeness_power": 20},
+        {"informativeness_power": 1},
         {"pool_over": "everybody"},
     ],
 )
@@ -183,7 +182,7 @@ def travelled(record):
 
 def test_requests_travel_as_one_byte_per_probability():
     targets = probabilities(np.random.default_rng(2), n=256, classes=16)
-    sent = DistillationRequest("abc", 1024, 256, 1.0, targets, informativeness_power=1.5)
+    sent = DistillationRequest("abc", 1024, 256, 1.0, targets, batch=3)
     read, size = travelled(sent)
     assert size < 256 * 16 + 500
     assert replace(read, targets=None) == replace(sent, targets=None, asked=256)
@@ -203,8 +202,6 @@ def test_requests_travel_as_one_byte_per_probability():
         {"pool": "many"},
         {"batch": -1},
         {"asked": -1},
-        {"informativeness_power": 9.0},
-        {"informativeness_power": float("nan")},
     ],
 )
 def test_impossible_requests_are_refused(change):

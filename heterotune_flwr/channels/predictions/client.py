@@ -55,11 +55,7 @@ class LabelWork(TextWork):
         values = as_probabilities(request.targets, request.count, len(work.task.labels or ()))
         targets = torch.from_numpy(values).to(work.task.backbone.device)
         chosen = self.drawn(request.count, work.header.round)
-        return [
-            Distillation(
-                self._rows("fit"), chosen, targets, request.weight, request.batch, request.informativeness_power
-            )
-        ]  # fmt: skip
+        return [Distillation(self._rows("fit"), chosen, targets, request.weight, request.batch)]
 
     def reply(self) -> Payload | None:
         """Predict on the next round's texts."""

@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from heterotune_flwr.alignment.public_texts import entropies
 from heterotune_flwr.backbones.batches import batches_by_length
 from heterotune_flwr.tuning.states import Rows
 from heterotune_flwr.tuning.task import Task
 
 #: Tokens of one batch of predictions, padding included.
 BATCH_TOKENS = 2048
-#: What a target tells at least, in nats: one that says nothing may still be drawn.
-_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,6 @@ class Distillation:
         Of this loss beside the one on the client's own examples.
     batch
         Anchors in every step; 0: as many as a batch holds examples.
-    informativeness_power
-        Anchors are drawn with chances ``~ (log C - H)^informativeness_power``, H the entropy of their targets in nats:
-        more often where the targets say something. 0: all alike.
 
     """
 
@@ -56,18 +50,6 @@ class Distillation:
     targets: Tensor
     weight: float
     batch: int = 0
-    informativeness_power: float = 0.0
-
-    @cached_property
-    def chances(self) -> NDArray[np.float64] | None:
-        """Chance of every anchor to be drawn next, None where they are alike."""
-        if not self.informativeness_power:
-            return None
-        said = self.targets.double().cpu().numpy()
-        told = np.log(said.shape[1]) - entropies(said)
-        weights = np.maximum(told, _LEAST) ** self.informativeness_power
-        chances: NDArray[np.float64] = weights / weights.sum()
-        return chances
 
     @cached_property
     def _positions(self) -> dict[int, int]:
@@ -79,7 +61,7 @@ class Distillation:
     def draw(self, batch: int, rng: np.random.Generator) -> list[int]:
         """See :class:`.losses.LossTerm`."""
         size = min(self.batch or batch, len(self.chosen))
-        drawn = rng.choice(len(self.chosen), size=size, replace=False, p=self.chances)
+        drawn = rng.choice(len(self.chosen), size=size, replace=False)
         return [self.chosen[position] for position in drawn]
 
     def loss(self, task: Task, part: Sequence[int], batch: Sequence[int]) -> Tensor:

@@ -21,8 +21,6 @@ from heterotune_flwr.protocol.wire import read_field
 Array = NDArray[np.float32]
 
 _TARGETS, _PREDICTIONS = "targets", "predictions"
-#: Above it chances would be all or nothing.
-MOST_POWER = 8.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,6 @@ class DistillationRequest:
     asked
         How many of the *next* round's anchors the client predicts on, 0 for none; null: as many as this round's. More
         than the pool: so many of the whole list.
-    informativeness_power
-        How much more often the client draws anchors whose targets say something (:mod:`.loss`).
 
     """
 
@@ -57,7 +53,6 @@ class DistillationRequest:
     targets: Array | None = None
     batch: int = 0
     asked: int | None = None
-    informativeness_power: float = 0.0
 
     @property
     def wanted(self) -> int:
@@ -78,7 +73,7 @@ class DistillationRequest:
         """What travels."""
         fields: dict[str, Any] = {
             "digest": self.digest, "pool": self.pool, "count": self.count, "weight": self.weight,
-            "batch": self.batch, "asked": self.wanted, "informativeness_power": self.informativeness_power,
+            "batch": self.batch, "asked": self.wanted,
         }  # fmt: skip
         tensors = {} if self.targets is None else {_TARGETS: self.targets}
         fits = "" if self.is_empty else "fit "
@@ -92,18 +87,16 @@ class DistillationRequest:
         pool, count, batch, asked = (
             read_field(fields, key, int) for key in ("pool", "count", "batch", "asked")
         )
-        weight, power = (
-            read_field(fields, key, float) for key in ("weight", "informativeness_power")
-        )
+        weight = read_field(fields, "weight", float)
         sizes = 1 <= count <= pool and asked >= 0 and batch >= 0
-        if not sizes or not 0 <= weight < float("inf") or not 0 <= power <= MOST_POWER:
+        if not sizes or not 0 <= weight < float("inf"):
             raise ExchangeError(
                 f"the message asks the impossible of public texts: {dict(fields)}"[:300]
             )
         targets = None
         if payload.tensors:
             targets = as_probabilities(payload.tensors.get(_TARGETS), count)
-        return cls(digest, pool, count, weight, targets, batch, asked, power)
+        return cls(digest, pool, count, weight, targets, batch, asked)
 
 
 @dataclass(frozen=True)
