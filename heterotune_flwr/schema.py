@@ -261,11 +261,6 @@ class AlignmentConfig:
         "shipped set (debian-other | wordnet | debian-near), or path of a .txt(.gz) or data file with a column text",
     )
     count: int = option(6000, "number of anchors used [texts]", least=10)
-    positions: str = option(
-        "answer",
-        "answer: one row per anchor, where the answer is read; words: one row per word",
-        choices=("answer", "words"),
-    )
     components: int = option(
         256,
         "p, principal components of its states that a type sends per slot [components]",

@@ -67,33 +67,17 @@ def collect_states(
     texts: Sequence[str],
     data: DataConfig,
     slots: int,
-    positions: str = "answer",
     progress: Progress | None = None,
     opening: Sequence[int] = (),
 ) -> list[NDArray[np.float32]]:
-    """States of every slot on the anchors; ``opening``: ids with which every answer begins.
+    """States of every slot on the anchors, where the answer is read (``anchors x d`` each).
 
-    Returns
-    -------
-    Per slot, rows x d: one row per anchor at the answer position, or (``positions="words"``) one row per
-    white-space word of every rendered anchor, averaged over the tokens that overlap it. Words without a token (cut
-    off by ``data.max_length``) give rows of NaN.
-
+    ``opening``: ids with which every answer begins.
     """
     model = backbone.model
     structure, form = find_structure(model), make_form(backbone.tokenizer, data)
-    if positions == "words":
-        if not backbone.tokenizer.is_fast:
-            raise BackboneError(f"{backbone.spec.type_key}: word spans need a fast tokenizer")
-        pairs = [form.word_spans(text) for text in texts]
-        encoded, spans = [ids for ids, _ in pairs], [span for _, span in pairs]
-    else:
-        encoded = _asked(form, texts, opening)
-        spans = [[[len(ids) - 1]] for ids in encoded]
-    starts = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
-    rows = [
-        np.full((int(starts[-1]), structure.hidden), np.nan, dtype=np.float32) for _ in range(slots)
-    ]
+    encoded = _asked(form, texts, opening)
+    rows = [np.empty((len(texts), structure.hidden), np.float32) for _ in range(slots)]
     done, reader = 0, Reader.of(backbone)
     for batch in batches(encoded):
         with _recorded(structure, model, slots) as states:
@@ -101,9 +85,7 @@ def collect_states(
         for slot in range(slots):
             values = states[slot].float()
             for j, index in enumerate(batch):
-                for k, span in enumerate(spans[index]):
-                    if span:
-                        rows[slot][starts[index] + k] = values[j, span].mean(0).cpu().numpy()
+                rows[slot][index] = values[j, len(encoded[index]) - 1].cpu().numpy()
         done += len(batch)
         if progress is not None:
             progress(done, len(texts))
@@ -273,9 +255,8 @@ def alignment_factors(
     if labels and alignment.output == "labels":
         trie = make_trie(make_form(backbone.tokenizer, data), labels)
         opening, values["label_rows"] = trie.opening, label_rows(backbone, trie)
-    states = collect_states(backbone, texts, data, slots, alignment.positions, progress, opening)
+    states = collect_states(backbone, texts, data, slots, progress, opening)
     for slot, rows in enumerate(states):
-        rows = np.where(np.isnan(rows), np.nanmean(rows, axis=0), rows)  # words cut off
         values |= _components(f"slots.{slot}", rows, alignment.components)
     directions = [values["label_rows"]]
     if alignment.output == "vocabulary":

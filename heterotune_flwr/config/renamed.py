@@ -37,6 +37,7 @@ GONE: dict[str, dict[str, str]] = {
     "predictions": dict.fromkeys(
         ("informativeness_power", "focus"), "texts are drawn with equal chances"
     ),
+    "alignment": {"positions": "states are read where the answer is; leave it out"},
     "method": {
         "ngrams": "the package has no character n-grams any more",
         "text_view": "write views: [text], or views: []",

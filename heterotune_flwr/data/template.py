@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from heterotune_flwr.backbones.tokens import encode_marked, encode_text, encode_texts, plainly
+from heterotune_flwr.backbones.tokens import encode_marked, encode_text, encode_texts
 from heterotune_flwr.data.chat_template import (
     ASSISTANT,
     SYSTEM,
@@ -33,7 +33,6 @@ _CUE = re.compile(
     r"\s+[#*\[(]*\s*(answer|a|output|response|reply|assistant)\s*[:=*\])]+\s*$", re.IGNORECASE
 )
 #: Every word of a rendered text, as all tokenizers part it.
-_WORD = re.compile(r"\S+")
 
 #: What a prompt asks: a text alone, or an example with the conversation that it was read from.
 Asked = str | Example
@@ -118,18 +117,6 @@ class Form:
         """Ids of every label as a whole answer, without :attr:`ending` (DataError: one has no tokens)."""
         return [self._answer_ids(_PROBES[0], label) for label in labels]
 
-    def word_spans(self, text: str) -> tuple[list[int], list[list[int]]]:
-        """:meth:`prompt_ids`, and for each word of the filled prompt the places of its tokens (fast tokenizers).
-
-        Words are what white space separates: the same for every tokenizer and form. One without tokens has no place.
-        """
-        rendered, filled = self.render(text), self._filled(text)
-        encoded = self.tokenizer(rendered, return_offsets_mapping=True, **plainly(self.tokenizer))
-        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-        offsets = self._cut(offsets, self.max_length, ids[0])
-        before = len(rendered) - len(filled)
-        return self._cut(ids, self.max_length), list(_places(filled, offsets, before))
-
     def _filled(self, text: str) -> str:
         if "{text}" not in self.prompt:
             raise DataError(
@@ -144,13 +131,13 @@ class Form:
     def _encoded(self, example: Example, room: int, answer: list[int]) -> EncodedExample:
         return EncodedExample(self.prompt_ids(example, room), answer)
 
-    def _cut(self, rows: list[Any], limit: int, first: int | None = None) -> list[Any]:
-        """The last ``limit`` rows, after a leading bos (``first`` is the first id) where there is one."""
-        if len(rows) <= limit:
-            return rows
-        if (rows[0] if first is None else first) == self.tokenizer.bos_token_id and limit > 1:
-            return rows[:1] + rows[len(rows) - limit + 1 :]
-        return rows[len(rows) - limit :]
+    def _cut(self, ids: list[int], limit: int) -> list[int]:
+        """The last ``limit`` ids, after a leading bos where there is one."""
+        if len(ids) <= limit:
+            return ids
+        if ids[0] == self.tokenizer.bos_token_id and limit > 1:
+            return ids[:1] + ids[len(ids) - limit + 1 :]
+        return ids[len(ids) - limit :]
 
 
 @dataclass(frozen=True)
@@ -197,19 +184,6 @@ class ChatForm(Form):
         prompts = [len(encode_marked(self.tokenizer, self.render(example))) for example in examples]
         answers = [len(ids) for ids in self.label_ids([example.label for example in examples])]
         return prompts, [count + len(self.ending) for count in answers]
-
-    def word_spans(self, text: str) -> tuple[list[int], list[list[int]]]:
-        """See :meth:`Form.word_spans`."""
-        fitted, filled = self._fit(text, self.max_length), self._filled(text)
-        encoded = self.tokenizer(fitted.text, add_special_tokens=False, return_offsets_mapping=True)
-        whole, left = self._conversation(text)[1][0].content, fitted.turns[0].content
-        backwards = zip(whole[::-1], left[::-1], strict=False)
-        same = len(list(takewhile(lambda pair: pair[0] == pair[1], backwards)))
-        end = fitted.text.rfind(left) + len(left)
-        offsets = [
-            (max(low, end - same), min(high, end)) for low, high in encoded["offset_mapping"]
-        ]
-        return fitted.ids, list(_places(filled, offsets, end - filled.rfind(whole) - len(whole)))
 
     @cached_property
     def _user_prompt(self) -> str:
@@ -290,15 +264,6 @@ class ChatForm(Form):
                 whole = [*prompt, *self._answer_ids("", turn.content), *self.ending]
                 if fitted.ids[: len(whole)] == whole:
                     yield len(prompt), len(whole)
-
-
-def _places(text: str, offsets: Sequence[tuple[int, int]], shift: int) -> Iterator[list[int]]:
-    """For each word of a text the numbers of the tokens that overlap it; offsets count from ``shift`` before it."""
-    for word in _WORD.finditer(text):
-        first, last = word.start() + shift, word.end() + shift
-        yield [
-            i for i, (low, high) in enumerate(offsets) if low < last and high > first and high > low
-        ]
 
 
 def _text(asked: Asked) -> str:

@@ -79,22 +79,6 @@ def test_states_are_those_of_a_naive_pass_at_the_answer_position(backbone):
             np.testing.assert_allclose(found[slot][index], states[-1], atol=2e-4)
 
 
-def test_word_rows_average_the_tokens_that_overlap_a_word(backbone):
-    rows = collect_states(backbone, TEXTS[:2], DATA, slots=1, positions="words")[0]
-    rendered = [DATA.prompt.replace("{text}", text) for text in TEXTS[:2]]
-    assert len(rows) == sum(len(text.split()) for text in rendered)
-    states = naive_states(backbone, TEXTS[0], 1)[0]
-    encoded = backbone.tokenizer(rendered[0], return_offsets_mapping=True)
-    start = 0
-    for number, word in enumerate(rendered[0].split()):
-        start = rendered[0].index(word, start)
-        end = start + len(word)
-        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start]
-        assert inside
-        np.testing.assert_allclose(rows[number], states[inside].mean(0), atol=2e-4)
-        start = end
-
-
 @pytest.mark.parametrize("width", [12, 120])  # fewer than texts, and more
 def test_principal_components_rebuild_the_states_and_are_uncorrelated(width):
     rng = np.random.default_rng(0)
@@ -157,17 +141,6 @@ def test_a_scaled_heads_rows_move_the_logits_as_they_are(backbone):
     rows = unembedding_rows(scaled, [3, 4])
     plain = backbone.model.get_output_embeddings().weight[[3, 4]].detach().numpy()
     np.testing.assert_allclose(rows, plain / 8)
-
-
-def test_words_cut_off_by_the_limit_do_not_show_in_the_alignment(backbone):
-    alignment = AlignmentConfig(components=6, positions="words")
-    short = replace(DATA, max_length=6)
-    whole = collect_states(backbone, TEXTS, short, 1, "words")[0]
-    assert np.isnan(whole).any()
-    assert not np.isnan(whole[-1]).any()  # the end of a text stays, as in prompts
-    factors = alignment_factors(backbone, TEXTS, alignment, short, None, 1)
-    cut = factors["slots.0.scores"][np.isnan(whole).all(axis=1)]
-    np.testing.assert_allclose(cut, 0, atol=1e-3)
 
 
 def test_symbols_that_are_no_pieces_are_a_clear_error(backbone):

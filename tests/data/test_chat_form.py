@@ -176,25 +176,6 @@ def test_whole_labels_stand_behind_the_prompt_without_a_space(tokenizer):
     assert all(form.prompt_ids(text)[-len(end) :] == end for text in ("x", "red apples 3"))
 
 
-def test_words_have_the_same_places_in_every_form(tokenizer):
-    text = "red apples grow"
-    plain = make_form(tokenizer, replace(DATA, template="plain"))
-    found = {}
-    for form in (plain, make_form(tokenizer, DATA)):
-        ids, spans = form.word_spans(text)
-        assert ids == form.prompt_ids(text)
-        found[type(form)] = [tokenizer.decode([ids[i] for i in span]).strip() for span in spans]
-    words = ["Say", "it:", "red", "apples", "grow"]
-    assert found[type(plain)] == [*words, "Answer:"]
-    assert found[ChatForm] == [*words, ""]
-    short = make_form(tokenizer, replace(DATA, max_length=len(ids) + 4))
-    ids, spans = short.word_spans("garden " * 40 + text)
-    kept = [tokenizer.decode([ids[i] for i in span]).strip() for span in spans]
-    assert len(kept) == 46
-    assert kept[-4:-1] == ["red", "apples", "grow"]
-    assert kept[3] == ""
-
-
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
