@@ -8,13 +8,24 @@ allocated at most, weights included, in 10^6 bytes.
 
 Run: ``python -m benchmarks.speed.gpu`` (one NVIDIA GPU of 40 GB or more, 35 GB of disk, about 5
 minutes).
+
+With ``--federated``: whole runs instead, of three rounds and three clients with a model each, shaped like Llama-3.2-1B,
+3.2-3B and 3.1-8B, with one tokenizer, at nf4 and at bf16. Every client has a process of its own on the one GPU, and
+gets its messages as a node does. Open text, 8 steps of 4 sequences of 512 tokens a round. Rows: HeteroTune with kept
+states and without, and LoRA r=16 (FedIT). Of each type: seconds of every client-round, from message to reply; peak GB
+in them, weights included; kB each way. Besides: the server's step on these updates, which a CPU takes, against its
+formula in float64 on the GPU; and the embedded family's demonstration on GPU and CPU, as it ships and at 32 bits.
+
+Run: ``python -m benchmarks.speed.gpu --federated --toy`` first: the same at toy size, on the GPU or without one, in a
+minute; it keeps no number. Then ``python -m benchmarks.speed.gpu --federated`` (a GPU of 80 GB, 64 GB of memory, 45 GB
+of disk; at most ``--minutes``, and what a cell begun in time still takes). Cells are kept as they are done, the most
+important first: the same command goes on.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import shutil
 import statistics
 import tempfile
 import time
@@ -24,8 +35,8 @@ from typing import Any
 
 import torch
 
-import heterotune_flwr
 from benchmarks.runner import arguments, say, write_results
+from benchmarks.speed.gpu_federated import federated
 from benchmarks.speed.memory_step import (
     ALL_LINEAR,
     FLOWERTUNE,
@@ -34,6 +45,7 @@ from benchmarks.speed.memory_step import (
     lora_step,
     our_step,
 )
+from benchmarks.speed.shapes import SHAPES, make_checkpoint
 from heterotune_flwr.backbones.loading import (
     Backbone,
     BackboneSpec,
@@ -47,12 +59,8 @@ from heterotune_flwr.tuning.adapters import detach
 from heterotune_flwr.tuning.memory import weight_bytes
 from heterotune_flwr.tuning.task import make_task
 
-#: Published configurations: width, blocks, feed-forward width, heads, key heads, vocabulary, one matrix at both ends.
-SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
-    "smollm2-135m": (576, 30, 1536, 9, 3, 49_152, True),
-    "llama-3.2-1b": (2048, 16, 8192, 32, 8, 128_256, True),
-    "llama-3.1-8b": (4096, 32, 14_336, 32, 8, 128_256, False),
-}
+#: Shapes whose single steps are measured.
+SINGLE = ["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"]
 LENGTH = 512
 #: name -> trained slots, from kept states.
 OURS = {
@@ -62,24 +70,6 @@ OURS = {
     "all_slots": ("all", False),
 }
 RIVALS = {"lora16": ALL_LINEAR, "lora32": FLOWERTUNE}
-
-
-def make_checkpoint(shape: str, folder: Path, device: str = "cuda") -> None:
-    """Write a checkpoint of this shape with random weights and the embedded family's tokenizer."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    hidden, layers, inner, heads, key_heads, vocabulary, tied = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=heads,
-        num_key_value_heads=key_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    embedded = Path(heterotune_flwr.__file__).parent / "assets" / "embedded" / "tiny-a"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(embedded / name, folder)
 
 
 def kinds(backbone: Backbone, batches: Sequence[int]) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -126,11 +116,21 @@ def measure(backbone: Backbone, batches: Sequence[int], repeats: int) -> dict[st
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=SINGLE)
     parser.add_argument("--bits", nargs="+", default=["nf4", "int8", "bf16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[2, 16])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--federated", action="store_true", help="whole runs instead of steps")
+    parser.add_argument("--toy", action="store_true", help="federated: tiny, keeps no number")
+    parser.add_argument(
+        "--minutes", type=float, default=12.0, help="federated: no cell begins later"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="federated: where checkpoints stay for a further call"
+    )
     args = parser.parse_args()
+    if args.federated:
+        raise SystemExit(bool(federated(args.toy, args.folder, args.minutes).left))
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.speed.gpu measures an NVIDIA GPU, and PyTorch sees none here")
     device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": args.repeats}

@@ -73,6 +73,7 @@ from heterotune_flwr.tuning.adapters import AttachedAdapter, detach
 from heterotune_flwr.tuning.client_state import ClientStore
 from heterotune_flwr.tuning.feedback import Feedback
 from heterotune_flwr.tuning.fit import TrainReport
+from heterotune_flwr.tuning.memory import forget_peak
 from heterotune_flwr.tuning.task import EncodedSet
 
 log = logging.getLogger(__name__)
@@ -165,6 +166,7 @@ def train(message: Message, context: Context) -> RecordDict:
     request = TrainRequest.from_content(message.content)
     header, client = request.header, client.by(request.header)
     request = client.guard.admit(request)
+    forget_peak(client.backbone.device)  # what reads the examples' states counts too
     adapter, store = client.adapter(header.method, request.frozen), client.store(header)
     request, cached = TensorCache.of(store, client.config.exchange).complete(request)
     start = _start_values(

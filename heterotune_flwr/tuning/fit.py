@@ -28,7 +28,7 @@ class TrainReport:
     ``loss`` and ``accuracy`` are means over the steps' batches, before each step; of a client without examples
     ``examples`` and ``loss`` are those of the anchors, and there is no accuracy. ``seconds``
     is the time of the steps alone. ``peak_memory_mb`` (MiB): on CPU the process's largest
-    resident set so far, everything included; on GPU the largest allocation during these steps.
+    resident set so far, everything included; on GPU the largest allocation since :func:`.memory.forget_peak`.
     """
 
     examples: int
@@ -85,8 +85,6 @@ def fit(
     generators = _generators(losses, seed % 2**63)
     told = torch.zeros(2, device=device)
     sound = torch.zeros(len(losses), device=device)  # steps in which each term was finite
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     with _training(adapter, work, seed % 2**63):
         for _ in range(steps):

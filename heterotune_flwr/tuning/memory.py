@@ -47,11 +47,20 @@ Pass = tuple[LossTerm, list[int], list[int]]
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: on CPU the process's largest resident set, on GPU the largest allocation since a reset."""
+    """Peak memory in MiB: on CPU the process's largest resident set, on GPU the largest allocation since a reset.
+
+    Of several: :func:`forget_peak`, and the first step that a process measures (:func:`step_cost`).
+    """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let :func:`peak_memory_mb` of a GPU count from now on; a CPU's peak cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
