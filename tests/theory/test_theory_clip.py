@@ -160,6 +160,50 @@ def test_9_the_clip_costs_no_more_than_what_it_cuts_off_and_rests_where_nobody_c
         assert max(np.array([f.loss(end + step) for f in losses]) - before) > 0
 
 
+def test_9_clients_that_agree_on_the_minimiser_reach_it_however_their_lengths_differ():
+    losses = [Quadratic(i, scale=scale) for i, scale in enumerate((0.2, 1.0, 1.0, 5.0, 50.0))]
+    for loss in losses:
+        loss.centre = losses[0].centre
+    smooth = max(np.linalg.eigvalsh(loss.matrix)[-1] for loss in losses)
+    visited = run(one_each(losses), CLIPPED, 4000, 1 / smooth)
+    terms, cut = [], 0
+    for x in visited[:-1]:
+        squares = np.array([np.sum(loss.gradient(x) ** 2) for loss in losses])
+        shares = np.minimum(1, lower_median(np.sqrt(squares)) / np.sqrt(squares))
+        terms.append(np.mean(shares * squares))
+        cut += int(shares.min() < 0.1)
+    assert cut > 1000  # the loudest is shortened a lot, all the way
+    away = [np.sum((x - losses[0].centre) ** 2) for x in visited]
+    for rounds in (10, 100, 1000, 4000):
+        assert np.mean(terms[:rounds]) <= away[0] * smooth**2 / rounds
+    assert all(then < now for now, then in itertools.pairwise(away))
+    assert away[-1] < 1e-6 * away[0]
+
+
+@pytest.mark.parametrize("distance", [20.0, 2000.0])
+def test_9_clients_that_want_different_points_rest_at_hubers_estimate(distance):
+    """The last client is far off; the plain mean follows it, the clipped one hardly."""
+    smooth, rng = 2.0, np.random.default_rng(4)
+    centres = [*rng.normal(size=(4, SIZE)), np.full(SIZE, distance)]
+    losses = [Bowl(centre, smooth) for centre in centres]
+    visited = run(one_each(losses), CLIPPED, 1500, 1 / smooth)
+    end = visited[-1]
+    assert np.linalg.norm(end - visited[-2]) < 1e-9
+    c = lower_median([np.linalg.norm(loss.gradient(end)) for loss in losses])
+
+    def huber(x):
+        lengths = np.array([np.linalg.norm(loss.gradient(x)) for loss in losses])
+        return np.mean(np.where(lengths <= c, lengths**2 / 2, c * lengths - c**2 / 2))
+
+    for _ in range(300):
+        assert huber(end + 1e-2 * rng.normal(size=SIZE)) > huber(end)
+    right = np.mean(centres[:4], axis=0)
+    assert np.linalg.norm(end - right) < 3
+    plain = run(one_each(losses), MEAN_CHAIN, 50, 1 / smooth)[-1]
+    np.testing.assert_allclose(plain, np.mean(centres, axis=0), atol=1e-6)
+    assert np.linalg.norm(plain - right) > 0.15 * distance
+
+
 @pytest.mark.parametrize("length", [1.0, 3.0])
 def test_9_nothing_is_cut_where_all_updates_are_equally_long(length):
     rng = np.random.default_rng(0)
