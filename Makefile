@@ -18,7 +18,7 @@ ifneq ($(CPU_ONLY),)
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt --editable '.[dev]'
 else
-	$(BIN)/python -m pip install --quiet --editable '.[dev,gpu]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 endif
 	touch $@
 
