@@ -6,8 +6,10 @@ import gc
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from client_app.app import app
 from heterotune_flwr.backbones.assets import CACHE_ENVIRONMENT
 from heterotune_flwr.backbones.bits import default_device
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
+from heterotune_flwr.federation.processes import MARK, start_guard
 from heterotune_flwr.flower import Context, Message, identify_process
 from heterotune_flwr.tuning.memory import peak_memory_mb, weight_bytes
 from heterotune_flwr.tuning.state_cache import forget_states, prune
@@ -52,13 +55,19 @@ class ClientProcesses:
         self.served: list[Served] = []
 
     def __enter__(self) -> ClientProcesses:
-        for pool in self._pools:  # all of them begin to import now
-            pool.submit(_clean)
+        mark = f"clients-{uuid.uuid4().hex}"
+        self._guard = start_guard(mark, ())  # ends them even where this process is killed
+        with environment({MARK: mark}):
+            for pool in self._pools:  # all of them begin to import now
+                pool.submit(_clean)
         return self
 
     def __exit__(self, *_: object) -> None:
         for pool in self._pools:
-            pool.shutdown()
+            pool.shutdown(wait=False, cancel_futures=True)
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()  # who hangs is ended
+        self._guard.wait()
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Have a message answered by the client whose it is."""
@@ -81,6 +90,21 @@ class ClientProcesses:
         words = given or [()] * len(self._pools)
         jobs = [pool.submit(ask, *own) for pool, own in zip(self._pools, words, strict=True)]
         return [job.result(PATIENCE) for job in jobs]
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment, which processes started meanwhile inherit."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def weights_gb(source: str, bits: str) -> float:

@@ -86,8 +86,9 @@ def long_examples(size: Size, folder: Path) -> dict[str, str]:
 
     def drawn(tokens: int) -> str:
         lines: list[str] = []
-        while sum(len(tokenizer.encode(line).ids) for line in lines) < tokens:
+        while tokens > 0:
             lines.append(rng.choice(texts))
+            tokens -= len(tokenizer.encode(lines[-1]).ids)
         return "; ".join(lines)
 
     files = {}

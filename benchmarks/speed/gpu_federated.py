@@ -5,12 +5,11 @@ Run by ``python -m benchmarks.speed.gpu --federated``, whose help says what is m
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from benchmarks.deployment.runs import final_bank
 from benchmarks.runner import by_client, flower_run, read_results, say, table, write_results
-from benchmarks.speed.client_processes import ClientProcesses, weights_gb
+from benchmarks.speed.client_processes import ClientProcesses, environment, weights_gb
 from benchmarks.speed.federated_run import (
     FULL,
     ROUNDS,
@@ -171,21 +170,6 @@ def differences(
         "bank": float(f"{float((bank - beside).norm() / bank.norm()):.3g}"),
         "same": statistics.fmean(apart) <= SAME_POINTS,
     }
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment, which processes started meanwhile inherit."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def shown(costs: Mapping[str, Mapping[str, Any]]) -> str:
