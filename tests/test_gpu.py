@@ -17,7 +17,7 @@ from heterotune_flwr.tuning.adapters import attach
 from heterotune_flwr.tuning.fit import fit
 from heterotune_flwr.tuning.generation import generate_answers
 from heterotune_flwr.tuning.losses import Examples
-from heterotune_flwr.tuning.memory import peak_memory_mb
+from heterotune_flwr.tuning.memory import forget_peak, peak_memory_mb
 from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
 
@@ -84,6 +84,7 @@ def test_a_quantized_client_learns_within_its_memory(directory, data, bits):
     task = make_task(backbone, data, list(LABELS), config)
     adapter = with_values(backbone, CORES)
     rows = make_rows(adapter, task.encode(training_pool(data)), cache=False)
+    forget_peak(backbone.device)
     losses = [
         fit(adapter, task, config, [Examples(rows)], seed=s, memory_gb=1.0).loss for s in range(3)
     ]

@@ -18,8 +18,8 @@ formula in float64 on the GPU; and the embedded family's demonstration on GPU an
 
 Run: ``python -m benchmarks.speed.gpu --federated --toy`` first: the same at toy size, on the GPU or without one, in a
 minute; it keeps no number. Then ``python -m benchmarks.speed.gpu --federated`` (a GPU of 80 GB, 64 GB of memory, 45 GB
-of disk; at most ``--minutes``, and what a cell begun in time still takes). Cells are kept as they are done, the most
-important first: the same command goes on.
+of disk; about ten minutes by the seconds of single steps, at most ``--minutes`` and what a cell begun in time still
+takes). Cells are kept as they are done, the most important first: the same command goes on.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class Benchmark:
 
 
 def demonstration(bits: str | None, device: str, folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """``heterotune run demo``, HeteroTune alone, on a device: its results and its bank.
+    """``heterotune run demo``, HeteroTune alone and with fewer anchors, on a device: its results and its bank.
 
     Caches are apart, so that nothing that one device has computed is used on the other.
     """
@@ -142,7 +142,8 @@ def demonstration(bits: str | None, device: str, folder: Path) -> tuple[dict[str
         f"server.rounds={ROUNDS}",
         "server.take_home=false",
         "run.compare=[heterotune]",
-        "run.workers=2",
+        "run.workers=3",
+        "alignment.count=1500",
     ]
     words += [f"types.{number}.bits={bits}" for number in range(3) if bits]
     own = {CACHE_ENVIRONMENT: str(folder / f"cache-{device}")}

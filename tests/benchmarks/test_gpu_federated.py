@@ -124,6 +124,9 @@ def test_the_page_says_what_was_not_run_on_a_gpu(results, tmp_path):
     assert "embedded family" not in some
     kept.take("embedded", "shipped", differences(finished([0.4], 4.0), finished([0.4], 3.9)))
     assert "0.025" in speed.gpu_federated()
+    assert "not equal" not in speed.gpu_federated()
+    kept.take("embedded", "fp32", differences(finished([0.4], 4.0), finished([0.3], 4.0)))
+    assert "| fp32, not equal | 40.0 | 30.0 |" in speed.gpu_federated()
 
 
 def test_the_readme_says_so_as_long_as_it_is_so():
