@@ -91,7 +91,7 @@ def _having(known: Sequence[Section], wanted: Callable[[Setting], bool]) -> list
 
 
 def _general(key: str) -> str:
-    """``strategies.NAME.mixing`` of ``strategies.heterotune.mixing``, whose ``method.`` is everybody's."""
+    """``strategies.NAME.chain`` of ``strategies.heterotune.chain``, whose ``method.`` is everybody's."""
     path = re.sub(r"^types\.\d+", _TYPE, key)
     path = re.sub(r"^strategies\.[^.]+", _ENTRY, path)
     return re.sub(r"^strategies\.NAME\.(method|train)(?=\.)", r"\1", path)

@@ -75,7 +75,7 @@ _COMPOSED = {
 ROWS: dict[str, Row] = {
     **{name: _COMPOSED.get(name, Row(_BANK)) for name in BANKED},
     "heterotune_plain": Row(_BANK, "heterotune", _INDISCRIMINATE),
-    "predictions": Row(_BANK, "heterotune", {"personalization_phase": 0.95, "mixing": 0.0, **_INDISCRIMINATE}),
+    "predictions": Row(_BANK, "heterotune", {"personalization_phase": 0.95, **_INDISCRIMINATE}),
     "lora_at_home": Row(
         (2e-3,), "heterotune", {"method": {"core_scope": "client"}, **_INDISCRIMINATE}, True
     ),

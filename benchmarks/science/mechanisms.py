@@ -3,11 +3,11 @@
 Whole federations in one process (messages go over the wire), paired by seed with the preset, on three tasks:
 
 * ``sections`` and ``wordnet``: labels, two genuine families (SmolLM2-135M nf4, Gemma-3-270M int8), one client per type;
-* ``instructions``: six tasks of Natural Instructions, a task per client, the embedded family with two clients per type
+* ``instructions``: four tasks of Natural Instructions, a task per client, two embedded models with two clients each
   (the genuine ones cost a minute per step there). Public texts are inputs of the same tasks, then of others.
 
-Mechanisms that are off in the preset stand below: what leaving them out costs is what having them gains. The learning
-rate is the one that suits the whole preset best on dev texts and dev seeds, and the same for every row. A cost is in
+Mechanisms that are off in the preset stand below: what leaving them out costs is what having them gains. All rows
+have the learning rate that the headline chose for the whole on dev texts (longer answers: 0.004). A cost is in
 points of accuracy or in nats of loss per answer token, larger is worse; intervals are over seeds (Student, 95 %).
 
 Run: ``python -m benchmarks.science.mechanisms --instructions FILE.jsonl.gz`` (an hour on a core, once states are kept).
@@ -30,13 +30,14 @@ import yaml
 from benchmarks.runner import Cells, arguments, machine, merged, say, write_results
 from benchmarks.science.claim_cells import chosen, parsed
 from benchmarks.science.headline import CELLS as HEADLINE
-from benchmarks.science.headline_suites import CLAIM_SEEDS, DEV_SEEDS, shipped
+from benchmarks.science.headline_suites import CLAIM_SEEDS, shipped
 from benchmarks.science.intervals import two_way_interval
 from benchmarks.science.mechanism_rows import (
     BOTH,
     FULL,
-    LABELS,
+    GONE,
     ROWS,
+    SMALLER,
     TEXT,
     Row,
     overrides_of,
@@ -49,27 +50,29 @@ from heterotune_flwr.experiment import run_strategies
 from heterotune_flwr.federation.in_process import InProcessGrid
 from heterotune_flwr.federation.journal import Journal
 
-RATES = (2e-3, 4e-3, 8e-3)
+#: Not chosen: a run on longer answers takes minutes.
+TEXT_RATE = 4e-3
 _CELLS = Cells("mechanisms_cells")
 
 
-def entry_of(row: Row, rate: float) -> dict[str, Any]:
+def entry_of(task: str, row: Row, rate: float) -> dict[str, Any]:
     """The preset without a row's part, at a learning rate."""
-    entry: dict[str, Any] = merged(shipped("heterotune"), dict(row.options))
-    return merged(entry, {"train": {"learning_rate": rate}})
+    entry = merged(shipped("heterotune"), SMALLER if task in TEXT else {})
+    found: dict[str, Any] = merged(merged(entry, row.options), {"train": {"learning_rate": rate}})
+    return found
 
 
 def measure(
-    task: str, rows: Mapping[str, float], seeds: Sequence[int], part: str, given: Path | None
+    task: str, rows: Sequence[str], rate: float, seeds: Sequence[int], given: Path | None
 ) -> None:
-    """Runs of some rows, each at its rate, that are not kept yet; a row of a trial is named with its rate."""
+    """Runs of some rows that are not kept yet."""
     known = _CELLS.read()
     for seed, name in itertools.product(seeds, rows):
-        row, cell = ROWS[name.partition("-")[0]], f"{task}|{part}|{name}|{seed}"
+        row, cell = ROWS[name], f"{task}|test|{name}|{seed}"
         if cell in known:
             continue
-        preset = suite_of(task).compared(task, {name: entry_of(row, rows[name])}, [seed])
-        run = federated(preset, [*overrides_of(task, part, given), *row.overrides])
+        preset = suite_of(task).compared(task, {name: entry_of(task, row, rate)}, [seed])
+        run = federated(preset, [*overrides_of(task, given), *row.overrides])
         _CELLS.keep({cell: cell_of(run)})
         say(cell, f"{badness(task, cell_of(run)):.3f}", f"{run['seconds']:.0f} s")
 
@@ -108,27 +111,20 @@ def badness(task: str, cell: Mapping[str, Any], reach: str = "global") -> float:
     return 100 - 100 * float(np.mean([client[f"{reach}_accuracy"] for client in cell["clients"]]))
 
 
-def best_rate(task: str, given: Path | None) -> float:
-    """The rate at which the whole preset is best on dev: the headline's, or by trials of this module."""
-    if task in LABELS:
-        trial = chosen(suite_name(task), "heterotune", HEADLINE.read())
-        if trial is None:
-            raise SystemExit(f"measure the rate of {task} first: benchmarks.science.headline")
-        return parsed(trial)[1]
-    tried = {f"{FULL}-{rate:g}": rate for rate in RATES}
-    measure(task, tried, DEV_SEEDS, "dev", given)
-    cells = _CELLS.read()
-    means = {
-        rate: np.mean([badness(task, cells[f"{task}|dev|{name}|{seed}"]) for seed in DEV_SEEDS])
-        for name, rate in tried.items()
-    }
-    return min(means, key=lambda rate: float(means[rate]))
+def best_rate(task: str) -> float:
+    """Of labels the rate at which the whole preset is best on dev, as the headline chose it; else a fixed one."""
+    if task in TEXT:
+        return TEXT_RATE
+    trial = chosen(suite_name(task), "heterotune", HEADLINE.read())
+    if trial is None:
+        raise SystemExit(f"measure the rate of {task} first: benchmarks.science.headline")
+    return parsed(trial)[1]
 
 
 def costs(task: str, seeds: Sequence[int]) -> dict[str, float]:
     """Flat: ``<task>.<mechanism>.<cost | own_cost>`` with ``_low`` and ``_high``, of rows with every seed."""
     cells, found = _CELLS.read(), {}
-    for name, reach in itertools.product(ROWS, ("global", "personal")):
+    for name, reach in itertools.product([*ROWS, *GONE], ("global", "personal")):
         key = "cost" if reach == "global" else "own_cost"
         own, full = ([cells.get(f"{task}|test|{n}|{s}") for s in seeds] for n in (name, FULL))
         if not all(own) or not all(full):
@@ -139,7 +135,9 @@ def costs(task: str, seeds: Sequence[int]) -> dict[str, float]:
         if name == FULL:
             found[f"{task}.{FULL}.{key.replace('cost', 'level')}"] = float(whole.mean())
             continue
-        told = two_way_interval((whole - left if ROWS[name].added else left - whole)[:, None])
+        told = two_way_interval(
+            (whole - left if name in ROWS and ROWS[name].added else left - whole)[:, None]
+        )
         for end, value in (("", "gain"), ("_low", "low"), ("_high", "high")):
             found[f"{task}.{name}.{key}{end}"] = told[value]
     return {key: round(value, 4) for key, value in found.items()}
@@ -161,13 +159,16 @@ def main() -> None:
         if task in TEXT and given.instructions is None:
             say(f"{task}: left out (no --instructions FILE)")
             continue
-        rate = best_rate(task, given.instructions)
-        rows = {n: rate for n in dict.fromkeys([FULL, *given.rows]) if task in ROWS[n].tasks}
-        measure(task, rows, given.seeds, "test", given.instructions)
-        facts = {f"{task}.rate": rate, f"{task}.seeds": given.seeds, "trials_per_row": 1}
-        write_results(
-            "mechanisms", {**facts, "dev_seeds": list(DEV_SEEDS), **costs(task, given.seeds)}
-        )
+        rate = best_rate(task)
+        rows = [name for name in dict.fromkeys([FULL, *given.rows]) if task in ROWS[name].tasks]
+        measure(task, rows, rate, given.seeds, given.instructions)
+        facts = {
+            f"{task}.rate": rate,
+            f"{task}.seeds": given.seeds,
+            "trials_per_row": 1,
+            **costs(task, given.seeds),
+        }
+        write_results("mechanisms", facts)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 #: Keys that are no more, with what became of them.
 GONE: dict[str, dict[str, str]] = {
-    "strategy": {"answers": "write predictions: {answers_by: client}"},
+    "strategy": {
+        "answers": "write predictions: {answers_by: client}",
+        "mixing": "types' banks are not mixed any more; leave it out",
+    },
     "predictions": dict.fromkeys(
         ("informativeness_power", "focus"), "texts are drawn with equal chances"
     ),

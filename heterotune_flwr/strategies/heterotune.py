@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from heterotune_flwr.channels.channel import ServerChannel
 from heterotune_flwr.config.options import check_between
 from heterotune_flwr.dema.bank import slot_of, tier_of
@@ -12,7 +14,6 @@ from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.federation.updates import ClientUpdate
-from heterotune_flwr.strategies.mixing import mean_over, mix
 from heterotune_flwr.strategies.slot_chains import SlotChains
 from heterotune_flwr.strategies.strategy import GLOBAL, HeteroStrategy, Scope
 
@@ -29,7 +30,7 @@ class HeteroTune(HeteroStrategy):
     4. the *channels* aggregate what they were told: what classes look like in the shared latents
        (:mod:`..channels.statistics`), what models predict on public texts (:mod:`..channels.predictions`);
     5. in the last rounds, the *personalization phase*, every type goes on with a bank of its own. What crosses types
-       then is what channels teach, and a little of the mean over types' banks: :meth:`after_aggregate`.
+       then is what channels teach.
 
     Parameters
     ----------
@@ -40,8 +41,6 @@ class HeteroTune(HeteroStrategy):
     personalization_phase
         Share of the rounds that the phase takes, 0 to less than 1, rounded down to whole rounds; channels that teach
         are at work in it alone. 0, or no such channel: there is no phase, and they are at work in every round. [share]
-    mixing
-        Share of the mean over types, 0 to 1, that every type's experts take after every round of the phase. [share]
 
     """
 
@@ -53,10 +52,9 @@ class HeteroTune(HeteroStrategy):
         context: StrategyContext,
         chain: Sequence[Mapping[str, Any]] | None = None,
         personalization_phase: float = 0.0,
-        mixing: float = 0.0,
     ) -> None:
         super().__init__(context)
-        self.personalization_phase, self.mixing = personalization_phase, mixing
+        self.personalization_phase = personalization_phase
         #: Whether types have gone on with banks of their own.
         self.personalized = False
         self.cmga = SlotChains(chain, context.mean, context.seed)
@@ -68,7 +66,6 @@ class HeteroTune(HeteroStrategy):
         check_between(
             "personalization_phase", options.get("personalization_phase", 0.0), 0, 1, below=True
         )
-        check_between("mixing", options.get("mixing", 0.0), 0, 1)
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Global experts are for all types, as far as the type's slot is aligned."""
@@ -114,24 +111,14 @@ class HeteroTune(HeteroStrategy):
             self.groups.fork_global(self.roster.type_keys)
             self.transport.event("personalization_phase", round=server_round)
 
-    def after_aggregate(self, server_round: int) -> None:
-        """In the personalization phase, move every type's experts a little towards the mean over types."""
-        if not self.personalized or not self.mixing or GLOBAL not in self.state:
-            return
-        experts = [name for name in self.state[GLOBAL] if tier_of(name) == "global"]
-        for slot in sorted({slot_of(name) for name in experts}):
-            banks = self._banks(slot)
-            if len(banks) > 1:
-                names = [name for name in experts if slot_of(name) == slot]
-                mix(names, self.state[GLOBAL], banks, self.mixing)
-
     def for_guests(self) -> Tensors:
         """After a personalization phase, the mean over the types that went through it."""
         shared = dict(super().for_guests())
         for name in shared if self.personalized else ():
-            banks = [bank for bank in self._banks(slot_of(name)) if name in bank]
+            banks = [bank[name] for bank in self._banks(slot_of(name)) if name in bank]
             if banks:
-                shared[name] = mean_over(banks, name)
+                mean = np.mean(banks, axis=0, dtype=np.float64)
+                shared[name] = np.asarray(mean, np.float32)
         return shared
 
     def _banks(self, slot: int) -> list[Tensors]:

@@ -13,11 +13,11 @@ from heterotune_flwr.strategies.build import check_strategy
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_differs_from_the_preset_and_can_run(name):
     row = ROWS[name]
-    entry = mechanisms.entry_of(row, 0.001)
+    entry = mechanisms.entry_of("sections", row, 0.001)
     config = compose("demo", row.overrides)
     check_strategy("one", entry, config)
     assert (name == FULL) == (
-        entry == mechanisms.entry_of(ROWS[FULL], 0.001) and config == compose("demo")
+        entry == mechanisms.entry_of("sections", ROWS[FULL], 0.001) and config == compose("demo")
     )
 
 

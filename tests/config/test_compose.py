@@ -163,7 +163,7 @@ def test_a_group_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
 def test_strategies_of_earlier_versions_are_refused_with_what_they_are_now(
     name: str, told: str
 ) -> None:
-    ways = [("demo", f"run.compare=[{name}]"), ("demo", f"strategies.{name}.mixing=0"),
+    ways = [("demo", f"run.compare=[{name}]"), ("demo", f"strategies.{name}.personalization_phase=0"),
             (f"yaml:strategies: [{name}]", "")]  # fmt: skip
     for config, overrides in ways:
         with pytest.raises(ConfigError, match=told) as refused:

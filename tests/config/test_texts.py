@@ -104,7 +104,7 @@ def test_what_cannot_be_a_text_is_named(text: str, words: str) -> None:
         "data.labels=yes", "data.labels=[a: b, c]", "data.labels=[{x}, y]", "data.labels=[#1,#2]", "data.stop=???",
         "data.alpha=.inf", "data.alpha=inf", "data.alpha=1e400", "data.alpha=-.inf", "server.rounds=1e400",
         "server.rounds=99999999999999999999", "run.seeds=[99999999999999999999]", "server.timeout_seconds=1:30",
-        "server.wait_seconds=.inf", "alignment.shrinkage=[.nan]", "strategies.heterotune.mixing=.nan",
+        "server.wait_seconds=.inf", "alignment.shrinkage=[.nan]", "strategies.heterotune.personalization_phase=.nan",
         "train.learning_rate=.inf", "method.core_scale=inf", "server.rounds=yes", "run.name=",
     ],
 )  # fmt: skip

@@ -27,7 +27,6 @@ SPEC = {
     "_component_": f"{COMPONENT}.HeteroTune",
     "predictions": {"anchors": 8, "pool": 10, "batch": 8, "guest_anchors": 12, "guest_steps": 40},
     "personalization_phase": 0.5,
-    "mixing": 0.2,
 }
 LARGE = "large@fp32"
 NAME = "slots.0.experts.global.0.up.weight"

@@ -70,41 +70,6 @@ def test_a_types_step_is_the_mean_of_its_clients_alone(tmp_path):
             np.testing.assert_allclose(value, expected, atol=0.02 * np.abs(expected).max() + 1e-4)
 
 
-def test_mixing_moves_every_types_experts_towards_the_mean_and_no_gate(tmp_path):
-    alone, _, _ = phased(tmp_path / "alone", rounds=3)
-    mixed, _, _ = phased(tmp_path / "mixed", rounds=3, mixing=0.25)
-    groups = [f"type/{key}" for key in mixed.roster.type_keys]
-    for name in alone.state["global"]:
-        own = [alone.state[group][name] for group in groups]
-        mean = np.mean(own, axis=0)
-        for group, value in zip(groups, own, strict=True):
-            expected = value if "gate" in name else 0.75 * value + 0.25 * mean
-            np.testing.assert_allclose(mixed.state[group][name], expected, rtol=1e-5, atol=1e-7)
-            np.testing.assert_array_equal(mixed.state["global"][name], alone.state["global"][name])
-    same, _, _ = phased(tmp_path / "same", rounds=3, mixing=1)
-    name = "slots.0.experts.global.0.up.weight"
-    first, *others = [same.state[group][name] for group in groups]
-    assert all(np.array_equal(first, other) for other in others)
-
-
-def test_a_type_that_runs_away_takes_no_other_with_it(tmp_path):
-    strategy, _, _ = phased(tmp_path, rounds=3, mixing=0.5)
-    near, middle, far = (f"type/{key}" for key in strategy.roster.type_keys)
-    shared = strategy.state["global"]
-    experts = [name for name in shared if "experts" in name]
-    start = {}
-    for factor, group in ((1.0, near), (1.0, middle), (100.0, far)):
-        for name in experts:
-            strategy.state[group][name] = shared[name] + np.float32(factor)
-            start[group, name] = strategy.state[group][name].copy()
-    strategy.after_aggregate(3)
-    for name in experts:
-        mean = shared[name] + (1 + 1 + 2) / 3  # the far one counts as twice the median
-        for group in (near, middle, far):
-            expected = 0.5 * start[group, name] + 0.5 * mean
-            np.testing.assert_allclose(strategy.state[group][name], expected, rtol=1e-4, atol=1e-4)
-
-
 def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
     strategy, federation, config = phased(tmp_path)
     client = next(iter(strategy.roster.clients))
@@ -119,10 +84,10 @@ def test_anchors_are_asked_about_from_the_last_shared_round_on(tmp_path):
 
 
 def test_types_that_share_nothing_go_through_the_phase_alone(tmp_path):
-    """All are aligned too badly to share, or nothing is shared by design: there is no bank to mix."""
+    """All are aligned too badly to share, or nothing is shared by design: there is no bank of all."""
     config = toy_config(tmp_path, (2, 2, 1), rounds=4)
     config.alignment.quality_threshold = 0.99
-    strategy, _ = start(config, ToyFederation(config), spec={**SPEC, "mixing": 0.2})
+    strategy, _ = start(config, ToyFederation(config), spec=SPEC)
     assert strategy.personalized
     assert "global" not in strategy.state
     assert len(events(config, "round")) == 4
@@ -153,12 +118,7 @@ def test_the_phase_is_whole_rounds_and_leaves_one_shared(tmp_path, rounds, share
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("personalization_phase", 1)]
-    + [
-        (o, v)
-        for o in ("personalization_phase", "mixing")
-        for v in (-0.1, 1.5, "half", True, float("nan"))
-    ],
+    [("personalization_phase", value) for value in (1, -0.1, 1.5, "half", True, float("nan"))],
 )
 def test_what_is_no_share_is_refused_before_anything_runs(option, value):
     config = compose("demo", "run.compare=[heterotune]")

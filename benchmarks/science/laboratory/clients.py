@@ -54,7 +54,6 @@ class Schedule:
     personalization_phase: float = (
         0.0  # share of the rounds in which types go their own ways, taught by the consensus
     )
-    mixing: float = 0.0  # of the mean of all clients' experts, after every round of the type phase
 
 
 def latent_task(

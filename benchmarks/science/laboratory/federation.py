@@ -82,14 +82,6 @@ def aggregate(
     return {key: start[key] + step[key] for key in end}
 
 
-def _mixed(bank: Mapping[str, Tensor], groups: Tensor, share: float) -> dict[str, Tensor]:
-    """Every expert a little nearer to the mean of those it was shared with."""
-    return {
-        key: value if key.startswith("gate") else value.lerp(_averaged(value, groups), share)
-        for key, value in bank.items()
-    }
-
-
 @dataclass(frozen=True)
 class Trouble:
     """What goes wrong in some clients (their indices in a run), in training alone.
@@ -291,9 +283,7 @@ def federate(
             length = fleet.rate * schedule.steps
             bank = servers.step(start, bank, plain, Clients(fleet.across, runs, types, length))
         else:
-            bank = (
-                _mixed(plain, fleet.groups.bank, schedule.mixing) if fleet.personalized else plain
-            )
+            bank = plain
     if waiting is not None:
         waiting.learn(bank)
     found = (measure or accuracies)(bank, everyone, types, targets[1])

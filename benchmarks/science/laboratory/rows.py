@@ -38,7 +38,7 @@ ALIGNMENT = AlignmentConfig(count=6000, weighting=2.0)
 METHOD = MethodConfig(slots=1, latent=128, inner=32, experts_global=3, gate_scope="global")
 SCHEDULE = Schedule(rounds=30, steps=12, rates=(2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 8e-3))
 #: As in ``conf/strategy/heterotune.yaml``.
-TYPE_PHASE: dict[str, Any] = {"personalization_phase": 0.5, "rule": "cmga", "mixing": 0.2}
+TYPE_PHASE: dict[str, Any] = {"personalization_phase": 0.5, "rule": "cmga"}
 
 
 def arguments(doc: str | None, families: Sequence[str], seeds: int = 6) -> argparse.ArgumentParser:
