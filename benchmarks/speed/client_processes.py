@@ -68,6 +68,8 @@ class ClientProcesses:
         assert self._guard.stdin is not None
         self._guard.stdin.close()  # who hangs is ended
         self._guard.wait()
+        for pool in self._pools:
+            pool.shutdown()
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Have a message answered by the client whose it is."""
