@@ -154,7 +154,14 @@ def main() -> None:
         default=os.environ.get("HETEROTUNE_INSTRUCTIONS"),
         help="the extract of Natural Instructions [$HETEROTUNE_INSTRUCTIONS]",
     )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="forget these tasks' cells first: the preset has changed",
+    )
     given = parser.parse_args()
+    if given.again:
+        _CELLS.forget(lambda cell: cell.split("|")[0] in given.tasks)
     for task in given.tasks:
         if task in TEXT and given.instructions is None:
             say(f"{task}: left out (no --instructions FILE)")
