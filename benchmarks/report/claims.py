@@ -226,7 +226,8 @@ def claims() -> str:
             "Three tasks, and rules that the tables above fall short of: what is chosen is chosen on dev, texts and "
             "seeds of their own (10 to 12). What is told is measured on test, seeds 20 to 27. In brackets 95 % over "
             "seeds and texts; of what Flower ran, seeds alone. FedIT, FedMKT and FedMosaic were not run on these tasks "
-            "(two hours a run): the tables above have them."
+            "(two hours a run): the tables above have them. HeteroTune was measured while it mixed types' banks, which "
+            "made no difference (What each part is worth, below)."
         ),
     ]
     if ours:
