@@ -122,8 +122,16 @@ def data_texts(against: Iterable[str]) -> list[str]:
     return texts
 
 
-def make_anchors(out: Path, texts: Sequence[str], count: int, private: Sequence[str]) -> Made:
+def make_anchors(
+    out: Path,
+    texts: Sequence[str],
+    count: int,
+    private: Sequence[str],
+    answer: Callable[[Sequence[str]], Sequence[str]] | None = None,
+) -> Made:
     """Write up to ``count`` texts, a random choice that is always the same, in an order that may be cut anywhere.
+
+    ``answer``: called with the texts that are kept; returns their answers, which are written beside them.
 
     Raises DataError: hardly any is left.
     """
@@ -149,42 +157,71 @@ def make_anchors(out: Path, texts: Sequence[str], count: int, private: Sequence[
             f"only {len(kept)} of {read} texts can be anchors ({repeated} repeat another, {in_data} are rows of your "
             "data); thousands are needed to align models"
         )
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept).encode()
+    written = ({"text": text} for text in kept)
+    if answer is not None:
+        written = ({"text": t, "answer": a} for t, a in zip(kept, answer(kept), strict=True))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written).encode()
     data = gzip.compress(lines, mtime=0) if out.suffix == ".gz" else lines
     atomic_write_bytes(out, data)
     return Made(out, read, repeated, in_data, kept, nearness(private, kept) if private else None)
 
 
-def written_texts(
-    prompts: Sequence[str], source: str, bits: str, count: int, tokens: int, tell: Tell
-) -> list[str]:
+class Writer:
+    """A bare backbone that writes to prompts, in its own chat form where it has one.
+
+    ``tokens``: most of an answer. BackboneError: it cannot be loaded.
+    """
+
+    def __init__(self, source: str, bits: str, tokens: int) -> None:
+        from heterotune_flwr.backbones.bits import resolve_spec
+        from heterotune_flwr.backbones.loading import load_backbone
+        from heterotune_flwr.tuning.adapters import attach
+
+        backbone = load_backbone(resolve_spec(source, bits))
+        self._form = make_form(
+            backbone.tokenizer, DataConfig(prompt="{text}", max_length=_LENGTH, stop=None)
+        )
+        method = MethodConfig(latent=4, inner=2, experts_global=1)
+        self._adapter, self._tokens = attach(backbone, method, method.latent), tokens
+
+    def draw(self, prompts: Sequence[str], seed: int) -> list[str]:
+        """Answers from the model's own distribution."""
+        from heterotune_flwr.tuning.generation import draw_answers
+
+        with self._adapter.bare():
+            return draw_answers(self._adapter, self._ids(prompts), self._tokens, None, seed)[0]
+
+    def answer(self, prompts: Sequence[str], tell: Tell) -> list[str]:
+        """The likeliest answers, in one line each."""
+        from heterotune_flwr.tuning.generation import generate_answers
+
+        found: list[str] = []
+        for start in range(0, len(prompts), _AT_A_TIME):
+            part = self._ids(prompts[start : start + _AT_A_TIME])
+            with self._adapter.bare():
+                told = generate_answers(self._adapter, part, self._tokens, None, self._form.ending)
+            found += [" ".join(answer.split()) for answer in told]
+            tell(f"{len(found)} of {len(prompts)} texts answered")
+        return found
+
+    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self._form.prompt_ids(prompt) for prompt in prompts]
+
+
+def written_texts(prompts: Sequence[str], writer: Writer, count: int, tell: Tell) -> list[str]:
     """What a bare backbone writes to prompts, drawn from its own distribution, until there are ``count`` texts.
 
-    ``tokens``: most of an answer. Fewer come back where further passes over the prompts bring hardly anything new.
-
-    Raises BackboneError: the backbone cannot be loaded.
+    Fewer come back where further passes over the prompts bring hardly anything new.
     """
-    from heterotune_flwr.backbones.bits import resolve_spec
-    from heterotune_flwr.backbones.loading import load_backbone
-    from heterotune_flwr.tuning.adapters import attach
-    from heterotune_flwr.tuning.generation import draw_answers
-
-    backbone = load_backbone(resolve_spec(source, bits))
-    form = make_form(backbone.tokenizer, DataConfig(prompt="{text}", max_length=_LENGTH))
-    asked = [form.prompt_ids(prompt) for prompt in prompts]
-    method = MethodConfig(latent=4, inner=2, experts_global=1)
-    adapter = attach(backbone, method, method.latent)
     found: dict[str, None] = {}
     for number in range(_PASSES):
         before = len(found)
-        for start in range(0, len(asked), _AT_A_TIME):
-            part = asked[start : start + _AT_A_TIME]
-            with adapter.bare():
-                answers, _ = draw_answers(adapter, part, tokens, None, seed=number * 10**6 + start)
+        for start in range(0, len(prompts), _AT_A_TIME):
+            answers = writer.draw(prompts[start : start + _AT_A_TIME], number * 10**6 + start)
             found.update(dict.fromkeys(answer for answer in answers if answer))
             tell(f"{len(found)} of {count} texts written")
             if len(found) >= count:
                 return list(found)
-        if len(found) - before < _NEW * len(asked):
+        if len(found) - before < _NEW * len(prompts):
             break
     return list(found)

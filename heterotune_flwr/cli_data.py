@@ -105,23 +105,36 @@ def make(
             "--prompts", help="instead of --from: prompts that --backbone writes texts to"
         ),
     ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers",
+            help="for open text: --backbone also answers every anchor, and models are compared all along its answer",
+        ),
+    ] = False,
     backbone: Annotated[
-        str | None, typer.Option("--backbone", help="who answers --prompts, like smollm2")
+        str | None,
+        typer.Option("--backbone", help="who writes, for --prompts and --answers, like smollm2"),
     ] = None,
     bits: Annotated[str, typer.Option("--bits", help="of --backbone")] = "bf16",
     tokens: Annotated[
-        int, typer.Option("--tokens", min=1, help="most tokens of an answer to --prompts")
+        int, typer.Option("--tokens", min=1, help="most tokens that --backbone writes at once")
     ] = 64,
 ) -> None:
     """Make a file of anchors from public texts, or from what an untouched model writes.
 
     Texts that repeat others, or nearly so, are left out, and so are rows of your data: give the run or the files with
-    --against. A run renders anchors in its own form (data.prompt), so they hold the texts alone.
+    --against. A run renders anchors in its own form (data.prompt), so they hold the texts alone. With --answers, an
+    untouched model's answers stand beside them.
 
     heterotune anchors make mine.jsonl --from public.txt --against my.yaml
     heterotune anchors make mine.jsonl --prompts topics.txt --backbone smollm2 --count 2000
+    heterotune anchors make mine.jsonl --from questions.txt --answers --backbone smollm2 --against my.yaml
     """
+    from functools import partial
+
     from heterotune_flwr.anchor_files import (
+        Writer,
         check_out,
         data_texts,
         make_anchors,
@@ -134,12 +147,14 @@ def make(
         raise ConfigError(
             "say where the texts come from: --from FILE, or --prompts FILE --backbone NAME"
         )
-    if (prompts is None) != (backbone is None):
-        raise ConfigError("--prompts and --backbone go together: the one asks, the other answers")
+    if (prompts is None and not answers) != (backbone is None):
+        raise ConfigError("--backbone writes for --prompts or --answers: name it with one of them")
     check_out(out)
     private = data_texts(against or [])
     texts = source_texts(source or prompts or "", column)
-    if backbone is not None:
-        texts = written_texts(texts, backbone, bits, count, tokens, note)
-    for line in make_anchors(out, texts, count, private).lines():
+    writer = Writer(backbone, bits, tokens) if backbone is not None else None
+    if writer is not None and prompts is not None:
+        texts = written_texts(texts, writer, count, note)
+    answer = partial(writer.answer, tell=note) if writer is not None and answers else None
+    for line in make_anchors(out, texts, count, private, answer).lines():
         typer.echo(line)

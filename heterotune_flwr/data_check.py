@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.alignment.public_texts import load_anchors, reading_places
 from heterotune_flwr.backbones.sources import EMBEDDED
 from heterotune_flwr.config.compose import compose, presets
 from heterotune_flwr.data.duplicates import Seen, folded
@@ -135,6 +135,7 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
     scored, shares, rows = scored_labels(config), client_shares(config), all_rows(data)
     measured = {name: lengths(one, data, rows, scored) for name, one in tokenizers.items()}
     anchors, near = load_anchors(config.alignment), anchors_near(config)
+    places = reading_places(config.alignment)
     return {
         "data": data.train or data.name,
         "columns": _columns_read(data, pool),
@@ -151,6 +152,7 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
         "anchors": {
             "set": config.alignment.anchors,
             "count": len(anchors),
+            "along_answers": len(places) if any(place.answer for place in places) else 0,
             "nearness": near,
             "in_data": _among(anchors, [*pool, *test]),
         },
@@ -321,6 +323,11 @@ def _told_duplicates(found: dict[str, int], rows: dict[str, int]) -> Iterator[st
 def _told_anchors(anchors: dict[str, Any]) -> Iterator[str]:
     near = anchors["nearness"]
     said = "how near cannot be told" if near is None else f"nearness {near:.2f} (1: as the data)"
-    yield f"anchors: {anchors['count']} of {anchors['set']}, {said}"
+    read = (
+        f"; models are compared at {places} places along their answers"
+        if (places := anchors["along_answers"])
+        else ""
+    )
+    yield f"anchors: {anchors['count']} of {anchors['set']}, {said}{read}"
     if anchors["in_data"]:
         yield f"warning: {anchors['in_data']} anchors are rows of the data: anchors must be public"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from heterotune_flwr.alignment.kept import kept_maps, maps_path
 from heterotune_flwr.alignment.maps import APART, AlignmentResult, compute_maps, join_type
-from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors
+from heterotune_flwr.alignment.public_texts import load_anchors, place_digest, reading_places
 from heterotune_flwr.alignment.views import SLOTS, view_asked
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
@@ -74,7 +74,7 @@ def factors_path(
     parts: dict[str, object] = {
         "version": VERSION,
         "backbone": [fingerprints[type_key], type_key.rpartition("@")[2]],  # weights and bits
-        "anchors": anchor_digest(load_anchors(alignment)),
+        "anchors": place_digest(reading_places(alignment)),
         "prompt": _written(config.data),
         "max_length": config.data.max_length,
         "components": alignment.components,

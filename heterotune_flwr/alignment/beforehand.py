@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from heterotune_flwr.alignment.align import align_types, load_anchors
+from heterotune_flwr.alignment.align import align_types
 from heterotune_flwr.alignment.factors import alignment_factors, view_factors
 from heterotune_flwr.alignment.maps import resolve_output
+from heterotune_flwr.alignment.public_texts import load_anchors, reading_places
 from heterotune_flwr.alignment.views import places_of, view_asked
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
@@ -48,6 +49,7 @@ def prealign(
     for entry in config.types:
         spec = resolve_spec(entry.backbone, entry.bits, entry.revision, entry.memory_gb)
         loaded[spec.type_key] = load_backbone(spec)
+    places = reading_places(config.alignment)
     texts = load_anchors(config.alignment)
     labels = label_set(config.data)
     tokens: dict[str, list[int]] = {key: [] for key in loaded}
@@ -62,11 +64,13 @@ def prealign(
         for key in type_keys:
             view = view_asked(part)
             report(f"reading {len(texts)} anchors with {key}{', whole texts' if view else ''}")
-            public = (loaded[key], texts, config.alignment, config.data)
+            run = (config.alignment, config.data)
             if view:
-                answers[key] = view_factors(view, *public)
+                answers[key] = view_factors(view, loaded[key], texts, *run)
             else:
-                answers[key] = alignment_factors(*public, labels, slots, tokens[key])
+                answers[key] = alignment_factors(
+                    loaded[key], places, *run, labels, slots, tokens[key]
+                )
         return {
             key: round_trip(value, exact_codec(config.exchange)) for key, value in answers.items()
         }

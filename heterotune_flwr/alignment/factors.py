@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from heterotune_flwr.alignment.public_texts import Anchor
 from heterotune_flwr.backbones.loading import Backbone
 from heterotune_flwr.backbones.reader import Reader, batches
 from heterotune_flwr.backbones.structure import DecoderStructure, find_structure, slot_blocks
@@ -55,29 +56,29 @@ def _recorded(structure: DecoderStructure, model: nn.Module, slots: int) -> Iter
             handle.remove()
 
 
-def _asked(form: Form, texts: Sequence[str], opening: Sequence[int]) -> list[list[int]]:
-    """Ids of prompts up to where answers part."""
+def _asked(form: Form, places: Sequence[Anchor], opening: Sequence[int]) -> list[list[int]]:
+    """Ids of prompts up to where answers part, or as far as an answer is given."""
     room = form.max_length - len(opening)
-    return [[*form.prompt_ids(text, room), *opening] for text in texts]
+    return [[*form.begun_ids(place.text, place.answer, room), *opening] for place in places]
 
 
 @torch.no_grad()
 def collect_states(
     backbone: Backbone,
-    texts: Sequence[str],
+    places: Sequence[Anchor],
     data: DataConfig,
     slots: int,
     progress: Progress | None = None,
     opening: Sequence[int] = (),
 ) -> list[NDArray[np.float32]]:
-    """States of every slot on the anchors, where the answer is read (``anchors x d`` each).
+    """States of every slot on the anchors, where answers are read (``places x d`` each).
 
     ``opening``: ids with which every answer begins.
     """
     model = backbone.model
     structure, form = find_structure(model), make_form(backbone.tokenizer, data)
-    encoded = _asked(form, texts, opening)
-    rows = [np.empty((len(texts), structure.hidden), np.float32) for _ in range(slots)]
+    encoded = _asked(form, places, opening)
+    rows = [np.empty((len(places), structure.hidden), np.float32) for _ in range(slots)]
     done, reader = 0, Reader.of(backbone)
     for batch in batches(encoded):
         with _recorded(structure, model, slots) as states:
@@ -88,7 +89,7 @@ def collect_states(
                 rows[slot][index] = values[j, len(encoded[index]) - 1].cpu().numpy()
         done += len(batch)
         if progress is not None:
-            progress(done, len(texts))
+            progress(done, len(places))
     return rows
 
 
@@ -158,7 +159,7 @@ def _symbol_factors(
 
 def _pullbacks(
     backbone: Backbone,
-    texts: Sequence[str],
+    places: Sequence[Anchor],
     data: DataConfig,
     slots: int,
     directions: NDArray[np.float64],
@@ -173,7 +174,7 @@ def _pullbacks(
     structure = find_structure(model)
     targets = torch.tensor(directions, dtype=torch.float32, device=backbone.device)
     sums = [np.zeros_like(directions) for _ in range(slots - 1)]
-    encoded = _asked(make_form(backbone.tokenizer, data), texts, opening)
+    encoded = _asked(make_form(backbone.tokenizer, data), places, opening)
     outputs: list[Tensor] = [torch.empty(0)] * (slots - 1)
 
     def hook_for(slot: int) -> Any:
@@ -205,7 +206,7 @@ def _pullbacks(
     finally:
         for handle in handles:
             handle.remove()
-    return [total / len(texts) for total in sums]
+    return [total / len(places) for total in sums]
 
 
 def _components(
@@ -217,7 +218,7 @@ def _components(
 
 def alignment_factors(
     backbone: Backbone,
-    texts: Sequence[str],
+    places: Sequence[Anchor],
     alignment: AlignmentConfig,
     data: DataConfig,
     labels: Sequence[str] | None,
@@ -231,8 +232,8 @@ def alignment_factors(
     ----------
     backbone
         The type's quantized backbone.
-    texts
-        Anchors, the same list for every type.
+    places
+        Anchors and how far their answers are given, the same list for every type (:func:`reading_places`).
     alignment, data
         The run's sections (components, prompt form).
     labels
@@ -255,7 +256,7 @@ def alignment_factors(
     if labels and alignment.output == "labels":
         trie = make_trie(make_form(backbone.tokenizer, data), labels)
         opening, values["label_rows"] = trie.opening, label_rows(backbone, trie)
-    states = collect_states(backbone, texts, data, slots, progress, opening)
+    states = collect_states(backbone, places, data, slots, progress, opening)
     for slot, rows in enumerate(states):
         values |= _components(f"slots.{slot}", rows, alignment.components)
     directions = [values["label_rows"]]
@@ -263,7 +264,7 @@ def alignment_factors(
         values.update(_symbol_factors(backbone, tokens, alignment.output_components))
         directions.append(values["symbols.right"])
     if slots > 1:
-        few = texts[: alignment.pullback_anchors]
+        few = places[: alignment.pullback_anchors]
         pulled = _pullbacks(backbone, few, data, slots, np.concatenate(directions), opening)
         for slot, gradients in enumerate(pulled):
             values[f"slots.{slot}.pullback"] = gradients

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,33 +15,50 @@ from numpy.typing import NDArray
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.text_files import text_lines
-from heterotune_flwr.data.values import needed_text
+from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.errors import DataError
 from heterotune_flwr.schema import AlignmentConfig
 from heterotune_flwr.seeds import generator
 
 SHIPPED = ("debian-other", "wordnet", "debian-near")
 _TOLD = "its anchors cannot be used"
-_COLUMN = "text"
+_COLUMN, _ANSWER = "text", "answer"
 
 
-def _read(path: Path) -> list[str]:
-    """Anchors in their order: the lines of a text file, or column ``text`` of any data file."""
+class Anchor(NamedTuple):
+    """A public text, and what answers it, or how that begins; "" where nothing does."""
+
+    text: str
+    answer: str = ""
+
+
+def _read(path: Path) -> list[Anchor]:
+    """Anchors in their order: the lines of a text file, or ``text`` and perhaps ``answer`` of any data file."""
     try:
         if path.name.removesuffix(".gz").endswith(".txt"):
-            return [text for line in text_lines(path) if (text := line.rstrip("\r\n")).strip()]
-        texts = []
+            lines = (line.rstrip("\r\n") for line in text_lines(path))
+            return [Anchor(text) for text in lines if text.strip()]
+        anchors = []
         for _, where, row in rows(path):
             if _COLUMN not in row:
                 raise DataError(f"{where}: every anchor needs a text in column {_COLUMN!r}")
-            texts.append(needed_text(row[_COLUMN], where, repr(_COLUMN)))
-        return texts
+            text = needed_text(row[_COLUMN], where, repr(_COLUMN))
+            anchors.append(Anchor(text, plain_text(row.get(_ANSWER), where, repr(_ANSWER)) or ""))
+        return anchors
     except DataError as error:
         raise DataError(f"the anchors: {error}", _TOLD) from error
 
 
 def load_anchors(alignment: AlignmentConfig) -> list[str]:
-    """The first ``alignment.count`` anchors of a shipped set, a .txt(.gz) file, or column ``text`` of a data file.
+    """Texts of the first ``alignment.count`` anchors of a shipped set, a .txt(.gz) file, or a data file.
+
+    Raises DataError: as :func:`read_anchors`.
+    """
+    return [anchor.text for anchor in read_anchors(alignment)]
+
+
+def read_anchors(alignment: AlignmentConfig) -> list[Anchor]:
+    """The first ``alignment.count`` anchors with their answers.
 
     Raises
     ------
@@ -56,17 +75,46 @@ def load_anchors(alignment: AlignmentConfig) -> list[str]:
             f"alignment.anchors is {name!r}: neither a shipped set ({', '.join(SHIPPED)}) nor a file",
             _TOLD,
         )
-    texts = _read(path)[: alignment.count]
-    if len(texts) < 10:
+    found = _read(path)[: alignment.count]
+    if len(found) < 10:
         raise DataError(
-            f"{name} has {len(texts)} anchors; thousands are needed to align models", _TOLD
+            f"{name} has {len(found)} anchors; thousands are needed to align models", _TOLD
         )
-    return texts
+    return found
+
+
+def reading_places(alignment: AlignmentConfig) -> list[Anchor]:
+    """Where types are compared: each anchor with what of its answer stands already (``alignment.count`` at most).
+
+    On open text a model is trained at every position of an answer, so it is read there too: all anchors after as many
+    words of their answers as are drawn for each, then after others, as long as there are any. The same for all types.
+    Without answers, and for labels, where the answer begins.
+    """
+    anchors = read_anchors(alignment)
+    if alignment.output != "vocabulary":
+        return [Anchor(anchor.text) for anchor in anchors]
+    begun = [list(_begun(anchor, number)) for number, anchor in enumerate(anchors)]
+    turns = itertools.zip_longest(*begun)
+    places = (place for turn in turns for place in turn if place is not None)
+    return list(itertools.islice(places, alignment.count))
+
+
+def _begun(anchor: Anchor, number: int) -> Iterator[Anchor]:
+    """An anchor with nothing of its answer, with a word, and so on to all, in an order that is drawn."""
+    ends = [0, *(word.end() for word in re.finditer(r"\S+", anchor.answer))]
+    for place in generator(0, f"anchors.places.{number}").permutation(len(ends)).tolist():
+        yield Anchor(anchor.text, anchor.answer[: ends[place]].strip())
 
 
 def anchor_digest(texts: Sequence[str]) -> str:
     """Identity of an anchor list (hex)."""
     return hashlib.sha256("\x00".join(texts).encode()).hexdigest()
+
+
+def place_digest(places: Sequence[Anchor]) -> str:
+    """Identity of what types are compared on (hex); without answers, of its texts."""
+    answers = [place.answer for place in places]
+    return anchor_digest([place.text for place in places] + (answers if any(answers) else []))
 
 
 def round_anchors(pool: int, count: int, seed: int, round: int) -> list[int]:

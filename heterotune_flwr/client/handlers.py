@@ -125,7 +125,7 @@ def describe(message: Message, context: Context) -> RecordDict:
 def align(message: Message, context: Context) -> RecordDict:
     """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
     from heterotune_flwr.alignment.factors import alignment_factors, view_factors
-    from heterotune_flwr.alignment.public_texts import load_anchors
+    from heterotune_flwr.alignment.public_texts import load_anchors, reading_places
     from heterotune_flwr.alignment.views import PIECES, view_asked
 
     client = Client.of(context)
@@ -133,21 +133,21 @@ def align(message: Message, context: Context) -> RecordDict:
     client = client.by(asked.header)
     request = client.guard.admit(asked)
     alignment, data = client.identity.alignment(client.config), client.identity.data
-    texts = load_anchors(alignment)
     vocabulary = vocabulary_of(make_form(client.backbone.tokenizer, data))
     if request.part == PIECES:
         told = {PIECES: as_numbers(_pieces(vocabulary, request.symbols))}
         return AlignReply(client.client_id, client.type_key, told).to_content(UNIT8)
     detach(client.backbone)
     if view := view_asked(request.part):
-        factors = view_factors(view, client.backbone, texts, alignment, data)
+        factors = view_factors(view, client.backbone, load_anchors(alignment), alignment, data)
     else:
         tokens: list[int] = []
         if alignment.output == "vocabulary":
             symbols = RunSymbols(alignment.symbols, request.symbols).read(vocabulary)
             tokens = symbols.ids(vocabulary).tolist()
+        places = reading_places(alignment)
         factors = alignment_factors(
-            client.backbone, texts, alignment, data, label_set(data), request.slots, tokens
+            client.backbone, places, alignment, data, label_set(data), request.slots, tokens
         )
     reply = AlignReply(client.client_id, client.type_key, factors)
     return reply.to_content(exact_codec(client.config.exchange))

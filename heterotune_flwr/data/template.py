@@ -79,6 +79,12 @@ class Form:
         ids = encode_opening(self.tokenizer, self.render(asked))
         return self._cut(ids, self.max_length if room is None else room)
 
+    def begun_ids(self, asked: Asked, begun: str, room: int | None = None) -> list[int]:
+        """A prompt's ids with those of an answer as far as it is given (at most half of ``room``)."""
+        room = self.max_length if room is None else room
+        ids = self._answer_ids(asked, begun)[: room // 2] if begun else []
+        return [*self.prompt_ids(asked, room - len(ids)), *ids]
+
     def encode(self, example: Example) -> EncodedExample:
         """Ids of prompt and whole answer, together at most ``data.max_length``; the prompt gives way.
 

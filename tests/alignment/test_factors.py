@@ -22,13 +22,16 @@ from heterotune_flwr.alignment.factors import (
 )
 from heterotune_flwr.alignment.public_texts import (
     SHIPPED,
+    Anchor,
     anchor_digest,
     load_anchors,
+    reading_places,
 )
 from heterotune_flwr.alignment.views import view_asked
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks
+from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.label_trie import make_trie
 from heterotune_flwr.data.symbols import vocabulary_of
 from heterotune_flwr.data.template import make_form
@@ -43,6 +46,7 @@ TEXTS = [
     for first in ("red apples", "fast engines", "the violin")
     for second in ("grow on trees", "need oil and careful drivers", "plays a slow song")
 ]
+PLACES = [Anchor(text) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def naive_states(backbone: Backbone, text: str, slots: int) -> list[np.ndarray]:
 
 
 def test_states_are_those_of_a_naive_pass_at_the_answer_position(backbone):
-    found = collect_states(backbone, TEXTS, DATA, slots=3)
+    found = collect_states(backbone, PLACES, DATA, slots=3)
     assert [rows.shape for rows in found] == [(len(TEXTS), 32)] * 3
     for index in (0, 5, len(TEXTS) - 1):
         for slot, states in enumerate(naive_states(backbone, TEXTS[index], 3)):
@@ -95,11 +99,11 @@ def test_principal_components_rebuild_the_states_and_are_uncorrelated(width):
 def test_factors_hold_the_label_words_rows_and_the_symbols(backbone):
     tokens = list(vocabulary_of(make_form(backbone.tokenizer, DATA)).ids.values())[:20]
     alignment = AlignmentConfig(components=9, output="vocabulary", output_components=4)
-    factors = alignment_factors(backbone, TEXTS, alignment, DATA, LABELS, 1, tokens)
+    factors = alignment_factors(backbone, PLACES, alignment, DATA, LABELS, 1, tokens)
     assert factors["slots.0.scores"].shape == (len(TEXTS), 9)
     assert factors["label_rows"].shape == (0, backbone.hidden)  # labels may begin alike then
     head = backbone.model.get_output_embeddings().weight
-    labelled = alignment_factors(backbone, TEXTS, AlignmentConfig(components=9), DATA, LABELS, 1)
+    labelled = alignment_factors(backbone, PLACES, AlignmentConfig(components=9), DATA, LABELS, 1)
     for row, label in zip(labelled["label_rows"], LABELS, strict=True):
         token = backbone.tokenizer(f" {label}", add_special_tokens=False)["input_ids"][0]
         np.testing.assert_array_equal(row, head[token].numpy())
@@ -110,7 +114,7 @@ def test_factors_hold_the_label_words_rows_and_the_symbols(backbone):
 def test_labels_that_share_tokens_have_the_rows_of_their_ways_added_up(backbone):
     labels = ["new york", "new", "music"]
     trie = make_trie(make_form(backbone.tokenizer, DATA), labels)
-    factors = alignment_factors(backbone, TEXTS, AlignmentConfig(components=6), DATA, labels, 1)
+    factors = alignment_factors(backbone, PLACES, AlignmentConfig(components=6), DATA, labels, 1)
     head = backbone.model.get_output_embeddings().weight.detach().numpy()
     end = backbone.tokenizer.eos_token_id
     assert [trie.tokens[column] for column in trie.ways[1]][-1] == end
@@ -126,9 +130,9 @@ def test_texts_are_read_where_labels_part(backbone, slots):
     labels = ["music one", "music two"]
     opening = make_trie(make_form(backbone.tokenizer, DATA), labels).opening
     alignment = AlignmentConfig(components=6, pullback_anchors=4)
-    found = alignment_factors(backbone, TEXTS, alignment, DATA, labels, slots)
+    found = alignment_factors(backbone, PLACES, alignment, DATA, labels, slots)
     further = replace(DATA, prompt=DATA.prompt + backbone.tokenizer.decode(opening))
-    plain = alignment_factors(backbone, TEXTS, alignment, further, None, slots)
+    plain = alignment_factors(backbone, PLACES, alignment, further, None, slots)
     name = f"slots.{slots - 1}"
     states = [
         own[f"{name}.scores"] @ own[f"{name}.basis"] + own[f"{name}.mean"] for own in (found, plain)
@@ -147,7 +151,7 @@ def test_symbols_that_are_no_pieces_are_a_clear_error(backbone):
     with pytest.raises(BackboneError, match="vocabularies have too little in common"):
         alignment_factors(
             backbone,
-            TEXTS,
+            PLACES,
             AlignmentConfig(output="vocabulary"),
             DATA,
             LABELS,
@@ -159,7 +163,7 @@ def test_symbols_that_are_no_pieces_are_a_clear_error(backbone):
 def test_pullback_predicts_the_effect_of_a_push_at_a_deeper_slot(backbone):
     """The average gradient against a finite difference: push the slot's output, watch the label logits."""
     alignment = AlignmentConfig(components=8, pullback_anchors=6)
-    factors = alignment_factors(backbone, TEXTS, alignment, DATA, LABELS, 2)
+    factors = alignment_factors(backbone, PLACES, alignment, DATA, LABELS, 2)
     pulled, rows = factors["slots.0.pullback"], factors["label_rows"]
     assert pulled.shape == (len(LABELS), 32)
     push = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 1e-3
@@ -232,15 +236,38 @@ class Counter:
     def __call__(self, part: str, type_keys: list[str]) -> dict[str, Tensors]:
         self.asked.append(list(type_keys))
         self.parts.append(part)
-        public = (
-            self.backbone,
-            load_anchors(self.config.alignment),
-            self.config.alignment,
-            self.config.data,
-        )
-        view = view_asked(part)
-        factors = view_factors(view, *public) if view else alignment_factors(*public, LABELS, 1)
+        view, run = view_asked(part), (self.config.alignment, self.config.data)
+        if view:
+            factors = view_factors(view, self.backbone, load_anchors(run[0]), *run)
+        else:
+            factors = alignment_factors(self.backbone, reading_places(run[0]), *run, LABELS, 1)
         return dict.fromkeys(type_keys, factors)
+
+
+def test_answers_are_read_all_along_on_open_text(tmp_path: Path):
+    path = tmp_path / "anchors.jsonl"
+    rows = [{"text": text, "answer": "one two  three" if n else ""} for n, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = AlignmentConfig(anchors=str(path), output="vocabulary", count=4 * len(TEXTS))
+    places = reading_places(text)
+    assert {place.answer for place in places if place.text == TEXTS[0]} == {""}
+    begun = {place.answer for place in places if place.text == TEXTS[1]}
+    assert begun == {"", "one", "one two", "one two  three"}
+    assert [place.text for place in places[: len(TEXTS)]] == TEXTS  # all of them before one twice
+    assert len(places) == 4 * len(TEXTS) - 3
+    few = reading_places(replace(text, count=12))
+    assert few == places[:12]
+    assert reading_places(replace(text, output="labels")) == PLACES
+
+
+def test_the_state_is_that_of_the_last_word_given(backbone: Backbone):
+    (found,) = collect_states(backbone, [Anchor("cats purr", "they do"), Anchor("dogs")], DATA, 1)
+    form = make_form(backbone.tokenizer, DATA)
+    whole = form.encode(Example("cats purr", "they do"))
+    ids = [*whole.prompt, *whole.answer[: -len(form.ending)]]
+    with torch.no_grad():
+        out = backbone.model(torch.tensor([ids]), output_hidden_states=True)
+    np.testing.assert_allclose(found[0], out.hidden_states[-1][0, -1].float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.fixture

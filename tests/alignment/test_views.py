@@ -19,6 +19,7 @@ from heterotune_flwr.alignment.factors import (
     view_factors,
 )
 from heterotune_flwr.alignment.maps import compute_maps, join_type
+from heterotune_flwr.alignment.public_texts import Anchor
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.backbones.views import VIEWS
@@ -165,7 +166,8 @@ def test_another_view_is_one_class_and_a_name(directory, data, monkeypatch):
     texts = [f"public words {n} and {n % 7} more of them" for n in range(40)]
     alignment = AlignmentConfig(components=8, shrinkage=[0.01])
     public = (backbone, texts, alignment, data)
-    factors = alignment_factors(*public, LABELS, method.slots)
+    places = [Anchor(text) for text in texts]
+    factors = alignment_factors(backbone, places, alignment, data, LABELS, method.slots)
     for name in method.views:
         factors |= view_factors(VIEWS[name], *public)
         assert not fault_of(view_factors(VIEWS[name], *public), 1, VIEWS[name], 32, 3, False)

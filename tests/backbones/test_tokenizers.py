@@ -13,6 +13,7 @@ from tiny_backbones import LABELS, save_backbone, save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from heterotune_flwr.alignment.factors import collect_states
+from heterotune_flwr.alignment.public_texts import Anchor
 from heterotune_flwr.backbones.loading import (
     Backbone,
     BackboneSpec,
@@ -52,7 +53,7 @@ def use(backbone: Backbone) -> tuple[torch.Tensor, list[str]]:
     assert len({len(ids) for ids in encoded.inputs}) == 2
     with torch.no_grad():
         states = final_states(adapter, encoded, [0, 1])
-    collect_states(backbone, [example.text for example in EXAMPLES], DataConfig(), 1)
+    collect_states(backbone, [Anchor(example.text) for example in EXAMPLES], DataConfig(), 1)
     answers = generate_answers(adapter, encoded.inputs, 4, "\n")
     detach_all()
     return states, answers

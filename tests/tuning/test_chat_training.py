@@ -12,6 +12,7 @@ from tiny_adapters import LORA, TRAIN
 from tiny_backbones import save_backbone
 
 from heterotune_flwr.alignment.factors import collect_states
+from heterotune_flwr.alignment.public_texts import Anchor
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.backbones.reader import Reader
 from heterotune_flwr.backbones.tokenizer import load_tokenizer
@@ -91,7 +92,7 @@ def test_loss_counts_replies_in_training_and_the_last_in_tests(backbone):
 
 def test_anchors_are_read_where_the_answer_begins(backbone):
     texts = ["red apples", "a slow song", "engines"]
-    states = collect_states(backbone, texts, DATA, 1)[0]
+    states = collect_states(backbone, [Anchor(text) for text in texts], DATA, 1)[0]
     tokenizer, reader = backbone.tokenizer, Reader.of(backbone)
     for row, text in zip(states, texts, strict=True):
         talk = [{"role": "user", "content": text}, {"role": "assistant", "content": "@@"}]

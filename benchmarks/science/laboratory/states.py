@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.alignment.public_texts import SHIPPED, anchor_digest, load_anchors
+from heterotune_flwr.alignment.public_texts import (
+    SHIPPED,
+    Anchor,
+    anchor_digest,
+    load_anchors,
+)
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.backbones.views import VIEWS
 from heterotune_flwr.data.sources import global_test, label_set, training_pool
@@ -157,7 +162,8 @@ def _compute_states(
     )
     backbone = _loaded(spec)
     seen = collect_view(VIEWS[view], backbone, texts, data) if view else None
-    states = collect_states(backbone, texts, data, 1)[0] if seen is None else seen
+    places = [Anchor(text) for text in texts]
+    states = collect_states(backbone, places, data, 1)[0] if seen is None else seen
     save_tensors(path, {"states": states})
 
 
