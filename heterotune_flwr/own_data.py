@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
+from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors, read_anchors
 from heterotune_flwr.backbones.sources import type_key
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import Lengths, how_they_fit
@@ -181,11 +181,18 @@ def _forms(data: DataConfig, tokenizers: dict[str, Any]) -> Iterator[str]:
 
 
 def anchors_note(config: Config, near: float | None) -> Iterator[str]:
-    """A warning where the models are aligned on texts about something else (:mod:`.data.nearness`)."""
+    """Warnings where models are aligned on texts about something else (:mod:`.data.nearness`), or off the answers."""
     kinds = {
         strategy_config(n, config.strategies[n], config).method.kind for n in config.run.compare
     }
-    if near is None or near >= NEAR or "dema" not in kinds:
+    if "dema" not in kinds:
+        return
+    if label_set(config.data) is None and not any(a.answer for a in read_anchors(config.alignment)):
+        yield (
+            "warning: the anchors have no answers, so models are compared only where answers begin, and on answers of "
+            "several words sharing gains little: heterotune anchors make FILE --answers --backbone NAME"
+        )
+    if near is None or near >= NEAR:
         return
     chosen = config.alignment.anchors
     about = _ABOUT.get(chosen, "descriptions of Debian packages" if chosen in SHIPPED else "texts")

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.alignment.public_texts import load_anchors, read_anchors, reading_places
 from heterotune_flwr.schema import AlignmentConfig
 
 GROUPS = {
@@ -160,11 +160,25 @@ def test_anchors_that_an_untouched_model_writes(heterotune, tmp_path):
     assert "texts written" in error
 
 
+def test_anchors_that_an_untouched_model_answers(heterotune, tmp_path):
+    out = tmp_path / "mine.jsonl"
+    words = ("--answers", "--backbone", "tiny-a", "--tokens", "8", "--count", "12")
+    code, _, error = heterotune("anchors", "make", out, "--from", "debian-near", *words)
+    assert code == 0, error
+    assert "12 of 12 texts answered" in error
+    alignment = AlignmentConfig(anchors=str(out), output="vocabulary", count=30)
+    anchors, places = read_anchors(alignment), reading_places(alignment)
+    assert all(anchor.answer for anchor in anchors)
+    assert len(places) > len(anchors)  # after nothing of an answer, after a word, ...
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["x.jsonl"], "--from FILE, or --prompts"),
-        (["x.jsonl", "--prompts", "y"], "go together"),
+        (["x.jsonl", "--prompts", "y"], "name it with one of them"),
+        (["x.jsonl", "--from", "wordnet", "--answers"], "name it with one of them"),
+        (["x.jsonl", "--from", "wordnet", "--backbone", "tiny-a"], "name it with one of them"),
         (["x.txt", "--from", "wordnet"], "must end in .jsonl"),
         (["no/x.jsonl", "--from", "wordnet"], "the folder of"),
         (["x.jsonl", "--from", "nothing"], "neither a file nor a shipped set"),
