@@ -63,7 +63,8 @@ def prealign(
         answers: dict[str, Tensors] = {}
         for key in type_keys:
             view = view_asked(part)
-            report(f"reading {len(texts)} anchors with {key}{', whole texts' if view else ''}")
+            what = f"{len(texts)} anchors, whole texts" if view else f"{len(places)} anchors"
+            report(f"reading {what}, with {key}")
             run = (config.alignment, config.data)
             if view:
                 answers[key] = view_factors(view, loaded[key], texts, *run)
