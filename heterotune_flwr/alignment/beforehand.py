@@ -63,8 +63,8 @@ def prealign(
         answers: dict[str, Tensors] = {}
         for key in type_keys:
             view = view_asked(part)
-            what = f"{len(texts)} anchors, whole texts" if view else f"{len(places)} anchors"
-            report(f"reading {what}, with {key}")
+            count, whole = (len(texts), ", whole texts") if view else (len(places), "")
+            report(f"reading {count} anchors with {key}{whole}")
             run = (config.alignment, config.data)
             if view:
                 answers[key] = view_factors(view, loaded[key], texts, *run)
