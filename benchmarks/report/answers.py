@@ -33,7 +33,8 @@ def answers() -> str:
         "Answers of several tokens",
         said("Named tasks of Natural Instructions, four with one client per type, else eight. An adapter at the last "
         "slot, trained on kept states; nats per answer token over the whole vocabulary, on test texts of all tasks. "
-        f"Rates and rounds were chosen on dev texts and a dev seed, {known['trials_per_row']} trials a row."),
+        f"Rates and rounds were chosen on dev texts and a dev seed, {known['trials_per_row']} trials "
+        "a row, and two more as long as the best rate was the highest or lowest tried."),
         said("*Pooled data*: the same adapter on everybody's examples, the ceiling. *Bank*: shared by both types "
         "through CMGA, aligned at all answer positions. *Top-8*: token distributions on public answers to prompts of "
         "the clients' own kinds of task, written by the bare smaller model or by people. *Share*: of the gap between "

@@ -4,7 +4,7 @@ Eight tasks of Natural Instructions (four with one client per type) on kept stat
 loss over the whole vocabulary. Clients have tasks of their own, or a Dirichlet mixture. Rows: bare, alone, inside the
 type, pooled data; the bank; token distributions on public answers (by a bare model, by people, by a client; the same
 prompts inside the type, others untrained, prompts of other tasks); answers in words; token sums. Rates and rounds are
-chosen on dev texts and a dev seed, with equally many configurations for every row.
+chosen on dev texts and a dev seed: the same grid for every row, which goes on where the best lies at its edge.
 
     python -m benchmarks.science.instructions --instructions FILE.jsonl.gz --suites smollm2_gemma --clients 1
     python -m benchmarks.science.instructions --instructions FILE.jsonl.gz --suites toy    # a minute, embedded models
@@ -26,9 +26,18 @@ from typing import Any
 import torch
 
 from benchmarks.runner import Cells, arguments, say, write_results
+from benchmarks.science.claim_cells import beyond
 from benchmarks.science.laboratory.text_bench import SUITES, Bench
 from benchmarks.science.laboratory.text_rows import DECIDING, ROWS, bare
-from benchmarks.science.laboratory.text_table import BARE, CEILING, FLOOR, METHOD, chosen, summary
+from benchmarks.science.laboratory.text_table import (
+    BARE,
+    CEILING,
+    FLOOR,
+    METHOD,
+    chosen,
+    rates_tried,
+    summary,
+)
 
 PARTITIONS = ("tasks", "dirichlet")
 #: Chosen on; none of the seeds that are told.
@@ -114,8 +123,10 @@ def measure(bench: Bench, given: argparse.Namespace) -> None:
     for part, partition, seed in orders:
         for row in part:
             name = f"{bench.suite} {bench.clients} {partition} {seed} {row}"
-            if name not in bench.cells.read():
-                choose(bench, row)
+            choose(bench, row)
+            known = bench.cells.read()
+            best = chosen(known, bench.suite, bench.clients, row)
+            if name not in known or (known[name]["rate"], known[name]["rounds"]) != best:
                 bench.cells.keep({name: cell(bench, row, partition, seed)})
         if not isinstance(bench.cells, Trial):
             write(given, bench.cells)
@@ -137,14 +148,29 @@ def cell(bench: Bench, row: str, partition: str, seed: int) -> dict[str, Any]:
 
 
 def choose(bench: Bench, row: str) -> None:
-    """A row's rate and rounds by the dev texts, on a seed of its own and with tasks of one's own."""
+    """A row's rate and rounds by the dev texts, on a seed of its own and with tasks of one's own.
+
+    Where the best rate lies at an edge of those tried, the next one is tried too.
+    """
+    start = f"dev {bench.suite} {bench.clients} {row} "
     for rate in RATES:
-        name = f"dev {bench.suite} {bench.clients} {row} {rate:g}"
-        if name not in bench.cells.read():
-            found = bench.run(row, "tasks", DEV_SEED, rate, STOPS, "dev")
-            bench.cells.keep({name: found})
-            told = {n: [c["all"] for c in v] for n, v in found.items() if isinstance(v, list)}
-            say(name, told, f"{found['cpu_seconds']} s")
+        if f"{start}{rate:g}" not in bench.cells.read():
+            try_rate(bench, row, start, rate)
+    while True:
+        known = bench.cells.read()
+        best, _ = chosen(known, bench.suite, bench.clients, row)
+        following = beyond(rates_tried(known, start), best, 2.0, len(RATES))
+        if following is None:
+            return
+        try_rate(bench, row, start, following)
+
+
+def try_rate(bench: Bench, row: str, start: str, rate: float) -> None:
+    """A row at a rate on dev, kept under ``start`` and the rate."""
+    found = bench.run(row, "tasks", DEV_SEED, rate, STOPS, "dev")
+    bench.cells.keep({f"{start}{rate:g}": found})
+    told = {n: [c["all"] for c in v] for n, v in found.items() if isinstance(v, list)}
+    say(f"{start}{rate:g}", told, f"{found['cpu_seconds']} s")
 
 
 def generate(bench: Bench, given: argparse.Namespace) -> None:

@@ -38,6 +38,12 @@ def chosen(cells: Mapping[str, Cell], suite: str, clients: int, row: str) -> tup
     return min(found, key=lambda key: found[key])
 
 
+def rates_tried(cells: Mapping[str, Cell], start: str) -> list[float]:
+    """Rates of a row that were tried on dev; ``start``: what their cells' names begin with."""
+    rates = [name.removeprefix(start) for name in cells if name.startswith(start)]
+    return [float(rate) for rate in rates if _is_rate(rate)]
+
+
 def _is_rate(text: str) -> bool:
     try:
         return float(text) > 0
