@@ -60,6 +60,8 @@ class Row:
         Pooled token sums besides.
     smallest
         Everybody owns the first type.
+    guest
+        Every type takes the bank of the others, who train inside their types, and trains nothing itself.
 
     """
 
@@ -71,6 +73,7 @@ class Row:
     voices: str = "all"
     sums: bool = False
     smallest: bool = False
+    guest: bool = False
 
 
 #: Those that decide come first, and with all seeds before the others.
@@ -96,6 +99,7 @@ ROWS: Mapping[str, Row] = {
     "everybody on the smallest": Row(smallest=True),
     "top-8, a drawn client's answers": Row(teach="client"),
     "answers in words": Row(teach="client", words=True),
+    "guest with the bank": Row(guest=True),
 }
 DECIDING = tuple(ROWS)[:9]
 
@@ -127,8 +131,9 @@ def federate(
             trained.append(train(banks[i], schedule, terms))
         if school is not None and round >= FIRST_SAID:
             school.hear(trained, round)
-        banks = averaged(trained, [holder.kind for holder in holders], row.bank)
-        yield banks
+        kinds = [holder.kind for holder in holders]
+        banks = averaged(trained, kinds, row.bank)
+        yield of_others(trained, kinds) if row.guest else banks
 
 
 def _term(
@@ -155,6 +160,12 @@ def averaged(banks: Sequence[Bank], kinds: Sequence[int], scope: str) -> list[Ba
         everybody = _mean_bank(list(means.values()))
         return [everybody] * len(banks)
     return [means[kind] for kind in kinds]
+
+
+def of_others(banks: Sequence[Bank], kinds: Sequence[int]) -> list[Bank]:
+    """For every client, the mean of the banks of other types."""
+    pairs = list(zip(banks, kinds, strict=True))
+    return [_mean_bank([bank for bank, other in pairs if other != kind]) for kind in kinds]
 
 
 def _mean_bank(banks: Sequence[Bank]) -> Bank:
