@@ -32,8 +32,8 @@ from benchmarks.science.laboratory.text_rows import DECIDING, ROWS, bare
 from benchmarks.science.laboratory.text_table import (
     BARE,
     CEILING,
-    FLOOR,
     METHOD,
+    RIVALS,
     chosen,
     rates_tried,
     summary,
@@ -67,7 +67,7 @@ def main() -> None:
         type=int,
         default=0,
         metavar="N",
-        help="then let bare, floor, method and ceiling answer the first N test texts of every task (ROUGE-L)",
+        help="then let bare, method, rivals and ceiling answer the first N test texts of every task (ROUGE-L)",
     )
     parser.add_argument(
         "--summary", action="store_true", help="measure nothing: write what the cells come to"
@@ -177,7 +177,7 @@ def generate(bench: Bench, given: argparse.Namespace) -> None:
     """ROUGE-L of the rows that matter, once their losses are measured."""
     for seed in given.seeds:
         for partition in given.partitions:
-            for row in (BARE, FLOOR, METHOD, CEILING):
+            for row in (BARE, METHOD, *RIVALS, CEILING):
                 name = f"rouge {bench.suite} {bench.clients} {partition} {seed} {row}"
                 if name not in bench.cells.read():
                     found = bench.rouge(row, partition, seed, given.generate)

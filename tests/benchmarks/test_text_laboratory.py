@@ -28,7 +28,14 @@ from benchmarks.science.laboratory.text_deal import deal
 from benchmarks.science.laboratory.text_losses import cross_entropy, likeliest
 from benchmarks.science.laboratory.text_rows import averaged
 from benchmarks.science.laboratory.text_states import Answers, TextType
-from benchmarks.science.laboratory.text_table import CEILING, FLOOR, METHOD, chosen, summary
+from benchmarks.science.laboratory.text_table import (
+    CEILING,
+    FLOOR,
+    METHOD,
+    RIVALS,
+    chosen,
+    summary,
+)
 from benchmarks.science.laboratory.text_tasks import (
     DATA,
     OTHERS,
@@ -305,6 +312,21 @@ def test_a_share_is_told_where_the_gap_is_sure():
     assert "share" not in summary(near)["suite_1"]["partitions"]["tasks"][METHOD]["a"]
 
 
+def test_written_answers_are_compared_with_the_best_rivals():
+    cells = {}
+    for seed, ours in enumerate(([30.0, 50.0], [40.0, 44.0])):
+        for row, scores in ((METHOD, ours), (RIVALS[0], [20.0, 30.0]), (RIVALS[1], [10.0, 20.0])):
+            cells[f"suite 1 tasks {seed} {row}"] = cell(2.0)
+            told = {"type": "a", "all": 0.0, "own": 0.0, "answers": 2, "scores": scores}
+            cells[f"rouge suite 1 tasks {seed} {row}"] = {"clients": [told]}
+    found = summary(cells)["suite_1"]
+    assert found["best_rival"] == RIVALS[0]
+    assert found["rouge_gain_over_best_rival"] == 16.0
+    assert found["ci_low"] < 16.0 < found["ci_high"]
+    alone = {name: one for name, one in cells.items() if RIVALS[0] not in name}
+    assert summary(alone)["suite_1"]["best_rival"] == RIVALS[1]
+
+
 def test_rate_and_rounds_are_the_best_on_dev_texts():
     cells = {
         "dev suite 1 bank 0.001": {"4": [{"all": 2.0}, {"all": 3.0}], "8": [{"all": 2.0}, {"all": 2.0}]},
@@ -334,7 +356,15 @@ def test_the_toy_runs_every_kind_of_row(tmp_path, monkeypatch, capsys):
                     "output": f"{WORDS[n]} {n}, {WORDS[-n]}.",
                 }
                 file.write(json.dumps(row) + "\n")
-    rows = [FLOOR, CEILING, METHOD, "bank", "token sums", "answers in words"]
+    rows = [
+        FLOOR,
+        CEILING,
+        METHOD,
+        *RIVALS,
+        "token sums",
+        "answers in words",
+        "guest with the bank",
+    ]
     words = ["--suites", "toy", "--seeds", "20", "--partitions", "tasks", "--generate", "2"]
     monkeypatch.setattr(
         "sys.argv", ["instructions", "--instructions", str(path), *words, "--rows", *rows]
