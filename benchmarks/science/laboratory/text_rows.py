@@ -25,7 +25,7 @@ from benchmarks.science.laboratory.text_clients import (
 from benchmarks.science.laboratory.text_consensus import Targets
 from benchmarks.science.laboratory.text_deal import Holder
 from benchmarks.science.laboratory.text_sums import TokenSums
-from benchmarks.science.laboratory.text_world import Corpus, World
+from benchmarks.science.laboratory.text_world import BEGINS, Corpus, World
 from heterotune_flwr.seeds import generator
 
 #: Rounds, steps a round, texts a step. The rate is the row's.
@@ -48,7 +48,7 @@ class Row:
     pooled
         Everybody trains on everybody's examples.
     maps
-        ``none``, or the alignment's control.
+        ``none``, the alignment's control, or ``begins``: read where answers begin, not at all their positions.
     teach
         Which public answers are talked about (:data:`.text_world.PUBLIC`, or ``client``); empty: none.
     words
@@ -86,6 +86,7 @@ ROWS: Mapping[str, Row] = {
     "top-8, human answers": Row(teach="human"),
     "bank": Row(bank="all"),
     "bank, random maps": Row(bank="all", maps="random_maps"),
+    "bank, aligned where answers begin": Row(bank="all", maps=BEGINS),
     "top-8, other tasks' prompts": Row(teach="elsewhere"),
     "alone": Row(bank="client"),
     "token sums": Row(sums=True),
@@ -101,7 +102,7 @@ ROWS: Mapping[str, Row] = {
     "answers in words": Row(teach="client", words=True),
     "guest with the bank": Row(guest=True),
 }
-DECIDING = tuple(ROWS)[:9]
+DECIDING = tuple(ROWS)[:10]
 
 
 def federate(

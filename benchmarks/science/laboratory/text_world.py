@@ -132,6 +132,8 @@ class World:
 
 #: Which answers public prompts get: who wrote them, and of which tasks the prompts are.
 PUBLIC = ("bare", "human", "elsewhere")
+#: Maps that are read where answers begin alone.
+BEGINS = "begins"
 #: Written by clients, anew in every run (:meth:`Texts.tell`).
 CLIENTS = "client"
 
@@ -243,15 +245,16 @@ class Texts:
         return pairs
 
     def _align(self, control: str, seed: int) -> AlignmentResult:
-        """The product's maps from all one-to-one positions of answers that a bare model wrote."""
+        """The product's maps from one-to-one positions of answers that a bare model wrote: all, or the first of each."""
         factors = {}
         parts = ("bare", "elsewhere")
-        used = self._used_symbols()
+        used, begins = self._used_symbols(), control == BEGINS
         for index, own in enumerate(self.types):
             states = []
             for part in parts:
                 flat = torch.cat([answers.states for answers in self.answers[part][index]])
-                chosen = np.concatenate([pairs[:, index] for pairs in self.pairs[part]])
+                rows = [pairs[: 1 if begins else None, index] for pairs in self.pairs[part]]
+                chosen = np.concatenate(rows)
                 states.append(flat[torch.from_numpy(chosen)].numpy())
             found = principal_components(np.concatenate(states), ALIGNMENT.components)
             factors[f"{index}.{own.name}"] = {
@@ -262,7 +265,8 @@ class Texts:
                 "label_rows": np.zeros((0, states[0].shape[1])),
                 **_symbol_factors(self.unembeddings[index][self.ids(index)[used]].numpy()),
             }
-        return compute_maps(factors, replace(ALIGNMENT, control=control), METHOD, None, seed)
+        alignment = ALIGNMENT if begins else replace(ALIGNMENT, control=control)
+        return compute_maps(factors, alignment, METHOD, None, seed)
 
     def ids(self, index: int) -> Tensor:
         """Ids of all symbols in a type's vocabulary."""
