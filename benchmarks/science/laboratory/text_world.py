@@ -245,7 +245,7 @@ class Texts:
         return pairs
 
     def _align(self, control: str, seed: int) -> AlignmentResult:
-        """The product's maps from one-to-one positions of answers that a bare model wrote: all, or the first of each."""
+        """The product's maps from one-to-one positions of answers by a bare model: all, or the first of each."""
         factors = {}
         parts = ("bare", "elsewhere")
         used, begins = self._used_symbols(), control == BEGINS
