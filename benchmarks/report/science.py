@@ -283,8 +283,8 @@ def generation() -> str:
     ]
     return section(
         "Generated answers",
-        "The first two tables are of answers that are *one* token long. Longer ones: "
-        "[answers of several tokens](#answers-of-several-tokens).",
+        said("The first two tables are of answers that are *one* token long. Longer ones: "
+        "[answers of several tokens](#answers-of-several-tokens)."),
         shown(
             "Open text: the section of a package written out, over the whole vocabulary. Embedded family, 15 rounds, "
             "320 generated answers, 3 seeds. ROUGE-L in percent (exact match differs by 0.1 at most; before training "
