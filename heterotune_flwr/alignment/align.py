@@ -10,14 +10,19 @@ from pathlib import Path
 
 from heterotune_flwr.alignment.kept import kept_maps, maps_path
 from heterotune_flwr.alignment.maps import APART, AlignmentResult, compute_maps, join_type
-from heterotune_flwr.alignment.public_texts import load_anchors, place_digest, reading_places
+from heterotune_flwr.alignment.public_texts import (
+    anchor_digest,
+    load_anchors,
+    place_digest,
+    reading_places,
+)
 from heterotune_flwr.alignment.views import SLOTS, view_asked
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.errors import ConfigError, ExchangeError, FederationError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.storage import load_tensors, save_tensors
-from heterotune_flwr.schema import Config, DataConfig, MethodConfig
+from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, MethodConfig
 
 __all__ = [
     "AlignmentResult",
@@ -56,6 +61,13 @@ class Trust:
     lost: dict[str, str] = field(default_factory=dict)
 
 
+def read_digest(alignment: AlignmentConfig, part: str) -> str:
+    """Identity (hex) of what is read of the anchors for a part of the factors: ``slots``, or a view's whole texts."""
+    if view_asked(part):
+        return anchor_digest(load_anchors(alignment))
+    return place_digest(reading_places(alignment))
+
+
 def factors_path(
     fingerprints: Mapping[str, str],
     type_key: str,
@@ -74,7 +86,7 @@ def factors_path(
     parts: dict[str, object] = {
         "version": VERSION,
         "backbone": [fingerprints[type_key], type_key.rpartition("@")[2]],  # weights and bits
-        "anchors": place_digest(reading_places(alignment)),
+        "anchors": read_digest(alignment, part),
         "prompt": _written(config.data),
         "max_length": config.data.max_length,
         "components": alignment.components,

@@ -30,12 +30,18 @@ _RIDGE = 0.1
 
 
 def fault_of(
-    factors: Tensors, slots: int, view: View | None, hidden: int, labels: int, deep: bool
+    factors: Tensors,
+    slots: int,
+    view: View | None,
+    hidden: int,
+    labels: int,
+    deep: bool,
+    symbols: int = 0,
 ) -> str:
     """What is wrong with a client's factors by themselves; empty where nothing is.
 
-    ``view``: what they are of instead of slots; ``labels``: rows of label words there must be; ``deep``: slots below
-    the last have gradients.
+    ``view``: what they are of instead of slots; ``labels``, ``symbols``: rows of label words and of symbols there must
+    be; ``deep``: slots below the last have gradients.
     """
     for name, value in factors.items():
         if not np.isfinite(value).all():
@@ -44,18 +50,15 @@ def fault_of(
             return f"{name} holds numbers beyond {_LARGEST:g}"
     places = [view.name] if view else [f"slots.{slot}" for slot in range(slots)]
     wanted = [f"{place}.{part}" for place in places for part in ("scores", "basis", "mean")]
-    wanted += [] if view else ["label_rows"]
+    wanted += [] if view else ["label_rows", *(_SYMBOLS if symbols else ())]
     wanted += [f"slots.{slot}.pullback" for slot in range(slots - 1)] if deep and not view else []
     if missing := [name for name in wanted if name not in factors]:
         return f"{missing[0]} is missing"
-    known = {
-        *wanted,
-        *([] if view else _SYMBOLS),
-        *(f"slots.{slot}.pullback" for slot in range(slots - 1)),
-    }
+    known = {*wanted, *(f"slots.{slot}.pullback" for slot in range(slots - 1))}
     if others := sorted(set(factors) - known):
         return f"{others[0]} was not asked for"
-    rows = len(factors[f"{places[0]}.scores"])
+    first = factors[f"{places[0]}.scores"]
+    rows = len(first) if first.ndim else 0
     for place in places:
         scores, basis, mean = (factors[f"{place}.{part}"] for part in ("scores", "basis", "mean"))
         if scores.ndim != 2 or basis.ndim != 2 or mean.ndim != 1:
@@ -72,22 +75,20 @@ def fault_of(
             return f"{place} is {width} wide, the backbone {hidden}"
         if not scores.std(axis=0).all() or not basis.any(axis=1).all():
             return f"{place} has components that are nothing"
-    return "" if view else _fault_of_outputs(factors, slots, hidden, labels)
+    return "" if view else _fault_of_outputs(factors, slots, hidden, labels, symbols)
 
 
-def _fault_of_outputs(factors: Tensors, slots: int, hidden: int, labels: int) -> str:
+def _fault_of_outputs(factors: Tensors, slots: int, hidden: int, labels: int, symbols: int) -> str:
     if factors["label_rows"].shape != (labels, hidden):
         return f"label_rows has the shape {list(factors['label_rows'].shape)}"
     if labels and not factors["label_rows"].any(axis=1).all():
         return "label_rows holds a row of nothing"
-    parts = [factors.get(name) for name in _SYMBOLS]
     count = 0
-    if any(part is not None for part in parts):
-        left, singular, right = parts
-        if left is None or singular is None or right is None or left.ndim != 2:
+    if symbols:
+        left, singular, right = (factors[name] for name in _SYMBOLS)
+        if singular.ndim != 1 or not (count := len(singular)):
             return "symbols has an impossible shape"
-        count = left.shape[1]
-        if singular.shape != (count,) or right.shape != (count, hidden):
+        if left.shape != (symbols, count) or right.shape != (count, hidden):
             return "symbols has an impossible shape"
     for slot in range(slots - 1):
         pulled = factors.get(f"slots.{slot}.pullback")

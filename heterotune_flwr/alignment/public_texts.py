@@ -16,13 +16,15 @@ from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.text_files import text_lines
 from heterotune_flwr.data.values import needed_text, plain_text
-from heterotune_flwr.errors import DataError
+from heterotune_flwr.errors import ConfigError, DataError
 from heterotune_flwr.schema import AlignmentConfig
 from heterotune_flwr.seeds import generator
 
 SHIPPED = ("debian-other", "wordnet", "debian-near")
 _TOLD = "its anchors cannot be used"
 _COLUMN, _ANSWER = "text", "answer"
+#: Words of an answer that are given at most: no model is trained far behind them.
+_WORDS = 256
 
 
 class Anchor(NamedTuple):
@@ -93,15 +95,18 @@ def reading_places(alignment: AlignmentConfig) -> list[Anchor]:
     anchors = read_anchors(alignment)
     if alignment.output != "vocabulary":
         return [Anchor(anchor.text) for anchor in anchors]
-    begun = [list(_begun(anchor, number)) for number, anchor in enumerate(anchors)]
-    turns = itertools.zip_longest(*begun)
+    begun = (_begun(anchor, number) for number, anchor in enumerate(anchors))
+    turns = itertools.zip_longest(
+        *begun
+    )  # a long answer has many beginnings: made as they are taken
     places = (place for turn in turns for place in turn if place is not None)
     return list(itertools.islice(places, alignment.count))
 
 
 def _begun(anchor: Anchor, number: int) -> Iterator[Anchor]:
-    """An anchor with nothing of its answer, with a word, and so on to all, in an order that is drawn."""
-    ends = [0, *(word.end() for word in re.finditer(r"\S+", anchor.answer))]
+    """An anchor with nothing of its answer, with a word, and so on, in an order that is drawn."""
+    words = itertools.islice(re.finditer(r"\S+", anchor.answer), _WORDS)
+    ends = [0, *(word.end() for word in words)]
     for place in generator(0, f"anchors.places.{number}").permutation(len(ends)).tolist():
         yield Anchor(anchor.text, anchor.answer[: ends[place]].strip())
 
@@ -114,7 +119,17 @@ def anchor_digest(texts: Sequence[str]) -> str:
 def place_digest(places: Sequence[Anchor]) -> str:
     """Identity of what types are compared on (hex); without answers, of its texts."""
     answers = [place.answer for place in places]
-    return anchor_digest([place.text for place in places] + (answers if any(answers) else []))
+    return anchor_digest(
+        [place.text for place in places] + (["", *answers] if any(answers) else [])
+    )
+
+
+def other_anchors() -> ConfigError:
+    """What a client says whose anchors are not the server's."""
+    return ConfigError.plain(
+        "the anchors here are not those of the server; they must be the same texts, with the same answers, in the "
+        "same order (alignment.anchors, anchors in a node's settings)"
+    )
 
 
 def round_anchors(pool: int, count: int, seed: int, round: int) -> list[int]:

@@ -50,12 +50,14 @@ class TextOptions:
         "a client's share is its agreement with the others to this power: its predictions' correlation with the mean "
         "of the other clients'; 0: all have the same [power]",
         least=0,
+        most=50,
     )
     entropy_power: float = option(
         1.0,
         "on each text a client's share is multiplied by exp(-entropy_power x entropy of what it predicts there): who "
         "knows speaks. 0: no difference; at 1 the surest counts at most C times as much as one without an idea [power]",
         least=0,
+        most=50,
     )
     balance: int = option(
         5,

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 
-from heterotune_flwr.alignment.public_texts import anchor_digest, load_anchors, round_anchors
+from heterotune_flwr.alignment.public_texts import (
+    anchor_digest,
+    load_anchors,
+    other_anchors,
+    round_anchors,
+)
 from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
 from heterotune_flwr.channels.limits import within
 from heterotune_flwr.channels.predictions.record import DistillationRequest
@@ -26,10 +31,7 @@ def known_texts(work: ClientWork, count: int, digest: str) -> list[str]:
     alignment = work.node.alignment(work.config)
     texts = anchor_texts(alignment.anchors, count)
     if len(texts) < count or anchor_digest(texts) != digest:
-        raise ConfigError.plain(
-            "the anchors here are not those of the server; they must be the same texts in the same order "
-            "(alignment.anchors, anchors in a node's settings)"
-        )
+        raise other_anchors()
     return texts
 
 

@@ -80,9 +80,10 @@ class Form:
         return self._cut(ids, self.max_length if room is None else room)
 
     def begun_ids(self, asked: Asked, begun: str, room: int | None = None) -> list[int]:
-        """A prompt's ids with those of an answer as far as it is given (at most half of ``room``)."""
+        """A prompt's ids with those of an answer as far as it is given (the last ones, at most half of ``room``)."""
         room = self.max_length if room is None else room
-        ids = self._answer_ids(asked, begun)[: room // 2] if begun else []
+        ids = self._answer_ids(asked, begun) if begun else []
+        ids = ids[max(len(ids) - room // 2, 0) :]  # where it stops is where all tokenizers read it
         return [*self.prompt_ids(asked, room - len(ids)), *ids]
 
     def encode(self, example: Example) -> EncodedExample:

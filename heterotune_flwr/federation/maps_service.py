@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from heterotune_flwr.alignment.align import (
     align_types,
     join_known,
+    read_digest,
 )
 from heterotune_flwr.alignment.factor_checks import fault_of
 from heterotune_flwr.alignment.views import classifier_places, view_asked
@@ -181,7 +182,7 @@ class MapsService:
         def ask(part: str, type_keys: list[str]) -> dict[str, Tensors]:
             what = (part, method.slots)
             missing = [key for key in type_keys if (key, *what) not in self._factors]
-            fresh = self._ask(inquiry, missing, inquiry.symbols.packed, part)
+            fresh = self._ask(inquiry, missing, inquiry.symbols, part)
             doubted = inquiry.trust.unchecked | inquiry.trust.apart
             sure = {key: value for key, value in fresh.items() if key not in doubted}
             self._factors |= {(key, *what): value for key, value in sure.items()}
@@ -206,14 +207,14 @@ class MapsService:
                 raise ConfigError(
                     "the run was begun by an older program, which did not keep what a new type is fitted to"
                 )
-            known, packed = kept.known(), inquiry.symbols.packed
-            if packed:
+            known, symbols = kept.known(), inquiry.symbols
+            if symbols.packed:
                 header = self._header(inquiry)
-                mask = self._symbols.known(type_key, inquiry.symbols, roster, header)
-                known, packed = kept.known(mask), inquiry.symbols.only(mask).packed
+                mask = self._symbols.known(type_key, symbols, roster, header)
+                known, symbols = kept.known(mask), symbols.only(mask)
             maps, quality = join_known(
                 known, type_key, fingerprint, self._config, inquiry.method, roster.labels,
-                lambda part, keys: self._ask(inquiry, keys, packed, part), inquiry.trust,
+                lambda part, keys: self._ask(inquiry, keys, symbols, part), inquiry.trust,
             )  # fmt: skip
         except HeteroTuneError as error:
             inquiry.trust.lost[type_key] = (
@@ -228,7 +229,7 @@ class MapsService:
         return Header(name, inquiry.seed, inquiry.method, train=inquiry.train)
 
     def _ask(
-        self, inquiry: _Inquiry, type_keys: list[str], packed: bytes, part: str
+        self, inquiry: _Inquiry, type_keys: list[str], symbols: RunSymbols, part: str
     ) -> dict[str, Tensors]:
         """Get one part of the factors of some types (:mod:`.factors_asked`); what is wrong goes on record."""
         if not type_keys:
@@ -242,12 +243,15 @@ class MapsService:
             anchors=self._config.alignment.count,
             cached=self._config.alignment.cache,
         )
-        request = AlignRequest(self._header(inquiry), slots, packed, part)
-        labels = len(roster.labels or ()) if self._config.alignment.output == "labels" else 0
+        anchors = read_digest(self._config.alignment, part)
+        request = AlignRequest(self._header(inquiry), slots, symbols.packed, part, anchors)
+        by_labels = self._config.alignment.output == "labels"
+        outputs = (len(roster.labels or ()), 0) if by_labels else (0, symbols.count)
 
         def fault(client_id: str, factors: Tensors) -> str:
             hidden = roster.clients[client_id].info.hidden
-            return fault_of(factors, slots, view_asked(part), hidden, labels, slots > 1)
+            view, (labels, rows) = view_asked(part), outputs
+            return fault_of(factors, slots, view, hidden, labels, slots > 1, rows)
 
         server = self._config.server
         question = Question(

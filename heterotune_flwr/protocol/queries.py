@@ -162,13 +162,15 @@ class AlignRequest:
     """Ask one client of a type for its public factors.
 
     ``part``: those of ``slots``, or of a view by its name; ``pieces``: what its vocabulary holds. ``symbols`` are those
-    of the run, packed (:mod:`..data.symbols`): of ``pieces`` which of them it knows; empty: all of its own.
+    of the run, packed (:mod:`..data.symbols`): of ``pieces`` which of them it knows; empty: all of its own. ``anchors``
+    is the identity of what is to be read, empty for ``pieces``.
     """
 
     header: Header
     slots: int
     symbols: bytes = b""
     part: str = "slots"
+    anchors: str = ""
 
     def to_content(self) -> RecordDict:
         """Build the message content."""
@@ -176,6 +178,7 @@ class AlignRequest:
             "slots": self.slots,
             "symbols": self.symbols,
             "part": self.part,
+            "anchors": self.anchors,
         }
         return RecordDict({CONFIG: ConfigRecord({**self.header.to_config(), **fields})})
 
@@ -188,6 +191,7 @@ class AlignRequest:
             read_field(record, "slots", int),
             read_field(record, "symbols", bytes),
             read_field(record, "part", str),
+            read_id(record, "anchors", empty=True),
         )
 
 

@@ -25,6 +25,7 @@ from heterotune_flwr.alignment.public_texts import (
     Anchor,
     anchor_digest,
     load_anchors,
+    place_digest,
     reading_places,
 )
 from heterotune_flwr.alignment.views import view_asked
@@ -258,6 +259,32 @@ def test_answers_are_read_all_along_on_open_text(tmp_path: Path):
     few = reading_places(replace(text, count=12))
     assert few == places[:12]
     assert reading_places(replace(text, output="labels")) == PLACES
+
+
+def test_of_an_answer_as_long_as_a_book_the_beginning_is_read(tmp_path: Path):
+    path = tmp_path / "anchors.jsonl"
+    rows = [{"text": text, "answer": "word " * 20_000} for text in TEXTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = reading_places(AlignmentConfig(anchors=str(path), output="vocabulary", count=10**6))
+    assert {len(place.answer.split()) for place in places} == set(range(257))
+    assert len(places) == 257 * len(TEXTS)
+
+
+def test_what_is_read_of_a_long_answer_is_its_last_word(backbone: Backbone):
+    """A cut behind so many tokens would be at another word for every tokenizer."""
+    form = make_form(backbone.tokenizer, DATA)
+    for words in ("yes", "they do " * 50 + "yes"):
+        ids = form.begun_ids("cats purr", words)
+        assert len(ids) <= DATA.max_length
+        assert ids[-1] == form.begun_ids("cats purr", "do yes")[-1]
+
+
+def test_anchors_with_answers_are_known_by_both():
+    texts = [Anchor("one"), Anchor("two")]
+    answered = [Anchor("one", "two")]
+    assert place_digest(texts) == anchor_digest(["one", "two"])
+    assert place_digest(answered) != place_digest(texts)
+    assert place_digest(answered) != place_digest([Anchor("one", "three")])
 
 
 def test_the_state_is_that_of_the_last_word_given(backbone: Backbone):

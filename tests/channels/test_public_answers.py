@@ -28,7 +28,7 @@ from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.symbols import RunSymbols, Symbols, vocabulary_of
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.protocol.messages import Header
 from heterotune_flwr.schema import AlignmentConfig, Config, DataConfig, TrainConfig
 from heterotune_flwr.tuning import generation
@@ -186,6 +186,10 @@ def test_symbols_are_those_of_the_table_which_a_client_keeps(directory, folder, 
     first, texts = told(table, {**named, "packed": table.packed})
     assert not first.lacks
     assert told(table, named)[1] == texts  # it has kept the table
+    with pytest.raises(ExchangeError, match="symbols, here are"):
+        told(table, {**named, "packed": table.packed, "symbols": table.count + 1})
+    with pytest.raises(ExchangeError, match="symbols, here are"):
+        told(RunSymbols(len(pieces) + 1), {})
     _, whole = told(RunSymbols(len(pieces)), {})
     same = [a == b for a, b in zip(texts, whole, strict=True) if b != pieces[0]]
     assert same

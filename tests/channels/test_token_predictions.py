@@ -14,6 +14,7 @@ from tiny_adapters import METHOD, loaded
 
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
+from heterotune_flwr.channels.channel import server_half
 from heterotune_flwr.channels.predictions.token_loss import (
     OwnSymbols,
     TokenDistillation,
@@ -31,7 +32,7 @@ from heterotune_flwr.channels.predictions.token_server import TokenRounds
 from heterotune_flwr.channels.text_rounds import TextOptions
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.symbols import RunSymbols, vocabulary_of
-from heterotune_flwr.errors import ExchangeError, RefusedByNodeError
+from heterotune_flwr.errors import ConfigError, ExchangeError, RefusedByNodeError
 from heterotune_flwr.exchange.packing import pack, unpack
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.schema import TrainConfig
@@ -76,7 +77,7 @@ THERE = said((0, 0, 3), (0, 3, 0), (2, 0, 300 % 256), numbers=[[0], [9, 49], [1,
 def test_what_is_said_takes_27_bytes_a_position_and_comes_back():
     payload = TokenReply(THERE, ("an answer",), 2.5, 2.25).to_payload(3)
     assert sum(tensor.size for tensor in payload.tensors.values()) == 27 * len(THERE) + 3
-    back = TokenReply.from_payload(travelled(payload), asked(turn=0, of=1))
+    back = TokenReply.from_payload(travelled(payload), asked(turn=0, of=1, judged=True))
     np.testing.assert_array_equal(back.said.keys, THERE.keys)
     np.testing.assert_allclose(dense(back.said), dense(THERE), atol=0.03)
     np.testing.assert_allclose(back.said.chances.sum(axis=1), 1)
@@ -104,6 +105,9 @@ def changed(name, value):
         changed("places", np.zeros((3, 3), np.float32)),  # the same place twice
         changed("places", np.zeros((2, 3), np.float32)),
         changed("more", np.zeros(3, np.float32)),
+        changed("top", np.float32(0.5).reshape(())),
+        changed("counts", np.float32(0.5).reshape(())),
+        changed("places", np.float32(0.5).reshape(())),
         Payload({}, {"written": ["a", "b"], "lacks": False}),
         Payload({}, {"written": "a", "lacks": False}),
         Payload({}, {"written": [], "without": float("nan"), "lacks": False}),
@@ -115,12 +119,22 @@ def changed(name, value):
 )
 def test_what_cannot_be_said_is_refused(payload):
     with pytest.raises(ExchangeError):
-        TokenReply.from_payload(payload, asked(turn=0, of=1))
+        TokenReply.from_payload(payload, asked(turn=0, of=1, judged=True))
+
+
+def test_symbols_without_a_chance_are_none():
+    payload = TokenReply(THERE).to_payload(3)
+    top = payload.tensors["top"].copy()
+    top[:, -3:] = 1.0  # symbol 65535, at the chance that stands for none
+    back = TokenReply.from_payload(changed("top", top), asked())
+    assert back.said.numbers.max() < SYMBOLS
 
 
 def test_nobody_predicts_unasked_and_requests_are_bounded():
     with pytest.raises(ExchangeError, match="not asked"):
         TokenReply.from_payload(TokenReply(THERE).to_payload(3), asked(asked=False))
+    with pytest.raises(ExchangeError, match="losses that were not asked"):
+        TokenReply.from_payload(TokenReply(THERE, held_out=9.0, without=1.0).to_payload(3), asked())
     from heterotune_flwr.channels.channel import client_half
 
     check = client_half("predictions").check
@@ -148,6 +162,18 @@ def test_the_mean_is_louder_where_a_client_is_sure_and_over_common_positions():
     assert len(everywhere) == 3
 
 
+def test_a_client_that_invents_positions_leaves_targets_that_clients_take():
+    channel = rounds_of({"c0": "a", "c1": "a", "c2": "a"})
+    channel.answers = ["red", "blue", "green"]
+    honest = said(*[(n, start, 1) for n in range(3) for start in range(60)])
+    liar = said(*[(n, start, 2) for n in range(3) for start in range(64)])
+    told = {"c0": reply(honest), "c1": reply(honest), "c2": reply(liar)}
+    channel.aggregate(told, {"": list(told)})
+    request = TokenRequest.from_payload(travelled(channel.request("c0", "").to_payload()))
+    assert len(request.targets) == 3 * 64
+    assert set(honest.keys) < set(request.targets.keys)
+
+
 def test_targets_are_the_mean_of_two_rounds():
     before = said((0, 0, 3), (1, 0, 2), chances=[[1.0, 0.0], [1.0, 0.0]])
     now = said((0, 0, 3), (2, 0, 2), chances=[[0.5, 0.5], [0.2, 0.8]])
@@ -164,6 +190,12 @@ def test_a_mean_keeps_the_likeliest_symbols_alone():
     mean, _ = mean_of(clients, [0.5, 0.5], 0.0, clients[0].keys)
     assert set(mean.numbers[0].tolist()) == {0, 1, 2, 3, 8, 9, 10, 11}
     np.testing.assert_allclose(mean.chances.sum(), 1)
+
+
+@pytest.mark.parametrize("power", ["agreement_power", "entropy_power"])
+def test_no_power_is_so_large_that_nobody_is_heard(power):
+    with pytest.raises(ConfigError, match="50"):
+        server_half("predictions").read({power: 1e4})
 
 
 def rounds_of(types, **options) -> TokenRounds:

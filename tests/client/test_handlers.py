@@ -11,6 +11,7 @@ import pytest
 from real_clients import LORA, LOW_FLOORS, METHOD, World, deployed_node, inline, make_maps
 from tiny_backbones import LABELS
 
+from heterotune_flwr.alignment.align import read_digest
 from heterotune_flwr.alignment.views import PIECES
 from heterotune_flwr.client.identify import identify
 from heterotune_flwr.config.compose import compose
@@ -90,8 +91,40 @@ def test_describe(world):
     assert all(name.startswith("lora.") for name in world.describe(0, LORA).shapes)
 
 
+def asked_factors(world, part="slots"):
+    config = compose(world.run_config["config"], world.run_config["overrides"])
+    anchors = read_digest(config.alignment, part)
+    return AlignRequest(Header("run", 0, METHOD), 1, part=part, anchors=anchors)
+
+
+def test_a_node_with_other_anchors_than_the_server_says_so_and_reads_nothing(
+    world, folder, tmp_path
+):
+    rows = [
+        {"text": line, "answer": "one two"}
+        for line in (folder / "anchors.txt").read_text().splitlines()
+    ]
+    here = tmp_path / "anchors.jsonl"
+
+    def told(overrides="", part="slots", **changes):
+        here.write_text("".join(json.dumps({**row, **changes}) + "\n" for row in rows))
+        node = {**deployed_node(folder, tmp_path), "anchors": str(here)}
+        request = asked_factors(
+            World(world.path, overrides=f"alignment.anchors={here} {overrides}"), part
+        )
+        here.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        deployed = World(world.path, inline(world), overrides, **node)
+        return AlignReply.from_content(deployed.ask(0, ALIGN, request.to_content())).factors
+
+    assert told()
+    assert told(answer="not read for labels")
+    for wrong in ({"text": "other"}, {"overrides": "alignment.output=vocabulary", "answer": "one"}):
+        with pytest.raises(RemoteError, match="anchors here are not those of the server"):
+            told(**wrong)
+
+
 def test_align_gives_the_same_factors_whatever_is_attached(world):
-    request = AlignRequest(Header("run", 0, METHOD), 1)
+    request = asked_factors(world)
 
     def factors():
         return AlignReply.from_content(world.ask(1, ALIGN, request.to_content())).factors

@@ -248,7 +248,7 @@ def same(one, other) -> bool:
         (DescribeRequest(HEADER), ()),
         (DESCRIPTION, ()),
         (AlignRequest(HEADER, 2, b"\x80"), ()),
-        (AlignRequest(HEADER, 1, part="text"), ()),
+        (AlignRequest(HEADER, 1, part="text", anchors="a1"), ()),
         (AlignReply("c", "t", TENSORS), ("fp32",)),
         (TrainRequest(HEADER, TENSORS, "d1", TENSORS, ["a"], ["b"]), ("fp32",)),
         (TrainRequest(HEADER, {}, "", None, [], channels={"a": SAID}), ("bf16",)),

@@ -46,6 +46,7 @@ FAULTY = {
     "zeros": each(np.zeros_like),
     "no rows": each(lambda value: value[:0]),
     "flat": each(lambda value: value.reshape(-1)),
+    "numbers": each(lambda value: value.reshape(-1)[0]),
     "half the width": one("slots.0.basis", lambda value: value[:, ::2]),
     "other width": lambda factors: Backbone("large").factors(),
     "one class": one("label_rows", lambda value: value[:1]),

@@ -112,6 +112,21 @@ def test_factors_that_were_not_asked_for_are_refused():
     assert "not asked for" in fault_of(told, 1, None, 24, 6, False)
 
 
+def test_factors_of_symbols_are_of_all_of_them():
+    told = {**HONEST, "label_rows": np.zeros((0, 24), np.float32)}
+    parts = {"left": (9, 4), "singular": (4,), "right": (4, 24)}
+    symbols = {f"symbols.{name}": np.ones(shape, np.float32) for name, shape in parts.items()}
+    assert not fault_of({**told, **symbols}, 1, None, 24, 0, False, 9)
+    assert "is missing" in fault_of(told, 1, None, 24, 0, False, 9)
+    assert "not asked for" in fault_of({**told, **symbols}, 1, None, 24, 0, False)
+    assert "impossible shape" in fault_of({**told, **symbols}, 1, None, 24, 0, False, 8)
+    for name, value in symbols.items():
+        for wrong in (value[:0], value.reshape(-1)[0], value[None]):
+            assert "impossible shape" in fault_of(
+                {**told, **symbols, name: wrong}, 1, None, 24, 0, False, 9
+            )
+
+
 def test_the_one_client_of_a_type_may_be_right_about_one_part_and_wrong_about_another():
     def half(factors):
         return {} if any(name.startswith("text") for name in factors) else factors

@@ -32,7 +32,7 @@ from heterotune_flwr.channels.predictions.token_record import (
 from heterotune_flwr.channels.text_work import check_bounds, known_texts
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.symbols import END, RunSymbols, Symbols, vocabulary_of
-from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.errors import ConfigError, DataError, ExchangeError
 from heterotune_flwr.exchange.codecs import as_bytes, as_numbers
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.seeds import generator
@@ -76,7 +76,18 @@ class TokenWork(ClientChannel):
 
     @cached_property
     def symbols(self) -> Symbols | None:
-        """The run's symbols; None: this client does not hold their table (any more)."""
+        """The run's symbols; None: this client does not hold their table (any more).
+
+        Raises ExchangeError: they are not as many as the server says.
+        """
+        found = self._table()
+        if found is not None and len(found.texts) != self.request.symbols:
+            raise ExchangeError(
+                f"the run has {self.request.symbols} symbols, here are {len(found.texts)}"
+            )
+        return found
+
+    def _table(self) -> Symbols | None:
         request, store = self.request, self.work.store
         own = vocabulary_of(self.work.task.form)
         if not request.table:

@@ -8,6 +8,7 @@ import numpy as np
 
 from heterotune_flwr.alignment.public_texts import entropies
 from heterotune_flwr.channels.predictions.token_record import (
+    MOST_POSITIONS,
     NOTHING,
     TOP,
     Floats,
@@ -23,10 +24,19 @@ _BINS, _COMPARED = 256, 512
 
 
 def in_common(said: Mapping[str, Sequence[TopSymbols]]) -> Ints:
-    """Keys of the positions that every type has, sorted; ``said``: type -> what its clients say."""
+    """Keys of the positions that every type has, sorted; ``said``: type -> what its clients say.
+
+    Honest clients of a type have the same. Of an answer's :data:`MOST_POSITIONS` are taken, those that most say.
+    """
     found: Ints | None = None
     for clients in said.values():
-        own = np.unique(np.concatenate([client.keys for client in clients]))
+        own, voices = np.unique(
+            np.concatenate([client.keys for client in clients]), return_counts=True
+        )
+        answers = own >> 32
+        order = np.lexsort((-voices, answers))
+        kept = np.arange(len(own)) - np.searchsorted(answers, answers) < MOST_POSITIONS
+        own = np.sort(own[order[kept]])
         found = own if found is None else np.intersect1d(found, own, assume_unique=True)
     return np.zeros(0, np.int64) if found is None else found
 

@@ -90,7 +90,7 @@ class TopSymbols:
         top, counts, places = (
             as_bytes(tensors[n]).astype(np.int64) for n in (_TOP, _COUNTS, _PLACES)
         )
-        total = len(top)
+        total = len(places) if places.ndim else 0
         if (
             counts.shape != (count,)
             or counts.max(initial=0) > MOST_POSITIONS
@@ -104,7 +104,8 @@ class TopSymbols:
         told = top.reshape(total, TOP, 3)
         numbers = (told[..., 1] << 8) | told[..., 2]
         chances = np.where(told[..., 0] < _NONE, np.exp(-told[..., 0] / _STEPS), 0.0)
-        if (numbers[chances > 0] >= symbols).any() or not chances.any(axis=1).all():
+        numbers = np.where(chances > 0, numbers, 0)
+        if (numbers >= symbols).any() or not chances.any(axis=1).all():
             raise ExchangeError("what is said of an answer names no symbol of this run")
         starts = (places[:, 0] << 8) | places[:, 1]
         found = cls(np.repeat(np.arange(count), counts), starts, places[:, 2], numbers, chances)
@@ -263,6 +264,8 @@ class TokenReply:
         held_out, without = (_read_loss(fields, key) for key in ("held_out", "without"))
         if payload.tensors and not request.asked:
             raise ExchangeError("it predicts what was not asked")
+        if (held_out, without) != (None, None) and not request.judged:
+            raise ExchangeError("it tells losses that were not asked")
         said = TopSymbols.from_tensors(payload.tensors, request.count, request.symbols)
         return cls(said, tuple(written), held_out, without, read_field(fields, "lacks", bool))
 
