@@ -148,6 +148,10 @@ class ClientChannel:
         """What of the client's own files, besides its tensors, the answer depends on."""
         return {}
 
+    def tests(self) -> bool:
+        """Whether its reply to a training tells how the model does on own examples: a node counts it as a test too."""
+        return False
+
     def losses(self) -> Sequence[LossTerm]:
         """Terms beside the loss on own examples."""
         return ()

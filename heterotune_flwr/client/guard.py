@@ -85,30 +85,35 @@ class Guard:
                 self._numbers(request)
         return request
 
-    def charge(self, request: TrainRequest | EvaluateRequest, *start: Tensors) -> None:
+    def charge(
+        self, request: TrainRequest | EvaluateRequest, *start: Tensors, tests: bool = False
+    ) -> None:
         """Take an admitted request off the budget of the files it reads; what was answered before is free.
 
         The same request with the same ``start`` (values, and the node's own control variates) has the same answer, so
-        asking again brings nothing and costs nothing: neither does a resumed run.
+        asking again brings nothing and costs nothing: neither does a resumed run. ``tests``: a training is a test as
+        well, by what a channel tells of it.
         """
         identity, floors = self.identity, self.identity.floors
         if floors is None:
             return
         asked = [request, *start, self.config.data, self.config.train, self.config.exchange]
+        budgets = [(TEST, floors.tests, "tests")]
         if isinstance(request, TrainRequest):
             files = [] if identity.guest else [identity.data.train]
-            kind, most, key = TRAINING, floors.trainings, "trainings"
+            training = (TRAINING, floors.trainings, "trainings")
+            budgets = [*budgets, training] if tests else [training]
         else:
             own = self._own(request.test_sets)
             keeping = [identity.data.train] if request.keep_as else []
             files = keeping + [
                 identity.data.train if name == "personal" else identity.data.test for name in own
             ]
-            kind, most, key = TEST, floors.tests, "tests"
         for path in filter(None, files):
             digest = _digest([*asked, identity.stamp(path)])
-            if not identity.book.charge(identity.account(path), kind, digest, most):
-                self._spent(kind, most, key)
+            for kind, most, key in budgets:
+                if not identity.book.charge(identity.account(path), kind, digest, most):
+                    self._spent(kind, most, key)
 
     def charge_alone(self, rounds: int) -> bool:
         """Take the rounds of a training alone off the budget of trainings; False, and none of it, where it is spent.

@@ -181,7 +181,9 @@ def train(message: Message, context: Context) -> RecordDict:
     adapter.load(start)
     encoded = client.encoded("train", header.seed)
     work = client.work(header, adapter, store, encoded, request.channels)
-    client.guard.charge(request, start, *work.each(lambda half: half.depends_on()).values())
+    own_files = work.each(lambda half: half.depends_on()).values()
+    tests = any(work.each(lambda half: half.tests()).values())
+    client.guard.charge(request, start, *own_files, tests=tests)
     report = train_round(client, header, adapter, work.task, encoded, work)
     trained = adapter.read()
     deltas = {name: trained[name] - start[name] for name in request.expected}

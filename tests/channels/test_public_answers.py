@@ -146,6 +146,14 @@ def test_what_stands_in_its_own_texts_stays_at_home(directory, folder, data):
     assert written([], answers=False) == [""] * 4
 
 
+def test_what_tells_losses_on_held_out_examples_is_a_test(directory, folder, data):
+    backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
+    task, adapter = make_task(backbone, data, None, TOKENS), loaded(directory, METHOD)
+    for judged in (True, False):
+        _, channel = half(adapter, task, folder, [], ["red"] * 4, {"judged": judged})
+        assert channel.tests() is judged
+
+
 def test_answers_that_no_client_can_have_written_are_not_learnt(directory, folder, data):
     backbone = load_backbone(BackboneSpec(str(directory), "fp32"))
     task = make_task(backbone, data, None, TOKENS)

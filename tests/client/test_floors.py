@@ -348,6 +348,25 @@ def test_a_budget_is_spent_once_and_what_was_answered_is_free(world, folder, tmp
     assert node.test() == first
 
 
+def test_a_training_that_tells_of_held_out_rows_counts_as_a_test(world, folder, tmp_path):
+    node = Node(world, folder, tmp_path, **{"floor-tests": 1, "floor-trainings": 3})
+    guard = Guard(node.identity(), compose("demo"))
+
+    def charge(round, tests):
+        guard.charge(
+            TrainRequest(Header("run", 0, METHOD, round), {}, DIGEST, None, []), {}, tests=tests
+        )
+
+    for _ in range(2):  # asked again it is free
+        charge(1, tests=True)
+    with pytest.raises(RefusedByNodeError, match="budget of 1 tests"):
+        charge(2, tests=True)
+    for round in (2, 3):  # what was refused has cost no training
+        charge(round, tests=False)
+    with pytest.raises(RefusedByNodeError, match="budget of 3 trainings"):
+        charge(4, tests=False)
+
+
 def test_what_a_node_keeps_of_earlier_rounds_is_part_of_what_is_asked(world, folder, tmp_path):
     node = Node(world, folder, tmp_path, **{"floor-trainings": 3})
     shapes = node.describe(method=SHARED).shapes

@@ -77,6 +77,10 @@ class Channel(ClientChannel):
         """As the half that is asked."""
         _half_of(asked).check(asked)
 
+    def tests(self) -> bool:
+        """As the half that is asked."""
+        return self._half.tests()
+
     def losses(self) -> Sequence[LossTerm]:
         """As the half that is asked."""
         return self._half.losses()

@@ -153,6 +153,10 @@ class TokenWork(ClientChannel):
             self.work.adapter, encoded, self.work.config.train.cache_states, on_disk=False
         )
 
+    def tests(self) -> bool:
+        """It does where it tells losses on what is held out."""
+        return self.request.judged
+
     def losses(self) -> Sequence[LossTerm]:
         """Fit the federation's mean where there is one, and the answers' own tokens elsewhere."""
         targets = self.request.targets
