@@ -94,6 +94,8 @@ def test_predictions_of_any_size_are_probabilities_or_refused():
     np.testing.assert_allclose(large, 0.25)
     with pytest.raises(ExchangeError):
         as_probabilities(np.full((3, 4), np.inf, np.float32), 3, 4)
+    with pytest.raises(ExchangeError):
+        as_probabilities(np.zeros((3, 0), np.float32), 3)
 
 
 def test_two_equal_rows_of_a_basis_are_no_backbone_and_no_error():

@@ -135,6 +135,6 @@ def as_probabilities(values: Array | None, count: int, classes: int | None = Non
         shape = "nothing" if values is None else list(values.shape)
         raise ExchangeError(f"predictions are {shape}, expected {count} x {classes or 'C'}")
     totals = values.sum(axis=1, keepdims=True, dtype=np.float64)
-    if not np.isfinite(totals).all() or values.min() < 0 or not (totals > 0).all():
+    if not np.isfinite(totals).all() or values.min(initial=0.0) < 0 or not (totals > 0).all():
         raise ExchangeError("predictions are no probabilities")
     return np.asarray(values / totals, dtype=np.float32)
