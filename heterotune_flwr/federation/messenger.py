@@ -157,10 +157,15 @@ class _Conversation:
         batch = [self.queue.popleft() for _ in range(min(room, len(self.queue)))]
         if not batch:
             return
-        ids: list[str | None] = list(self.grid.push_messages([self._fresh(m) for m in batch]))
+        batch = [self._fresh(message) for message in batch]
+        ids: list[str | None] = list(self.grid.push_messages(batch))
         now = self.elapsed
-        # Flower marks a refused message by None, and a refused batch by an empty list.
-        for message, message_id in zip(batch, ids or [None] * len(batch), strict=True):
+        # Flower marks a refused message by None; its simulation leaves it out, and a batch too large is refused with an
+        # empty list. A message that was taken has its id in its metadata.
+        if len(ids) != len(batch):
+            own = [message.metadata.message_id for message in batch]
+            ids = [message_id if message_id in ids else None for message_id in own]
+        for message, message_id in zip(batch, ids, strict=True):
             node_id = message.metadata.dst_node_id
             if message_id:
                 self.waiting[message_id] = (node_id, now)

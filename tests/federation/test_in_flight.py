@@ -94,6 +94,26 @@ def test_a_deadline_and_a_messages_life_count_from_its_own_sending():
     assert {m.metadata.ttl for m in grid.sent} == {messages[0].metadata.ttl}
 
 
+class Forgetful(InProcessGrid):
+    """Takes what it is given but for some nodes, whose messages its answer leaves out, as Flower's simulation does."""
+
+    refused: tuple[int, ...] = ()
+
+    def push_messages(self, messages):
+        taken = [m for m in messages if m.metadata.dst_node_id not in self.refused]
+        return list(super().push_messages(taken))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_messages_that_the_grid_leaves_out_are_told_as_unsent(count: int):
+    grid = Forgetful(_echo(), [{"partition-id": i} for i in range(3)])
+    nodes = list(grid.get_node_ids())
+    grid.refused = tuple(nodes[:count])
+    replies = send_and_collect(grid, _messages(grid), 5.0)
+    assert [m.metadata.src_node_id for m in replies.messages] == nodes[count:]
+    assert replies.failures == dict.fromkeys(nodes[:count], "the message could not be sent")
+
+
 def test_who_was_not_asked_when_a_round_closes_is_not_awaited():
     grid = Counting(20, 4)
     replies = send_and_collect(grid, _messages(grid), 60.0, lambda reply: True, Enough(first=5))
