@@ -325,7 +325,7 @@ def no_harm() -> str:
         said(f"Own data with natural clients, no question dealt twice: {_covered(known)} HeteroTune as its presets "
         "have it, anchors about something else. Each client chooses its bare model, the one trained alone or the "
         "federated one, with as much of the class statistics as helps, on a choosing set "
-        "([take-home.md](take-home.md)); by the rule as it was before own rounds. All are measured on the client's own "
+        "([take-home.md](take-home.md)). All are measured on the client's own "
         f"test, row by row. Worse off: by a paired test at {100 * known['level']:.0f} % over all clients (Holm), in "
         "loss or in the score."),
         shown(
