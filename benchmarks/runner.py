@@ -40,6 +40,16 @@ def arguments(doc: str | None, seeds: Sequence[int] | None = None) -> argparse.A
     return parser
 
 
+def add_instructions(parser: argparse.ArgumentParser) -> None:
+    """Let a command be told where the texts of Natural Instructions lie; None where it is not."""
+    parser.add_argument(
+        "--instructions",
+        type=Path,
+        default=os.environ.get("HETEROTUNE_INSTRUCTIONS"),
+        help="the extract of Natural Instructions [$HETEROTUNE_INSTRUCTIONS]",
+    )
+
+
 def say(*words: object) -> None:
     """Print at once: some parts take minutes."""
     print(*words, flush=True)

@@ -18,14 +18,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.runner import Cells, arguments, say, write_results
+from benchmarks.runner import Cells, add_instructions, arguments, say, write_results
 from benchmarks.science.claim_cells import beyond
 from benchmarks.science.laboratory.text_bench import SUITES, Bench
 from benchmarks.science.laboratory.text_rows import DECIDING, ROWS, bare
@@ -56,12 +55,7 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, choices=(1, 2, 4), default=[1])
     parser.add_argument("--partitions", nargs="+", choices=PARTITIONS, default=list(PARTITIONS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument(
-        "--instructions",
-        type=Path,
-        default=os.environ.get("HETEROTUNE_INSTRUCTIONS"),
-        help="the extract of Natural Instructions [$HETEROTUNE_INSTRUCTIONS]",
-    )
+    add_instructions(parser)
     parser.add_argument(
         "--generate",
         type=int,

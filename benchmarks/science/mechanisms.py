@@ -16,7 +16,6 @@ Run: ``python -m benchmarks.science.mechanisms --instructions FILE.jsonl.gz`` (a
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,15 @@ import numpy as np
 import torch
 import yaml
 
-from benchmarks.runner import Cells, arguments, machine, merged, say, write_results
+from benchmarks.runner import (
+    Cells,
+    add_instructions,
+    arguments,
+    machine,
+    merged,
+    say,
+    write_results,
+)
 from benchmarks.science.claim_cells import chosen, parsed
 from benchmarks.science.headline import CELLS as HEADLINE
 from benchmarks.science.headline_suites import CLAIM_SEEDS, shipped
@@ -148,12 +155,7 @@ def main() -> None:
     parser = arguments(__doc__, CLAIM_SEEDS)
     parser.add_argument("--tasks", nargs="+", choices=BOTH, default=list(BOTH))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument(
-        "--instructions",
-        type=Path,
-        default=os.environ.get("HETEROTUNE_INSTRUCTIONS"),
-        help="the extract of Natural Instructions [$HETEROTUNE_INSTRUCTIONS]",
-    )
+    add_instructions(parser)
     parser.add_argument(
         "--again",
         action="store_true",

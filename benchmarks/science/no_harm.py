@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.runner import SEEDS, Cells, arguments, in_own_process, say, write_results
+from benchmarks.runner import (
+    SEEDS,
+    Cells,
+    add_instructions,
+    arguments,
+    in_own_process,
+    say,
+    write_results,
+)
 from benchmarks.science.own_cases import CASES, write_case
 from client_app.app import app
 from heterotune_flwr.channels.statistics.client import classifier_logits
@@ -60,12 +67,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--real", action="store_true", help="two fetched backbones")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--instructions",
-        type=Path,
-        default=os.environ.get("HETEROTUNE_INSTRUCTIONS"),
-        help="the extract of Natural Instructions [$HETEROTUNE_INSTRUCTIONS]",
-    )
+    add_instructions(parser)
     parser.add_argument("--cell", nargs=3, metavar=("CASE", "FAMILY", "SEED"), help="one, as JSON")
     given = parser.parse_args()
     if given.cell:

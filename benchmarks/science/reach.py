@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from typing import Any
 from benchmarks.runner import (
     SEEDS,
     Cells,
+    add_instructions,
     arguments,
     in_own_process,
     paired_gain,
@@ -55,12 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--answers", type=int, default=50, help="generated per client and test")
     parser.add_argument("--keep", type=Path, help="a folder in which the federations are kept")
-    parser.add_argument(
-        "--instructions",
-        type=Path,
-        default=os.environ.get("HETEROTUNE_INSTRUCTIONS"),
-        help="the extract of Natural Instructions [$HETEROTUNE_INSTRUCTIONS]",
-    )
+    add_instructions(parser)
     parser.add_argument("--cell", nargs=2, metavar=("CASE", "SEED"), help="one, as JSON")
     given = parser.parse_args()
     if given.cell:

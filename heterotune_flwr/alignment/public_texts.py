@@ -95,10 +95,8 @@ def reading_places(alignment: AlignmentConfig) -> list[Anchor]:
     anchors = read_anchors(alignment)
     if alignment.output != "vocabulary":
         return [Anchor(anchor.text) for anchor in anchors]
-    begun = (_begun(anchor, number) for number, anchor in enumerate(anchors))
-    turns = itertools.zip_longest(
-        *begun
-    )  # a long answer has many beginnings: made as they are taken
+    # A long answer has many beginnings: they are made as they are taken.
+    turns = itertools.zip_longest(*(_begun(anchor, n) for n, anchor in enumerate(anchors)))
     places = (place for turn in turns for place in turn if place is not None)
     return list(itertools.islice(places, alignment.count))
 

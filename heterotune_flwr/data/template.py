@@ -32,7 +32,6 @@ _PROBES = ("text", "7", "(?)")
 _CUE = re.compile(
     r"\s+[#*\[(]*\s*(answer|a|output|response|reply|assistant)\s*[:=*\])]+\s*$", re.IGNORECASE
 )
-#: Every word of a rendered text, as all tokenizers part it.
 
 #: What a prompt asks: a text alone, or an example with the conversation that it was read from.
 Asked = str | Example
