@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.alignment.public_texts import load_anchors, reading_places
+from heterotune_flwr.alignment.public_texts import Anchor, read_anchors, reading_places
 from heterotune_flwr.backbones.sources import EMBEDDED
 from heterotune_flwr.config.compose import compose, presets
 from heterotune_flwr.data.duplicates import Seen, folded
@@ -134,8 +134,8 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
     pool, test = training_pool(data), global_test(data)
     scored, shares, rows = scored_labels(config), client_shares(config), all_rows(data)
     measured = {name: lengths(one, data, rows, scored) for name, one in tokenizers.items()}
-    anchors, near = load_anchors(config.alignment), anchors_near(config)
-    places = reading_places(config.alignment)
+    anchors = read_anchors(config.alignment)
+    places, near = reading_places(anchors, config.alignment), anchors_near(data, anchors)
     return {
         "data": data.train or data.name,
         "columns": _columns_read(data, pool),
@@ -163,7 +163,7 @@ def check_data(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
                 for note in text_notes(config, tokenizers, measured)
                 if note.startswith("warning")
             ),
-            *anchors_note(config, near),
+            *anchors_note(config, anchors, near),
         ],
     }
 
@@ -237,9 +237,9 @@ def _rendered(
     ]
 
 
-def _among(anchors: Sequence[str], rows: Sequence[Example]) -> int:
+def _among(anchors: Sequence[Anchor], rows: Sequence[Example]) -> int:
     known = {folded(example.text) for example in rows}
-    return sum(folded(anchor) in known for anchor in anchors)
+    return sum(folded(anchor.text) in known for anchor in anchors)
 
 
 def report_lines(found: dict[str, Any]) -> Iterator[str]:

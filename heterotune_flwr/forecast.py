@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from heterotune_flwr.alignment.maps import resolve_output
-from heterotune_flwr.alignment.public_texts import reading_places
+from heterotune_flwr.alignment.public_texts import read_anchors, reading_places
 from heterotune_flwr.alignment.views import views_of
 from heterotune_flwr.backbones.bits import WORKING_GB, is_quantizable, needed_gb, weight_bytes
 from heterotune_flwr.backbones.headers import tensor_headers
@@ -144,7 +144,8 @@ def _both_ways(shapes: Shapes, config: Config) -> dict[str, int]:
 def one_time_bytes(config: Config, facts: list[TypeFacts]) -> dict[str, dict[str, int]]:
     """Bytes of the alignment by type: factors up, once a type; maps down, to every client. None where nobody aligns."""
     labels, codec = label_set(config.data), exact_codec(config.exchange)
-    count, alignment = len(reading_places(config.alignment)), config.alignment
+    alignment = config.alignment
+    count = len(reading_places(read_anchors(alignment), alignment))
     found: dict[str, dict[str, int]] = {}
     for method in aligned_methods(config):
         if method.kind != "dema":

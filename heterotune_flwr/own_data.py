@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors, read_anchors
+from heterotune_flwr.alignment.public_texts import SHIPPED, Anchor, read_anchors
 from heterotune_flwr.backbones.sources import type_key
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import Lengths, how_they_fit
@@ -51,12 +51,12 @@ def own_data(config: Config, tokenizers: dict[str, Any]) -> list[str]:
     """
     if config.data.train is None:
         return []
-    shares = client_shares(config)
+    shares, anchors = client_shares(config), read_anchors(config.alignment)
     return [
         f"{Path(config.data.train).name}: {used_line(config, shares)}",
         f"per client: {'; '.join(share_lines(config, shares))}",
         *text_notes(config, tokenizers),
-        *anchors_note(config, anchors_near(config)),
+        *anchors_note(config, anchors, anchors_near(config.data, anchors)),
     ]
 
 
@@ -180,14 +180,14 @@ def _forms(data: DataConfig, tokenizers: dict[str, Any]) -> Iterator[str]:
         yield f"{', '.join(chats)}: asked in the model's own chat template (data.template){plain}"
 
 
-def anchors_note(config: Config, near: float | None) -> Iterator[str]:
+def anchors_note(config: Config, anchors: Sequence[Anchor], near: float | None) -> Iterator[str]:
     """Warnings where models are aligned on texts about something else (:mod:`.data.nearness`), or off the answers."""
     kinds = {
         strategy_config(n, config.strategies[n], config).method.kind for n in config.run.compare
     }
     if "dema" not in kinds:
         return
-    if label_set(config.data) is None and not any(a.answer for a in read_anchors(config.alignment)):
+    if label_set(config.data) is None and not any(anchor.answer for anchor in anchors):
         yield (
             "warning: the anchors have no answers, so models are compared only where answers begin, and on answers of "
             "several words sharing gains little: heterotune anchors make FILE --answers --backbone NAME"
@@ -202,7 +202,7 @@ def anchors_note(config: Config, near: float | None) -> Iterator[str]:
     )
 
 
-def anchors_near(config: Config) -> float | None:
+def anchors_near(data: DataConfig, anchors: Sequence[Anchor]) -> float | None:
     """How near the anchors are to the training texts."""
-    texts = [example.text for example in training_pool(config.data)]
-    return nearness(texts, load_anchors(config.alignment))
+    texts = [example.text for example in training_pool(data)]
+    return nearness(texts, [anchor.text for anchor in anchors])

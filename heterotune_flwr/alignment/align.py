@@ -11,10 +11,12 @@ from pathlib import Path
 from heterotune_flwr.alignment.kept import kept_maps, maps_path
 from heterotune_flwr.alignment.maps import APART, AlignmentResult, compute_maps, join_type
 from heterotune_flwr.alignment.public_texts import (
-    anchor_digest,
+    Anchor,
     load_anchors,
     place_digest,
+    read_anchors,
     reading_places,
+    whole_texts,
 )
 from heterotune_flwr.alignment.views import SLOTS, view_asked
 from heterotune_flwr.backbones.assets import cache_dir
@@ -61,11 +63,15 @@ class Trust:
     lost: dict[str, str] = field(default_factory=dict)
 
 
+def places_read(alignment: AlignmentConfig, part: str) -> list[Anchor]:
+    """What is read of the anchors for a part of the factors: ``slots``, or a view's whole texts (DataError)."""
+    anchors = read_anchors(alignment)
+    return whole_texts(anchors) if view_asked(part) else reading_places(anchors, alignment)
+
+
 def read_digest(alignment: AlignmentConfig, part: str) -> str:
-    """Identity (hex) of what is read of the anchors for a part of the factors: ``slots``, or a view's whole texts."""
-    if view_asked(part):
-        return anchor_digest(load_anchors(alignment))
-    return place_digest(reading_places(alignment))
+    """Identity (hex) of :func:`places_read`."""
+    return place_digest(places_read(alignment, part))
 
 
 def factors_path(
@@ -74,19 +80,20 @@ def factors_path(
     config: Config,
     method: MethodConfig,
     labels: Sequence[str] | None,
+    anchors: str,
     part: str = SLOTS,
 ) -> Path:
     """Cache file of one type's factors.
 
-    Keyed by the type's backbone and bits, the anchors, the prompt form and the settings that the factors depend on; the
-    symbols depend on all types, so with ``output: vocabulary`` the whole set of types is part of the key. Those of
-    a view depend on neither labels nor symbols.
+    Keyed by the type's backbone and bits, the anchors (by :func:`read_digest`), the prompt form and the settings that
+    the factors depend on; the symbols depend on all types, so with ``output: vocabulary`` the whole set of types is
+    part of the key. Those of a view depend on neither labels nor symbols.
     """
     alignment = config.alignment
     parts: dict[str, object] = {
         "version": VERSION,
         "backbone": [fingerprints[type_key], type_key.rpartition("@")[2]],  # weights and bits
-        "anchors": read_digest(alignment, part),
+        "anchors": anchors,
         "prompt": _written(config.data),
         "max_length": config.data.max_length,
         "components": alignment.components,
@@ -218,8 +225,9 @@ class _Gathered:
         """Read what is in the cache, and ask for the rest."""
         gathered = cls({key: {} for key in sorted(fingerprints)})
         for part in (SLOTS, *method.views):
+            anchors = read_digest(config.alignment, part)
             paths = {
-                key: factors_path(fingerprints, key, config, method, labels, part)
+                key: factors_path(fingerprints, key, config, method, labels, anchors, part)
                 for key in gathered.factors
             }
             found = _cached_factors(paths) if caching else {}

@@ -10,7 +10,7 @@ import torch
 from heterotune_flwr.alignment.align import align_types
 from heterotune_flwr.alignment.factors import alignment_factors, view_factors
 from heterotune_flwr.alignment.maps import resolve_output
-from heterotune_flwr.alignment.public_texts import load_anchors, reading_places
+from heterotune_flwr.alignment.public_texts import read_anchors, reading_places
 from heterotune_flwr.alignment.views import places_of, view_asked
 from heterotune_flwr.backbones.bits import resolve_spec
 from heterotune_flwr.backbones.loading import Backbone, load_backbone
@@ -49,8 +49,9 @@ def prealign(
     for entry in config.types:
         spec = resolve_spec(entry.backbone, entry.bits, entry.revision, entry.memory_gb)
         loaded[spec.type_key] = load_backbone(spec)
-    places = reading_places(config.alignment)
-    texts = load_anchors(config.alignment)
+    anchors = read_anchors(config.alignment)
+    places = reading_places(anchors, config.alignment)
+    texts = [anchor.text for anchor in anchors]
     labels = label_set(config.data)
     tokens: dict[str, list[int]] = {key: [] for key in loaded}
     if config.alignment.output == "vocabulary":

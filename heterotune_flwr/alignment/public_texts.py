@@ -85,16 +85,20 @@ def read_anchors(alignment: AlignmentConfig) -> list[Anchor]:
     return found
 
 
-def reading_places(alignment: AlignmentConfig) -> list[Anchor]:
+def whole_texts(anchors: Sequence[Anchor]) -> list[Anchor]:
+    """The anchors without their answers."""
+    return [Anchor(anchor.text) for anchor in anchors]
+
+
+def reading_places(anchors: Sequence[Anchor], alignment: AlignmentConfig) -> list[Anchor]:
     """Where types are compared: each anchor with what of its answer stands already (``alignment.count`` at most).
 
     On open text a model is trained at every position of an answer, so it is read there too: all anchors after as many
     words of their answers as are drawn for each, then after others, as long as there are any. The same for all types.
     Without answers, and for labels, where the answer begins.
     """
-    anchors = read_anchors(alignment)
     if alignment.output != "vocabulary":
-        return [Anchor(anchor.text) for anchor in anchors]
+        return whole_texts(anchors)
     # A long answer has many beginnings: they are made as they are taken.
     turns = itertools.zip_longest(*(_begun(anchor, n) for n, anchor in enumerate(anchors)))
     places = (place for turn in turns for place in turn if place is not None)

@@ -125,9 +125,9 @@ def describe(message: Message, context: Context) -> RecordDict:
 
 def align(message: Message, context: Context) -> RecordDict:
     """Answer ``query.align``: public factors of the bare backbone, nothing of the client's data."""
-    from heterotune_flwr.alignment.align import read_digest
+    from heterotune_flwr.alignment.align import places_read
     from heterotune_flwr.alignment.factors import alignment_factors, view_factors
-    from heterotune_flwr.alignment.public_texts import load_anchors, other_anchors, reading_places
+    from heterotune_flwr.alignment.public_texts import other_anchors, place_digest
     from heterotune_flwr.alignment.views import PIECES, view_asked
 
     client = Client.of(context)
@@ -139,18 +139,19 @@ def align(message: Message, context: Context) -> RecordDict:
     if request.part == PIECES:
         told = {PIECES: as_numbers(_pieces(vocabulary, request.symbols))}
         return AlignReply(client.client_id, client.type_key, told).to_content(UNIT8)
-    if read_digest(alignment, request.part) != request.anchors:
+    places = places_read(alignment, request.part)
+    if place_digest(places) != request.anchors:
         raise other_anchors()
     detach(client.backbone)
     if view := view_asked(request.part):
-        factors = view_factors(view, client.backbone, load_anchors(alignment), alignment, data)
+        texts = [place.text for place in places]
+        factors = view_factors(view, client.backbone, texts, alignment, data)
     else:
         tokens: list[int] = []
         if alignment.output == "vocabulary":
             most = min(alignment.symbols, MOST_SYMBOLS)
             symbols = RunSymbols(most, request.symbols).read(vocabulary)
             tokens = symbols.ids(vocabulary).tolist()
-        places = reading_places(alignment)
         factors = alignment_factors(
             client.backbone, places, alignment, data, label_set(data), request.slots, tokens
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_backbones import LABELS, save_backbone
 
-from heterotune_flwr.alignment.align import align_types, factors_path
+from heterotune_flwr.alignment.align import align_types, factors_path, places_read, read_digest
 from heterotune_flwr.alignment.factors import (
     alignment_factors,
     collect_states,
@@ -26,6 +26,7 @@ from heterotune_flwr.alignment.public_texts import (
     anchor_digest,
     load_anchors,
     place_digest,
+    read_anchors,
     reading_places,
 )
 from heterotune_flwr.alignment.views import view_asked
@@ -238,10 +239,12 @@ class Counter:
         self.asked.append(list(type_keys))
         self.parts.append(part)
         view, run = view_asked(part), (self.config.alignment, self.config.data)
+        places = places_read(run[0], part)
         if view:
-            factors = view_factors(view, self.backbone, load_anchors(run[0]), *run)
+            texts = [place.text for place in places]
+            factors = view_factors(view, self.backbone, texts, *run)
         else:
-            factors = alignment_factors(self.backbone, reading_places(run[0]), *run, LABELS, 1)
+            factors = alignment_factors(self.backbone, places, *run, LABELS, 1)
         return dict.fromkeys(type_keys, factors)
 
 
@@ -250,22 +253,24 @@ def test_answers_are_read_all_along_on_open_text(tmp_path: Path):
     rows = [{"text": text, "answer": "one two  three" if n else ""} for n, text in enumerate(TEXTS)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = AlignmentConfig(anchors=str(path), output="vocabulary", count=4 * len(TEXTS))
-    places = reading_places(text)
+    anchors = read_anchors(text)
+    places = reading_places(anchors, text)
     assert {place.answer for place in places if place.text == TEXTS[0]} == {""}
     begun = {place.answer for place in places if place.text == TEXTS[1]}
     assert begun == {"", "one", "one two", "one two  three"}
     assert [place.text for place in places[: len(TEXTS)]] == TEXTS  # all of them before one twice
     assert len(places) == 4 * len(TEXTS) - 3
-    few = reading_places(replace(text, count=12))
+    few = places_read(replace(text, count=12), "slots")
     assert few == places[:12]
-    assert reading_places(replace(text, output="labels")) == PLACES
+    assert reading_places(anchors, replace(text, output="labels")) == PLACES
 
 
 def test_of_an_answer_as_long_as_a_book_the_beginning_is_read(tmp_path: Path):
     path = tmp_path / "anchors.jsonl"
     rows = [{"text": text, "answer": "word " * 20_000} for text in TEXTS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    places = reading_places(AlignmentConfig(anchors=str(path), output="vocabulary", count=10**6))
+    alignment = AlignmentConfig(anchors=str(path), output="vocabulary", count=10**6)
+    places = places_read(alignment, "slots")
     assert {len(place.answer.split()) for place in places} == set(range(257))
     assert len(places) == 257 * len(TEXTS)
 
@@ -341,7 +346,10 @@ def test_other_weights_prompts_and_damaged_files_are_not_served_from_the_cache(
     align_types({"x@fp32": "f1"}, run_config, run_config.method, LABELS, ask)
     align_types({"x@fp32": "other weights"}, run_config, run_config.method, LABELS, ask)
     assert len(ask.asked) == 2
-    path = factors_path({"x@fp32": "f1"}, "x@fp32", run_config, run_config.method, LABELS)
+    path = factors_path(
+        {"x@fp32": "f1"}, "x@fp32", run_config, run_config.method, LABELS,
+        read_digest(run_config.alignment, "slots"),
+    )  # fmt: skip
     path.write_bytes(b"half a file")
     align_types({"x@fp32": "f1"}, run_config, run_config.method, LABELS, ask)
     assert len(ask.asked) == 3

@@ -167,7 +167,8 @@ def test_anchors_that_an_untouched_model_answers(heterotune, tmp_path):
     assert code == 0, error
     assert "12 of 12 texts answered" in error
     alignment = AlignmentConfig(anchors=str(out), output="vocabulary", count=30)
-    anchors, places = read_anchors(alignment), reading_places(alignment)
+    anchors = read_anchors(alignment)
+    places = reading_places(anchors, alignment)
     assert all(anchor.answer for anchor in anchors)
     assert len(places) > len(anchors)  # after nothing of an answer, after a word, ...
 
