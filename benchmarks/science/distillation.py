@@ -28,13 +28,13 @@ from benchmarks.science.headline_suites import SUITES, SWEEP_SEED, shipped
 from heterotune_flwr.alignment.public_texts import anchor_digest, entropies, load_anchors
 from heterotune_flwr.channels.channel import server_half
 from heterotune_flwr.channels.predictions.loss import predict
+from heterotune_flwr.channels.predictions.options import PredictionOptions
 from heterotune_flwr.channels.predictions.record import DistillationRequest
 from heterotune_flwr.channels.predictions.server import (
     agreement_weights,
     confidence_weighted_mean,
     sinkhorn_balance,
 )
-from heterotune_flwr.channels.text_rounds import TextOptions
 from heterotune_flwr.client.node import Client
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
@@ -153,7 +153,7 @@ def entropy_quartiles(predictions: Array) -> list[float]:
 
 
 def combined(
-    predictions: list[Array], shares: list[float], options: TextOptions
+    predictions: list[Array], shares: list[float], options: PredictionOptions
 ) -> NDArray[np.float32]:
     """As the server combines them."""
     mean, _ = confidence_weighted_mean(predictions, shares, options.entropy_power)

@@ -20,8 +20,8 @@ from benchmarks.science.laboratory.clients import (
 from benchmarks.science.laboratory.consensus import Lessons
 from benchmarks.science.laboratory.federation import Groups, aggregate, federate
 from benchmarks.science.laboratory.rows import read_out, table_row
+from heterotune_flwr.channels.predictions.options import PredictionOptions
 from heterotune_flwr.channels.predictions.server import sinkhorn_balance
-from heterotune_flwr.channels.text_rounds import TextOptions
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.layer import DeMALayer
 from heterotune_flwr.schema import MethodConfig, TrainConfig
@@ -211,7 +211,7 @@ def test_lessons_hold_each_runs_mean_prediction_balanced():
         key: torch.stack([value] * 4) for key, value in initial_bank(METHOD, LABELS, 7).items()
     }
     kinds, runs = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
-    options = TextOptions(
+    options = PredictionOptions(
         anchors=POOL, pool=POOL, batch=5, agreement_power=0, entropy_power=0, balance=3
     )
     lessons = Lessons(tasks, kinds, runs, options)

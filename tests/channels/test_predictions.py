@@ -86,6 +86,10 @@ def told(values):
     return {f"c{n}": None if p is None else Said(p).to_payload() for n, p in enumerate(values)}
 
 
+def asked(ensemble, server_round, client_id, purpose="train"):
+    return DistillationRequest.from_payload(ensemble.request(server_round, client_id, {purpose}))
+
+
 PLAIN = {"agreement_power": 0.0, "entropy_power": 0.0, "balance": 0}
 
 
@@ -100,12 +104,12 @@ def test_the_mean_of_what_clients_predict_is_what_all_fit_in_the_next_round(tmp_
     assert set(found.refused) == {"c2", "c3", "c4", "c5"}
     assert found.log["clients"] == 2
     assert ensemble.purposes(2, "t") == ["predict", "fit"]
-    request = ensemble.round_request(2, "t")
+    request = asked(ensemble, 2, "c0")
     np.testing.assert_allclose(request.targets, np.mean(said, axis=0), atol=1e-6)
     assert (request.pool, request.count, request.wanted) == (25, 20, 20)
-    assert ensemble.round_request(3, "t").targets is None  # they were about round 2's anchors
+    assert asked(ensemble, 3, "c0").targets is None  # they were about round 2's anchors
     assert ensemble.aggregate(2, told(bad[:1]), []).log == {}
-    assert ensemble.round_request(3, "t").targets is None
+    assert asked(ensemble, 3, "c0").targets is None
 
 
 def test_with_the_scope_of_a_type_nothing_crosses(tmp_path):
@@ -116,35 +120,35 @@ def test_with_the_scope_of_a_type_nothing_crosses(tmp_path):
     rng = np.random.default_rng(1)
     said = [probabilities(rng) for _ in range(3)]
     found = ensemble.aggregate(1, told(said), [])
-    targets = {key: ensemble.round_request(2, key).targets for key in "abc"}
+    of_type = {"a": "c0", "b": "c2", "c": "c3"}
+    targets = {key: asked(ensemble, 2, client_id).targets for key, client_id in of_type.items()}
     np.testing.assert_allclose(targets["a"], np.mean(said[:2], axis=0), atol=1e-6)
     np.testing.assert_allclose(targets["b"], said[2], atol=1e-6)
     assert targets["c"] is None
     assert found.log["clients"] == 3
     again = opened("predictions", facts, **PLAIN, pool_over="type")
     again.load_state_dict(ensemble.state_dict())
-    np.testing.assert_array_equal(again.round_request(2, "b").targets, targets["b"])
+    np.testing.assert_array_equal(asked(again, 2, "c2").targets, targets["b"])
 
 
 def test_fewer_anchors_than_asked_for_are_all_used_and_every_request_says_how_to_draw(tmp_path):
     facts = run_facts(anchors=texts(tmp_path / "anchors.txt", 30))
     ensemble = opened("predictions", facts, batch=7)
-    request = ensemble.round_request(1, "a")
+    request = asked(ensemble, 1, "c0")
     assert (request.pool, request.count, request.batch) == (30, 30, 7)
-    assert ensemble.guest_request(1, "a").batch == 7
+    assert asked(ensemble, 1, "c0", "unlabelled").batch == 7
 
 
 def test_what_a_client_is_asked_depends_on_what_its_message_is_for(tmp_path):
     facts = run_facts(anchors=texts(tmp_path / "anchors.txt", 20), rounds=1, guests=True)
     ensemble = opened("predictions", facts, anchors=12, pool=12, guest_anchors=20, **PLAIN)
     assert ensemble.request(1, "c0", {"test"}) is None
-    asked = DistillationRequest.from_payload(ensemble.request(1, "c0", {"train"}))
-    assert asked.wanted == 20  # in the last round guests need all there are
+    assert asked(ensemble, 1, "c0").wanted == 20  # in the last round guests need all there are
     assert ensemble.unlabelled(2, "a") is None
     said = probabilities(np.random.default_rng(0))
     ensemble.aggregate(1, told([said]), [])
     assert ensemble.unlabelled(2, "a") == Unlabelled(steps=480, examples=20)
-    brought = DistillationRequest.from_payload(ensemble.request(2, "c0", {"unlabelled"}))
+    brought = asked(ensemble, 2, "c0", "unlabelled")
     assert (brought.count, brought.wanted) == (20, 0)
     np.testing.assert_allclose(brought.targets, said, atol=1e-6)
 

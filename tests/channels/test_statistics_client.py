@@ -150,7 +150,7 @@ def test_training_does_not_see_it(world):
     with pytest.raises(RemoteError, match="and 1 latents"):
         trained(
             statistics=Request(wrong).to_payload(),
-            predictions=predictions.round_request(1, type_key).to_payload(),
+            predictions=predictions.request(1, client_id, {"train"}),
         )
 
 

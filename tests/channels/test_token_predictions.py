@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from facts import run_facts
+from facts import opened, run_facts, texts
 from real_clients import run
 from tiny_adapters import METHOD, loaded
 
@@ -28,8 +28,6 @@ from heterotune_flwr.channels.predictions.token_record import (
     TokenRequest,
     TopSymbols,
 )
-from heterotune_flwr.channels.predictions.token_server import TokenRounds
-from heterotune_flwr.channels.text_rounds import TextOptions
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.symbols import RunSymbols, vocabulary_of
 from heterotune_flwr.errors import ConfigError, ExchangeError, RefusedByNodeError
@@ -162,14 +160,13 @@ def test_the_mean_is_louder_where_a_client_is_sure_and_over_common_positions():
     assert len(everywhere) == 3
 
 
-def test_a_client_that_invents_positions_leaves_targets_that_clients_take():
-    channel = rounds_of({"c0": "a", "c1": "a", "c2": "a"})
-    channel.answers = ["red", "blue", "green"]
+def test_a_client_that_invents_positions_leaves_targets_that_clients_take(rounds_of):
+    channel = answered(rounds_of({"c0": "a", "c1": "a", "c2": "a"}), "c0", "c1", "c2")
     honest = said(*[(n, start, 1) for n in range(3) for start in range(60)])
     liar = said(*[(n, start, 2) for n in range(3) for start in range(64)])
     told = {"c0": reply(honest), "c1": reply(honest), "c2": reply(liar)}
-    channel.aggregate(told, {"": list(told)})
-    request = TokenRequest.from_payload(travelled(channel.request("c0", "").to_payload()))
+    channel.aggregate(2, told, [])
+    request = TokenRequest.from_payload(travelled(channel.request(3, "c0", {"train"})))
     assert len(request.targets) == 3 * 64
     assert set(honest.keys) < set(request.targets.keys)
 
@@ -198,50 +195,73 @@ def test_no_power_is_so_large_that_nobody_is_heard(power):
         server_half("predictions").read({power: 1e4})
 
 
-def rounds_of(types, **options) -> TokenRounds:
-    facts = run_facts(types, labels=(), symbols=RunSymbols(SYMBOLS, b"", "one"))
-    given = TextOptions(anchors=3, pool=9, **options)
-    return TokenRounds(facts, given, "digest")
+@pytest.fixture
+def rounds_of(tmp_path):
+    """The server's half at work on open text: three prompts, and clients of some types."""
+    anchors = texts(tmp_path / "anchors.txt", 12)
+
+    def made(types):
+        symbols = RunSymbols(SYMBOLS, b"", "one")
+        facts = run_facts(types, anchors, labels=(), symbols=symbols)
+        return opened("predictions", facts, anchors=3, pool=12)
+
+    return made
 
 
-def test_answers_are_written_once_between_all_and_predicted_from_then_on():
+def request_to(channel, client_id, purpose="train") -> TokenRequest:
+    return TokenRequest.from_payload(channel.request(1, client_id, {purpose}))
+
+
+def reply(said=NOTHING, loss=None, written=()):
+    without = None if loss is None else 2.0
+    return TokenReply(said, written, held_out=loss, without=without).to_payload(3)
+
+
+def answered(channel, *client_ids):
+    """The same after a round in which all answers were written."""
+    told = {
+        client_id: reply(written=("red",) * len(request_to(channel, client_id).unwritten))
+        for client_id in client_ids
+    }
+    channel.aggregate(1, told, [])
+    return channel
+
+
+def test_answers_are_written_once_between_all_and_predicted_from_then_on(rounds_of):
     channel = rounds_of({"c0": "a", "c1": "a", "c2": "b"})
-    requests = {cid: channel.request(cid, "") for cid in ("c0", "c1", "c2")}
+    requests = {cid: request_to(channel, cid) for cid in ("c0", "c1", "c2")}
     assert sorted(n for one in requests.values() for n in one.unwritten) == [0, 1, 2]
     assert not any(one.asked for one in requests.values())
-    written = {cid: TokenReply(written=(f"by {cid}",)).to_payload(3) for cid in ("c0", "c1")}
-    channel.aggregate({**written, "c2": None}, {"": ["c0", "c1", "c2"]})
-    assert channel.answers == ["by c0", "by c1", ""]
-    assert channel.request("c0", "").unwritten == [2]  # what nobody has written is asked again
-    assert channel.request("c0", "").asked
-    guest = channel.request("c0", "", guest=True)
+    written = {cid: reply(written=(f"by {cid}",)) for cid in ("c0", "c1")}
+    channel.aggregate(1, {**written, "c2": None}, [])
+    found = request_to(channel, "c0")
+    assert list(found.answers) == ["by c0", "by c1", ""]
+    assert found.unwritten == [2]  # what nobody has written is asked again
+    assert found.asked
+    guest = request_to(channel, "c0", "unlabelled")
     assert (guest.asked, guest.of, guest.judged) == (False, 0, False)
 
 
-def reply(said, loss=None):
-    return TokenReply(said, held_out=loss, without=None if loss is None else 2.0).to_payload(3)
-
-
-def test_a_type_whose_held_out_loss_fitting_raises_stops_to_fit_and_goes_on_after_a_restart():
-    channel, everybody = rounds_of({"c0": "a", "c1": "b"}), {"": ["c0", "c1"]}
-    channel.answers = ["red", "blue", "green"]
-    there = said((0, 0, 3))
-    channel.aggregate({"c0": reply(there), "c1": reply(there)}, everybody)
-    assert channel.fits("", "a")
-    assert channel.request("c0", "").judged
-    fine = channel.aggregate({"c0": reply(there, 2.03), "c1": reply(there, 1.9)}, everybody)
+def test_a_type_whose_held_out_loss_fitting_raises_stops_to_fit_and_goes_on_after_a_restart(
+    rounds_of,
+):
+    channel, there = answered(rounds_of({"c0": "a", "c1": "b"}), "c0", "c1"), said((0, 0, 3))
+    channel.aggregate(2, {"c0": reply(there), "c1": reply(there)}, [])
+    assert "fit" in channel.purposes(3, "a")
+    assert request_to(channel, "c0").judged
+    fine = channel.aggregate(3, {"c0": reply(there, 2.03), "c1": reply(there, 1.9)}, [])
     assert not fine.notes
-    assert channel.request("c0", "").judged
-    harm = channel.aggregate({"c0": reply(there, 2.05), "c1": reply(there, 1.9)}, everybody)
-    assert not channel.request("c1", "").judged  # twice is enough
+    assert request_to(channel, "c0").judged
+    harm = channel.aggregate(4, {"c0": reply(there, 2.05), "c1": reply(there, 1.9)}, [])
+    assert not request_to(channel, "c1").judged  # twice is enough
     (note,) = harm.notes
     assert "a stops learning" in note.text
     later = rounds_of({"c0": "a", "c1": "b"})
     later.load_state_dict(channel.state_dict())
     for one in (channel, later):
-        assert (one.fits("", "a"), one.fits("", "b")) == (False, True)
-        assert len(one.request("c0", "").targets) == 0
-        assert len(one.request("c1", "").targets) == 1
+        assert ["fit" in one.purposes(5, key) for key in "ab"] == [False, True]
+        assert len(request_to(one, "c0").targets) == 0
+        assert len(request_to(one, "c1").targets) == 1
 
 
 @pytest.fixture
@@ -309,7 +329,7 @@ def test_clients_write_then_predict_then_fit(world):
     assert "positions" not in rounds[0]
     assert rounds[1]["positions"] > 4
     assert rounds[1]["one_to_one"] == 1  # one tokenizer
-    judged = strategy.channels[0].tokens.judged
+    judged = strategy.channels[0].half.judged
     assert judged == dict.fromkeys(strategy.roster.type_keys, 2)
     assert set(rounds[1]["agreement_weights"]) == set(strategy.roster.type_keys)
     off = run(

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.science.laboratory.clients import LatentTask, mixture
+from heterotune_flwr.channels.predictions.options import PredictionOptions
 from heterotune_flwr.channels.predictions.server import (
     agreement_weights,
     confidence_weighted_mean,
     sinkhorn_balance,
 )
-from heterotune_flwr.channels.text_rounds import TextOptions
 
 #: Of ``conf/strategy/heterotune.yaml``.
-OPTIONS = TextOptions(anchors=512, pool=1024, batch=64, guest_anchors=6000)
+OPTIONS = PredictionOptions(anchors=512, pool=1024, batch=64, guest_anchors=6000)
 
 
 class Lessons:
@@ -36,7 +36,7 @@ class Lessons:
     kinds, runs
         Type and run of every client that learns.
     options
-        See :class:`heterotune_flwr.channels.text_rounds.TextOptions`.
+        See :class:`heterotune_flwr.channels.predictions.options.PredictionOptions`.
 
     """
 
@@ -45,7 +45,7 @@ class Lessons:
         tasks: Sequence[LatentTask],
         kinds: Tensor,
         runs: Tensor,
-        options: TextOptions = OPTIONS,
+        options: PredictionOptions = OPTIONS,
     ) -> None:
         self._z = torch.stack([task.anchors_z for task in tasks])
         self._logits = torch.stack([task.anchors_logits for task in tasks])

@@ -7,29 +7,32 @@ private number is in them but through what was learnt.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.alignment.public_texts import entropies
+from heterotune_flwr.alignment.public_texts import entropies, round_anchors
 from heterotune_flwr.channels.channel import (
     Aggregated,
     Purposes,
     RunFacts,
+    ServerChannel,
     Unlabelled,
     Update,
 )
 from heterotune_flwr.channels.predictions.agreement import agreement_weights
+from heterotune_flwr.channels.predictions.options import PredictionOptions
 from heterotune_flwr.channels.predictions.record import (
     DistillationRequest,
     Said,
     as_probabilities,
 )
+from heterotune_flwr.channels.predictions.rounds import Rounds
 from heterotune_flwr.channels.predictions.token_server import TokenRounds
-from heterotune_flwr.channels.text_rounds import TextRounds
 from heterotune_flwr.cmga.pull import no_louder
+from heterotune_flwr.config.options import read_options
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.protocol.payloads import Array, Payload
@@ -65,85 +68,44 @@ def sinkhorn_balance(targets: NDArray[np.float64], iterations: int) -> NDArray[n
     return targets
 
 
-class PredictionEnsemble(TextRounds[Array]):
-    """The server's half: asks for predictions, averages them, brings the mean.
-
-    Of a closed label set here; on open text, of symbols at the positions of public answers, in :mod:`.token_server`.
-    """
-
-    tokens: TokenRounds | None = None
-
-    def most_bytes(self, labels: Sequence[str], method: MethodConfig) -> int | None:
-        """A byte for every text and label; on open text it depends on the answers."""
-        return int(min(self.options.anchors, self.options.pool)) * len(labels) if labels else None
+class LabelRounds(Rounds):
+    """The server's half for a closed label set: what clients predict on a round's texts all fit in the next."""
 
     def open(self, run: RunFacts) -> str | None:
-        """Without a closed label set predictions are of the symbols that all vocabularies have."""
-        reason = super().open(run)
-        if not run.labels and reason is None:
-            if not run.symbols.count:
-                return "nobody knows what the vocabularies have in common: set alignment.output=vocabulary"
-            self.tokens = TokenRounds(run, self.options, self.digests[self.options.pool])
-            self.rounds_before = 1
-        return reason
+        """As :meth:`.Rounds.open`."""
+        #: Targets by type; under "" where all learn from the same. They are of the texts of one round.
+        self.known: dict[str, Array] = {}
+        self.due = 0
+        return super().open(run)
 
     def purposes(self, server_round: int, type_key: str) -> Purposes:
-        """As :meth:`.TextRounds.purposes`."""
-        if self.tokens is None:
-            return super().purposes(server_round, type_key)
-        fits = self.tokens.fits(self.group(type_key), type_key)
-        return ["predict", "fit"] if fits else ["predict"]
+        """Clients predict in every round, and fit where something is known of it."""
+        empty = self._of_round(server_round, type_key).is_empty
+        return ["predict"] if empty else ["predict", "fit"]
 
     def request(self, server_round: int, client_id: str, purposes: Purposes) -> Payload | None:
-        """As :meth:`.TextRounds.request`."""
-        if self.tokens is None:
-            return super().request(server_round, client_id, purposes)
-        guest = "unlabelled" in purposes
-        if not guest and "train" not in purposes:
-            return None
-        group = self.group(self.run.clients[client_id].type_key)
-        return self.tokens.request(client_id, group, guest).to_payload()
+        """What clients are asked in a training; guests are brought all that was predicted for them."""
+        type_key = self.run.clients[client_id].type_key
+        if "unlabelled" in purposes:
+            return self._for_guests(server_round, type_key).to_payload()
+        return self._of_round(server_round, type_key).to_payload() if "train" in purposes else None
 
     def unlabelled(self, server_round: int, type_key: str) -> Unlabelled | None:
-        """As :meth:`.TextRounds.unlabelled`."""
-        if self.tokens is None:
-            return super().unlabelled(server_round, type_key)
-        if not self.tokens.fits(self.group(type_key), type_key):
-            return None
-        return Unlabelled(self.options.guest_steps, self.options.anchors)
-
-    def bring(
-        self, request: DistillationRequest, known: Array, places: list[int]
-    ) -> DistillationRequest:
-        """Probabilities as targets."""
-        return dataclasses.replace(request, targets=known[places])
-
-    def state_dict(self) -> State:
-        """The next round's targets."""
-        if self.tokens is not None:
-            return self.tokens.state_dict()
-        return {"targets": self.known, "due": self.due}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from :meth:`state_dict`."""
-        if self.tokens is not None:
-            self.tokens.load_state_dict(state)
-            return
-        self.known, self.due = dict(state["targets"]), state["due"]
+        """As many steps as the options say, where there is something to learn."""
+        request = self._for_guests(server_round, type_key)
+        return None if request.is_empty else Unlabelled(self.options.guest_steps, request.count)
 
     def aggregate(
         self, server_round: int, replies: Mapping[str, Payload | None], updates: Sequence[Update]
     ) -> Aggregated:
         """Average what clients predict on the next round's anchors; without usable ones it has no targets."""
-        if self.tokens is not None:
-            return self.tokens.aggregate(replies, self.groups(list(replies)))
         usable: dict[str, Array] = {}
         refused: dict[str, str] = {}
         for client_id, payload in replies.items():
             try:
                 values = None if payload is None else Said.from_payload(payload).predictions
                 usable[client_id] = as_probabilities(
-                    values, self.asked(server_round), len(self.run.labels)
+                    values, self._wanted(server_round), len(self.run.labels)
                 )
             except ExchangeError as error:
                 refused[client_id] = str(error)
@@ -168,5 +130,93 @@ class PredictionEnsemble(TextRounds[Array]):
         }
         return Aggregated(log, refused)
 
+    def state_dict(self) -> State:
+        """The next round's targets."""
+        return {"targets": self.known, "due": self.due}
 
-Channel = PredictionEnsemble
+    def load_state_dict(self, state: State) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.known, self.due = dict(state["targets"]), state["due"]
+
+    def _wanted(self, server_round: int) -> int:
+        """Anchors that clients predict on in a round: more in the last one, where guests learn from them."""
+        last = self.run.guests and server_round == self.run.rounds
+        return self.options.guest_anchors if last else self.options.anchors
+
+    def _of_round(self, server_round: int, type_key: str) -> DistillationRequest:
+        """What a client is asked in a round; without targets where nobody it learns from has predicted them."""
+        options, known = self.options, self._known_to(server_round, type_key)
+        if known is not None and len(known) > options.anchors:
+            # A run that goes on has it of more, for its guests.
+            known = known[round_anchors(options.pool, options.anchors, self.run.seed, server_round)]
+        return self._about(options.pool, options.anchors, self._wanted(server_round), known)
+
+    def _for_guests(self, server_round: int, type_key: str) -> DistillationRequest:
+        """What a guest fits after the last round, the one before ``server_round``: all that was predicted for it.
+
+        Nothing, where nobody knew that it was the last round, and predictions are of an ordinary one's anchors.
+        """
+        known = self._known_to(server_round, type_key)
+        if known is None or len(known) not in self.digests:
+            return self._about(1, 1, 0, None)
+        return self._about(len(known), len(known), 0, known)
+
+    def _known_to(self, server_round: int, type_key: str) -> Array | None:
+        return self.known.get(self.group(type_key)) if self.due == server_round else None
+
+    def _about(
+        self, pool: int, count: int, wanted: int, targets: Array | None
+    ) -> DistillationRequest:
+        """A request as the options say; one about a list that is none of ours has no digest."""
+        digest, options = self.digests.get(max(pool, wanted), ""), self.options
+        return DistillationRequest(
+            digest, pool, count, options.weight, targets, options.batch, wanted
+        )
+
+
+class Channel(ServerChannel):
+    """Predictions of labels, or on open text of symbols at the positions of public answers (:mod:`.token_server`)."""
+
+    options: PredictionOptions
+    teaches = pools = True
+
+    @classmethod
+    def read(cls, given: Any) -> PredictionOptions:
+        """See :class:`.PredictionOptions`."""
+        return read_options(PredictionOptions, given, cls.name)
+
+    def most_bytes(self, labels: Sequence[str], method: MethodConfig) -> int | None:
+        """A byte for every text and label; on open text it depends on the answers."""
+        return int(min(self.options.anchors, self.options.pool)) * len(labels) if labels else None
+
+    def open(self, run: RunFacts) -> str | None:
+        """As the half that the task asks."""
+        self.half = (LabelRounds if run.labels else TokenRounds)(self.options)
+        self.rounds_before = self.half.rounds_before
+        return self.half.open(run)
+
+    def purposes(self, server_round: int, type_key: str) -> Purposes:
+        """As the half at work."""
+        return self.half.purposes(server_round, type_key)
+
+    def request(self, server_round: int, client_id: str, purposes: Purposes) -> Payload | None:
+        """As the half at work."""
+        return self.half.request(server_round, client_id, purposes)
+
+    def unlabelled(self, server_round: int, type_key: str) -> Unlabelled | None:
+        """As the half at work."""
+        return self.half.unlabelled(server_round, type_key)
+
+    def aggregate(
+        self, server_round: int, replies: Mapping[str, Payload | None], updates: Sequence[Update]
+    ) -> Aggregated:
+        """As the half at work."""
+        return self.half.aggregate(server_round, replies, updates)
+
+    def state_dict(self) -> State:
+        """As the half at work."""
+        return self.half.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """As the half at work."""
+        self.half.load_state_dict(state)

@@ -13,6 +13,7 @@ import torch
 from heterotune_flwr.alignment.public_texts import round_anchors
 from heterotune_flwr.channels.client_half import ClientChannel, ClientWork
 from heterotune_flwr.channels.predictions.leak_filter import repeating
+from heterotune_flwr.channels.predictions.own_texts import check_bounds, known_texts
 from heterotune_flwr.channels.predictions.token_loss import (
     OwnSymbols,
     TokenDistillation,
@@ -29,7 +30,6 @@ from heterotune_flwr.channels.predictions.token_record import (
     TopSymbols,
     normalised,
 )
-from heterotune_flwr.channels.text_work import check_bounds, known_texts
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.symbols import END, RunSymbols, Symbols, vocabulary_of
 from heterotune_flwr.errors import ConfigError, DataError, ExchangeError

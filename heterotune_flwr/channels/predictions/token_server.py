@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from heterotune_flwr.alignment.public_texts import entropies
-from heterotune_flwr.channels.channel import Aggregated, Note, RunFacts
+from heterotune_flwr.channels.channel import (
+    Aggregated,
+    Note,
+    Purposes,
+    RunFacts,
+    Unlabelled,
+    Update,
+)
 from heterotune_flwr.channels.predictions.agreement import agreement_weights
+from heterotune_flwr.channels.predictions.rounds import Rounds
 from heterotune_flwr.channels.predictions.token_mean import binned, in_common, mean_of, moving
 from heterotune_flwr.channels.predictions.token_record import (
     NOTHING,
@@ -31,9 +38,6 @@ from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.protocol.payloads import Payload
 
-if TYPE_CHECKING:
-    from heterotune_flwr.channels.text_rounds import TextOptions
-
 #: A type stops fitting where its loss on held-out examples is so many times that of the same round without, as its
 #: clients measure it in the first rounds in which they fit.
 HARM, _JUDGED = 1.02, 2
@@ -41,53 +45,57 @@ HARM, _JUDGED = 1.02, 2
 _WRITING = 3
 
 
-@dataclass
-class TokenRounds:
-    """The server's half of predictions in a run of open text.
+class TokenRounds(Rounds):
+    """The server's half for open text."""
 
-    Attributes
-    ----------
-    run, options, digest
-        Of the channel, and the identity of the public texts.
-    answers
-        To the prompts, "" where there is none yet.
-    known
-        Targets by group (type, or "" where all learn from the same).
-    holders
-        Clients that hold the table of symbols.
-    judged, off
-        Type -> rounds in which its clients measured what fitting does to them, and types that have stopped.
-    rounds
-        In which answers were asked.
+    rounds_before = 1
 
-    """
-
-    run: RunFacts
-    options: TextOptions
-    digest: str
-    answers: list[str] = field(default_factory=list)
-    known: dict[str, TopSymbols] = field(default_factory=dict)
-    holders: set[str] = field(default_factory=set)
-    judged: dict[str, int] = field(default_factory=dict)
-    off: list[str] = field(default_factory=list)
-    rounds: int = 0
-
-    def __post_init__(self) -> None:
-        self.answers = self.answers or [""] * self.options.anchors
-        symbols = self.run.symbols
-        self.table = table_digest(symbols) if symbols.packed else ""
-        learners = [cid for cid, info in self.run.clients.items() if info.train_examples]
+    def open(self, run: RunFacts) -> str | None:
+        """As :meth:`.Rounds.open`; predictions are of the symbols that all vocabularies have."""
+        if not run.symbols.count:
+            return (
+                "nobody knows what the vocabularies have in common: set alignment.output=vocabulary"
+            )
+        super().open(run)
+        self.table = table_digest(run.symbols) if run.symbols.packed else ""
+        learners = [cid for cid, info in run.clients.items() if info.train_examples]
         self._turns = {client_id: turn for turn, client_id in enumerate(sorted(learners))}
+        #: Answers to the prompts, "" where there is none yet, and rounds in which they were asked.
+        self.answers, self.rounds = [""] * self.options.anchors, 0
+        #: Targets by type; under "" where all learn from the same.
+        self.known: dict[str, TopSymbols] = {}
+        #: Clients that hold the table of symbols.
+        self.holders: set[str] = set()
+        #: Type -> rounds in which its clients measured what fitting does to them, and types that have stopped.
+        self.judged: dict[str, int] = {}
+        self.off: list[str] = []
+        return None
 
-    def request(self, client_id: str, group: str, guest: bool = False) -> TokenRequest:
-        """What a client is asked and brought; a guest predicts nothing."""
+    def purposes(self, server_round: int, type_key: str) -> Purposes:
+        """Clients predict in every round, and fit where something is known."""
+        return ["predict", "fit"] if self._fits(type_key) else ["predict"]
+
+    def request(self, server_round: int, client_id: str, purposes: Purposes) -> Payload | None:
+        """What a client is asked and brought in a training; a guest predicts nothing."""
+        guest = "unlabelled" in purposes
+        if not guest and "train" not in purposes:
+            return None
+        return self._asked(client_id, guest).to_payload()
+
+    def unlabelled(self, server_round: int, type_key: str) -> Unlabelled | None:
+        """As many steps as the options say, where there is something to learn."""
+        if not self._fits(type_key):
+            return None
+        return Unlabelled(self.options.guest_steps, self.options.anchors)
+
+    def _asked(self, client_id: str, guest: bool = False) -> TokenRequest:
         options, symbols = self.options, self.run.symbols
         type_key = self.run.clients[client_id].type_key
         writes = not guest and self.rounds < _WRITING and client_id in self._turns
         of = min(len(self._turns), options.anchors) if writes and "" in self.answers else 0
-        targets = NOTHING if type_key in self.off else self.known.get(group, NOTHING)
+        targets = self._known_to(type_key) if self._fits(type_key) else NOTHING
         return TokenRequest(
-            digest=self.digest, pool=options.pool, count=options.anchors, weight=options.weight,
+            digest=self.digests[options.pool], pool=options.pool, count=options.anchors, weight=options.weight,
             batch=options.batch, symbols=symbols.count, table=self.table, answers=self.answers,
             turn=self._turns.get(client_id, 0) % of if of else 0, of=of,
             by_client=options.answers_by == "client", asked=not guest and any(self.answers),
@@ -95,18 +103,20 @@ class TokenRounds:
             packed=b"" if client_id in self.holders else symbols.packed,
         )  # fmt: skip
 
-    def fits(self, group: str, type_key: str) -> bool:
+    def _known_to(self, type_key: str) -> TopSymbols:
+        return self.known.get(self.group(type_key), NOTHING)
+
+    def _fits(self, type_key: str) -> bool:
         """Whether there is something for a type to fit."""
-        return len(self.known.get(group, NOTHING)) > 0 and type_key not in self.off
+        return len(self._known_to(type_key)) > 0 and type_key not in self.off
 
     def aggregate(
-        self, replies: Mapping[str, Payload | None], groups: Mapping[str, Sequence[str]]
+        self, server_round: int, replies: Mapping[str, Payload | None], updates: Sequence[Update]
     ) -> Aggregated:
         """Take in answers, predictions and losses of a round."""
         usable: dict[str, TokenReply] = {}
         refused: dict[str, str] = {}
-        of_group = {client_id: group for group, own in groups.items() for client_id in own}
-        asked = {client_id: self.request(client_id, of_group[client_id]) for client_id in replies}
+        asked = {client_id: self._asked(client_id) for client_id in replies}
         for client_id, payload in replies.items():
             try:
                 usable[client_id] = _read(payload, asked[client_id])
@@ -115,7 +125,7 @@ class TokenRounds:
         self.holders |= {client_id for client_id, reply in usable.items() if not reply.lacks}
         self.holders -= {client_id for client_id, reply in usable.items() if reply.lacks}
         notes = self._judge(usable)
-        log = self._average(usable, groups)
+        log = self._average(usable)
         self._write(usable, asked)
         written = sum(map(bool, self.answers))
         log |= {"clients": len(usable), "answers": written, "off": list(self.off)}
@@ -132,17 +142,11 @@ class TokenRounds:
                 )
         self.answers = answers
 
-    def _average(
-        self, usable: Mapping[str, TokenReply], groups: Mapping[str, Sequence[str]]
-    ) -> dict[str, Any]:
+    def _average(self, usable: Mapping[str, TokenReply]) -> dict[str, Any]:
         shares: dict[str, float] = {}
         sureness, positions, told = [], 0, 0
-        for group, members in groups.items():
-            said = {
-                cid: usable[cid].said for cid in members if cid in usable and len(usable[cid].said)
-            }
-            if not said:
-                continue
+        for group, members in self.groups([cid for cid in usable if len(usable[cid].said)]).items():
+            said = {client_id: usable[client_id].said for client_id in members}
             types: dict[str, list[TopSymbols]] = {}
             for client_id, one in said.items():
                 types.setdefault(self.run.clients[client_id].type_key, []).append(one)
@@ -158,12 +162,8 @@ class TokenRounds:
             sureness.append(float(entropies(mean.chances).mean()) if len(mean) else 0.0)
         if not shares:
             return {}
-        by_type: dict[str, float] = {}
-        for client_id, share in shares.items():
-            key = self.run.clients[client_id].type_key
-            by_type[key] = by_type.get(key, 0.0) + share
         return {
-            "agreement_weights": by_type,
+            "agreement_weights": self.shares_by_type(shares),
             "entropy": float(np.mean(sureness)),
             "positions": positions,
             "one_to_one": positions / max(told, 1),
