@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heterotune_flwr.alignment.public_texts import SHIPPED, load_anchors
+from heterotune_flwr.data.columns import called
 from heterotune_flwr.data.duplicates import Seen
-from heterotune_flwr.data.layouts import arranged
+from heterotune_flwr.data.layouts import arranged, as_asked
 from heterotune_flwr.data.nearness import NEAR, nearness
 from heterotune_flwr.data.sources import EMBEDDED, global_test, is_shipped, training_pool
 from heterotune_flwr.data.tables import rows
@@ -104,7 +105,8 @@ def _column(path: Path, column: str | None) -> Iterator[str]:
         layout = table.layout
         column = plain.text_field if layout else table.text() or plain.text_field
     for _, where, values in rows(path):
-        row = arranged(values, layout, plain, where)[0] if layout else values
+        row = arranged(as_asked(values, plain), layout, plain, where)[0] if layout else values
+        row = called(row, column)
         if column not in row:
             raise DataError(
                 f"{where} has no column {column!r}; columns present: {', '.join(map(str, values))}"

@@ -10,6 +10,7 @@ from typing import Any
 from heterotune_flwr.alignment.public_texts import Anchor, read_anchors, reading_places
 from heterotune_flwr.backbones.sources import EMBEDDED
 from heterotune_flwr.config.compose import compose, presets
+from heterotune_flwr.data.columns import alike, column_called
 from heterotune_flwr.data.duplicates import Seen, folded
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.lengths import Lengths, lengths
@@ -87,7 +88,7 @@ def guessed(name: str, overrides: Sequence[str]) -> list[str]:
     said = any(override.startswith("data.label_field=") for override in overrides)
     path = Path(name).expanduser()
     column = _columns(path).get("label_field")
-    if said or column in (None, _DATA.label_field):
+    if said or column is None or alike(column, _DATA.label_field):
         return []
     others = [one for one in look(path).columns if one != column]
     return [
@@ -108,7 +109,7 @@ def _columns(path: Path) -> dict[str, str]:
         ("client_field", table.client),
     ):
         default = getattr(_DATA, setting)
-        column = default if default in table.columns else likely(list(found.values()))
+        column = column_called(default, table.columns) or likely(list(found.values()))
         if column is not None:
             found[setting] = column
         elif setting != "client_field":

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heterotune_flwr.backbones.assets import asset_path
+from heterotune_flwr.data.columns import called
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.text_files import text_lines
 from heterotune_flwr.data.values import needed_text, plain_text
@@ -41,7 +42,8 @@ def _read(path: Path) -> list[Anchor]:
             lines = (line.rstrip("\r\n") for line in text_lines(path))
             return [Anchor(text) for text in lines if text.strip()]
         anchors = []
-        for _, where, row in rows(path):
+        for _, where, found in rows(path):
+            row = called(found, _COLUMN, _ANSWER)
             if _COLUMN not in row:
                 raise DataError(f"{where}: every anchor needs a text in column {_COLUMN!r}")
             text = needed_text(row[_COLUMN], where, repr(_COLUMN))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterotune_flwr.data.chat import flattened, from_chat
+from heterotune_flwr.data.columns import called
 from heterotune_flwr.data.examples import Turn
 from heterotune_flwr.data.values import needed_text, plain_text
 from heterotune_flwr.errors import DataError
@@ -23,6 +24,7 @@ _PAIRS = (
     (_INSTRUCTION, _OUTPUT), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
     (_INSTRUCTION, "response"), ("question", "response"),
 )  # fmt: skip
+_NAMES = tuple(dict.fromkeys((*_CHATS, *(name for pair in _PAIRS for name in pair), _INPUT)))
 _DEFAULT = DataConfig()
 #: How a conversation as JSON text begins.
 _JSON_CHAT = re.compile(r"\s*\[\s*\{")
@@ -45,8 +47,14 @@ class Layout:
         return f"read as {kind}: the text is {self.asked!r}{below}; the answer is {self.answer!r}"
 
 
+def as_asked(row: Mapping[str, Any], data: DataConfig) -> Mapping[str, Any]:
+    """A row whose columns have the names that settings and layouts ask for (:func:`.columns.called`)."""
+    own = (data.text_field, data.label_field, data.client_field, data.references_field)
+    return called(row, *own, *_NAMES)
+
+
 def recognised(row: Mapping[str, Any], data: DataConfig) -> Layout | None:
-    """The layout that a file's first row tells; None: its columns are as configured."""
+    """The layout that a file's first row (:func:`as_asked`) tells; None: its columns are as configured."""
     text, label = data.text_field, data.label_field
     named = (text, label) != (_DEFAULT.text_field, _DEFAULT.label_field)
     if named or label in row or _is_chat(row.get(text)):

@@ -14,7 +14,7 @@ from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path
 from heterotune_flwr.data.examples import Example, Turn
-from heterotune_flwr.data.layouts import Layout, arranged, recognised
+from heterotune_flwr.data.layouts import Layout, arranged, as_asked, recognised
 from heterotune_flwr.data.natural_instructions import read_tasks
 from heterotune_flwr.data.pools import Pool, answers_of
 from heterotune_flwr.data.split import split
@@ -63,7 +63,8 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
     layout: Layout | None = None
     client = repr(data.client_field)
     references = f"{data.references_field!r} (data.references_field)"
-    for number, where, values in rows(path, data.format):
+    for number, where, found in rows(path, data.format):
+        values = as_asked(found, data)
         if not examples and (layout := recognised(values, data)):
             log.info("%s is %s", path, layout.described())
         row, turns = arranged(values, layout, data, where)
@@ -85,7 +86,7 @@ def read_examples(path: Path, data: DataConfig) -> list[Example]:
 def how_read(path: Path, data: DataConfig) -> str | None:
     """How a file's rows are read where its columns, not the settings, say so; DataError as :func:`read_examples`."""
     for _, _, values in rows(path, data.format):
-        layout = recognised(values, data)
+        layout = recognised(as_asked(values, data), data)
         return None if layout is None else layout.described()
     return None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from heterotune_flwr.data.columns import called
 from heterotune_flwr.data.tables import form_of, rows
 from heterotune_flwr.data.text_files import text_lines
 from heterotune_flwr.errors import DataError
@@ -50,7 +51,8 @@ def _read(path: Path) -> Iterator[Question]:
         yield _asked(row, where)
 
 
-def _asked(row: dict[str, Any], where: str) -> Question:
+def _asked(found: Mapping[str, Any], where: str) -> Question:
+    row = called(found, *COLUMNS, "input")
     column = next((name for name in COLUMNS if name in row), None)
     if column is None:
         raise DataError(f"{where} has none of the columns {', '.join(COLUMNS)}")

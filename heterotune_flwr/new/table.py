@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.data.layouts import Layout, recognised
+from heterotune_flwr.data.columns import column_called
+from heterotune_flwr.data.layouts import Layout, as_asked, recognised
 from heterotune_flwr.data.tables import rows
 from heterotune_flwr.data.values import plain_text
 from heterotune_flwr.errors import DataError
@@ -23,6 +24,7 @@ _LABELS = ("label", "sentiment", "category", "class", "intent", "topic", "target
            "output", "rating", "tag", "reply")  # fmt: skip
 _CLIENTS = ("client", "user", "author", "owner", "site", "hospital", "source", "domain", "speaker", "group", "subject",
             "task", "customer", "company", "region", "shop", "store", "branch", "lab", "school")  # fmt: skip
+_DATA = DataConfig()
 #: Rows by which columns are judged.
 _LOOKED_AT = 2000
 #: A column of so many different values, or one for every so many rows, may name clients.
@@ -48,13 +50,14 @@ class Table:
     layout: Layout | None
 
     def check(self, name: str, option: str) -> str:
-        """A column's name as it is given (DataError: there is no such column; the nearest is told)."""
-        if name not in self.columns:
+        """The column a name means (DataError: there is no such column; the nearest is told)."""
+        column = column_called(name, self.columns)
+        if column is None:
             raise DataError(
                 f"{option}: {self.path} has no column {name!r}{nearest(name, self.columns)} "
                 f"(columns: {', '.join(self.columns)})"
             )
-        return name
+        return column
 
     def text(self, taken: Sequence[str] = ()) -> str | None:
         """The column that is likeliest to hold the texts."""
@@ -94,7 +97,7 @@ def look(path: Path) -> Table:
     layout, count = None, 0
     for count, (_, where, row) in enumerate(rows(path), start=1):
         if count == 1:
-            layout = recognised(row, DataConfig())
+            layout = recognised(as_asked(row, _DATA), _DATA)
         if count > _LOOKED_AT:
             continue
         for name, value in row.items():

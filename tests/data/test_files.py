@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from own_files import SECRET, lines, parquet, read
 
-from heterotune_flwr.alignment.public_texts import load_anchors
+from heterotune_flwr.alignment.public_texts import Anchor, load_anchors, read_anchors
 from heterotune_flwr.data import sources
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test
 from heterotune_flwr.errors import DataError
+from heterotune_flwr.new.table import look
 from heterotune_flwr.schema import AlignmentConfig, DataConfig
 
 
@@ -47,6 +48,22 @@ def test_what_is_no_text_is_refused_with_file_row_and_column(
         read(path)
     assert SECRET not in str(caught.value)
     assert SECRET not in caught.value.told
+
+
+def test_a_column_is_found_whatever_its_case_and_the_one_spelt_so_first(tmp_path: Path) -> None:
+    row = {" Text": "t", "LABEL": "l", "Client": "c", "References": ["r"]}
+    found = read(lines(tmp_path / "a.jsonl", [row, {**row, "label": "spelt so"}]))
+    assert found == [Example("t", "l", "c", ("r",)), Example("t", "spelt so", "c", ("r",))]
+    path = lines(tmp_path / "b.jsonl", [{"Review": "t", "Mood": "l"}])
+    assert read(path, text_field="review", label_field="MOOD") == [Example("t", "l")]
+    assert look(path).check("mood", "--label") == "Mood"
+    with pytest.raises(DataError, match=r"no column 'label'.*LABEL, Label"):
+        read(lines(tmp_path / "c.jsonl", [{"text": "t", "Label": "l", "LABEL": "m"}]))
+
+
+def test_layouts_are_known_whatever_their_columns_case(tmp_path: Path) -> None:
+    asked = {"Instruction": "do", "Input": "this", "Output": "done"}
+    assert read(lines(tmp_path / "a.jsonl", [asked])) == [Example("do\n\nthis", "done")]
 
 
 @pytest.mark.parametrize("column", ["text", "label"])
@@ -167,6 +184,12 @@ def test_an_anchor_is_a_text_or_refused_with_its_line(tmp_path: Path) -> None:
         assert caught.value.told == "its anchors cannot be used"
     path = lines(tmp_path / "a.jsonl", [*good, {"text": ["one"]}, {"text": 7}])
     assert load_anchors(AlignmentConfig(anchors=str(path)))[-3:] == ["anchor 11", "one", "7"]
+
+
+def test_anchors_columns_are_found_whatever_their_case(tmp_path: Path) -> None:
+    rows = [{"Text": f"anchor {n}", "ANSWER ": f"answer {n}"} for n in range(12)]
+    found = read_anchors(AlignmentConfig(anchors=str(lines(tmp_path / "a.jsonl", rows))))
+    assert found[3] == Anchor("anchor 3", "answer 3")
 
 
 def test_anchors_are_read_from_every_form(tmp_path: Path) -> None:
