@@ -45,7 +45,7 @@ from heterotune_flwr.protocol.messages import EvaluateRequest, Header, TrainRepl
 from heterotune_flwr.schema import ExchangeConfig, MethodConfig
 from heterotune_flwr.tuning.client_state import ClientStore
 
-PROFILES = ("bf16", "tiny", "int8", "topk")  # nf4 is tiny by another name
+PROFILES = ("bf16", "tiny", "int8", "topk")
 
 
 def _profile(name: str, **changes: Any) -> dict[str, Any]:

@@ -122,7 +122,10 @@ def _find_preset(config: str, trusted: bool) -> dict[str, Any]:
 def _group(section: str, name: str) -> Any:
     known = _names(section)
     if name not in known:
-        listed = f"{nearest(name, known)} (known: {', '.join(known) or 'none'})"
+        listed = (
+            became(f"groups.{section}", name)
+            or f"{nearest(name, known)} (known: {', '.join(known) or 'none'})"
+        )
         raise ConfigError(
             f"groups.{section}: there is no conf/{section}/{name}.yaml{listed}",
             f"groups.{section}: there is no such file{listed}",

@@ -30,6 +30,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "server": {"bench_after": "cooldown_after", "bench_longest": "cooldown_longest"},
     "strategies": {"heterotune_deep": "heterotune_lora"},
     "transform": {"deconflict": "pcgrad"},
+    "groups.exchange": {"nf4": "tiny"},
 }
 #: Keys that are no more, with what became of them.
 GONE: dict[str, dict[str, str]] = {

@@ -96,7 +96,8 @@ def test_a_wrong_key_or_value_is_named_with_the_nearest_right_one(
 @pytest.mark.parametrize(
     ("config", "word"),
     [("demoo", "'demo'"), ("missing.yaml", "does not exist"), ("yaml:{a: [", "not valid YAML"),
-     ("yaml:[1, 2]", "mapping"), ("yaml:{groups: {data: debian_section}}", "debian_sections")],
+     ("yaml:[1, 2]", "mapping"), ("yaml:{groups: {data: debian_section}}", "debian_sections"),
+     ("yaml:{groups: {exchange: nf4}}", "it is called tiny now")],
 )  # fmt: skip
 def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
