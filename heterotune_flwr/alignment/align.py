@@ -104,7 +104,6 @@ def factors_path(
     parts |= {
         "labels": list(labels or []),
         "slots": method.slots,
-        "positions": "answer",  # read by earlier versions in the same way
         "pullback": alignment.pullback_anchors if method.slots > 1 else 0,
         "output": alignment.output,
     }
