@@ -25,7 +25,7 @@ from heterotune_flwr.deploy.hosts import Address
 from heterotune_flwr.deploy.layout import INTERNAL_PORT
 from heterotune_flwr.deploy.machine_checks import device_found, port_taken, written_folder
 from heterotune_flwr.deploy.versions import LIBRARIES, MISSING, installed_versions
-from heterotune_flwr.errors import HeteroTuneError
+from heterotune_flwr.errors import HeteroTuneError, one_line
 from heterotune_flwr.federation.superlink import free_port
 from heterotune_flwr.programs import program
 from heterotune_flwr.schema import RUNS_FOLDER
@@ -118,7 +118,7 @@ def _device() -> Iterator[Finding]:
         OSError,
         RuntimeError,
     ) as error:  # a build of torch that does not fit the machine
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         yield Finding("device", "fail", f"torch cannot be used: {reason}", "install torch anew")
         return
     if found[0].message.startswith("CPU") and (_NVIDIA.exists() or shutil.which("nvidia-smi")):

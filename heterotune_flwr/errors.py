@@ -83,3 +83,8 @@ def naming(what: str) -> Iterator[None]:
 def noted(error: Exception) -> str:
     """An error's kind, after what :func:`naming` has noted of it."""
     return ": ".join([*reversed(getattr(error, "__notes__", [])), type(error).__name__])
+
+
+def one_line(error: object, letters: int | None = 200) -> str:
+    """What an error of somebody else's code says, on one line; at most so many letters of it."""
+    return " ".join(str(error).split())[:letters]

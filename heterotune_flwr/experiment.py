@@ -18,7 +18,7 @@ from heterotune_flwr.alignment.public_texts import SHIPPED
 from heterotune_flwr.backbones.sources import EMBEDDED, FETCHABLE
 from heterotune_flwr.config.asked import Asked, asked_of
 from heterotune_flwr.config.compose import INLINE, compose, to_yaml
-from heterotune_flwr.errors import FederationError, HeteroTuneError
+from heterotune_flwr.errors import FederationError, HeteroTuneError, one_line
 from heterotune_flwr.federation.checkpoint import Checkpoints
 from heterotune_flwr.federation.journal import Journal
 from heterotune_flwr.federation.outcome import MEASURES
@@ -208,7 +208,7 @@ def _journalled(
         with LiveTracking(config, journal):
             results = run_strategies(grid, config, journal, name, resuming)
     except BaseException as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error, None) or type(error).__name__
         if isinstance(error, SystemExit):
             # Flower ends a ServerApp so when its SuperExec ends, or the run is stopped.
             reason = f"the ServerApp was told to end; go on with --resume {journal.directory}"

@@ -21,7 +21,7 @@ from heterotune_flwr.data.partition import client_examples
 from heterotune_flwr.data.sources import global_test, label_set
 from heterotune_flwr.data.template import make_form
 from heterotune_flwr.data.virtual_clients import owners_of
-from heterotune_flwr.errors import BackboneError, ConfigError, DataError
+from heterotune_flwr.errors import BackboneError, ConfigError, DataError, one_line
 from heterotune_flwr.federation.sampling import sample_size
 from heterotune_flwr.own_data import own_data
 from heterotune_flwr.schema import Config
@@ -151,7 +151,7 @@ def _tokenizers(config: Config) -> dict[str, Any]:
         except BackboneError:
             raise
         except Exception as error:  # damaged files make the library raise whatever it likes
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise BackboneError(
                 f"the tokenizer of backbone {entry.backbone!r} cannot be read from {directory} ({reason})"
             ) from error

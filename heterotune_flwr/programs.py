@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.errors import FederationError
+from heterotune_flwr.errors import FederationError, one_line
 
 COMMAND_SECONDS = 120.0
 #: Environment of every process of Flower's that is started here.
@@ -77,7 +77,7 @@ def flwr_json(
     if done.returncode == 0 and answer.get("success"):
         return answer, ""
     detail = answer.get("error-message") or (done.stdout + done.stderr).strip()[-800:]
-    return answer, " ".join(str(detail).split()) or f"exit code {done.returncode}"
+    return answer, one_line(detail, None) or f"exit code {done.returncode}"
 
 
 def object_in(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from filelock import FileLock
 from heterotune_flwr.backbones.assets import cache_dir
 from heterotune_flwr.backbones.files import file_digest, has_weights
 from heterotune_flwr.backbones.manifest import whole_directory
-from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.errors import BackboneError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False
         )
     except Exception as error:  # the reader raises whatever a damaged file makes it raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise BackboneError(f"{str(gguf)!r} is not a readable GGUF model: {reason}") from error
     # What was dequantized is no longer a quantized model: without this it could not be saved.
     model.hf_quantizer = None

@@ -37,7 +37,7 @@ from heterotune_flwr.backbones.sources import (
 )
 from heterotune_flwr.backbones.store import Loader, shared_model
 from heterotune_flwr.backbones.tokenizer import learned_positions, load_tokenizer, padding_id
-from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.errors import BackboneError, one_line
 
 log = logging.getLogger(__name__)
 # bitsandbytes, which other libraries import too, warns that an optional faster kernel package is missing: nothing is
@@ -219,7 +219,7 @@ def quieten_libraries() -> None:
 def _unloadable(spec: BackboneSpec, directory: Path, error: Exception) -> BackboneError:
     """Say what, where and how to mend when a library cannot read a source."""
     broken = damaged_json(directory)
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     what = f"{broken} is no readable JSON" if broken else f"{type(error).__name__}: {reason}"
     return BackboneError(
         f"backbone {spec.type_key} cannot be loaded from {directory} ({what}); if it is damaged, "
@@ -310,7 +310,7 @@ def _scaling(spec: BackboneSpec, model: Any) -> HeadScaling:
     except BackboneError:
         raise
     except Exception as error:  # a family's own code raises whatever it likes
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise BackboneError(
             f"backbone {spec.type_key}: models of the family {model.config.model_type!r} cannot be trained here, "
             f"because their losses would not be the model's own ({reason}); use another backbone"

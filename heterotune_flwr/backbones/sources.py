@@ -16,7 +16,7 @@ from typing import Any
 
 from heterotune_flwr.backbones.assets import asset_path, cache_dir
 from heterotune_flwr.backbones.files import file_digest, has_weights
-from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.errors import BackboneError, one_line
 from heterotune_flwr.jsons import parse_json
 from heterotune_flwr.names import as_id
 from heterotune_flwr.plugins import load_plugin, plugin_names
@@ -122,7 +122,7 @@ def _hub_dir(source: str, revision: str | None, config_only: bool) -> Path:
     try:
         return Path(snapshot_download(source, **options))
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise BackboneError(
             f"backbone {source!r} could not be read from the hub ({type(error).__name__}: "
             f"{reason}); download it elsewhere and give its local directory"

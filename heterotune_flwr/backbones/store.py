@@ -40,7 +40,7 @@ from heterotune_flwr.backbones.manifest import (
 )
 from heterotune_flwr.backbones.quantized import stored_bits
 from heterotune_flwr.backbones.sources import QUANTIZED, BackboneSpec, fingerprint
-from heterotune_flwr.errors import BackboneError
+from heterotune_flwr.errors import BackboneError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _open(target: Path, spec: BackboneSpec, loader: Loader) -> Any | None:
     try:
         model = loader.stored(target)
     except Exception as error:  # removed meanwhile, or damaged since the checksum was remembered
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         log.warning("%s: stored copy in %s cannot be read (%s)", spec.type_key, target, reason)
         return None
     with contextlib.suppress(OSError):
@@ -212,7 +212,7 @@ def _write_entry(
             model.save_pretrained(directory)
         remember_checksums(target)
     except (OSError, SafetensorError) as error:  # a full disk comes as either
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         log.warning("%s: no shared copy in %s (%s); every process loads a copy of its own",
                     spec.type_key, target.parent, reason)  # fmt: skip
         return model

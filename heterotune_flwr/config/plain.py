@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from heterotune_flwr.config.texts import literal
-from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.errors import ConfigError, one_line
 from heterotune_flwr.schema import Config, TypeConfig
 
 #: Letters of a configuration, overrides included, that a deployed client reads.
@@ -108,7 +108,7 @@ def load_plain(text: str, where: str, trusted: bool = True, kind: Any = Config) 
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        shown = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
+        shown = one_line(getattr(error, "problem", None) or error)
         raise ConfigError(
             f"{where} is not valid YAML: {shown}{place}", f"{where} is not valid YAML{place}"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 from heterotune_flwr.backbones.tokens import encode_marked, special_ids, without_controls
 from heterotune_flwr.data.examples import Turn
-from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.errors import ConfigError, DataError, one_line
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 #: Names that files give to the three.
@@ -73,7 +73,7 @@ class ChatTemplate:
             if _SAID not in before:
                 raise ValueError("it does not write what the user says")
         except Exception as error:  # a template raises whatever it likes
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError.plain(
                 f"the chat template of this backbone cannot be used ({reason}); set data.template=plain"
             ) from error

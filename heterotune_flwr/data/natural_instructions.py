@@ -23,7 +23,7 @@ from typing import Any
 
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.values import needed_text, plain_text
-from heterotune_flwr.errors import DataError
+from heterotune_flwr.errors import DataError, one_line
 from heterotune_flwr.schema import DataConfig
 
 #: Value of ``data.name``.
@@ -204,7 +204,7 @@ def _hub_tasks(source: str, names: Sequence[str] | None, limit: int) -> list[tup
         if not missing and names is not None:
             table = table.filter(lambda task: _wanted(str(task), names), input_columns="task_name")
     except Exception as error:  # whatever net, hub and formats can give
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise DataError(
             f"{source!r} is no directory of task .json files, and loading it as a hub data set failed: {reason}"
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heterotune_flwr.backbones.files import hash_file
-from heterotune_flwr.errors import ConfigError, ExchangeError
+from heterotune_flwr.errors import ConfigError, ExchangeError, one_line
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.fields import kinds
 from heterotune_flwr.jsons import parse_json, read_as
@@ -77,7 +77,7 @@ class ExportFacts:
                 raise ValueError(f"this version reads format {FORMAT}")
             return _checked(cls(**{**plain, "record": read_facts(plain["record"])}))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ExchangeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(f"{path} cannot be read: {reason}") from error
 
     def to_dict(self) -> dict[str, Any]:

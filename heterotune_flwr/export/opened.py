@@ -24,7 +24,7 @@ from heterotune_flwr.backbones.reader import Reader
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.channels.statistics.client import classifier_logits
 from heterotune_flwr.channels.statistics.record import LinearClassifier
-from heterotune_flwr.errors import ConfigError, HeteroTuneError
+from heterotune_flwr.errors import ConfigError, HeteroTuneError, one_line
 from heterotune_flwr.export.adapter_files import named_backbone
 from heterotune_flwr.export.facts import FILE, ExportFacts, models_in
 from heterotune_flwr.export.form import data_of
@@ -159,7 +159,7 @@ def open_export(folder: Path, device: str | None = None) -> OpenedExport:
     except HeteroTuneError:
         raise
     except Exception as error:  # damaged files make the libraries raise whatever they like
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"an adapter in {folder} cannot be loaded ({type(error).__name__}: {reason}); export it again"
         ) from error

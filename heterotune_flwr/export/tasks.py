@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from heterotune_flwr.errors import ConfigError, DataError
+from heterotune_flwr.errors import ConfigError, DataError, one_line
 from heterotune_flwr.export.model import Model
 from heterotune_flwr.fields import nearest
 
@@ -81,7 +81,7 @@ def _task_name(path: Path) -> str:
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise DataError(f"the task file {path} cannot be read: {reason}") from error
     name = found.get("task") if isinstance(found, dict) else None
     if not isinstance(name, str):
@@ -190,7 +190,7 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _refused(names: Sequence[str], error: Exception) -> DataError:
-    which, reason = ", ".join(names), " ".join(str(error).split())[:200]
+    which, reason = ", ".join(names), one_line(error)
     if isinstance(error, ConnectionError):
         return DataError(
             f"the data of {which} come from the Hugging Face hub, which cannot be reached from here ({reason}); run it "

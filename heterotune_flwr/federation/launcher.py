@@ -15,7 +15,7 @@ from typing import Any
 
 from heterotune_flwr.config.asked import Asked
 from heterotune_flwr.config.compose import INLINE, to_yaml
-from heterotune_flwr.errors import ConfigError, FederationError
+from heterotune_flwr.errors import ConfigError, FederationError, one_line
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.federation.journal import EventReader, append_event, close_torn_line
 from heterotune_flwr.federation.processes import interrupt, on_signals
@@ -238,7 +238,7 @@ def launch_app(
                 raise
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        reason = "interrupted" if interrupted else " ".join(str(error).split())[:500]
+        reason = "interrupted" if interrupted else one_line(error, 500)
         if _read_status(directory)[0] not in ("finished", "failed"):
             _write_failure(directory, reason or type(error).__name__)
         raise

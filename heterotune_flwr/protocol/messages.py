@@ -140,10 +140,7 @@ class TrainRequest:
     def to_content(self, codec: str, exact: str | None = None) -> RecordDict:
         """Build the message content; maps are written with ``exact`` (:func:`.wire.add_tensors`)."""
         fields = {name: getattr(self, name) for name in ("maps_digest", "expected", "frozen")}
-        config = ConfigRecord({**self.header.to_config(), **fields, **self.cached.to_config()})
-        content = RecordDict({CONFIG: config})
-        add_payloads(content, config, self.channels)
-        return add_tensors(content, self.tensors, self.maps, codec, exact)
+        return _written(self, fields, codec, exact)
 
     @classmethod
     def from_content(cls, content: RecordDict) -> TrainRequest:
@@ -163,6 +160,19 @@ class TrainRequest:
 
 def _efforts(channels: Mapping[str, Payload]) -> list[str]:
     return [f"{name} {payload.effort}".strip() for name, payload in sorted(channels.items())]
+
+
+def _written(
+    request: TrainRequest | EvaluateRequest,
+    fields: Mapping[str, Any],
+    codec: str,
+    exact: str | None,
+) -> RecordDict:
+    """A request's content: what all have, and some ``fields`` of its own."""
+    config = ConfigRecord({**request.header.to_config(), **fields, **request.cached.to_config()})
+    content = RecordDict({CONFIG: config})
+    add_payloads(content, config, request.channels)
+    return add_tensors(content, request.tensors, request.maps, codec, exact)
 
 
 @dataclass(frozen=True)
@@ -258,10 +268,7 @@ class EvaluateRequest:
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.details:
             fields["details"] = list(self.details)
-        config = ConfigRecord({**self.header.to_config(), **fields, **self.cached.to_config()})
-        content = RecordDict({CONFIG: config})
-        add_payloads(content, config, self.channels)
-        return add_tensors(content, self.tensors, self.maps, codec, exact)
+        return _written(self, fields, codec, exact)
 
     @classmethod
     def from_content(cls, content: RecordDict) -> EvaluateRequest:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from heterotune_flwr import __version__
 from heterotune_flwr.backbones.assets import cache_dir
-from heterotune_flwr.errors import ExchangeError
+from heterotune_flwr.errors import ExchangeError, one_line
 from heterotune_flwr.exchange.packing import tensor_digest
 from heterotune_flwr.exchange.storage import atomic_write_text, load_tensors, save_tensors
 from heterotune_flwr.jsons import parse_json, read_as
@@ -230,7 +230,7 @@ def _damaged(path: Path, why: str) -> ExchangeError:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _read(folder: Path) -> tuple[KeptFacts, dict[str, str]]:
