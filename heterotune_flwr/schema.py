@@ -186,9 +186,7 @@ class MethodConfig:
         "q, inner width of an expert; 0: none, an expert is one matrix P and a bias Q (Co-LoRA) [dimensions]",
         least=0,
     )
-    experts_global: int = option(3, "experts shared by all clients [experts]", least=0)
-    experts_type: int = option(0, "experts shared inside a model type [experts]", least=0)
-    experts_private: int = option(0, "experts that never leave the client [experts]", least=0)
+    experts_global: int = option(3, "experts, shared by all clients [experts]", least=1)
     core_rank: int = option(
         0, "rank of trained cores on the linear layers of the upper blocks; 0: none [rank]", least=0
     )
@@ -209,13 +207,10 @@ class MethodConfig:
         below=1,
     )
     core_scale: float = option(4.0, "what a core's effect is multiplied with [factor]", above=0)
-    private_dropout: float = option(
-        0.3, "probability that a batch drops the private experts [probability]"
-    )
     activation: str = option(
         "silu", "of experts; linear: the r x r core of Co-LoRA", choices=("silu", "linear")
     )
-    gate: str = option("dense", "how experts are weighed", choices=("dense", "top1", "uniform"))
+    gate: str = option("dense", "how experts are weighed", choices=("dense", "uniform"))
     gate_scope: str = option(
         "global",
         "where the gate is averaged",

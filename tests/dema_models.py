@@ -54,16 +54,14 @@ def tiny_model(
 
 
 def dema_config(**fields: Any) -> DeMAConfig:
-    """A small adapter with every tier."""
+    """A small adapter of several slots and experts."""
     small: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "slots": 2,
         "latent": 8,
         "output": 6,
         "inner": 5,
-        "experts_global": 2,
-        "experts_type": 1,
-        "experts_private": 1,
+        "experts_global": 3,
         "seed": 3,
     }
     return DeMAConfig(**(small | fields))
@@ -106,7 +104,6 @@ def naive_delta(
     here = f"slots.{slot}"
     rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
     result = np.zeros_like(rows)
-    names = [f"{t}.{e}" for t, count in config.expert_counts.items() for e in range(count)]
     for i, row in enumerate(rows):
         z = maps[f"{here}.map.down.weight"] @ row + maps[f"{here}.map.down.bias"]
         scores = values[f"{here}.gate.weight"] @ z + values[f"{here}.gate.bias"]
@@ -114,11 +111,9 @@ def naive_delta(
             scores = np.zeros_like(scores)
         gate = np.exp(scores - scores.max())
         gate /= gate.sum()
-        if config.gate == "top1":
-            gate[np.arange(len(gate)) != gate.argmax()] = 0
         mixed = np.zeros(config.output_width)
-        for weight, name in zip(gate, names, strict=True):
-            expert = f"{here}.experts.{name}"
+        for index, weight in enumerate(gate):
+            expert = f"{here}.experts.global.{index}"
             if config.inner == 0:  # Co-LoRA: P z + Q
                 core = values[f"{expert}.up.weight"] @ z + values[f"{expert}.up.bias"]
                 mixed += weight * core

@@ -34,7 +34,7 @@ from heterotune_flwr.schema import MethodConfig, TrainConfig
 from heterotune_flwr.strategies import build_strategy
 from heterotune_flwr.tuning.state_cache import forget_states
 
-METHOD = MethodConfig(latent=8, inner=4, output=3, experts_global=2, experts_private=1)
+METHOD = MethodConfig(latent=8, inner=4, output=3, experts_global=3)
 
 
 LORA = MethodConfig(kind="lora", lora_rank=2, output=3)

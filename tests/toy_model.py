@@ -135,8 +135,7 @@ def fixed_factors(backbone, rank):
 
 
 def expert_order(name):
-    _, _, _, tier, index = name.split(".")
-    return ["global", "type", "private"].index(tier), int(index)
+    return int(name.rpartition(".")[2])
 
 
 def gradients(tensors, maps, backbone, states, labels):

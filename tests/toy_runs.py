@@ -66,7 +66,7 @@ KINDS = {
         "personalization_phase": 0.5,
     },
     "statistics": {"_component_": f"{HERE}.HeteroTune", "statistics": {"weight": 0.5}},
-    "private": {"_component_": f"{HERE}.HeteroTune", "method": {"experts_private": 1}},
+    "own_gates": {"_component_": f"{HERE}.HeteroTune", "method": {"gate_scope": "client"}},
     "local_only": {"_component_": f"{HERE}.LocalOnly"},
     "fedit": {
         "_component_": f"{HERE}.FedIT",

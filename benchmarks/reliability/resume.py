@@ -1,7 +1,7 @@
 """SIGKILL anywhere, then ``--resume``: does the run end with the very same bank?
 
-* *Server, in process*: server and clients (the real apps on the embedded backbones: bf16, int8 and nf4, with a private
-  expert that only clients hold) run in one process, which is killed: (a) when its journal has reached a random event,
+* *Server, in process*: server and clients (the real apps on the embedded backbones: bf16, int8 and nf4, with gates that
+  only clients hold) run in one process, which is killed: (a) when its journal has reached a random event,
   plus a random moment; (b) inside a random flush or rename of a file, so in the middle of writing a checkpoint, a
   client's state, the journal, results. Then the run is resumed by a fresh process.
 * *Server, in Flower*: ``heterotune run`` with Ray; the process that runs the server and the simulation is killed.
@@ -38,7 +38,7 @@ PRESET = "demo"
 SETTINGS = [
     "types.0.clients=2", "types.1.clients=2", "types.2.clients=2", "data.examples_per_client=32",
     "data.personal_test_examples=8", "data.global_test_examples=64", "method.latent=32", "method.inner=8",
-    "method.experts_private=1", "alignment.count=400", "alignment.components=64", "train.local_steps=3",
+    "method.gate_scope=client", "alignment.count=400", "alignment.components=64", "train.local_steps=3",
     "server.rounds=4", "server.evaluate_every=2", "run.compare=[heterotune,within_type]",
 ]  # fmt: skip
 BANKS = ("heterotune-seed0", "within_type-seed0")

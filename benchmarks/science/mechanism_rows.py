@@ -68,10 +68,7 @@ ROWS: dict[str, Row] = {
     "label_geometry": Row(overrides=("alignment.label_geometry=false",), tasks=LABELS),
     "weighting_by_correlation": Row(overrides=("alignment.weighting=0",)),
     "chosen_shrinkage": Row(overrides=("alignment.shrinkage=[0.01]",)),
-    "type_tier": Row(_method(experts_type=1), added=True),
-    "private_tier": Row(_method(experts_private=1), added=True),
     "annealing": Row({"train": {"last_rate": 0.05, "warmup_ratio": 0.5}}, added=True),
-    "top1_gate": Row(_method(gate="top1"), added=True),
 }  # fmt: skip
 
 

@@ -33,8 +33,7 @@ _SETTINGS: dict[str, tuple[float, float]] = {
 #: Fields of an adapter's settings -> largest.
 _METHOD: dict[str, float] = {
     "slots": 1024, "latent": 8192, "output": 8192, "inner": 8192, "experts_global": 64,
-    "experts_type": 64, "experts_private": 64, "core_rank": 1024, "core_scale": 100, "private_dropout": 1,
-    "lora_rank": 1024, "lora_alpha": 1e4, "sub_width": 1, "sub_window": 1e6,
+    "core_rank": 1024, "core_scale": 100, "lora_rank": 1024, "lora_alpha": 1e4, "sub_width": 1, "sub_window": 1e6,
 }  # fmt: skip
 #: Most numbers of an adapter's experts: 256 MB.
 _MOST_NUMBERS = 1 << 26
@@ -115,8 +114,4 @@ def _numbers_of(method: MethodConfig) -> int:
     """How many numbers the experts of an adapter have, whatever the model."""
     output = method.output or method.latent
     expert = method.inner * (method.latent + output) if method.inner else method.latent * output
-    return (
-        method.slots
-        * (method.experts_global + method.experts_type + method.experts_private)
-        * expert
-    )
+    return method.slots * method.experts_global * expert

@@ -27,9 +27,6 @@ def check_choices(config: Config) -> None:
     _check_run(config)
     if len(set(config.method.views)) != len(config.method.views):
         raise ConfigError.of("method.views", config.method.views, "name each once")
-    method = config.method
-    if method.experts_global + method.experts_type + method.experts_private < 1:
-        raise ConfigError.plain("method has no experts: set method.experts_global to at least 1")
     if config.exchange.codec == _TOPK and config.exchange.down is None:
         raise ConfigError.plain(
             f"{_TOPK} would leave out most of the values a client starts from; it is for updates alone: set "

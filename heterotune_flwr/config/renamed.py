@@ -45,6 +45,10 @@ GONE: dict[str, dict[str, str]] = {
     "method": {
         "ngrams": "the package has no character n-grams any more",
         "text_view": "write views: [text], or views: []",
+        **dict.fromkeys(
+            ("experts_type", "experts_private", "private_dropout"),
+            "all experts are shared by all clients now; leave it out",
+        ),
     },
     "strategies": {
         "heterotune_guarded": "directions are compared by a chain in YAML now: docs/strategies.md, CMGA",

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from heterotune_flwr.dema.bank import TIERS
 from heterotune_flwr.dema.layer import DeMALayer
 from heterotune_flwr.errors import ConfigError, ExchangeError
 
@@ -98,16 +97,13 @@ def read_maps(model: nn.Module) -> dict[str, NDArray[np.float32]]:
 
 
 def gate_mass(model: nn.Module) -> dict[str, float]:
-    """Mean gate weight per tier in the last forward pass, averaged over slots; empty before one.
+    """Mean gate weight by kind of expert in the last forward pass, averaged over slots; empty before one.
 
-    The tiers sum to 1, except with the top-1 gate, which keeps the largest weight alone.
+    They sum to 1, and all of it is the global experts': the other names are those of kinds that have gone.
     """
     name = active_adapter(model)
     layers = [layer for layer in slot_layers(model) if name in layer.gate_mass]
-    sums = dict.fromkeys(TIERS, 0.0)
-    for layer in layers:
-        for where, mass in zip(
-            layer.experts(name), layer.gate_mass[name].float().tolist(), strict=True
-        ):
-            sums[where.partition(".")[0]] += mass / len(layers)
-    return sums if layers else {}
+    if not layers:
+        return {}
+    total = sum(float(layer.gate_mass[name].sum()) for layer in layers)
+    return {"global": total / len(layers), "type": 0.0, "private": 0.0}

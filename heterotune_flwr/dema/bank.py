@@ -2,17 +2,16 @@
 
 Names are the contract between server and client. For DeMA (our definition, docs/method.md)::
 
-    slots.{k}.experts.{tier}.{e}.down.weight   q x r       N_e
-    slots.{k}.experts.{tier}.{e}.down.bias     q           b_e
-    slots.{k}.experts.{tier}.{e}.up.weight     r_out x q   P_e
+    slots.{k}.experts.global.{e}.down.weight   q x r       N_e
+    slots.{k}.experts.global.{e}.down.bias     q           b_e
+    slots.{k}.experts.global.{e}.up.weight     r_out x q   P_e
     slots.{k}.gate.weight                      E x r       G
     slots.{k}.gate.bias                        E           c
 
     cores.{module}.R                           c x c       (``method.core_rank``; or ``A``, ``B``: ``core_kind``)
 
-with ``tier`` one of ``global``, ``type``, ``private``. Without an inner layer (q = 0, Co-LoRA's P and Q) an expert is
-``up.weight`` (r_out x r) and ``up.bias`` (r_out). For LoRA, with a core or a dense change where a
-rival asks for it::
+Without an inner layer (q = 0, Co-LoRA's P and Q) an expert is ``up.weight`` (r_out x r) and ``up.bias`` (r_out). For
+LoRA, with a core or a dense change where a rival asks for it::
 
     lora.{module}.A                            rank x in
     lora.{module}.B                            out x rank
@@ -37,10 +36,9 @@ from heterotune_flwr.seeds import generator
 
 #: How the names of dense changes end.
 RESIDUAL = ".residual"
-TIERS = ("global", "type", "private")
-Tier = Literal["global", "type", "private", "gate", "core", "lora", "sub"]
-#: First part of a name -> tier, for what has no slots.
-_WITHOUT_SLOTS: Mapping[str, Tier] = {"lora": "lora", "cores": "core", "sub": "sub"}
+Part = Literal["expert", "gate", "core", "lora", "sub"]
+#: How a name begins -> part, for what has no slots.
+_WITHOUT_SLOTS: Mapping[str, Part] = {"lora": "lora", "cores": "core", "sub": "sub"}
 
 
 class BankSizes(Protocol):
@@ -50,41 +48,37 @@ class BankSizes(Protocol):
     latent: int
     inner: int
     experts_global: int
-    experts_type: int
-    experts_private: int
 
 
 def bank_shapes(method: BankSizes, output: int) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of a client's DeMA tensors; ``output`` is r_out."""
     shapes: dict[str, tuple[int, ...]] = {}
-    counts = (method.experts_global, method.experts_type, method.experts_private)
-    r, q = method.latent, method.inner
+    count, r, q = method.experts_global, method.latent, method.inner
     for slot in range(method.slots):
-        for tier, count in zip(TIERS, counts, strict=True):
-            for expert in range(count):
-                name = f"slots.{slot}.experts.{tier}.{expert}"
-                if q == 0:
-                    shapes[f"{name}.up.weight"] = (output, r)
-                    shapes[f"{name}.up.bias"] = (output,)
-                    continue
-                shapes[f"{name}.down.weight"] = (q, r)
-                shapes[f"{name}.down.bias"] = (q,)
-                shapes[f"{name}.up.weight"] = (output, q)
-        shapes[f"slots.{slot}.gate.weight"] = (sum(counts), r)
-        shapes[f"slots.{slot}.gate.bias"] = (sum(counts),)
+        for expert in range(count):
+            name = f"slots.{slot}.experts.global.{expert}"
+            if q == 0:
+                shapes[f"{name}.up.weight"] = (output, r)
+                shapes[f"{name}.up.bias"] = (output,)
+                continue
+            shapes[f"{name}.down.weight"] = (q, r)
+            shapes[f"{name}.down.bias"] = (q,)
+            shapes[f"{name}.up.weight"] = (output, q)
+        shapes[f"slots.{slot}.gate.weight"] = (count, r)
+        shapes[f"slots.{slot}.gate.bias"] = (count,)
     return shapes
 
 
-def tier_of(name: str) -> Tier:
-    """Tier of a canonical tensor name; ``gate``, ``core``, ``lora`` and ``sub`` count as tiers of their own."""
+def part_of(name: str) -> Part:
+    """What a tensor belongs to, by its canonical name (ValueError: it is none)."""
     parts = name.split(".")
     if parts[0] in _WITHOUT_SLOTS:
         return _WITHOUT_SLOTS[parts[0]]
-    if parts[0] == "slots" and len(parts) > 2:
-        if parts[2] == "gate":
+    if parts[0] == "slots":
+        if parts[2:3] == ["gate"]:
             return "gate"
-        if parts[2] == "experts" and parts[3] in TIERS:
-            return parts[3]  # type: ignore[return-value]
+        if parts[2:4] == ["experts", "global"]:
+            return "expert"
     raise ValueError(f"{name!r} is not the name of a trainable tensor")
 
 

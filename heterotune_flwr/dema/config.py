@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
@@ -15,7 +15,7 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.schema import MethodConfig
 
 ACTIVATIONS = ("silu", "linear")
-GATES = ("dense", "top1", "uniform")
+GATES = ("dense", "uniform")
 
 
 @dataclass
@@ -40,23 +40,11 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
         default=32,
         metadata={"help": "inner width q of an expert; 0: one matrix and a bias, no inner layer"},
     )
-    experts_global: int = field(default=3, metadata={"help": "experts shared by every client"})
-    experts_type: int = field(default=0, metadata={"help": "experts shared inside a model type"})
-    experts_private: int = field(default=0, metadata={"help": "experts that stay on the client"})
-    private_dropout: float = field(
-        default=0.3,
-        metadata={
-            "help": "probability that a training batch drops a slot's private experts; has no "
-            "effect where there are only private ones"
-        },
-    )
+    experts_global: int = field(default=3, metadata={"help": "experts, shared by every client"})
     activation: str = field(default="silu", metadata={"help": "silu | linear"})
     gate: str = field(
         default="dense",
-        metadata={
-            "help": "dense (softmax over all experts) | top1 (the largest weight alone, not "
-            "renormalised, so that the gate still learns) | uniform (no gate)"
-        },
+        metadata={"help": "dense (softmax over all experts) | uniform (no gate)"},
     )
     seed: int = field(
         default=0, metadata={"help": "public seed of experts and of the default maps"}
@@ -113,24 +101,32 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "not used: the slots decide"}
     )
+    # Stand in adapters that were saved before these experts went.
+    experts_type: InitVar[int] = 0
+    experts_private: InitVar[int] = 0
+    private_dropout: InitVar[float] = 0.0
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, experts_type: int, experts_private: int, private_dropout: float
+    ) -> None:
         """Fix the PEFT type and check the values."""
         super().__post_init__()
+        if experts_type or experts_private:
+            raise ConfigError(
+                f"DeMA: experts_type is {experts_type}, experts_private is {experts_private}; experts that a type or a "
+                "client has alone are no more: load this adapter with the version that saved it"
+            )
         self.peft_type = register()
-        for name, least in (("slots", 1), ("latent", 1), ("inner", 0), ("core_rank", 1)):
+        least_of = {"slots": 1, "latent": 1, "inner": 0, "experts_global": 1, "core_rank": 1}
+        for name, least in least_of.items():
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"DeMA: {name} is {value}, it must be at least {least}")
         if self.output is not None and self.output < 1:
             raise ConfigError(f"DeMA: output is {self.output}, it must be at least 1 (or null)")
-        if min(self.expert_counts.values()) < 0 or sum(self.expert_counts.values()) < 1:
-            raise ConfigError(f"DeMA: at least one expert is needed, got {self.expert_counts}")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"DeMA: activation is {self.activation!r}; choose from {ACTIVATIONS}")
         if self.gate not in GATES:
             raise ConfigError(f"DeMA: gate is {self.gate!r}; choose from {GATES}")
-        if not 0 <= self.private_dropout < 1:
-            raise ConfigError(f"DeMA: private_dropout is {self.private_dropout}, must be in [0, 1)")
         if self.task_type == TaskType.SEQ_2_SEQ_LM:
             raise ConfigError(
                 "DeMA: task_type is SEQ_2_SEQ_LM, but DeMA needs a decoder-only model"
@@ -155,15 +151,6 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
         return plain
 
     @property
-    def expert_counts(self) -> dict[str, int]:
-        """Experts per tier, in the gate's order."""
-        return {
-            "global": self.experts_global,
-            "type": self.experts_type,
-            "private": self.experts_private,
-        }
-
-    @property
     def output_width(self) -> int:
         """Width of the output latent (r_out)."""
         return self.output or self.latent
@@ -178,9 +165,6 @@ class DeMAConfig(PeftConfig):  # type: ignore[misc]
             output=output,
             inner=method.inner,
             experts_global=method.experts_global,
-            experts_type=method.experts_type,
-            experts_private=method.experts_private,
-            private_dropout=method.private_dropout,
             activation=method.activation,
             gate=method.gate,
             seed=seed,

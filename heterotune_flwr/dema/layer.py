@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heterotune_flwr.dema.bank import TIERS, initial_tensors
+from heterotune_flwr.dema.bank import initial_tensors
 from heterotune_flwr.dema.config import DeMAConfig
 from heterotune_flwr.dema.head import LabelHead
 from heterotune_flwr.errors import HeteroTuneError
@@ -27,6 +27,9 @@ MERGE_MESSAGE = (
     "DeMA is a non-linear branch beside the backbone's modules, so no change of the backbone's weights can "
     "stand for it: keep the adapter attached (it costs little), save it with save_pretrained, or distil it"
 )
+
+#: What the experts are called inside a layer: saved adapters name their tensors by it.
+_SAVED_AS = "global_tier"
 
 
 class MergeError(HeteroTuneError, NotImplementedError):
@@ -119,16 +122,12 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Create the experts, gate and (default, seeded random) maps of an adapter."""
         self.configs[adapter_name] = config
         self.slots[adapter_name] = slot
-        self.dema_experts[adapter_name] = nn.ModuleDict(
-            {
-                f"{tier}_tier": nn.ModuleList(  # "type" alone is an attribute of every module
-                    Expert(config.latent, config.inner, config.output_width, config.activation)
-                    for _ in range(count)
-                )
-                for tier, count in config.expert_counts.items()
-            }
+        experts = nn.ModuleList(
+            Expert(config.latent, config.inner, config.output_width, config.activation)
+            for _ in range(config.experts_global)
         )
-        self.dema_gate[adapter_name] = nn.Linear(config.latent, sum(config.expert_counts.values()))
+        self.dema_experts[adapter_name] = nn.ModuleDict({_SAVED_AS: experts})
+        self.dema_gate[adapter_name] = nn.Linear(config.latent, config.experts_global)
         self.dema_maps[adapter_name] = SlotMaps(self.hidden, config, slot)
         if config.head_labels is not None and slot == config.slots - 1:
             self.dema_head[adapter_name] = LabelHead(self.hidden, config)
@@ -178,22 +177,18 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             else None
         )
 
-    def experts(self, adapter_name: str) -> dict[str, Expert]:
-        """``{tier}.{index}`` -> expert of one adapter, in the order of the gate's rows."""
-        tiers = cast(nn.ModuleDict, self.dema_experts[adapter_name])
-        return {
-            f"{tier}.{index}": cast(Expert, expert)
-            for tier in TIERS
-            for index, expert in enumerate(cast(nn.ModuleList, tiers[f"{tier}_tier"]))
-        }
+    def experts(self, adapter_name: str) -> list[Expert]:
+        """The experts of one adapter, in the order of the gate's rows."""
+        held = cast(nn.ModuleDict, self.dema_experts[adapter_name])
+        return [cast(Expert, expert) for expert in cast(nn.ModuleList, held[_SAVED_AS])]
 
     def trainable(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Canonical names (see :mod:`.bank`) -> parameters of one adapter."""
         prefix = f"slots.{self.slots[adapter_name]}"
         named: dict[str, nn.Parameter] = {}
-        for where, expert in self.experts(adapter_name).items():
+        for index, expert in enumerate(self.experts(adapter_name)):
             for key, parameter in expert.named_parameters():
-                named[f"{prefix}.experts.{where}.{key}"] = parameter
+                named[f"{prefix}.experts.global.{index}.{key}"] = parameter
         for key, parameter in self.dema_gate[adapter_name].named_parameters():
             named[f"{prefix}.gate.{key}"] = parameter
         if adapter_name in self.dema_cores:
@@ -212,19 +207,10 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _gate(self, adapter_name: str, z: Tensor) -> Tensor:
         """Weights over the experts, ``... x E``."""
-        config = self.configs[adapter_name]
         logits = cast(Tensor, self.dema_gate[adapter_name](z))
-        if config.gate == "uniform":
+        if self.configs[adapter_name].gate == "uniform":
             logits = 0.0 * logits  # stays in the graph: the gate's gradients exist, and are zero
-        private = config.experts_private
-        if self.training and 0 < private < logits.shape[-1] and config.private_dropout > 0:
-            dropped = torch.rand((), device=z.device) < config.private_dropout
-            mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=z.device)
-            mask[-private:] = dropped
-            logits = logits.masked_fill(mask, float("-inf"))
         weights = torch.softmax(logits, dim=-1)
-        if config.gate == "top1":
-            weights = weights * functional.one_hot(weights.argmax(-1), weights.shape[-1])
         self.gate_mass[adapter_name] = weights.detach().reshape(-1, weights.shape[-1]).mean(0)
         return weights
 
@@ -243,7 +229,7 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             z = functional.linear(x.to(maps.down_weight.dtype), maps.down_weight, maps.down_bias)
             weights = self._gate(adapter_name, z)
             mixed = torch.zeros((), dtype=z.dtype, device=z.device)
-            for index, expert in enumerate(self.experts(adapter_name).values()):
+            for index, expert in enumerate(self.experts(adapter_name)):
                 mixed = mixed + weights[..., index : index + 1] * expert(z)
             return functional.linear(mixed, maps.up_weight).float()
 

@@ -228,7 +228,7 @@ def _metrics(facts: ExportFacts) -> list[str]:
         *rows,
     ]
     if facts.whole_type:
-        besides = "label frequencies, all or a share of the head, gates, private experts"
+        besides = "label frequencies, all or a share of the head, gates, cores"
         whose = f"each with what is its own besides ({besides})"
         means = f"Means over {facts.clients} clients, {whose}. The folder itself was not measured."
         return [*table, "", means]

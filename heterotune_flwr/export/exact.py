@@ -20,14 +20,13 @@ from heterotune_flwr.tuning.task import Task
 def is_linear(adapter: AttachedAdapter, task: Task) -> bool:
     """Whether a model is a LoRA on its unembedding, exactly, whatever its numbers are."""
     method = adapter.method
-    experts = method.experts_global + method.experts_type + method.experts_private
     return (
         method.kind == "dema"
         and method.slots == 1
         and method.core_rank == 0
         and not method.views
         and (method.inner == 0 or method.activation == "linear")
-        and (experts == 1 or method.gate == "uniform")
+        and (method.experts_global == 1 or method.gate == "uniform")
         and (task.trie is None or (len(task.trie.nodes) == 1 and task.scaling.softcap is None))
     )
 
@@ -42,7 +41,7 @@ def exact_change(adapter: AttachedAdapter, task: Task) -> LowRank:
     down, offset, up = (
         value.float() for value in (maps.down_weight, maps.down_bias, maps.up_weight)
     )
-    experts = [_linear(expert) for expert in layer.experts(name).values()]
+    experts = [_linear(expert) for expert in layer.experts(name)]
     weight = sum(w for w, _ in experts) / len(experts)
     bias = sum(b for _, b in experts) / len(experts)
     unembedding = adapter.backbone.model.get_output_embeddings().weight

@@ -9,17 +9,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from heterotune_flwr.dema.bank import initial_tensors, tier_of
+from heterotune_flwr.dema.bank import initial_tensors, part_of
 from heterotune_flwr.errors import ConfigError
-from heterotune_flwr.schema import MethodConfig
-from heterotune_flwr.tuning.kept_model import FEDERATED, Choosing, Head, KeptModel, Tensors
+from heterotune_flwr.tuning.kept_model import FEDERATED, Choosing, Head, KeptModel
 
-#: Tiers that may differ between the clients of a type: their own experts, gates and cores.
-_OWN = ("private", "gate", "core")
+#: What may differ between the clients of a type.
+_OWN = ("gate", "core")
 
 
 def shared_model(records: Sequence[KeptModel]) -> KeptModel:
-    """What the clients of one type share: no private experts, gates, cores or rounds of one's own, no label prior.
+    """What the clients of one type share: no gates, cores or rounds of one's own, no label prior.
 
     Metrics are means over the clients, and so is what channels add: each took home as much of it as helps it. Those of
     the federated model are from before a client's own rounds.
@@ -36,18 +35,17 @@ def shared_model(records: Sequence[KeptModel]) -> KeptModel:
         for name, value in first.as_shared.items()
         if any(not np.array_equal(value, other.as_shared[name]) for other in records[1:])
     }
-    own = {name for name in first.as_shared if tier_of(name) in _OWN and name in differing}
-    if differing - own:
+    if any(part_of(name) not in _OWN for name in differing):
         raise ConfigError(
             f"clients of {first.type_key} share no model in strategy {first.strategy!r}; export one client's with "
             f"--client {first.client_id}"
         )
-    tensors, method = _without_private(first, differing)
+    # One client's own: as it was before anybody trained.
+    own = initial_tensors({name: first.as_shared[name].shape for name in differing}, first.seed)
     return replace(
         first,
         client_id="",
-        method=method,
-        federated=tensors,
+        federated={**first.as_shared, **own},
         shared=None,
         own_rounds=0,
         shared_tests={},
@@ -87,20 +85,3 @@ def _mean_head(heads: Sequence[Head | None]) -> Head | None:
         return np.asarray(np.sum(parts, axis=0, dtype=np.float64) / len(heads), np.float32)
 
     return Head(mean([head.weight for head in held]), mean([head.bias for head in held]))
-
-
-def _without_private(record: KeptModel, differing: set[str]) -> tuple[Tensors, MethodConfig]:
-    """The shared tensors, and the method without private experts: their rows are cut out of the gates."""
-    method, tensors = record.method, {}
-    shared = method.experts_global + method.experts_type
-    drops = method.kind == "dema" and method.experts_private > 0 and shared > 0
-    for name, value in record.as_shared.items():
-        tier = tier_of(name)
-        if tier == "private" and drops:
-            continue
-        if name in differing:  # one client's own: as it was before anybody trained
-            value = initial_tensors({name: value.shape}, record.seed)[name]
-        if tier == "gate" and drops:
-            value = value[:shared]
-        tensors[name] = value
-    return tensors, replace(method, experts_private=0) if drops else method

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from heterotune_flwr.dema.bank import slot_of, tier_of
+from heterotune_flwr.dema.bank import part_of, slot_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.federation.session import StrategyContext
 from heterotune_flwr.strategies.strategy import HeteroStrategy, Scope
@@ -32,15 +32,14 @@ class FedMosaic(HeteroStrategy):
                 f"{self.method.kind!r}; set strategies.{context.name}.method.kind=dema"
             )
         self.method = replace(
-            self.method, inner=0, core_kind="lora", gate="uniform",
-            experts_global=1, experts_type=0, experts_private=0,
-        )  # fmt: skip
+            self.method, inner=0, core_kind="lora", gate="uniform", experts_global=1
+        )
 
     def scope(self, name: str, type_key: str) -> Scope:
         """P and Q for all, as far as the slot is aligned; LoRA for the type; a gate over one expert does nothing."""
-        tier = tier_of(name)
-        if tier == "gate":
+        part = part_of(name)
+        if part == "gate":
             return "fixed"
-        if tier == "core":
+        if part == "core":
             return "client" if self.method.core_scope == "client" else "type"
         return "global" if self.shares(type_key, slot_of(name)) else "type"

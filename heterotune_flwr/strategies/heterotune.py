@@ -9,7 +9,7 @@ import numpy as np
 
 from heterotune_flwr.channels.channel import ServerChannel
 from heterotune_flwr.config.options import check_between
-from heterotune_flwr.dema.bank import slot_of, tier_of
+from heterotune_flwr.dema.bank import part_of, slot_of
 from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.exchange.trees import State
 from heterotune_flwr.federation.session import StrategyContext
@@ -68,14 +68,13 @@ class HeteroTune(HeteroStrategy):
         )
 
     def scope(self, name: str, type_key: str) -> Scope:
-        """Global experts are for all types, as far as the type's slot is aligned."""
+        """Experts are for all types, as far as the type's slot is aligned."""
         wanted: dict[str, Any] = {
-            "global": "global",
+            "expert": "global",
             "gate": self.method.gate_scope,
             "core": self.method.core_scope,
-            "private": "client",
         }
-        found: Scope = wanted.get(tier_of(name), "type")
+        found: Scope = wanted.get(part_of(name), "type")
         return "type" if found == "global" and not self.shares(type_key, slot_of(name)) else found
 
     def combine(self, group: str, round: int, updates: Sequence[ClientUpdate]) -> Tensors:

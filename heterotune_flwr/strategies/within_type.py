@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from heterotune_flwr.channels.channel import server_half
-from heterotune_flwr.dema.bank import tier_of
+from heterotune_flwr.dema.bank import part_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.strategies.strategy import HeteroStrategy, Scope
 
@@ -15,7 +15,7 @@ class WithinType(HeteroStrategy):
     """FedAvg (arXiv 1602.05629) of the DeMA bank inside each model type.
 
     The rival HeteroTune has to beat: equal adapter, equal maps, equal bytes, but one bank per type.
-    Everything except private experts (and private cores) has scope ``type``; :meth:`combine` is the base class's
+    Everything except cores of a client's own has scope ``type``; :meth:`combine` is the base class's
     example-weighted mean. Its channels pool over the own type and nobody else: what HeteroTune gains beyond them is not
     what public texts teach a type by itself.
     """
@@ -27,8 +27,7 @@ class WithinType(HeteroStrategy):
 
     def scope(self, name: str, type_key: str) -> Scope:
         """Share with the own type only."""
-        tier = tier_of(name)
-        own = tier == "private" or (tier == "core" and self.method.core_scope == "client")
+        own = part_of(name) == "core" and self.method.core_scope == "client"
         return "client" if own else "type"
 
 

@@ -192,21 +192,6 @@ class AttachedAdapter:
         self.maps_digest = digest or tensor_digest(maps)
 
     @contextmanager
-    def training(self) -> Iterator[None]:
-        """Let the adapter, and only the adapter, behave as in training (private dropout).
-
-        The backbone stays in evaluation mode: its own dropout would make kept states wrong.
-        """
-        layers = self._slots()
-        for layer in layers:
-            layer.training = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.training = False
-
-    @contextmanager
     def without_trained_slots(self) -> Iterator[None]:
         """The backbone with the slots below the lowest trained one alone (DeMA): what training leaves as it is."""
         with _disabled(self._slots()[self.lowest :]):
@@ -243,7 +228,7 @@ class AttachedAdapter:
         return SliceTask.of(task, self.backbone)
 
     def gate_mass(self) -> dict[str, float]:
-        """Mean gate weight per tier in the last forward pass; empty for LoRA."""
+        """Mean gate weight by kind of expert in the last forward pass; empty for LoRA."""
         if self.kind != "dema":
             return {}
         from heterotune_flwr.dema import gate_mass

@@ -62,7 +62,7 @@ def fit(
     gradients
         Added to every gradient, after ``work.proximal``.
     seed
-        Of the batches and the dropout of private experts; equal seeds give equal results on CPU.
+        Of the batches and of what losses draw with torch; equal seeds give equal results on CPU.
     memory_gb
         What training may use, weights included; batches go through in parts that fit, with the gradient of the whole.
 
@@ -183,11 +183,10 @@ def _generators(losses: Sequence[LossTerm], seed: int) -> list[np.random.Generat
 
 @contextmanager
 def _training(adapter: AttachedAdapter, work: TrainConfig, seed: int) -> Iterator[None]:
-    """The adapter in training, with random numbers of its own."""
+    """Training, with random numbers of its own; the model stays in evaluation mode, for kept states have no dropout."""
     device = adapter.backbone.device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        adapter.training(),
         checkpointing(adapter, work.gradient_checkpointing),
         torch.enable_grad(),
     ):

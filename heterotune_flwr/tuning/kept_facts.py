@@ -13,6 +13,8 @@ from heterotune_flwr.schema import MethodConfig
 FORMAT = 2
 #: The version that knew no own rounds is read as a record without them.
 BEFORE_OWN_ROUNDS = 1
+#: Settings of an adapter that records of before have besides.
+_GONE = ("experts_type", "experts_private", "private_dropout")
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,20 @@ class KeptFacts:
 
 def read_facts(plain: Any) -> KeptFacts:
     """Facts from their JSON (ValueError: they are none, or of another version)."""
-    if isinstance(plain, dict) and plain.get("format") == BEFORE_OWN_ROUNDS:
-        plain = {**plain, "own_rounds": 0, "shared_tests": {}, "format": FORMAT}
+    if isinstance(plain, dict):
+        if plain.get("format") == BEFORE_OWN_ROUNDS:
+            plain = {**plain, "own_rounds": 0, "shared_tests": {}, "format": FORMAT}
+        plain = {**plain, "method": _of_today(plain.get("method"))}
     facts: KeptFacts = read_as(KeptFacts, plain, "it")
     if facts.took not in MODELS or facts.format != FORMAT:
         raise ValueError("its model or format is not known here")
     return facts
+
+
+def _of_today(method: Any) -> Any:
+    """An adapter's settings without those that have gone (ValueError: it has experts which are no more)."""
+    if not isinstance(method, dict):
+        return method
+    if method.get("experts_type") or method.get("experts_private"):
+        raise ValueError("it has experts that a type or a client has alone, which are no more")
+    return {name: value for name, value in method.items() if name not in _GONE}

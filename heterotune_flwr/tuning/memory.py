@@ -176,7 +176,7 @@ def step_cost(adapter: AttachedAdapter, task: Task, rows: Rows, checkpoint: bool
         losses, _ = task.losses(states, targets)
         torch.autograd.grad(losses.sum(), trained, allow_unused=True)
 
-    with adapter.training(), checkpointing(adapter, checkpoint), torch.enable_grad():
+    with checkpointing(adapter, checkpoint), torch.enable_grad():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             before = torch.cuda.memory_allocated(device)

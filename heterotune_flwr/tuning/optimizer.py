@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from heterotune_flwr.dema.bank import tier_of
+from heterotune_flwr.dema.bank import part_of
 from heterotune_flwr.rates import sinking_share, warm_up_share
 from heterotune_flwr.schema import TrainConfig
 
@@ -46,8 +46,8 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], work: TrainConfig) -> to
     """
     if work.optimizer == "sgd":
         return torch.optim.SGD(trained.values(), lr=work.learning_rate)
-    gates = [p for name, p in trained.items() if tier_of(name) == "gate"]
-    others = [p for name, p in trained.items() if tier_of(name) != "gate"]
+    gates = [p for name, p in trained.items() if part_of(name) == "gate"]
+    others = [p for name, p in trained.items() if part_of(name) != "gate"]
     rates = ((others, work.learning_rate), (gates, work.gate_rate * work.learning_rate))
     return torch.optim.AdamW(
         [{"params": group, "lr": rate} for group, rate in rates if group],

@@ -65,7 +65,7 @@ def test_the_batched_mixture_is_demas_layer():
         with torch.no_grad():
             for parameter in layer.trainable("default").values():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        experts = layer.experts("default").values()
+        experts = layer.experts("default")
         bank = {
             "down": torch.stack([e.down.weight for e in experts]),
             "bias": torch.stack([e.down.bias for e in experts]),
@@ -82,7 +82,7 @@ def test_the_batched_mixture_is_demas_layer():
 def test_the_first_values_are_the_products():
     _, layers, *_ = world()
     bank = initial_bank(METHOD, LABELS, 7)
-    experts = list(layers[0].experts("default").values())
+    experts = layers[0].experts("default")
     torch.testing.assert_close(bank["down"][2], experts[2].down.weight.detach())
     assert bank["up"].shape == (3, LABELS, 4)
     assert not bank["up"].any()
@@ -131,7 +131,7 @@ def test_training_alone_equals_the_products_loop(monkeypatch: pytest.MonkeyPatch
         train_naively(
             layers[client], states[client], rows[client], targets, shares[client], orders, schedule
         )
-        experts = list(layers[client].experts("default").values())
+        experts = layers[client].experts("default")
         ups = torch.stack([e.up.weight for e in experts]).detach()
         assert ups.abs().max() > 0.01
         torch.testing.assert_close(kept["up"][client], ups, atol=2e-4, rtol=1e-3)

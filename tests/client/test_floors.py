@@ -52,7 +52,6 @@ from heterotune_flwr.tuning.evaluate import bounded
 from heterotune_flwr.tuning.losses import Examples
 
 ROWS = 80
-SHARED = replace(METHOD, experts_private=0)
 VAST = replace(METHOD, latent=8192, inner=8192)
 MAPS, DIGEST = make_maps(48)
 WORK = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -144,7 +143,6 @@ TENSOR = "slots.0.experts.global.0.up.weight"
         ("'data.prompt={text}{text}'", {}, "hold {text} once"),
         ("data.name=natural_instructions", {}, "simulations"),
         ("", {"method": VAST}, "size of the adapter"),
-        ("", {"expected": ["slots.0.experts.private.0.up.weight"]}, "private experts never leave"),
     ],
 )
 def test_what_reads_single_records_is_refused(node, overrides, changes, match):
@@ -369,13 +367,13 @@ def test_a_training_that_tells_of_held_out_rows_counts_as_a_test(world, folder, 
 
 def test_what_a_node_keeps_of_earlier_rounds_is_part_of_what_is_asked(world, folder, tmp_path):
     node = Node(world, folder, tmp_path, **{"floor-trainings": 3})
-    shapes = node.describe(method=SHARED).shapes
+    shapes = node.describe().shapes
     start = initial_tensors(shapes, 0)
     zero = {TENSOR: np.zeros(shapes[TENSOR], np.float32)}
 
     def ask(round, rate):
         node.train(
-            method=SHARED, round=round, learning_rate=rate, tensors=start, expected=[TENSOR],
+            round=round, learning_rate=rate, tensors=start, expected=[TENSOR],
             channels={"control_variates": Payload(zero)},
         )  # fmt: skip
 

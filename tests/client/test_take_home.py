@@ -46,7 +46,7 @@ def kept(world, where="run/state") -> KeptModel:
 def trained(world, rounds=2, seed=1):
     """Rounds in which the server sends other values each time; returns the last ones sent."""
     shapes = world.describe(0).shapes
-    shared = [name for name in shapes if ".private." not in name]
+    shared = [name for name in shapes if ".gate." not in name]
     for number in range(1, rounds + 1):
         values = initial_tensors({name: shapes[name] for name in shared}, seed + number)
         world.train(0, number, values, shared, maps=MAPS, digest=DIGEST, steps=20 * number)
@@ -112,7 +112,7 @@ def test_no_round_of_a_run_with_another_seed_is_trained_alone(world, monkeypatch
     values, done = trained(world), counted(monkeypatch)
     shapes = world.describe(0).shapes
     header = replace(world.header(METHOD, 2), seed=5)
-    shared = [name for name in shapes if ".private." not in name]
+    shared = [name for name in shapes if ".gate." not in name]
     asked = TrainRequest(header, values, DIGEST, MAPS, shared)
     world.ask(0, TRAIN, asked.to_content("fp32"))
     done.clear()

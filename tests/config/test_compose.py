@@ -123,7 +123,7 @@ def test_a_wrong_preset_is_one_clear_line(config: str, word: str) -> None:
         ("train.warmup_ratio=-0.1", "from 0 to 1"),
         ("train.warmup_ratio=.nan", "finite number from 0 to 1"),
         ("train.warmup_ratio=1.5", "from 0 to 1"),
-        ("method.experts_global=0", "no experts"),
+        ("method.experts_global=0", "of at least 1 is needed"),
         ("server.timeout_seconds=0", "above 0"),
         ("data.prompt='x", "cannot be split"),
     ],

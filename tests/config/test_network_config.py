@@ -206,7 +206,7 @@ def test_honest_configurations_are_read_as_those_of_the_own_machine():
     ("name", "value"),
     [("slots", "2"), ("slots", 10**9), ("latent", 0), ("kind", LOOKED_UP), ("activation", "CANARY"),
      ("gate", None), ("output", "x"), ("views", 1), ("views", [1]), ("views", ["text", "CANARY"]),
-     ("views", ["text", "text"]), ("experts_global", True), ("private_dropout", [])],
+     ("views", ["text", "text"]), ("experts_global", True), ("core_scale", [])],
 )  # fmt: skip
 def test_the_method_in_a_message_is_checked_like_that_of_a_configuration(world, node, name, value):
     told = ask(world, node, inline(world), "", replace(METHOD, **{name: value}))

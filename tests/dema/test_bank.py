@@ -8,20 +8,18 @@ import sys
 import numpy as np
 import pytest
 
-from heterotune_flwr.dema.bank import bank_shapes, initial_tensors, slot_of, tier_of
+from heterotune_flwr.dema.bank import bank_shapes, initial_tensors, part_of, slot_of
 from heterotune_flwr.schema import MethodConfig
 from heterotune_flwr.seeds import generator
 
-METHOD = MethodConfig(
-    slots=2, latent=8, inner=5, experts_global=2, experts_type=1, experts_private=1
-)
+METHOD = MethodConfig(slots=2, latent=8, inner=5, experts_global=4)
 
 
 def test_shapes_are_the_contract() -> None:
     shapes = bank_shapes(METHOD, output=6)
     assert shapes["slots.0.experts.global.1.down.weight"] == (5, 8)
-    assert shapes["slots.1.experts.type.0.down.bias"] == (5,)
-    assert shapes["slots.1.experts.private.0.up.weight"] == (6, 5)
+    assert shapes["slots.1.experts.global.2.down.bias"] == (5,)
+    assert shapes["slots.1.experts.global.3.up.weight"] == (6, 5)
     assert shapes["slots.0.gate.weight"] == (4, 8)
     assert shapes["slots.0.gate.bias"] == (4,)
     assert len(shapes) == 2 * (4 * 3 + 2)
@@ -30,27 +28,28 @@ def test_shapes_are_the_contract() -> None:
 def test_bytes_of_the_measured_setting() -> None:
     """METHOD section 5: r=128, q=32, K=1, E=3 is 49 kB in bf16, whatever the backbone."""
     shapes = bank_shapes(MethodConfig(), output=128)
-    numbers = sum(int(np.prod(s)) for name, s in shapes.items() if tier_of(name) == "global")
+    numbers = sum(int(np.prod(s)) for name, s in shapes.items() if part_of(name) == "expert")
     assert numbers == 3 * (128 * 32 + 32 + 32 * 128)
     assert 2 * numbers == 49_344
 
 
-def test_tier_and_slot_of_every_name() -> None:
+def test_part_and_slot_of_every_name() -> None:
     names = bank_shapes(METHOD, output=6)
-    tiers = {tier_of(name) for name in names}
-    assert tiers == {"global", "type", "private", "gate"}
+    assert {part_of(name) for name in names} == {"expert", "gate"}
     assert {slot_of(name) for name in names} == {0, 1}
-    assert tier_of("lora.model.layers.0.mlp.up_proj.A") == "lora"
+    assert part_of("lora.model.layers.0.mlp.up_proj.A") == "lora"
+    assert part_of("cores.model.layers.0.mlp.up_proj.R") == "core"
+    assert part_of("sub.lm_head.weight") == "sub"
     assert slot_of("lora.model.layers.3.mlp.up_proj.A") == 0
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", "slots.0", "slots.0.map.down.weight", "slots.0.experts.public.0.up.weight", "x.y.z"],
+    ["", "slots.0", "slots.0.map.down.weight", "slots.0.experts.private.0.up.weight", "x.y.z"],
 )
-def test_other_names_have_no_tier(name: str) -> None:
+def test_other_names_are_of_no_part(name: str) -> None:
     with pytest.raises(ValueError, match="not the name of a trainable tensor"):
-        tier_of(name)
+        part_of(name)
 
 
 def test_first_values_depend_on_seed_and_name_alone() -> None:

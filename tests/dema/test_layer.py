@@ -1,4 +1,4 @@
-"""One slot against the naive formula: gates, tiers, activation, private dropout, dtypes, maps."""
+"""One slot against the naive formula: gates, experts, activation, dtypes, maps."""
 
 from __future__ import annotations
 
@@ -55,12 +55,11 @@ def values_of(layer: DeMALayer) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("gate", ["dense", "top1", "uniform"])
+@pytest.mark.parametrize("gate", ["dense", "uniform"])
 @pytest.mark.parametrize("activation", ["silu", "linear"])
-@pytest.mark.parametrize("tiers", [(3, 0, 0), (1, 2, 1), (0, 0, 2), (0, 1, 0)])
-def test_formula(gate: str, activation: str, tiers: tuple[int, int, int]) -> None:
-    counts = dict(zip(("experts_global", "experts_type", "experts_private"), tiers, strict=True))
-    config = dema_config(gate=gate, activation=activation, slots=1, **counts)
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_formula(gate: str, activation: str, experts: int) -> None:
+    config = dema_config(gate=gate, activation=activation, slots=1, experts_global=experts)
     layer = one_slot(config)
     layer.dema_maps["default"].down_bias.normal_()
     x = torch.randn(2, 5, HIDDEN)
@@ -86,12 +85,11 @@ def test_experts_without_an_inner_layer_are_a_matrix_and_a_bias(gate: str) -> No
 
 
 def test_one_linear_expert_is_a_plain_core() -> None:
-    """E=1, linear, no private: y = f(x) + U C (D x + o), the r x r core of Fed-SB / Co-LoRA."""
-    config = dema_config(
-        slots=1, experts_global=1, experts_type=0, experts_private=0, activation="linear", inner=8
-    )
+    """E=1, linear: y = f(x) + U C (D x + o), the r x r core of Fed-SB / Co-LoRA."""
+    config = dema_config(slots=1, experts_global=1, activation="linear", inner=8)
     layer = one_slot(config)
-    expert = layer.experts("default")["global.0"]
+    (expert,) = layer.experts("default")
+    assert expert.down is not None
     with torch.no_grad():
         expert.down.bias.zero_()
     core = expert.up.weight @ expert.down.weight
@@ -101,57 +99,23 @@ def test_one_linear_expert_is_a_plain_core() -> None:
     torch.testing.assert_close(layer.delta("default", x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gate_rows_are_global_type_private() -> None:
-    config = dema_config(slots=1)
-    layer = one_slot(config)
+def test_a_gates_rows_weigh_the_experts_in_their_order() -> None:
+    layer = one_slot(dema_config(slots=1))
     gate = layer.dema_gate["default"]
     with torch.no_grad():
         gate.weight.zero_()
-        gate.bias.copy_(torch.tensor([0.0, 0.0, 20.0, 0.0]))  # global, global, type, private
-    model = torch.nn.Sequential(layer)
-    model(torch.randn(3, HIDDEN))
-    mass = gate_mass(model)
-    assert list(mass) == ["global", "type", "private"]
-    assert mass["type"] == pytest.approx(1, abs=1e-6)
+        gate.bias.copy_(torch.tensor([0.0, 60.0, 0.0]))
+    x = torch.randn(3, HIDDEN)
+    chosen = layer.experts("default")[1](layer.latents(x))
+    expected = chosen @ layer.dema_maps["default"].up_weight.T
+    torch.testing.assert_close(layer.delta("default", x), expected)
 
 
-def test_gate_mass_of_a_fresh_adapter_is_uniform_and_empty_before_a_forward() -> None:
+def test_the_gates_mass_is_told_after_a_forward_pass() -> None:
     model = get_peft_model(tiny_model(), dema_config())
     assert gate_mass(model) == {}
     logits(model, tokens())
-    assert gate_mass(model) == pytest.approx({"global": 0.5, "type": 0.25, "private": 0.25})
-
-
-def test_private_dropout() -> None:
-    """Dropped in about p of the training batches, whole, with the rest of the gate renormalised."""
-    layer = one_slot(dema_config(slots=1, private_dropout=0.4))
-    x = torch.randn(3, HIDDEN)
-    torch.manual_seed(0)
-    layer.train()
-    private, totals = [], []
-    for _ in range(300):
-        layer.delta("default", x)
-        mass = layer.gate_mass["default"]
-        private.append(float(mass[3]))
-        totals.append(float(mass.sum()))
-    assert 0.3 < np.mean([m == 0 for m in private]) < 0.5
-    assert len({round(m, 5) for m in private}) == 2
-    np.testing.assert_allclose(totals, 1, atol=1e-5)
-    layer.eval()
-    for _ in range(20):
-        layer.delta("default", x)
-        assert layer.gate_mass["default"][3] > 0
-
-
-def test_private_dropout_never_drops_everything() -> None:
-    layer = one_slot(
-        dema_config(
-            slots=1, experts_global=0, experts_type=0, experts_private=2, private_dropout=0.9
-        )
-    )
-    layer.train()
-    for _ in range(20):
-        assert torch.isfinite(layer.delta("default", torch.randn(2, HIDDEN))).all()
+    assert gate_mass(model)["global"] == pytest.approx(1)
 
 
 def test_uniform_gate_is_not_trained_but_has_gradients() -> None:
@@ -160,12 +124,6 @@ def test_uniform_gate_is_not_trained_but_has_gradients() -> None:
     gate = layer.dema_gate["default"]
     assert gate.weight.grad is not None
     assert not gate.weight.grad.any()
-
-
-def test_top1_gate_still_learns() -> None:
-    layer = one_slot(dema_config(slots=1, gate="top1"))
-    layer.delta("default", torch.randn(4, HIDDEN)).square().sum().backward()
-    assert layer.dema_gate["default"].weight.grad.any()
 
 
 def test_bf16_states_keep_their_dtype_and_float32_math() -> None:
@@ -293,11 +251,10 @@ def test_slots_come_bottom_up() -> None:
         ({"latent": 0}, "latent is 0"),
         ({"inner": -1}, "inner is -1"),
         ({"output": 0}, "output is 0"),
-        ({"experts_global": 0, "experts_type": 0, "experts_private": 0}, "at least one expert"),
-        ({"experts_type": -1}, "at least one expert"),
-        ({"gate": "sparse"}, "gate is 'sparse'"),
+        ({"experts_global": 0}, "experts_global is 0"),
+        ({"experts_type": 2}, "experts_type is 2"),
+        ({"gate": "top1"}, "gate is 'top1'"),
         ({"activation": "gelu"}, "activation is 'gelu'"),
-        ({"private_dropout": 1.0}, "private_dropout is 1.0"),
         ({"target_modules": ["q_proj"]}, "target_modules and target_parameters are not used"),
     ],
 )
@@ -307,8 +264,8 @@ def test_bad_configuration(fields: dict[str, Any], message: str) -> None:
 
 
 def test_configuration_of_a_run() -> None:
-    method = MethodConfig(slots=2, latent=7, experts_private=1, gate="top1", activation="linear")
+    method = MethodConfig(slots=2, latent=7, experts_global=4, gate="uniform", activation="linear")
     config = DeMAConfig.from_method(method, output=5, seed=11)
     assert bank_shapes(config, config.output_width) == bank_shapes(method, 5)
-    assert (config.gate, config.activation, config.seed) == ("top1", "linear", 11)
+    assert (config.gate, config.activation, config.seed) == ("uniform", "linear", 11)
     assert config.task_type == "CAUSAL_LM"

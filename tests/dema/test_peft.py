@@ -53,7 +53,7 @@ def test_an_untested_peft_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_configuration_round_trip(tmp_path: Path) -> None:
-    config = dema_config(gate="top1", mlp_modules=["a", "b"], final_norm_module="n")
+    config = dema_config(gate="uniform", mlp_modules=["a", "b"], final_norm_module="n")
     config.save_pretrained(tmp_path)
     again = peft.PeftConfig.from_pretrained(tmp_path)
     assert isinstance(again, DeMAConfig)
@@ -198,7 +198,7 @@ def test_gradients_reach_every_slot_at_round_zero(family: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
-        model = get_peft_model(tiny_model(family), dema_config(slots=2, private_dropout=0.5))
+        model = get_peft_model(tiny_model(family), dema_config(slots=2))
         randomize(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -260,7 +260,6 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_a_fresh_adapter_has_the_mode_of_its_backbone() -> None:
-    """Loaded backbones are in evaluation mode: private experts must not be dropped there."""
     for mode in (False, True):
         model = get_peft_model(tiny_model().train(mode), dema_config(slots=2))
         assert {module.training for layer in slot_layers(model) for module in layer.modules()} == {

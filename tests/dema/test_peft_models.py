@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from heterotune_flwr.dema import DeMALayer
 from heterotune_flwr.dema.access import active_adapter, slot_layers, trainable_tensors
-from heterotune_flwr.errors import BackboneError, HeteroTuneError
+from heterotune_flwr.errors import BackboneError, ConfigError, HeteroTuneError
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -48,6 +49,27 @@ def test_save_and_load(family: str, tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(tiny_model(family), tmp_path, adapter_name="other")
     assert torch.equal(logits(again, tokens()), expected)
     assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_an_adapter_from_before_all_experts_were_for_all(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """It loads, by the same names, where it has no others; else one line says that they are no more."""
+    model = get_peft_model(tiny_model(), dema_config())
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "np") as stored:
+        assert sum(".dema_experts.global_tier.1." in name for name in list(stored.keys())) == 2 * 3
+    path = tmp_path / "adapter_config.json"
+    before = {"experts_type": 0, "experts_private": 0, "private_dropout": 0.3}
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | before))
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+    assert not any("Unexpected keyword" in str(warned.message) for warned in recwarn)
+    path.write_text(json.dumps(saved | before | {"experts_private": 1}))
+    with pytest.raises(ConfigError, match=r"experts_private is 1; [^\n]* are no more"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
 def test_maps_of_a_run_travel_with_the_adapter(tmp_path: Path) -> None:
@@ -115,7 +137,7 @@ def test_disable_adapter() -> None:
 
 def two_adapters() -> tuple[Any, dict[str, torch.Tensor]]:
     """A model with adapters of different slots, widths and experts, and each one's logits."""
-    model = get_peft_model(tiny_model(), dema_config(slots=1, latent=4, experts_private=0))
+    model = get_peft_model(tiny_model(), dema_config(slots=1, latent=4, experts_global=2))
     randomize(model, seed=1)
     seen = {"default": logits(model, tokens())}
     model.add_adapter("deep", dema_config(slots=3, output=None))

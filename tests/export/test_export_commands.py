@@ -24,7 +24,7 @@ from heterotune_flwr.export.shared import shared_model
 from heterotune_flwr.schema import DataConfig
 from heterotune_flwr.tuning.kept_model import find_kept
 
-METHOD = replace(DEMA, experts_private=1, gate_scope="client")
+METHOD = replace(DEMA, gate_scope="client")
 #: What the first client's federated model came to before its own rounds.
 SHARED_LOSS = 7.5
 
@@ -59,7 +59,7 @@ def run(pool: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shared = {name: value / 2 for name, value in record.federated.items()}
     before = {**record.tests["federated"], "personal_loss": SHARED_LOSS}
-    own = {name: value + ("private" in name or ".gate." in name) for name, value in shared.items()}
+    own = {name: value + (".gate." in name) for name, value in shared.items()}
     other = replace(record, client_id="client-0001", federated=own, head=None)
     record = replace(record, own_rounds=2, shared=shared, shared_tests=before)
     unlike = {name: value + 1 for name, value in record.federated.items()}
@@ -108,7 +108,6 @@ def test_a_types_model_has_nothing_of_one_client(
     assert done.exit_code == 0, done.output
     facts = ExportFacts.load(out)
     assert (facts.clients, facts.whole_type, facts.record.prior) == (2, True, None)
-    assert facts.record.method.experts_private == 0
     first, second = (one.load() for one in find_kept(run, strategy="heterotune"))
     loss = (SHARED_LOSS + second.tests["federated"]["personal_loss"]) / 2
     assert facts.record.tests["federated"]["personal_loss"] == pytest.approx(loss)
@@ -117,12 +116,14 @@ def test_a_types_model_has_nothing_of_one_client(
     names = [name for name in shared if ".experts.global." in name]
     assert names
     assert all(np.array_equal(shared[name], second.federated[name]) for name in names)
+    gates = [name for name in shared if ".gate." in name]  # as they were before anybody trained
+    assert sorted([*names, *gates]) == sorted(shared)
+    assert gates
+    assert not any(shared[name].any() for name in gates)
     assert not (out / "alone").exists()
     card = (out / "README.md").read_text()
     assert "each with what is its own besides" in card
     assert "the run's (`toy-heterotune-seed0`), and where the base model lay" in card
-    config = json.loads((out / "adapter_config.json").read_text())
-    assert config["experts_private"] == 0
     rows = write_rows(tmp_path / "rows.jsonl", pool)
     found = json.loads(call("evaluate", out, "--data", rows, "--json").stdout)
     assert set(found["models"]) == {"bare", "federated"}

@@ -34,7 +34,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bank(tmp_path, name):
 
 
 def test_killed_twice_between_strategies_and_within_one(tmp_path):
-    specs = {name: KINDS[name] for name in ("private", "fedit")}
+    specs = {name: KINDS[name] for name in ("own_gates", "fedit")}
     config = toy_config(tmp_path, (1, 1, 1), specs, rounds=4, evaluate_every=2)
     config.run.seeds = [0, 1]
     whole = run_all(config, ToyFederation(config), directory=tmp_path / "whole")
@@ -104,7 +104,7 @@ class DyingGrid(InProcessGrid):
 
 @pytest.mark.parametrize("code", [0, 8])
 def test_a_message_whose_process_died_is_given_to_the_next_one_and_changes_nothing(tmp_path, code):
-    config = toy_config(tmp_path, (2, 1, 1), {"private": KINDS["private"]}, rounds=3)
+    config = toy_config(tmp_path, (2, 1, 1), {"own_gates": KINDS["own_gates"]}, rounds=3)
     run_all(config, ToyFederation(config), directory=tmp_path / "whole")
     plain = ToyFederation(config).grid()
     nodes = [context.node_config for context in plain.contexts.values()]
@@ -137,7 +137,7 @@ def test_a_message_whose_process_died_is_given_to_the_next_one_and_changes_nothi
 
 
 def test_when_all_processes_die_the_run_ends_and_goes_on_where_it_was(tmp_path):
-    config = toy_config(tmp_path, (2, 1, 1), {"private": KINDS["private"]}, rounds=3)
+    config = toy_config(tmp_path, (2, 1, 1), {"own_gates": KINDS["own_gates"]}, rounds=3)
     run_all(config, ToyFederation(config), directory=tmp_path / "whole")
     federation = ToyFederation(config)
     nodes = [context.node_config for context in federation.grid().contexts.values()]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from real_clients import METHOD, World, make_maps
+from real_clients import World, make_maps
 
 from heterotune_flwr import plugins
 from heterotune_flwr.backbones.sources import resolve_source
@@ -107,12 +106,11 @@ def test_codec_backbone_and_data_of_an_installed_package(package, folder, tmp_pa
 def test_a_loss_of_an_installed_package_acts_beside_the_others(world, package):
     path = str(world.path / "run.yaml")
     maps, digest = make_maps(32)
-    shared = replace(METHOD, experts_private=0)  # their dropout draws with every pass
 
     def trained(*words):
         own = World(world.path, path, " ".join(words))
-        names = sorted(own.describe(0, shared).shapes)
-        return own.train(0, 1, expected=names, method=shared, maps=maps, digest=digest, steps=20)
+        names = sorted(own.describe(0).shapes)
+        return own.train(0, 1, expected=names, maps=maps, digest=digest, steps=20)
 
     alone = trained()
     weightless, strong = (

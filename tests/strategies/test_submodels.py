@@ -9,7 +9,7 @@ from toy_federation import toy_config
 from toy_runs import HERE, run_rival
 
 from heterotune_flwr.config.compose import compose
-from heterotune_flwr.dema.bank import tier_of
+from heterotune_flwr.dema.bank import part_of
 from heterotune_flwr.errors import ConfigError, FederationError
 from heterotune_flwr.exchange.slices import as_fraction, open_mesh, window
 from heterotune_flwr.federation.journal import Journal
@@ -209,7 +209,7 @@ def test_real_clients_train_slices_and_the_parent_moves(parent, name):
     strategy = real(parent, name)
     (group,) = strategy.state
     state = strategy.state[group]
-    assert all(tier_of(n) == "sub" for n in state)
+    assert all(part_of(n) == "sub" for n in state)
     assert all(np.isfinite(v).all() and v.any() for v in state.values())
     embedding = state["sub.model.embed_tokens"]
     assert embedding[:, -1].any()  # the full-width clients train what no slice holds

@@ -15,7 +15,7 @@ from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.tuning.adapters import attach, detach
 
 
-@pytest.mark.parametrize("method", [METHOD, replace(METHOD, slots=2, experts_private=1), LORA])
+@pytest.mark.parametrize("method", [METHOD, replace(METHOD, slots=2), LORA])
 @pytest.mark.parametrize("bits", ["nf4", "int8", "bf16"])
 def test_a_new_adapter_leaves_the_backbone_as_it_is(directory, bits, method):
     backbone = load_backbone(BackboneSpec(str(directory), bits))

@@ -120,7 +120,7 @@ def test_a_real_client_keeps_its_residual_and_repeats_a_round_to_the_bit(world):
     words = "exchange.up=nf4"
     client = World(world.path, str(world.path / "run.yaml"), words)
     shapes = client.describe(0).shapes
-    values = {n: v for n, v in initial_tensors(shapes, 0).items() if "private" not in n}
+    values = {n: v for n, v in initial_tensors(shapes, 0).items() if ".gate." not in n}
 
     maps, digest = make_maps(32)
 
@@ -131,10 +131,10 @@ def test_a_real_client_keeps_its_residual_and_repeats_a_round_to_the_bit(world):
     files = world.path / "run" / "state" / "clients" / "run"
     residual = files / "client-0000~residual.safetensors"
     assert residual.exists()
-    assert not any("private" in name for name in ClientStore(
+    assert not any(".gate." in name for name in ClientStore(
         world.path / "run" / "state", "run", "client-0000", "residual").load(shapes))  # fmt: skip
     second = answer(2)
     assert tensor_digest(answer(2)) == tensor_digest(second)
     assert tensor_digest(answer(1)) == tensor_digest(first)
     assert set(client.state(0))
-    assert all("private" in name for name in client.state(0))
+    assert all(".gate." in name for name in client.state(0))

@@ -46,7 +46,7 @@ def oracle(adapter, prompt, limit, ends=()):
     return ids[len(prompt) :]
 
 
-DEEP = replace(METHOD, slots=2, experts_private=1)
+DEEP = replace(METHOD, slots=2)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,22 @@ def test_a_record_from_before_own_rounds_is_one_without_them(tmp_path, record):
     assert KeptModel.load(tmp_path).as_shared.keys() == before.federated.keys()
 
 
+def test_a_record_from_before_all_experts_were_for_all_is_read_where_it_has_no_others(
+    tmp_path, record
+):
+    record.save(tmp_path)
+    path = tmp_path / "kept.json"
+    plain = json.loads(path.read_text())
+    before = {"experts_type": 0, "experts_private": 0, "private_dropout": 0.3}
+    path.write_text(json.dumps(plain | {"method": plain["method"] | before}))
+    same(KeptModel.load(tmp_path), record)
+    path.write_text(
+        json.dumps(plain | {"method": plain["method"] | before | {"experts_private": 1}})
+    )
+    with pytest.raises(ExchangeError, match=r"experts that a type or a client has alone[^\n]*$"):
+        KeptModel.load(tmp_path)
+
+
 def test_a_record_of_another_version_says_who_wrote_it_and_how_it_is_mended(tmp_path, record):
     record.save(tmp_path)
     path = tmp_path / "kept.json"

@@ -144,19 +144,18 @@ def test_gradient_terms_against_a_loop_by_hand(directory, data, warmup, shares):
     fit(adapter, task, config, [Examples(rows)], added, seed=3)
     found = adapter.read()
     adapter.load({n: v.cpu().numpy() for n, v in start.items()})
-    with adapter.training():
-        own, rng = Examples(rows), np.random.default_rng(3)
-        for share in shares:
-            chosen = own.draw(config.batch_size, rng)
-            _, grads = gradients(adapter, task, rows, chosen)
-            total = {}
-            for (name, value), grad in zip(adapter.parameters.items(), grads, strict=True):
-                total[name] = grad + 0.7 * (value.detach() - start[name]) + corrections[name]
-            norm = torch.sqrt(sum(g.square().sum() for g in total.values()))
-            factor = min(1.0, 0.5 / (float(norm) + 1e-6))
-            with torch.no_grad():
-                for name, value in adapter.parameters.items():
-                    value -= share * config.learning_rate * factor * total[name]
+    own, rng = Examples(rows), np.random.default_rng(3)
+    for share in shares:
+        chosen = own.draw(config.batch_size, rng)
+        _, grads = gradients(adapter, task, rows, chosen)
+        total = {}
+        for (name, value), grad in zip(adapter.parameters.items(), grads, strict=True):
+            total[name] = grad + 0.7 * (value.detach() - start[name]) + corrections[name]
+        norm = torch.sqrt(sum(g.square().sum() for g in total.values()))
+        factor = min(1.0, 0.5 / (float(norm) + 1e-6))
+        with torch.no_grad():
+            for name, value in adapter.parameters.items():
+                value -= share * config.learning_rate * factor * total[name]
     for name, value in adapter.read().items():
         np.testing.assert_allclose(found[name], value, atol=1e-6)
 
