@@ -113,12 +113,8 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, slot)
-        # New modules are in training mode; loaded backbones are not.
-        self.train(base_layer.training)
 
-    def update_layer(
-        self, adapter_name: str, config: DeMAConfig, slot: int, inference_mode: bool = False
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: DeMAConfig, slot: int) -> None:
         """Create the experts, gate and (default, seeded random) maps of an adapter."""
         self.configs[adapter_name] = config
         self.slots[adapter_name] = slot
@@ -135,7 +131,7 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             module[adapter_name].to(torch.float32)  # whatever the default dtype is
         self.reset(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=inference_mode)
+        BaseTunerLayer.set_adapter(self, self.active_adapters)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

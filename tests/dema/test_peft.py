@@ -259,14 +259,6 @@ def test_training_lowers_the_loss() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_fresh_adapter_has_the_mode_of_its_backbone() -> None:
-    for mode in (False, True):
-        model = get_peft_model(tiny_model().train(mode), dema_config(slots=2))
-        assert {module.training for layer in slot_layers(model) for module in layer.modules()} == {
-            mode
-        }
-
-
 def test_casting_the_whole_model_down() -> None:
     model = get_peft_model(tiny_model(), dema_config(slots=2)).to(torch.bfloat16).eval()
     with torch.no_grad():
