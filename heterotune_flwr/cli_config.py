@@ -37,7 +37,8 @@ def config(
     if explain or markdown:
         _explain([*([name] if name else []), *(overrides or [])], markdown)
         return
-    from heterotune_flwr.config.compose import compose, describe_presets, to_yaml
+    from heterotune_flwr.config.compose import compose, to_yaml
+    from heterotune_flwr.config.shipped import describe_presets
 
     if name is None:
         for preset, purpose in describe_presets().items():

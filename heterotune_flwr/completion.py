@@ -7,7 +7,7 @@ from pathlib import Path
 
 def presets(incomplete: str) -> list[tuple[str, str]]:
     """Shipped presets and what each is for."""
-    from heterotune_flwr.config.compose import describe_presets
+    from heterotune_flwr.config.shipped import describe_presets
 
     return [item for item in describe_presets().items() if item[0].startswith(incomplete)]
 

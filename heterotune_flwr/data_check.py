@@ -9,7 +9,8 @@ from typing import Any
 
 from heterotune_flwr.alignment.public_texts import Anchor, read_anchors, reading_places
 from heterotune_flwr.backbones.sources import EMBEDDED
-from heterotune_flwr.config.compose import compose, presets
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.shipped import presets
 from heterotune_flwr.data.columns import alike, column_called
 from heterotune_flwr.data.duplicates import Seen, folded
 from heterotune_flwr.data.examples import Example

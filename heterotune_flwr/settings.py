@@ -25,8 +25,8 @@ from heterotune_flwr.cmga.read import TRANSFORMS
 from heterotune_flwr.cmga.robust import RobustMean
 from heterotune_flwr.cmga.server_optimizers import ServerOptimizer
 from heterotune_flwr.config.components import COMPONENT
-from heterotune_flwr.config.compose import conf_root
 from heterotune_flwr.config.plain import load_plain
+from heterotune_flwr.config.shipped import conf_root
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.fields import kinds, nearest, taken, with_unit, without_none
 from heterotune_flwr.schema import Config, TypeConfig

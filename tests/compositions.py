@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.shipped import conf_root
 from heterotune_flwr.schema import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "strategies.md"

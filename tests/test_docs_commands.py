@@ -28,7 +28,8 @@ from pages import PAGES, ROOT
 from heterotune_flwr.backbones.fetch import DERIVED, PACKAGED
 from heterotune_flwr.cli import app
 from heterotune_flwr.client.node_keys import CLIENT
-from heterotune_flwr.config.compose import compose, presets
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.shipped import presets
 from heterotune_flwr.settings import find
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

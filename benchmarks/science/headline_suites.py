@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.science import tasks
 from heterotune_flwr.backbones.assets import cache_dir
-from heterotune_flwr.config.compose import conf_root
+from heterotune_flwr.config.shipped import conf_root
 from heterotune_flwr.data.sources import global_test, training_pool
 from heterotune_flwr.exchange.storage import atomic_write_text
 from heterotune_flwr.schema import DataConfig

@@ -33,7 +33,8 @@ from benchmarks.runner import (
 )
 from client_app.app import app
 from heterotune_flwr.client.received import TensorCache
-from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.shipped import conf_root
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.exchange.directions import down_codec, exact_codec, up_codec
 from heterotune_flwr.exchange.packing import content_bytes

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterotune_flwr.config.compose import INLINE, parse_overrides, presets
+from heterotune_flwr.config.compose import INLINE, parse_overrides
 from heterotune_flwr.config.plain import flatten, load_plain
+from heterotune_flwr.config.shipped import presets
 from heterotune_flwr.jsons import as_list, as_mapping, parse_json
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,17 @@ from heterotune_flwr.config.plain import (
     load_plain,
     refuse_interpolation,
 )
-from heterotune_flwr.config.renamed import became, unknown_key
+from heterotune_flwr.config.renamed import unknown_key
+from heterotune_flwr.config.shipped import (
+    conf_root,
+    group,
+    names,
+    parsed,
+    presets,
+    read,
+    shipped_strategy,
+)
 from heterotune_flwr.config.texts import (
-    STRATEGY,
     check_texts,
     is_text,
     kind_at,
@@ -48,59 +56,13 @@ ABOUT_SHIPPED = {
 }  # fmt: skip
 
 
-def conf_root() -> Path:
-    """Folder of the shipped YAML files: beside the package (checkout, Flower bundle) or inside it."""
-    package = Path(__file__).resolve().parents[1]
-    for root in (package.parent / "conf", package / "conf"):
-        if (root / "strategy").is_dir():
-            return root
-    raise ConfigError(f"the conf/ folder is missing beside {package}; reinstall heterotune-flwr")
-
-
-def _names(folder: str) -> list[str]:
-    """Names of the YAML files of a folder of ``conf/``."""
-    return sorted(path.stem for path in (conf_root() / folder).glob("*.yaml"))
-
-
-def presets() -> list[str]:
-    """Names of the shipped presets."""
-    return _names("")
-
-
-def describe_presets() -> dict[str, str]:
-    """Preset -> what it is for (the first lines of its header comment)."""
-    purposes = {}
-    for name in presets():
-        lines = (conf_root() / f"{name}.yaml").read_text().splitlines()
-        header = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
-        purposes[name] = header.partition("What for:")[2].partition("Run:")[0].strip()
-    return purposes
-
-
-def _parse(text: str, where: str, trusted: bool = True, kind: Any = Config) -> dict[str, Any]:
-    loaded = load_plain(text, where, trusted, kind)
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        found = type(loaded).__name__
-        raise ConfigError.plain(f"{where} must be a mapping of sections, not a {found}")
-    return {str(key): value for key, value in loaded.items()}
-
-
-def _read(path: Path, kind: Any = Config) -> dict[str, Any]:
-    try:
-        return _parse(path.read_text(encoding="utf-8-sig"), str(path), kind=kind)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
 def _find_preset(config: str, trusted: bool) -> dict[str, Any]:
     if config.startswith(INLINE):
-        return _parse(config.removeprefix(INLINE), "the inline configuration", trusted)
+        return parsed(config.removeprefix(INLINE), "the inline configuration", trusted)
     path = Path(config).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
-            content = _read(path)
+            content = read(path)
             if not content:
                 raise ConfigError(
                     f"configuration file {config} is empty; name a preset, or write a run into it"
@@ -108,7 +70,7 @@ def _find_preset(config: str, trusted: bool) -> dict[str, Any]:
             return beside(content, path.resolve().parent)
         named = conf_root() / path.name
         if named.is_file():
-            return _read(named)
+            return read(named)
         raise ConfigError(f"configuration file {config} does not exist")
     named = conf_root() / f"{config}.yaml"
     if not named.is_file():
@@ -116,35 +78,7 @@ def _find_preset(config: str, trusted: bool) -> dict[str, Any]:
         raise ConfigError(
             f"unknown preset {config!r}{nearest(config, known)} (known: {', '.join(known)}; or a path.yaml)"
         )
-    return _read(named)
-
-
-def _group(section: str, name: str) -> Any:
-    known = _names(section)
-    if name not in known:
-        listed = (
-            became(f"groups.{section}", name)
-            or f"{nearest(name, known)} (known: {', '.join(known) or 'none'})"
-        )
-        raise ConfigError(
-            f"groups.{section}: there is no conf/{section}/{name}.yaml{listed}",
-            f"groups.{section}: there is no such file{listed}",
-        )
-    content = _read(conf_root() / section / f"{name}.yaml")
-    return content[section] if set(content) == {section} else content
-
-
-def _shipped_strategy(name: str, where: str, others: Iterable[str] = ()) -> dict[str, Any]:
-    """An entry of ``conf/strategy``; ``others``: names of this run's own, for the error."""
-    known = _names("strategy")
-    if name not in known:
-        own = sorted({*known, *others})
-        hint = became("strategies", name) or f"{nearest(name, own)} (known: {', '.join(own)})"
-        raise ConfigError(
-            f"{where}: there is no strategy {name!r}{hint}",
-            f"{where} names a strategy that there is not (known: {', '.join(known)})",
-        )
-    return _read(conf_root() / "strategy" / f"{name}.yaml", STRATEGY)
+    return read(named)
 
 
 def _merge(base: Any, update: Any) -> Any:
@@ -168,7 +102,7 @@ def _expand(preset: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"groups.{section}: no such section{near}", f"groups: no such section{near}"
             )
-        merged[section] = _group(section, str(name))
+        merged[section] = group(section, str(name))
     strategies = preset.get("strategies")
     if isinstance(strategies, list):
         preset["strategies"] = dict(_listed_strategy(entry) for entry in strategies)
@@ -178,9 +112,9 @@ def _expand(preset: dict[str, Any]) -> dict[str, Any]:
 def _listed_strategy(entry: Any) -> tuple[str, Any]:
     """``name``, ``name: {what differs from conf/strategy/name.yaml}``, or one's own ``name: {_component_: ...}``."""
     name, changes = next(iter(entry.items())) if isinstance(entry, dict) and entry else (entry, {})
-    if isinstance(changes, dict) and "_component_" in changes and name not in _names("strategy"):
+    if isinstance(changes, dict) and "_component_" in changes and name not in names("strategy"):
         return str(name), changes
-    return str(name), _merge(_shipped_strategy(str(name), "strategies"), changes)
+    return str(name), _merge(shipped_strategy(str(name), "strategies"), changes)
 
 
 def parse_overrides(
@@ -300,7 +234,7 @@ def compose(config: str, overrides: str | Sequence[str] = "", trusted: bool = Tr
         if path[0] == "data":
             said |= set(value or {}) if len(path) == 1 and isinstance(value, dict) else {path[-1]}
         if path[0] == "strategies" and len(path) > 2 and path[1] not in content["strategies"]:
-            content["strategies"][path[1]] = _shipped_strategy(path[1], "strategies")
+            content["strategies"][path[1]] = shipped_strategy(path[1], "strategies")
         if len(path) == 2 and path[0] == "train":
             # Said for all: what single strategies had is void.
             for spec in content["strategies"].values():
@@ -383,7 +317,7 @@ def _add_compared_strategies(content: dict[str, Any]) -> None:
     strategies = content["strategies"]
     for name in (content.get("run") or {}).get("compare") or ["heterotune"]:
         if name not in strategies:
-            strategies[name] = _shipped_strategy(str(name), "run.compare", map(str, strategies))
+            strategies[name] = shipped_strategy(str(name), "run.compare", map(str, strategies))
 
 
 def to_yaml(config: Config) -> str:

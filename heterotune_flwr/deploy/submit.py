@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from heterotune_flwr.client.identify import about_shipped
 from heterotune_flwr.config.asked import asked_of
-from heterotune_flwr.config.compose import INLINE, compose, conf_root, presets, to_yaml
+from heterotune_flwr.config.compose import INLINE, compose, to_yaml
+from heterotune_flwr.config.shipped import conf_root, presets
 from heterotune_flwr.deploy.layout import Deployment
 from heterotune_flwr.deploy.registry import CONNECTION, flwr
 from heterotune_flwr.deploy.submitted import Submitted, flwr_words, remember

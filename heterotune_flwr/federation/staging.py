@@ -7,7 +7,7 @@ from pathlib import Path
 
 import heterotune_flwr
 from heterotune_flwr import __version__
-from heterotune_flwr.config.compose import conf_root
+from heterotune_flwr.config.shipped import conf_root
 from heterotune_flwr.errors import FederationError
 
 PYPROJECT = """\

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from heterotune_flwr.config.compose import presets
+from heterotune_flwr.config.shipped import presets
 
 Offered = Callable[[str], list[str]]
 

@@ -8,14 +8,8 @@ import pytest
 import yaml
 from compositions import composed, entry
 
-from heterotune_flwr.config.compose import (
-    compose,
-    conf_root,
-    describe_presets,
-    parse_overrides,
-    presets,
-    to_yaml,
-)
+from heterotune_flwr.config.compose import compose, parse_overrides, to_yaml
+from heterotune_flwr.config.shipped import conf_root, describe_presets, presets
 from heterotune_flwr.errors import BackboneError, ConfigError, DataError
 from heterotune_flwr.preflight import preflight
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.shipped import conf_root
 from heterotune_flwr.dema.bank import bank_shapes, initial_tensors
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.codecs import Codec, RecordCodec, find_codec, precise, topk_name

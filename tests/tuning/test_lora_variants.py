@@ -14,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.channels.control_variates.client import Correction
-from heterotune_flwr.config.compose import compose, conf_root
+from heterotune_flwr.config.compose import compose
+from heterotune_flwr.config.shipped import conf_root
 from heterotune_flwr.data.sources import training_pool
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.tuning.adapters import attach, detach
