@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks.runner import Cells, flower_run, machine
 from benchmarks.science.claim_cells import Trials
-from benchmarks.science.headline_suites import CLAIM_ROWS, SUITES, ClaimRow, claimed
+from benchmarks.science.headline_suites import CLAIM_ROWS, SUITES, ClaimRow, trial
 
 _FIELDS = ("client_id", "type", "global_accuracy", "personal_accuracy")
 #: Rounds between tests on dev, of rows that stop early.
@@ -69,7 +69,7 @@ class FlowerTrials(Trials):
         overrides = [*SUITES[self.suite].overrides(part), *self._stops(variant, values, part)]
         for own in [[seed] for seed in seeds] if self.row.stops_early else [seeds]:
             wanted = {
-                f"{value:g}": claimed(self.name, variant, value)
+                f"{value:g}": trial(self.name, value, variant)
                 for value in values
                 if any(self.key(variant, value, seed) not in known for seed in own)
             }

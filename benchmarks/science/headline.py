@@ -46,7 +46,7 @@ from benchmarks.science.headline_suites import (
     SUITES,
     Suite,
     not_here,
-    shipped,
+    trial,
 )
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError
@@ -58,7 +58,8 @@ CELLS = Cells("headline_cells")
 def refusal(suite: Suite, method: str) -> str | None:
     """Why a method cannot run on a suite; None where it can."""
     try:
-        check_strategy(method, shipped(method), compose(suite.preset, suite.overrides()))
+        entry = trial(method, suite.rates_of(method)[0])
+        check_strategy(method, entry, compose(suite.preset, suite.overrides()))
     except ConfigError as error:
         return str(error)
     return None
@@ -66,11 +67,7 @@ def refusal(suite: Suite, method: str) -> str | None:
 
 def measure(name: str, method: str, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
     """One real Flower simulation of an earlier suite: a method at some learning rates and seeds; returns its cells."""
-    entry, extra = shipped(method), ROWS[method].options
-    train = {**entry.get("train", {}), **extra.get("train", {})}
-    strategies = {
-        f"{rate:g}": {**entry, **extra, "train": {**train, "learning_rate": rate}} for rate in rates
-    }
+    strategies = {f"{rate:g}": trial(method, rate) for rate in rates}
     runs = simulated(name, strategies, seeds, SUITES[name].overrides())
     return {key(name, method, run["strategy"], run["seed"]): cell_of(run) for run in runs}
 

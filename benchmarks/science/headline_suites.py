@@ -274,12 +274,12 @@ CLAIMS = {
 SUITES = {**EARLIER, **CLAIMS}
 
 
-def claimed(method: str, variant: str, rate: float) -> dict[str, Any]:
-    """A trial of a claim's Flower row, as the preset has it."""
-    extra = ROWS[method].options
-    train = {**shipped(method).get("train", {}), **extra.get("train", {})}
+def trial(method: str, rate: float, variant: str = "") -> dict[str, Any]:
+    """A row at a learning rate, as an entry of ``strategies``: its preset, and what it has beside it here."""
+    entry, extra = shipped(method), ROWS[method].options
+    train = {**entry.get("train", {}), **extra.get("train", {})}
     train |= _ANNEALED["train"] if variant == ANNEALED else {}
-    return {**shipped(method), **extra, "train": {**train, "learning_rate": rate}}
+    return {**entry, **extra, "train": {**train, "learning_rate": rate}}
 
 
 def shipped(method: str) -> dict[str, Any]:
