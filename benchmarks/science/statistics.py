@@ -49,12 +49,9 @@ from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.backbones.loading import load_backbone
 from heterotune_flwr.backbones.sources import BackboneSpec
 from heterotune_flwr.backbones.views import VIEWS
-from heterotune_flwr.channels.statistics.server import Classes as Told
-from heterotune_flwr.channels.statistics.server import (
-    StatisticsOptions,
-    linear_discriminant,
-    who_agrees,
-)
+from heterotune_flwr.channels.statistics.agreement import who_agrees
+from heterotune_flwr.channels.statistics.class_pool import Classes as Told
+from heterotune_flwr.channels.statistics.server import StatisticsOptions, linear_discriminant
 
 OPTIONS = StatisticsOptions()
 _PENALTIES = (1e-2, 3e-2, 1e-1)

@@ -1,18 +1,6 @@
 """From the types' public factors to their frozen maps D, o, U (numpy only; our definition).
 
-Input maps come from :mod:`.gcca` (same latents for the same text). Output maps are aligned by *effect*: the
-same output latent must raise the same words in every model.
-
-``labels``
-    an output latent moves the label words' logits, of words with similar meaning together: ``W_labels U = F`` with
-    ``F = (mean over types of the label rows' normalised Gram matrices)^(1/2)`` (C columns). Measured against
-    ``F = I``: better for shared and for lonely training alike (docs/history.md).
-``vocabulary``
-    ``W U = F`` by ridge over the symbols all vocabularies share; F (V x r) are the leading left singular vectors
-    of the models' concatenated left singular vectors, scaled so that one unit moves a word's logit by
-    one on (quadratic) average.
-
-At deeper slots ``W`` is replaced by its average gradient with respect to the slot's output (pull-back).
+Input maps come from :mod:`.gcca` (same latents for the same text), output maps from :mod:`.functionals` (same effect).
 """
 
 from __future__ import annotations
@@ -22,6 +10,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from heterotune_flwr.alignment.functionals import (
+    Factors,
+    Functionals,
+    deep_output_map,
+    label_functionals,
+    last_output_map,
+    vocabulary_functionals,
+)
 from heterotune_flwr.alignment.gcca import Matrix, SlotFit, fit_slot, ridge, unit_variance
 from heterotune_flwr.alignment.views import places_of
 from heterotune_flwr.errors import ConfigError
@@ -29,11 +25,8 @@ from heterotune_flwr.exchange.packing import Tensors
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 from heterotune_flwr.seeds import generator
 
-#: Ridge of the output maps, relative to the mean eigenvalue of the Gram matrix.
-LAST_RIDGE, DEEP_RIDGE = 1e-6, 1e-2
 #: Quality of a type whose factors nobody vouches for: it shares nothing, whatever ``alignment.quality_threshold`` is.
 APART = -1.0
-Factors = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
 
 
 @dataclass(frozen=True)
@@ -63,99 +56,8 @@ class AlignmentResult:
     anchor_latents: dict[str, Matrix] = field(default_factory=dict)
 
 
-def _ridge_pseudo_inverse(rows: Matrix, strength: float) -> Matrix:
-    """``rows' (rows rows' + k I)^-1``: k x d -> d x k."""
-    gram = rows @ rows.T
-    k = strength * float(np.trace(gram)) / len(gram) + 1e-12
-    inverse: Matrix = np.linalg.solve(gram + k * np.eye(len(gram)), rows).T
-    return inverse
-
-
-def vocabulary_functionals(factors: Mapping[str, Factors], rank: int) -> Matrix:
-    """F (V x rank): what the types' unembeddings span together over the symbols."""
-    stacked = np.concatenate(
-        [np.asarray(factors[key]["symbols.left"], dtype=np.float64) for key in sorted(factors)],
-        axis=1,
-    )
-    if rank > min(stacked.shape):
-        raise ConfigError(
-            f"method.output is {rank}, but the shared vocabulary offers {min(stacked.shape)} functionals; lower it "
-            "(or method.latent), or raise alignment.output_components and alignment.symbols"
-        )
-    left, _, right = np.linalg.svd(stacked, full_matrices=False)
-    signs = np.sign(right[np.arange(rank), np.abs(right[:rank]).argmax(axis=1)])
-    functionals: Matrix = left[:, :rank] * signs * np.sqrt(len(stacked))
-    return functionals
-
-
-def label_functionals(factors: Mapping[str, Factors], geometry: bool = True) -> Matrix:
-    """F (C x C): the types' common geometry of the label words, of the size of the identity (or the identity).
-
-    A softmax does not see what all labels have in common, so the mean row is taken out first.
-    """
-    if not geometry:
-        identity: Matrix = np.eye(len(next(iter(factors.values()))["label_rows"]))
-        return identity
-    grams = []
-    for key in sorted(factors):
-        rows = np.asarray(factors[key]["label_rows"], dtype=np.float64)
-        centred = rows - rows.mean(axis=0)
-        gram = centred @ centred.T
-        grams.append(gram * (len(gram) / max(float(np.trace(gram)), 1e-12)))
-    values, vectors = np.linalg.eigh(np.mean(grams, axis=0))
-    root: Matrix = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-    return root
-
-
-@dataclass(frozen=True)
-class _Functionals:
-    """What one unit of an output latent does: to the labels (C x C) or to the symbols (V x r_out)."""
-
-    kind: str
-    values: Matrix
-
-    @classmethod
-    def known(cls, latents: Mapping[str, Matrix]) -> _Functionals:
-        """The functionals of an earlier alignment."""
-        if "functionals" in latents:
-            return cls("vocabulary", latents["functionals"])
-        return cls("labels", latents["label_functionals"])
-
-
-def _last_output_map(own: Factors, wanted_effect: _Functionals) -> Matrix:
-    """U (d x r_out) of the last slot."""
-    functionals = wanted_effect.values
-    if wanted_effect.kind == "labels":
-        rows = np.asarray(own["label_rows"], dtype=np.float64)
-        inverse: Matrix = _ridge_pseudo_inverse(rows, LAST_RIDGE) @ functionals
-        return inverse
-    left = np.asarray(own["symbols.left"], dtype=np.float64)
-    singular = np.asarray(own["symbols.singular"], dtype=np.float64)
-    right = np.asarray(own["symbols.right"], dtype=np.float64)
-    k = LAST_RIDGE * float(np.mean(singular**2)) + 1e-12
-    output = right.T @ ((singular / (singular**2 + k))[:, None] * (left.T @ functionals))
-    reached = (left * singular) @ (right @ output)
-    wanted = float(np.linalg.norm(functionals))
-    # gamma: the part of F a model can reach differs; the size of the effect must not.
-    scaled: Matrix = output * (wanted / max(float(np.linalg.norm(reached)), 1e-12))
-    return scaled
-
-
-def _deep_output_map(own: Factors, slot: int, wanted_effect: _Functionals) -> Matrix:
-    """U (d x r_out) of a slot below the last, from the pulled-back functionals."""
-    pulled = np.asarray(own[f"slots.{slot}.pullback"], dtype=np.float64)
-    labels, functionals = len(own["label_rows"]), wanted_effect.values
-    if wanted_effect.kind == "labels":
-        output: Matrix = _ridge_pseudo_inverse(pulled[:labels], DEEP_RIDGE) @ functionals
-        return output
-    left = np.asarray(own["symbols.left"], dtype=np.float64)
-    singular = np.asarray(own["symbols.singular"], dtype=np.float64)
-    rows = (functionals.T @ (left * singular)) @ pulled[labels:] / len(functionals)
-    return _ridge_pseudo_inverse(rows, DEEP_RIDGE)
-
-
 def _type_maps(
-    own: Factors, slots: int, coefficients: Mapping[str, Matrix], functionals: _Functionals
+    own: Factors, slots: int, coefficients: Mapping[str, Matrix], functionals: Functionals
 ) -> dict[str, Matrix]:
     """The canonical maps of one type; ``coefficients`` by place."""
     maps: dict[str, Matrix] = {}
@@ -169,7 +71,7 @@ def _type_maps(
     for slot in range(slots):
         last = slot == slots - 1
         maps[f"slots.{slot}.map.up.weight"] = (
-            _last_output_map(own, functionals) if last else _deep_output_map(own, slot, functionals)
+            last_output_map(own, functionals) if last else deep_output_map(own, slot, functionals)
         )
     return maps
 
@@ -243,7 +145,7 @@ def compute_maps(
             quality[key].append(APART if key in apart else round(reached, 4))
     shrinkage = [fit.shrinkage for fit in fits.values()]
     maps = {
-        key: _type_maps(own, method.slots, coefficients[key], _Functionals.known(known))
+        key: _type_maps(own, method.slots, coefficients[key], Functionals.known(known))
         for key, own in factors.items()
     }
     weights = {place: known[f"{place}.weights"] for place in places_of(method)}
@@ -280,7 +182,7 @@ def join_type(
             result.shrinkage[index],
         )
         quality.append(round(reached, 4))
-    maps = _type_maps(own, method.slots, coefficients, _Functionals.known(result.anchor_latents))
+    maps = _type_maps(own, method.slots, coefficients, Functionals.known(result.anchor_latents))
     return {name: value.astype(np.float32) for name, value in maps.items()}, quality
 
 

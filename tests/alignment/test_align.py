@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heterotune_flwr.alignment.functionals import label_functionals
 from heterotune_flwr.alignment.gcca import (
     fit_slot,
     held_out_quality,
@@ -15,7 +16,7 @@ from heterotune_flwr.alignment.gcca import (
     shared_latents,
     unit_variance,
 )
-from heterotune_flwr.alignment.maps import compute_maps, join_type, label_functionals
+from heterotune_flwr.alignment.maps import compute_maps, join_type
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.schema import AlignmentConfig, MethodConfig
 

@@ -11,13 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
+from heterotune_flwr.channels.statistics.agreement import agreement, who_agrees
 from heterotune_flwr.channels.statistics.class_pool import Classes
 from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier, Request
-from heterotune_flwr.channels.statistics.server import (
-    agreement,
-    linear_discriminant,
-    who_agrees,
-)
+from heterotune_flwr.channels.statistics.server import linear_discriminant
 from heterotune_flwr.config.compose import compose
 from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.exchange.packing import round_trip

@@ -11,7 +11,9 @@ distance from the others bears out.) Nothing is said against a class that nobody
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +42,12 @@ class Classes:
 
     def __add__(self, other: Classes) -> Classes:
         return Classes(self.counts + other.counts, self.sums + other.sums)
+
+
+def pooled(parts: Iterable[Classes]) -> Classes | None:
+    """All of them together; None of nobody's."""
+    found = list(parts)
+    return functools.reduce(operator.add, found) if found else None
 
 
 @dataclass(frozen=True)

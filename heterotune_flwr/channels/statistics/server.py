@@ -17,7 +17,7 @@ mean square one, and ``rho`` is read off that scale. It is a linear discriminant
 that in what they fit to the others' predictions; not on their own examples, where a model would learn them away.
 
 Types whose labels mean something else (wrong, shuffled, another task's) would pull everybody's classes away. So a type
-whose classes lie elsewhere than the other types' (:func:`agreement`) is left to its own, the one that agrees least
+whose classes lie elsewhere than the other types' (:mod:`.agreement`) is left to its own, the one that agrees least
 first, until all that are left agree.
 
 Statistics of classes from clients that share *one* frozen model: FedCGS (arXiv 2503.06962), CCVR (arXiv 2106.05001).
@@ -26,10 +26,8 @@ That models of different families can pool theirs is what the alignment is for (
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
@@ -47,7 +45,8 @@ from heterotune_flwr.channels.channel import (
     ServerChannel,
     Update,
 )
-from heterotune_flwr.channels.statistics.class_pool import Classes, ClassPool
+from heterotune_flwr.channels.statistics.agreement import who_agrees
+from heterotune_flwr.channels.statistics.class_pool import Classes, ClassPool, pooled
 from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifier, Request
 from heterotune_flwr.cmga import pull
 from heterotune_flwr.config.options import read_options
@@ -63,8 +62,6 @@ from heterotune_flwr.schema import MethodConfig
 _FARTHER, _COMPARABLE, _FAR = 3.0, 3, 3.0
 #: A client whose examples count for less than this share of what it told of is put on record.
 _DOUBTED = 0.5
-#: A type is judged by so many classes in common with the others, and so many examples of them per label of the task.
-_IN_COMMON, _JUDGED = 3, 2
 Matrix = NDArray[np.float64]
 
 
@@ -104,56 +101,6 @@ class StatisticsOptions:
         least=-1,
         most=1,
     )
-
-
-def agreement(one: Classes, other: Classes, metric: Matrix) -> float | None:
-    """Cosine, under the metric, of where two sides' classes lie from their own middle; None where it says nothing.
-
-    Over the classes that both have told of, each by ``w_c = n_c n'_c / (n_c + n'_c)``: the middle is the mean of a
-    side's class means with these weights, so that neither other classes, nor how often one occurs, nor where all of a
-    side's texts lie makes a difference. It says nothing of fewer than three classes in common, or few examples of them.
-    """
-    shared = (one.counts > 0) & (other.counts > 0)
-    counts = [side.counts[shared] for side in (one, other)]
-    enough = _JUDGED * len(shared)
-    if shared.sum() < _IN_COMMON or min(float(side.sum()) for side in counts) < enough:
-        return None
-    weights = (counts[0] * counts[1] / (counts[0] + counts[1]))[:, None]
-    sides = []
-    for side, own in zip((one, other), counts, strict=True):
-        means = side.sums[shared] / own[:, None]
-        sides.append(means - (weights * means).sum(axis=0) / weights.sum())
-    left, right = sides
-    lengths = [float((weights * side * metric * side).sum()) for side in sides]
-    if min(lengths) <= 0:
-        return None
-    return float((weights * left * metric * right).sum()) / math.sqrt(lengths[0] * lengths[1])
-
-
-def who_agrees(
-    totals: Mapping[str, Classes], metric: Matrix, limit: float
-) -> tuple[dict[str, float], frozenset[str]]:
-    """How well every type agrees with the others, and those that agree less than ``limit``.
-
-    The type that agrees least is taken out first, and the others are compared anew; it keeps the number it went with.
-    Of two that are left and disagree nobody knows which is right: both are taken out. A type of which nothing can be
-    said stays.
-    """
-    found: dict[str, float] = {}
-    members = sorted(totals)
-    while len(members) > 1:
-        now: dict[str, float] = {}
-        for key in members:
-            others = _pooled(totals[other] for other in members if other != key)
-            assert others is not None
-            if (value := agreement(totals[key], others, metric)) is not None:
-                now[key] = value
-        found |= now
-        worst = min(now, key=lambda key: now[key], default=None)
-        if worst is None or now[worst] >= limit:
-            break
-        members = [] if len(members) == 2 else [key for key in members if key != worst]
-    return found, frozenset(totals) - frozenset(members)
 
 
 def linear_discriminant(
@@ -355,7 +302,7 @@ class PooledClassifier(ServerChannel):
         """Whose classes a type's classifier is made of: its own, or those of all types that agree."""
         if self._by_itself(type_key):
             return self._totals.get(type_key)
-        return _pooled(
+        return pooled(
             total for key, total in self._totals.items() if key not in self.excluded_types
         )
 
@@ -373,11 +320,6 @@ class PooledClassifier(ServerChannel):
         groups = {key: key if self._by_itself(key) else "" for key in self.type_keys}
         self._totals = self._pool.totals(groups)
         self._classifiers.clear()
-
-
-def _pooled(totals: Iterable[Classes]) -> Classes | None:
-    parts = list(totals)
-    return functools.reduce(operator.add, parts) if parts else None
 
 
 def _made_of(known: Mapping[str, Any]) -> str:
