@@ -13,8 +13,9 @@ from torch.nn import functional
 from heterotune_flwr.seeds import generator
 from heterotune_flwr.tuning.adapters import AttachedAdapter
 from heterotune_flwr.tuning.forward import first_block
+from heterotune_flwr.tuning.frozen_states import bare_states
 from heterotune_flwr.tuning.losses import examples_correct
-from heterotune_flwr.tuning.states import FullRows, bare_states
+from heterotune_flwr.tuning.states import FullRows
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
 _BATCH = 32

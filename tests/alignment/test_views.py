@@ -30,7 +30,7 @@ from heterotune_flwr.dema import read_maps
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.schema import AlignmentConfig, Config, MethodConfig, TrainConfig
 from heterotune_flwr.tuning.adapters import attach, detach
-from heterotune_flwr.tuning.states import bare_view
+from heterotune_flwr.tuning.frozen_states import bare_view
 from heterotune_flwr.tuning.task import make_task
 
 TEXT = VIEWS["text"]

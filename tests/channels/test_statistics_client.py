@@ -23,7 +23,8 @@ from heterotune_flwr.errors import ConfigError, ExchangeError
 from heterotune_flwr.protocol.wire import RemoteError
 from heterotune_flwr.schema import Config
 from heterotune_flwr.tuning.evaluate import evaluate
-from heterotune_flwr.tuning.states import bare_states, make_rows
+from heterotune_flwr.tuning.frozen_states import bare_states
+from heterotune_flwr.tuning.states import make_rows
 
 
 def test_bare_states_are_the_backbones_whatever_is_attached(adapted):

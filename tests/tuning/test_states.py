@@ -15,11 +15,12 @@ from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import BackboneSpec, load_backbone
 from heterotune_flwr.backbones.reader import batches
 from heterotune_flwr.data.sources import own_file
+from heterotune_flwr.tuning import frozen_states as states_module
 from heterotune_flwr.tuning import state_cache
-from heterotune_flwr.tuning import states as states_module
 from heterotune_flwr.tuning import task as task_module
+from heterotune_flwr.tuning.frozen_states import frozen_states
 from heterotune_flwr.tuning.state_cache import forget_states
-from heterotune_flwr.tuning.states import frozen_states, make_rows
+from heterotune_flwr.tuning.states import make_rows
 from heterotune_flwr.tuning.task import make_task
 
 

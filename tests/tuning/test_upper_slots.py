@@ -19,8 +19,8 @@ from heterotune_flwr.backbones.reader import batches
 from heterotune_flwr.data.sources import own_file
 from heterotune_flwr.dema.bank import slot_of
 from heterotune_flwr.errors import ConfigError
+from heterotune_flwr.tuning import frozen_states as states_module
 from heterotune_flwr.tuning import state_cache
-from heterotune_flwr.tuning import states as states_module
 from heterotune_flwr.tuning.adapters import attach, detach
 from heterotune_flwr.tuning.evaluate import evaluate
 from heterotune_flwr.tuning.fit import fit

@@ -22,8 +22,8 @@ from heterotune_flwr.channels.statistics.record import ClassSums, LinearClassifi
 from heterotune_flwr.errors import ExchangeError
 from heterotune_flwr.protocol.payloads import Payload
 from heterotune_flwr.tuning.adapters import AttachedAdapter
+from heterotune_flwr.tuning.frozen_states import bare_states, bare_view
 from heterotune_flwr.tuning.kept_model import Head
-from heterotune_flwr.tuning.states import bare_states, bare_view
 from heterotune_flwr.tuning.task import EncodedSet, Task
 
 #: States that go through the maps at a time: the tables may be larger than the device's memory.
