@@ -159,6 +159,7 @@ def test_what_a_client_is_asked_depends_on_what_its_message_is_for(tmp_path):
         {"anchor": 3},
         {"anchors": 0},
         {"anchors": 30, "pool": 20},
+        {"pool": 9, "anchors": 9},
         {"batch": -1},
         {"weight": -1},
         {"agreement_power": True},

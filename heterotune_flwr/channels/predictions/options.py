@@ -21,7 +21,7 @@ class PredictionOptions:
     pool: int = option(
         1024,
         "they are drawn from so many, the first of alignment.anchors; clients keep their frozen states [texts]",
-        least=1,
+        least=10,
     )
     weight: float = option(1.0, "of their loss beside the loss on own examples [factor]", least=0)
     agreement_power: float = option(
