@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -21,6 +22,9 @@ from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.exchange.directions import exact_codec
 from heterotune_flwr.exchange.packing import Tensors, round_trip
 from heterotune_flwr.schema import Config, MethodConfig
+
+#: Between two words of how far the reading is.
+_SECONDS = 10.0
 
 
 def prealign(
@@ -71,7 +75,7 @@ def prealign(
                 answers[key] = view_factors(view, loaded[key], texts, *run)
             else:
                 answers[key] = alignment_factors(
-                    loaded[key], places, *run, labels, slots, tokens[key]
+                    loaded[key], places, *run, labels, slots, tokens[key], _told(report)
                 )
         return {
             key: round_trip(value, exact_codec(config.exchange)) for key, value in answers.items()
@@ -83,3 +87,16 @@ def prealign(
         asking = partial(ask, method.slots)
         quality = align_types(fingerprints, config, method, labels, asking).quality
     return quality
+
+
+def _told(report: Callable[[str], None]) -> Callable[[int, int], None]:
+    """How far the reading is, every ten seconds."""
+    last = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal last
+        if time.monotonic() >= last + _SECONDS and done < of:
+            last = time.monotonic()
+            report(f"  {done} of {of}")
+
+    return progress

@@ -79,18 +79,35 @@ def collect_states(
     structure, form = find_structure(model), make_form(backbone.tokenizer, data)
     encoded = _asked(form, places, opening)
     rows = [np.empty((len(places), structure.hidden), np.float32) for _ in range(slots)]
-    done, reader = 0, Reader.of(backbone)
-    for batch in batches(encoded):
+    read_by = _read_together(encoded)
+    done, reader, readers = 0, Reader.of(backbone), sorted(read_by)
+    for batch in batches([encoded[i] for i in readers]):
         with _recorded(structure, model, slots) as states:
-            reader.final_states([encoded[i] for i in batch])
+            reader.final_states([encoded[readers[i]] for i in batch])
+        told = [(j, index) for j, i in enumerate(batch) for index in read_by[readers[i]]]
         for slot in range(slots):
             values = states[slot].float()
-            for j, index in enumerate(batch):
+            for j, index in told:
                 rows[slot][index] = values[j, len(encoded[index]) - 1].cpu().numpy()
-        done += len(batch)
+        done += len(told)
         if progress is not None:
             progress(done, len(places))
     return rows
+
+
+def _read_together(encoded: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Texts that are read -> all texts whose states that gives: what begins another is read with it.
+
+    In the order of their ids, what begins a text stands right before one that it begins.
+    """
+    found: dict[int, list[int]] = {}
+    longer: int | None = None
+    for index in sorted(range(len(encoded)), key=lambda i: list(encoded[i]), reverse=True):
+        own = encoded[index]
+        if longer is None or list(encoded[longer][: len(own)]) != list(own):
+            longer = index
+        found.setdefault(longer, []).append(index)
+    return found
 
 
 def collect_view(

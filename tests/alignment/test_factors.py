@@ -32,6 +32,7 @@ from heterotune_flwr.alignment.public_texts import (
 from heterotune_flwr.alignment.views import view_asked
 from heterotune_flwr.backbones.head import HeadScaling
 from heterotune_flwr.backbones.loading import Backbone, BackboneSpec, clear_backbones, load_backbone
+from heterotune_flwr.backbones.reader import Reader
 from heterotune_flwr.backbones.structure import find_structure, slot_blocks
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.label_trie import make_trie
@@ -300,6 +301,26 @@ def test_the_state_is_that_of_the_last_word_given(backbone: Backbone):
     with torch.no_grad():
         out = backbone.model(torch.tensor([ids]), output_hidden_states=True)
     np.testing.assert_allclose(found[0], out.hidden_states[-1][0, -1].float(), rtol=2e-2, atol=2e-2)
+
+
+def test_what_begins_another_text_is_read_with_it(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+):
+    places = [Anchor("cats purr"), Anchor("cats purr", "they do"), Anchor("dogs", "bark"),
+              Anchor("cats purr", "they"), Anchor("dogs")]  # fmt: skip
+    alone = [collect_states(backbone, [place], DATA, 2) for place in places]
+    read: list[int] = []
+    whole = Reader.final_states
+    monkeypatch.setattr(
+        Reader, "final_states", lambda self, ids: read.append(len(ids)) or whole(self, ids)
+    )
+    told: list[tuple[int, int]] = []
+    found = collect_states(backbone, places, DATA, 2, lambda *done: told.append(done))
+    assert sum(read) == 2
+    assert told[-1] == (5, 5)
+    for index, own in enumerate(alone):
+        for slot in range(2):
+            np.testing.assert_allclose(found[slot][index], own[slot][0], atol=2e-4)
 
 
 @pytest.fixture
