@@ -1,11 +1,12 @@
 """What each part is worth: pooled classes, teachers and students, guests, where sharing pays, controls, "
-"conflict, text.
+"conflict.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.report.generation import generation
 from benchmarks.report.sections import (
     columns,
     load_results,
@@ -14,7 +15,6 @@ from benchmarks.report.sections import (
     section,
     shown,
     table,
-    told_gain,
 )
 
 _CLIENTS = (1, 2, 4, 16)
@@ -243,70 +243,6 @@ def lost_of(scene: dict[str, Any], rule: str) -> str:
 def told_gain_of(scene: dict[str, Any]) -> str:
     """What the clip adds, with its standard error."""
     return f"{scene['cmga.gain']:+.1f} ({scene['cmga.gain_se']:.1f})"
-
-
-def generation() -> str:
-    """Generated answers."""
-    known = load_results("generation")
-    rows, gains = [], []
-    # Measured when `heterotune` was the bank alone on open text, and answers in words were a channel.
-    methods = {
-        "local_only": "alone", "within_type": "within type", "within_consensus": "within type + own answers",
-        "heterotune": "HeteroTune, bank alone", "heterotune_answers": "HeteroTune in words",
-    }  # fmt: skip
-    for name, clients in (("tiny, sections, one client each", 1), ("tiny, sections", 2)):
-        values = known.get(name)
-        if not values:
-            continue
-        for method, told in methods.items():
-            rows.append((clients, told, f"{values[f'{method}.rouge_l']:.1f} ± {values[f'{method}.rouge_l.std']:.1f}",
-                         number(values, f"{method}.loss", 2), number(values, f"{method}.personal_rouge_l"),
-                         f"{values['learning_rates'][method]:g}"))  # fmt: skip
-        random = values["control_random_maps"]["heterotune.gain_over_within_type"]["rouge_l"]
-        for ours in ("heterotune", "heterotune_answers"):
-            cells = [told_gain(values[f"{ours}.gain_over_{rival}"]["rouge_l"])
-                     for rival in ("local_only", "within_type", "within_consensus")]  # fmt: skip
-            gains.append(
-                (clients, methods[ours], *cells, told_gain(random) if ours == "heterotune" else "")
-            )
-    real = known.get("real, instructions", {}).get("sweep", {})
-    tried = [
-        (
-            methods[method],
-            rate,
-            f"{found['rouge_l']:.1f}",
-            f"{found['exact_match']:.1f}",
-            f"{found['loss']:.2f}",
-        )
-        for method, rates in real.items()
-        for rate, found in rates.items()
-    ]
-    return section(
-        "Generated answers",
-        said("The first two tables are of answers that are *one* token long. Longer ones: "
-        "[answers of several tokens](#answers-of-several-tokens)."),
-        shown(
-            "Open text: the section of a package written out, over the whole vocabulary. Embedded family, 15 rounds, "
-            "320 generated answers, 3 seeds. ROUGE-L in percent (exact match differs by 0.1 at most; before training "
-            "0.1), loss per answer token (5.21 before), ROUGE-L on own skewed tests, and the chosen rate.",
-            "science.generation",
-            table(("clients per type", "row", "ROUGE-L", "loss", "own tests", "rate"), rows),
-        ),
-        shown(
-            "Gains in ROUGE-L over each rival. The last column is the bank's gain over averaging inside the type when "
-            "its maps are random: what averaging gives without any alignment.",
-            "science.generation",
-            table(("clients per type", "row", "over alone", "over within type", "over own answers", "random maps"),
-                  gains),
-        ),
-        shown(
-            "Real instructions: four tasks of Natural Instructions, one per client, SmolLM2-135M at 4 bits and its "
-            "pruned sibling, 6 rounds of 8 steps, 48 examples each. One seed and one untuned rate, stopped there: no "
-            "comparison yet, but it speaks against sharing with anchors that are not in the tasks' form.",
-            "science.generation --rows 'real, instructions' --instructions FILE",
-            table(("row", "rate", "ROUGE-L", "exact match", "loss per token"), tried),
-        ),
-    )  # fmt: skip
 
 
 def no_harm() -> str:

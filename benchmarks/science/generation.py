@@ -1,217 +1,198 @@
-"""Does sharing across types help where answers are generated? Open text through Flower, all at their own best rates.
+"""Do models of different families teach each other to answer, in a whole run as a user starts it?
 
-Tasks: a Debian package's section, as text, over the whole vocabulary, on the embedded family with 2 clients of each of
-3 types, or 1; four tasks of Natural Instructions on a real one. Methods: alone; inside each type; the same, and each
-type learns from its own predictions on public prompts (``within_consensus``); across types the bank alone (``bank``),
-and with predictions (``heterotune``). Every method first at each of its learning rates with a seed of its own (the rate
-with the best ROUGE-L is taken), then at that rate with ``SEEDS``; last, both ways of averaging with random maps, as a
-control. Token losses know no discount of label frequencies, so some of any averaging's gain is that it averages the
-clients' skews away.
+Four tasks of Natural Instructions, a task per client, two clients of each of two types; public prompts of the same four
+tasks, answered once by a bare model, on which types are compared and predictions are told. The laboratory's table of
+the same question (:mod:`.instructions`) has more rows and ceilings; this one goes through Flower, workers and
+personalization. Learning rates and rounds are those that the laboratory chose on dev texts.
 
-Measured on the global test: exact match and ROUGE-L of the greedy answers (the first ``GENERATED`` examples), and the
-cross-entropy per answer token (all examples), which needs far fewer examples to tell two methods apart.
+Rows: ``alone``; inside the ``within type``; across types the ``bank`` alone; ``heterotune`` as it ships, and the same
+``shared in all rounds``: without the phase in which each type goes on with its own bank.
 
-Run: ``python -m benchmarks.science.generation`` (a quarter of an hour to an hour per row of the embedded family on 2
-cores, hours for the real one, which needs ``--instructions``), or ``--rows`` of it. A row that is done is not done
-again, unless ``--again``.
+Measured on all four tasks and on a client's own, by test texts: cross-entropy per answer token, and ROUGE-L of greedy
+answers to the first ``GENERATED`` texts.
+
+Run: ``python -m benchmarks.science.generation --instructions FILE.jsonl.gz`` (SmolLM2-135M nf4 and Gemma-3-270M int8:
+about half an hour a seed on a core, and ten minutes once; the embedded family: minutes). What is done is kept.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.runner import (
     SEEDS,
-    Key,
+    Cells,
+    add_instructions,
     arguments,
-    by_client,
     flower_run,
-    mean_and_std,
-    paired_gain,
-    read_results,
+    machine,
     say,
-    seed_means,
     write_results,
 )
+from benchmarks.science.intervals import two_way_interval
+from benchmarks.science.laboratory.text_files import run_overrides
 
-SWEEP_SEED = 9
-GENERATED = 320
-#: Tried where a row does not say otherwise; the more clients share, the higher.
-RATES: Mapping[str, Sequence[float]] = {
-    "local_only": (0.001, 0.003),
-    "within_type": (0.001, 0.003, 0.01),
-    "within_consensus": (0.001, 0.003, 0.01),
-    "bank": (0.003, 0.01),
-    "heterotune": (0.003, 0.01),
+#: Texts whose answers are written: of all tasks in turn.
+GENERATED = 64
+#: Fewer public prompts than on labels: an answer has many positions.
+_PREDICTIONS = {"anchors": 128, "pool": 192, "batch": 32}
+_COMPONENT = "heterotune_flwr.strategies.HeteroTune"
+FAMILIES: Mapping[str, Sequence[tuple[str, str]]] = {
+    "smollm2_gemma": (("smollm2", "nf4"), ("gemma3-270m", "int8")),
+    "embedded": (("tiny-a", "bf16"), ("tiny-b", "int8")),
 }
-#: Those that no preset is (docs/strategies.md, Compositions).
-COMPOSED = (
-    "strategies.within_consensus={_component_: heterotune_flwr.strategies.WithinType, "
-    "predictions: {anchors: 512, pool: 1024, batch: 64}}",
-    "strategies.bank={_component_: heterotune_flwr.strategies.HeteroTune}",
-)
-MEASURES = ("loss", "rouge_l", "exact_match")
-#: Losses are reported as they are, shares in percent.
-SCALE = {"loss": 1.0, "rouge_l": 100.0, "exact_match": 100.0}
+MEASURES = ("global_loss", "personal_loss", "global_rouge_l", "personal_rouge_l")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A task on a family under one alignment; ``tasks``: of Natural Instructions, in task files."""
+    """What a row is: learning rate and rounds, as chosen on dev texts, and what it has beside a shipped strategy."""
 
-    preset: str = "open_text"
-    tasks: Sequence[str] = ()
-    overrides: Sequence[str] = ()
-    rates: Mapping[str, Sequence[float]] = field(default_factory=lambda: RATES)
-    rounds: int = 15
+    rate: float
+    rounds: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: Short inputs and answers; every model type trains on two of them and is tested on all four.
-TASKS = (
-    "subtask004_mctaco_answer_generation_event_duration", "subtask019_mctaco_temporal_reasoning_category",
-    "subtask036_qasc_topic_word_to_generate_related_fact", "subtask039_qasc_find_overlapping_words",
-)  # fmt: skip
-SMOLLM2 = (
-    "types=[{backbone: smollm2, bits: nf4, clients: 2}, {backbone: smollm2-pruned, bits: bf16, clients: 2}]",
-    "data.examples_per_client=48", "data.personal_test_examples=16", "data.global_test_examples=64",
-    "train.local_steps=8", "train.batch_size=8", "alignment.count=1000", "alignment.components=128",
-)  # fmt: skip
+_WHOLE = {"_component_": _COMPONENT, "predictions": _PREDICTIONS}
 ROWS: Mapping[str, Row] = {
-    "tiny, sections": Row(),
-    "tiny, sections, one client each": Row(overrides=[f"types.{n}.clients=1" for n in range(3)]),
-    "real, instructions": Row(
-        "instructions",
-        TASKS,
-        (*SMOLLM2, "data.generate=64", "data.template=plain"),
-        dict.fromkeys(RATES, (0.001, 0.003)),
-        6,
-    ),
+    "local_only": Row(0.002, 4),
+    "within_type": Row(0.002, 4),
+    "bank": Row(0.001, 8, {"_component_": _COMPONENT}),
+    "heterotune": Row(0.002, 8, {**_WHOLE, "personalization_phase": 0.5}),
+    "shared": Row(0.002, 8, {**_WHOLE, "personalization_phase": 0.0}),
 }
+RIVALS = ("local_only", "within_type")
+_CELLS = Cells("generation_cells")
 
 
-def measure(results: dict[str, Any], strategy: str, name: str) -> dict[Key, float]:
-    """(seed, type, client id) -> a measure on the global test."""
-    return by_client(results, strategy, f"global_{name}", SCALE[name])
-
-
-def run_row(
-    row: Row, seeds: list[int], rates: Mapping[str, float], extra: Sequence[str] = ()
-) -> dict[str, Any]:
-    """One Flower run of the strategies in ``rates``, each at its rate."""
-    results = flower_run(
-        row.preset,
-        [
-            f"data.generate={GENERATED}", *row.overrides, *extra, *COMPOSED,
-            f"server.rounds={row.rounds}",
-            *(f"strategies.{name}.train.learning_rate={rate}" for name, rate in rates.items()),
-            f"run.seeds={seeds}".replace(" ", ""), f"run.compare=[{','.join(rates)}]",
-        ],
-    )  # fmt: skip
-    shutil.rmtree(results["run_dir"], ignore_errors=True)
-    return results
-
-
-def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Mean and spread over seeds of every strategy and measure; before training; gains of sharing across types."""
-    table: dict[str, Any] = {}
-    for strategy in dict.fromkeys(run["strategy"] for run in results["runs"]):
-        for name in MEASURES:
-            means = seed_means(measure(results, strategy, name))
-            table[f"{strategy}.{name}"], table[f"{strategy}.{name}.std"] = mean_and_std(means)
-        own = [run["overall"]["personal_rouge_l_mean"] for run in results["runs"]
-               if run["strategy"] == strategy]  # fmt: skip
-        table[f"{strategy}.personal_rouge_l"] = mean_and_std([100 * value for value in own])[0]
-    before = results["runs"][0]["before"]["overall"]
-    table["before"] = {n: round(SCALE[n] * before[f"global_{n}_mean"], 2) for n in MEASURES}
-    ran = [name for name in RATES if f"{name}.loss" in table]
-    for ours in [name for name in ran if name.startswith("heterotune")]:
-        for rival in ran[: ran.index(ours)]:
-            table[f"{ours}.gain_over_{rival}"] = {
-                n: paired_gain(measure(results, ours, n), measure(results, rival, n)) for n in MEASURES
-            }  # fmt: skip
-    return table
-
-
-def write_task_files(extract: Path, tasks: Sequence[str], folder: Path) -> None:
-    """Task files in the published form from an extract, one .jsonl.gz row per instance."""
-    found: dict[str, dict[str, Any]] = {name: {"Instances": []} for name in tasks}
-    with gzip.open(extract, "rt", encoding="utf-8") as stream:
-        for row in map(json.loads, stream):
-            if (task := found.get(row["task"])) is not None:
-                task["Definition"] = [row["instruction"].removeprefix("Definition:").strip()]
-                outputs = [row["output"], *row["refs"]]
-                task["Instances"].append({"input": row["input"], "output": outputs})
-    for name, task in found.items():
-        (folder / f"{name}.json").write_text(json.dumps(task))
-
-
-def sweep(name: str, row: Row) -> dict[str, float]:
-    """Every strategy's best rate by ROUGE-L on the global test, from a seed of its own."""
-    found: dict[str, dict[str, dict[str, float]]] = (
-        read_results("generation").get(name, {}).get("sweep", {})
-    )
-    for rate in sorted({rate for rates in row.rates.values() for rate in rates}):
+def measure(family: str, seed: int, names: Sequence[str], instructions: Path) -> None:
+    """Rows that are not kept yet: one run for all of as many rounds."""
+    for rounds in sorted({ROWS[name].rounds for name in names}):
+        known = _CELLS.read()
         missing = [
-            strategy
-            for strategy, rates in row.rates.items()
-            if rate in rates and f"{rate:g}" not in found.get(strategy, {})
-        ]
+            name for name in names
+            if ROWS[name].rounds == rounds and _cell(family, name, seed) not in known
+        ]  # fmt: skip
         if not missing:
             continue
-        results = run_row(row, [SWEEP_SEED], dict.fromkeys(missing, rate))
-        for strategy in missing:
-            found.setdefault(strategy, {})[f"{rate:g}"] = {
-                measured: round(seed_means(measure(results, strategy, measured))[0], 2)
-                for measured in MEASURES
-            }
-        write_results("generation", {name: {"sweep": found}})
+        results = flower_run("instructions", _overrides(family, seed, missing, instructions))
+        for run in results["runs"]:
+            _CELLS.keep({_cell(family, run["strategy"], seed): _kept(run)})
+        shutil.rmtree(results["run_dir"], ignore_errors=True)
+
+
+def _cell(family: str, name: str, seed: int) -> str:
+    return f"{family}|{name}|{seed}"
+
+
+def _overrides(family: str, seed: int, names: Sequence[str], instructions: Path) -> list[str]:
+    types = ", ".join(f"{{backbone: {b}, bits: {n}, clients: 2}}" for b, n in FAMILIES[family])
+    found = [
+        *run_overrides(instructions, "test"), f"types=[{types}]", "data.examples_per_client=96",
+        "data.personal_test_examples=16", "data.global_test_examples=256", "data.max_length=320",
+        f"data.generate={GENERATED}", "train.local_steps=12", "train.batch_size=8", "server.evaluate_every=0",
+        "run.workers=1", f"server.rounds={ROWS[names[0]].rounds}", f"run.seeds=[{seed}]",
+        f"run.compare=[{','.join(names)}]",
+    ]  # fmt: skip
+    for name in names:
+        options = {**ROWS[name].options, "train": {"learning_rate": ROWS[name].rate}}
+        if "_component_" in options:
+            found.append(f"strategies.{name}={_yaml(options)}")
+        else:
+            found.append(f"strategies.{name}.train.learning_rate={ROWS[name].rate}")
+    return found
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(own)}" for key, own in value.items()) + "}"
+    return str(value)
+
+
+def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run: every client's measures, untouched and at the end, and what it took home."""
     return {
-        strategy: float(max(found[strategy], key=lambda rate: found[strategy][rate]["rouge_l"]))
-        for strategy in row.rates
-    }
+        "clients": [
+            {
+                "type": client["type"], "took": client["kept"]["took"],
+                **{name: client[name] for name in MEASURES},
+                "bare": {name: client["kept"]["bare"][name] for name in MEASURES},
+                "taken": {name: client["kept"]["taken"][name] for name in MEASURES},
+            }
+            for client in run["clients"]
+        ],
+        "correlation": run["alignment"], "bytes": run["bytes"], "seconds": round(run["seconds"], 1),
+        "machine": machine(),
+    }  # fmt: skip
 
 
-def run(name: str, row: Row) -> None:
-    """Everything of one row, kept as it is done."""
-    rates = sweep(name, row)
-    values: dict[str, Any] = {"seeds": SEEDS, "rounds": row.rounds, "learning_rates": rates}
-    values |= summary(run_row(row, SEEDS, rates))
-    write_results("generation", {name: values})
-    say(name, json.dumps(values))
-    pair = {key: rates[key] for key in ("within_type", "heterotune")}
-    control = summary(run_row(row, SEEDS, pair, ["alignment.control=random_maps"]))
-    write_results("generation", {name: {"control_random_maps": control}})
+# ------------------------------------------------------------------------------------ what they come to
+
+
+def summary(family: str) -> dict[str, Any]:
+    """Flat, of seeds that every row has: ``<row>.<measure>``, by type, and gains over rivals with intervals."""
+    cells = _CELLS.read()
+    seeds = sorted({int(name.split("|")[2]) for name in cells if name.startswith(f"{family}|")})
+    seeds = [s for s in seeds if all(_cell(family, row, s) in cells for row in ROWS)]
+    if not seeds:
+        return {}
+    found: dict[str, Any] = {"seeds": seeds}
+
+    def told(row: str, measure: str, of: str | None = None) -> np.ndarray[Any, Any]:
+        """Seeds x clients; losses in nats, ROUGE-L in percent."""
+        scale = 1.0 if measure.endswith("loss") else 100.0
+        clients = [cells[_cell(family, row, seed)]["clients"] for seed in seeds]
+        # One client of a type tests what it kept on the common test; the others leave it out.
+        return scale * np.array(
+            [[(c[of] if of else c)[measure] for c in run] for run in clients], np.float64
+        )
+
+    types = np.array([c["type"] for c in cells[_cell(family, "bank", seeds[0])]["clients"]])
+    for measure in MEASURES:
+        found[f"untouched.{measure}"] = np.nanmean(told("bank", measure, "bare"))
+        for row in ROWS:
+            values = told(row, measure)
+            found[f"{row}.{measure}"] = values.mean()
+            for one in dict.fromkeys(types):
+                found[f"{row}.{measure}.{one}"] = values[:, types == one].mean()
+            if measure.startswith("personal"):
+                found[f"{row}.taken.{measure}"] = told(row, measure, "taken").mean()
+            for rival in RIVALS if row not in RIVALS else ():
+                gains = (values - told(rival, measure)).mean(axis=1, keepdims=True)
+                found[f"{row}.over_{rival}.{measure}.gain"] = gains.mean()
+                if len(seeds) > 1:
+                    for end, value in two_way_interval(gains).items():
+                        found[f"{row}.over_{rival}.{measure}.{end}"] = value
+    for row in ROWS:
+        took = [c["took"] for s in seeds for c in cells[_cell(family, row, s)]["clients"]]
+        found[f"{row}.took_federated"] = f"{took.count('federated')} of {len(took)}"
+    return {k: round(float(v), 4) if isinstance(v, float) else v for k, v in found.items()}
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), default=list(ROWS))
-    parser.add_argument("--instructions", type=Path, help="Natural Instructions: .jsonl.gz with task, "
-                        "instruction, input, output, refs")  # fmt: skip
-    parser.add_argument("--again", action="store_true", help="forget the rows' results first")
-    args = parser.parse_args()
-    rows = [n for n in args.rows if args.instructions is not None or not ROWS[n].tasks]
-    known = read_results("generation")
-    if args.again:
-        known = {name: values for name, values in known.items() if name not in rows}
-        write_results("generation", known, anew=True)
-    for name in rows:
-        if "control_random_maps" in known.get(name, {}):
-            continue
-        if not ROWS[name].tasks:
-            run(name, ROWS[name])
-            continue
-        with tempfile.TemporaryDirectory(prefix="heterotune-tasks-") as folder:
-            write_task_files(args.instructions, ROWS[name].tasks, Path(folder))
-            overrides = (*ROWS[name].overrides, f"data.train={folder}")
-            run(name, replace(ROWS[name], overrides=overrides))
+    parser = arguments(__doc__, SEEDS)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    add_instructions(parser)
+    parser.add_argument("--again", action="store_true", help="forget these families' rows first")
+    given = parser.parse_args()
+    if given.instructions is None:
+        parser.error("name the extract of Natural Instructions: --instructions FILE.jsonl.gz")
+    if given.again:
+        chosen = {(family, row) for family in given.families for row in given.rows}
+        _CELLS.forget(lambda cell: tuple(cell.split("|")[:2]) in chosen)
+    for seed in given.seeds:
+        for family in given.families:
+            measure(family, seed, given.rows, given.instructions)
+            if values := summary(family):
+                write_results("generation", {family: values})
+                say(family, seed, values)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.science.headline_suites import CLAIMS, Suite
-from benchmarks.science.laboratory.text_tasks import DATA, OTHERS, TASKS, read_split
-from heterotune_flwr.backbones.assets import cache_dir
-from heterotune_flwr.exchange.storage import atomic_write_text
+from benchmarks.science.laboratory.text_files import run_overrides
 
 FULL, LABELS, TEXT = "full", ("sections", "wordnet"), ("instructions",)
 BOTH = (*LABELS, *TEXT)
@@ -90,30 +87,7 @@ def overrides_of(task: str, instructions: Path | None) -> list[str]:
     if task in LABELS:
         return found
     assert instructions is not None
-    folder = instruction_files(instructions)
     return [
-        *found, f"data.train={folder}/train.jsonl", f"data.test={folder}/test.jsonl", "data.name=instructions",
-        "data.client_field=client", "data.partition=natural", "data.examples_per_client=64",
-        "data.personal_test_examples=12", f"data.prompt={json.dumps(DATA.prompt)}", "data.max_length=160",
-        "data.generate=0", "server.evaluate_before=false",
-        f"alignment.anchors={folder}/public.jsonl", "alignment.count=400",
+        *found, *run_overrides(instructions, "test"), "data.examples_per_client=64",
+        "data.personal_test_examples=12", "data.max_length=160", "server.evaluate_before=false",
     ]  # fmt: skip
-
-
-def instruction_files(extract: Path) -> Path:
-    """Four tasks as train, test and public files; a passage lies in one of them alone."""
-    folder, own = cache_dir() / "tasks" / "mechanisms-2", tuple(TASKS)[:4]
-    folder.mkdir(parents=True, exist_ok=True)
-    split = {**read_split(extract, own), **read_split(extract, OTHERS)}
-    for part in ("train", "test"):
-        rows = [
-            {"text": e.text, "label": e.label, "client": task, "references": list(e.references)}
-            for task in own for e in split[task][part]
-        ]  # fmt: skip
-        atomic_write_text(folder / f"{part}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    public = [e.text for task in own for e in split[task]["public"]]
-    public += [e.text for task in OTHERS for rows in split[task].values() for e in rows]
-    atomic_write_text(
-        folder / "public.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in public)
-    )
-    return folder
