@@ -91,7 +91,6 @@ def open_text_bytes(exchange: ExchangeConfig) -> tuple[int, int]:
     )
     names = (
         "examples", "steps", "learning_rate", "loss", "seconds", "accuracy", "peak_memory_mb",
-        "gate_mass_global", "gate_mass_type", "gate_mass_private",
     )  # fmt: skip
     metrics = dict.fromkeys(names, 1.0)
     reply = TrainReply(

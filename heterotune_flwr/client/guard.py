@@ -177,18 +177,13 @@ class Guard:
         return most if rows >= most + least else rows
 
     def told(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics as they leave: what is measured rounded, counts as they are.
-
-        Without the gates' mass, which is that of the last few examples alone.
-        """
+        """Metrics as they leave: what is measured rounded, counts as they are."""
         if self.identity.floors is None:
             return dict(metrics)
-        found = {}
-        for name, value in metrics.items():
-            kind = metric_of(name).measure
-            if not kind.startswith("gate_mass"):
-                found[name] = value if kind in _EXACT else round(value, _DECIMALS)
-        return found
+        return {
+            name: value if metric_of(name).measure in _EXACT else round(value, _DECIMALS)
+            for name, value in metrics.items()
+        }
 
     def _run(self, header: Header, floors: Floors) -> None:
         """Whether this node takes part in a run with these settings and this adapter at all."""

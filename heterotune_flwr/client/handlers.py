@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -295,11 +294,8 @@ def _use_maps(
 
 
 def _train_metrics(report: TrainReport, learning_rate: float) -> dict[str, float]:
-    fields: dict[str, Any] = asdict(report)
-    mass: dict[str, float] = fields.pop("gate_mass")
-    metrics = {name: float(value) for name, value in fields.items() if value is not None}
-    metrics["learning_rate"] = learning_rate
-    return metrics | {f"gate_mass_{tier}": value for tier, value in mass.items()}
+    told = {name: float(value) for name, value in asdict(report).items() if value is not None}
+    return {**told, "learning_rate": learning_rate}
 
 
 #: Which handler answers which message type.

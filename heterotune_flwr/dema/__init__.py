@@ -15,7 +15,6 @@ from heterotune_flwr.dema.when_peft import register_when_imported
 if TYPE_CHECKING:
     from heterotune_flwr.dema.access import (
         active_adapter,
-        gate_mass,
         load_maps,
         read_maps,
         slot_layers,
@@ -32,7 +31,6 @@ __all__ = [
     "DeMAModel",
     "MergeError",
     "active_adapter",
-    "gate_mass",
     "load_maps",
     "read_maps",
     "register",

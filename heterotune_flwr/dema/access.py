@@ -94,16 +94,3 @@ def read_maps(model: nn.Module) -> dict[str, NDArray[np.float32]]:
         name: buffer.detach().to("cpu", torch.float32).numpy().copy()
         for name, buffer in _map_buffers(model).items()
     }
-
-
-def gate_mass(model: nn.Module) -> dict[str, float]:
-    """Mean gate weight by kind of expert in the last forward pass, averaged over slots; empty before one.
-
-    They sum to 1, and all of it is the global experts': the other names are those of kinds that have gone.
-    """
-    name = active_adapter(model)
-    layers = [layer for layer in slot_layers(model) if name in layer.gate_mass]
-    if not layers:
-        return {}
-    total = sum(float(layer.gate_mass[name].sum()) for layer in layers)
-    return {"global": total / len(layers), "type": 0.0, "private": 0.0}

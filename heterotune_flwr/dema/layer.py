@@ -108,7 +108,6 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.dema_cores = nn.ModuleDict({})
         self.configs: dict[str, DeMAConfig] = {}
         self.slots: dict[str, int] = {}
-        self.gate_mass: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -158,7 +157,6 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
         self.slots.pop(adapter_name, None)
-        self.gate_mass.pop(adapter_name, None)
 
     def active_names(self) -> list[str]:
         """The active adapters that have a slot here."""
@@ -206,9 +204,7 @@ class DeMALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         logits = cast(Tensor, self.dema_gate[adapter_name](z))
         if self.configs[adapter_name].gate == "uniform":
             logits = 0.0 * logits  # stays in the graph: the gate's gradients exist, and are zero
-        weights = torch.softmax(logits, dim=-1)
-        self.gate_mass[adapter_name] = weights.detach().reshape(-1, weights.shape[-1]).mean(0)
-        return weights
+        return torch.softmax(logits, dim=-1)
 
     def latents(self, x: Tensor, adapter_name: str | None = None) -> Tensor:
         """``D x + o`` of an adapter (None: the first active one), ``... x d`` -> ``... x r``, in float32."""

@@ -180,8 +180,8 @@ class TrainReply:
     """What a client's training gave.
 
     ``deltas`` = trained minus received values of the expected tensors. ``metrics`` has at least
-    ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``,
-    ``peak_memory_mb`` and ``gate_mass_{global,type,private}``. ``cache_digest`` confirms which tensors the client now
+    ``examples``, ``steps``, ``learning_rate``, ``loss``, ``seconds``; usually ``accuracy``
+    and ``peak_memory_mb``. ``cache_digest`` confirms which tensors the client now
     holds (:mod:`.cached`), ``code_hash`` is that of the program which trained, ``channels`` is what it tells each
     channel that asked; of one that its owner forbids it is missing.
     """

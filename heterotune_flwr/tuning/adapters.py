@@ -227,14 +227,6 @@ class AttachedAdapter:
 
         return SliceTask.of(task, self.backbone)
 
-    def gate_mass(self) -> dict[str, float]:
-        """Mean gate weight by kind of expert in the last forward pass; empty for LoRA."""
-        if self.kind != "dema":
-            return {}
-        from heterotune_flwr.dema import gate_mass
-
-        return dict(gate_mass(self.model))
-
     def _slots(self) -> list[Any]:
         if not hasattr(self, "_slot_layers"):
             from heterotune_flwr.dema.access import slot_layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -37,7 +37,6 @@ class TrainReport:
     accuracy: float | None
     seconds: float
     peak_memory_mb: float
-    gate_mass: dict[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -110,7 +109,6 @@ def fit(
         accuracy=accuracy if own else None,
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(device),
-        gate_mass=adapter.gate_mass(),
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from dema_models import (
     HIDDEN,
     dema_config,
-    logits,
     naive_delta,
     randomize,
     snapshot,
@@ -22,7 +21,6 @@ from peft import get_peft_model
 from heterotune_flwr.dema import (
     DeMAConfig,
     DeMALayer,
-    gate_mass,
     load_maps,
     read_maps,
     trainable_tensors,
@@ -109,13 +107,6 @@ def test_a_gates_rows_weigh_the_experts_in_their_order() -> None:
     chosen = layer.experts("default")[1](layer.latents(x))
     expected = chosen @ layer.dema_maps["default"].up_weight.T
     torch.testing.assert_close(layer.delta("default", x), expected)
-
-
-def test_the_gates_mass_is_told_after_a_forward_pass() -> None:
-    model = get_peft_model(tiny_model(), dema_config())
-    assert gate_mass(model) == {}
-    logits(model, tokens())
-    assert gate_mass(model)["global"] == pytest.approx(1)
 
 
 def test_uniform_gate_is_not_trained_but_has_gradients() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -61,8 +60,6 @@ def test_training_lowers_the_loss_and_is_reproducible(directory, data, method):
     assert 0 <= report.accuracy <= 1
     assert report.peak_memory_mb > 10
     assert report.seconds > 0
-    if method.kind == "dema":
-        assert math.isclose(sum(report.gate_mass.values()), 1.0, rel_tol=1e-5)
     again = run(0)[3]
     assert all(np.array_equal(again[name], values[name]) for name in values)
     other = run(1)[3]
