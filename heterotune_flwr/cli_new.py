@@ -92,7 +92,10 @@ def _columns(
     table: Table, text: str | None, label: str | None, client: str | None
 ) -> tuple[str | None, str | None, str | None]:
     """The columns as given, as their names say, or as asked for."""
-    usual = table.layout or {"text", "label"} <= set(table.columns)
+    from heterotune_flwr.data.columns import alike, column_called
+
+    named = _given(*(column_called(name, table.columns) for name in ("text", "label")))
+    usual = table.layout or len(named) == 2
     if not usual or text or label:
         text = text or _column(
             table, "--text", "Column with the text", table.text(_given(label, client))
@@ -100,13 +103,13 @@ def _columns(
         label = label or _column(
             table, "--label", "Column with the answer", table.label(_given(text, client))
         )
-    taken = _given(text, label) if text else ["text", "label"]
+    taken = _given(text, label) if text else named
     if client is None:
         proposed = table.client(taken)
         if _asks() and proposed:
             question = f"Column that says whose a row is ({_NONE}: none, dealt by chance)"
             client = _column(table, "--client-column", question, proposed, optional=True)
-        elif proposed == "client":
+        elif proposed and alike(proposed, "client"):
             client = proposed
     return text, label, client
 

@@ -232,6 +232,15 @@ def test_columns_are_proposed_by_name_and_by_what_is_in_them(tmp_path):
     assert (table.text(), table.label(["a"]), table.client(["a", "b"])) == ("a", "b", None)
 
 
+def test_usual_columns_are_known_whatever_their_case(tmp_path):
+    file = tmp_path / "a.csv"
+    lines = (f"the soup number {i} was fine,{FEELINGS[i % 2]},{SHOPS[i % 4]}\n" for i in range(96))
+    file.write_text("Text, Label,CLIENT\n" + "".join(lines))
+    new(tmp_path / "soups", "--data", file)  # nobody to ask
+    data = written(tmp_path / "soups").data
+    assert (data.partition, data.client_field) == ("natural", "CLIENT")
+
+
 def test_closed_standard_input_is_nobody_to_ask(heterotune, tmp_path):
     done = heterotune("new", tmp_path / "run", said=None)
     assert done.returncode == 1
