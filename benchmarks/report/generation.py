@@ -14,7 +14,7 @@ def generation() -> str:
         "local_only": "trained alone", "within_type": "within type", "bank": "bank alone",
         "heterotune": "`heterotune`", "shared": "`heterotune`, shared in all rounds",
     }  # fmt: skip
-    family = {"smollm2_gemma": "SmolLM2 and Gemma-3", "embedded": "embedded family"}
+    family = {"smollm2_gemma": "SmolLM2 and Gemma-3", "embedded": "Embedded family"}
     blocks = []
     for name, told in family.items():
         values = known.get(name)
@@ -32,12 +32,12 @@ def generation() -> str:
             for row, title in named.items() if f"{row}.over_within_type.global_loss.gain" in values
         ]  # fmt: skip
         seeds = f"seeds {', '.join(map(str, values['seeds']))}"
+        interval = ", with a 95 % interval over seeds" if len(values["seeds"]) > 1 else ""
         blocks += [
             shown(f"{told}, {seeds}: loss per answer token and ROUGE-L in percent (64 written answers), on all tasks "
-                  "and on a client's own; last, how many clients took the federated model home.", "science.generation",
+                  "and on a client's own. Last: how many clients took the federated model home.", "science.generation",
                   table(("row", "loss", "own loss", "ROUGE-L", "own ROUGE-L", "took it"), rows)),
-            shown(f"{told}: what sharing adds on all tasks (loss: below 0 is better), with a 95 % interval over seeds.",
-                  "science.generation",
+            shown(f"{told}: what sharing adds on all tasks (loss: below 0 is better){interval}.", "science.generation",
                   table(("row", "loss, over alone", "ROUGE-L, over alone", "loss, over within", "ROUGE-L, over within"),
                         gains)),
         ]  # fmt: skip
@@ -45,8 +45,8 @@ def generation() -> str:
         "Generated answers",
         said("The same question as in [answers of several tokens](#answers-of-several-tokens), asked of whole runs: "
              "four tasks of Natural Instructions, a task per client, two clients of each of two types, 60 examples "
-             "each; public prompts of the same tasks, answered once by SmolLM2. Rates and rounds are the laboratory's, "
-             "chosen on dev texts."),
+             "each. Public prompts are of the same tasks, answered once by SmolLM2. Rates and rounds are the "
+             f"laboratory's, chosen on dev texts.{'' if blocks else ' Not measured yet.'}"),
         *blocks,
     )  # fmt: skip
 
