@@ -9,12 +9,12 @@ from typing import Any
 
 from heterotune_flwr.alignment.public_texts import load_anchors
 from heterotune_flwr.client.identify import identify
-from heterotune_flwr.config.compose import compose
 from heterotune_flwr.data.examples import Example
 from heterotune_flwr.data.partition import ClientData
 from heterotune_flwr.data.virtual_clients import expand_types
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.export.form import data_of
+from heterotune_flwr.federation.resume import saved_config
 from heterotune_flwr.schema import Config
 from heterotune_flwr.tuning.kept_model import KeptFacts
 
@@ -53,7 +53,7 @@ def own_data(run: Path, record: KeptFacts) -> tuple[Config, ClientData]:
 
     Raises ConfigError, DataError: the configuration or the data are not what they were.
     """
-    config = compose(str(run / "config.yaml"))
+    config = saved_config(run)
     order = len(expand_types(config.types))
     partition = record.client_id.removeprefix("client-")
     if not partition.isdigit() or int(partition) >= order:

@@ -68,9 +68,7 @@ def saved_config(directory: Path) -> Config:
     try:
         return compose(str(path))
     except ConfigError as error:
-        raise ConfigError(
-            f"{path} is not the configuration of a run any more: {error}; put it back"
-        ) from error
+        raise ConfigError(f"{path} was changed, or is of another version: {error}") from error
 
 
 def check_same(saved: Config, config: Config, directory: Path) -> None:

@@ -267,6 +267,15 @@ def test_a_types_model_learns_of_public_texts_alone(pool: list[Example], tmp_pat
     assert {lesson.text for lesson in one.lessons(None)} <= own
 
 
+def test_a_run_with_settings_that_have_gone_is_one_line_that_names_its_file(
+    pool: list[Example], tmp_path: Path
+) -> None:
+    record, _ = a_record(SPEC, pool[:4], sorted({row.label for row in pool}), LAST)
+    (tmp_path / "config.yaml").write_text("method: {experts_private: 0}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml .*'experts_private'[^\n]*leave it out$"):
+        of_run(tmp_path, [record], whole_type=False)
+
+
 def test_public_texts_are_enough_to_distil_a_model_of_open_text(
     pool: list[Example], tmp_path: Path
 ) -> None:
