@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.report.sections import load_results, said, section, shown, table
-from benchmarks.science.mechanism_rows import BOTH, FULL, GONE, ROWS, TEXT
+from benchmarks.science.mechanism_rows import BOTH, FULL, ROWS, TEXT
 
 _INSTRUCTIONS = (
     "Instructions: four tasks of Natural Instructions, a task per client, embedded family, two clients of each of two "
@@ -35,7 +35,7 @@ def mechanisms() -> str:
         f"client each. {_INSTRUCTIONS if TEXT[0] in tasks else _NOT_YET} All rows have one rate ({rates}), of labels "
         "the best of the whole on dev; so a row could be better at its own. With two clients agreement weights say "
         "nothing, and neither does the clip, which protects. The bank is left out by sharing it in the first round "
-        f"alone. Mixing has gone since; other tables with `heterotune` on this page are from before. "
+        f"alone. "
         f"Seeds: {seeds}. Full: {levels}."),
         *(shown(told, "science.mechanisms", table(("part", *tasks), rows)) for told, rows in (
             ("What leaving it out costs on the common test, with a 95 % interval over seeds: points of accuracy, or "
@@ -46,13 +46,10 @@ def mechanisms() -> str:
 
 
 def _rows(known: Mapping[str, Any], tasks: Sequence[str], added: bool) -> list[tuple[str, ...]]:
-    names = [name for name, row in ROWS.items() if row.added == added]
-    titles = {name: name.replace("_", " ") for name in names}
-    titles |= {} if added else {name: f"{name} (gone since)" for name in GONE}
     return [
-        (title, *(_cost(known, task, name) for task in tasks))
-        for name, title in titles.items()
-        if any(f"{task}.{name}.cost" in known for task in tasks)
+        (name.replace("_", " "), *(_cost(known, task, name) for task in tasks))
+        for name, row in ROWS.items()
+        if row.added == added and any(f"{task}.{name}.cost" in known for task in tasks)
     ]
 
 

@@ -13,8 +13,6 @@ from benchmarks.science.laboratory.text_files import run_overrides
 FULL, LABELS, TEXT = "full", ("sections", "wordnet"), ("instructions",)
 BOTH = (*LABELS, *TEXT)
 _FAMILY = "smollm2_gemma"
-#: Measured as rows while they were there; leaving them out cost nothing, so they have gone.
-GONE = ("mixing",)
 #: Of every row on longer answers, whose public texts are dear.
 SMALLER = {"predictions": {"anchors": 128, "pool": 192, "batch": 32}}
 

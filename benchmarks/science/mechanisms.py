@@ -42,7 +42,6 @@ from benchmarks.science.intervals import two_way_interval
 from benchmarks.science.mechanism_rows import (
     BOTH,
     FULL,
-    GONE,
     ROWS,
     SMALLER,
     TEXT,
@@ -131,7 +130,7 @@ def best_rate(task: str) -> float:
 def costs(task: str, seeds: Sequence[int]) -> dict[str, float]:
     """Flat: ``<task>.<mechanism>.<cost | own_cost>`` with ``_low`` and ``_high``, of rows with every seed."""
     cells, found = _CELLS.read(), {}
-    for name, reach in itertools.product([*ROWS, *GONE], ("global", "personal")):
+    for name, reach in itertools.product(ROWS, ("global", "personal")):
         key = "cost" if reach == "global" else "own_cost"
         own, full = ([cells.get(f"{task}|test|{n}|{s}") for s in seeds] for n in (name, FULL))
         if not all(own) or not all(full):
@@ -142,9 +141,7 @@ def costs(task: str, seeds: Sequence[int]) -> dict[str, float]:
         if name == FULL:
             found[f"{task}.{FULL}.{key.replace('cost', 'level')}"] = float(whole.mean())
             continue
-        told = two_way_interval(
-            (whole - left if name in ROWS and ROWS[name].added else left - whole)[:, None]
-        )
+        told = two_way_interval((whole - left if ROWS[name].added else left - whole)[:, None])
         for end, value in (("", "gain"), ("_low", "low"), ("_high", "high")):
             found[f"{task}.{name}.{key}{end}"] = told[value]
     return {key: round(value, 4) for key, value in found.items()}
