@@ -39,7 +39,7 @@ def test_a_cost_is_points_lost_or_nats_gained_and_what_is_added_is_the_other_way
     accuracy, loss = ("sections", "accuracy"), ("instructions", "loss")
     values = {
         (*accuracy, FULL): [0.6, 0.7], (*accuracy, "balance"): [0.5, 0.64],
-        (*loss, FULL): [2.0, 2.1], (*loss, "mixing"): [2.2, 2.3], (*loss, "annealing"): [2.1, 2.2],
+        (*loss, FULL): [2.0, 2.1], (*loss, "predictions"): [2.2, 2.3], (*loss, "annealing"): [2.1, 2.2],
         (*loss, "slow_gate"): [2.0],
     }  # fmt: skip
     monkeypatch.setattr(mechanisms, "_CELLS", _Cells(values))
@@ -47,6 +47,6 @@ def test_a_cost_is_points_lost_or_nats_gained_and_what_is_added_is_the_other_way
     assert found["sections.full.level"] == pytest.approx(35)
     assert found["sections.balance.cost"] == pytest.approx(8)
     assert found["sections.balance.cost_low"] < 8 < found["sections.balance.cost_high"]
-    assert found["instructions.mixing.cost"] == pytest.approx(0.2)
+    assert found["instructions.predictions.cost"] == pytest.approx(0.2)
     assert found["instructions.annealing.own_cost"] == pytest.approx(-0.1)
     assert not any("slow_gate" in key for key in found)
