@@ -13,8 +13,8 @@ from heterotune_flwr.dema.bank import initial_tensors, part_of
 from heterotune_flwr.errors import ConfigError
 from heterotune_flwr.tuning.kept_model import FEDERATED, Choosing, Head, KeptModel
 
-#: What may differ between the clients of a type.
-_OWN = ("gate", "core")
+#: What may be a client's own, and the setting that says whether it is.
+_OWN = {"gate": "gate_scope", "core": "core_scope"}
 
 
 def shared_model(records: Sequence[KeptModel]) -> KeptModel:
@@ -40,7 +40,12 @@ def shared_model(records: Sequence[KeptModel]) -> KeptModel:
             f"clients of {first.type_key} share no model in strategy {first.strategy!r}; export one client's with "
             f"--client {first.client_id}"
         )
-    # One client's own: as it was before anybody trained.
+    # One client's own, also where a type has one client: as it was before anybody trained.
+    differing |= {
+        name
+        for name in first.as_shared
+        if (part := part_of(name)) in _OWN and getattr(first.method, _OWN[part]) == "client"
+    }
     own = initial_tensors({name: first.as_shared[name].shape for name in differing}, first.seed)
     return replace(
         first,

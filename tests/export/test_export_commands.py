@@ -120,6 +120,10 @@ def test_a_types_model_has_nothing_of_one_client(
     assert sorted([*names, *gates]) == sorted(shared)
     assert gates
     assert not any(shared[name].any() for name in gates)
+    assert second.method.gate_scope == "client"
+    assert any(second.as_shared[name].any() for name in gates)
+    lone = shared_model([second]).federated  # the type's only client
+    assert not any(lone[name].any() for name in gates)
     assert not (out / "alone").exists()
     card = (out / "README.md").read_text()
     assert "each with what is its own besides" in card

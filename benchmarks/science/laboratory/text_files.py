@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -30,7 +32,8 @@ def run_overrides(extract: Path, part: str) -> list[str]:
 
 def task_files(extract: Path) -> Path:
     """Folder with train, dev, test and public files; a passage lies in one of them alone. Made once."""
-    folder = cache_dir() / "tasks" / "instructions-1"
+    digest = hashlib.sha256(extract.read_bytes()).hexdigest()[:12]
+    folder = cache_dir() / "tasks" / f"instructions-{digest}"
     if (folder / "public.jsonl").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,8 +44,8 @@ def task_files(extract: Path) -> Path:
             for task in CLIENT_TASKS for e in split[task][part]
         ])  # fmt: skip
     # The tasks in turn, so that the first of them are of all.
-    turns = zip(*(split[task]["public"] for task in CLIENT_TASKS), strict=True)
-    prompts = [example.text for turn in turns for example in turn]
+    turns = itertools.zip_longest(*(split[task]["public"] for task in CLIENT_TASKS))
+    prompts = [example.text for turn in turns for example in turn if example is not None]
     answers = Writer(*_WRITER, DATA.max_answer_tokens).answer(prompts, say)
     _write(folder / "public.jsonl", [
         {"text": text, "answer": answer} for text, answer in zip(prompts, answers, strict=True)
