@@ -10,7 +10,7 @@ from benchmarks.science.mechanism_rows import BOTH, FULL, ROWS, TEXT
 
 _INSTRUCTIONS = (
     "Instructions: four tasks of Natural Instructions, a task per client, embedded family, two clients of each of two "
-    "types, 6 rounds, public inputs of the same tasks, answered by SmolLM2."
+    "types, 6 rounds, public inputs of the same tasks, answered by SmolLM2; its rate is not tuned."
 )
 _NOT_YET = (
     "Not measured yet: answers of several tokens (what predictions and the bank carry there: [answers of several "

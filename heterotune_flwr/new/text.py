@@ -147,9 +147,14 @@ def _rest(plan: Plan, folder: Path) -> Iterator[str]:
     )
     yield _line("strategies:", "local_only: every client alone, to compare with")
     for name, rate in _RATES.items():
-        yield f"  - {name}" + (
-            "" if plan.labels is None else f": {{train: {{learning_rate: {rate:g}}}}}"
-        )
+        if plan.labels is not None:
+            yield f"  - {name}: {{train: {{learning_rate: {rate:g}}}}}"
+        elif name == "heterotune":
+            yield _line(
+                f"  - {name}: {{personalization_phase: 0}}", "answers gain when all rounds share"
+            )
+        else:
+            yield f"  - {name}"
     yield "server:"
     yield _line(f"  rounds: {plan.rounds}", f"an example is seen about {seen} times")
     yield _line("  evaluate_every: 0", "0: tested before the first round and after the last")
