@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.report.sections import load_results, number, said, section, shown, table
-from benchmarks.science.generation import MEASURES
 
 
 def generation() -> str:
@@ -14,33 +14,16 @@ def generation() -> str:
         "local_only": "trained alone", "within_type": "within type", "bank": "bank alone",
         "heterotune": "`heterotune`", "shared": "`heterotune`, shared in all rounds",
     }  # fmt: skip
-    family = {"smollm2_gemma": "SmolLM2 and Gemma-3", "embedded": "Embedded family"}
-    blocks = []
-    for name, told in family.items():
-        values = known.get(name)
-        if not values:
-            continue
-        rows = [("untouched", *(number(values, f"untouched.{m}", 2) for m in MEASURES), "")]
-        rows += [
-            (title, *(number(values, f"{row}.{m}", 2) for m in MEASURES),
-             str(values[f"{row}.took_federated"]))
-            for row, title in named.items()
-        ]  # fmt: skip
-        gains = [
-            (title, *(_gain_of(values, f"{row}.over_{rival}.{m}")
-                      for rival in ("local_only", "within_type") for m in ("global_loss", "global_rouge_l")))
-            for row, title in named.items() if f"{row}.over_within_type.global_loss.gain" in values
-        ]  # fmt: skip
-        seeds = f"seeds {', '.join(map(str, values['seeds']))}"
-        interval = ", with a 95 % interval over seeds" if len(values["seeds"]) > 1 else ""
-        blocks += [
-            shown(f"{told}, {seeds}: loss per answer token and ROUGE-L in percent (64 written answers), on all tasks "
-                  "and on a client's own. Last: how many clients took the federated model home.", "science.generation",
-                  table(("row", "loss", "own loss", "ROUGE-L", "own ROUGE-L", "took it"), rows)),
-            shown(f"{told}: what sharing adds on all tasks (loss: below 0 is better){interval}.", "science.generation",
-                  table(("row", "loss, over alone", "ROUGE-L, over alone", "loss, over within", "ROUGE-L, over within"),
-                        gains)),
-        ]  # fmt: skip
+    family = {
+        "smollm2_gemma": "SmolLM2 and Gemma-3",
+        "smollm2_pruned": "SmolLM2 and its pruned sibling",
+    }
+    blocks = [
+        block
+        for name, told in family.items()
+        if name in known
+        for block in _family(known[name], f"{told}, seeds {', '.join(map(str, known[name]['seeds']))}", named)
+    ]  # fmt: skip
     return section(
         "Generated answers",
         said("The same question as in [answers of several tokens](#answers-of-several-tokens), asked of whole runs: "
@@ -51,8 +34,50 @@ def generation() -> str:
     )  # fmt: skip
 
 
+def _family(values: dict[str, Any], told: str, named: dict[str, str]) -> Iterator[str]:
+    """Tables of a family."""
+    types = [key.rpartition(".")[2] for key in values if key.startswith("bank.global_loss.")]
+
+    def line(title: str, row: str) -> tuple[str, ...]:
+        losses = (f"{row}.global_loss.{one}" for one in types)
+        more = (f"{row}.personal_loss", f"{row}.taken.personal_loss")
+        return (title, *(number(values, key, 2) for key in (*losses, *more)),
+                str(values.get(f"{row}.took_federated", "-")))  # fmt: skip
+
+    yield shown(
+        f"{told}. Loss per answer token on all tasks, by type; on a client's own task, of the federated model and of "
+        "what was taken home; how many clients took the federated model.",
+        "science.generation",
+        table(
+            ("row", *(one.partition("@")[0] for one in types), "own task", "own, taken home", "took it"),
+            [line("untouched", "untouched"), *(line(title, row) for row, title in named.items())],
+        ),
+    )  # fmt: skip
+    gains = [
+        (title, *(_gain_of(values, f"{row}.over_{rival}.{measure}")
+                  for measure in ("global_loss", "personal_loss") for rival in ("local_only", "within_type")))
+        for row, title in named.items() if f"{row}.over_within_type.global_loss.gain" in values
+    ]  # fmt: skip
+    yield shown(
+        f"{told}. What sharing across types adds to the loss (below 0 is better), with a 95 % interval over seeds.",
+        "science.generation",
+        table(("row", "all, over alone", "all, over within", "own, over alone", "own, over within"), gains),
+    )  # fmt: skip
+    if "bank.global_rouge_l" in values:
+        yield shown(
+            f"{told}. ROUGE-L in percent of written answers.",
+            "science.generation --generate 64",
+            table(("row", "all tasks", "own task"), [
+                (title, *(number(values, f"{row}.{m}") for m in ("global_rouge_l", "personal_rouge_l")))
+                for row, title in {"untouched": "untouched", **named}.items()
+            ]),
+        )  # fmt: skip
+
+
 def _gain_of(values: dict[str, Any], key: str) -> str:
     """A gain with its interval, where there is more than one seed."""
+    if f"{key}.gain" not in values:
+        return "-"
     if f"{key}.low" not in values:
         return f"{values[f'{key}.gain']:+.2f}"
     return f"{values[f'{key}.gain']:+.2f} ({values[f'{key}.low']:+.2f} .. {values[f'{key}.high']:+.2f})"

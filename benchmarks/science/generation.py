@@ -8,11 +8,11 @@ personalization. Learning rates and rounds are those that the laboratory chose o
 Rows: ``alone``; inside the ``within type``; across types the ``bank`` alone; ``heterotune`` as it ships, and the same
 ``shared in all rounds``: without the phase in which each type goes on with its own bank.
 
-Measured on all four tasks and on a client's own, by test texts: cross-entropy per answer token, and ROUGE-L of greedy
-answers to the first ``GENERATED`` texts.
+Measured on all four tasks and on a client's own, by test texts: cross-entropy per answer token; with ``--generate N``
+ROUGE-L of greedy answers to the first N texts as well (Gemma writes for ten minutes a row at 64).
 
 Run: ``python -m benchmarks.science.generation --instructions FILE.jsonl.gz`` (SmolLM2-135M nf4 and Gemma-3-270M int8:
-about half an hour a seed on a core, and ten minutes once; the embedded family: minutes). What is done is kept.
+half an hour a seed on a core, and ten minutes once). What is done is kept.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ from benchmarks.runner import (
 from benchmarks.science.intervals import two_way_interval
 from benchmarks.science.laboratory.text_files import run_overrides
 
-#: Texts whose answers are written: of all tasks in turn.
-GENERATED = 64
 #: Fewer public prompts than on labels: an answer has many positions.
 _PREDICTIONS = {"anchors": 128, "pool": 192, "batch": 32}
 _COMPONENT = "heterotune_flwr.strategies.HeteroTune"
 FAMILIES: Mapping[str, Sequence[tuple[str, str]]] = {
     "smollm2_gemma": (("smollm2", "nf4"), ("gemma3-270m", "int8")),
-    "embedded": (("tiny-a", "bf16"), ("tiny-b", "int8")),
+    "smollm2_pruned": (("smollm2", "nf4"), ("smollm2-pruned", "bf16")),
 }
 MEASURES = ("global_loss", "personal_loss", "global_rouge_l", "personal_rouge_l")
 
@@ -71,7 +69,9 @@ RIVALS = ("local_only", "within_type")
 _CELLS = Cells("generation_cells")
 
 
-def measure(family: str, seed: int, names: Sequence[str], instructions: Path) -> None:
+def measure(
+    family: str, seed: int, names: Sequence[str], instructions: Path, generate: int
+) -> None:
     """Rows that are not kept yet: one run for all of as many rounds."""
     for rounds in sorted({ROWS[name].rounds for name in names}):
         known = _CELLS.read()
@@ -81,7 +81,9 @@ def measure(family: str, seed: int, names: Sequence[str], instructions: Path) ->
         ]  # fmt: skip
         if not missing:
             continue
-        results = flower_run("instructions", _overrides(family, seed, missing, instructions))
+        results = flower_run(
+            "instructions", _overrides(family, seed, missing, instructions, generate)
+        )
         for run in results["runs"]:
             _CELLS.keep({_cell(family, run["strategy"], seed): _kept(run)})
         shutil.rmtree(results["run_dir"], ignore_errors=True)
@@ -91,12 +93,14 @@ def _cell(family: str, name: str, seed: int) -> str:
     return f"{family}|{name}|{seed}"
 
 
-def _overrides(family: str, seed: int, names: Sequence[str], instructions: Path) -> list[str]:
+def _overrides(
+    family: str, seed: int, names: Sequence[str], instructions: Path, generate: int
+) -> list[str]:
     types = ", ".join(f"{{backbone: {b}, bits: {n}, clients: 2}}" for b, n in FAMILIES[family])
     found = [
         *run_overrides(instructions, "test"), f"types=[{types}]", "data.examples_per_client=96",
         "data.personal_test_examples=16", "data.global_test_examples=256", "data.max_length=320",
-        f"data.generate={GENERATED}", "train.local_steps=12", "train.batch_size=8", "server.evaluate_every=0",
+        f"data.generate={generate}", "train.local_steps=12", "train.batch_size=8", "server.evaluate_every=0",
         "run.workers=1", f"server.rounds={ROWS[names[0]].rounds}", f"run.seeds=[{seed}]",
         f"run.compare=[{','.join(names)}]",
     ]  # fmt: skip
@@ -154,8 +158,13 @@ def summary(family: str) -> dict[str, Any]:
         )
 
     types = np.array([c["type"] for c in cells[_cell(family, "bank", seeds[0])]["clients"]])
-    for measure in MEASURES:
-        found[f"untouched.{measure}"] = np.nanmean(told("bank", measure, "bare"))
+    # Without --generate nothing is written.
+    written = [m for m in MEASURES if not any(np.isnan(told(row, m)).any() for row in ROWS)]
+    for measure in written:
+        bare = told("bank", measure, "bare")
+        found[f"untouched.{measure}"] = np.nanmean(bare)
+        for one in dict.fromkeys(types):
+            found[f"untouched.{measure}.{one}"] = np.nanmean(bare[:, types == one])
         for row in ROWS:
             values = told(row, measure)
             found[f"{row}.{measure}"] = values.mean()
@@ -180,6 +189,8 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     add_instructions(parser)
+    parser.add_argument("--generate", type=int, default=0, metavar="N",
+                        help="write the answers to N texts too, for ROUGE-L")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="forget these families' rows first")
     given = parser.parse_args()
     if given.instructions is None:
@@ -189,7 +200,7 @@ def main() -> None:
         _CELLS.forget(lambda cell: tuple(cell.split("|")[:2]) in chosen)
     for seed in given.seeds:
         for family in given.families:
-            measure(family, seed, given.rows, given.instructions)
+            measure(family, seed, given.rows, given.instructions, given.generate)
             if values := summary(family):
                 write_results("generation", {family: values})
                 say(family, seed, values)
