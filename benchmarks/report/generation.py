@@ -35,7 +35,8 @@ def generation() -> str:
 
 
 def _family(values: dict[str, Any], told: str, named: dict[str, str]) -> Iterator[str]:
-    """Tables of a family."""
+    """Tables of a family, of the rows that were measured."""
+    named = {row: title for row, title in named.items() if f"{row}.global_loss" in values}
     types = [key.rpartition(".")[2] for key in values if key.startswith("bank.global_loss.")]
 
     def line(title: str, row: str) -> tuple[str, ...]:

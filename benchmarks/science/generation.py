@@ -72,20 +72,12 @@ _CELLS = Cells("generation_cells")
 def measure(
     family: str, seed: int, names: Sequence[str], instructions: Path, generate: int
 ) -> None:
-    """Rows that are not kept yet: one run for all of as many rounds."""
-    for rounds in sorted({ROWS[name].rounds for name in names}):
-        known = _CELLS.read()
-        missing = [
-            name for name in names
-            if ROWS[name].rounds == rounds and _cell(family, name, seed) not in known
-        ]  # fmt: skip
-        if not missing:
+    """Rows that are not kept yet, a run each."""
+    for name in names:
+        if (cell := _cell(family, name, seed)) in _CELLS.read():
             continue
-        results = flower_run(
-            "instructions", _overrides(family, seed, missing, instructions, generate)
-        )
-        for run in results["runs"]:
-            _CELLS.keep({_cell(family, run["strategy"], seed): _kept(run)})
+        results = flower_run("instructions", _overrides(family, seed, name, instructions, generate))
+        _CELLS.keep({cell: _kept(results["runs"][0])})
         shutil.rmtree(results["run_dir"], ignore_errors=True)
 
 
@@ -93,24 +85,20 @@ def _cell(family: str, name: str, seed: int) -> str:
     return f"{family}|{name}|{seed}"
 
 
-def _overrides(
-    family: str, seed: int, names: Sequence[str], instructions: Path, generate: int
-) -> list[str]:
+def _overrides(family: str, seed: int, name: str, instructions: Path, generate: int) -> list[str]:
     types = ", ".join(f"{{backbone: {b}, bits: {n}, clients: 2}}" for b, n in FAMILIES[family])
-    found = [
+    row = ROWS[name]
+    options = {**row.options, "train": {"learning_rate": row.rate}}
+    own = (
+        f"strategies.{name}={_yaml(options)}" if row.options
+        else f"strategies.{name}.train.learning_rate={row.rate}"
+    )  # fmt: skip
+    return [
         *run_overrides(instructions, "test"), f"types=[{types}]", "data.examples_per_client=96",
         "data.personal_test_examples=16", "data.global_test_examples=256", "data.max_length=320",
         f"data.generate={generate}", "train.local_steps=12", "train.batch_size=8", "server.evaluate_every=0",
-        "run.workers=1", f"server.rounds={ROWS[names[0]].rounds}", f"run.seeds=[{seed}]",
-        f"run.compare=[{','.join(names)}]",
+        "run.workers=1", f"server.rounds={row.rounds}", f"run.seeds=[{seed}]", f"run.compare=[{name}]", own,
     ]  # fmt: skip
-    for name in names:
-        options = {**ROWS[name].options, "train": {"learning_rate": ROWS[name].rate}}
-        if "_component_" in options:
-            found.append(f"strategies.{name}={_yaml(options)}")
-        else:
-            found.append(f"strategies.{name}.train.learning_rate={ROWS[name].rate}")
-    return found
 
 
 def _yaml(value: Any) -> str:
@@ -140,12 +128,16 @@ def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(family: str) -> dict[str, Any]:
-    """Flat, of seeds that every row has: ``<row>.<measure>``, by type, and gains over rivals with intervals."""
+    """Flat: ``<row>.<measure>``, by type, and gains over rivals with intervals.
+
+    Of seeds that the rivals and the bank have; of rows that have all of these.
+    """
     cells = _CELLS.read()
     seeds = sorted({int(name.split("|")[2]) for name in cells if name.startswith(f"{family}|")})
-    seeds = [s for s in seeds if all(_cell(family, row, s) in cells for row in ROWS)]
+    seeds = [s for s in seeds if all(_cell(family, row, s) in cells for row in (*RIVALS, "bank"))]
     if not seeds:
         return {}
+    rows = [row for row in ROWS if all(_cell(family, row, s) in cells for s in seeds)]
     found: dict[str, Any] = {"seeds": seeds}
 
     def told(row: str, measure: str, of: str | None = None) -> np.ndarray[Any, Any]:
@@ -159,13 +151,13 @@ def summary(family: str) -> dict[str, Any]:
 
     types = np.array([c["type"] for c in cells[_cell(family, "bank", seeds[0])]["clients"]])
     # Without --generate nothing is written.
-    written = [m for m in MEASURES if not any(np.isnan(told(row, m)).any() for row in ROWS)]
+    written = [m for m in MEASURES if not any(np.isnan(told(row, m)).any() for row in rows)]
     for measure in written:
         bare = told("bank", measure, "bare")
         found[f"untouched.{measure}"] = np.nanmean(bare)
         for one in dict.fromkeys(types):
             found[f"untouched.{measure}.{one}"] = np.nanmean(bare[:, types == one])
-        for row in ROWS:
+        for row in rows:
             values = told(row, measure)
             found[f"{row}.{measure}"] = values.mean()
             for one in dict.fromkeys(types):
@@ -178,7 +170,7 @@ def summary(family: str) -> dict[str, Any]:
                 if len(seeds) > 1:
                     for end, value in two_way_interval(gains).items():
                         found[f"{row}.over_{rival}.{measure}.{end}"] = value
-    for row in ROWS:
+    for row in rows:
         took = [c["took"] for s in seeds for c in cells[_cell(family, row, s)]["clients"]]
         found[f"{row}.took_federated"] = f"{took.count('federated')} of {len(took)}"
     return {k: round(float(v), 4) if isinstance(v, float) else v for k, v in found.items()}
