@@ -59,8 +59,9 @@ def _family(values: dict[str, Any], told: str, named: dict[str, str]) -> Iterato
                   for measure in ("global_loss", "personal_loss") for rival in ("local_only", "within_type")))
         for row, title in named.items() if f"{row}.over_within_type.global_loss.gain" in values
     ]  # fmt: skip
+    over = ", with a 95 % interval over seeds" if len(values["seeds"]) > 1 else ""
     yield shown(
-        f"{told}. What sharing across types adds to the loss (below 0 is better), with a 95 % interval over seeds.",
+        f"{told}. What sharing across types adds to the loss (below 0 is better){over}.",
         "science.generation",
         table(("row", "all, over alone", "all, over within", "own, over alone", "own, over within"), gains),
     )  # fmt: skip

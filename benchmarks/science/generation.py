@@ -113,9 +113,9 @@ def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
         "clients": [
             {
                 "type": client["type"], "took": client["kept"]["took"],
-                **{name: client[name] for name in MEASURES},
-                "bare": {name: client["kept"]["bare"][name] for name in MEASURES},
-                "taken": {name: client["kept"]["taken"][name] for name in MEASURES},
+                **{name: client.get(name) for name in MEASURES},
+                "bare": {name: client["kept"]["bare"].get(name) for name in MEASURES},
+                "taken": {name: client["kept"]["taken"].get(name) for name in MEASURES},
             }
             for client in run["clients"]
         ],
