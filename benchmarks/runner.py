@@ -217,9 +217,10 @@ def paired_gain(
 # ------------------------------------------------------------------------------------ tables
 
 
-def told_gain(gain: Mapping[str, float]) -> str:
-    """A paired gain as a table shows it."""
-    return f"{gain['gain']:+.1f} ({gain['low']:+.1f} .. {gain['high']:+.1f})"
+def told_gain(gain: Mapping[str, float], digits: int = 1) -> str:
+    """A paired gain as a table shows it, with its interval where it has one."""
+    value, *ends = (f"{gain[k]:+.{digits}f}" for k in ("gain", "low", "high") if k in gain)
+    return f"{value} ({' .. '.join(ends)})" if ends else value
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.report.sections import load_results, number, said, section, shown, table
+from benchmarks.report.sections import load_results, number, said, section, shown, table, told_gain
 
 
 def generation() -> str:
     """Answers of several tokens, in whole runs."""
     known, named = load_results("generation"), {
         "local_only": "trained alone", "within_type": "within type", "bank": "bank alone",
-        "heterotune": "`heterotune`", "shared": "`heterotune`, shared in all rounds",
+        "heterotune": "`heterotune`, with a phase", "shared": "`heterotune`, shared in all rounds",
     }  # fmt: skip
     family = {
         "smollm2_gemma": "SmolLM2 and Gemma-3",
@@ -77,9 +77,6 @@ def _family(values: dict[str, Any], told: str, named: dict[str, str]) -> Iterato
 
 
 def _gain_of(values: dict[str, Any], key: str) -> str:
-    """A gain with its interval, where there is more than one seed."""
-    if f"{key}.gain" not in values:
-        return "-"
-    if f"{key}.low" not in values:
-        return f"{values[f'{key}.gain']:+.2f}"
-    return f"{values[f'{key}.gain']:+.2f} ({values[f'{key}.low']:+.2f} .. {values[f'{key}.high']:+.2f})"
+    """A gain in nats."""
+    ends = ("gain", "low", "high")
+    return told_gain({end: values[f"{key}.{end}"] for end in ends if f"{key}.{end}" in values}, 2)

@@ -35,8 +35,7 @@ def mechanisms() -> str:
         f"client each. {_INSTRUCTIONS if TEXT[0] in tasks else _NOT_YET} All rows have one rate ({rates}), of labels "
         "the best of the whole on dev; so a row could be better at its own. With two clients agreement weights say "
         "nothing, and neither does the clip, which protects. The bank is left out by sharing it in the first round "
-        f"alone. "
-        f"Seeds: {seeds}. Full: {levels}."),
+        f"alone. Seeds: {seeds}. Full: {levels}."),
         *(shown(told, "science.mechanisms", table(("part", *tasks), rows)) for told, rows in (
             ("What leaving it out costs on the common test, with a 95 % interval over seeds: points of accuracy, or "
              "nats per answer token (instructions). Bold: it surely costs.", _rows(known, tasks, False)),

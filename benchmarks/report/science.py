@@ -1,6 +1,4 @@
-"""What each part is worth: pooled classes, teachers and students, guests, where sharing pays, controls, "
-"conflict.
-"""
+"""What each part is worth: pooled classes, teachers and students, guests, where sharing pays, controls, conflict."""
 
 from __future__ import annotations
 

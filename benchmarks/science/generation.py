@@ -5,18 +5,19 @@ tasks, answered once by a bare model, on which types are compared and prediction
 the same question (:mod:`.instructions`) has more rows and ceilings; this one goes through Flower, workers and
 personalization. Learning rates and rounds are those that the laboratory chose on dev texts.
 
-Rows: ``alone``; inside the ``within type``; across types the ``bank`` alone; ``heterotune`` as it ships, and the same
-``shared in all rounds``: without the phase in which each type goes on with its own bank.
+Rows: ``local_only``; ``within_type``; across types the ``bank`` alone; ``heterotune`` with the phase in which each type
+goes on with its own bank; the same ``shared`` in all rounds, as the presets of open text have it.
 
 Measured on all four tasks and on a client's own, by test texts: cross-entropy per answer token; with ``--generate N``
 ROUGE-L of greedy answers to the first N texts as well (Gemma writes for ten minutes a row at 64).
 
 Run: ``python -m benchmarks.science.generation --instructions FILE.jsonl.gz`` (SmolLM2-135M nf4 and Gemma-3-270M int8:
-half an hour a seed on a core, and ten minutes once). What is done is kept.
+eight minutes a row and seed on a core, half an hour with predictions). What is done is kept.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ def _overrides(family: str, seed: int, name: str, instructions: Path, generate: 
     row = ROWS[name]
     options = {**row.options, "train": {"learning_rate": row.rate}}
     own = (
-        f"strategies.{name}={_yaml(options)}" if row.options
+        f"strategies.{name}={json.dumps(options)}" if row.options
         else f"strategies.{name}.train.learning_rate={row.rate}"
     )  # fmt: skip
     return [
@@ -99,12 +100,6 @@ def _overrides(family: str, seed: int, name: str, instructions: Path, generate: 
         f"data.generate={generate}", "train.local_steps=12", "train.batch_size=8", "server.evaluate_every=0",
         "run.workers=1", f"server.rounds={row.rounds}", f"run.seeds=[{seed}]", f"run.compare=[{name}]", own,
     ]  # fmt: skip
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_yaml(own)}" for key, own in value.items()) + "}"
-    return str(value)
 
 
 def _kept(run: Mapping[str, Any]) -> dict[str, Any]:

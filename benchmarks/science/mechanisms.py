@@ -4,7 +4,7 @@ Whole federations in one process (messages go over the wire), paired by seed wit
 
 * ``sections`` and ``wordnet``: labels, two genuine families (SmolLM2-135M nf4, Gemma-3-270M int8), one client per type;
 * ``instructions``: four tasks of Natural Instructions, a task per client, two embedded models with two clients each
-  (the genuine ones cost a minute per step there). Public texts: inputs of the same tasks, answered by SmolLM2.
+  (the genuine ones need half an hour a run there). Public texts: inputs of the same tasks, answered by SmolLM2.
 
 Mechanisms that are off in the preset stand below: what leaving them out costs is what having them gains. All rows
 have the learning rate that the headline chose for the whole on dev texts (longer answers: 0.004). A cost is in

@@ -95,16 +95,16 @@ def collect_states(
     return rows
 
 
-def _read_together(encoded: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+def _read_together(encoded: Sequence[list[int]]) -> dict[int, list[int]]:
     """Texts that are read -> all texts whose states that gives: what begins another is read with it.
 
     In the order of their ids, what begins a text stands right before one that it begins.
     """
     found: dict[int, list[int]] = {}
     longer: int | None = None
-    for index in sorted(range(len(encoded)), key=lambda i: list(encoded[i]), reverse=True):
+    for index in sorted(range(len(encoded)), key=encoded.__getitem__, reverse=True):
         own = encoded[index]
-        if longer is None or list(encoded[longer][: len(own)]) != list(own):
+        if longer is None or encoded[longer][: len(own)] != own:
             longer = index
         found.setdefault(longer, []).append(index)
     return found
